@@ -1,7 +1,7 @@
 """What this process may use of the machine: cores, memory, and the instructions that decide which dtype is fast.
 
 A container usually sees every core and all the memory of its host; what it may use stands in the affinity mask and in
-the control group (cgroup) files. Ignoring them starts 64 threads on two cores, or reserves memory that the kernel kills for.
+the control group (cgroup) files. Who ignores them starts 64 threads on two cores, or is killed for the memory it takes.
 Source: https://docs.kernel.org/admin-guide/cgroup-v2.html (cpu.max, memory.max) and cgroup-v1/memory.html.
 """
 
@@ -19,7 +19,7 @@ ROOT = Path("/")
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """Names in /proc/cpuinfo of instructions that multiply bfloat16: x86 AVX-512 and AMX, Arm.
 
-Apple's processors have them too, but PyTorch's macOS build multiplies float32 with Apple's own library and bfloat16 without.
+Apple's processors call theirs FEAT_BF16; it is not here, because nobody has shown that PyTorch gains by it on macOS.
 """
 
 
@@ -62,7 +62,7 @@ def cpu_flags(root: Path = ROOT) -> frozenset[str]:
 
 
 def cpu_has_bf16(root: Path = ROOT) -> bool:
-    """Whether PyTorch multiplies bfloat16 with instructions of its own here; if not, float32 is faster and more exact."""
+    """Whether the processor multiplies bfloat16 natively; where it does not, float32 is faster and more exact."""
     return not BF16_FLAGS.isdisjoint(cpu_flags(root))
 
 
@@ -82,10 +82,10 @@ def _read(path: Path) -> str | None:
 
 
 def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
-    """The folders of this process's cgroup and of all its parents, version 2 and version 1: each of them sets a limit.
+    """The folders of this process's cgroup and of its parents, version 2 and version 1: each may set a limit.
 
-    /proc/self/cgroup has lines ``0::/path`` (version 2) and ``4:cpu,cpuacct:/path`` (version 1). In a container the path
-    may be the host's, which is not mounted; a folder that is missing has no limits to read, and the root is always tried.
+    /proc/self/cgroup has lines ``0::/path`` (version 2) and ``4:cpu,cpuacct:/path`` (version 1). In a container the
+    path may be the host's, which is not mounted: a missing folder has no limits to read, and the root is always tried.
     """
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -115,7 +115,7 @@ def _memory_limit(folder: Path) -> int | None:
 
 
 def _memory_left(folder: Path) -> int | None:
-    """Bytes left under a cgroup's limit; pages of files read long ago count as free, since the kernel drops them first."""
+    """Bytes left under a cgroup's limit; its inactive file cache counts as free, for the kernel drops it first."""
     limit = _memory_limit(folder)
     if limit is None:
         return None
