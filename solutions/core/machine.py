@@ -37,6 +37,20 @@ def available_cores(root: Path = ROOT) -> int:
     return max(1, int(min([affinity, *quotas])))
 
 
+def pick_threads(root: Path = ROOT) -> int:
+    """Threads for the model on a CPU: what OMP_NUM_THREADS says, else every core that this process may use.
+
+    Raises:
+        ValueError: OMP_NUM_THREADS is not a positive number.
+    """
+    text = os.environ.get("OMP_NUM_THREADS", "")
+    if not text:
+        return available_cores(root)
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"OMP_NUM_THREADS must be a positive number, got {text!r}; set it to one or unset it")
+    return int(text)
+
+
 def available_memory(root: Path = ROOT) -> int:
     """Bytes that this process can still take without swapping: free memory, cut by what its cgroup has left."""
     left = [room for folder in _cgroup_folders(root, "memory") if (room := _memory_left(folder)) is not None]

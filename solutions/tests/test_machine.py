@@ -8,7 +8,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from solutions.core.machine import available_cores, available_memory, cpu_flags, cpu_has_bf16, total_memory
+from solutions.core.machine import (
+    available_cores,
+    available_memory,
+    cpu_flags,
+    cpu_has_bf16,
+    pick_threads,
+    total_memory,
+)
 
 MIB = 1 << 20
 
@@ -87,6 +94,25 @@ def test_all_cores_count_on_systems_without_affinity(tmp_path: Path, monkeypatch
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 10)
     assert available_cores(tmp_path) == 10
+
+
+@pytest.mark.usefixtures("eight_cores")
+def test_threads_are_the_cores_unless_the_environment_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert pick_threads(tmp_path) == 8
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    assert pick_threads(tmp_path) == 8
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert pick_threads(tmp_path) == 3
+
+
+@pytest.mark.parametrize("text", ["0", "-2", "4,2", "many"])
+def test_a_wrong_number_of_threads_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    with pytest.raises(ValueError, match=f"OMP_NUM_THREADS must be a positive number, got '{text}'"):
+        pick_threads(tmp_path)
 
 
 MEMORY = {

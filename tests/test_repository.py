@@ -1,0 +1,110 @@
+"""What holds for every file of the repository: the rules that the overlay of stages and the readers rely on."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SKIPPED = {".venv", ".git", ".cache", "build", "__pycache__"}
+SOURCES = {".py", ".cu", ".cpp", ".h", ".cuh"}
+
+
+def files(folder: str, suffixes: set[str]) -> list[Path]:
+    found = (p for p in (ROOT / folder).rglob("*") if p.suffix in suffixes)
+    return sorted(p for p in found if SKIPPED.isdisjoint(p.relative_to(ROOT).parts))
+
+
+SOLUTIONS = files("solutions", SOURCES)
+MODULES = [p for p in SOLUTIONS if p.suffix == ".py" and "tests" not in p.parts]
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [str(p.relative_to(ROOT)) for p in paths]
+
+
+def test_there_is_something_to_check() -> None:
+    assert "solutions/memory/block_allocator.py" in names(MODULES)
+
+
+def test_folders_of_solutions_are_namespace_packages() -> None:
+    """An __init__.py would end the search for a module there, and a learner's folder would hide the reference's."""
+    assert names(sorted((ROOT / "solutions").rglob("__init__.py"))) == ["solutions/__init__.py"]
+
+
+def absolute_imports(source: str) -> list[int]:
+    """Lines of a module that import `solutions` or `stages` by name."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            modules = [node.module or ""]
+        if any(m.split(".")[0] in ("solutions", "stages") for m in modules):
+            lines.append(node.lineno)
+    return lines
+
+
+def test_the_check_of_imports_sees_each_spelling() -> None:
+    source = (
+        "import solutions\nimport os, solutions.core.engine\nfrom solutions.core import engine\nfrom ..core import x\n"
+    )
+    assert absolute_imports(source) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
+def test_solutions_import_each_other_relatively(path: Path) -> None:
+    """The same file is a part of `solutions` and of `stages`; a name would tie it to one of them."""
+    assert absolute_imports(path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", SOLUTIONS, ids=names(SOLUTIONS))
+def test_files_are_short_and_finished(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 500
+    # NotImplementedError means "a learner's task"; the reference has none
+    assert re.findall(r"NotImplementedError|\bTODO\b|\bFIXME\b|\bXXX\b", text) == []
+
+
+def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
+def test_functions_fit_a_screen(path: Path) -> None:
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions(path)}
+    assert {name: length for name, length in lengths.items() if length > 80} == {}
+
+
+def makefile_targets() -> dict[str, str | None]:
+    """Each target a person may type, and its line of help."""
+    rules = re.findall(r"^([a-z][a-z0-9-]*):(?!=)(?:.*?## (.*)|.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    return {name: text or None for name, text in rules}
+
+
+def test_every_target_has_help_and_is_phony() -> None:
+    targets = makefile_targets()
+    assert {"setup", "serve", "test", "test-parity", "doctor", "lint"} <= targets.keys()
+    assert [name for name, text in targets.items() if text is None] == []
+    phony = re.search(r"^\.PHONY:(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert phony is not None
+    assert set(phony[1].split()) == targets.keys()
+
+
+def test_make_alone_prints_every_target_with_its_help() -> None:
+    run = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
+    printed = dict(re.findall(r"^  ([a-z][a-z0-9-]*) +(.+)$", run.stdout, re.MULTILINE))
+    assert printed == makefile_targets()
+
+
+def test_constraints_pin_every_dependency_exactly() -> None:
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [pin for pin in pins if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*", pin)] == []
+    pinned = {re.sub(r"[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins}
+    declared = set(re.findall(r'^    "([A-Za-z0-9_-]+)>=', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    assert {"torch", "pytest"} <= declared
+    assert {re.sub(r"[-_.]+", "-", name).lower() for name in declared} - pinned == set()
