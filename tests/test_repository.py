@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -49,9 +51,7 @@ def absolute_imports(source: str) -> list[int]:
 
 
 def test_the_check_of_imports_sees_each_spelling() -> None:
-    source = (
-        "import solutions\nimport os, solutions.core.engine\nfrom solutions.core import engine\nfrom ..core import x\n"
-    )
+    source = "import solutions\nimport os, solutions.core.engine\nfrom solutions.core import engine\nfrom ..core import x\n"
     assert absolute_imports(source) == [1, 2, 3]
 
 
@@ -65,8 +65,8 @@ def test_solutions_import_each_other_relatively(path: Path) -> None:
 def test_files_are_short_and_finished(path: Path) -> None:
     text = path.read_text()
     assert text.count("\n") <= 500
-    # NotImplementedError means "a learner's task"; the reference has none
-    assert re.findall(r"NotImplementedError|\bTODO\b|\bFIXME\b|\bXXX\b", text) == []
+    # raising NotImplementedError means "a learner's task"; the reference has none
+    assert re.findall(r"raise NotImplementedError|\bTODO\b|\bFIXME\b|\bXXX\b", text) == []
 
 
 def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -76,7 +76,7 @@ def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 @pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
 def test_functions_fit_a_screen(path: Path) -> None:
-    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions(path)}
+    lengths = {f"{node.name}:{node.lineno}": node.end_lineno - node.lineno + 1 for node in functions(path)}
     assert {name: length for name, length in lengths.items() if length > 80} == {}
 
 
@@ -101,10 +101,30 @@ def test_make_alone_prints_every_target_with_its_help() -> None:
     assert printed == makefile_targets()
 
 
+def normal(name: str) -> str:
+    """A package's name as pip compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_what_the_engine_imports_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {normal(re.match(r"[\w.-]+", line)[0]) for line in project["dependencies"]}
+    imported = set()
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(node.module.split(".")[0])
+    foreign = {normal(name) for name in imported - sys.stdlib_module_names}
+    assert "torch" in foreign
+    assert foreign - declared == set()
+
+
 def test_constraints_pin_every_dependency_exactly() -> None:
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert [pin for pin in pins if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*", pin)] == []
-    pinned = {re.sub(r"[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins}
+    pinned = {normal(pin.split("==")[0]) for pin in pins}
     declared = set(re.findall(r'^    "([A-Za-z0-9_-]+)>=', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
     assert {"torch", "pytest"} <= declared
-    assert {re.sub(r"[-_.]+", "-", name).lower() for name in declared} - pinned == set()
+    assert {normal(name) for name in declared} - pinned == set()
