@@ -1,0 +1,101 @@
+"""GPT-2 (Radford et al., 2019): learned positions, LayerNorm, and an MLP without a gate."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor, nn
+
+from ..attention.paged_attention import AttentionMetadata
+from .layers import ACTIVATION_FUNCTIONS, Attention, CausalLM, Embedding, LayerNorm, Linear, LMHead, QKVLinear
+from .model_config import ModelConfig
+
+CONV1D_WEIGHT = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
+"""GPT-2's checkpoints keep these weights as [in, out], the transpose of every other linear layer."""
+
+CAUSAL_MASK = re.compile(r"\.attn\.(masked_)?bias$")
+"""Masks that old checkpoints store. (`attn.c_attn.bias` is a real bias.)"""
+
+
+class GPT2Attention(nn.Module):
+    """Projections around paged attention: [T, hidden] -> [T, hidden]."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.c_attn = QKVLinear(config)
+        self.c_proj = Linear(config.hidden_size, config.hidden_size, config.attention_bias)
+        self.attn = Attention(config, layer)
+
+    def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
+        return self.c_proj(self.attn(self.c_attn(x), metadata))
+
+
+class GPT2MLP(nn.Module):
+    """``c_proj(act(c_fc(x)))``: [T, hidden] -> [T, hidden]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.c_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+        self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.activation(self.c_fc(x)))
+
+
+class GPT2Block(nn.Module):
+    """Attention and MLP, each added to the residual stream after a norm of its input."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config.hidden_size, config.norm_eps)
+        self.attn = GPT2Attention(config, layer)
+        self.ln_2 = LayerNorm(config.hidden_size, config.norm_eps)
+        self.mlp = GPT2MLP(config)
+
+    def forward(self, hidden: Tensor, metadata: AttentionMetadata) -> Tensor:
+        hidden += self.attn(self.ln_1(hidden), metadata)  # in place: nobody else holds it
+        hidden += self.mlp(self.ln_2(hidden))
+        return hidden
+
+
+class GPT2Model(nn.Module):
+    """Embeddings of tokens and positions, blocks and final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.wte = Embedding(config.vocab_size, config.hidden_size)
+        self.wpe = Embedding(config.max_position_embeddings, config.hidden_size)
+        self.h = nn.ModuleList(GPT2Block(config, layer) for layer in range(config.num_layers))
+        self.ln_f = LayerNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
+        hidden = self.wte(input_ids).add_(self.wpe(positions))  # [T, hidden]
+        for block in self.h:
+            hidden = block(hidden, metadata)
+        return self.ln_f(hidden)
+
+
+class GPT2LMHeadModel(CausalLM):
+    """GPT-2 with its head; parameters are named as in Hugging Face's checkpoints."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = GPT2Model(config)
+        self.lm_head = LMHead(config, self.transformer.wte)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
+        return self.transformer(input_ids, positions, metadata)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden)
+
+    def place(self, name: str, tensor: Tensor) -> tuple[str, str | None, Tensor] | None:
+        if CAUSAL_MASK.search(name):
+            return None
+        if name == "lm_head.weight":
+            return None if self.config.tie_word_embeddings else (name, None, tensor)
+        if not name.startswith("transformer."):  # the checkpoint on the hub was saved without its head
+            name = f"transformer.{name}"
+        return name, None, tensor.t() if CONV1D_WEIGHT.search(name) else tensor

@@ -1,0 +1,292 @@
+"""The layers that all models are built from, over flat tokens: [T, hidden], whatever sequences the T tokens belong to.
+
+Every layer that holds weights knows how a tensor of a checkpoint goes into them (`WeightLayer.weight_loader`), so a
+model's file says what the model is and nothing about how its weights are merged, split over devices or packed.
+
+Letters: T tokens of a step, H query heads, H_kv key/value heads, D head size, I width of the MLP, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention.paged_attention import AttentionMetadata
+from .model_config import ModelConfig
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def _parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape), requires_grad=False)
+
+
+class WeightLayer(nn.Module):
+    """A layer with weights.
+
+    Attributes:
+        shard_ids: pieces that a checkpoint keeps apart and this layer merges into one parameter; (None,): no pieces.
+    """
+
+    shard_ids: tuple[str | None, ...] = (None,)
+
+    def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
+        """Copy a checkpoint's tensor into `param`, or into the piece of it called `shard_id`.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        _copy(param, loaded)
+
+
+def _copy(destination: Tensor, loaded: Tensor) -> None:
+    if destination.shape != loaded.shape:  # copy_ would broadcast
+        raise ValueError(f"expected shape {list(destination.shape)}, the checkpoint has {list(loaded.shape)}")
+    destination.copy_(loaded)
+
+
+class RMSNorm(WeightLayer):
+    """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension, computed in float32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = _parameter(size)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, hidden] -> [T, hidden]
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class LayerNorm(WeightLayer):
+    """``(x − mean) / sqrt(variance + eps) · weight + bias`` over the last dimension (Ba et al., 2016)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = _parameter(size)
+        self.bias = _parameter(size)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, hidden] -> [T, hidden]
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class Linear(WeightLayer):
+    """``x · weightᵀ + bias``. The weight is [out, in]."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = _parameter(out_features, in_features)
+        self.bias = _parameter(out_features) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, in] -> [T, out]
+        return F.linear(x, self.weight, self.bias)
+
+
+class MergedLinear(Linear):
+    """Several linear layers over one input as a single matrix product, their outputs side by side.
+
+    Args:
+        sizes: output features of each by its name in `shard_ids`.
+    """
+
+    def __init__(self, in_features: int, sizes: dict[str, int], bias: bool) -> None:
+        super().__init__(in_features, sum(sizes.values()), bias)
+        self.sizes = sizes
+        self.shard_ids = tuple(sizes)
+
+    def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
+        """Copy one piece's tensor, or, without `shard_id`, the tensor of all pieces in order (GPT-2 keeps QKV so)."""
+        if shard_id is None:
+            if len(loaded) != len(param):
+                raise ValueError(f"expected shape {list(param.shape)}, the checkpoint has {list(loaded.shape)}")
+            for name, piece in zip(self.sizes, loaded.split(list(self.sizes.values())), strict=True):
+                self.weight_loader(param, piece, name)
+            return
+        start = sum(self.sizes[name] for name in self.shard_ids[: self.shard_ids.index(shard_id)])
+        _copy(param[start : start + self.sizes[shard_id]], loaded)
+
+
+class QKVLinear(MergedLinear):
+    """Queries, keys and values of all heads in one product: [T, hidden] -> [T, (H + 2·H_kv)·D]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        kv_size = config.num_kv_heads * config.head_dim
+        sizes = {"q": config.num_heads * config.head_dim, "k": kv_size, "v": kv_size}
+        super().__init__(config.hidden_size, sizes, config.attention_bias)
+
+
+class GateUpLinear(MergedLinear):
+    """Both inputs of a gated MLP in one product: [T, hidden] -> [T, 2·I]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        sizes = {"gate": config.intermediate_size, "up": config.intermediate_size}
+        super().__init__(config.hidden_size, sizes, config.mlp_bias)
+
+
+class Embedding(WeightLayer):
+    """A row for each token id or position."""
+
+    def __init__(self, rows: int, size: int) -> None:
+        super().__init__()
+        self.weight = _parameter(rows, size)
+
+    def forward(self, ids: Tensor) -> Tensor:  # [T] -> [T, hidden]
+        return F.embedding(ids, self.weight)
+
+
+class LMHead(WeightLayer):
+    """Logits of the next token: [N, hidden] -> [N, V]. A tied head uses the embedding's weight instead of its own."""
+
+    def __init__(self, config: ModelConfig, embedding: Embedding) -> None:
+        super().__init__()
+        tied = config.tie_word_embeddings
+        self.weight = embedding.weight if tied else _parameter(config.vocab_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight)
+
+
+def rope_inverse_frequencies(config: ModelConfig) -> Tensor:
+    """Angle per position of each pair of a head's elements, [D / 2] in float32, after scaling.
+
+    Scaling stretches the positions a model was trained on over a longer context: "linear" slows all pairs
+    (Chen et al., 2023), "dynamic" raises the base as NTK-aware scaling does (bloc97 and emozilla, 2023), "llama3" slows
+    only the pairs that turn less than ``low_freq_factor`` times in the trained context and blends up to
+    ``high_freq_factor`` (Llama 3.1). The formulas, and the order of their roundings, are those of transformers.
+
+    Dynamic scaling depends on a sequence's length. transformers recomputes the frequencies whenever a sequence grows
+    past the trained context, and keys cached earlier keep the old rotation. Here all sequences share one table and
+    cached blocks, so one length must hold for all: the longest that is served. If that is within the trained context,
+    nothing is scaled; else the frequencies are those that transformers uses on a sequence of `max_model_len` tokens.
+    """
+    scaling = config.rope_scaling or {"rope_type": "default"}
+    kind, theta = scaling["rope_type"], config.rope_theta
+    if kind == "dynamic":
+        trained, factor = config.max_position_embeddings, scaling["factor"]
+        length = max(config.max_model_len or trained, trained)
+        theta *= (factor * length / trained - (factor - 1)) ** (config.head_dim / (config.head_dim - 2))
+    frequencies = 1.0 / (theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim))
+    if kind == "linear":
+        return frequencies / scaling["factor"]
+    if kind == "llama3":
+        return scale_llama3(frequencies, **{name: value for name, value in scaling.items() if name != "rope_type"})
+    return frequencies
+
+
+def scale_llama3(
+    frequencies: Tensor,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: int,
+) -> Tensor:
+    """Llama 3.1's scaling of `frequencies` [D / 2]; see `rope_inverse_frequencies`."""
+    wavelength = 2 * math.pi / frequencies
+    turns = original_max_position_embeddings / wavelength
+    smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    blended = (1 - smooth) * frequencies / factor + smooth * frequencies
+    slow = wavelength > original_max_position_embeddings / low_freq_factor
+    fast = wavelength < original_max_position_embeddings / high_freq_factor
+    return torch.where(slow, frequencies / factor, torch.where(fast, frequencies, blended))
+
+
+class RotaryEmbedding(nn.Module):
+    """RoPE (Su et al., 2021): turns each pair of elements of queries and keys by an angle that grows with the position.
+
+    Pairs are (i, i + D/2), as in GPT-NeoX and all Hugging Face checkpoints. Tables of cos and sin are made once for
+    every position, and one look-up serves all layers of a step.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        length = max(config.max_position_embeddings, config.max_model_len or 0)
+        positions = torch.arange(length, dtype=torch.float32)
+        angles = positions[:, None] * rope_inverse_frequencies(config)  # [positions, D / 2]
+        cos, sin = angles.cos(), angles.sin()
+        dtype = torch.get_default_dtype()
+        self.register_buffer("cos", torch.cat((cos, cos), dim=-1).to(dtype), persistent=False)  # [positions, D]
+        self.register_buffer("signed_sin", torch.cat((-sin, sin), dim=-1).to(dtype), persistent=False)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin with its first half negated), each [T, 1, D], for `rotate_`; positions is [T]."""
+        return self.cos[positions].unsqueeze(1), self.signed_sin[positions].unsqueeze(1)
+
+
+def rotate_(heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate `heads` [T, any number of heads, D] in place by `rope`, the result of `RotaryEmbedding`."""
+    cos, signed_sin = rope
+    swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
+    return heads.mul_(cos).addcmul_(swapped, signed_sin)
+
+
+class CausalLM(nn.Module, abc.ABC):
+    """What the engine asks of a model."""
+
+    @abc.abstractmethod
+    def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """Hidden states after the final norm, [T, hidden], of the tokens `input_ids` [T] at `positions` [T]."""
+        ...
+
+    @abc.abstractmethod
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """[N, hidden] -> [N, V]: the caller picks the rows that it needs logits of."""
+        ...
+
+    @abc.abstractmethod
+    def place(self, name: str, tensor: Tensor) -> tuple[str, str | None, Tensor] | None:
+        """Where a checkpoint's tensor goes: (parameter, shard id, tensor in the layout used here); None: nowhere."""
+        ...
+
+
+class Attention(nn.Module):
+    """The paged attention of one layer. It has no weights: projections belong to the model."""
+
+    def __init__(self, config: ModelConfig, layer: int, sliding_window: int | None = None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.sliding_window = sliding_window
+
+    def forward(self, qkv: Tensor, metadata: AttentionMetadata, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Attend from each token over its sequence.
+
+        Args:
+            qkv: [T, (H + 2·H_kv)·D]; with `rope` its queries and keys are rotated in place.
+            rope: the step's rotation, from `RotaryEmbedding`.
+
+        Returns:
+            [T, H·D].
+        """
+        heads = qkv.view(len(qkv), -1, self.head_dim)  # [T, H + 2·H_kv, D]
+        if rope is not None:
+            rotate_(heads[:, : self.num_heads + self.num_kv_heads], rope)
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        out = metadata.backend.attend(self.layer, q, k, v, metadata, self.scale, self.sliding_window)  # [T, H, D]
+        return out.reshape(len(qkv), -1)
+
+
+class GatedMLP(nn.Module):
+    """``down(act(gate(x)) · up(x))`` (Shazeer, 2020): [T, hidden] -> [T, hidden]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = GateUpLinear(config)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+        self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # [T, I] each
+        return self.down_proj(self.activation(gate).mul_(up))

@@ -1,0 +1,97 @@
+"""LLaMA (Touvron et al., 2023) with grouped-query attention; LLaMA 2 and 3, SmolLM2 and many others are this model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from ..attention.paged_attention import AttentionMetadata
+from .layers import Attention, CausalLM, Embedding, GatedMLP, Linear, LMHead, QKVLinear, RMSNorm, RotaryEmbedding
+from .model_config import ModelConfig
+
+MERGED_LAYERS = {
+    "q_proj": ("qkv_proj", "q"),
+    "k_proj": ("qkv_proj", "k"),
+    "v_proj": ("qkv_proj", "v"),
+    "gate_proj": ("gate_up_proj", "gate"),
+    "up_proj": ("gate_up_proj", "up"),
+}
+"""A checkpoint's layer: the merged layer here that holds it, and which piece of that it is."""
+
+
+class LlamaAttention(nn.Module):
+    """Projections around paged attention, queries and keys rotated by RoPE: [T, hidden] -> [T, hidden]."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.qkv_proj = QKVLinear(config)
+        self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size, config.attention_bias)
+        self.attn = Attention(config, layer)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:
+        return self.o_proj(self.attn(self.qkv_proj(x), metadata, rope))
+
+
+class LlamaDecoderLayer(nn.Module):
+    """Attention and MLP, each added to the residual stream after a norm of its input."""
+
+    def __init__(self, config: ModelConfig, attention: nn.Module) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:
+        hidden += self.self_attn(self.input_layernorm(hidden), rope, metadata)  # in place: nobody else holds it
+        hidden += self.mlp(self.post_attention_layernorm(hidden))
+        return hidden
+
+
+class LlamaModel(nn.Module):
+    """Embedding, decoder layers and final norm."""
+
+    def __init__(self, config: ModelConfig, layers: Iterable[LlamaDecoderLayer]) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(layers)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
+        hidden = self.embed_tokens(input_ids)  # [T, hidden]
+        rope = self.rotary_emb(positions)
+        for layer in self.layers:
+            hidden = layer(hidden, rope, metadata)
+        return self.norm(hidden)
+
+
+class LlamaForCausalLM(CausalLM):
+    """LLaMA with its head; parameters are named as in Hugging Face's checkpoints but for `MERGED_LAYERS`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config, (self.make_layer(config, layer) for layer in range(config.num_layers)))
+        self.lm_head = LMHead(config, self.model.embed_tokens)
+
+    def make_layer(self, config: ModelConfig, layer: int) -> LlamaDecoderLayer:
+        """The one place where a relative of LLaMA differs."""
+        return LlamaDecoderLayer(config, LlamaAttention(config, layer))
+
+    def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
+        return self.model(input_ids, positions, metadata)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden)
+
+    def place(self, name: str, tensor: Tensor) -> tuple[str, str | None, Tensor] | None:
+        if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what is computed
+            return None
+        if name == "lm_head.weight" and self.config.tie_word_embeddings:
+            return None
+        path, _, kind = name.rpartition(".")  # kind is "weight" or "bias"
+        parent, _, layer = path.rpartition(".")
+        merged, shard_id = MERGED_LAYERS.get(layer, (layer, None))
+        return ".".join(filter(None, (parent, merged, kind))), shard_id, tensor

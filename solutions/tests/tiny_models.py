@@ -1,0 +1,84 @@
+"""Small random models with a tokenizer, made with transformers: folders to load, and the oracle to compare with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+BOS, EOS, PAD = 256, 257, 258
+VOCAB_SIZE = 320
+"""256 bytes, three special tokens, and ids that only random weights produce (they decode to nothing)."""
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each byte, so every text has tokens and a character may take several."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def _save(model: PreTrainedModel, path: Path) -> PreTrainedModel:
+    """Spread the weights, so that layers matter and greedy choices are far apart, and save with a tokenizer."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if param.ndim > 1:
+                param.normal_(0.0, 0.2, generator=generator)
+            elif name.endswith("bias"):
+                param.normal_(0.0, 0.5, generator=generator)
+            else:
+                param.uniform_(0.5, 1.5, generator=generator)
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return model.eval()
+
+
+_LLAMA_SIZES = {
+    "vocab_size": VOCAB_SIZE, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+    "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD,
+}  # fmt: skip
+
+
+def make_tiny_llama(path: Path, **overrides: Any) -> LlamaForCausalLM:
+    """Save a LLaMA with grouped-query attention to `path`; overrides are arguments of `LlamaConfig`."""
+    return _save(LlamaForCausalLM(LlamaConfig(**(_LLAMA_SIZES | overrides))), path)
+
+
+def make_tiny_mistral(path: Path, **overrides: Any) -> MistralForCausalLM:
+    """Save a Mistral with a window of 24 tokens to `path`; overrides are arguments of `MistralConfig`."""
+    sizes = _LLAMA_SIZES | {"sliding_window": 24} | overrides
+    return _save(MistralForCausalLM(MistralConfig(**sizes)), path)
+
+
+def make_tiny_gpt2(path: Path, **overrides: Any) -> GPT2LMHeadModel:
+    """Save a GPT-2 to `path`; overrides are arguments of `GPT2Config`."""
+    sizes = {
+        "vocab_size": VOCAB_SIZE, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 512,
+        "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD,
+    }  # fmt: skip
+    return _save(GPT2LMHeadModel(GPT2Config(**(sizes | overrides))), path)
