@@ -1,0 +1,148 @@
+"""What a request does to its logits before a token is drawn: bans, bias and penalties, each only where it is asked for.
+
+Everything works in place on one float32 tensor [N, W]: the logits of a step, each row padded to whole blocks of the
+vocabulary (see `selection.py`). Only rows that ask for an operation pay for it.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..batching.sequence import Sequence
+
+BANNED = -1e30
+"""Logit of a token that may not come next. It is finite, so that where every allowed token is banned one of them comes
+all the same, and none that `allowed_token_ids` leaves out (-inf)."""
+
+
+def to_device(data: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of host data on `device`, without waiting for the work already queued there."""
+    tensor = torch.as_tensor(data, dtype=dtype)
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+class TokenCounts:
+    """The distinct tokens of a sequence, and how often each is in its output: kept up to date as the sequence grows."""
+
+    __slots__ = ("_place", "_seen", "counts", "sequence", "token_ids")
+
+    def __init__(self, sequence: Sequence) -> None:
+        self.sequence = sequence
+        self.token_ids = array("q")
+        self.counts = array("f")  # 0: only in the prompt
+        self._place: dict[int, int] = {}
+        self._seen = 0
+
+    def update(self) -> None:
+        """Count the tokens that came since the last call."""
+        tokens = self.sequence.tokens
+        for position in range(self._seen, len(tokens)):
+            place = self._place.setdefault(tokens[position], len(self.token_ids))
+            if place == len(self.token_ids):
+                self.token_ids.append(tokens[position])
+                self.counts.append(0.0)
+            self.counts[place] += position >= self.sequence.num_prompt_tokens
+        self._seen = len(tokens)
+
+
+class LogitsProcessors:
+    """The operations that one batch asks for, in vLLM's order: allowed_token_ids, bad_words, min_tokens, logit_bias,
+    repetition penalty, frequency penalty, presence penalty.
+
+    Built anew when the batch changes; sequences that stay keep their token counts.
+    """
+
+    def __init__(
+        self, sequences: list[Sequence], width: int, device: torch.device, before: LogitsProcessors | None = None
+    ) -> None:
+        """
+        Args:
+            sequences: row i of the logits belongs to ``sequences[i]``.
+            width: W, elements of a row.
+            before: the processors of the last batch.
+        """
+        self._width, self._device = width, device
+        rows = list(enumerate(sequences))
+        allowed = [(i, s.params.allowed_token_ids) for i, s in rows if s.params.allowed_token_ids is not None]
+        self._allowed_rows = to_device([i for i, _ in allowed], torch.int64, device)
+        self._allowed = to_device([i * width + t for i, tokens in allowed for t in tokens], torch.int64, device)
+        self._bad_words = [(i, s) for i, s in rows if s.params.bad_words_token_ids]
+        self._min_tokens = [(i, s) for i, s in rows if s.params.min_tokens]
+        biases = [(i * width + t, bias) for i, s in rows for t, bias in (s.params.logit_bias or {}).items()]
+        self._biased = to_device([index for index, _ in biases], torch.int64, device)
+        self._bias = to_device([bias for _, bias in biases], torch.float32, device)
+        known = before._counts if before else {}
+        penalised = [(i, s) for i, s in rows if _has_penalty(s)]
+        self._penalised_rows = [i for i, _ in penalised]
+        self._counts = {s: known.get(s) or TokenCounts(s) for _, s in penalised}
+        self._penalties = [
+            np.array([getattr(s.params, name) for _, s in penalised], dtype=np.float32)
+            for name in ("repetition_penalty", "frequency_penalty", "presence_penalty")
+        ]
+
+    @staticmethod
+    def wanted(sequences: list[Sequence]) -> bool:
+        """Whether any of `sequences` asks for one of these operations."""
+        return any(
+            p.allowed_token_ids is not None or p.bad_words_token_ids or p.min_tokens or p.logit_bias or _has_penalty(s)
+            for s in sequences
+            for p in (s.params,)
+        )
+
+    def __call__(self, logits: Tensor) -> None:
+        """Change `logits` [N, W] float32, contiguous, in place."""
+        flat = logits.view(-1)
+        if len(self._allowed_rows):
+            kept = flat[self._allowed]
+            logits.index_fill_(0, self._allowed_rows, -math.inf)
+            flat[self._allowed] = kept
+        if banned := list(self._banned()):
+            index = to_device(banned, torch.int64, self._device)
+            flat[index] = flat[index].clamp(max=BANNED)
+        if len(self._biased):
+            flat.index_add_(0, self._biased, self._bias)
+        if self._penalised_rows:
+            self._penalise(flat)
+
+    def _banned(self) -> Iterator[int]:
+        """Flat indices of the tokens that may not come next."""
+        for row, seq in self._bad_words:
+            for word in seq.params.bad_words_token_ids:
+                head = word[:-1]
+                # As in vLLM the whole word has to be output: one that begins in the prompt is none.
+                if seq.num_output_tokens >= len(head) and seq.tokens[len(seq.tokens) - len(head) :] == head:
+                    yield row * self._width + word[-1]
+        for row, seq in self._min_tokens:
+            if seq.num_output_tokens < seq.params.min_tokens:
+                # End-of-sequence tokens too, even for a request that ignores them: again as in vLLM.
+                yield from (row * self._width + token for token in (*seq.eos_token_ids, *seq.params.stop_token_ids))
+
+    def _penalise(self, flat: Tensor) -> None:
+        """The penalties, on no logits but those of tokens that a sequence has."""
+        all_counts = self._counts.values()
+        for counts in all_counts:
+            counts.update()
+        lengths = [len(c.token_ids) for c in all_counts]
+        starts = np.repeat(np.array(self._penalised_rows, dtype=np.int64) * self._width, lengths)
+        index = starts + np.concatenate([np.asarray(c.token_ids) for c in all_counts])
+        host = [np.concatenate([np.asarray(c.counts) for c in all_counts])]
+        host += [np.repeat(penalty, lengths) for penalty in self._penalties]
+        places = to_device(index, torch.int64, self._device)
+        count, repetition, frequency, presence = to_device(np.stack(host), torch.float32, self._device)
+        logit = flat[places]
+        logit = torch.where(logit > 0, logit / repetition, logit * repetition)
+        flat[places] = logit - frequency * count - presence * (count > 0)
+
+
+def _has_penalty(seq: Sequence) -> bool:
+    params = seq.params
+    return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0

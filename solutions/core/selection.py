@@ -1,0 +1,174 @@
+"""Choosing from rows as long as a vocabulary: the arg-max, the k largest, min-p / top-k / top-p, and a random draw.
+
+Rows are float32 [R, W], contiguous and padded to whole blocks, logits with -inf and weights with 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+"""Tokens in a block. On a CPU torch reduces with vector instructions (amax, sum) but selects with scalar ones (argmax,
+topk, cumsum), so every selection looks at one number a block first and then into the few blocks that matter."""
+
+CANDIDATES = 64
+"""Most likely tokens in which a cutoff is looked for before a whole row is gone through."""
+
+
+def argmax(x: Tensor) -> Tensor:
+    """[R] index of the largest of each row [R, W], the first among equals."""
+    blocks = x.view(len(x), -1, BLOCK)
+    best = blocks.amax(-1).argmax(-1)
+    return best * BLOCK + _pick(blocks, best).argmax(-1)
+
+
+def top(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row [R, W], in descending order, and their indices; W of them if that is less than k.
+
+    They lie in the k blocks with the largest maxima.
+    """
+    blocks = x.view(len(x), -1, BLOCK)
+    count = blocks.shape[1]
+    best = blocks.amax(-1).topk(min(k, count), sorted=False).indices  # [R, K]
+    first = torch.arange(len(x), device=x.device)[:, None] * count
+    members = x.view(-1, BLOCK).index_select(0, (best + first).flatten()).view(len(x), -1)  # [R, K * BLOCK]
+    values, places = members.topk(min(k, members.shape[1]))
+    return values, best.gather(1, places // BLOCK) * BLOCK + places % BLOCK
+
+
+def draw(weights: Tensor, u: Tensor) -> Tensor:
+    """[R] the first index at which the running sum of each row exceeds u · total: the inverse of the cumulative
+    distribution. A weight of 0 is never drawn; a row of NaN gives index 0.
+
+    Args:
+        weights: [R, W] not negative, not all 0, of any sum; W is whole blocks or less than one.
+        u: [R] float64 in [0, 1).
+    """
+    blocks = weights.view(len(weights), -1, min(BLOCK, weights.shape[1]))
+    block, rest = _first_above(blocks.sum(-1), u)
+    inside, _ = _first_above(_pick(blocks, block), rest)
+    return block * blocks.shape[2] + inside
+
+
+def _pick(blocks: Tensor, index: Tensor) -> Tensor:
+    """[R, B] from blocks [R, K, B] the one at index [R]."""
+    return blocks[torch.arange(len(blocks), device=blocks.device), index]
+
+
+def _first_above(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Index [R] at which the running sum of `weights` [R, K] first exceeds u · total, and what share [R] of the weight
+    there lies below that target: uniform in [0, 1) again."""
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    total = sums[:, -1:]
+    target = (u[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))  # below the total: the index exists
+    index = (sums <= target).sum(-1, keepdim=True)
+    weight = weights.gather(1, index).double()
+    share = 1.0 - (sums.gather(1, index) - target) / weight
+    return index.squeeze(1), share.clamp(0.0, 1.0).squeeze(1)
+
+
+@dataclass(slots=True)
+class Filters:
+    """Min-p, top-k and top-p, in this order. Together they come to one number a row, its cutoff: the least logit kept.
+
+    - min-p keeps tokens at least `min_p` times as likely as the most likely one;
+    - top-k keeps tokens with fewer than `top_k` tokens strictly more likely;
+    - top-p keeps tokens with less than `top_p` of the remaining mass on tokens strictly more likely (nucleus sampling,
+      Holtzman et al., "The Curious Case of Neural Text Degeneration", ICLR 2020, §3.1).
+
+    So at least one token is kept, and tokens that tie are kept or dropped together, whatever the order of a sort.
+
+    Attributes:
+        min_p: [R] float32, 0: off.
+        top_k: [R] int64, W or more: off.
+        top_p: [R] float64, 1: off.
+        need_mass: some row has top-p alone, which takes the mass of its whole row.
+    """
+
+    min_p: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    need_mass: bool
+
+    def mask(self, x: Tensor, scratch: Tensor) -> None:
+        """Set the logits [R, W] that are not kept to -inf. `scratch` [>= R, W] is overwritten."""
+        cutoff, _, _, _ = self._cutoffs(x, scratch)
+        x.masked_fill_(x < cutoff[:, None], -math.inf)
+
+    def draw(self, x: Tensor, u: Tensor, scratch: Tensor) -> Tensor:
+        """[R] tokens from logits [R, W] at the numbers u [R]. `scratch` [>= R, W] is overwritten."""
+        cutoff, uncertain, values, ids = self._cutoffs(x, scratch)
+        tokens = ids.gather(1, draw(_weights(values, cutoff), u)[:, None]).squeeze(1)
+        for row in uncertain:  # one by one: a row stays in the cache of the processor
+            tokens[row] = draw(_weights(x[row : row + 1], cutoff[row : row + 1]), u[row : row + 1])[0]
+        return tokens
+
+    def _cutoffs(self, x: Tensor, scratch: Tensor) -> tuple[Tensor, list[int], Tensor, Tensor]:
+        """Cutoffs [R]; candidates' logits and ids, both [R, K]; before those, the rows that keep more than these."""
+        width = x.shape[1]
+        if x.device.type != "cpu":  # there a sort is cheap, and waiting for what it found is not
+            values, ids = x.sort(-1, descending=True)
+            return self._cutoffs_of_largest(values, width, None)[0], [], values, ids
+        values, ids = top(x, CANDIDATES)
+        mass = 1.0 / torch.softmax(x, -1, out=scratch[: len(x)]).amax(-1) if self.need_mass else None
+        cutoff, certain = self._cutoffs_of_largest(values, width, mass)
+        uncertain = [row for row, sure in enumerate(certain.tolist()) if not sure]
+        for row in uncertain:
+            cutoff[row] = self._cutoff_of_row(row, x[row])
+        return cutoff, uncertain, values, ids
+
+    def _cutoffs_of_largest(self, values: Tensor, width: int, mass: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Cutoffs [R] from the K largest logits of each row, `values` [R, K] in descending order, and whether each is
+        certain [R]: every logit that is kept is among them.
+
+        `mass` [R] is the sum of ``exp(logit - largest)`` over the whole row; needed when K < `width` and `need_mass`.
+        """
+        size = values.shape[1]
+        first, last = values[:, :1], values[:, -1:]
+        top_k, top_p = self.top_k[:, None], self.top_p[:, None]
+        kth = values.gather(1, (top_k - 1).clamp(max=size - 1))
+        lower = torch.where(top_k <= size, kth, -math.inf).maximum(first + self.min_p[:, None].log())
+        sums = _weights(values, lower.squeeze(1)).cumsum(1, dtype=torch.float64)
+        complete = (lower > last) | (size == width)  # min-p and top-k end within the candidates
+        total = sums[:, -1:] if mass is None else torch.where(complete, sums[:, -1:], mass[:, None])
+        place = (sums < top_p * total).sum(1, keepdim=True).clamp(max=size - 1)
+        cutoff = torch.where(top_p < 1.0, values.gather(1, place).maximum(lower), lower)
+        known = complete | ((top_k >= width) & (lower == -math.inf))  # or they are off, and `mass` is the total
+        certain = known & ((cutoff > last) | (size == width)) | ~first.isfinite()  # nothing helps a row of NaN
+        return cutoff.squeeze(1), certain.squeeze(1)
+
+    def _cutoff_of_row(self, row: int, logits: Tensor) -> Tensor:
+        """The cutoff of one row from all its logits [W]."""
+        largest = logits.max()
+        weights = (logits - largest).exp()
+        cutoff = largest + self.min_p[row].log()
+        if (top_k := int(self.top_k[row])) < len(logits):
+            cutoff = cutoff.maximum(_reach(logits, largest, torch.ones_like(weights), top_k))
+        if (top_p := float(self.top_p[row])) < 1.0:
+            weights *= logits >= cutoff
+            cutoff = cutoff.maximum(_reach(logits, largest, weights, top_p * float(weights.sum(dtype=torch.float64))))
+        return cutoff
+
+
+def _weights(logits: Tensor, cutoff: Tensor) -> Tensor:
+    """[R, K] probabilities of the logits [R, K] from the cutoffs [R] up, as multiples of the largest; 0 for the others."""
+    return (logits - logits.amax(-1, keepdim=True)).exp_() * (logits >= cutoff[:, None])
+
+
+def _reach(logits: Tensor, largest: Tensor, weights: Tensor, target: float) -> Tensor:
+    """The largest c such that the weights [W] of the logits [W] from c up sum to at least `target`.
+
+    A radix selection, far cheaper than a sort: the upper 16 bits of a float32 >= 0 order it like an integer, so those of
+    ``largest - logit`` are the buckets of a histogram; only the bucket in which the sum reaches the target is sorted.
+    """
+    bucket = (largest - logits).view(torch.int32) >> 16
+    sums = torch.bincount(bucket, weights.double()).cumsum(0)
+    place = int((sums < target).sum().clamp(max=len(sums) - 1))
+    members = (bucket == place).nonzero().squeeze(1)
+    values, order = logits[members].sort(descending=True)
+    inside = weights[members[order]].cumsum(0, dtype=torch.float64) + (sums[place - 1] if place else 0.0)
+    return values[int((inside < target).sum().clamp(max=len(values) - 1))]
