@@ -1,0 +1,256 @@
+"""A request's parameters (`SamplingParams`) and the state machine of one sequence being generated (`Sequence`)."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+
+
+class RequestOutputKind(enum.Enum):
+    """What each output of a running request holds."""
+
+    CUMULATIVE = 0
+    """Everything so far."""
+    DELTA = 1
+    """What is new since the last output."""
+    FINAL_ONLY = 2
+    """Nothing until the request has finished, then everything."""
+
+
+MAX_LOGPROBS = 20
+"""Most alternatives a request may ask for at a position (the OpenAI limit)."""
+
+
+@dataclass(slots=True)
+class SamplingParams:
+    """How one request is decoded. Names, defaults and meaning are vLLM's.
+
+    Raises:
+        ValueError: a value is out of range; the message names the field and what it may be.
+    """
+
+    n: int = 1
+    """Sequences to generate from the prompt; they share the prompt's KV blocks."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 or -1: all tokens."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    """Makes the request's samples independent of whatever else is in the batch."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end generation; left out of the text unless `include_stop_str_in_output`."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    bad_words: list[str] = field(default_factory=list)
+    bad_words_token_ids: list[list[int]] = field(default_factory=list)
+    """Filled from `bad_words` by the engine, which has the tokenizer."""
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    """None: up to the model's context."""
+    min_tokens: int = 0
+    logprobs: int | None = None
+    """Alternatives returned at each generated token, besides the sampled one."""
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+
+    def __post_init__(self) -> None:
+        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+        self.bad_words = list(self.bad_words or [])
+        self.stop_token_ids = list(self.stop_token_ids or [])
+        _require_int("n", self.n, 1, None)
+        _require_number("temperature", self.temperature, 0.0, math.inf)
+        if not _require_number("top_p", self.top_p, 0.0, 1.0) > 0.0:
+            raise ValueError("top_p must be in (0, 1], got 0")
+        _require_int("top_k", self.top_k, -1, None)
+        _require_number("min_p", self.min_p, 0.0, 1.0)
+        if not _require_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf) > 0.0:
+            raise ValueError("repetition_penalty must be above 0, got 0")
+        _require_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _require_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.seed is not None:
+            _require_int("seed", self.seed, None, None)
+        if self.max_tokens is not None:
+            _require_int("max_tokens", self.max_tokens, 1, None)
+        _require_int("min_tokens", self.min_tokens, 0, self.max_tokens)
+        for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if value is not None:
+                _require_int(name, value, 0, MAX_LOGPROBS)
+        for name, words in (("stop", self.stop), ("bad_words", self.bad_words)):
+            if not all(isinstance(word, str) and word for word in words):
+                raise ValueError(f"{name} must be non-empty strings, got {words!r}")
+        if self.stop and not self.detokenize:
+            raise ValueError("stop strings need detokenize=True")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids must not be empty; leave it out to allow all tokens")
+        for token, bias in (self.logit_bias or {}).items():
+            _require_number(f"logit_bias[{token}]", bias, -100.0, 100.0)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the next token is the arg-max of the processed logits."""
+        return self.temperature < 1e-5
+
+
+def _require_number(name: str, value: float, low: float, high: float) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        limits = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be a number {limits}, got {value!r}")
+    return value
+
+
+def _require_int(name: str, value: int, low: int | None, high: int | None) -> None:
+    good = isinstance(value, int) and not isinstance(value, bool)
+    if not good or (low is not None and value < low) or (high is not None and value > high):
+        limits = " ".join(
+            text
+            for text in (f"at least {low}" if low is not None else "", f"at most {high}" if high is not None else "")
+            if text
+        )
+        raise ValueError(f"{name} must be an integer {limits}".rstrip() + f", got {value!r}")
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence is. WAITING → RUNNING → FINISHED, with detours back from RUNNING when memory runs out."""
+
+    WAITING = "waiting"
+    """In the waiting queue, nothing in the KV cache."""
+    RUNNING = "running"
+    """Owns KV blocks and is given tokens at every step."""
+    SWAPPED = "swapped"
+    """In the waiting queue, its KV blocks copied to host memory."""
+    FINISHED = "finished"
+
+
+class Sequence:
+    """One sequence being generated: its tokens and how many of them are already in the KV cache.
+
+    There is no prefill or decode state. What a step still has to compute is always
+    ``len(tokens) - num_computed_tokens``: a whole prompt at first, one token while decoding, everything again after a
+    preemption by recomputation.
+
+    Attributes:
+        seq_id: unique in the engine, ascending in order of arrival.
+        request_id: the caller's name; a request with ``n`` > 1 has one sequence for each `index`.
+        tokens: prompt, then output; the last one is not in the KV cache until the next step computes it.
+        num_computed_tokens: tokens whose K/V are in the cache, ``0 <= num_computed_tokens <= len(tokens)``.
+        parent: sequence whose prompt blocks this one shares (``n`` > 1), or None.
+        block_hashes: chained hashes of the full blocks of `tokens`, filled by the prefix cache as it needs them.
+        eos_token_ids, max_model_len: properties of the model that end a sequence.
+    """
+
+    __slots__ = (
+        "arrival_time",
+        "block_hashes",
+        "cache_salt",
+        "children",
+        "cumulative_logprob",
+        "eos_token_ids",
+        "finish_reason",
+        "first_scheduled_time",
+        "index",
+        "max_len",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "params",
+        "parent",
+        "priority",
+        "request_id",
+        "seq_id",
+        "status",
+        "stop_ids",
+        "stop_reason",
+        "tokens",
+    )  # fmt: skip
+
+    def __init__(
+        self, seq_id: int, prompt_token_ids: list[int], params: SamplingParams, *, request_id: str = "", index: int = 0,
+        priority: int = 0, cache_salt: str | None = None, parent: Sequence | None = None, arrival_time: float = 0.0,
+        eos_token_ids: tuple[int, ...] = (), max_model_len: int = 1 << 30,
+    ) -> None:  # fmt: skip
+        self.seq_id = seq_id
+        self.request_id = request_id or str(seq_id)
+        self.index = index
+        self.tokens = list(prompt_token_ids)
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.params = params
+        self.priority = priority
+        self.cache_salt = cache_salt
+        self.parent = parent
+        self.children: list[Sequence] = []
+        self.block_hashes: list[bytes] = []
+        self.status = SequenceStatus.WAITING
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self.cumulative_logprob = 0.0
+        self.num_preemptions = 0
+        self.arrival_time = arrival_time
+        self.first_scheduled_time: float | None = None
+        self.eos_token_ids = eos_token_ids
+        ends = () if params.ignore_eos else eos_token_ids
+        self.stop_ids = frozenset((*ends, *params.stop_token_ids))
+        self.max_len = (
+            max_model_len if params.max_tokens is None else min(max_model_len, self.num_prompt_tokens + params.max_tokens)
+        )
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return self.tokens[: self.num_prompt_tokens]
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.tokens[self.num_prompt_tokens :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens that a step may still compute."""
+        return len(self.tokens) - self.num_computed_tokens
+
+    @property
+    def finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED
+
+    def append_token(self, token: int) -> bool:
+        """Append a sampled token and decide whether it ends the sequence.
+
+        The order is that of vLLM: end-of-sequence token, stop token, length; the first two only once ``min_tokens`` are
+        out. Sets `finish_reason` ("stop" or "length") and `stop_reason` (the stop token, None for end of sequence).
+
+        Returns:
+            True when the sequence has ended; its status stays for the scheduler to change.
+        """
+        self.tokens.append(token)
+        length = len(self.tokens)
+        if token in self.stop_ids and length - self.num_prompt_tokens >= self.params.min_tokens:
+            self.finish_reason = "stop"
+            is_eos = token in self.eos_token_ids and not self.params.ignore_eos
+            self.stop_reason = None if is_eos else token
+            return True
+        if length >= self.max_len:
+            self.finish_reason = "length"
+            return True
+        return False
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.seq_id}, {self.status.value}, prompt={self.num_prompt_tokens}, "
+            f"output={self.num_output_tokens}, computed={self.num_computed_tokens})"
+        )

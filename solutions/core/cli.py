@@ -1,0 +1,156 @@
+"""The engine on the command line: complete prompts from flags, a file or a pipe, or chat on a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from ..batching.sequence import SamplingParams
+from .config import add_engine_flags, config_from_flags
+from .engine import LLM, LLMEngine
+from .input import Prompt
+from .output import RequestOutput
+
+EPILOG = """examples:
+  complete one prompt, as it is generated
+    python -m solutions.core.engine --prompt "The capital of France is"
+  complete many, all at once: a prompt a line
+    python -m solutions.core.engine --prompts-file prompts.txt --max-tokens 64
+    cat prompts.txt | python -m solutions.core.engine
+  chat
+    python -m solutions.core.engine
+  see what happens when memory runs out: few KV blocks, swapping
+    python -m solutions.core.engine --prompts-file prompts.txt --max-model-len 256 \\
+      --num-gpu-blocks-override 24 --preemption-mode swap
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m solutions.core.engine", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG,
+        description="Complete prompts with the engine, or chat when there is a terminal and no prompt.",
+    )  # fmt: skip
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
+    group.add_argument("--prompts-file", type=Path, metavar="FILE", help="a text file with a prompt a line")
+    group.add_argument("--max-tokens", type=int, default=128, help="most tokens to generate (default: 128)")
+    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
+    group.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this share (default: 1)")
+    group.add_argument("--top-k", type=int, default=0, help="sample from this many likeliest tokens (default: 0, all)")
+    group.add_argument("--system", metavar="TEXT", help="chat: the system message")
+    add_engine_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``python -m solutions.core.engine``; exits with 1 and one line on a problem."""
+    args = _parser().parse_args(argv)
+    try:
+        prompts = _prompts(args)
+        params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
+        llm = LLM(**config_from_flags(args).to_args())
+        for line in llm.llm_engine.startup_summary():
+            print(line, file=sys.stderr)
+        if prompts is None:
+            _chat(llm, params, args.system)
+        else:
+            _complete(llm, prompts, params)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _prompts(args: argparse.Namespace) -> list[str] | None:
+    """Prompts from flags, file or pipe; None when there are none and a person sits at a terminal."""
+    prompts = list(args.prompt)
+    if args.prompts_file is not None:
+        prompts += [line for line in args.prompts_file.read_text().splitlines() if line.strip()]
+        if not prompts:
+            raise ValueError(f"{args.prompts_file} holds no prompts; write one a line")
+    elif not prompts:
+        if sys.stdin.isatty():
+            return None
+        prompts = [line for line in sys.stdin.read().splitlines() if line.strip()]
+        if not prompts:
+            raise ValueError("no prompt: use --prompt, --prompts-file, or pipe one prompt a line into standard input")
+    return prompts
+
+
+def _complete(llm: LLM, prompts: list[str], params: SamplingParams) -> None:
+    start = time.perf_counter()
+    if len(prompts) == 1:
+        outputs = [_stream(llm.llm_engine, prompts[0], params, show_prompt=True)]
+    else:
+        outputs = llm.generate(prompts, params)
+        for number, output in enumerate(outputs, 1):
+            print(f"[{number}] {output.prompt}{output.outputs[0].text}\n")
+    print(_statistics(llm.llm_engine, outputs, time.perf_counter() - start), file=sys.stderr)
+
+
+def _stream(engine: LLMEngine, prompt: Prompt, params: SamplingParams, show_prompt: bool) -> RequestOutput:
+    """Generate one sequence and write its text as it comes.
+
+    Returns:
+        The last output, with the whole text.
+    """
+    if show_prompt:
+        print(prompt, end="", flush=True)
+    engine.add_request("stream", prompt, params)
+    shown, last = 0, None
+    try:
+        while engine.has_unfinished_requests():
+            for last in engine.step():
+                text = last.outputs[0].text
+                print(text[shown:], end="", flush=True)
+                shown = len(text)
+    finally:
+        engine.abort_request("stream")
+    print()
+    return last
+
+
+def _chat(llm: LLM, params: SamplingParams, system: str | None) -> None:
+    tokenizer = llm.get_tokenizer()
+    if tokenizer is None or not tokenizer.chat_template:
+        raise ValueError("this model has no chat template; use --prompt")
+    messages = [{"role": "system", "content": system}] if system else []
+    print("Chat with the model; an empty line or Ctrl-D ends it.", file=sys.stderr)
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            text = ""
+        if not text:
+            return
+        messages.append({"role": "user", "content": text})
+        token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        start = time.perf_counter()
+        try:
+            output = _stream(llm.llm_engine, {"prompt_token_ids": token_ids}, params, show_prompt=False)
+        except ValueError as error:  # the conversation outgrew the context, say
+            print(f"error: {error}", file=sys.stderr)
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": output.outputs[0].text})
+        print(_statistics(llm.llm_engine, [output], time.perf_counter() - start), file=sys.stderr)
+
+
+def _statistics(engine: LLMEngine, outputs: list[RequestOutput], seconds: float) -> str:
+    """One line: latency, rate, cache."""
+    num_tokens = sum(len(o.token_ids) for output in outputs for o in output.outputs)
+    first = [o.metrics.first_token_time - o.metrics.arrival_time for o in outputs]
+    decode = [
+        (o.metrics.last_token_time - o.metrics.first_token_time) / (len(o.outputs[0].token_ids) - 1)
+        for o in outputs
+        if len(o.outputs[0].token_ids) > 1
+    ]
+    stats = engine.stats()
+    tpot = f"TPOT {1e3 * sum(decode) / len(decode):.1f} ms, " if decode else ""
+    return (
+        f"TTFT {1e3 * sum(first) / len(first):.0f} ms, {tpot}{num_tokens} tokens in {seconds:.2f} s = "
+        f"{num_tokens / seconds:.1f} tok/s, KV peak {100 * stats.peak_kv_cache_usage:.1f} %, prefix hits "
+        f"{stats.prefix_cache_hits} of {stats.prefix_cache_queries} tokens, {stats.num_preemptions} preemptions"
+    )

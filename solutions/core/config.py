@@ -1,0 +1,86 @@
+"""Every setting of the engine in one record, and the command-line flags made from it. Names and meaning are vLLM's."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+DEFAULT_MODEL = "smollm2-135m"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(text: str | int) -> int:
+    """A number of bytes from ``"512MiB"``, ``"2GiB"``, ``"1.5g"`` or ``"1000"``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?(?:ib)?)b?", str(text).strip().lower())
+    if not match or match[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write for example 512MiB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _flag(default: Any, text: str, choices: tuple[str, ...] | None = None, kind: Any = None, name: str = "") -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices, "type": kind, "name": name})
+
+
+@dataclass(slots=True)
+class EngineConfig:
+    """Settings of one engine. Each field is also a command-line flag (``max_num_seqs`` is ``--max-num-seqs``)."""
+
+    model: str = _flag(DEFAULT_MODEL, "alias, folder in Hugging Face format, .gguf file, or hub id")
+    tokenizer: str | None = _flag(None, "folder or hub id of the tokenizer, if it is not the model's")
+    dtype: str = _flag("auto", "precision of weights and KV cache; auto: bfloat16 where the processor has it", DTYPES)
+    device: str = _flag("auto", "where the model runs", ("auto", "cpu", "cuda"))
+    load_format: str = _flag("auto", "dummy: random weights, to measure speed without a download", ("auto", "dummy"))
+    max_model_len: int | None = _flag(None, "longest sequence, prompt and output; default: the model's context", kind=int)
+    block_size: int = _flag(16, "tokens in a KV block")
+    kv_cache_memory_bytes: int | None = _flag(
+        None,
+        "memory for KV blocks, such as 2GiB; default: a quarter of the free memory, at most 4GiB",
+        kind=parse_bytes,
+    )
+    gpu_memory_utilization: float = _flag(
+        0.9, "share of a GPU's memory that weights, activations and KV blocks may take together"
+    )
+    num_gpu_blocks_override: int | None = _flag(None, "number of KV blocks, instead of what fits the memory", kind=int)
+    swap_space: int = _flag(
+        1 << 30, "host memory for swapped-out KV blocks, used with --preemption-mode swap", kind=parse_bytes
+    )
+    max_num_seqs: int = _flag(256, "most sequences running at once")
+    max_num_batched_tokens: int | None = _flag(
+        None,
+        "token budget of a step; smaller steadies the time between tokens; default: 512 on a CPU, 8192 on a GPU",
+        kind=int,
+    )
+    enable_prefix_caching: bool = _flag(True, "reuse the KV blocks of a prompt's beginning that was seen before")
+    enable_chunked_prefill: bool = _flag(True, "split long prompts over several steps")
+    long_prefill_token_threshold: int = _flag(0, "most tokens of one prompt in one step; 0: no limit but the budget")
+    scheduling_policy: str = _flag("fcfs", "who goes first: by arrival, or lower priority value first", ("fcfs", "priority"))
+    preemption_mode: str = _flag("recompute", "what becomes of a preempted sequence's KV blocks", ("recompute", "swap"))
+    max_num_waiting: int | None = _flag(None, "most sequences that may wait; more are refused; default: no limit", kind=int)
+    attention_backend: str = _flag("auto", "naive: a loop to read; torch: batched", ("auto", "naive", "torch"))
+    seed: int = _flag(0, "seeds the sampling of requests that bring no seed of their own")
+
+    def to_args(self) -> dict[str, Any]:
+        """The settings as a dictionary, for records of measurements."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every field of `EngineConfig`."""
+    group = parser.add_argument_group("engine")
+    for f in fields(EngineConfig):
+        assert f.default is not MISSING
+        flag = "--" + f.name.replace("_", "-")
+        text = f.metadata["help"] + ("" if f.default is None or isinstance(f.default, bool) else f" (default: {f.default})")
+        if isinstance(f.default, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=text)
+        else:
+            kind = f.metadata["type"] or type(f.default) if f.default is not None else f.metadata["type"] or str
+            group.add_argument(flag, type=kind, default=f.default, choices=f.metadata["choices"], help=text)
+
+
+def config_from_flags(args: argparse.Namespace) -> EngineConfig:
+    """The `EngineConfig` in parsed flags."""
+    return EngineConfig(**{f.name: getattr(args, f.name) for f in fields(EngineConfig)})

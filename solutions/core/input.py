@@ -1,0 +1,124 @@
+"""The door of the engine: turns a prompt and its parameters into a request that cannot fail later, or says what is wrong."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict
+
+from ..batching.sequence import SamplingParams, Sequence
+from ..models.model_config import ModelConfig
+
+
+class TokensPrompt(TypedDict, total=False):
+    """A prompt that is tokenized already, or a text with a cache salt."""
+
+    prompt: str
+    prompt_token_ids: list[int]
+    cache_salt: str
+
+
+Prompt = str | TokensPrompt
+
+
+@dataclass(slots=True)
+class EngineRequest:
+    """A validated request. `arrival_time` is on the clock of `time.monotonic`."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+    cache_salt: str | None = None
+    arrival_time: float = 0.0
+
+
+class InputProcessor:
+    """Tokenizes and validates. It changes no state, so any thread may call it while the engine runs.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers, or None: then prompts must be token ids.
+        model: gives vocabulary and end-of-sequence tokens.
+        max_model_len: longest sequence, prompt and output.
+        max_num_seqs: most sequences that a request may ask for with ``n``.
+    """
+
+    def __init__(self, tokenizer: Any, model: ModelConfig, max_model_len: int, max_num_seqs: int) -> None:
+        self.tokenizer = tokenizer
+        self.model = model
+        self.max_model_len = max_model_len
+        self.max_num_seqs = max_num_seqs
+
+    def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> EngineRequest:
+        """Make a request.
+
+        Raises:
+            ValueError: something about it is wrong; the message says what and what would be right.
+        """
+        if isinstance(prompt, str):
+            prompt = {"prompt": prompt}
+        if not isinstance(prompt, dict) or not prompt.keys() <= TokensPrompt.__optional_keys__:
+            raise ValueError('a prompt must be a string, {"prompt": "..."} or {"prompt_token_ids": [...]}')
+        text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if token_ids is None:
+            token_ids = self._tokenize(text)
+        self._check_token_ids(token_ids)
+        params = self._complete(params)
+        return EngineRequest(request_id, text, list(token_ids), params, priority, prompt.get("cache_salt"), time.monotonic())
+
+    def sequences(self, request: EngineRequest, first_id: int) -> list[Sequence]:
+        """The ``n`` sequences of a request; all but the first wait until the first has computed the prompt they share."""
+        sequences: list[Sequence] = []
+        for index in range(request.params.n):
+            params = request.params
+            if index and params.seed is not None:
+                params = replace(params, seed=params.seed + index)
+            sequences.append(
+                Sequence(
+                    first_id + index, request.prompt_token_ids, params, request_id=request.request_id, index=index,
+                    priority=request.priority, cache_salt=request.cache_salt, parent=sequences[0] if index else None,
+                    arrival_time=request.arrival_time, eos_token_ids=self.model.eos_token_ids, max_model_len=self.max_model_len,
+                )
+            )  # fmt: skip
+        sequences[0].children = sequences[1:]
+        return sequences
+
+    def _tokenize(self, text: str | None) -> list[int]:
+        if not isinstance(text, str) or not text:
+            raise ValueError("the prompt is empty; give at least one token")
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer here; give prompt_token_ids instead of text")
+        return self.tokenizer.encode(text)
+
+    def _check_token_ids(self, token_ids: list[int]) -> None:
+        if len(token_ids) == 0:
+            raise ValueError("the prompt is empty; give at least one token")
+        if len(token_ids) >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {len(token_ids)} tokens; with max_model_len {self.max_model_len} at most "
+                f"{self.max_model_len - 1} leave room for an answer"
+            )
+        self._check_vocabulary("prompt_token_ids", token_ids)
+
+    def _check_vocabulary(self, name: str, token_ids: list[int]) -> None:
+        for token in token_ids:
+            if type(token) is not int or not 0 <= token < self.model.vocab_size:
+                raise ValueError(f"{name}: {token!r} is not a token id; the vocabulary is 0 .. {self.model.vocab_size - 1}")
+
+    def _complete(self, params: SamplingParams) -> SamplingParams:
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params must be SamplingParams, got {type(params).__name__}")
+        if params.n > self.max_num_seqs:
+            raise ValueError(f"n must be at most max_num_seqs ({self.max_num_seqs}), got {params.n}")
+        self._check_vocabulary("stop_token_ids", params.stop_token_ids)
+        self._check_vocabulary("allowed_token_ids", params.allowed_token_ids or [])
+        self._check_vocabulary("logit_bias", list(params.logit_bias or {}))
+        if self.tokenizer is None and (params.stop or params.bad_words):
+            raise ValueError("stop and bad_words need a tokenizer, and this model has none here")
+        if not params.bad_words:
+            return params
+        # A word looks different at the start of a text and after a space.
+        spellings = [prefix + word.lstrip() for word in params.bad_words for prefix in ("", " ")]
+        token_ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in spellings]
+        return replace(params, bad_words_token_ids=token_ids)

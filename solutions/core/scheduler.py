@@ -1,0 +1,262 @@
+"""Decides at every step which sequences run and how many tokens each computes, and keeps the books afterwards.
+
+There is one kind of step. A sequence always has ``len(tokens) - num_computed_tokens`` tokens left to compute: that covers
+prompts, chunks of prompts, decoding, prompts whose beginning was cached, and sequences that resume after a preemption.
+Sources: iteration-level scheduling, Yu et al., "Orca", OSDI 2022, §3.1; preemption, SOSP 2023, §4.5; chunked prefill,
+Agrawal et al., "Sarathi-Serve", OSDI 2024, §4.2.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+from dataclasses import dataclass, field
+
+from ..attention.block_manager import BlockManager, BlockPairs
+from ..batching.scheduler_config import POLICIES, SchedulerConfig
+from ..batching.sequence import Sequence, SequenceStatus
+
+
+class QueueFullError(RuntimeError):
+    """As many sequences are waiting as may wait; try again later."""
+
+
+@dataclass(slots=True)
+class SchedulerOutput:
+    """The decision for one step.
+
+    Attributes:
+        scheduled: sequence → number of tokens to compute, in the order of the batch.
+        sampled: those of `scheduled` that will have computed all their tokens and therefore get a new one, in that order.
+        preempted: sequences that lost their blocks in this step.
+        swap_out, swap_in, copies: (source, destination) blocks to copy before the step, in this order.
+        changed_tables: ids of sequences whose block table differs from the step before.
+        removed: ids of sequences that left the running set since the step before.
+    """
+
+    scheduled: dict[Sequence, int] = field(default_factory=dict)
+    sampled: list[Sequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    swap_out: BlockPairs = field(default_factory=list)
+    swap_in: BlockPairs = field(default_factory=list)
+    copies: BlockPairs = field(default_factory=list)
+    changed_tables: set[int] = field(default_factory=set)
+    removed: list[int] = field(default_factory=list)
+
+    def add(self, seq: Sequence, num_tokens: int) -> None:
+        """Let a sequence compute its next `num_tokens` tokens."""
+        self.scheduled[seq] = num_tokens
+        if seq.num_computed_tokens + num_tokens == len(seq.tokens):
+            self.sampled.append(seq)
+
+
+class Scheduler:
+    """Owns the queues. `waiting` and `running` are sorted by the policy's key: the first of `waiting` is admitted next, the
+    last of `running` is preempted first.
+
+    Args:
+        config: limits and policy.
+        block_manager: gives sequences their KV blocks.
+    """
+
+    def __init__(self, config: SchedulerConfig, block_manager: BlockManager) -> None:
+        self.config = config
+        self.block_manager = block_manager
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._key = POLICIES[config.policy]
+        self._max_chunk = config.long_prefill_token_threshold or config.max_num_batched_tokens
+        self._removed: list[int] = []
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence.
+
+        Raises:
+            QueueFullError: `max_num_waiting` sequences wait already.
+        """
+        limit = self.config.max_num_waiting
+        if limit is not None and len(self.waiting) + 1 + len(seq.children) > limit:
+            raise QueueFullError(f"{len(self.waiting)} sequences are waiting, at most {limit} may; try again later")
+        insort(self.waiting, seq, key=self._key)
+
+    def has_unfinished(self) -> bool:
+        """Whether there is anything left to do."""
+        return bool(self.waiting or self.running)
+
+    def schedule(self) -> SchedulerOutput:
+        """Decide the next step: running sequences first, then waiting ones, within one budget of tokens.
+
+        Nothing is admitted in a step that preempted, or the victim would come straight back.
+        """
+        output = SchedulerOutput()
+        budget = self._schedule_running(output)
+        if not output.preempted:
+            self._admit_waiting(output, budget)
+        # A sequence that is alone always fits, so a step that preempts has something to run.
+        assert output.scheduled or not output.preempted, "the KV cache holds less than max_model_len tokens"
+        if output.scheduled:
+            output.changed_tables = self.block_manager.take_changed()
+            output.removed, self._removed = self._removed, []
+        return output
+
+    def _schedule_running(self, output: SchedulerOutput) -> int:
+        """Give every running sequence its next tokens, preempting from the back when blocks run out.
+
+        Returns:
+            What is left of the token budget.
+        """
+        budget = self.config.max_num_batched_tokens
+        running, manager, index = self.running, self.block_manager, 0
+        windowed = manager.sliding_window is not None
+        while index < len(running) and budget > 0:
+            seq = running[index]
+            num_tokens = len(seq.tokens) - seq.num_computed_tokens
+            if num_tokens > 1:
+                # One token stays reserved for each sequence behind, so a long prompt never holds up a decode.
+                num_tokens = min(num_tokens, max(1, budget - (len(running) - index - 1)), self._max_chunk)
+            if windowed:
+                manager.free_out_of_window(seq)
+            if not manager.append_slots(seq, num_tokens, output.copies):
+                self._preempt(running.pop(), output)
+                continue
+            output.add(seq, num_tokens)
+            budget -= num_tokens
+            index += 1
+        for seq, num_tokens in output.scheduled.items():
+            manager.cache_full_blocks(seq, num_tokens)
+        return budget
+
+    def _admit_waiting(self, output: SchedulerOutput, budget: int) -> None:
+        """Admit from the front of the queue while budget, memory and `max_num_seqs` allow; never skip the first."""
+        now = time.monotonic()
+        while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
+            seq = self.waiting[0]
+            if not self.config.enable_chunked_prefill and len(seq.tokens) > budget:
+                break
+            if not self._place(seq, output):
+                break
+            del self.waiting[0]
+            num_tokens = min(seq.num_uncomputed_tokens, budget, self._max_chunk)
+            self.block_manager.cache_full_blocks(seq, num_tokens)
+            output.add(seq, num_tokens)
+            budget -= num_tokens
+            seq.status = SequenceStatus.RUNNING
+            if seq.first_scheduled_time is None:
+                seq.first_scheduled_time = now
+            insort(self.running, seq, key=self._key)
+
+    def _place(self, seq: Sequence, output: SchedulerOutput) -> bool:
+        """Give a waiting sequence its blocks: swapped in, forked from its parent, or allocated.
+
+        Returns:
+            False, with nothing changed, when memory is short.
+        """
+        manager, parent = self.block_manager, seq.parent
+        # Alone, a sequence may use the last block; beside others the watermark stays free.
+        keep_watermark = bool(self.running)
+        if seq.status is SequenceStatus.SWAPPED:
+            if not manager.can_swap_in(seq, keep_watermark):
+                return False
+            output.swap_in += manager.swap_in(seq)
+        elif parent is not None and seq.num_preemptions == 0 and manager.holds(parent, seq.num_prompt_tokens - 1):
+            if not manager.can_fork(keep_watermark):
+                return False
+            # All of the prompt but its last token is shared; that one is computed again to get logits of its own.
+            seq.num_computed_tokens = seq.num_prompt_tokens - 1
+            manager.fork(parent, seq, seq.num_computed_tokens)
+            manager.append_slots(seq, 1, output.copies)
+        else:
+            if not manager.can_allocate(seq, keep_watermark):
+                return False
+            seq.num_computed_tokens = manager.allocate(seq)
+            if seq.num_preemptions == 0:
+                seq.num_cached_tokens = seq.num_computed_tokens
+        return True
+
+    def _preempt(self, seq: Sequence, output: SchedulerOutput) -> None:
+        """Take a running sequence's blocks away and put it back into the queue."""
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+        self._removed.append(seq.seq_id)
+        output.preempted.append(seq)
+        if self.config.preemption_mode == "swap" and self.block_manager.can_swap_out(seq):
+            output.swap_out += self.block_manager.swap_out(seq)
+            seq.status = SequenceStatus.SWAPPED
+        else:
+            self.block_manager.free(seq)
+            seq.num_computed_tokens = 0
+            seq.status = SequenceStatus.WAITING
+        insort(self.waiting, seq, key=self._key)
+
+    def update(self, output: SchedulerOutput, token_ids: list[int]) -> None:
+        """Enter the results of a step: advance, append, finish, free.
+
+        Args:
+            output: the decision that was carried out.
+            token_ids: one new token for each sequence of ``output.sampled``, in that order.
+        """
+        for seq, num_tokens in output.scheduled.items():
+            seq.num_computed_tokens += num_tokens
+        finished = False
+        for seq, token in zip(output.sampled, token_ids, strict=True):
+            if seq.append_token(token):
+                seq.status = SequenceStatus.FINISHED
+                finished = True
+            if seq.children:
+                self._release_children(seq)
+        if finished:
+            for seq in output.sampled:
+                if seq.status is SequenceStatus.FINISHED:
+                    self.block_manager.free(seq)
+                    self._removed.append(seq.seq_id)
+            self.running = [seq for seq in self.running if seq.status is not SequenceStatus.FINISHED]
+
+    def _release_children(self, parent: Sequence) -> None:
+        """Queue the other sequences of a request once the prompt that they share is computed."""
+        for child in parent.children:
+            if not child.finished:
+                insort(self.waiting, child, key=self._key)
+        parent.children = []
+
+    def finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
+        """End a sequence between steps, wherever it is: aborted by the caller, or at a stop string."""
+        if seq.finished:
+            return
+        queue = self.running if seq.status is SequenceStatus.RUNNING else self.waiting
+        if seq in queue:  # a child whose parent is not through its prompt is in no queue yet
+            queue.remove(seq)
+        if seq.children:
+            self._release_children(seq)
+        self.block_manager.free(seq)
+        self._removed.append(seq.seq_id)
+        seq.status, seq.finish_reason, seq.stop_reason = SequenceStatus.FINISHED, reason, stop_reason
+
+    def check_invariants(self) -> None:
+        """Nothing is in two queues, states fit queues, limits hold, blocks cover what is computed.
+
+        Raises:
+            AssertionError: names the sequence that breaks the rule.
+        """
+        self.block_manager.check_invariants()
+        everyone = self.waiting + self.running
+        assert len({seq.seq_id for seq in everyone}) == len(everyone), "a sequence is queued twice"
+        assert len(self.running) <= self.config.max_num_seqs
+        for queue in (self.waiting, self.running):
+            assert queue == sorted(queue, key=self._key), "a queue is not in the order of the policy"
+        tables, host_tables, size = (
+            self.block_manager.tables,
+            self.block_manager.host_tables,
+            self.block_manager.block_size,
+        )
+        assert tables.keys() == {seq.seq_id for seq in self.running}, "block tables and running sequences differ"
+        swapped = {seq.seq_id for seq in self.waiting if seq.status is SequenceStatus.SWAPPED}
+        assert host_tables.keys() == swapped, "host block tables and swapped sequences differ"
+        for seq in self.running:
+            assert seq.status is SequenceStatus.RUNNING, f"{seq} is in the running queue"
+            assert 0 <= seq.num_computed_tokens < len(seq.tokens), f"{seq} has nothing to compute"
+            assert seq.num_computed_tokens <= len(tables[seq.seq_id]) * size, f"{seq} has tokens without a slot"
+        for seq in self.waiting:
+            assert seq.status in (SequenceStatus.WAITING, SequenceStatus.SWAPPED), f"{seq} is in the waiting queue"
+            if seq.status is SequenceStatus.WAITING:
+                assert seq.num_computed_tokens == 0, f"{seq} holds nothing but counts as computed"

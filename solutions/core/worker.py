@@ -1,0 +1,151 @@
+"""One device's share of the engine: the model, its KV cache and the sampler, driven by flat batches."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..attention.paged_attention import AttentionMetadata, make_backend
+from ..batching.continuous_batch import FlatBatch
+from ..memory.cache_engine import CacheEngine
+from ..models.loader import ModelSource, load_model
+from .config import EngineConfig
+from .machine import available_cores, cpu_has_bf16
+from .sampler import Sampler, TokenLogprobs
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step produced.
+
+    Attributes:
+        token_ids: a new token for each of ``batch.sampled``.
+        logprobs: beside each token what its request asked for, or None for all.
+        prompt_logprobs: (request_id, position of the first entry, one entry a position) for prompts that asked for it.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] | None = None
+    prompt_logprobs: list[tuple[str, int, list[TokenLogprobs]]] = field(default_factory=list)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device to run on; "auto" is a GPU where there is one.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no GPU is visible to PyTorch here; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(name: str, device: torch.device, model_dtype: str | None) -> torch.dtype:
+    """The precision to run in; "auto" is bfloat16 where the processor multiplies it natively, else float32 on a CPU and the
+    checkpoint's own 16-bit type on a GPU.
+
+    Raises:
+        ValueError: float16 on a CPU.
+    """
+    if name == "float16" and device.type == "cpu":
+        raise ValueError("--dtype float16 needs a GPU; use bfloat16 or float32 on a CPU")
+    if name != "auto":
+        return _DTYPES[name]
+    if device.type == "cpu":
+        return torch.bfloat16 if cpu_has_bf16() else torch.float32
+    return torch.float16 if model_dtype == "float16" else torch.bfloat16
+
+
+class Worker:
+    """Loads the model, owns the KV cache, executes steps.
+
+    Args:
+        config: the engine's settings.
+        source: the model, as `resolve_model` found it.
+        device, dtype: where and in which precision to run.
+    """
+
+    def __init__(self, config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        if device.type == "cpu":
+            # "auto" threads would ignore the quota of a container; an explicit OMP_NUM_THREADS stands.
+            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or available_cores())
+        self.model_config = source.config
+        self.model = load_model(source, dtype, device, config.load_format, seed=config.seed)
+        self.backend = make_backend(config.attention_backend, device)
+        self.sampler = Sampler(source.config.vocab_size, config.seed)
+        self.cache: CacheEngine | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory that the parameters take; a tied head counts once."""
+        return sum(p.untyped_storage().nbytes() for p in {p.data_ptr(): p for p in self.model.parameters()}.values())
+
+    def create_cache(self, num_blocks: int, block_size: int, num_host_blocks: int) -> None:
+        """Set up the KV cache."""
+        model = self.model_config
+        self.cache = CacheEngine(
+            model.num_layers,
+            num_blocks,
+            block_size,
+            model.num_kv_heads,
+            model.head_dim,
+            self.dtype,
+            self.device,
+            num_host_blocks,
+        )
+
+    @torch.inference_mode()
+    def execute(self, batch: FlatBatch) -> StepResult:
+        """Move blocks, run the model over the batch, sample."""
+        decision = batch.decision
+        # A block given up by one move may be the target of the next, so the order matters.
+        self.cache.swap_out(decision.swap_out)
+        self.cache.swap_in(decision.swap_in)
+        self.cache.copy_blocks(decision.copies)
+        hidden = self._forward(batch)
+        prompt_logprobs = self._prompt_logprobs(batch, hidden)
+        if not batch.sampled:
+            return StepResult([], None, prompt_logprobs)
+        if len(batch.sampled) < len(hidden):
+            hidden = hidden[torch.from_numpy(batch.logits_indices).to(self.device)]
+        sampled = self.sampler(self.model.compute_logits(hidden), batch.sampled)
+        return StepResult(sampled.token_ids, sampled.logprobs, prompt_logprobs)
+
+    def _forward(self, batch: FlatBatch) -> Tensor:
+        """Hidden states of all tokens, [T, hidden]."""
+        metadata = AttentionMetadata(
+            kv_caches=self.cache.kv_caches,
+            slot_mapping=torch.from_numpy(batch.slot_mapping).to(self.device),
+            block_tables=torch.from_numpy(batch.block_tables).to(self.device),
+            query_start_loc=torch.from_numpy(batch.query_start_loc).to(self.device),
+            context_lens=torch.from_numpy(batch.context_lens).to(self.device),
+            max_query_len=int((batch.query_start_loc[1:] - batch.query_start_loc[:-1]).max()),
+            max_context_len=int(batch.context_lens.max()),
+            backend=self.backend,
+        )
+        metadata.plan = self.backend.plan(metadata, self.model_config.sliding_window)
+        input_ids = torch.from_numpy(batch.input_ids).to(self.device)
+        positions = torch.from_numpy(batch.positions).to(self.device)
+        return self.model(input_ids, positions, metadata)
+
+    def _prompt_logprobs(self, batch: FlatBatch, hidden: Tensor) -> list[tuple[str, int, list[TokenLogprobs]]]:
+        """Log-probabilities of the prompt tokens in this step, for the sequences whose request wants them."""
+        results = []
+        for index, seq in enumerate(batch.sequences):
+            if seq.params.prompt_logprobs is None or seq.num_computed_tokens >= seq.num_prompt_tokens - 1 or seq.index > 0:
+                continue
+            first, last = batch.query_start_loc[index : index + 2].tolist()
+            # The token at position p is predicted by the hidden state at p - 1.
+            position = seq.num_computed_tokens + 1
+            targets = seq.tokens[position : min(position + last - first, seq.num_prompt_tokens)]
+            logits = self.model.compute_logits(hidden[first : first + len(targets)])
+            target_ids = torch.tensor(targets, device=self.device)
+            entries = self.sampler.prompt_logprobs(logits, target_ids, seq.params.prompt_logprobs)
+            results.append((seq.request_id, position, entries))
+        return results

@@ -1,0 +1,122 @@
+"""A scheduler with a simulated KV cache, so that tests can see whose keys and values every slot holds.
+
+The simulated cache stores, in each slot, the whole prefix of tokens that the slot's key and value would depend on. Before a
+step's tokens "attend", every slot that they would read must hold exactly the prefix of their own sequence. This one check
+finds stale prefix hashes, missed copies, wrong slots, lost swaps and double frees without a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from solutions.attention.block_manager import BlockManager
+from solutions.batching.continuous_batch import ContinuousBatch, FlatBatch
+from solutions.batching.scheduler_config import SchedulerConfig
+from solutions.batching.sequence import SamplingParams, Sequence
+from solutions.core.scheduler import Scheduler, SchedulerOutput
+
+
+class Simulation:
+    """Scheduler, block manager and batch builder over a cache of prefixes.
+
+    Args:
+        next_token: chooses the token that a sequence "samples".
+    """
+
+    def __init__(
+        self, num_blocks: int = 16, block_size: int = 4, num_host_blocks: int = 0, sliding_window: int | None = None,
+        enable_prefix_caching: bool = True, watermark: float = 0.01, next_token: Callable[[Sequence], int] | None = None,
+        **limits: object,
+    ) -> None:  # fmt: skip
+        self.manager = BlockManager(num_blocks, block_size, num_host_blocks, watermark, enable_prefix_caching, sliding_window)
+        limits.setdefault("max_model_len", num_blocks * block_size)
+        self.config = SchedulerConfig(**limits)
+        self.scheduler = Scheduler(self.config, self.manager)
+        self.batch = ContinuousBatch(self.config.max_num_seqs, self.config.max_model_len, block_size)
+        self.next_token = next_token or (lambda seq: (seq.seq_id * 7 + len(seq.tokens)) % 5)
+        self.device: dict[int, tuple[int, ...]] = {}
+        self.host: dict[int, tuple[int, ...]] = {}
+        self.next_id = 0
+        self.sequences: list[Sequence] = []
+
+    def add(
+        self, prompt: list[int], max_tokens: int = 4, n: int = 1, priority: int = 0, salt: str | None = None
+    ) -> list[Sequence]:
+        """Queue a request of `n` sequences."""
+        group: list[Sequence] = []
+        for index in range(n):
+            group.append(
+                Sequence(
+                    self.next_id, prompt, SamplingParams(max_tokens=max_tokens, n=n), index=index, priority=priority,
+                    cache_salt=salt, parent=group[0] if index else None, max_model_len=self.config.max_model_len,
+                )
+            )  # fmt: skip
+            self.next_id += 1
+        group[0].children = group[1:]
+        self.scheduler.add(group[0])
+        self.sequences += group
+        return group
+
+    def step(self) -> SchedulerOutput:
+        """Schedule, move blocks, write, check every read, update; invariants before and after."""
+        decision = self.scheduler.schedule()
+        self.scheduler.check_invariants()
+        if not decision.scheduled:
+            return decision
+        assert sum(decision.scheduled.values()) <= self.config.max_num_batched_tokens
+        batch = self.batch.build(decision, self.manager.tables)
+        self._move(decision)
+        self._check_and_write(batch)
+        self.scheduler.update(decision, [self.next_token(seq) for seq in decision.sampled])
+        self.scheduler.check_invariants()
+        return decision
+
+    def run(self, max_steps: int = 1000) -> int:
+        """Step until nothing is left; returns the number of steps."""
+        for count in range(max_steps):
+            if not self.scheduler.has_unfinished():
+                self.check_all_free()
+                return count
+            self.step()
+        raise AssertionError(f"not finished after {max_steps} steps: {self.scheduler.running} {self.scheduler.waiting}")
+
+    def check_all_free(self) -> None:
+        """Nothing holds a block any more."""
+        assert self.manager.allocator.num_used == 0
+        if self.manager.host_allocator is not None:
+            assert self.manager.host_allocator.num_used == 0
+        assert not self.manager.tables
+        assert not self.manager.host_tables
+
+    def _move(self, decision: SchedulerOutput) -> None:
+        size = self.manager.block_size
+
+        def copy(source: dict, target: dict, pairs: list[tuple[int, int]]) -> None:
+            read = [(dst, [source.get(src * size + i) for i in range(size)]) for src, dst in pairs]
+            for dst, content in read:
+                for i, prefix in enumerate(content):
+                    target[dst * size + i] = prefix
+
+        copy(self.device, self.host, decision.swap_out)
+        copy(self.host, self.device, decision.swap_in)
+        copy(self.device, self.device, decision.copies)
+
+    def _check_and_write(self, batch: FlatBatch) -> None:
+        size, window = self.manager.block_size, self.manager.sliding_window
+        written: set[int] = set()
+        for i, seq in enumerate(batch.sequences):
+            for t in range(batch.query_start_loc[i], batch.query_start_loc[i + 1]):
+                position, slot = int(batch.positions[t]), int(batch.slot_mapping[t])
+                assert batch.input_ids[t] == seq.tokens[position]
+                assert slot == self.manager.slot_mapping(seq, position, position + 1)[0]
+                assert slot not in written, f"slot {slot} is written twice in one step"
+                written.add(slot)
+                self.device[slot] = tuple(seq.tokens[: position + 1])
+        for i, seq in enumerate(batch.sequences):
+            first, end = int(batch.positions[batch.query_start_loc[i]]), int(batch.context_lens[i])
+            assert end == first + batch.query_start_loc[i + 1] - batch.query_start_loc[i]
+            for position in range(0 if window is None else max(0, first - window + 1), end):
+                slot = int(batch.block_tables[i, position // size]) * size + position % size
+                assert self.device.get(slot) == tuple(seq.tokens[: position + 1]), (
+                    f"{seq} reads position {position} in slot {slot} and finds another prefix"
+                )

@@ -1,0 +1,88 @@
+"""Random lives of the whole memory and scheduling stack, with invariants and every KV read checked at every step."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from solutions.tests.simulation import Simulation
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Adds, forks (n > 1), aborts and steps in any order. Few tokens and small blocks make prefixes collide often."""
+
+    @initialize(
+        num_blocks=st.integers(4, 14), block_size=st.sampled_from([1, 2, 3, 4, 8]), num_host_blocks=st.sampled_from([0, 3, 16]),
+        window=st.sampled_from([None, None, 3, 7]), caching=st.booleans(), budget=st.sampled_from([1, 3, 5, 17, 256]),
+        max_num_seqs=st.integers(1, 6), policy=st.sampled_from(["fcfs", "priority"]),
+        mode=st.sampled_from(["recompute", "swap"]), cap=st.sampled_from([0, 0, 2]), watermark=st.sampled_from([0.0, 0.01, 0.2]),
+    )  # fmt: skip
+    def start(
+        self,
+        num_blocks,
+        block_size,
+        num_host_blocks,
+        window,
+        caching,
+        budget,
+        max_num_seqs,
+        policy,
+        mode,
+        cap,
+        watermark,
+    ):
+        self.sim = Simulation(
+            num_blocks, block_size, num_host_blocks, window, caching, watermark, max_num_batched_tokens=budget,
+            max_num_seqs=max_num_seqs, policy=policy, preemption_mode=mode, long_prefill_token_threshold=cap,
+        )  # fmt: skip
+        self.capacity = num_blocks * block_size
+
+    @rule(data=st.data())
+    def add(self, data):
+        longest = self.capacity - 1
+        # A short alphabet and a common stem: shared prefixes, exact repeats and near misses are all likely.
+        stem = [0, 1, 0, 0, 1, 1, 0, 1] * 8
+        cut = data.draw(st.integers(0, longest), label="stem")
+        tail = data.draw(st.lists(st.integers(0, 1), max_size=6), label="tail")
+        prompt = (stem[:cut] + tail)[:longest] or [1]
+        self.sim.add(
+            prompt,
+            max_tokens=data.draw(st.integers(1, 12), label="max_tokens"),
+            n=data.draw(st.sampled_from([1, 1, 2, 3]), label="n"),
+            priority=data.draw(st.integers(0, 2), label="priority"),
+            salt=data.draw(st.sampled_from([None, None, "a", "b"]), label="salt"),
+        )
+
+    @rule()
+    def step(self):
+        self.sim.step()
+
+    @rule()
+    def several_steps(self):
+        for _ in range(5):
+            self.sim.step()
+
+    @precondition(lambda self: any(not seq.finished for seq in self.sim.sequences))
+    @rule(data=st.data())
+    def abort(self, data):
+        victim = data.draw(st.sampled_from([seq for seq in self.sim.sequences if not seq.finished]), label="victim")
+        self.sim.scheduler.finish(victim, "abort")
+        assert victim.finished
+        assert victim.finish_reason == "abort"
+
+    @invariant()
+    def holds(self):
+        if hasattr(self, "sim"):
+            self.sim.scheduler.check_invariants()
+
+    def teardown(self):
+        if hasattr(self, "sim"):
+            self.sim.run()
+            assert all(seq.finished for seq in self.sim.sequences)
+
+
+TestEngineMachine = EngineMachine.TestCase
+TestEngineMachine.settings = settings(
+    max_examples=400, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
