@@ -38,7 +38,7 @@ BAG_LIMIT = 4
 
 @dataclass(slots=True)
 class Group:
-    """S pieces padded to Q queries and L keys; the padding repeats a piece's last query or key, so it never reads foreign memory.
+    """S pieces padded to Q queries and L keys; padding repeats a piece's last query or key, so it reads no foreign memory.
 
     Attributes:
         tokens: [S * Q], rows of the step's flat query and output.
