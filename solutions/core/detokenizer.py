@@ -62,9 +62,7 @@ class Detokenizer:
         "_held", "_in_character", "_settled", "_skip", "_special_ids", "_stream", "_tokenizer", "offset", "tokens"
     )  # fmt: skip
 
-    def __init__(
-        self, tokenizer: Tokenizer, tokens: list[int], start: int, special_ids: frozenset[int] = frozenset()
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, tokens: list[int], start: int, special_ids: frozenset[int] = frozenset()) -> None:
         self.tokens = tokens
         self.offset = start
         self._tokenizer = tokenizer
@@ -114,7 +112,7 @@ class Detokenizer:
         Where no bytes were replaced, decoding is monotonic: each piece ends on a character and each later decode starts
         with the earlier ones, so the pieces add up to the whole.
         """
-        context, before = self._context(self.offset)
+        context, before, _ = self._context(self.offset)
         whole = self._decode(context + self.tokens[self.offset : end])
         if before.endswith(REPLACEMENT) or not whole.startswith(before) or whole.find(REPLACEMENT, len(before)) >= 0:
             return None
@@ -124,18 +122,23 @@ class Detokenizer:
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
 
-    def _context(self, end: int) -> tuple[list[int], str]:
-        """The fewest tokens before `end` that decode to some text ending on a character, else all; and their text."""
+    def _context(self, end: int) -> tuple[list[int], str, str]:
+        """The fewest tokens before `end` that tell how the next ones read; their text; and what of it will stay as it is.
+
+        The two texts differ where the tokens end inside a character: the second goes up to there.
+        """
         ids, text = [], ""
         for size in (*CONTEXT_SIZES, end):
             ids = self.tokens[max(0, end - size) : end]
             text = self._decode(ids)
-            if text and not text.endswith(REPLACEMENT):
-                break
-        return ids, text
+            for cut in range(4):
+                stem = self._decode(ids[: len(ids) - cut]) if cut else text
+                if stem and not stem.endswith(REPLACEMENT):
+                    return ids, text, stem
+        return ids, text, text.rstrip(REPLACEMENT)
 
     def _start_stream(self) -> None:
-        context, text = self._context(self.offset)
+        context, text, _ = self._context(self.offset)
         self._stream = DecodeStream(ids=context, skip_special_tokens=self._skip)
         self._in_character = text.endswith(REPLACEMENT)
 
@@ -144,12 +147,11 @@ class Detokenizer:
         new = self.tokens[start:end]
         if not new:
             return ""
-        context, before = self._context(start)
+        context, before, stem = self._context(start)
         whole = self._decode(context + new)
-        shared = _shared_prefix(before, whole)
-        if shared < len(before.rstrip(REPLACEMENT)):  # the new bytes spoiled text that is already out
+        if not whole.startswith(stem):  # the new bytes spoiled text that is already out
             return self._decode(new)
-        return whole[shared:]
+        return whole[max(len(stem), _shared_prefix(before, whole)) :]
 
     def _settle(self, end: int) -> str:
         """Let go the text of the held tokens before `end` and start a new stream there."""

@@ -201,9 +201,7 @@ class OutputProcessor:
         state.num_unfinished = len(state.states)
         self._requests[request.request_id] = state
 
-    def emit(
-        self, sequences: list[Sequence], logprobs: list[TokenLogprobs | None] | None, now: float
-    ) -> list[RequestOutput]:
+    def emit(self, sequences: list[Sequence], logprobs: list[TokenLogprobs | None] | None, now: float) -> list[RequestOutput]:
         """Outputs of one step.
 
         Args:
