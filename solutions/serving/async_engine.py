@@ -161,9 +161,7 @@ class AsyncEngine:
             raise
         return stream
 
-    async def generate(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0
-    ) -> OutputStream:
+    async def generate(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> OutputStream:
         """`prepare` and `submit` one prompt: ``async for output in await engine.generate(…)``."""
         return await self.submit(await self.prepare(request_id, [prompt], params, priority))
 

@@ -32,6 +32,9 @@ class ByteTokenizer:
     def decode(self, token_ids: list[int], **_: Any) -> str:
         return bytes(token_ids).decode(errors="replace")
 
+    def convert_ids_to_tokens(self, token_id: int) -> str:
+        return chr(token_id)  # what byte-level BPE calls a printable byte
+
     def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> list[int]:
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>")
 
