@@ -97,8 +97,8 @@ def _too_small(limits: Limits, block_size: int, bytes_per_block: int) -> str:
     advice = f"use --max-model-len {fits} or less, or " if fits > 1 else ""
     return (
         f"the KV cache is too small for one sequence of {limits.max_model_len} tokens: weights "
-        f"{format_bytes(limits.weight_bytes)} (loaded) + activations {format_bytes(limits.activation_bytes)} + KV {format_bytes(limits.kv_bytes)}, with "
-        f"{format_bytes(limits.free_bytes)} free, leave room for {fits} tokens; {advice}"
+        f"{format_bytes(limits.weight_bytes)} (loaded) + activations {format_bytes(limits.activation_bytes)} + KV "
+        f"{format_bytes(limits.kv_bytes)}, with {format_bytes(limits.free_bytes)} free, leave room for {fits} tokens; {advice}"
         f"give at least --kv-cache-memory-bytes {-(-needed // 2**20)}MiB"
     )
 

@@ -71,7 +71,7 @@ class Simulation:
         self.scheduler.check_invariants()
         return decision
 
-    def run(self, max_steps: int = 1000) -> int:
+    def run(self, max_steps: int = 20_000) -> int:
         """Step until nothing is left; returns the number of steps."""
         for count in range(max_steps):
             if not self.scheduler.has_unfinished():

@@ -8,35 +8,30 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from solutions.tests.simulation import Simulation
 
+SETTINGS = st.fixed_dictionaries(
+    {
+        "num_blocks": st.integers(4, 14),
+        "block_size": st.sampled_from([1, 2, 3, 4, 8]),
+        "num_host_blocks": st.sampled_from([0, 3, 16]),
+        "sliding_window": st.sampled_from([None, None, 3, 7]),
+        "enable_prefix_caching": st.booleans(),
+        "watermark": st.sampled_from([0.0, 0.01, 0.2]),
+        "max_num_batched_tokens": st.sampled_from([1, 3, 5, 17, 256]),
+        "max_num_seqs": st.integers(1, 6),
+        "policy": st.sampled_from(["fcfs", "priority"]),
+        "preemption_mode": st.sampled_from(["recompute", "swap"]),
+        "long_prefill_token_threshold": st.sampled_from([0, 0, 2]),
+    }
+)
+
 
 class EngineMachine(RuleBasedStateMachine):
     """Adds, forks (n > 1), aborts and steps in any order. Few tokens and small blocks make prefixes collide often."""
 
-    @initialize(
-        num_blocks=st.integers(4, 14), block_size=st.sampled_from([1, 2, 3, 4, 8]), num_host_blocks=st.sampled_from([0, 3, 16]),
-        window=st.sampled_from([None, None, 3, 7]), caching=st.booleans(), budget=st.sampled_from([1, 3, 5, 17, 256]),
-        max_num_seqs=st.integers(1, 6), policy=st.sampled_from(["fcfs", "priority"]),
-        mode=st.sampled_from(["recompute", "swap"]), cap=st.sampled_from([0, 0, 2]), watermark=st.sampled_from([0.0, 0.01, 0.2]),
-    )  # fmt: skip
-    def start(
-        self,
-        num_blocks,
-        block_size,
-        num_host_blocks,
-        window,
-        caching,
-        budget,
-        max_num_seqs,
-        policy,
-        mode,
-        cap,
-        watermark,
-    ):
-        self.sim = Simulation(
-            num_blocks, block_size, num_host_blocks, window, caching, watermark, max_num_batched_tokens=budget,
-            max_num_seqs=max_num_seqs, policy=policy, preemption_mode=mode, long_prefill_token_threshold=cap,
-        )  # fmt: skip
-        self.capacity = num_blocks * block_size
+    @initialize(chosen=SETTINGS)
+    def start(self, chosen):
+        self.sim = Simulation(**chosen)
+        self.capacity = chosen["num_blocks"] * chosen["block_size"]
 
     @rule(data=st.data())
     def add(self, data):
