@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -97,9 +99,7 @@ def test_all_cores_count_on_systems_without_affinity(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.usefixtures("eight_cores")
-def test_threads_are_the_cores_unless_the_environment_says_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_are_the_cores_unless_the_environment_says_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert pick_threads(tmp_path) == 8
     monkeypatch.setenv("OMP_NUM_THREADS", "")
@@ -172,9 +172,7 @@ MEMORY = {
 
 @pytest.mark.parametrize(("files", "available", "total"), MEMORY.values(), ids=MEMORY.keys())
 @pytest.mark.usefixtures("eight_gib")
-def test_memory_is_the_machines_cut_by_the_cgroup(
-    tmp_path: Path, files: dict[str, str], available: int, total: int
-) -> None:
+def test_memory_is_the_machines_cut_by_the_cgroup(tmp_path: Path, files: dict[str, str], available: int, total: int) -> None:
     root = fake(tmp_path, files)
     assert available_memory(root) == available * MIB
     assert total_memory(root) == total * MIB
@@ -203,3 +201,14 @@ def test_no_cpuinfo_means_no_known_flags(tmp_path: Path) -> None:
 def test_this_machine_answers_within_reason() -> None:
     assert 1 <= available_cores() <= (os.cpu_count() or 1)
     assert 0 < available_memory() <= total_memory() <= psutil.virtual_memory().total
+
+
+def test_a_settled_heap_is_left_alone_and_later_collections_are_rare() -> None:
+    program = (
+        "import gc; from solutions.core.machine import settle_heap; cycle = []; cycle.append(cycle); del cycle\n"
+        "settle_heap(); print(gc.get_freeze_count() > 10_000, len(gc.get_objects()) < 500, gc.get_threshold()[0])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )  # it is for a whole process
+    assert run.stdout.split() == ["True", "True", "20000"]
