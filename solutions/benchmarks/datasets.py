@@ -1,0 +1,120 @@
+"""Seeded workloads of exact lengths, the same on every machine, and the names by which measurements call them.
+
+Prompts are random token ids: speed does not depend on what a text means, and ids, unlike text, have exactly the
+length that was asked for, whatever the tokenizer. Outputs have exact lengths too: greedy, end of sequence ignored.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+TOKEN_IDS = (1000, 40_000)
+"""First and last token id of a prompt; what lies below is mostly special tokens and single bytes."""
+MIXED_INPUT, MIXED_OUTPUT = (16, 512), (16, 256)
+SHARED_PREFIX = 512
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRequest:
+    """One request: a prompt, and how many tokens must come back."""
+
+    prompt_token_ids: list[int]
+    output_len: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + self.output_len
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What to generate.
+
+    Attributes:
+        dataset: "random" (all of one length), "mixed" (lengths drawn from `MIXED_INPUT` and `MIXED_OUTPUT`), or
+            "shared-prefix" (the same first `prefix_len` tokens in all, then `input_len` own ones).
+        num_prompts: how many requests.
+        input_len, output_len: lengths in tokens; None for "mixed", which draws them.
+        prefix_len: tokens that all prompts of "shared-prefix" begin with, else 0.
+
+    Raises:
+        ValueError: a number does not make sense for the dataset.
+    """
+
+    dataset: str
+    num_prompts: int
+    input_len: int | None = None
+    output_len: int | None = None
+    prefix_len: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dataset not in DATASETS:
+            raise ValueError(f"unknown dataset {self.dataset!r}; choose from {', '.join(DATASETS)}")
+        if self.num_prompts < 1:
+            raise ValueError(f"the number of prompts must be at least 1, got {self.num_prompts}")
+        if self.dataset == "mixed":
+            if self.input_len is not None or self.output_len is not None:
+                raise ValueError("the dataset mixed draws its lengths; leave out the input and output length")
+        elif self.input_len is None or self.output_len is None or min(self.input_len, self.output_len) < 1:
+            raise ValueError(f"input and output length must be at least 1, got {self.input_len} and {self.output_len}")
+        if (self.prefix_len > 0) != (self.dataset == "shared-prefix"):
+            raise ValueError("a prefix length of at least 1 goes with the dataset shared-prefix, and only with it")
+
+
+DATASETS = {
+    "random": {"num_prompts": 32, "input_len": 128, "output_len": 128},
+    "mixed": {"num_prompts": 64},
+    "shared-prefix": {"num_prompts": 32, "input_len": 16, "output_len": 32, "prefix_len": SHARED_PREFIX},
+}
+"""The datasets, each with its usual numbers."""
+
+WORKLOADS = {
+    "W1": Workload("random", 1, 128, 128),
+    "W2": Workload("random", 32, 128, 128),
+    "W3": Workload("mixed", 64),
+    "W4": Workload("shared-prefix", 32, 16, 32, SHARED_PREFIX),
+}
+"""Workloads that measurements quote: one user, many alike, many unlike, many with one system prompt."""
+
+
+def draw_lengths(
+    count: int, rng: random.Random, inputs: tuple[int, int] = MIXED_INPUT, outputs: tuple[int, int] = MIXED_OUTPUT
+) -> list[tuple[int, int]]:
+    """(input length, output length) of `count` requests, uniform over two closed ranges."""
+    return [(rng.randint(*inputs), rng.randint(*outputs)) for _ in range(count)]
+
+
+def make_requests(workload: Workload, vocab_size: int = TOKEN_IDS[1] + 1, seed: int = 0) -> list[BenchRequest]:
+    """The requests of a workload; the same numbers give the same requests, everywhere and always.
+
+    Lengths are drawn before tokens, so they do not depend on the vocabulary.
+
+    Args:
+        vocab_size: a model with fewer than 40,001 tokens gets ids from its own vocabulary.
+        seed: of `random.Random`, whose sequence Python promises to keep.
+    """
+    rng = random.Random(seed)
+    if workload.dataset == "mixed":
+        lengths = draw_lengths(workload.num_prompts, rng)
+    else:
+        lengths = [(workload.input_len, workload.output_len)] * workload.num_prompts
+    last = min(TOKEN_IDS[1], vocab_size - 1)
+    first = min(TOKEN_IDS[0], last // 2)
+    prefix = [rng.randint(first, last) for _ in range(workload.prefix_len)]
+    return [BenchRequest(prefix + [rng.randint(first, last) for _ in range(own)], output) for own, output in lengths]
+
+
+def check_context(requests: Many[BenchRequest], max_model_len: int) -> None:
+    """Refuse what would not fit: an output cut short would count as a fast one.
+
+    Raises:
+        ValueError: a request is longer than the context; the message gives both numbers.
+    """
+    longest = max(requests, key=lambda request: request.num_tokens)
+    if longest.num_tokens > max_model_len:
+        raise ValueError(
+            f"a prompt of {len(longest.prompt_token_ids)} and an output of {longest.output_len} tokens do not fit the "
+            f"context of {max_model_len}; use shorter lengths or a larger --max-model-len"
+        )

@@ -1,0 +1,231 @@
+"""Throughput offline: all requests are there at once, how many tokens a second come out? Beside it, the same requests
+through transformers in static batches, which is what most people would write first.
+
+How the two are kept comparable: the same weights in the same precision, the same number of threads, the same token ids,
+greedy decoding, end of sequence ignored, a short uncounted run first. Only tokens that a request asked for count. A
+static batch generates up to its longest output, and what it computes for its shorter ones is wasted; prompts are padded
+to its longest, and the next batch waits until all of it is done. That difference is what continuous batching is about
+(Yu et al., "Orca", OSDI 2022, §3.1).
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+
+from ..batching.sequence import SamplingParams
+from ..core.engine import LLM
+from ..core.output import RequestOutput
+from ..models.loader import ModelSource
+from .datasets import BenchRequest, check_context
+
+WARM_UP_REQUESTS, WARM_UP_TOKENS = 32, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One run of one backend over a whole dataset.
+
+    Attributes:
+        backend: "engine" or "hf".
+        seconds: wall time from the first submission to the last token.
+        num_requests, num_prompt_tokens: what went in.
+        num_output_tokens: tokens that the requests asked for.
+        num_computed_tokens: tokens generated to get them; more in a static batch.
+        details: what only this backend can tell (the engine: latencies in milliseconds, steps, cache hits).
+    """
+
+    backend: str
+    seconds: float
+    num_requests: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_computed_tokens: int
+    details: dict[str, float]
+
+    @property
+    def output_tokens_per_second(self) -> float:
+        return self.num_output_tokens / self.seconds
+
+    @property
+    def total_tokens_per_second(self) -> float:
+        """Prompt and output tokens."""
+        return (self.num_prompt_tokens + self.num_output_tokens) / self.seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        rates = {
+            "output_tokens_per_second": self.output_tokens_per_second,
+            "total_tokens_per_second": self.total_tokens_per_second,
+        }
+        return asdict(self) | rates
+
+
+def run_engine(llm: LLM, requests: Many[BenchRequest], show_progress: bool = False) -> Measurement:
+    """Generate all requests with the engine and count what came out.
+
+    The prefix cache is emptied first: a second run over the same prompts would otherwise find all of them.
+
+    Raises:
+        ValueError: a request does not fit the context.
+        RuntimeError: a request came back with another number of tokens than it asked for.
+    """
+    engine = llm.llm_engine
+    check_context(requests, engine.limits.max_model_len)
+    if engine.block_manager.prefix_cache is not None:
+        engine.block_manager.prefix_cache.clear()
+    before = engine.stats()
+    prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in requests]
+    params = [SamplingParams(temperature=0.0, max_tokens=r.output_len, ignore_eos=True) for r in requests]
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=show_progress)
+    seconds = time.perf_counter() - start
+    counts = [len(output.outputs[0].token_ids) for output in outputs]
+    _check_counts(requests, counts)
+    after = engine.stats()
+    details = {
+        "num_steps": after.num_steps - before.num_steps,
+        "num_preemptions": after.num_preemptions - before.num_preemptions,
+        "prefix_cache_hit_tokens": after.prefix_cache_hits - before.prefix_cache_hits,
+    }
+    return _measurement("engine", seconds, requests, sum(counts), details | _latencies(outputs))
+
+
+def _latencies(outputs: Many[RequestOutput]) -> dict[str, float]:
+    """Medians over the requests, in milliseconds: time to the first token, and time per token after it."""
+    metrics = [(output.metrics, len(output.outputs[0].token_ids)) for output in outputs]
+    first = [m.first_token_time - m.arrival_time for m, _ in metrics]
+    later = [(m.last_token_time - m.first_token_time) / (count - 1) for m, count in metrics if count > 1]
+    result = {"ttft_ms_median": 1e3 * statistics.median(first)}
+    if later:
+        result["tpot_ms_median"] = 1e3 * statistics.median(later)
+    return result
+
+
+def load_hf(source: ModelSource, load_format: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The same weights as the engine's in transformers' own model.
+
+    Raises:
+        ValueError: the weights are random, so there are none on disk to share.
+    """
+    if source.path is None or load_format == "dummy":
+        raise ValueError("the backend hf needs weights on disk; with --load-format dummy use --backend engine")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype).to(device).eval()
+    # Every output has the length that its request asks for, so nothing may end one early.
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@torch.inference_mode()
+def run_hf(model: nn.Module, requests: Many[BenchRequest], batch_size: int = 32, show_progress: bool = False) -> Measurement:
+    """Generate all requests with transformers in static batches, in their order of arrival.
+
+    Prompts are padded on the left to the longest of their batch; a batch generates up to its longest output. Token ids
+    are not turned into text here, while the engine's are: the little that this is worth goes to transformers.
+
+    Raises:
+        ValueError: a request does not fit the context, or `batch_size` is below 1.
+        RuntimeError: a batch came back with another number of tokens than its longest request asked for.
+    """
+    check_context(requests, model.config.max_position_embeddings)
+    if batch_size < 1:
+        raise ValueError(f"the batch size must be at least 1, got {batch_size}")
+    batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
+    computed, counts = 0, []
+    start = time.perf_counter()
+    with _progress(show_progress) as bar:
+        task = bar.add_task("transformers", total=len(requests))
+        for batch in batches:
+            new_tokens = _generate_batch(model, batch)
+            computed += new_tokens.numel()
+            counts += [len(row[: request.output_len]) for row, request in zip(new_tokens.tolist(), batch, strict=True)]
+            bar.advance(task, len(batch))
+    seconds = time.perf_counter() - start
+    _check_counts(requests, counts)
+    details = {"num_batches": len(batches), "useful_share": sum(counts) / computed}
+    return _measurement("hf", seconds, requests, computed, details)
+
+
+def _generate_batch(model: nn.Module, batch: Many[BenchRequest]) -> Tensor:
+    """New tokens of one static batch, [B, longest output]."""
+    input_ids, mask = left_pad([request.prompt_token_ids for request in batch])
+    longest = max(request.output_len for request in batch)
+    tokens = model.generate(
+        input_ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=longest, do_sample=False,
+        pad_token_id=0,
+    )  # fmt: skip
+    return tokens[:, input_ids.shape[1] :]
+
+
+def left_pad(prompts: Many[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both [B, longest prompt]; padded left, so that new tokens follow the prompt."""
+    longest = max(map(len, prompts))
+    input_ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return input_ids, mask
+
+
+def warm_up_requests(requests: Many[BenchRequest]) -> list[BenchRequest]:
+    """Short requests that go through the same code and memory as the real ones, with other prompts."""
+    first = requests[:WARM_UP_REQUESTS]
+    return [BenchRequest(r.prompt_token_ids[::-1], min(r.output_len, WARM_UP_TOKENS)) for r in first]
+
+
+def measure_alternately(
+    runners: dict[str, Callable[[], Measurement]], repeats: int, on_start: Callable[[str, int], None] = lambda *_: None
+) -> dict[str, list[Measurement]]:
+    """Run the backends in turn, `repeats` times each: what disturbs the machine for a minute disturbs all of them.
+
+    Args:
+        on_start: told the backend's name and the number of the repeat, from 1, before each run.
+    """
+    results: dict[str, list[Measurement]] = {name: [] for name in runners}
+    for repeat in range(1, repeats + 1):
+        for name, run in runners.items():
+            on_start(name, repeat)
+            results[name].append(run())
+    return results
+
+
+def ratios(ours: Many[Measurement], theirs: Many[Measurement]) -> list[float]:
+    """Output tokens a second of each of our runs over that of their run beside it."""
+    pairs = zip(ours, theirs, strict=True)
+    return [a.output_tokens_per_second / b.output_tokens_per_second for a, b in pairs]
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held since its start."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux KiB
+
+
+def _progress(shown: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, disable=not (shown and console.is_terminal), transient=True)
+
+
+def _check_counts(requests: Many[BenchRequest], counts: list[int]) -> None:
+    for number, (request, count) in enumerate(zip(requests, counts, strict=True)):
+        if count != request.output_len:
+            raise RuntimeError(f"request {number} asked for {request.output_len} tokens and got {count}")
+
+
+def _measurement(
+    backend: str, seconds: float, requests: Many[BenchRequest], computed: int, details: dict[str, float]
+) -> Measurement:
+    prompt = sum(len(request.prompt_token_ids) for request in requests)
+    useful = sum(request.output_len for request in requests)
+    return Measurement(backend, seconds, len(requests), prompt, useful, computed, details)

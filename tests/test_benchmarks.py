@@ -1,0 +1,434 @@
+"""The benchmarks measure what they say: exact workloads, hand-checked accounts of memory, the same tokens for both backends."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import memory as memory_command
+from benchmarks import overhead as overhead_command
+from benchmarks import throughput as throughput_command
+from solutions.batching.sequence import RequestOutputKind
+from solutions.benchmarks.datasets import DATASETS, WORKLOADS, BenchRequest, Workload, check_context, make_requests
+from solutions.benchmarks.memory import (
+    Buddy,
+    FirstFit,
+    power_of_two,
+    reserve_exactly,
+    reserve_max,
+    reserve_power_of_two,
+    simulate_contiguous,
+    simulate_paged,
+)
+from solutions.benchmarks.overhead import PHASES, TEXT, measure
+from solutions.benchmarks.report import git_commit, hardware, spread, without_outputs
+from solutions.benchmarks.throughput import (
+    Measurement,
+    left_pad,
+    load_hf,
+    measure_alternately,
+    ratios,
+    run_engine,
+    run_hf,
+    warm_up_requests,
+)
+from solutions.core.engine import LLM
+from solutions.models.loader import resolve_model
+
+# Datasets
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_workload_is_the_same_every_time_and_another_with_another_seed(name: str) -> None:
+    assert make_requests(WORKLOADS[name]) == make_requests(WORKLOADS[name])
+    assert make_requests(WORKLOADS[name]) != make_requests(WORKLOADS[name], seed=1)
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_token_ids_stay_in_their_range(name: str) -> None:
+    tokens = [token for request in make_requests(WORKLOADS[name]) for token in request.prompt_token_ids]
+    assert 1000 <= min(tokens) < max(tokens) <= 40_000
+
+
+def lengths(name: str) -> list[tuple[int, int]]:
+    return [(len(request.prompt_token_ids), request.output_len) for request in make_requests(WORKLOADS[name])]
+
+
+def test_the_named_workloads_have_the_lengths_that_results_quote() -> None:
+    assert lengths("W1") == [(128, 128)]
+    assert lengths("W2") == [(128, 128)] * 32
+    assert lengths("W4") == [(512 + 16, 32)] * 32
+    rng = random.Random(0)
+    assert lengths("W3") == [(rng.randint(16, 512), rng.randint(16, 256)) for _ in range(64)]
+
+
+def test_only_the_prefix_is_shared() -> None:
+    prompts = [request.prompt_token_ids for request in make_requests(Workload("shared-prefix", 8, 16, 4, 100))]
+    assert len({tuple(prompt[:100]) for prompt in prompts}) == 1
+    assert len({prompt[100] for prompt in prompts}) == 8
+    other = [request.prompt_token_ids for request in make_requests(Workload("random", 8, 16, 4))]
+    assert len({prompt[0] for prompt in other}) == 8
+
+
+@pytest.mark.parametrize("vocab_size", [2, 100, 32_000])
+def test_a_small_vocabulary_is_not_left(vocab_size: int) -> None:
+    requests = make_requests(Workload("random", 4, 200, 1), vocab_size)
+    assert max(token for request in requests for token in request.prompt_token_ids) < vocab_size
+
+
+def test_lengths_do_not_depend_on_the_vocabulary() -> None:
+    small = make_requests(Workload("mixed", 20), 500)
+    assert [(len(r.prompt_token_ids), r.output_len) for r in small] == lengths("W3")[:20]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [("random", 0, 1, 1), ("random", 1, 0, 1), ("random", 1, 1, 0), ("random", 1), ("mixed", 1, 5), ("mixed", 1, None, 5),
+     ("shared-prefix", 1, 1, 1), ("random", 1, 1, 1, 5), ("poems", 1, 1, 1)],
+)  # fmt: skip
+def test_a_workload_without_sense_is_refused(settings: tuple[Any, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):
+        Workload(*settings)
+
+
+def test_requests_fill_the_context_and_no_more() -> None:
+    requests = [BenchRequest([1, 2, 3], 4), BenchRequest([1], 1)]
+    check_context(requests, 7)
+    with pytest.raises(ValueError, match=r"prompt of 3 and an output of 4 tokens do not fit the context of 6"):
+        check_context(requests, 6)
+
+
+# Memory
+
+
+def test_first_fit_takes_the_lowest_hole_and_joins_neighbours() -> None:
+    memory = FirstFit(10)
+    assert [memory.allocate(3), memory.allocate(4), memory.allocate(3)] == [(0, 3), (3, 4), (7, 3)]
+    assert memory.allocate(1) is None
+    memory.free(0, 3)
+    memory.free(7, 3)
+    assert memory.allocate(4) is None, "six slots are free, but in two pieces"
+    assert memory.allocate(2) == (0, 2)
+    memory.free(0, 2)
+    memory.free(3, 4)
+    assert memory.allocate(10) == (0, 10)
+
+
+def test_buddies_are_powers_of_two_at_multiples_of_their_size_and_join() -> None:
+    memory = Buddy(12)  # pieces of 8 and 4
+    assert memory.allocate(3) == (8, 4), "the smallest piece that fits"
+    assert memory.allocate(1) == (0, 1)
+    assert memory.allocate(3) == (4, 4)
+    assert memory.allocate(2) == (2, 2)
+    assert memory.allocate(2) is None, "one slot is left, at 1"
+    assert memory.allocate(1) == (1, 1)
+    for piece in ((0, 1), (1, 1), (2, 2), (4, 4)):
+        memory.free(*piece)
+    assert memory.allocate(5) == (0, 8)
+
+
+def test_allocators_never_give_a_slot_twice() -> None:
+    rng = random.Random(3)
+    for memory in (FirstFit(1000), Buddy(1000)):
+        used: set[int] = set()
+        pieces: list[tuple[int, int]] = []
+        for _ in range(3000):
+            if pieces and rng.random() < 0.5:
+                start, size = pieces.pop(rng.randrange(len(pieces)))
+                memory.free(start, size)
+                used -= set(range(start, start + size))
+            elif (piece := memory.allocate(rng.randint(1, 60))) is not None:
+                slots = set(range(piece[0], sum(piece)))
+                assert not slots & used
+                assert max(slots) < 1000
+                used |= slots
+                pieces.append(piece)
+        for piece in pieces:
+            memory.free(*piece)
+        assert memory.allocate(512) is not None, "what was freed did not join"
+
+
+def test_reservations() -> None:
+    assert [power_of_two(n) for n in (1, 2, 3, 4, 5, 256, 257)] == [1, 2, 4, 4, 8, 256, 512]
+    assert reserve_max(2048)(100, 25) == 2048
+    assert reserve_power_of_two(100, 25) == 132  # the paper's example: 25 output tokens reserve 32
+    assert reserve_exactly(100, 25) == 125
+
+
+def test_the_account_of_a_contiguous_memory_by_hand() -> None:
+    # 10 slots hold two reservations of 5. Each sequence holds 2, 3, then 4 tokens, so it never fills its fifth slot.
+    # The third request waits for three steps; its own are not counted, because nobody waits then.
+    usage = simulate_contiguous("x", 10, [(2, 3)] * 3, reserve_max(5), FirstFit(10))
+    assert usage.steps == 3
+    assert usage.running == 2
+    assert usage.tokens == pytest.approx((4 + 6 + 8) / 30)
+    assert usage.later == pytest.approx((4 + 2 + 0) / 30)
+    assert usage.never == pytest.approx((2 + 2 + 2) / 30)
+    assert usage.free == 0
+    assert usage.waste == pytest.approx(12 / 30)
+
+
+def test_the_account_of_a_paged_memory_by_hand() -> None:
+    # Two blocks of 2. Step 1: two prompts of 2 tokens fill both. Step 2: the first needs a second block and takes the
+    # other's. Step 3: the other comes back with 3 tokens in two blocks. The third request waits all the while.
+    usage = simulate_paged("x", 4, [(2, 2)] * 3, 2)
+    assert usage.steps == 3
+    assert usage.preemptions == 1
+    assert usage.running == pytest.approx((2 + 1 + 1) / 3)
+    assert usage.tokens == pytest.approx((4 + 3 + 3) / 12)
+    assert usage.never == pytest.approx((0 + 1 + 1) / 12)
+    assert usage.later == usage.free == 0
+    assert usage.waste == pytest.approx(2 / 12)
+
+
+def test_room_that_a_growing_sequence_will_fill_is_not_lost() -> None:
+    # One block of 8 a sequence: 2, 3, 4, 5 tokens held, 5 at the end, so 3 slots stay empty for good.
+    usage = simulate_paged("x", 8, [(2, 4)] * 2, 8)
+    assert usage.steps == 4
+    assert usage.tokens == pytest.approx((2 + 3 + 4 + 5) / 32)
+    assert usage.later == pytest.approx((3 + 2 + 1 + 0) / 32)
+    assert usage.never == pytest.approx(3 / 8)
+
+
+@pytest.mark.parametrize("run", [
+    lambda: simulate_paged("x", 31, [(20, 12)] * 5, 16),
+    lambda: simulate_contiguous("x", 31, [(20, 12)] * 5, reserve_exactly, FirstFit(31)),
+    lambda: simulate_paged("x", 1000, [(20, 12)] * 5, 16),
+    lambda: simulate_contiguous("x", 1000, [(20, 12)] * 5, reserve_exactly, FirstFit(1000)),
+])  # fmt: skip
+def test_a_memory_that_is_too_small_or_never_full_is_refused(run: Any) -> None:
+    with pytest.raises(ValueError, match=r"one sequence does not fit the memory of 31|too few requests"):
+        run()
+
+
+def test_paging_wastes_under_four_percent_and_runs_more_sequences() -> None:
+    rng = random.Random(1)
+    requests = [(rng.randint(16, 512), rng.randint(16, 256)) for _ in range(300)]
+    paged = simulate_paged("paged", 12_288, requests, 16)
+    reserved = simulate_contiguous("max", 12_288, requests, reserve_max(2048), FirstFit(12_288))
+    assert paged.waste < 0.04
+    assert paged.running > 3 * reserved.running
+    for usage in (paged, reserved):
+        assert usage.tokens + usage.later + usage.never + usage.free == pytest.approx(1)
+
+
+# Throughput
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA of two layers with random weights, saved by transformers."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("checkpoint")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+REQUESTS = [BenchRequest(list(range(3, 3 + size)), output) for size, output in ((5, 7), (1, 2), (12, 1), (9, 11), (3, 4))]
+
+
+def test_left_padding() -> None:
+    input_ids, mask = left_pad([[7], [1, 2, 3]])
+    assert input_ids.tolist() == [[0, 0, 7], [1, 2, 3]]
+    assert mask.tolist() == [[0, 0, 1], [1, 1, 1]]
+
+
+def test_both_backends_count_the_same_useful_tokens(checkpoint: Path) -> None:
+    source = resolve_model(str(checkpoint))
+    llm = LLM(str(checkpoint), dtype="float32", device="cpu", num_gpu_blocks_override=64, max_num_seqs=8)
+    model = load_hf(source, "auto", torch.float32, torch.device("cpu"))
+    ours = run_engine(llm, REQUESTS)
+    theirs = run_hf(model, REQUESTS, batch_size=2)
+    for run in (ours, theirs):
+        assert (run.num_requests, run.num_prompt_tokens, run.num_output_tokens) == (5, 30, 25)
+        assert run.output_tokens_per_second == pytest.approx(25 / run.seconds)
+        assert run.total_tokens_per_second == pytest.approx(55 / run.seconds)
+    assert ours.num_computed_tokens == 25
+    assert theirs.num_computed_tokens == 2 * 7 + 2 * 11 + 1 * 4, "each batch runs up to its longest output"
+    assert theirs.details["num_batches"] == 3
+
+
+def test_a_second_run_does_not_profit_from_the_first(checkpoint: Path) -> None:
+    requests = [BenchRequest(list(range(3, 3 + 40)), 4), BenchRequest(list(range(50, 50 + 40)), 4)]
+    llm = LLM(str(checkpoint), dtype="float32", device="cpu", num_gpu_blocks_override=64, max_num_seqs=8)
+    assert [run_engine(llm, requests).details["prefix_cache_hit_tokens"] for _ in range(2)] == [0, 0]
+    twins = run_engine(llm, [requests[0], requests[0]])
+    assert twins.details["prefix_cache_hit_tokens"] == 32, "within one run the cache works"
+
+
+def test_a_request_beyond_the_context_is_refused_and_not_cut(checkpoint: Path) -> None:
+    llm = LLM(str(checkpoint), dtype="float32", device="cpu", num_gpu_blocks_override=64, max_num_seqs=8)
+    with pytest.raises(ValueError, match="do not fit the context of 64"):
+        run_engine(llm, [BenchRequest(list(range(3, 63)), 5)])
+
+
+def test_warm_up_prompts_are_not_those_of_the_measurement() -> None:
+    requests = make_requests(WORKLOADS["W2"])
+    warm = warm_up_requests(requests)
+    assert max(request.output_len for request in warm) <= 4
+    assert not {tuple(r.prompt_token_ids[:16]) for r in warm} & {tuple(r.prompt_token_ids[:16]) for r in requests}
+
+
+def test_backends_run_in_turn_and_ratios_are_of_neighbours() -> None:
+    order: list[str] = []
+
+    def runner(name: str, seconds: list[float]) -> Any:
+        times = iter(seconds)
+
+        def run() -> Measurement:
+            order.append(name)
+            return Measurement(name, next(times), 1, 10, 100, 100, {})
+
+        return run
+
+    results = measure_alternately({"engine": runner("engine", [1, 2]), "hf": runner("hf", [3, 8])}, 2)
+    assert order == ["engine", "hf", "engine", "hf"]
+    assert ratios(results["engine"], results["hf"]) == pytest.approx([3, 4])
+
+
+# Overhead
+
+
+@pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY])
+def test_overhead_makes_text_and_its_phases_add_up(kind: RequestOutputKind) -> None:
+    texts: dict[str, str] = {}
+
+    def collect(outputs: list[Any]) -> None:
+        for output in outputs:
+            texts[output.request_id] = texts.get(output.request_id, "") + output.outputs[0].text
+
+    result = measure(3, True, kind, rounds=1, steps=24, on_output=collect)
+    assert result.phases.keys() == {*PHASES, "rest"}
+    assert result.total == pytest.approx(sum(result.phases.values()))
+    assert min(result.phases[name] for name in PHASES) > 0
+    if kind is RequestOutputKind.FINAL_ONLY:
+        assert texts == {}
+    else:
+        assert len(texts) == 3
+        assert all(len(text) > 60 and text in TEXT * 2 for text in texts.values())
+
+
+# Commands
+
+
+def run_command(command: Any, flags: str, path: Path) -> dict[str, Any]:
+    command.main([*flags.split(), "--output-json", str(path)])
+    return json.loads(path.read_text())
+
+
+def test_throughput_writes_its_record(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = (
+        f"--model {checkpoint} --dtype float32 --device cpu --backend both --repeats 2 --num-prompts 3 --input-len 8 "
+        "--output-len 4 --num-gpu-blocks-override 32 --max-num-seqs 4"
+    )
+    contents = run_command(throughput_command, flags, tmp_path / "new" / "r.json")
+    assert contents["hardware"].keys() >= {"processor", "cores_used", "memory_bytes", "instruction_sets"}
+    assert contents["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
+    assert contents["flags"]["num_prompts"] == 3
+    assert "output_json" not in contents["flags"]
+    results = contents["results"]
+    assert [run["num_output_tokens"] for run in results["engine"]["runs"] + results["hf"]["runs"]] == [12] * 4
+    assert len(results["ratio_engine_to_hf"]["values"]) == 2
+    assert results["peak_memory_bytes"] > 50 << 20
+    printed = capsys.readouterr().out
+    assert "3 requests, 24 prompt tokens, 12 output tokens" in printed
+    assert "this engine / transformers" in printed
+
+
+def test_memory_writes_its_record_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "memory.png"
+    flags = f"--num-requests 60 --kv-cache-memory-bytes 2GiB --block-sizes 16 --max-model-lens 1024 --plot {plot}"
+    contents = run_command(memory_command, flags, tmp_path / "r.json")
+    # a LLaMA-7B token takes 2 (K, V) x 32 layers x 32 heads x 128 numbers x 2 bytes = 512 KiB
+    assert contents["results"]["capacity_tokens"] == (2 << 30) // (512 << 10)
+    assert [system["system"] for system in contents["results"]["systems"]] == [
+        "contiguous, max 1024", "contiguous, pow2", "contiguous, oracle (buddy)", "contiguous, oracle (first fit)", "paged, 16",
+    ]  # fmt: skip
+    assert contents["results"]["systems"][0]["running"] == 4
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "paged, 16" in capsys.readouterr().out
+
+
+def test_overhead_writes_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(overhead_command, "pin_to_one_core", lambda: None)  # the test process runs others after this
+    contents = run_command(overhead_command, "--num-seqs 2 4 --steps 2 --rounds 2", tmp_path / "r.json")
+    rows = contents["results"]["microseconds_per_sequence_and_step"]
+    assert [(row["prefix_caching"], row["output_kind"], row["num_seqs"]) for row in rows] == [
+        (caching, kind, n) for caching in (True, False) for kind in ("DELTA", "FINAL_ONLY") for n in (2, 4)
+    ]
+    assert "prefix cache on, DELTA: a sequence costs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "complaint"),
+    [
+        (throughput_command, "--dataset poems", "invalid choice: 'poems'"),
+        (throughput_command, "--num-prompts 0", "number of prompts must be at least 1, got 0"),
+        (throughput_command, "--output-len -3", "output length must be at least 1"),
+        (throughput_command, "--dataset mixed --input-len 5", "mixed draws its lengths"),
+        (throughput_command, "--prefix-len 5", "prefix length"),
+        (throughput_command, "--workload W3 --num-prompts 5", "--workload W3 sets dataset and lengths"),
+        (throughput_command, "--repeats 0", "--repeats must be at least 1, got 0"),
+        (throughput_command, "--batch-size 0", "--batch-size must be at least 1, got 0"),
+        (throughput_command, "--modle x", "unrecognized arguments: --modle"),
+        (throughput_command, "--model no-such-model", "there is no model 'no-such-model'"),
+        (throughput_command, "--input-len 8000 --output-len 500", "do not fit the context of 8192"),
+        (throughput_command, "--model llama-7b --load-format dummy --backend hf", "needs weights on disk"),
+        (memory_command, "--max-model-lens 500", "--max-model-lens must be at least 768"),
+        (memory_command, "--block-sizes 16 0", "--block-sizes must be at least 1, got 0"),
+        (memory_command, "--plot chart.txt", "--plot must end in .png"),
+        (memory_command, "--kv-cache-memory-bytes 1MiB", "one sequence does not fit the memory of 2 tokens"),
+        (memory_command, "--kv-cache-memory-bytes much", "'much' is not a size"),
+        (overhead_command, "--num-seqs 0", "--num-seqs must be at least 1, got 0"),
+    ],
+)
+def test_a_bad_flag_gets_one_clear_line(
+    command: Any, flags: str, complaint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(overhead_command, "pin_to_one_core", lambda: None)
+    with pytest.raises(SystemExit) as stop:
+        command.main(flags.split())
+    message = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.strip()
+    assert stop.value.code not in (0, None)
+    assert message.startswith("error: ")
+    assert complaint in message
+    assert "\n" not in message
+
+
+def test_the_default_workload_is_what_the_help_says(capsys: pytest.CaptureFixture[str]) -> None:
+    args, workload = throughput_command.parse_flags(["--input-len", "128", "--output-len", "256"])
+    assert workload == Workload("random", 32, 128, 256)
+    assert args.backend == "engine"
+    assert throughput_command.parse_flags(["--dataset", "mixed"])[1] == WORKLOADS["W3"]
+    assert throughput_command.parse_flags(["--dataset", "shared-prefix"])[1] == WORKLOADS["W4"]
+    with pytest.raises(SystemExit) as stop:
+        throughput_command.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert [name for name in DATASETS if f"\n  {name} " not in text] == []
+
+
+def test_records_do_not_name_where_they_were_written() -> None:
+    command = "--a 1 --output-json /x/y.json --plot=/x/z.png --b --plot q.png"
+    assert without_outputs(command.split()) == ["--a", "1", "--b"]
+
+
+def test_spread_and_machine() -> None:
+    assert spread([3, 1, 2, 10]) == {"median": 2.5, "min": 1, "max": 10, "values": [3, 1, 2, 10]}
+    machine = hardware()
+    assert 1 <= machine["cores_used"] <= machine["cores"]
+    assert machine["memory_bytes"] > 1 << 30
+    commit = git_commit()
+    assert commit is None or len(commit.removesuffix("+changes")) == 12
