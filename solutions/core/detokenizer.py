@@ -230,14 +230,16 @@ class TextReader:
 
     Attributes:
         num_seen: tokens read, prompt included; no more are read after a stop string.
+        matched: the stop string that ended the text, if one did.
     """
 
-    __slots__ = ("_detokenizer", "_seq", "_stops", "num_seen")
+    __slots__ = ("_detokenizer", "_stops", "matched", "num_seen", "seq")
 
     def __init__(self, seq: Sequence, tokenizer: Tokenizer | None, special_ids: frozenset[int]) -> None:
         params = seq.params
-        self._seq = seq
+        self.seq = seq
         self.num_seen = seq.num_prompt_tokens
+        self.matched: str | None = None
         self._detokenizer: Detokenizer | None = None
         self._stops: StopStrings | None = None
         if tokenizer is not None and params.detokenize:
@@ -246,17 +248,12 @@ class TextReader:
             if params.stop:
                 self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
 
-    @property
-    def matched(self) -> str | None:
-        """The stop string that ended the text, if one did."""
-        return None if self._stops is None else self._stops.matched
-
     def read(self, ended: bool) -> str:
         """New text of all tokens not yet read; if the sequence has `ended`, with all that was held back."""
         seen, detokenizer = self.num_seen, self._detokenizer
         if self._stops is not None:
             return self._read_until_stop(ended)
-        end = self.num_seen = len(self._seq.tokens)
+        end = self.num_seen = len(self.seq.tokens)
         if detokenizer is None:
             return ""
         if ended:
@@ -266,7 +263,7 @@ class TextReader:
         return "".join([detokenizer.step() for _ in range(end - seen)])
 
     def _read_until_stop(self, ended: bool) -> str:
-        seq, detokenizer, stops = self._seq, self._detokenizer, self._stops
+        seq, detokenizer, stops = self.seq, self._detokenizer, self._stops
         unarmed = seq.num_prompt_tokens + seq.params.min_tokens
         end = self._text_end() if ended else len(seq.tokens)
         text = ""
@@ -274,15 +271,17 @@ class TextReader:
             self.num_seen += 1
             text += stops.push(detokenizer.step(), self.num_seen > unarmed)
             if stops.matched is not None:
+                self.matched = stops.matched
                 return text
         if ended:
             self.num_seen = len(seq.tokens)
             text += stops.push(detokenizer.finish(end), end > unarmed)
             text += stops.flush()
+            self.matched = stops.matched
         return text
 
     def _text_end(self) -> int:
         """Index behind the last token of an ended sequence whose text counts."""
-        seq = self._seq
+        seq = self.seq
         ended_by_token = seq.finish_reason == "stop" and not seq.params.include_stop_str_in_output
         return len(seq.tokens) - 1 if ended_by_token else len(seq.tokens)

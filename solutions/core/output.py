@@ -84,12 +84,12 @@ class Request(Protocol):
 class _RequestState:
     """A request between `OutputProcessor.add` and its last output."""
 
-    __slots__ = ("delta", "kind", "metrics", "num_unfinished", "prompt_logprobs", "request", "started", "states")
+    __slots__ = ("delta", "final_only", "metrics", "num_unfinished", "prompt_logprobs", "request", "started", "states")
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.kind = request.params.output_kind
-        self.delta = self.kind is RequestOutputKind.DELTA
+        self.delta = request.params.output_kind is RequestOutputKind.DELTA
+        self.final_only = request.params.output_kind is RequestOutputKind.FINAL_ONLY
         self.metrics = RequestMetrics(request.arrival_time)
         self.states: list[_SequenceState] = []  # ascending index
         self.num_unfinished = 0
@@ -108,32 +108,24 @@ class _RequestState:
         )  # fmt: skip
 
 
-class _SequenceState:
+class _SequenceState(TextReader):
     """What has come out of one sequence so far, and what is new since the last output."""
 
-    __slots__ = ("finished", "lazy", "logprobs", "new_text", "num_given", "reader", "request", "seq", "text")
+    __slots__ = ("finished", "lazy", "logprobs", "new_text", "num_given", "request", "text")
 
-    def __init__(self, request: _RequestState, seq: Sequence, reader: TextReader) -> None:
+    def __init__(self, request: _RequestState, seq: Sequence, tokenizer: Any, special_ids: frozenset[int]) -> None:
+        super().__init__(seq, tokenizer, special_ids)
         self.request = request
-        self.seq = seq
-        self.reader = reader
         # Where nobody reads on the way and no stop string is looked for, the text can wait for the end.
-        self.lazy = request.kind is RequestOutputKind.FINAL_ONLY and not seq.params.stop
+        self.lazy = request.final_only and not seq.params.stop
         self.finished = False
         self.text = ""
         self.new_text = ""
         self.num_given = seq.num_prompt_tokens  # tokens that an output has carried, prompt included
         self.logprobs: list[dict[int, Logprob]] | None = None if seq.params.logprobs is None else []
 
-    def read(self, ended: bool) -> str | None:
-        """Take in the sequence's new tokens. Returns the stop string that they complete, if any."""
-        self.new_text = self.reader.read(ended)
-        if not self.request.delta:
-            self.text += self.new_text
-        return self.reader.matched
-
     def completion(self) -> CompletionOutput:
-        seq, logprobs, seen = self.seq, self.logprobs, self.reader.num_seen
+        seq, logprobs, seen = self.seq, self.logprobs, self.num_seen
         if self.request.delta:
             text, start = self.new_text, self.num_given
             self.num_given = seen
@@ -196,7 +188,7 @@ class OutputProcessor:
             raise ValueError("stop strings need a tokenizer and this model has none; use stop_token_ids")
         state = _RequestState(request)
         for seq in sorted(sequences, key=lambda seq: seq.index):
-            state.states.append(_SequenceState(state, seq, TextReader(seq, self._tokenizer, self._special_ids)))
+            state.states.append(_SequenceState(state, seq, self._tokenizer, self._special_ids))
             self._states[seq.seq_id] = state.states[-1]
         state.num_unfinished = len(state.states)
         self._requests[request.request_id] = state
@@ -212,8 +204,9 @@ class OutputProcessor:
         """
         outputs: list[RequestOutput] = []
         advanced: dict[str, list[_SequenceState]] = {}  # of requests with several sequences
+        states, finished = self._states, SequenceStatus.FINISHED
         for row, seq in enumerate(sequences):
-            state = self._states[seq.seq_id]
+            state = states[seq.seq_id]
             request = state.request
             metrics = request.metrics
             if metrics.first_token_time is None:
@@ -222,24 +215,17 @@ class OutputProcessor:
             metrics.last_token_time = now
             if logprobs is not None and state.logprobs is not None:
                 self._add_logprobs(state, logprobs[row])
-            ended = seq.status is SequenceStatus.FINISHED
-            if state.lazy and not ended:
-                continue
-            if (matched := state.read(ended)) is not None:
-                seq.finish_reason, seq.stop_reason = "stop", matched
-                if not ended:
-                    self._on_stop(seq, matched)
-                    ended = True
-            if ended:
-                self._finish(state, now)
-            if len(request.states) > 1:
-                advanced.setdefault(seq.request_id, []).append(state)
-            elif ended or request.kind is not RequestOutputKind.FINAL_ONLY:
-                outputs.append(request.output(request.states))
-        for states in advanced.values():
-            request = states[0].request
-            if request.kind is not RequestOutputKind.FINAL_ONLY or request.num_unfinished == 0:
-                outputs.append(request.output(states if request.delta else request.states))
+            ended = seq.status is finished
+            if ended or not state.lazy:
+                self._read(state, ended, now)
+                if len(request.states) > 1:
+                    advanced.setdefault(seq.request_id, []).append(state)
+                elif state.finished or not request.final_only:
+                    outputs.append(request.output(request.states))
+        for group in advanced.values():
+            request = group[0].request
+            if request.num_unfinished == 0 or not request.final_only:
+                outputs.append(request.output(group if request.delta else request.states))
         return outputs
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -253,8 +239,7 @@ class OutputProcessor:
         unfinished = [state for state in request.states if not state.finished]
         for state in unfinished:
             state.seq.finish_reason = "abort"
-            state.read(ended=True)
-            self._finish(state, monotonic())
+            self._read(state, True, monotonic())
         return request.output(unfinished if request.delta else request.states)
 
     def set_prompt_logprobs(self, request_id: str, start: int, entries: list[TokenLogprobs]) -> None:
@@ -266,8 +251,18 @@ class OutputProcessor:
         for position, entry in enumerate(entries, start):
             request.prompt_logprobs[position] = self._convert(entry)
 
-    def _finish(self, state: _SequenceState, now: float) -> None:
-        request = state.request
+    def _read(self, state: _SequenceState, ended: bool, now: float) -> None:
+        """Take in a sequence's new tokens; if they complete a stop string or it has `ended` otherwise, close it."""
+        state.new_text = text = state.read(ended)
+        request, seq = state.request, state.seq
+        if not request.delta:
+            state.text += text
+        if state.matched is not None:
+            seq.finish_reason, seq.stop_reason = "stop", state.matched
+            if not ended:
+                self._on_stop(seq, state.matched)
+        elif not ended:
+            return
         state.finished = True
         request.num_unfinished -= 1
         if request.num_unfinished == 0:
