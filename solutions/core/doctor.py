@@ -1,0 +1,136 @@
+"""``python -m solutions.core.doctor``: what this machine has, and what the engine will use of it with no flag set."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..attention.paged_attention import make_backend
+from ..models.loader import ModelSource, resolve_model
+from .config import EngineConfig
+from .machine import ROOT, available_cores, available_memory, cpu_flags, pick_threads, total_memory
+from .startup import format_bytes, resolve_limits
+from .worker import pick_device, pick_dtype
+
+Rows = list[tuple[str, str]]
+
+INSTRUCTION_SETS = {
+    "AVX2": {"avx2"},
+    "AVX512": {"avx512f"},
+    "AVX512-VNNI": {"avx512_vnni"},
+    "AVX512-BF16": {"avx512_bf16"},
+    "AMX-BF16": {"amx_bf16"},
+    "AMX-INT8": {"amx_int8"},
+    "NEON": {"asimd", "advsimd"},
+    "Arm-BF16": {"bf16", "feat_bf16"},
+    "Arm-I8MM": {"i8mm", "feat_i8mm"},
+}
+"""Names for people, and how Linux and macOS spell each."""
+
+
+def tool_version(commands: list[str], pattern: str) -> str | None:
+    """The first of the commands that is installed, with what its --version matches, such as "g++ 12.2.0"."""
+    for command in commands:
+        if shutil.which(command):
+            run = subprocess.run([command, "--version"], capture_output=True, text=True, check=False)
+            match = re.search(pattern, run.stdout)
+            return f"{command} {match[1] if match else '(version unknown)'}"
+    return None
+
+
+def processor_name(root: Path = ROOT) -> str:
+    """The processor's name as its maker writes it."""
+    if sys.platform == "darwin":
+        return subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True).stdout.strip()
+    cpuinfo = root / "proc/cpuinfo"
+    match = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()
+
+
+def instruction_sets(flags: frozenset[str]) -> str:
+    """Which of `INSTRUCTION_SETS` the flags hold, the ones that matter for the engine's speed."""
+    return " ".join(name for name, spellings in INSTRUCTION_SETS.items() if not spellings.isdisjoint(flags)) or "none known"
+
+
+def gpus() -> str:
+    """Name and memory of each GPU that PyTorch sees."""
+    cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(f"{card.name} ({format_bytes(card.total_memory)})" for card in cards) or "none that PyTorch sees"
+
+
+def machine_rows() -> Rows:
+    """What there is."""
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    compiler = tool_version([*filter(None, [os.environ.get("CXX")]), "g++", "clang++"], r"(\d+\.\d+(?:\.\d+)?)")
+    cores = f"{available_cores()} of {os.cpu_count()}"
+    return [
+        ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
+        ("Python", platform.python_version()),
+        ("PyTorch", f"{torch.__version__.partition('+')[0]}, {build}"),
+        ("processor", processor_name()),
+        ("cores allowed", cores + " (affinity and cgroup quota)"),
+        ("instruction sets", instruction_sets(cpu_flags())),
+        ("memory", f"{format_bytes(total_memory())}, of which {format_bytes(available_memory())} free"),
+        ("C++ compiler", compiler or "none found; install g++ or clang++"),
+        ("nvcc", tool_version(["nvcc"], r"release (\d+\.\d+)") or "none found; only needed to compile CUDA kernels"),
+        ("GPU", gpus()),
+    ]
+
+
+def model_rows(source: ModelSource) -> Rows:
+    """Where the model's files lie, and how large they are."""
+    size = sum(file.stat().st_size for file in source.path.iterdir())
+    return [("model", source.name), ("its files", f"{source.path} ({format_bytes(size)})")]
+
+
+def engine_rows(config: EngineConfig, source: ModelSource) -> Rows:
+    """What the engine would choose now."""
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device, source.config.torch_dtype)
+    limits = resolve_limits(config, source.config, dtype, device, weight_bytes=0)
+    kv_cache = f"{limits.num_blocks} blocks of {config.block_size} tokens in {format_bytes(limits.kv_bytes)}"
+    return [
+        ("device", str(device)),
+        ("dtype", str(dtype).removeprefix("torch.")),
+        ("threads", str(pick_threads())),
+        ("attention", type(make_backend(config.attention_backend, device)).__name__),
+        ("KV cache", kv_cache),
+        ("longest sequence", f"{limits.max_model_len} tokens"),
+        ("a step", f"{config.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens"),
+    ]
+
+
+def show(title: str, rows: Rows, console: Console) -> None:
+    """Print rows as a table without lines."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
+    for name, value in rows:
+        table.add_row(f"[cyan]{name}[/cyan]", Text(value, overflow="fold"))
+    console.print(table)
+
+
+def main() -> None:
+    """Print both tables; exits with 1 and one line where the engine could not start."""
+    console = Console(highlight=False)
+    show("This machine has", machine_rows(), console)
+    config = EngineConfig()
+    try:
+        source = resolve_model(config.model)
+        rows = model_rows(source) + engine_rows(config, source)
+    except ValueError as problem:
+        sys.exit(f"\nThe engine cannot start: {problem}")
+    console.print()
+    show("The engine will use", rows, console)
+
+
+if __name__ == "__main__":
+    main()
