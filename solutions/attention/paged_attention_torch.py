@@ -43,13 +43,14 @@ class Group:
     Attributes:
         tokens: [S * Q], rows of the step's flat query and output.
         rows: [S, H_kv, L], rows of K and of V in a cache seen as [num_slots * H_kv, D].
-        hidden: [S, 1, Q, 1, L], True where a query must not see a key.
+        mask: [S, 1, Q, 1, L] float32, minus infinity where a query must not see a key, else 0. Added, not filled in: that is
+            ten times faster on a CPU.
         bags: [S * H, L], `rows` repeated for the query heads; made when `embedding_bag` first wants it.
     """
 
     tokens: Tensor
     rows: Tensor
-    hidden: Tensor
+    mask: Tensor
     bags: Tensor | None = None
 
 
@@ -85,42 +86,43 @@ class TorchBackend(AttentionBackend):
             metadata.plan = self.plan(metadata, sliding_window)
         keys, values = kv_cache.flatten(1, 3)  # [num_slots * H_kv, D] each
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        query = query.float() * scale
         for group in metadata.plan.groups:
-            output.index_copy_(0, group.tokens, self._attend_group(query, keys, values, group, scale))
+            output.index_copy_(0, group.tokens, self._attend_group(query, keys, values, group))
         return output
 
-    def _attend_group(self, query: Tensor, keys: Tensor, values: Tensor, group: Group, scale: float) -> Tensor:
-        """The outputs of one group, [S * Q, H, D], in the dtype of `values`."""
+    def _attend_group(self, query: Tensor, keys: Tensor, values: Tensor, group: Group) -> Tensor:
+        """The outputs of one group, [S * Q, H, D], in the dtype of `values`. `query` is scaled float32, [T, H, D]."""
         heads, dim = query.shape[1:]
         size, kv_heads, length = group.rows.shape
-        queries = group.hidden.shape[2]
+        queries = group.mask.shape[2]
         shared = heads // kv_heads  # query heads to a KV head; they become further queries of it
         batch, width = size * kv_heads, queries * shared
 
-        q = query.index_select(0, group.tokens).float().mul_(scale)
-        q = q.view(size, queries, kv_heads, shared * dim).transpose(1, 2).reshape(batch, width, dim)
-        k = self._gather("k", keys, group.rows.view(-1))
+        q = query.index_select(0, group.tokens).view(size, queries, kv_heads, shared * dim)
+        q = q.transpose(1, 2).reshape(batch, width, dim)
+        k = self._gather("k", keys, group.rows)
         if k.dtype != torch.float32:
             k = self._buffer("k float", k.shape, torch.float32, k.device).copy_(k)
         scores = self._buffer("scores", (batch, width, length), torch.float32, k.device)
         torch.bmm(q, k.view(batch, length, dim).transpose(1, 2), out=scores)
-        scores.view(size, kv_heads, queries, shared, length).masked_fill_(group.hidden, -math.inf)
-        weights = torch.softmax(scores, -1, out=self._buffer("weights", scores.shape, torch.float32, k.device))
+        scores.view(size, kv_heads, queries, shared, length).add_(group.mask)
+        weights = torch.softmax(scores, -1, out=scores)
         if values.dtype != torch.float32:
-            weights = self._buffer("weights low", scores.shape, values.dtype, k.device).copy_(weights)
+            weights = self._buffer("weights", scores.shape, values.dtype, k.device).copy_(weights)
 
         if width <= BAG_LIMIT and queries == 1:
             if group.bags is None:
                 group.bags = group.rows.repeat_interleave(shared, dim=1).view(size * heads, length)
             out = F.embedding_bag(group.bags, values, per_sample_weights=weights.view(size * heads, length), mode="sum")
             return out.view(size, heads, dim)
-        v = self._gather("v", values, group.rows.view(-1)).view(batch, length, dim)
+        v = self._gather("v", values, group.rows).view(batch, length, dim)
         out = torch.bmm(weights, v).view(size, kv_heads, queries, shared * dim)
         return out.transpose(1, 2).reshape(size * queries, heads, dim)
 
     def _gather(self, name: str, table: Tensor, rows: Tensor) -> Tensor:
         out = self._buffer(name, (rows.numel(), table.shape[1]), table.dtype, table.device)
-        return torch.index_select(table, 0, rows, out=out)
+        return torch.index_select(table, 0, rows.view(-1), out=out)
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Scratch memory, kept between calls: fresh memory of this size costs more in page faults than the work done in it."""
@@ -190,4 +192,5 @@ def _make_group(metadata: AttentionMetadata, pieces: np.ndarray, sliding_window:
     rows = slots[:, None, :] * kv_heads + torch.arange(kv_heads, device=device)[:, None]  # [S, H_kv, L]
     if metadata.kv_caches[0][0].numel() < 2**31:
         rows = rows.int()
-    return Group((token + nth_query).view(-1), rows, hidden[:, None, :, None, :])
+    mask = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -math.inf)
+    return Group((token + nth_query).view(-1), rows, mask[:, None, :, None, :])

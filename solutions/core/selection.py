@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 BLOCK = 128
 """Tokens in a block. On a CPU torch reduces with vector instructions (amax, sum) but selects with scalar ones (argmax,
@@ -102,9 +103,11 @@ class Filters:
     def draw(self, x: Tensor, u: Tensor, scratch: Tensor) -> Tensor:
         """[R] tokens from logits [R, W] at the numbers u [R]. `scratch` [>= R, W] is overwritten."""
         cutoff, uncertain, values, ids = self._cutoffs(x, scratch)
-        tokens = ids.gather(1, draw(_weights(values, cutoff), u)[:, None]).squeeze(1)
-        for row in uncertain:  # one by one: a row stays in the cache of the processor
-            tokens[row] = draw(_weights(x[row : row + 1], cutoff[row : row + 1]), u[row : row + 1])[0]
+        weights = (values - values[:, :1]).exp_() * (values >= cutoff[:, None])
+        tokens = ids.gather(1, draw(weights, u)[:, None]).squeeze(1)
+        for row in uncertain:
+            kept = functional.threshold(x[row], _below(cutoff[row]), -math.inf)
+            tokens[row] = draw((kept - values[row, 0]).exp_()[None], u[row, None])[0]
         return tokens
 
     def _cutoffs(self, x: Tensor, scratch: Tensor) -> tuple[Tensor, list[int], Tensor, Tensor]:
@@ -118,7 +121,7 @@ class Filters:
         cutoff, certain = self._cutoffs_of_largest(values, width, mass)
         uncertain = [row for row, sure in enumerate(certain.tolist()) if not sure]
         for row in uncertain:
-            cutoff[row] = self._cutoff_of_row(row, x[row])
+            cutoff[row] = self._cutoff_of_row(row, x[row], values[row, 0])
         return cutoff, uncertain, values, ids
 
     def _cutoffs_of_largest(self, values: Tensor, width: int, mass: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -132,7 +135,7 @@ class Filters:
         top_k, top_p = self.top_k[:, None], self.top_p[:, None]
         kth = values.gather(1, (top_k - 1).clamp(max=size - 1))
         lower = torch.where(top_k <= size, kth, -math.inf).maximum(first + self.min_p[:, None].log())
-        sums = _weights(values, lower.squeeze(1)).cumsum(1, dtype=torch.float64)
+        sums = ((values - first).exp_() * (values >= lower)).cumsum(1, dtype=torch.float64)
         complete = (lower > last) | (size == width)  # min-p and top-k end within the candidates
         total = sums[:, -1:] if mass is None else torch.where(complete, sums[:, -1:], mass[:, None])
         place = (sums < top_p * total).sum(1, keepdim=True).clamp(max=size - 1)
@@ -141,31 +144,31 @@ class Filters:
         certain = known & ((cutoff > last) | (size == width)) | ~first.isfinite()  # nothing helps a row of NaN
         return cutoff.squeeze(1), certain.squeeze(1)
 
-    def _cutoff_of_row(self, row: int, logits: Tensor) -> Tensor:
-        """The cutoff of one row from all its logits [W]."""
-        largest = logits.max()
-        weights = (logits - largest).exp()
+    def _cutoff_of_row(self, row: int, logits: Tensor, largest: Tensor) -> Tensor:
+        """The cutoff of one row from all its logits [W] and the largest of them."""
+        gaps = largest - logits
         cutoff = largest + self.min_p[row].log()
         if (top_k := int(self.top_k[row])) < len(logits):
-            cutoff = cutoff.maximum(_reach(logits, largest, torch.ones_like(weights), top_k))
+            cutoff = cutoff.maximum(_reach(logits, gaps, torch.ones_like(gaps), top_k))
         if (top_p := float(self.top_p[row])) < 1.0:
-            weights *= logits >= cutoff
-            cutoff = cutoff.maximum(_reach(logits, largest, weights, top_p * float(weights.sum(dtype=torch.float64))))
+            weights = (functional.threshold(logits, _below(cutoff), -math.inf) - largest).exp_()
+            cutoff = cutoff.maximum(_reach(logits, gaps, weights, top_p * float(weights.sum(dtype=torch.float64))))
         return cutoff
 
 
-def _weights(logits: Tensor, cutoff: Tensor) -> Tensor:
-    """[R, K] probabilities of the logits [R, K] from the cutoffs [R] up, as multiples of the largest; 0 for the others."""
-    return (logits - logits.amax(-1, keepdim=True)).exp_() * (logits >= cutoff[:, None])
+def _below(cutoff: Tensor) -> float:
+    """What a kept logit is greater than: `functional.threshold` is 10x faster on a CPU than a mask of booleans."""
+    return float(cutoff.nextafter(cutoff.new_tensor(-math.inf)))
 
 
-def _reach(logits: Tensor, largest: Tensor, weights: Tensor, target: float) -> Tensor:
+def _reach(logits: Tensor, gaps: Tensor, weights: Tensor, target: float) -> Tensor:
     """The largest c such that the weights [W] of the logits [W] from c up sum to at least `target`.
 
     A radix selection, far cheaper than a sort: the upper 16 bits of a float32 >= 0 order it like an integer, so those of
-    ``largest - logit`` are the buckets of a histogram; only the bucket in which the sum reaches the target is sorted.
+    `gaps` [W], ``largest - logits``, are the buckets of a histogram; only the bucket in which the sum reaches the target
+    is sorted.
     """
-    bucket = (largest - logits).view(torch.int32) >> 16
+    bucket = gaps.view(torch.int32) >> 16
     sums = torch.bincount(bucket, weights.double()).cumsum(0)
     place = int((sums < target).sum().clamp(max=len(sums) - 1))
     members = (bucket == place).nonzero().squeeze(1)

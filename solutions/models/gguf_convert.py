@@ -141,8 +141,11 @@ def _hf_config(metadata: dict[str, Any], tensors: dict[str, gguf.ReaderTensor]) 
     if metadata.get("llama.expert_count") or metadata.get("split.count", 0) > 1:
         raise ModelError("GGUF files with experts or split into several files are not supported")
     heads, hidden = metadata["llama.attention.head_count"], metadata["llama.embedding_length"]
-    rotated = metadata.get("llama.rope.dimension_count", hidden // heads)
-    head_dim = metadata.get("llama.attention.key_length", rotated)
+    kv_heads = metadata.get("llama.attention.head_count_kv", heads)
+    if isinstance(heads, list) or isinstance(kv_heads, list):
+        raise ModelError("GGUF files whose layers differ in their numbers of heads are not supported")
+    head_dim = metadata.get("llama.attention.key_length", hidden // heads)
+    rotated = metadata.get("llama.rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise ModelError(f"RoPE over {rotated} of {head_dim} elements of a head is not supported")
     eos, eot = metadata.get("tokenizer.ggml.eos_token_id"), metadata.get("tokenizer.ggml.eot_token_id")
@@ -156,7 +159,7 @@ def _hf_config(metadata: dict[str, Any], tensors: dict[str, gguf.ReaderTensor]) 
         "intermediate_size": metadata["llama.feed_forward_length"],
         "num_hidden_layers": metadata["llama.block_count"],
         "num_attention_heads": heads,
-        "num_key_value_heads": metadata.get("llama.attention.head_count_kv", heads),
+        "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "max_position_embeddings": metadata["llama.context_length"],
         "rms_norm_eps": _decimal(metadata["llama.attention.layer_norm_rms_epsilon"]),

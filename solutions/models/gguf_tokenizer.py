@@ -107,10 +107,17 @@ def _byte_level_bpe(metadata: dict[str, Any]) -> Tokenizer:
         raise ModelError(f"pre-tokenizer {pre!r} in the GGUF file is not supported; known: {', '.join(PRE_TOKENIZERS)}")
     vocab = {token: index for index, token in enumerate(metadata["ggml.tokens"])}
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["ggml.merges"]]
-    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=PRE_TOKENIZERS[pre] is _LLAMA3))
+    tokenizer = Tokenizer(_bpe(vocab=vocab, merges=merges, ignore_merges=PRE_TOKENIZERS[pre] is _LLAMA3))
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _bpe(**parts: Any) -> BPE:
+    try:
+        return BPE(**parts)
+    except Exception as error:  # the library has no narrower type
+        raise ModelError(f"the tokenizer in the GGUF file is damaged ({error})") from None
 
 
 def _sentencepiece_bpe(metadata: dict[str, Any]) -> Tokenizer:
@@ -119,7 +126,7 @@ def _sentencepiece_bpe(metadata: dict[str, Any]) -> Tokenizer:
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = _merges_from_scores(vocab, metadata["ggml.scores"])
     unknown = tokens[metadata.get("ggml.unknown_token_id", 0)]
-    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(_bpe(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     begins_with_space = metadata.get("ggml.add_space_prefix", True)
     spaces, unspaces = normalizers.Replace(" ", "▁"), decoders.Replace("▁", " ")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces] if begins_with_space else [spaces])

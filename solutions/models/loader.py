@@ -131,9 +131,12 @@ def _from_folder(name: str, folder: Path, load_format: str) -> ModelSource:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise ModelError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds no JSON object")
+    return content
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -143,7 +146,9 @@ def _weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        files = [folder / file for file in sorted(set(_read_json(index)["weight_map"].values()))]
+        files = [folder / file for file in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+        if not files:
+            raise ModelError(f"{index} names no files (weight_map)")
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ModelError(f"{folder} lacks weight files that its index names: {', '.join(missing[:3])}")

@@ -53,9 +53,7 @@ class FakeEngine:
         gate: each step waits for it, when given; set it to let the engine run.
     """
 
-    def __init__(
-        self, *, max_waiting: int = 1000, fail_at: int | None = None, gate: threading.Event | None = None
-    ) -> None:
+    def __init__(self, *, max_waiting: int = 1000, fail_at: int | None = None, gate: threading.Event | None = None) -> None:
         self.config = EngineConfig()
         self.limits = SimpleNamespace(max_model_len=MAX_MODEL_LEN)
         self.tokenizer = ByteTokenizer()

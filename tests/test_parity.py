@@ -1,0 +1,90 @@
+"""The engine's tokens equal those of transformers, whatever the settings. ``make test-parity`` runs the whole grid."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from solutions.batching.sequence import SamplingParams
+from solutions.core.engine import LLM
+from solutions.models.loader import load_tokenizer, resolve_model
+from solutions.tests.tiny_models import make_tiny_gpt2, make_tiny_mistral
+from tests.parity import AXES, NUM_TOKENS, Oracle, Setting, check_setting, full_grid, make_oracle, pairwise_grid
+
+TEXT = (Path(__file__).parent / "data" / "alice.txt").read_text()
+
+
+@pytest.fixture(scope="session")
+def default_model_path() -> Path:
+    return resolve_model("smollm2-135m").path
+
+
+@pytest.fixture(scope="session")
+def text_ids() -> list[int]:
+    return load_tokenizer(resolve_model("smollm2-135m")).encode(TEXT)
+
+
+@pytest.fixture(scope="session")
+def small_oracle(default_model_path, text_ids) -> Oracle:
+    return make_oracle(default_model_path, text_ids, count=16)
+
+
+@pytest.fixture(scope="session")
+def oracle(default_model_path, text_ids) -> Oracle:
+    return make_oracle(default_model_path, text_ids)
+
+
+@pytest.fixture(scope="session", params=[make_tiny_gpt2, make_tiny_mistral], ids=["gpt2", "mistral"])
+def tiny_oracle(request, tmp_path_factory) -> Oracle:
+    path = tmp_path_factory.mktemp("tiny")
+    length = "n_positions" if request.param is make_tiny_gpt2 else "max_position_embeddings"
+    request.param(path, **{length: 640})
+    return make_oracle(path, list(TEXT.encode()))
+
+
+def test_pairwise_grid_covers_every_pair():
+    settings = pairwise_grid()
+    for (a, values_a), (b, values_b) in itertools.combinations(AXES.items(), 2):
+        seen = {(getattr(s, a), getattr(s, b)) for s in settings}
+        assert seen == set(itertools.product(values_a, values_b))
+
+
+@pytest.mark.parametrize("setting", pairwise_grid(), ids=str)
+def test_default_model(small_oracle: Oracle, setting: Setting):
+    check_setting(small_oracle, setting)
+
+
+@pytest.mark.parametrize("setting", pairwise_grid(), ids=str)
+def test_tiny_models(tiny_oracle: Oracle, setting: Setting):
+    check_setting(tiny_oracle, setting)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("setting", full_grid(), ids=str)
+def test_default_model_whole_grid(oracle: Oracle, setting: Setting):
+    check_setting(oracle, setting)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("setting", full_grid(), ids=str)
+def test_tiny_models_whole_grid(tiny_oracle: Oracle, setting: Setting):
+    check_setting(tiny_oracle, setting)
+
+
+def test_bfloat16_differs_only_between_close_tokens(default_model_path, text_ids):
+    """Where the two first part, each one's token is among the other's five best."""
+    expected = make_oracle(default_model_path, text_ids, count=8, dtype=torch.bfloat16)
+    llm = LLM(str(default_model_path), dtype="bfloat16", max_model_len=1024)
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=5)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in expected.prompts], params, use_tqdm=False)
+    for output, tokens, top5 in zip(outputs, expected.tokens, expected.top5, strict=True):
+        ours = output.outputs[0]
+        for position, (got, theirs) in enumerate(zip(ours.token_ids, tokens, strict=True)):
+            if got != theirs:
+                assert got in top5[position]
+                best = sorted(ours.logprobs[position].items(), key=lambda item: item[1].rank)[:5]
+                assert theirs in [token for token, _ in best]
+                break
