@@ -266,7 +266,6 @@ def test_sentencepiece_tokenizer_is_that_of_transformers(tmp_path: Path, cache: 
         assert ours(text)["input_ids"] == theirs(text)["input_ids"], text
     # After a special token llama.cpp, whose files these are, puts a space in front of the text again; transformers does not.
     assert ours("</s>the")["input_ids"] == [1, 2, tokens.index("▁the")]
-        assert ours(text)["input_ids"][0] == 1
     assert ours.tokenize("the hen") == ["▁the", "▁", "hen"]
     assert ours.tokenize("  the") == ["▁▁", "▁the"]  # SentencePiece's extra space comes before spaces too
     assert ours.decode(ours("then é")["input_ids"], skip_special_tokens=True) == "then é"
