@@ -194,7 +194,7 @@ def test_engine_steps_emit_what_the_kind_asks_for(llm):
             seen[output.request_id].append(output.outputs[0])
     whole = seen["FINAL_ONLY"][-1]
     assert len(seen["FINAL_ONLY"]) == 1
-    assert sum((o.token_ids for o in seen["DELTA"]), []) == whole.token_ids
+    assert [token for o in seen["DELTA"] for token in o.token_ids] == whole.token_ids
     assert "".join(o.text for o in seen["DELTA"]) == whole.text
     assert [len(o.token_ids) for o in seen["CUMULATIVE"]] == list(range(1, 13))
     assert seen["CUMULATIVE"][-1].text == whole.text
