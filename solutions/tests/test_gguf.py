@@ -290,12 +290,21 @@ def test_changed_file_is_converted_again_and_the_old_folder_goes(tiny: Path, cac
     assert [folder for folder in cache.iterdir() if folder.is_dir()] == [new]
 
 
-def test_files_whose_names_differ_after_a_dot_keep_their_folders(
-    tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM
+def test_files_whose_names_differ_after_a_dot_do_not_disturb_each_other(
+    tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    paths = [write_gguf(tmp_path / f"model.{kind}.gguf", tiny_model, GGMLType[kind]) for kind in ("F16", "Q4_1")]
-    folders = [resolve_model(str(path)).path for path in paths]
-    assert all(folder.is_dir() for folder in folders)
+    one, other = (write_gguf(tmp_path / f"model.{kind}.gguf", tiny_model, GGMLType[kind]) for kind in ("F16", "Q4_1"))
+    write_weights = gguf_convert._write_weights
+
+    def convert_the_other_meanwhile(*args: Any) -> None:
+        monkeypatch.undo()
+        monkeypatch.setenv("BYOV_CACHE", str(cache.parent))
+        resolve_model(str(other))
+        write_weights(*args)
+
+    monkeypatch.setattr(gguf_convert, "_write_weights", convert_the_other_meanwhile)
+    for path in (one, other):
+        load_model(resolve_model(str(path)), torch.float32, CPU)
 
 
 def test_interrupted_conversion_leaves_nothing(tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
