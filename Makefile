@@ -50,7 +50,7 @@ doctor: $(STAMP) ## Say what this machine has and what the engine will use
 test: $(STAMP) ## Run the test suite (ARGS="-k scheduler" for a part of it)
 	@$(RUN) -m pytest $(ARGS)
 
-test-parity: $(STAMP) ## Compare with transformers over the whole grid of settings; long
+test-parity: $(STAMP) ## Compare with transformers over the whole grid of settings; takes more than an hour
 	@$(RUN) -m pytest -m parity $(ARGS)
 
 lint: $(STAMP) ## Check style and formatting with ruff

@@ -96,9 +96,9 @@ def _stream(engine: LLMEngine, prompt: Prompt, params: SamplingParams, show_prom
     Returns:
         The last output, with the whole text.
     """
+    engine.add_request("stream", prompt, params)
     if show_prompt:
         print(prompt, end="", flush=True)
-    engine.add_request("stream", prompt, params)
     shown, last = 0, None
     try:
         while engine.has_unfinished_requests():

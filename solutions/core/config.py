@@ -26,12 +26,17 @@ def _flag(default: Any, text: str, choices: tuple[str, ...] | None = None, kind:
 
 @dataclass(slots=True)
 class EngineConfig:
-    """Settings of one engine. Each field is also a command-line flag (``max_num_seqs`` is ``--max-num-seqs``)."""
+    """Settings of one engine. Each field is also a command-line flag (``max_num_seqs`` is ``--max-num-seqs``).
+
+    Raises:
+        ValueError: `tensor_parallel_size` is not 1.
+    """
 
     model: str = _flag(DEFAULT_MODEL, "alias, folder in Hugging Face format, .gguf file, or hub id")
     tokenizer: str | None = _flag(None, "folder or hub id of the tokenizer, if it is not the model's")
     dtype: str = _flag("auto", "precision of weights and KV cache; auto: bfloat16 where the processor has it", DTYPES)
     device: str = _flag("auto", "where the model runs", ("auto", "cpu", "cuda"))
+    tensor_parallel_size: int = _flag(1, "devices that share the model; this version runs on 1")
     load_format: str = _flag("auto", "dummy: random weights, to measure speed without a download", ("auto", "dummy"))
     max_model_len: int | None = _flag(None, "longest sequence, prompt and output; default: the model's context", kind=int)
     block_size: int = _flag(16, "tokens in a KV block")
@@ -61,6 +66,10 @@ class EngineConfig:
     max_num_waiting: int | None = _flag(None, "most sequences that may wait; more are refused; default: no limit", kind=int)
     attention_backend: str = _flag("auto", "naive: a loop to read; torch: batched", ("auto", "naive", "torch"))
     seed: int = _flag(0, "seeds the sampling of requests that bring no seed of their own")
+
+    def __post_init__(self) -> None:
+        if self.tensor_parallel_size != 1:
+            raise ValueError(f"tensor_parallel_size must be 1, got {self.tensor_parallel_size}: more are not supported yet")
 
     def to_args(self) -> dict[str, Any]:
         """The settings as a dictionary, for records of measurements."""
