@@ -47,10 +47,8 @@ def resolve_limits(
             message shows the sum and the largest `max_model_len` that fits.
     """
     max_model_len = config.max_model_len or model.max_position_embeddings
-    if not 1 < max_model_len <= model.max_position_embeddings:
-        raise ValueError(
-            f"max_model_len must be between 2 and the model's context of {model.max_position_embeddings}, got {max_model_len}"
-        )
+    if not 1 < max_model_len <= model.max_context:
+        raise ValueError(f"max_model_len must be between 2 and the model's context of {model.max_context}, got {max_model_len}")
     if config.block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {config.block_size}")
     budget = config.max_num_batched_tokens or (CPU_TOKEN_BUDGET if device.type == "cpu" else GPU_TOKEN_BUDGET)

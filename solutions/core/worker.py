@@ -76,7 +76,7 @@ class Worker:
             # "auto" threads would ignore the quota of a container; an explicit OMP_NUM_THREADS stands.
             torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or available_cores())
         self.model_config = source.config
-        self.model = load_model(source, dtype, device, config.load_format, seed=config.seed)
+        self.model = load_model(source, dtype, device, config.load_format, seed=config.seed, max_model_len=config.max_model_len)
         self.backend = make_backend(config.attention_backend, device)
         self.sampler = Sampler(source.config.vocab_size, config.seed)
         self.cache: CacheEngine | None = None

@@ -342,6 +342,22 @@ def test_kv_cache_that_holds_one_sequence_exactly_is_enough(path):
     check_idle(llm.llm_engine)
 
 
+def test_dynamic_rope_scaling_stretches_the_context(tmp_path):
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    make_tiny_llama(tmp_path, max_position_embeddings=64, rope_parameters=scaling)
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    llm = LLM(str(tmp_path), **SETTINGS | {"max_model_len": 128})
+    token_ids = [(7 * i) % 250 for i in range(127)]
+    (output,) = llm.generate(prompt(*token_ids), dataclasses.replace(GREEDY, logprobs=0))
+    # transformers stretches the frequencies to the length at hand, the engine once to the longest it serves: 128.
+    expected = log_probs(oracle, [*token_ids, 0])[126]
+    (token,) = output.outputs[0].token_ids
+    assert token == int(expected.argmax())
+    assert output.outputs[0].logprobs[0][token].logprob == pytest.approx(float(expected.max()), abs=1e-4)
+    with pytest.raises(ValueError, match="the model's context of 128, got 129"):
+        LLMEngine(EngineConfig(model=str(tmp_path), **SETTINGS | {"max_model_len": 129}))
+
+
 def test_startup_says_what_runs_and_what_fits(llm):
     text = "\n".join(llm.llm_engine.startup_summary())
     for part in ("float32", "128 blocks of 4 tokens", "512 tokens", "2.0 sequences of 256", "load weights", "tokenizer"):
