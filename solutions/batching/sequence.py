@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import enum
 import math
+import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 
 class RequestOutputKind(enum.Enum):
@@ -64,17 +66,32 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
-        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
-        self.bad_words = list(self.bad_words or [])
-        self.stop_token_ids = list(self.stop_token_ids or [])
+        self.stop = [self.stop] if isinstance(self.stop, str) else _list("stop", self.stop)
+        self.bad_words = _list("bad_words", self.bad_words)
+        self.stop_token_ids = _list("stop_token_ids", self.stop_token_ids)
+        self.bad_words_token_ids = [
+            _list("bad_words_token_ids", word) for word in _list("bad_words_token_ids", self.bad_words_token_ids)
+        ]
+        self._check_numbers()
+        self._check_tokens()
+        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name, words in (("stop", self.stop), ("bad_words", self.bad_words)):
+            if not all(isinstance(word, str) and word for word in words):
+                raise ValueError(f"{name} must be non-empty strings, got {words!r}")
+        if self.stop and not self.detokenize:
+            raise ValueError("stop strings need detokenize=True")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise ValueError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
+
+    def _check_numbers(self) -> None:
         _require_int("n", self.n, 1, None)
         _require_number("temperature", self.temperature, 0.0, math.inf)
-        if not _require_number("top_p", self.top_p, 0.0, 1.0) > 0.0:
-            raise ValueError("top_p must be in (0, 1], got 0")
+        _require_number("top_p", self.top_p, 0.0, 1.0, above=True)
         _require_int("top_k", self.top_k, -1, None)
         _require_number("min_p", self.min_p, 0.0, 1.0)
-        if not _require_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf) > 0.0:
-            raise ValueError("repetition_penalty must be above 0, got 0")
+        _require_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, above=True)
         _require_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _require_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.seed is not None:
@@ -85,14 +102,26 @@ class SamplingParams:
         for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if value is not None:
                 _require_int(name, value, 0, MAX_LOGPROBS)
-        for name, words in (("stop", self.stop), ("bad_words", self.bad_words)):
-            if not all(isinstance(word, str) and word for word in words):
-                raise ValueError(f"{name} must be non-empty strings, got {words!r}")
-        if self.stop and not self.detokenize:
-            raise ValueError("stop strings need detokenize=True")
-        if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise ValueError("allowed_token_ids must not be empty; leave it out to allow all tokens")
+
+    def _check_tokens(self) -> None:
+        if self.allowed_token_ids is not None:
+            self.allowed_token_ids = _list("allowed_token_ids", self.allowed_token_ids)
+            if not self.allowed_token_ids:
+                raise ValueError("allowed_token_ids must not be empty; leave it out to allow all tokens")
+        if not all(self.bad_words_token_ids):
+            raise ValueError("bad_words_token_ids must not hold an empty word")
+        words = [token for word in self.bad_words_token_ids for token in word]
+        for name, tokens in (
+            ("stop_token_ids", self.stop_token_ids),
+            ("allowed_token_ids", self.allowed_token_ids or ()),
+            ("bad_words_token_ids", words),
+        ):
+            for token in tokens:
+                _require_int(name, token, 0, None)
+        if self.logit_bias is not None and not isinstance(self.logit_bias, dict):
+            raise ValueError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
         for token, bias in (self.logit_bias or {}).items():
+            _require_int("a token id of logit_bias", token, 0, None)
             _require_number(f"logit_bias[{token}]", bias, -100.0, 100.0)
 
     @property
@@ -101,23 +130,33 @@ class SamplingParams:
         return self.temperature < 1e-5
 
 
-def _require_number(name: str, value: float, low: float, high: float) -> float:
+def _list(name: str, value: Any) -> list[Any]:
+    if value is None:
+        return []
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise ValueError(f"{name} must be a list, got {value!r}")
+    return list(value)
+
+
+def _require_number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
+    """`above`: `low` itself is too low."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
-        limits = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"{name} must be a number {limits}, got {value!r}")
-    return value
+    # The comparisons also refuse NaN, and integers too large for a float.
+    if number and (low < value if above else low <= value) and value <= min(high, sys.float_info.max):
+        return
+    if high == math.inf:
+        limits = f"above {low:g}" if above else f"at least {low:g}"
+    else:
+        limits = f"in {'(' if above else '['}{low:g}, {high:g}]"
+    raise ValueError(f"{name} must be a number {limits}, got {value!r}")
 
 
-def _require_int(name: str, value: int, low: int | None, high: int | None) -> None:
+def _require_int(name: str, value: Any, low: int | None, high: int | None) -> None:
     good = isinstance(value, int) and not isinstance(value, bool)
-    if not good or (low is not None and value < low) or (high is not None and value > high):
-        limits = " ".join(
-            text
-            for text in (f"at least {low}" if low is not None else "", f"at most {high}" if high is not None else "")
-            if text
-        )
-        raise ValueError(f"{name} must be an integer {limits}".rstrip() + f", got {value!r}")
+    if good and (low is None or low <= value) and (high is None or value <= high):
+        return
+    limits = "" if low is None else f" at least {low}" if high is None else f" in [{low}, {high}]"
+    raise ValueError(f"{name} must be an integer{limits}, got {value!r}")
 
 
 class SequenceStatus(enum.Enum):
