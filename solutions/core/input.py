@@ -114,6 +114,7 @@ class InputProcessor:
         self._check_vocabulary("stop_token_ids", params.stop_token_ids)
         self._check_vocabulary("allowed_token_ids", params.allowed_token_ids or [])
         self._check_vocabulary("logit_bias", list(params.logit_bias or {}))
+        self._check_vocabulary("bad_words_token_ids", [token for word in params.bad_words_token_ids for token in word])
         if self.tokenizer is None and (params.stop or params.bad_words):
             raise ValueError("stop and bad_words need a tokenizer, and this model has none here")
         if not params.bad_words:
@@ -121,4 +122,4 @@ class InputProcessor:
         # A word looks different at the start of a text and after a space.
         spellings = [prefix + word.lstrip() for word in params.bad_words for prefix in ("", " ")]
         token_ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in spellings]
-        return replace(params, bad_words_token_ids=token_ids)
+        return replace(params, bad_words_token_ids=[word for word in token_ids if word])
