@@ -74,7 +74,7 @@ def test_top_of_a_row_shorter_than_k() -> None:
 def test_draw_gives_each_index_its_share_of_the_numbers(width: int) -> None:
     weights = logits(1, width).mul(0.5).exp()
     weights[:, 2::5] = 0.0
-    count = 100_003
+    count = 30_011
     u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     drawn = torch.cat([draw(weights.expand(len(part), -1).contiguous(), part) for part in u.split(4000)])
     assert (drawn.diff() >= 0).all(), "the inverse of a cumulative distribution ascends"
