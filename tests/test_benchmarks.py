@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,8 +39,10 @@ from solutions.benchmarks.throughput import (
     run_hf,
     warm_up_requests,
 )
+from solutions.core.config import EngineConfig
 from solutions.core.engine import LLM
 from solutions.models.loader import resolve_model
+from solutions.serving import api_server
 
 # Datasets
 
@@ -316,6 +319,18 @@ def test_overhead_makes_text_and_its_phases_add_up(kind: RequestOutputKind) -> N
     else:
         assert len(texts) == 3
         assert all(len(text) > 60 and text in TEXT * 2 for text in texts.values())
+
+
+def test_the_server_settles_its_heap_as_the_benchmark_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    engine = SimpleNamespace(startup_summary=list, config=EngineConfig())
+    monkeypatch.setattr("solutions.core.engine.LLMEngine", lambda config: order.append("engine") or engine)
+    monkeypatch.setattr(api_server, "settle_heap", lambda: order.append("settled"))
+    monkeypatch.setattr(api_server, "create_app", lambda *_: None)
+    monkeypatch.setattr(api_server, "AsyncEngine", lambda engine: engine)
+    monkeypatch.setattr(api_server.uvicorn.Server, "run", lambda self, sockets: [order.append("served"), sockets[0].close()])
+    assert api_server.main(["--host", "127.0.0.1", "--port", "0"]) == 0
+    assert order == ["engine", "settled", "served"]
 
 
 # Commands

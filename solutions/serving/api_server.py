@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..core.config import add_engine_flags, config_from_flags
 from ..core.input import EngineRequest, Prompt
+from ..core.machine import settle_heap
 from ..core.scheduler import QueueFullError
 from .async_engine import AsyncEngine, EngineDeadError, OutputStream
 from .openai_protocol import (
@@ -327,6 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    settle_heap()
     for line in engine.startup_summary():
         print(line)
     names = args.served_model_name or [args.model]
