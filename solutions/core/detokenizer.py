@@ -114,7 +114,7 @@ class Detokenizer:
         """
         context, before, _ = self._context(self.offset)
         whole = self._decode(context + self.tokens[self.offset : end])
-        if before.endswith(REPLACEMENT) or not whole.startswith(before) or whole.find(REPLACEMENT, len(before)) >= 0:
+        if not whole.startswith(before) or whole.find(REPLACEMENT, len(before)) >= 0:
             return None
         self.offset = self._settled = end
         return whole[len(before) :]

@@ -167,6 +167,14 @@ def test_endless_garbage_comes_out_in_time(tokenizer: Any, byte_tokens: list[int
     assert longest < MAX_HELD
 
 
+def test_a_long_text_of_split_characters_stays_whole(tokenizer: Any) -> None:
+    text = "龘靐齉🌶" * MAX_HELD
+    pieces = read(tokenizer.backend_tokenizer, encode(tokenizer, "x"), encode(tokenizer, text))
+    assert pieces.count("") > 2 * MAX_HELD, "far more tokens wait, one after the other, than may wait together"
+    assert "\ufffd" not in "".join(pieces)
+    assert "".join(pieces) == text
+
+
 def test_garbage_before_a_character_does_not_break_it(tokenizer: Any, byte_tokens: list[int]) -> None:
     """The character's first bytes are the last of the held tokens when these are let go."""
     lead, *rest = (byte_tokens[byte] for byte in "🌶".encode())
@@ -177,7 +185,7 @@ def test_garbage_before_a_character_does_not_break_it(tokenizer: Any, byte_token
 
 def test_errors_of_the_tokenizer_pass(tokenizer: Any) -> None:
     with pytest.raises((TypeError, OverflowError)):
-        read(tokenizer.backend_tokenizer, [5], [-1])
+        Detokenizer(tokenizer.backend_tokenizer, [5, -1], 1).step()
 
 
 def test_byte_fallback_keeps_the_first_space(llama: Tokenizer) -> None:
@@ -186,6 +194,7 @@ def test_byte_fallback_keeps_the_first_space(llama: Tokenizer) -> None:
     assert read(llama, [1, hello], [world, space, space, ids["A"]]) == [" world", " ", " ", "A", ""]
     assert read_at_once(llama, [1, hello], [world, space, space, ids["A"]]) == " world  A"
     assert read(llama, [1, inst], [hello]) == [" Hello", ""]
+    assert read(llama, [1, hello, *[2] * 20], [world]) == [" world", ""], "special tokens are no text to begin after"
     assert read(llama, [1], [hello, world]) == ["Hello", " world", ""], "the text itself begins here"
 
 

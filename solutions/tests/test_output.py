@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from solutions.batching.sequence import RequestOutputKind, SamplingParams, Sequence, SequenceStatus
+from solutions.core.detokenizer import Detokenizer
 from solutions.core.output import OutputProcessor, RequestOutput
 from solutions.models.loader import load_tokenizer, resolve_model
 
@@ -235,6 +236,7 @@ def test_stop_string_ends_a_running_sequence(tokenizer: Any, kind: RequestOutput
         if seq.finished:
             break
     assert run.stopped == [(0, "\nUser:")]
+    assert len(outputs) == (1 if kind is FINAL_ONLY else seq.num_output_tokens)
     assert tokenizer.decode(seq.output_token_ids).endswith("User:")
     completion = outputs[-1].outputs[0]
     text = joined(outputs)[0] if kind is DELTA else completion.text
@@ -336,6 +338,16 @@ def test_requests_side_by_side(tokenizer: Any) -> None:
     outputs = run.step({b: one, a: two})
     assert [(output.request_id, output.outputs[0].text) for output in outputs] == [("b", " two one"), ("a", " two")]
     assert run.processor.num_requests == 1
+    with pytest.raises(KeyError):  # a finished request is forgotten
+        run.step({b: one})
+
+
+def test_final_only_reads_no_token_on_the_way(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    monkeypatch.setattr(Detokenizer, "step", lambda self: steps.append(self.offset) or "")
+    ids = encode(tokenizer, "one two three")
+    outputs, _ = run_request(tokenizer, [5], ids, SamplingParams(output_kind=FINAL_ONLY))
+    assert (outputs[0].outputs[0].text, steps) == ("one two three", [])
 
 
 def test_abort(tokenizer: Any) -> None:
@@ -418,8 +430,8 @@ def test_metrics(tokenizer: Any, kind: RequestOutputKind) -> None:
     a, b = run.add([5], SamplingParams(n=2, output_kind=kind, max_tokens=2), arrival=10.0)
     a.first_scheduled_time, b.first_scheduled_time = 11.0, 99.0
     a.num_cached_tokens = 1
-    run.step({a: 7}, now=12.0)
-    run.step({b: 7}, now=13.0)
+    run.step({b: 7}, now=12.0)
+    run.step({a: 7}, now=13.0)
     a.num_preemptions, b.num_preemptions = 2, 3
     outputs = run.step({a: 7, b: 7}, now=14.0)
     metrics = outputs[-1].metrics
