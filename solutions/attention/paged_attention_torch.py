@@ -30,10 +30,11 @@ GATHER_COST = 8
 """Reading a key and a value costs about as much as this many queries' products with them."""
 
 GROUP_OVERHEAD = 2048
-"""Work (query-key pairs of all heads) that takes as long as the calls of one more group."""
+"""Work that takes as long as the calls of one more group. A piece's work is keys * (queries + GATHER_COST)."""
 
 BAG_LIMIT = 4
-"""Up to this many queries to a KV head, `embedding_bag` sums V straight from the cache, faster than gather and matmul."""
+"""Up to this many query heads to a KV head, `embedding_bag` sums a decode's V straight from the cache: V is read once for each
+query head, but never written."""
 
 
 @dataclass(slots=True)
@@ -66,13 +67,13 @@ class TorchBackend(AttentionBackend):
     """Batched paged attention in plain PyTorch. Scores and softmax are float32 whatever the cache holds."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def plan(self, metadata: AttentionMetadata, sliding_window: int | None) -> Plan:
         query_starts = metadata.query_start_loc.cpu().numpy().astype(np.int64)
         context_lens = metadata.context_lens.cpu().numpy().astype(np.int64)
         pieces = cut_into_pieces(query_starts, context_lens, sliding_window)
-        max_work = 1 << (15 if metadata.block_tables.device.type == "cpu" else 22)
+        max_work = 1 << (15 if metadata.block_tables.device.type == "cpu" else 22)  # a CPU keeps a group's keys in its cache
         groups = [_make_group(metadata, pieces[:, members], sliding_window) for members in group_pieces(pieces, max_work)]
         return Plan(sliding_window, groups)
 
@@ -103,7 +104,7 @@ class TorchBackend(AttentionBackend):
         q = q.transpose(1, 2).reshape(batch, width, dim)
         k = self._gather("k", keys, group.rows)
         if k.dtype != torch.float32:
-            k = self._buffer("k float", k.shape, torch.float32, k.device).copy_(k)
+            k = self._buffer("k", k.shape, torch.float32, k.device).copy_(k)
         scores = self._buffer("scores", (batch, width, length), torch.float32, k.device)
         torch.bmm(q, k.view(batch, length, dim).transpose(1, 2), out=scores)
         scores.view(size, kv_heads, queries, shared, length).add_(group.mask)
@@ -111,7 +112,7 @@ class TorchBackend(AttentionBackend):
         if values.dtype != torch.float32:
             weights = self._buffer("weights", scores.shape, values.dtype, k.device).copy_(weights)
 
-        if width <= BAG_LIMIT and queries == 1:
+        if queries == 1 and shared <= BAG_LIMIT:
             if group.bags is None:
                 group.bags = group.rows.repeat_interleave(shared, dim=1).view(size * heads, length)
             out = F.embedding_bag(group.bags, values, per_sample_weights=weights.view(size * heads, length), mode="sum")
@@ -126,11 +127,11 @@ class TorchBackend(AttentionBackend):
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Scratch memory, kept between calls: fresh memory of this size costs more in page faults than the work done in it."""
-        size = math.prod(shape)
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < size or buffer.dtype != dtype or buffer.device != device:
-            buffer = self._buffers[name] = torch.empty(size, dtype=dtype, device=device)
-        return buffer[:size].view(shape)
+        size, key = math.prod(shape), (name, dtype, device)
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            with torch.inference_mode(False):  # made in inference mode it could be written only there
+                self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
+        return self._buffers[key][:size].view(shape)
 
 
 def cut_into_pieces(query_starts: np.ndarray, context_lens: np.ndarray, sliding_window: int | None) -> np.ndarray:
@@ -191,6 +192,6 @@ def _make_group(metadata: AttentionMetadata, pieces: np.ndarray, sliding_window:
     slots = metadata.block_tables[seq, key_pos // block_size].long() * block_size + key_pos % block_size
     rows = slots[:, None, :] * kv_heads + torch.arange(kv_heads, device=device)[:, None]  # [S, H_kv, L]
     if metadata.kv_caches[0][0].numel() < 2**31:
-        rows = rows.int()
+        rows = rows.int()  # half the index bytes to read in every layer
     mask = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -math.inf)
     return Group((token + nth_query).view(-1), rows, mask[:, None, :, None, :])

@@ -127,6 +127,14 @@ def test_layers_and_steps_do_not_disturb_each_other(backend: AttentionBackend) -
         torch.testing.assert_close(case.run(backend), result, rtol=0, atol=0)
 
 
+def test_inference_mode_and_others_share_a_backend(backend: AttentionBackend) -> None:
+    case = make_case([1, 20], [30, 40], dtype=torch.bfloat16)
+    with torch.inference_mode():
+        inside = case.run(backend)
+    with torch.no_grad():
+        torch.testing.assert_close(case.run(backend), inside, rtol=0, atol=0)
+
+
 def test_layers_may_differ_in_window(backend: AttentionBackend) -> None:
     """Some models alternate full and windowed layers; a plan made for one window must not serve another."""
     case = make_case([3, 50], [60, 80])
