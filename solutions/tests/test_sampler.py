@@ -225,6 +225,13 @@ def test_a_seed_gives_the_same_tokens_in_any_company() -> None:
     assert generate(others, 5, Sampler(V, seed=3), pause=True) == alone
 
 
+def test_a_seed_gives_another_number_at_every_step() -> None:
+    seq, sampler, logits = seq_of(output=[], seed=3), Sampler(V), make_logits(1) * 0.5
+    for _ in range(40):
+        seq.tokens += sampler(logits, [seq]).token_ids
+    assert len(set(seq.output_token_ids)) > 20
+
+
 def test_seeds_of_neighbours_and_steps_are_unrelated() -> None:
     draws = np.array([[uniform(seed, step) for step in range(200)] for seed in range(-100, 100)])
     assert draws.min() >= 0

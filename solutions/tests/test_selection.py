@@ -29,7 +29,7 @@ def filters(*params: SamplingParams, width: int) -> Filters:
         min_p=torch.tensor([p.min_p for p in params]),
         top_k=torch.tensor([p.top_k if p.top_k > 0 else width for p in params]),
         top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64),
-        need_mass=any(p.top_p < 1 and p.top_k <= 0 and p.min_p == 0 for p in params),
+        need_mass=any(p.top_p < 1 and not 0 < p.top_k < width and p.min_p == 0 for p in params),
     )
 
 
@@ -86,9 +86,16 @@ def test_draw_gives_each_index_its_share_of_the_numbers(width: int) -> None:
 @pytest.mark.parametrize("width", [7, *WIDTHS])
 @pytest.mark.parametrize("u", [0.0, 1e-300, 1 - 2.0**-53])
 def test_draw_never_gives_a_weight_of_zero(width: int, u: float) -> None:
-    weights = torch.zeros(width, width)
-    weights.fill_diagonal_(1e-30)
+    weights = torch.diag(10.0 ** torch.linspace(-30, 0, width))
     assert draw(weights, torch.full((width,), u, dtype=torch.float64)).tolist() == list(range(width))
+
+
+def test_draw_of_the_last_number_ends_at_the_last_weights() -> None:
+    weights = logits(3000, 2 * BLOCK).exp()
+    weights[:, -40:] = 0.0
+    drawn = draw(weights, torch.full((3000,), 1 - 2.0**-53, dtype=torch.float64))
+    assert drawn.min() > 2 * BLOCK - 43
+    assert drawn.max() == 2 * BLOCK - 41
 
 
 @pytest.mark.parametrize("step", [0.0, 0.5])
@@ -100,6 +107,7 @@ def test_draw_never_gives_a_weight_of_zero(width: int, u: float) -> None:
         *({"top_p": p} for p in (1e-9, 0.1, 0.5, 0.9, 0.999, 1 - 1e-12)),
         *({"min_p": p} for p in (1e-9, 1e-4, 0.05, 0.9, 1.0)),
         {"top_k": 50, "top_p": 0.9},
+        {"top_k": 64, "top_p": 0.5},
         {"top_k": 1400, "top_p": 0.7},
         {"top_p": 0.7, "min_p": 1e-6},
         {"top_p": 0.7, "min_p": 0.1},
