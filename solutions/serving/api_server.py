@@ -300,6 +300,8 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         OSError: the address cannot be had; the message says what to do.
     """
+    if not 0 <= port <= 65535:  # getaddrinfo would take it modulo 65536
+        raise OSError(f"--port must be 0 to 65535, got {port}")
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, proto)
@@ -311,8 +313,6 @@ def bind(host: str, port: int) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             raise OSError(f"port {port} is in use; choose another with --port or stop what listens there") from error
         raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}; see --host and --port") from error
-    except OverflowError as error:
-        raise OSError(f"cannot listen on {host}:{port}: a port is 0 to 65535; see --port") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

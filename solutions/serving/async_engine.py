@@ -39,7 +39,6 @@ class OutputStream(AsyncIterator[RequestOutput]):
 
     def __init__(self, request_ids: list[str], abort: Callable[[list[str]], None]) -> None:
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.closed = False
         self._outputs: asyncio.Queue[RequestOutput | Exception | None] = asyncio.Queue()
         self._unfinished = set(request_ids)
         self._abort = abort
@@ -65,7 +64,6 @@ class OutputStream(AsyncIterator[RequestOutput]):
 
     def close(self) -> None:
         """Abort the unfinished requests; whoever waits for an output sees the end of the stream."""
-        self.closed = True
         self._abort(list(self._unfinished))
         self._unfinished.clear()
         self._outputs.put_nowait(None)

@@ -72,6 +72,9 @@ class FakeEngine:
         self.prepared_in.append(threading.current_thread().name)
         return self.input.prepare(request_id, prompt, params, priority)
 
+    def startup_summary(self) -> list[str]:
+        return ["a fake engine"]
+
     def submit(self, request: EngineRequest) -> None:
         if len(self.running) >= self.max_waiting:
             raise QueueFullError(f"{self.max_waiting} sequences are waiting")

@@ -109,20 +109,20 @@ def test_the_four_forms_of_a_prompt(client: openai.OpenAI, tokenizer: Any) -> No
 def test_choices_of_several_prompts_with_n(client: openai.OpenAI, tokenizer: Any) -> None:
     prompts = ["A", "The quick brown fox jumps over"]
     # top_p keeps out the tail, where thousands of tokens are so unlikely that rounding decides between neighbours.
-    answer = client.completions.create(model=MODEL, prompt=prompts, n=3, max_tokens=12, seed=1, top_p=0.8)
+    answer = client.completions.create(model=MODEL, prompt=prompts, n=3, max_tokens=8, seed=1, top_p=0.8)
     texts = [choice.text for choice in answer.choices]
     assert [choice.index for choice in answer.choices] == list(range(6))
     assert len(set(texts)) == 6
     prompt_tokens = sum(len(tokenizer.encode(prompt)) for prompt in prompts)
     assert answer.usage.prompt_tokens == prompt_tokens  # each prompt once
     for i, prompt in enumerate(prompts):  # prompt i, sample j is choice i * n + j
-        alone = client.completions.create(model=MODEL, prompt=prompt, n=3, max_tokens=12, seed=1, top_p=0.8)
+        alone = client.completions.create(model=MODEL, prompt=prompt, n=3, max_tokens=8, seed=1, top_p=0.8)
         assert [choice.text for choice in alone.choices] == texts[3 * i : 3 * i + 3]
 
 
 def test_seed_fixes_the_sample(client: openai.OpenAI) -> None:
     def sample(seed: int) -> str:
-        return client.completions.create(model=MODEL, prompt="Once", max_tokens=12, seed=seed).choices[0].text
+        return client.completions.create(model=MODEL, prompt="Once", max_tokens=5, seed=seed).choices[0].text
 
     assert sample(7) == sample(7)
     assert len({sample(seed) for seed in (7, 8, 2**63 - 1, -(2**63))}) == 4
@@ -148,7 +148,7 @@ def test_stop_string_and_stop_token(client: openai.OpenAI, tokenizer: Any) -> No
 def test_sampling_fields_have_their_effect(client: openai.OpenAI, tokenizer: Any) -> None:
     def complete(prompt: str = "The sky is", **fields: Any) -> Any:
         # the client checks its own names of fields; extra_body takes any
-        extra = {"temperature": 0, "max_tokens": 8} | fields
+        extra = {"temperature": 0, "max_tokens": 5} | fields
         return client.completions.create(model=MODEL, prompt=prompt, extra_body=extra).choices[0]
 
     greedy = complete().text
@@ -157,7 +157,7 @@ def test_sampling_fields_have_their_effect(client: openai.OpenAI, tokenizer: Any
     assert complete(temperature=5, top_p=1e-6).text == greedy
     assert complete(temperature=5, seed=0).text != greedy
     purple = {str(tokenizer.encode(" purple")[0]): 100}
-    assert complete(logit_bias=purple).text == " purple" * 8
+    assert complete(logit_bias=purple).text == " purple" * 5
     for penalty in ({"repetition_penalty": 5.0}, {"presence_penalty": 2.0}, {"frequency_penalty": 2.0}):
         assert complete("a b a b a b a b").text != complete("a b a b a b a b", **penalty).text
     end = {str(tokenizer.eos_token_id): 100}
@@ -165,9 +165,9 @@ def test_sampling_fields_have_their_effect(client: openai.OpenAI, tokenizer: Any
     assert complete(logit_bias=end, ignore_eos=True).finish_reason == "length"
     assert complete(logit_bias=end, ignore_eos=True).text == ""
     shown = complete(logit_bias=end, ignore_eos=True, skip_special_tokens=False)
-    assert shown.text == tokenizer.eos_token * 8
-    late = client.completions.create(**GREEDY, prompt="Hi", logit_bias=end, extra_body={"min_tokens": 5})
-    assert late.usage.completion_tokens == 6
+    assert shown.text == tokenizer.eos_token * 5
+    late = client.completions.create(**GREEDY, prompt="Hi", logit_bias=end, extra_body={"min_tokens": 3})
+    assert late.usage.completion_tokens == 4
 
 
 def test_echo(client: openai.OpenAI, tokenizer: Any) -> None:
@@ -196,7 +196,7 @@ def test_completion_logprobs(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"stop": [" the"]}, {"n": 3, "seed": 3, "temperature": 1.0}, {"prompt": ["A", "B"]}])
 def test_streamed_text_equals_whole_text(client: openai.OpenAI, fields: dict[str, Any]) -> None:
-    request = {**GREEDY, "prompt": "A story about 😀 and 日本:", "max_tokens": 24, **fields}
+    request = {**GREEDY, "prompt": "A story about 😀 and 日本:", "max_tokens": 12, **fields}
     whole = client.completions.create(**request)
     texts, reasons, usages = {}, {}, []
     for chunk in client.completions.create(**request, stream=True, stream_options={"include_usage": True}):
@@ -257,7 +257,7 @@ def test_content_parts_are_joined_by_line_breaks(client: openai.OpenAI) -> None:
 
 
 def test_chat_stream(client: openai.OpenAI) -> None:
-    request = {"model": MODEL, "messages": CHAT, "n": 2, "seed": 5, "max_tokens": 12}
+    request = {"model": MODEL, "messages": CHAT, "n": 2, "seed": 5, "max_tokens": 6}
     whole = client.chat.completions.create(**request)
     chunks = list(client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True}))
     first, texts = set(), {0: "", 1: ""}
@@ -275,10 +275,10 @@ def test_chat_stream(client: openai.OpenAI) -> None:
 
 def test_chat_logprobs(client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": "Repeat after me: 😀🦜"}]
-    fields = {**GREEDY, "messages": messages, "max_tokens": 12, "logprobs": True}
+    fields = {**GREEDY, "messages": messages, "max_tokens": 9, "logprobs": True}
     choice = client.chat.completions.create(**fields, top_logprobs=2).choices[0]
     content = choice.logprobs.content
-    assert len(content) == 12
+    assert len(content) == 9
     raw = b"".join(bytes(entry.bytes) for entry in content)  # a token may hold a part of a character
     assert raw.decode(errors="ignore").startswith(choice.message.content.rstrip("\ufffd"))
     for entry in content:
@@ -307,3 +307,162 @@ def test_models(client: openai.OpenAI) -> None:
     models = client.models.list().data
     assert [(model.id, model.object, model.max_model_len) for model in models] == [(MODEL, "model", CONTEXT)]
     assert client.models.retrieve(MODEL).id == MODEL
+
+
+# ----------------------------------------------------------------------------------------------------- bad requests
+
+HI = [{"role": "user", "content": "hi"}]
+BAD_COMPLETIONS = [  # fields, the field at fault
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [[]]}, "prompt"),
+    ({"prompt": ["good", ""]}, "prompt"),
+    ({"prompt": [1, "two"]}, "prompt"),
+    ({"prompt": [True]}, "prompt"),
+    ({"prompt": [49152]}, "prompt"),
+    ({"prompt": [-1]}, "prompt"),
+    ({"prompt": "word " * CONTEXT}, "prompt"),
+    ({"prompt": None}, "prompt"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": 1.5}, "max_tokens"),
+    ({"max_tokens": CONTEXT}, "max_tokens"),
+    ({"max_completion_tokens": 3}, "max_completion_tokens"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_p": 1.1}, "top_p"),
+    ({"top_k": -2}, "top_k"),
+    ({"min_p": 2}, "min_p"),
+    ({"n": 0}, "n"),
+    ({"n": 129}, "n"),
+    ({"stop": ""}, "stop"),
+    ({"stop": [1]}, "stop[0]"),
+    ({"stop": {"a": 1}}, "stop"),
+    ({"seed": 2**63}, "seed"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"logprobs": True}, "logprobs"),
+    ({"echo": True, "logprobs": 1}, "echo"),
+    ({"presence_penalty": 2.5}, "presence_penalty"),
+    ({"frequency_penalty": -2.5}, "frequency_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"logit_bias": {"49152": 1}}, "logit_bias"),
+    ({"logit_bias": {"word": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, "logit_bias"),
+    ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+    ({"stop_token_ids": [49152]}, "stop_token_ids"),
+    ({"ignore_eos": "yes"}, "ignore_eos"),
+    ({"cache_salt": ""}, "cache_salt"),
+    ({"priority": 1}, "priority"),  # the server schedules by arrival
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"more": True}}, "stream_options.more"),
+    ({"suffix": "end"}, "suffix"),
+    ({"best_of": 2}, "best_of"),
+    ({"nonsense": 1}, "nonsense"),
+]
+BAD_CHATS = [
+    ({"messages": []}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [*HI, {"role": "user", "content": None}]}, "messages[1].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0].type"),
+    ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages[0].name"),
+    ({"messages": [{"role": "user", "content": "word " * CONTEXT}]}, "messages"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ({"max_completion_tokens": CONTEXT}, "max_completion_tokens"),
+    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"prompt": "x"}, "prompt"),
+    ({"echo": True}, "echo"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ({"tool_choice": "auto"}, "tool_choice"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"reasoning_effort": "low"}, "reasoning_effort"),
+    ({"service_tier": "flex"}, "service_tier"),
+    ({"store": True}, "store"),
+]
+
+
+def assert_serves(client: openai.OpenAI) -> None:
+    """The engine goes on serving others."""
+    assert client.completions.create(**GREEDY, prompt="Hi", max_tokens=1).choices[0].finish_reason == "length"
+
+
+def assert_refused(error: openai.APIStatusError, status: int, param: str | None) -> None:
+    assert error.status_code == error.body["code"] == status
+    assert error.param == param
+    message = error.body["message"]
+    assert "\n" not in message
+    assert "/" not in message.replace("/v1/", "")  # no paths
+    assert param is None or param.split("[")[0] in message or param in ("prompt", "messages")
+
+
+@pytest.mark.parametrize(("fields", "param"), BAD_COMPLETIONS)
+def test_a_bad_completion_request_is_refused_by_name(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:
+    body = {"model": MODEL, "prompt": "Hi", **fields}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=MODEL, prompt="Hi", extra_body=body)
+    assert_refused(caught.value, 400, param)
+    assert_serves(client)
+
+
+@pytest.mark.parametrize(("fields", "param"), BAD_CHATS)
+def test_a_bad_chat_request_is_refused_by_name(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:
+    body = {"model": MODEL, "messages": HI, **fields}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=MODEL, messages=HI, extra_body=body)
+    assert_refused(caught.value, 400, param)
+    assert_serves(client)
+
+
+def test_values_that_mean_not_set_pass(client: openai.OpenAI) -> None:
+    unset = {"tools": None, "tool_choice": "none", "response_format": {"type": "text"}, "store": False, "audio": None}
+    unset |= {"stop": None, "seed": None, "logit_bias": None, "stream_options": None, "temperature": None, "user": "u"}
+    answer = client.chat.completions.create(model=MODEL, messages=HI, max_tokens=1, extra_body=unset)
+    assert answer.usage.completion_tokens == 1
+
+
+def test_an_unknown_model_is_404(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model="gpt-9", prompt="Hi")
+    assert_refused(caught.value, 404, "model")
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-9")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[1]", b'"text"', b"\xff\xfe", b'{"model": "\xff"}', b"[" * 100_000, b'{"a":' * 100_000, b'{"model": "x"}'],
+    ids=["empty", "cut off", "list", "string", "not UTF-8", "not UTF-8 inside", "deep list", "deep object", "no prompt"],
+)
+def test_a_bad_body_is_a_400(url: str, client: openai.OpenAI, body: bytes) -> None:
+    response = httpx.post(f"{url}/completions", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"].keys() == {"message", "type", "param", "code"}
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert_serves(client)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_none_are_refused(url: str, client: openai.OpenAI, value: str) -> None:
+    body = f'{{"model": "{MODEL}", "prompt": "Hi", "temperature": {value}}}'
+    response = httpx.post(f"{url}/completions", content=body, headers={"Content-Type": "application/json"})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "temperature")
+    assert_serves(client)
+
+
+def test_extreme_values_harm_nobody(client: openai.OpenAI) -> None:
+    extremes = [{"temperature": 1e300}, {"top_k": 10**30}, {"min_p": 1e-300}, {"top_p": 1e-300}, {"repetition_penalty": 3e38}]
+    for extreme in [*extremes, {"repetition_penalty": 1e-300}, {"stop": ["x" * 10_000]}, {"n": 128, "max_tokens": 1}]:
+        body = {"prompt": "The sky is the sky is", "max_tokens": 3, **extreme}
+        assert client.completions.create(model=MODEL, prompt="", extra_body=body).usage.completion_tokens in (3, 128)
+
+
+def test_unknown_routes_and_methods_have_openai_errors(url: str) -> None:
+    for method, path, status in (("GET", "/v2/x", 404), ("GET", "/completions", 405), ("DELETE", "/models", 405)):
+        response = httpx.request(method, url + path)
+        assert response.status_code == status
+        assert response.json()["error"]["code"] == status
