@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +12,7 @@ from ..batching.continuous_batch import FlatBatch
 from ..memory.cache_engine import CacheEngine
 from ..models.loader import ModelSource, load_model
 from .config import EngineConfig
-from .machine import available_cores, cpu_has_bf16
+from .machine import cpu_has_bf16, pick_threads
 from .sampler import Sampler, TokenLogprobs
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -73,8 +72,7 @@ class Worker:
     def __init__(self, config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         if device.type == "cpu":
-            # "auto" threads would ignore the quota of a container; an explicit OMP_NUM_THREADS stands.
-            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or available_cores())
+            torch.set_num_threads(pick_threads())  # PyTorch's own choice ignores the quota of a container
         self.model_config = source.config
         self.model = load_model(source, dtype, device, config.load_format, seed=config.seed, max_model_len=config.max_model_len)
         self.backend = make_backend(config.attention_backend, device)

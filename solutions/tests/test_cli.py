@@ -91,6 +91,13 @@ def test_problem_is_one_line_and_a_failure(path, run, args, message, monkeypatch
     assert "Traceback" not in err
 
 
+def test_malformed_thread_count_is_one_line(path, run, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
+    code, _, err = run("--model", path, "--prompt", "x", *FLAGS)
+    assert code != 0
+    assert "error: OMP_NUM_THREADS must be a positive number, got '4,2'" in err
+
+
 def test_empty_pipe_says_how_to_give_a_prompt(path, run):
     code, _, err = run("--model", path, *FLAGS, stdin="\n")
     assert code != 0

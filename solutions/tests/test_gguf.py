@@ -303,8 +303,13 @@ def test_files_whose_names_differ_after_a_dot_do_not_disturb_each_other(
         write_weights(*args)
 
     monkeypatch.setattr(gguf_convert, "_write_weights", convert_the_other_meanwhile)
-    for path in (one, other):
-        load_model(resolve_model(str(path)), torch.float32, CPU)
+    first, second = (resolve_model(str(path)) for path in (one, other))
+    assert first.path != second.path
+    expected = tiny_model.get_input_embeddings().weight
+    for source, is_exact in ((first, True), (second, False)):  # each folder holds its own file's weights
+        weights = load_model(source, torch.float32, CPU).state_dict()
+        (embedding,) = [value for name, value in weights.items() if "embed" in name]
+        assert torch.equal(embedding, expected.half().float()) == is_exact
 
 
 def test_interrupted_conversion_leaves_nothing(tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
