@@ -113,8 +113,7 @@ class BlockManager:
         hits = self._match(seq)
         for block in hits:
             self.allocator.share(block)
-        self.tables[seq.seq_id] = hits + self._new_blocks(self.num_blocks_for(len(seq.tokens)) - len(hits))
-        self._changed.add(seq.seq_id)
+        self._set_table(seq, hits + self._new_blocks(self.num_blocks_for(len(seq.tokens)) - len(hits)))
         num_cached = len(hits) * self.block_size
         if self.prefix_cache is not None and seq.num_preemptions == 0:
             self.prefix_cache.record(len(seq.tokens), num_cached)
@@ -127,9 +126,7 @@ class BlockManager:
         for block in table:
             if block != NULL_BLOCK:
                 self.allocator.share(block)
-        self.tables[child.seq_id] = table
-        self._num_expired[child.seq_id] = self._num_expired.get(parent.seq_id, 0)
-        self._changed.add(child.seq_id)
+        self._set_table(child, table)
 
     def append_slots(self, seq: Sequence, num_tokens: int, copies: BlockPairs) -> bool:
         """Make sure that the next `num_tokens` tokens of a running sequence have slots of its own.
@@ -145,19 +142,27 @@ class BlockManager:
         num_new = -(-(start + num_tokens) // self.block_size) - len(table)
         # Only the first block to be written can be shared: a fork shares a beginning, and full cached blocks are not written.
         first = start // self.block_size
-        shared = first < len(table) and self.allocator.ref_counts[table[first]] > 1
+        shared = first < len(table) and self.allocator.is_shared(table[first])
         if num_new <= 0 and not shared:
             return True
         if max(num_new, 0) + shared > self.allocator.num_free:
             return False
         if shared:
-            source = table[first]
-            (table[first],) = self._new_blocks(1)
-            self.allocator.free(source)
-            copies.append((source, table[first]))
+            copies.append(self._copy_on_write(table, first))
         table += self._new_blocks(num_new)
         self._changed.add(seq.seq_id)
         return True
+
+    def _copy_on_write(self, table: list[int], index: int) -> tuple[int, int]:
+        """Put a new block in the place of a shared one, which loses this table's reference.
+
+        Returns:
+            (shared block, new block): the first is to be copied to the second before the step writes.
+        """
+        source = table[index]
+        (table[index],) = self._new_blocks(1)
+        self.allocator.free(source)
+        return source, table[index]
 
     def cache_full_blocks(self, seq: Sequence, num_tokens: int) -> None:
         """Enter the blocks that the next `num_tokens` tokens of a sequence will fill into the prefix cache.
@@ -209,11 +214,9 @@ class BlockManager:
             (device block, host block) pairs to copy.
         """
         table = self.tables[seq.seq_id][: self.num_blocks_for(seq.num_computed_tokens)]
-        expired = self._num_expired.get(seq.seq_id, 0)
         host_table = [NULL_BLOCK if block == NULL_BLOCK else self.host_allocator.allocate() for block in table]
         self.free(seq)
         self.host_tables[seq.seq_id] = host_table
-        self._num_expired[seq.seq_id] = expired
         return [pair for pair in zip(table, host_table, strict=True) if pair[0] != NULL_BLOCK]
 
     def swap_in(self, seq: Sequence) -> BlockPairs:
@@ -227,8 +230,7 @@ class BlockManager:
         pairs = [pair for pair in zip(host_table, table, strict=True) if pair[0] != NULL_BLOCK]
         for block, _ in pairs:
             self.host_allocator.free(block)
-        self.tables[seq.seq_id] = table + self._new_blocks(self.num_blocks_for(len(seq.tokens)) - len(table))
-        self._changed.add(seq.seq_id)
+        self._set_table(seq, table + self._new_blocks(self.num_blocks_for(len(seq.tokens)) - len(table)))
         return pairs
 
     # For the step that runs
@@ -260,6 +262,12 @@ class BlockManager:
         assert not self.tables.keys() & self.host_tables.keys(), "a sequence is on the device and on the host"
         if self.prefix_cache is not None:
             self.prefix_cache.check_invariants()
+
+    def _set_table(self, seq: Sequence, table: list[int]) -> None:
+        """Enter a sequence's table and note how much of it the window has left behind."""
+        self.tables[seq.seq_id] = table
+        self._num_expired[seq.seq_id] = table.count(NULL_BLOCK)
+        self._changed.add(seq.seq_id)
 
     def _num_out_of_window(self, position: int) -> int:
         """Leading blocks that a token at `position` cannot see; it sees `sliding_window` tokens, itself included."""

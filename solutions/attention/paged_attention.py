@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..memory.cache_engine import write_kv
+
 
 @dataclass(slots=True)
 class AttentionMetadata:
@@ -71,19 +73,6 @@ class AttentionBackend(abc.ABC):
             [T, H, D], in the dtype of `query`.
         """
         ...
-
-
-def write_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Store the keys and values of T tokens in one layer's cache.
-
-    Args:
-        key, value: [T, H_kv, D].
-        kv_cache: [2, num_blocks, block_size, H_kv, D].
-        slot_mapping: [T] int64, a different slot for each token.
-    """
-    slots = kv_cache.flatten(1, 2)  # [2, num_slots, H_kv, D]
-    slots[0].index_copy_(0, slot_mapping, key)
-    slots[1].index_copy_(0, slot_mapping, value)
 
 
 class NaiveBackend(AttentionBackend):

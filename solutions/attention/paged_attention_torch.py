@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .paged_attention import AttentionBackend, AttentionMetadata, write_kv
+from ..memory.cache_engine import write_kv
+from .paged_attention import AttentionBackend, AttentionMetadata
 
 PIECE = 64
 """Most queries in a piece. Halving it saves keys above the diagonal and doubles the times that the context is gathered."""

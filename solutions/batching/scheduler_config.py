@@ -9,15 +9,17 @@ from typing import Any
 from .sequence import Sequence
 
 
-def _fcfs(seq: Sequence) -> tuple[int, ...]:
+def fcfs(seq: Sequence) -> tuple[int, ...]:
+    """First come, first served: by arrival, which `seq_id` counts."""
     return (seq.seq_id,)
 
 
-def _priority(seq: Sequence) -> tuple[int, ...]:
+def priority(seq: Sequence) -> tuple[int, ...]:
+    """The lower `priority` first, ties by arrival."""
     return (seq.priority, seq.seq_id)
 
 
-POLICIES: dict[str, Callable[[Sequence], tuple[Any, ...]]] = {"fcfs": _fcfs, "priority": _priority}
+POLICIES: dict[str, Callable[[Sequence], tuple[Any, ...]]] = {"fcfs": fcfs, "priority": priority}
 """Sort keys: both queues are kept in this order, so the first is served first and the last is preempted first."""
 
 PREEMPTION_MODES = ("recompute", "swap")

@@ -90,9 +90,9 @@ class Scheduler:
         Nothing is admitted in a step that preempted, or the victim would come straight back.
         """
         output = SchedulerOutput()
-        budget = self._schedule_running(output)
+        budget = self.schedule_running(output)
         if not output.preempted:
-            self._admit_waiting(output, budget)
+            self.admit_waiting(output, budget)
         # A sequence that is alone always fits, so a step that preempts has something to run.
         assert output.scheduled or not output.preempted, "the KV cache holds less than max_model_len tokens"
         if output.scheduled:
@@ -100,7 +100,7 @@ class Scheduler:
             output.removed, self._removed = self._removed, []
         return output
 
-    def _schedule_running(self, output: SchedulerOutput) -> int:
+    def schedule_running(self, output: SchedulerOutput) -> int:
         """Give every running sequence its next tokens, preempting from the back when blocks run out.
 
         Returns:
@@ -118,7 +118,7 @@ class Scheduler:
             if windowed:
                 manager.free_out_of_window(seq)
             if not manager.append_slots(seq, num_tokens, output.copies):
-                self._preempt(running.pop(), output)
+                self.preempt(running.pop(), output)
                 continue
             output.add(seq, num_tokens)
             budget -= num_tokens
@@ -127,7 +127,7 @@ class Scheduler:
             manager.cache_full_blocks(seq, num_tokens)
         return budget
 
-    def _admit_waiting(self, output: SchedulerOutput, budget: int) -> None:
+    def admit_waiting(self, output: SchedulerOutput, budget: int) -> None:
         """Admit from the front of the queue while budget, memory and `max_num_seqs` allow; never skip the first."""
         now = time.monotonic()
         while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
@@ -156,10 +156,8 @@ class Scheduler:
         # Alone, a sequence may use the last block; beside others the watermark stays free.
         keep_watermark = bool(self.running)
         if seq.status is SequenceStatus.SWAPPED:
-            if not manager.can_swap_in(seq, keep_watermark):
-                return False
-            output.swap_in += manager.swap_in(seq)
-        elif parent is not None and seq.num_preemptions == 0 and manager.holds(parent, seq.num_prompt_tokens - 1):
+            return self.swap_in(seq, output, keep_watermark)
+        if parent is not None and seq.num_preemptions == 0 and manager.holds(parent, seq.num_prompt_tokens - 1):
             if not manager.can_fork(keep_watermark):
                 return False
             # All of the prompt but its last token is shared; that one is computed again to get logits of its own.
@@ -174,7 +172,18 @@ class Scheduler:
                 seq.num_cached_tokens = seq.num_computed_tokens
         return True
 
-    def _preempt(self, seq: Sequence, output: SchedulerOutput) -> None:
+    def swap_in(self, seq: Sequence, output: SchedulerOutput, keep_watermark: bool) -> bool:
+        """Bring a swapped-out sequence's blocks back to the device, so that it goes on where it was stopped.
+
+        Returns:
+            False, with nothing changed, when memory is short.
+        """
+        if not self.block_manager.can_swap_in(seq, keep_watermark):
+            return False
+        output.swap_in += self.block_manager.swap_in(seq)
+        return True
+
+    def preempt(self, seq: Sequence, output: SchedulerOutput) -> None:
         """Take a running sequence's blocks away and put it back into the queue."""
         seq.num_preemptions += 1
         self.num_preemptions += 1

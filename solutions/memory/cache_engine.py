@@ -30,6 +30,44 @@ def num_blocks_for_budget(
     return max(0, budget_bytes // block_bytes(num_layers, block_size, num_kv_heads, head_dim, dtype))
 
 
+def write_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Store the keys and values of T tokens in one layer's cache.
+
+    Args:
+        key, value: [T, H_kv, D].
+        kv_cache: [2, num_blocks, block_size, H_kv, D].
+        slot_mapping: [T] int64, a different slot for each token: ``block * block_size + offset``.
+    """
+    slots = kv_cache.flatten(1, 2)  # [2, num_slots, H_kv, D]
+    slots[0].index_copy_(0, slot_mapping, key)
+    slots[1].index_copy_(0, slot_mapping, value)
+
+
+def move_blocks(source: list[Tensor], target: list[Tensor], pairs: BlockPairs) -> None:
+    """Copy whole blocks in every layer. All sources are read before any destination is written.
+
+    Args:
+        source, target: for each layer [2, num_blocks, block_size, H_kv, D]; may be the same tensors, or on two devices.
+        pairs: (block of `source`, block of `target`).
+
+    Raises:
+        ValueError: a destination appears twice.
+        IndexError: there is no such block (see `check_blocks`).
+    """
+    if not pairs:
+        return
+    sources, targets = zip(*pairs, strict=True)
+    if len(set(targets)) < len(targets):
+        raise ValueError(f"a block is the destination of two copies: {pairs}")
+    check_blocks(sources, source)
+    check_blocks(targets, target)
+    read = torch.tensor(sources, device=source[0].device)
+    write = torch.tensor(targets, device=target[0].device)
+    for source_layer, target_layer in zip(source, target, strict=True):
+        blocks = source_layer.index_select(1, read)  # [2, len(pairs), block_size, H_kv, D]
+        target_layer.index_copy_(1, write, blocks.to(target_layer.device))
+
+
 class CacheEngine:
     """Owns the KV cache on the device and, for swapping, a second one on the host.
 
@@ -69,30 +107,15 @@ class CacheEngine:
             ValueError: a destination appears twice.
             IndexError: there is no such block.
         """
-        self._move(self.kv_caches, self.kv_caches, pairs)
+        move_blocks(self.kv_caches, self.kv_caches, pairs)
 
     def swap_out(self, pairs: BlockPairs) -> None:
         """Copy (device block, host block) pairs to the host; done when it returns. Raises as `copy_blocks` does."""
-        self._move(self.kv_caches, self.host_caches, pairs)
+        move_blocks(self.kv_caches, self.host_caches, pairs)
 
     def swap_in(self, pairs: BlockPairs) -> None:
         """Copy (host block, device block) pairs back to the device. Raises as `copy_blocks` does."""
-        self._move(self.host_caches, self.kv_caches, pairs)
-
-    @staticmethod
-    def _move(source: list[Tensor], target: list[Tensor], pairs: BlockPairs) -> None:
-        if not pairs:
-            return
-        sources, targets = zip(*pairs, strict=True)
-        if len(set(targets)) < len(targets):
-            raise ValueError(f"a block is the destination of two copies: {pairs}")
-        _check_blocks(sources, source)
-        _check_blocks(targets, target)
-        read = torch.tensor(sources, device=source[0].device)
-        write = torch.tensor(targets, device=target[0].device)
-        for source_layer, target_layer in zip(source, target, strict=True):
-            blocks = source_layer.index_select(1, read)  # [2, len(pairs), block_size, H_kv, D]
-            target_layer.index_copy_(1, write, blocks.to(target_layer.device))
+        move_blocks(self.host_caches, self.kv_caches, pairs)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -110,8 +133,12 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def _check_blocks(blocks: Iterable[int], caches: list[Tensor]) -> None:
-    """A wrong index is an error on a CPU but ends the whole process on a GPU, so it is caught here."""
+def check_blocks(blocks: Iterable[int], caches: list[Tensor]) -> None:
+    """A wrong index is an error on a CPU but ends the whole process on a GPU, so it is caught here.
+
+    Raises:
+        IndexError: names the block that `caches` does not have.
+    """
     num_blocks = caches[0].shape[1] if caches else 0
     for block in blocks:
         if not 0 <= block < num_blocks:
