@@ -64,9 +64,11 @@ class BlockManager:
         return self.allocator.num_used / self.allocator.num_blocks
 
     def can_allocate(self, seq: Sequence, keep_watermark: bool = True) -> bool:
-        """Whether all tokens of a waiting sequence fit, cached ones included, with the watermark left over."""
+        """Whether all tokens of a waiting sequence fit, with the watermark left over if it is to be kept.
+
+        Blocks that the prefix cache has need no new one, unless they wait in the free queue: to use those takes a free block.
+        """
         hits = self._match(seq)
-        # A cached block that nobody holds waits in the free queue, so using it again takes a free block too.
         from_free = sum(self.allocator.ref_counts[block] == 0 for block in hits)
         return self._fits(self.num_blocks_for(len(seq.tokens)) - len(hits) + from_free, keep_watermark)
 
@@ -87,10 +89,11 @@ class BlockManager:
         return self.host_allocator is not None and needed <= self.host_allocator.num_free
 
     def can_swap_in(self, seq: Sequence, keep_watermark: bool = True) -> bool:
-        """Whether a swapped-out sequence fits with all its tokens."""
+        """Whether a swapped-out sequence fits with all its tokens, with the watermark left over if it is to be kept."""
         return self._fits(self.num_blocks_for(len(seq.tokens)), keep_watermark)
 
     def _fits(self, num_blocks: int, keep_watermark: bool) -> bool:
+        """Whether `num_blocks` can be taken from the free blocks, with the watermark left over if it is to be kept."""
         return num_blocks + (self.watermark_blocks if keep_watermark else 0) <= self.allocator.num_free
 
     def _match(self, seq: Sequence) -> list[int]:
@@ -102,7 +105,9 @@ class BlockManager:
     # A sequence's life
 
     def allocate(self, seq: Sequence) -> int:
-        """Give a waiting sequence blocks for all its tokens, as many as possible from the prefix cache.
+        """Give a waiting sequence blocks for all its tokens: those that the prefix cache has (`_match`) shared, then new ones.
+
+        The cache's counters take note (`record`) of a sequence that comes for the first time, not of one that was preempted.
 
         Returns:
             Number of tokens whose keys and values are in the cache already; a multiple of the block size.
@@ -121,7 +126,7 @@ class BlockManager:
 
     def fork(self, parent: Sequence, child: Sequence, num_tokens: int) -> None:
         """Let `child` share the blocks that hold the first `num_tokens` tokens of `parent`; nothing is copied until
-        one of them writes to a shared block."""
+        one of them writes to a shared block. Where the window has left a `NULL_BLOCK` in the table, there is nothing to share."""
         table = self.tables[parent.seq_id][: self.num_blocks_for(num_tokens)]
         for block in table:
             if block != NULL_BLOCK:
@@ -129,7 +134,10 @@ class BlockManager:
         self._set_table(child, table)
 
     def append_slots(self, seq: Sequence, num_tokens: int, copies: BlockPairs) -> bool:
-        """Make sure that the next `num_tokens` tokens of a running sequence have slots of its own.
+        """Make sure that the next `num_tokens` tokens of a running sequence, those after the computed ones, have slots of its own.
+
+        A block that is to be written and that another table holds too is replaced by a copy (`_copy_on_write`); only the first
+        one can be such a block. New blocks go to the end of the table, and a table that changed is noted in `_changed`.
 
         Args:
             copies: receives a (source, destination) pair when a shared block has to be copied before it is written.
@@ -140,7 +148,7 @@ class BlockManager:
         table = self.tables[seq.seq_id]
         start = seq.num_computed_tokens
         num_new = -(-(start + num_tokens) // self.block_size) - len(table)
-        # Only the first block to be written can be shared: a fork shares a beginning, and full cached blocks are not written.
+        # A fork shares a beginning and full cached blocks are not written, so later blocks are the sequence's own.
         first = start // self.block_size
         shared = first < len(table) and self.allocator.is_shared(table[first])
         if num_new <= 0 and not shared:
@@ -208,7 +216,9 @@ class BlockManager:
         self._changed.discard(seq.seq_id)
 
     def swap_out(self, seq: Sequence) -> BlockPairs:
-        """Move what is computed of a sequence to host memory.
+        """Move what is computed of a sequence to host memory and free its device blocks.
+
+        A `NULL_BLOCK` in the table stays one and is not moved.
 
         Returns:
             (device block, host block) pairs to copy.
@@ -220,7 +230,9 @@ class BlockManager:
         return [pair for pair in zip(table, host_table, strict=True) if pair[0] != NULL_BLOCK]
 
     def swap_in(self, seq: Sequence) -> BlockPairs:
-        """Move a sequence back, with slots for all its tokens.
+        """Move a sequence back, with slots for all its tokens, and free its host blocks.
+
+        A `NULL_BLOCK` in the table stays one and is not moved.
 
         Returns:
             (host block, device block) pairs to copy.

@@ -92,6 +92,8 @@ class NaiveBackend(AttentionBackend):
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata,
         scale: float, sliding_window: int | None = None,
     ) -> Tensor:  # fmt: skip
+        """See `AttentionBackend.attend`. Scores, softmax and sums are computed in `compute_dtype`, one sequence at a time; what
+        the block table holds beside the visible context is not read."""
         kv_cache = metadata.kv_caches[layer]
         write_kv(key, value, kv_cache, metadata.slot_mapping)
         starts = metadata.query_start_loc.tolist()

@@ -248,14 +248,17 @@ class Sequence:
 
     @property
     def prompt_token_ids(self) -> list[int]:
+        """The tokens that the caller brought."""
         return self.tokens[: self.num_prompt_tokens]
 
     @property
     def output_token_ids(self) -> list[int]:
+        """The tokens generated so far."""
         return self.tokens[self.num_prompt_tokens :]
 
     @property
     def num_output_tokens(self) -> int:
+        """How many tokens are generated so far; asked at every step, so it copies nothing."""
         return len(self.tokens) - self.num_prompt_tokens
 
     @property

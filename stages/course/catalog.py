@@ -1,0 +1,135 @@
+"""What `course.toml` lists: stages, their tasks, and the functions that each task asks for."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+STAGES_FOLDER = Path(__file__).parents[1]
+ROOT = STAGES_FOLDER.parent
+GUIDE = "IMPLEMENTATION_GUIDE.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A function that the learner writes.
+
+    Attributes:
+        file: path inside `solutions/` and inside the stage's folder.
+        name: ``function`` or ``Class.function``.
+    """
+
+    file: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One exercise. `hints` go from a nudge to nearly the answer; `purpose` says what the code is for in the engine."""
+
+    id: str
+    title: str
+    targets: tuple[Target, ...]
+    tests: str
+    """File of its tests, relative to the stage's folder."""
+    guide: str
+    """Anchor in the guide."""
+    points: int
+    minutes: int
+    purpose: str
+    hints: tuple[str, ...]
+
+    @property
+    def stage(self) -> int:
+        return int(self.id.split(".")[0])
+
+    @property
+    def marker(self) -> str:
+        """What every `NotImplementedError` of this task begins with."""
+        return f"Stage {self.stage} · Task {self.id}:"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A chapter of the course.
+
+    Attributes:
+        folder: name of its folder in `stages/`.
+        settings: settings of the engine that let the stage's code be the one that runs in ``make run-mine``.
+    """
+
+    number: int
+    title: str
+    folder: str
+    tasks: tuple[Task, ...]
+    settings: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        return STAGES_FOLDER / self.folder
+
+    @property
+    def files(self) -> list[str]:
+        """The starter files, in the order in which the tasks meet them."""
+        return list(dict.fromkeys(target.file for task in self.tasks for target in task.targets))
+
+    @property
+    def points(self) -> int:
+        return sum(task.points for task in self.tasks)
+
+
+class CourseError(ValueError):
+    """Something about the course or the request is wrong; the message is for the person at the terminal."""
+
+
+def load_course(path: Path = STAGES_FOLDER / "course.toml") -> list[Stage]:
+    """All stages that `course.toml` lists.
+
+    Raises:
+        CourseError: an entry is malformed.
+    """
+    stages = []
+    for entry in tomllib.loads(path.read_text(encoding="utf-8"))["stage"]:
+        try:
+            tasks = tuple(_task(task) for task in entry["task"])
+            stages.append(Stage(entry["number"], entry["title"], entry["folder"], tasks, entry.get("settings", {})))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CourseError(f"{path.name}, stage {entry.get('number')}: {error!r}") from error
+    return stages
+
+
+def _task(entry: dict) -> Task:
+    targets = []
+    for text in entry["targets"]:
+        file, _, name = text.partition(":")
+        targets.append(Target(file, name))
+    return Task(
+        entry["id"], entry["title"], tuple(targets), entry["tests"], entry["guide"], entry["points"], entry["minutes"],
+        " ".join(entry["purpose"].split()), tuple(" ".join(hint.split()) for hint in entry["hints"]),
+    )  # fmt: skip
+
+
+def find_stage(course: list[Stage], number: int) -> Stage:
+    """The stage of this number.
+
+    Raises:
+        CourseError: there is none.
+    """
+    for stage in course:
+        if stage.number == number:
+            return stage
+    raise CourseError(f"there is no stage {number}; there are {', '.join(str(stage.number) for stage in course)}")
+
+
+def find_task(course: list[Stage], task_id: str) -> Task:
+    """The task of this id, such as "1.3".
+
+    Raises:
+        CourseError: there is none.
+    """
+    tasks = [task for stage in course for task in stage.tasks]
+    for task in tasks:
+        if task.id == task_id:
+            return task
+    raise CourseError(f"there is no task {task_id!r}; write for example TASK={tasks[0].id} (up to {tasks[-1].id})")

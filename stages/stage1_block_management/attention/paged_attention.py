@@ -1,0 +1,127 @@
+"""Paged attention: one operator over a step's flat batch, with several backends behind one signature.
+
+Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", SOSP 2023, §4.1.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..memory.cache_engine import write_kv
+
+
+@dataclass(slots=True)
+class AttentionMetadata:
+    """Where the tokens of one step stand and where their keys and values lie; travels through the model as one argument.
+
+    S sequences with T tokens in all; sequence i owns the tokens ``query_start_loc[i]:query_start_loc[i + 1]``, which are
+    the last ones of its context.
+
+    Attributes:
+        kv_caches: for each layer K and V by block, [2, num_blocks, block_size, H_kv, D].
+        slot_mapping: [T] int64, the slot of each token: ``block * block_size + offset``.
+        block_tables: [S, M] int32, the blocks of each sequence in order; entries past its context, and entries left of the
+            sliding window, are arbitrary and must not be read.
+        query_start_loc: [S + 1] int32, starts at 0, ends at T.
+        context_lens: [S] int32, tokens of each sequence in the cache once this step's are written.
+        max_query_len, max_context_len: maxima over the batch, as Python numbers so that nobody waits for the device.
+        backend: computes `attend` for every layer.
+        plan: what the backend worked out once for this step in `AttentionBackend.plan`.
+    """
+
+    kv_caches: list[Tensor]
+    slot_mapping: Tensor
+    block_tables: Tensor
+    query_start_loc: Tensor
+    context_lens: Tensor
+    max_query_len: int
+    max_context_len: int
+    backend: AttentionBackend
+    plan: Any = None
+
+
+class AttentionBackend(abc.ABC):
+    """Writes a step's keys and values into the cache and attends over the paged context."""
+
+    @abc.abstractmethod
+    def plan(self, metadata: AttentionMetadata, sliding_window: int | None) -> Any:
+        """Work that is the same for every layer of a step; the result is put into `metadata.plan`."""
+        ...
+
+    @abc.abstractmethod
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata,
+        scale: float, sliding_window: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Causal attention of each token over its own sequence's context, itself included.
+
+        First writes `key` and `value` to the cache at `metadata.slot_mapping`: a sequence may read blocks that another one
+        fills in the same step. Query head h reads KV head ``h // (H / H_kv)``.
+
+        Args:
+            layer: index into `metadata.kv_caches`.
+            query: [T, H, D]. key, value: [T, H_kv, D], already rotated.
+            scale: factor on the scores, usually ``D ** -0.5``.
+            sliding_window: a token sees itself and the ``sliding_window - 1`` tokens before it; None: all.
+
+        Returns:
+            [T, H, D], in the dtype of `query`.
+        """
+        ...
+
+
+class NaiveBackend(AttentionBackend):
+    """Paged attention as the paper writes it down: one sequence after the other, block table first, softmax second.
+
+    The version to read and to test the others against; slow, because Python loops over the sequences.
+    """
+
+    def __init__(self, compute_dtype: torch.dtype = torch.float32) -> None:
+        """compute_dtype: of scores, softmax and sums; float64 makes it an oracle for the float32 backends."""
+        self.compute_dtype = compute_dtype
+
+    def plan(self, metadata: AttentionMetadata, sliding_window: int | None) -> None:
+        return None
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata,
+        scale: float, sliding_window: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """See `AttentionBackend.attend`. Scores, softmax and sums are computed in `compute_dtype`, one sequence at a time; what
+        the block table holds beside the visible context is not read."""
+        raise NotImplementedError("Stage 1 · Task 1.6: NaiveBackend.attend, see IMPLEMENTATION_GUIDE.md#task-1-6")
+
+
+def gather_context(kv_cache: Tensor, block_table: Tensor, left: int, right: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of the positions left..right-1 of one sequence, collected from its blocks.
+
+    Args:
+        kv_cache: [2, num_blocks, block_size, H_kv, D].
+        block_table: [M], read only where these positions lie.
+
+    Returns:
+        K and V, [right - left, H_kv, D] each.
+    """
+    # Hint: x
+    raise NotImplementedError("Stage 1 · Task 1.6: gather_context, see IMPLEMENTATION_GUIDE.md#task-1-6")
+
+
+def make_backend(name: str, device: torch.device | str) -> AttentionBackend:
+    """The backend called `name` ("auto" picks the fastest for `device`).
+
+    Raises:
+        ValueError: no backend has this name.
+    """
+    from .paged_attention_torch import TorchBackend  # that module builds on this one
+
+    backends: dict[str, type[AttentionBackend]] = {"naive": NaiveBackend, "torch": TorchBackend}
+    if name == "auto":
+        name = "torch"
+    if name not in backends:
+        raise ValueError(f"attention backend must be auto, {' or '.join(backends)}, got {name!r}")
+    return backends[name]()

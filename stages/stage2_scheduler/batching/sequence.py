@@ -1,0 +1,289 @@
+"""A request's parameters (`SamplingParams`) and the state machine of one sequence being generated (`Sequence`)."""
+
+from __future__ import annotations
+
+import enum
+import math
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class RequestOutputKind(enum.Enum):
+    """What each output of a running request holds."""
+
+    CUMULATIVE = 0
+    """Everything so far."""
+    DELTA = 1
+    """What is new since the last output."""
+    FINAL_ONLY = 2
+    """Nothing until the request has finished, then everything."""
+
+
+MAX_LOGPROBS = 20
+"""Most alternatives a request may ask for at a position (the OpenAI limit)."""
+
+
+@dataclass(slots=True)
+class SamplingParams:
+    """How one request is decoded. Names, defaults and meaning are vLLM's.
+
+    Raises:
+        ValueError: a value is out of range; the message names the field and what it may be.
+    """
+
+    n: int = 1
+    """Sequences to generate from the prompt; they share the prompt's KV blocks."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 or -1: all tokens."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    """Makes the request's samples independent of whatever else is in the batch."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end generation; left out of the text unless `include_stop_str_in_output`."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    bad_words: list[str] = field(default_factory=list)
+    bad_words_token_ids: list[list[int]] = field(default_factory=list)
+    """Filled from `bad_words` by the engine, which has the tokenizer."""
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    """None: up to the model's context."""
+    min_tokens: int = 0
+    logprobs: int | None = None
+    """Alternatives returned at each generated token, besides the sampled one."""
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+
+    def __post_init__(self) -> None:
+        self.stop = [self.stop] if isinstance(self.stop, str) else _list("stop", self.stop)
+        self.bad_words = _list("bad_words", self.bad_words)
+        self.stop_token_ids = _list("stop_token_ids", self.stop_token_ids)
+        self.bad_words_token_ids = [
+            _list("bad_words_token_ids", word) for word in _list("bad_words_token_ids", self.bad_words_token_ids)
+        ]
+        self._check_numbers()
+        self._check_tokens()
+        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name, words in (("stop", self.stop), ("bad_words", self.bad_words)):
+            if not all(isinstance(word, str) and word for word in words):
+                raise ValueError(f"{name} must be non-empty strings, got {words!r}")
+        if self.stop and not self.detokenize:
+            raise ValueError("stop strings need detokenize=True")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise ValueError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
+
+    def _check_numbers(self) -> None:
+        _require_int("n", self.n, 1, None)
+        _require_number("temperature", self.temperature, 0.0, math.inf)
+        _require_number("top_p", self.top_p, 0.0, 1.0, above=True)
+        _require_int("top_k", self.top_k, -1, None)
+        _require_number("min_p", self.min_p, 0.0, 1.0)
+        _require_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, above=True)
+        _require_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _require_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.seed is not None:
+            _require_int("seed", self.seed, None, None)
+        if self.max_tokens is not None:
+            _require_int("max_tokens", self.max_tokens, 1, None)
+        _require_int("min_tokens", self.min_tokens, 0, self.max_tokens)
+        for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if value is not None:
+                _require_int(name, value, 0, MAX_LOGPROBS)
+
+    def _check_tokens(self) -> None:
+        if self.allowed_token_ids is not None:
+            self.allowed_token_ids = _list("allowed_token_ids", self.allowed_token_ids)
+            if not self.allowed_token_ids:
+                raise ValueError("allowed_token_ids must not be empty; leave it out to allow all tokens")
+        if not all(self.bad_words_token_ids):
+            raise ValueError("bad_words_token_ids must not hold an empty word")
+        words = [token for word in self.bad_words_token_ids for token in word]
+        for name, tokens in (
+            ("stop_token_ids", self.stop_token_ids),
+            ("allowed_token_ids", self.allowed_token_ids or ()),
+            ("bad_words_token_ids", words),
+        ):
+            for token in tokens:
+                _require_int(name, token, 0, None)
+        if self.logit_bias is not None and not isinstance(self.logit_bias, dict):
+            raise ValueError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
+        for token, bias in (self.logit_bias or {}).items():
+            _require_int("a token id of logit_bias", token, 0, None)
+            _require_number(f"logit_bias[{token}]", bias, -100.0, 100.0)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the next token is the arg-max of the processed logits."""
+        return self.temperature < 1e-5
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if value is None:
+        return []
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise ValueError(f"{name} must be a list, got {value!r}")
+    return list(value)
+
+
+def _require_number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
+    """`above`: `low` itself is too low."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # The comparisons also refuse NaN, and integers too large for a float.
+    if number and (low < value if above else low <= value) and value <= min(high, sys.float_info.max):
+        return
+    if high == math.inf:
+        limits = f"above {low:g}" if above else f"at least {low:g}"
+    else:
+        limits = f"in {'(' if above else '['}{low:g}, {high:g}]"
+    raise ValueError(f"{name} must be a number {limits}, got {value!r}")
+
+
+def _require_int(name: str, value: Any, low: int | None, high: int | None) -> None:
+    good = isinstance(value, int) and not isinstance(value, bool)
+    if good and (low is None or low <= value) and (high is None or value <= high):
+        return
+    limits = "" if low is None else f" at least {low}" if high is None else f" in [{low}, {high}]"
+    raise ValueError(f"{name} must be an integer{limits}, got {value!r}")
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence is. WAITING → RUNNING → FINISHED, with detours back from RUNNING when memory runs out."""
+
+    WAITING = "waiting"
+    """In the waiting queue, nothing in the KV cache."""
+    RUNNING = "running"
+    """Owns KV blocks and is given tokens at every step."""
+    SWAPPED = "swapped"
+    """In the waiting queue, its KV blocks copied to host memory."""
+    FINISHED = "finished"
+
+
+class Sequence:
+    """One sequence being generated: its tokens and how many of them are already in the KV cache.
+
+    There is no prefill or decode state. What a step still has to compute is always
+    ``len(tokens) - num_computed_tokens``: a whole prompt at first, one token while decoding, everything again after a
+    preemption by recomputation.
+
+    Attributes:
+        seq_id: unique in the engine, ascending in order of arrival.
+        request_id: the caller's name; a request with ``n`` > 1 has one sequence for each `index`.
+        tokens: prompt, then output; the last one is not in the KV cache until the next step computes it.
+        num_computed_tokens: tokens whose K/V are in the cache, ``0 <= num_computed_tokens <= len(tokens)``.
+        parent: sequence whose prompt blocks this one shares (``n`` > 1), or None.
+        block_hashes: chained hashes of the full blocks of `tokens`, filled by the prefix cache as it needs them.
+        eos_token_ids, max_model_len: properties of the model that end a sequence.
+    """
+
+    __slots__ = (
+        "arrival_time",
+        "block_hashes",
+        "cache_salt",
+        "children",
+        "cumulative_logprob",
+        "eos_token_ids",
+        "finish_reason",
+        "first_scheduled_time",
+        "index",
+        "max_len",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "params",
+        "parent",
+        "priority",
+        "request_id",
+        "seq_id",
+        "status",
+        "stop_ids",
+        "stop_reason",
+        "tokens",
+    )  # fmt: skip
+
+    def __init__(
+        self, seq_id: int, prompt_token_ids: list[int], params: SamplingParams, *, request_id: str = "", index: int = 0,
+        priority: int = 0, cache_salt: str | None = None, parent: Sequence | None = None, arrival_time: float = 0.0,
+        eos_token_ids: tuple[int, ...] = (), max_model_len: int = 1 << 30,
+    ) -> None:  # fmt: skip
+        self.seq_id = seq_id
+        self.request_id = request_id or str(seq_id)
+        self.index = index
+        self.tokens = list(prompt_token_ids)
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.params = params
+        self.priority = priority
+        self.cache_salt = cache_salt
+        self.parent = parent
+        self.children: list[Sequence] = []
+        self.block_hashes: list[bytes] = []
+        self.status = SequenceStatus.WAITING
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self.cumulative_logprob = 0.0
+        self.num_preemptions = 0
+        self.arrival_time = arrival_time
+        self.first_scheduled_time: float | None = None
+        self.eos_token_ids = eos_token_ids
+        ends = () if params.ignore_eos else eos_token_ids
+        self.stop_ids = frozenset((*ends, *params.stop_token_ids))
+        self.max_len = (
+            max_model_len if params.max_tokens is None else min(max_model_len, self.num_prompt_tokens + params.max_tokens)
+        )
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The tokens that the caller brought."""
+        return self.tokens[: self.num_prompt_tokens]
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The tokens generated so far."""
+        # Hint: x
+        raise NotImplementedError("Stage 2 · Task 2.1: Sequence.output_token_ids, see IMPLEMENTATION_GUIDE.md#task-2-1")
+
+    @property
+    def num_output_tokens(self) -> int:
+        """How many tokens are generated so far; asked at every step, so it copies nothing."""
+        raise NotImplementedError("Stage 2 · Task 2.1: Sequence.num_output_tokens, see IMPLEMENTATION_GUIDE.md#task-2-1")
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens that a step may still compute."""
+        raise NotImplementedError("Stage 2 · Task 2.1: Sequence.num_uncomputed_tokens, see IMPLEMENTATION_GUIDE.md#task-2-1")
+
+    @property
+    def finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED
+
+    def append_token(self, token: int) -> bool:
+        """Append a sampled token and decide whether it ends the sequence.
+
+        The order is that of vLLM: end-of-sequence token, stop token, length; the first two only once ``min_tokens`` are
+        out. Sets `finish_reason` ("stop" or "length") and `stop_reason` (the stop token, None for end of sequence).
+
+        Returns:
+            True when the sequence has ended; its status stays for the scheduler to change.
+        """
+        raise NotImplementedError("Stage 2 · Task 2.1: Sequence.append_token, see IMPLEMENTATION_GUIDE.md#task-2-1")
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.seq_id}, {self.status.value}, prompt={self.num_prompt_tokens}, "
+            f"output={self.num_output_tokens}, computed={self.num_computed_tokens})"
+        )

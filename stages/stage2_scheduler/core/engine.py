@@ -1,0 +1,262 @@
+"""The engine: requests go in, steps run, outputs come out. `LLM` is the offline interface, `LLMEngine` the loop below it.
+
+Run it: ``python -m solutions.core.engine --help``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..attention.block_manager import BlockManager
+from ..batching.continuous_batch import ContinuousBatch
+from ..batching.scheduler_config import SchedulerConfig
+from ..batching.sequence import RequestOutputKind, SamplingParams, Sequence
+from ..models.loader import load_tokenizer, resolve_model
+from .config import DEFAULT_MODEL, EngineConfig
+from .executor import UniProcExecutor
+from .input import EngineRequest, InputProcessor, Prompt
+from .output import OutputProcessor, RequestOutput
+from .progress import GenerationProgress
+from .scheduler import Scheduler
+from .startup import resolve_limits, startup_report
+from .worker import pick_device, pick_dtype
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """The engine's state and its counters since the start; KV cache usage is a share, 0 to 1."""
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+    peak_kv_cache_usage: float
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    num_preemptions: int
+    num_prompt_tokens: int
+    num_generation_tokens: int
+    num_steps: int
+
+
+class LLMEngine:
+    """Continuous batching over one model.
+
+    Args:
+        config: all settings.
+
+    Raises:
+        ValueError: the model cannot be had, a setting is wrong, or memory is short; one line that says what to do.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        clock = _Clock()
+        self.config = config
+        source = resolve_model(config.model, config.load_format)
+        device = pick_device(config.device)
+        dtype = pick_dtype(config.dtype, device, source.config.torch_dtype)
+        clock.lap("find model")
+        self.executor = UniProcExecutor(config, source, device, dtype)
+        clock.lap("load weights")
+        self.model_config = model = source.config
+        self.limits = limits = resolve_limits(config, model, dtype, device, self.executor.weight_bytes)
+        self.executor.create_cache(limits.num_blocks, config.block_size, limits.num_host_blocks)
+        clock.lap("KV cache")
+        self.tokenizer = load_tokenizer(source)
+        clock.lap("tokenizer")
+        self.block_manager = BlockManager(
+            limits.num_blocks, config.block_size, limits.num_host_blocks,
+            enable_prefix_caching=config.enable_prefix_caching, sliding_window=model.sliding_window,
+        )  # fmt: skip
+        scheduler_config = SchedulerConfig(
+            config.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len, config.enable_chunked_prefill,
+            config.long_prefill_token_threshold, config.scheduling_policy, config.preemption_mode, config.max_num_waiting,
+        )  # fmt: skip
+        self.scheduler = Scheduler(scheduler_config, self.block_manager)
+        self.batch = ContinuousBatch(config.max_num_seqs, limits.max_model_len, config.block_size)
+        self.input = InputProcessor(self.tokenizer, model, limits.max_model_len, config.max_num_seqs)
+        self.outputs = OutputProcessor(self.tokenizer, self._stop_at_string)
+        self._sequences: dict[str, list[Sequence]] = {}
+        self._next_seq_id = 0
+        self._counters = {"prompt": 0, "generation": 0, "steps": 0}
+        self._peak_usage = 0.0
+        self._report = startup_report(config, limits, device, dtype, clock.laps)
+
+    def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> EngineRequest:
+        """Tokenize and validate a request without touching the engine's state; safe in any thread.
+
+        Raises:
+            ValueError: something about the request is wrong.
+        """
+        return self.input.prepare(request_id, prompt, params, priority)
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a prepared request.
+
+        Raises:
+            QueueFullError: as many sequences wait as may.
+            ValueError: a request with this id is running.
+        """
+        if request.request_id in self._sequences:
+            raise ValueError(f"request id {request.request_id!r} is in use")
+        sequences = self.input.sequences(request, self._next_seq_id)
+        self.scheduler.add(sequences[0])
+        self._next_seq_id += len(sequences)
+        self._sequences[request.request_id] = sequences
+        self._counters["prompt"] += len(request.prompt_token_ids)
+        self.outputs.add(request, sequences)
+
+    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> None:
+        """`prepare` and `submit` in one."""
+        self.submit(self.prepare(request_id, prompt, params, priority))
+
+    def abort_request(self, request_id: str) -> RequestOutput | None:
+        """End a request wherever it is and free its blocks at once.
+
+        Returns:
+            What it had generated, or None when no such request is running.
+        """
+        sequences = self._sequences.pop(request_id, None)
+        if sequences is None:
+            return None
+        for seq in sequences:
+            self.scheduler.finish(seq, "abort")
+        return self.outputs.abort(request_id)
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether another `step` has work to do."""
+        return self.scheduler.has_unfinished()
+
+    def step(self) -> list[RequestOutput]:
+        """Run one iteration: schedule, execute, update, emit.
+
+        Returns:
+            Outputs of the requests that advanced, as their ``output_kind`` asks.
+        """
+        # Hint: x
+        raise NotImplementedError("Stage 2 · Task 2.7: LLMEngine.step, see IMPLEMENTATION_GUIDE.md#task-2-7")
+
+    def stats(self) -> EngineStats:
+        """State and counters at this moment."""
+        cache = self.block_manager.prefix_cache
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            kv_cache_usage=self.block_manager.usage,
+            peak_kv_cache_usage=self._peak_usage,
+            prefix_cache_queries=cache.num_queries if cache else 0,
+            prefix_cache_hits=cache.num_hits if cache else 0,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_prompt_tokens=self._counters["prompt"],
+            num_generation_tokens=self._counters["generation"],
+            num_steps=self._counters["steps"],
+        )
+
+    def startup_summary(self) -> list[str]:
+        """Lines that say what the engine runs with and how long each phase of the start took."""
+        return self._report
+
+    def _stop_at_string(self, seq: Sequence, stop: str) -> None:
+        self.scheduler.finish(seq, "stop", stop)
+
+
+class LLM:
+    """Offline generation with vLLM's interface.
+
+    Args:
+        model: alias, folder, .gguf file or hub id.
+        **settings: any other field of `EngineConfig`.
+
+    Example:
+        >>> LLM("smollm2-135m").generate("The capital of France is", SamplingParams(temperature=0))[0].outputs[0].text
+    """
+
+    def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
+        self.llm_engine = LLMEngine(EngineConfig(model=model, **settings))
+        self._num_requests = 0
+
+    def get_tokenizer(self) -> Any:
+        """The model's tokenizer (of transformers), or None for random weights without one."""
+        return self.llm_engine.tokenizer
+
+    def generate(
+        self, prompts: Prompt | Many[Prompt], sampling_params: SamplingParams | Many[SamplingParams] | None = None, *,
+        use_tqdm: bool = True, priority: Many[int] | None = None,
+    ) -> list[RequestOutput]:  # fmt: skip
+        """Complete prompts; all of them run together.
+
+        Args:
+            prompts: one or many; a string or ``{"prompt_token_ids": [...]}``.
+            sampling_params: one for all or one a prompt.
+            use_tqdm: show a progress bar.
+            priority: one a prompt, for the policy "priority"; lower goes first.
+
+        Returns:
+            One output a prompt, in their order.
+
+        Raises:
+            ValueError: a prompt or parameter is wrong; nothing has been generated then.
+        """
+        many = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
+        single = sampling_params is None or isinstance(sampling_params, SamplingParams)
+        every = [sampling_params or SamplingParams()] * len(many) if single else list(sampling_params)
+        priorities = [0] * len(many) if priority is None else list(priority)
+        if not len(many) == len(every) == len(priorities):
+            raise ValueError(f"{len(many)} prompts, {len(every)} sampling_params and {len(priorities)} priorities do not match")
+        engine = self.llm_engine
+        requests = []
+        for prompt, one, rank in zip(many, every, priorities, strict=True):
+            requests.append(
+                engine.prepare(str(self._num_requests), prompt, replace(one, output_kind=RequestOutputKind.FINAL_ONLY), rank)
+            )
+            self._num_requests += 1
+        for request in requests:
+            engine.submit(request)
+        return self._run(requests, use_tqdm)
+
+    def chat(
+        self, messages: Many[dict[str, str]] | Many[Many[dict[str, str]]],
+        sampling_params: SamplingParams | Many[SamplingParams] | None = None, *, use_tqdm: bool = True,
+    ) -> list[RequestOutput]:  # fmt: skip
+        """Answer one conversation or many, each a list of ``{"role": ..., "content": ...}``."""
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        template = self.get_tokenizer().apply_chat_template
+        prompts = [
+            {"prompt_token_ids": template(list(c), add_generation_prompt=True, return_dict=False)} for c in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def _run(self, requests: list[EngineRequest], show_progress: bool) -> list[RequestOutput]:
+        finished: dict[str, RequestOutput] = {}
+        try:
+            with GenerationProgress(len(requests), show_progress) as progress:
+                while self.llm_engine.has_unfinished_requests():
+                    for output in self.llm_engine.step():
+                        finished[output.request_id] = output
+                        progress.advance(output)
+        except BaseException:  # an interrupt, say, must not leave requests behind for the next call
+            for request in requests:
+                self.llm_engine.abort_request(request.request_id)
+            raise
+        return [finished[request.request_id] for request in requests]
+
+
+class _Clock:
+    """Seconds of each phase of the start."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+if __name__ == "__main__":
+    from .cli import main
+
+    main()

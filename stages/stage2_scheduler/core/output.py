@@ -1,0 +1,269 @@
+"""What a request gives back: tokens turned into text as they come, stop strings, and the records that callers see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..batching.sequence import RequestOutputKind, SamplingParams, Sequence, SequenceStatus
+from .detokenizer import TextReader, special_token_ids
+
+if TYPE_CHECKING:
+    from .sampler import TokenLogprobs
+
+
+@dataclass(slots=True)
+class Logprob:
+    """Log-probability of one token at one position, before any penalty or temperature."""
+
+    logprob: float
+    rank: int
+    """1 is the most likely token."""
+    decoded_token: str | None = None
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One of the ``n`` sequences of a request. `text`, `token_ids` and `logprobs` hold everything so far, or, when the
+    engine emits deltas, what is new since the last output."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    """"stop", "length" or "abort"; None while running."""
+    stop_reason: int | str | None = None
+    """The stop string or stop token that ended the sequence; None for end of sequence."""
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Moments of a request on the clock of `time.monotonic`, in seconds, and what it cost."""
+
+    arrival_time: float = 0.0
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """State of a request after a step."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0
+    """Prompt tokens that the prefix cache spared."""
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+
+class Request(Protocol):
+    """What the output side needs to know of a request."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    arrival_time: float
+
+
+class _RequestState:
+    """A request between `OutputProcessor.add` and its last output."""
+
+    __slots__ = ("delta", "final_only", "metrics", "num_unfinished", "prompt_logprobs", "request", "started", "states")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.delta = request.params.output_kind is RequestOutputKind.DELTA
+        self.final_only = request.params.output_kind is RequestOutputKind.FINAL_ONLY
+        self.metrics = RequestMetrics(request.arrival_time)
+        self.states: list[_SequenceState] = []  # ascending index
+        self.num_unfinished = 0
+        self.started = False  # whether an output has gone out
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        if request.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * len(request.prompt_token_ids)
+
+    def output(self, states: list[_SequenceState]) -> RequestOutput:
+        request, finished = self.request, self.num_unfinished == 0
+        prompt_logprobs = None if self.delta and self.started and not finished else self.prompt_logprobs
+        self.started = True
+        return RequestOutput(
+            request.request_id, request.prompt, request.prompt_token_ids, [state.completion() for state in states],
+            finished, prompt_logprobs, self.states[0].seq.num_cached_tokens, self.metrics,
+        )  # fmt: skip
+
+
+class _SequenceState(TextReader):
+    """What has come out of one sequence so far, and what is new since the last output."""
+
+    __slots__ = ("finished", "lazy", "logprobs", "new_text", "num_given", "request", "text")
+
+    def __init__(self, request: _RequestState, seq: Sequence, tokenizer: Any, special_ids: frozenset[int]) -> None:
+        super().__init__(seq, tokenizer, special_ids)
+        self.request = request
+        # Where nobody reads on the way and no stop string is looked for, the text can wait for the end.
+        self.lazy = request.final_only and not seq.params.stop
+        self.finished = False
+        self.text = ""
+        self.new_text = ""
+        self.num_given = seq.num_prompt_tokens  # tokens that an output has carried, prompt included
+        self.logprobs: list[dict[int, Logprob]] | None = None if seq.params.logprobs is None else []
+
+    def completion(self) -> CompletionOutput:
+        seq, logprobs, seen = self.seq, self.logprobs, self.num_seen
+        if self.request.delta:
+            text, start = self.new_text, self.num_given
+            self.num_given = seen
+            if logprobs is not None:
+                self.logprobs = []
+        else:
+            text, start = self.text, seq.num_prompt_tokens
+            if logprobs is not None:
+                logprobs = logprobs.copy()
+        total = None if logprobs is None else seq.cumulative_logprob
+        tokens = seq.tokens[start:seen]
+        return CompletionOutput(seq.index, text, tokens, total, logprobs, seq.finish_reason, seq.stop_reason)
+
+
+class OutputProcessor:
+    """Turns the tokens of each step into the outputs that callers see, and ends sequences that produced a stop string.
+
+    What an output holds is the request's `output_kind`:
+
+    - CUMULATIVE: at every step of the request, all of its sequences in full.
+    - DELTA: at every step, the sequences that advanced, with their new text, tokens and logprobs. Tokens are given out
+      in the step that made them, their text as soon as it is sure (a whole character, no beginning of a stop string),
+      so an output may have a token and no text. The last one always comes and brings what was held back.
+    - FINAL_ONLY: once, when all sequences have finished. Without stop strings no token is looked at before.
+
+    In each case the text is the same (see `TextReader`). All outputs of a request share its `prompt_token_ids` and its
+    `metrics`, of which `num_preemptions` is set at the end. Prompt logprobs come with every output, of DELTA only with
+    the first and the last.
+
+    Not thread-safe: it belongs to the thread that steps the engine.
+
+    Args:
+        tokenizer: a transformers fast tokenizer, or None: all texts are empty.
+        on_stop: called with a running sequence and the stop string that it has produced; it frees the sequence.
+    """
+
+    def __init__(self, tokenizer: Any | None, on_stop: Callable[[Sequence, str], None]) -> None:
+        self._tokenizer = None if tokenizer is None else tokenizer.backend_tokenizer
+        self._special_ids = frozenset() if tokenizer is None else special_token_ids(self._tokenizer)
+        self._on_stop = on_stop
+        self._requests: dict[str, _RequestState] = {}
+        self._states: dict[int, _SequenceState] = {}
+        self._token_texts: dict[int, str] = {}
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not had their last output."""
+        return len(self._requests)
+
+    def add(self, request: Request, sequences: Iterable[Sequence]) -> None:
+        """Register a request and its `n` sequences before their first step.
+
+        Raises:
+            ValueError: the request_id is taken, or stop strings are wanted without a tokenizer.
+        """
+        params = request.params
+        if request.request_id in self._requests:
+            raise ValueError(f"request_id {request.request_id!r} is already in use; choose another")
+        if params.stop and self._tokenizer is None:
+            raise ValueError("stop strings need a tokenizer and this model has none; use stop_token_ids")
+        state = _RequestState(request)
+        for seq in sorted(sequences, key=lambda seq: seq.index):
+            state.states.append(_SequenceState(state, seq, self._tokenizer, self._special_ids))
+            self._states[seq.seq_id] = state.states[-1]
+        state.num_unfinished = len(state.states)
+        self._requests[request.request_id] = state
+
+    def emit(self, sequences: list[Sequence], logprobs: list[TokenLogprobs | None] | None, now: float) -> list[RequestOutput]:
+        """Outputs of one step.
+
+        Args:
+            sequences: those that got a token in this step, which is ``tokens[-1]``. Some may have ended with it: status
+                FINISHED and a `finish_reason`.
+            logprobs: of that token, one entry a sequence; None if no sequence wants any.
+            now: the time, from `time.monotonic`.
+        """
+        # Hint: x
+        raise NotImplementedError("Stage 2 · Task 2.7: OutputProcessor.emit, see IMPLEMENTATION_GUIDE.md#task-2-7")
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """The last output of a request that is given up, with all it has produced; None if the request is unknown.
+
+        Its unfinished sequences get the finish_reason "abort"; to free them is the scheduler's.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        unfinished = [state for state in request.states if not state.finished]
+        for state in unfinished:
+            state.seq.finish_reason = "abort"
+            self._read(state, True, monotonic())
+        return request.output(unfinished if request.delta else request.states)
+
+    def set_prompt_logprobs(self, request_id: str, start: int, entries: list[TokenLogprobs]) -> None:
+        """Take the logprobs of prompt tokens ``start``, ``start + 1``, …, where start ≥ 1: nothing predicts token 0.
+
+        A prompt computed in chunks brings several lists; one computed again after a preemption brings the same again.
+        """
+        request = self._requests[request_id]
+        for position, entry in enumerate(entries, start):
+            request.prompt_logprobs[position] = self._convert(entry)
+
+    def _read(self, state: _SequenceState, ended: bool, now: float) -> None:
+        """Take in a sequence's new tokens; if they complete a stop string or it has `ended` otherwise, close it."""
+        state.new_text = text = state.read(ended)
+        request, seq = state.request, state.seq
+        if not request.delta:
+            state.text += text
+        if state.matched is not None:
+            seq.finish_reason, seq.stop_reason = "stop", state.matched
+            if not ended:
+                self._on_stop(seq, state.matched)
+        elif not ended:
+            return
+        state.finished = True
+        request.num_unfinished -= 1
+        if request.num_unfinished == 0:
+            request.metrics.finished_time = now
+            request.metrics.num_preemptions = sum(each.seq.num_preemptions for each in request.states)
+            del self._requests[request.request.request_id]
+            for each in request.states:
+                del self._states[each.seq.seq_id]
+
+    def _add_logprobs(self, state: _SequenceState, entry: TokenLogprobs) -> None:
+        token = state.seq.tokens[-1]
+        state.logprobs.append(self._convert(entry))
+        state.seq.cumulative_logprob += state.logprobs[-1][token].logprob
+
+    def _convert(self, entry: TokenLogprobs) -> dict[int, Logprob]:
+        return {
+            token: Logprob(logprob, rank, self._token_text(token))
+            for token, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True)
+        }
+
+    def _token_text(self, token: int) -> str | None:
+        if self._tokenizer is None:
+            return None
+        text = self._token_texts.get(token)
+        if text is None:
+            text = self._token_texts[token] = self._tokenizer.decode([token], skip_special_tokens=False)
+        return text
