@@ -69,7 +69,7 @@ class BlockAllocator:
             reuse_first: put it at the front of the queue, because nothing in it is worth keeping.
 
         Raises:
-            ValueError: the block is free already.
+            ValueError: the block is free already; the message names it.
         """
         if self.ref_counts[block] == 0:
             raise ValueError(f"block {block} is freed twice")

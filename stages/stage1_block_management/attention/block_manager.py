@@ -117,13 +117,13 @@ class BlockManager:
         raise NotImplementedError("Stage 1 · Task 1.2: BlockManager.allocate, see IMPLEMENTATION_GUIDE.md#task-1-2")
 
     def fork(self, parent: Sequence, child: Sequence, num_tokens: int) -> None:
-        """Let `child` share the blocks that hold the first `num_tokens` tokens of `parent`; nothing is copied until
-        one of them writes to a shared block. Where the window has left a `NULL_BLOCK` in the table, there is nothing to share."""
+        """Let `child` share the blocks that hold the first `num_tokens` tokens of `parent`; nothing is copied until one of
+        them writes to a shared block. A `NULL_BLOCK`, which the window has left in the table, has nothing to share."""
         # Hint: x
         raise NotImplementedError("Stage 1 · Task 1.3: BlockManager.fork, see IMPLEMENTATION_GUIDE.md#task-1-3")
 
     def append_slots(self, seq: Sequence, num_tokens: int, copies: BlockPairs) -> bool:
-        """Make sure that the next `num_tokens` tokens of a running sequence, those after the computed ones, have slots of its own.
+        """Make sure that a running sequence has slots of its own for its next `num_tokens` tokens, those after the computed ones.
 
         A block that is to be written and that another table holds too is replaced by a copy (`_copy_on_write`); only the first
         one can be such a block. New blocks go to the end of the table, and a table that changed is noted in `_changed`.

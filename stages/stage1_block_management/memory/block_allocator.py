@@ -65,7 +65,7 @@ class BlockAllocator:
             reuse_first: put it at the front of the queue, because nothing in it is worth keeping.
 
         Raises:
-            ValueError: the block is free already.
+            ValueError: the block is free already; the message names it.
         """
         raise NotImplementedError("Stage 1 · Task 1.1: BlockAllocator.free, see IMPLEMENTATION_GUIDE.md#task-1-1")
 
