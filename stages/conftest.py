@@ -1,0 +1,96 @@
+"""How the stages' tests run: on whose code, with which time limit, and what a failure looks like."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import stages
+from stages.course.catalog import STAGES_FOLDER, Task, load_course
+from stages.course.failure import describe, todo_task, what_and_why
+from stages.course.preflight import inspect_stage
+
+TIME_LIMIT = 30
+"""Seconds for one test; the slowest takes a few on a laptop."""
+COURSE = load_course()
+_log: Path | None = Path(os.environ["COURSE_RESULTS"]) if "COURSE_RESULTS" in os.environ else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without `STAGES`, take the stages whose tests were asked for, so that an unfinished stage cannot break another's."""
+    if "STAGES" in os.environ:
+        return
+    folders = stages.stage_folders()
+    paths = [Path(str(arg).split("::")[0]).resolve() for arg in config.args]
+    asked = [number for number, folder in folders.items() if any(path.is_relative_to(folder.resolve()) for path in paths)]
+    chosen = asked or sorted(folders)
+    os.environ["STAGES"] = ",".join(map(str, chosen))
+    stages.__path__[:] = stages.search_path(chosen)
+
+
+def pytest_report_header() -> str:
+    chosen = os.environ["STAGES"]
+    return f"your code: stage {chosen}; everything else: the reference" if chosen else "the reference"
+
+
+def _task_of(path: Path) -> Task | None:
+    for stage in COURSE:
+        for task in stage.tasks:
+            if path == (stage.path / task.tests):
+                return task
+    return None
+
+
+def _write(record: dict[str, Any]) -> None:
+    if _log is not None:
+        with _log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mine = [item for item in items if item.path.is_relative_to(STAGES_FOLDER)]
+    for item in mine:
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TIME_LIMIT, method="signal"))
+    _write({"collected": len(mine)})
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    """A test file that cannot be imported fails with what is wrong in the learner's file, if that can be told."""
+    report = yield
+    task = _task_of(collector.path) if report.failed and isinstance(collector, pytest.Module) else None
+    if task is not None:
+        stage = next(stage for stage in COURSE if stage.number == task.stage)
+        text = str(report.longrepr)
+        if os.environ["STAGES"]:
+            problems = [str(problem) for problem in inspect_stage(stage).problems]
+            text = "\n\n".join(problems) or text
+        report.longrepr = text
+        _write(
+            {"test": "(import)", "task": task.id, "what": "the tests can import your files", "outcome": "failed", "text": text}
+        )
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    report = yield
+    task = _task_of(item.path)
+    if task is None or (report.passed and call.when != "call"):
+        return report
+    record = {"test": item.name, "task": task.id, "what": what_and_why(item.function)[0], "outcome": report.outcome, "text": ""}
+    if report.failed:
+        missing = todo_task(call.excinfo.value)
+        if missing is not None:
+            record |= {"outcome": "todo", "missing": missing}
+            report.longrepr = str(call.excinfo.value)
+        else:
+            report.longrepr = describe(item.function, call.excinfo.value, call.excinfo.tb)
+        record["text"] = str(report.longrepr)
+    _write(record)
+    return report

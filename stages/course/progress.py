@@ -1,0 +1,40 @@
+"""How far a learner is in the whole course."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from stages.course.catalog import Stage
+from stages.course.page import MARKS, places, run_with_bar
+from stages.course.preflight import inspect_stage
+from stages.course.runner import PASSED
+from stages.course.state import remember, remembered
+
+
+def show_progress(console: Console, course: list[Stage]) -> None:
+    """Print a bar for each stage, its tasks, and the next file to open. Runs the tests of the stages that have changed."""
+    table = Table(title="Your course", title_justify="left")
+    for name in ("stage", "tasks", "", "points"):
+        table.add_column(name)
+    next_task = None
+    for stage in course:
+        states = remembered(stage)
+        if not states:
+            remember(run_with_bar(console, stage, list(stage.tasks), str(stage.number)))
+            states = remembered(stage)
+        done = [task for task in stage.tasks if states[task.id]["state"] == PASSED]
+        marks = " ".join(f"{MARKS[states[task.id]['state']].split()[0]}[/] {task.id}" for task in stage.tasks)
+        bar = ProgressBar(total=len(stage.tasks), completed=len(done), width=20)
+        points = f"{sum(task.points for task in done)}/{stage.points}"
+        table.add_row(f"{stage.number} {stage.title}", marks, bar, points)
+        if next_task is None and len(done) < len(stage.tasks):
+            next_task = next((stage, task) for task in stage.tasks if task not in done)
+    console.print(table)
+    if next_task is None:
+        console.print("[green]All stages pass.[/]")
+        return
+    stage, task = next_task
+    console.print(f"next: task {task.id}, {task.title}; open {places(stage, task, inspect_stage(stage))[0]}")
+    console.print(f"      make test-stage-{stage.number} TASK={task.id}")
