@@ -186,6 +186,8 @@ class Sequence:
         parent: sequence whose prompt blocks this one shares (``n`` > 1), or None.
         block_hashes: chained hashes of the full blocks of `tokens`, filled by the prefix cache as it needs them.
         eos_token_ids, max_model_len: properties of the model that end a sequence.
+        stop_ids: every token that ends it: end of sequence unless the request ignores it, and the request's stop tokens.
+        max_len: tokens, prompt and output, at which it ends; the least of what max_model_len and max_tokens allow.
     """
 
     __slots__ = (
@@ -258,12 +260,12 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
-        """How many tokens are generated so far; asked at every step, so it copies nothing."""
+        """How many tokens are generated so far; asked at every step, so it copies no list."""
         return len(self.tokens) - self.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens that a step may still compute."""
+        """Tokens, of prompt and output alike, whose keys and values are not in the KV cache: what a step may still compute."""
         return len(self.tokens) - self.num_computed_tokens
 
     @property
@@ -273,8 +275,9 @@ class Sequence:
     def append_token(self, token: int) -> bool:
         """Append a sampled token and decide whether it ends the sequence.
 
-        The order is that of vLLM: end-of-sequence token, stop token, length; the first two only once ``min_tokens`` are
-        out. Sets `finish_reason` ("stop" or "length") and `stop_reason` (the stop token, None for end of sequence).
+        The order is that of vLLM: end-of-sequence token, stop token, length (`max_len`); the first two only once
+        ``min_tokens`` are out, this one counted. Sets `finish_reason` ("stop" or "length") and `stop_reason`: the stop token,
+        None for end of sequence. With ``ignore_eos`` an end-of-sequence token is none, but it may be a stop token.
 
         Returns:
             True when the sequence has ended; its status stays for the scheduler to change.

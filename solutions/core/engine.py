@@ -132,6 +132,10 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Run one iteration: schedule, execute, update, emit.
 
+        `batch` lays out what `scheduler` decided, `executor` runs it, `outputs` emits. Without anything to run that is all.
+        The counters "steps" and "generation" (tokens sampled) and the peak of the blocks' usage are kept; prompt logprobs go to
+        `outputs` before it emits; a request that has finished leaves `_sequences`.
+
         Returns:
             Outputs of the requests that advanced, as their ``output_kind`` asks.
         """

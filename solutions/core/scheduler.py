@@ -44,7 +44,7 @@ class SchedulerOutput:
     removed: list[int] = field(default_factory=list)
 
     def add(self, seq: Sequence, num_tokens: int) -> None:
-        """Let a sequence compute its next `num_tokens` tokens."""
+        """Let a sequence compute its next `num_tokens` tokens; if none is left after them, it is one of `sampled`."""
         self.scheduled[seq] = num_tokens
         if seq.num_computed_tokens + num_tokens == len(seq.tokens):
             self.sampled.append(seq)
@@ -70,10 +70,12 @@ class Scheduler:
         self._removed: list[int] = []
 
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence.
+        """Put a sequence into `waiting`, at the place that the policy's key gives it.
+
+        Its children come to the queue later, without being asked again, so each needs a place now.
 
         Raises:
-            QueueFullError: `max_num_waiting` sequences wait already.
+            QueueFullError: more than `max_num_waiting` (None: no limit) would wait; the queue is as before.
         """
         limit = self.config.max_num_waiting
         if limit is not None and len(self.waiting) + 1 + len(seq.children) > limit:
@@ -101,7 +103,15 @@ class Scheduler:
         return output
 
     def schedule_running(self, output: SchedulerOutput) -> int:
-        """Give every running sequence its next tokens, preempting from the back when blocks run out.
+        """Give every running sequence its next tokens, in their order, preempting from the back when blocks run out.
+
+        A sequence gets what it has left to compute, of which a prompt takes no more than `_max_chunk` and leaves one token of
+        the budget for each sequence behind it (but always gets one). `append_slots` makes room for the tokens, after the blocks
+        behind a sliding window are freed (`free_out_of_window`). While there is no room, the last of `running` leaves and is
+        preempted, be it the sequence itself. The blocks that the step fills enter the prefix cache (`cache_full_blocks`).
+
+        Args:
+            output: receives the sequences, and the blocks to copy.
 
         Returns:
             What is left of the token budget.
@@ -128,7 +138,17 @@ class Scheduler:
         return budget
 
     def admit_waiting(self, output: SchedulerOutput, budget: int) -> None:
-        """Admit from the front of the queue while budget, memory and `max_num_seqs` allow; never skip the first."""
+        """Admit from the front of the queue while budget, memory and `max_num_seqs` allow; never skip the first.
+
+        `_place` gives a sequence its blocks, or says that memory is short. One that has them computes its uncomputed tokens as
+        far as the budget and `_max_chunk` go; the blocks that these fill enter the prefix cache (`cache_full_blocks`), and the
+        sequence joins `running` at its place. Without chunked prefill, one with more tokens than the budget has left waits.
+        `first_scheduled_time` is that of its first admission.
+
+        Args:
+            output: the step so far; receives the admitted sequences.
+            budget: tokens that the step may still hold.
+        """
         now = time.monotonic()
         while self.waiting and budget > 0 and len(self.running) < self.config.max_num_seqs:
             seq = self.waiting[0]
@@ -175,6 +195,10 @@ class Scheduler:
     def swap_in(self, seq: Sequence, output: SchedulerOutput, keep_watermark: bool) -> bool:
         """Bring a swapped-out sequence's blocks back to the device, so that it goes on where it was stopped.
 
+        Args:
+            output: receives the blocks to move.
+            keep_watermark: leave the watermark free.
+
         Returns:
             False, with nothing changed, when memory is short.
         """
@@ -184,7 +208,15 @@ class Scheduler:
         return True
 
     def preempt(self, seq: Sequence, output: SchedulerOutput) -> None:
-        """Take a running sequence's blocks away and put it back into the queue."""
+        """Take the blocks of a sequence that has just left `running`, and put it into `waiting` at its place.
+
+        With the mode "swap", and where the host has room, its blocks move there: it is SWAPPED, and what it has computed stays
+        computed. Otherwise they are freed: it is WAITING, and nothing of it is computed any more. Its tokens stay either way.
+        The sequence and the scheduler count the preemption; `output.preempted` and `_removed` note it.
+
+        Args:
+            output: receives the sequence, and the blocks to move.
+        """
         seq.num_preemptions += 1
         self.num_preemptions += 1
         self._removed.append(seq.seq_id)
@@ -200,6 +232,9 @@ class Scheduler:
 
     def update(self, output: SchedulerOutput, token_ids: list[int]) -> None:
         """Enter the results of a step: advance, append, finish, free.
+
+        A sequence that its new token ends is FINISHED: it gives its blocks back, leaves `running`, and is noted in `_removed`.
+        The children of a sampled sequence are queued (`_release_children`), as the prompt that they share is computed now.
 
         Args:
             output: the decision that was carried out.

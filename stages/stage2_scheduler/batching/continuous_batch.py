@@ -21,7 +21,8 @@ class FlatBatch:
     Attributes:
         sequences: the S sequences in order.
         input_ids, positions, slot_mapping: [T] int64, each token's id, place in its sequence and KV slot.
-        block_tables: [S, M] int32, M the most blocks that a sequence of this step has.
+        block_tables: [S, M] int32, M blocks being enough for the longest context; what a row holds behind its context's blocks
+            means nothing.
         query_start_loc: [S + 1] int32, where each sequence's tokens begin.
         context_lens: [S] int32, tokens of each sequence in the cache after this step.
         logits_indices: [N] int64, which tokens need logits for sampling: the last one of each of `sampled`.
@@ -58,13 +59,17 @@ class ContinuousBatch:
         self._free_rows = list(range(max_num_seqs))[::-1]
 
     def build(self, decision: SchedulerOutput, tables: dict[int, list[int]]) -> FlatBatch:
-        """Lay out one step.
+        """Lay out one step, in the order of ``decision.scheduled``.
+
+        The block tables are mirrored first (`_mirror_tables`); row ``_row_of[seq_id]`` of `_tables` is then a sequence's. A
+        batch owns its arrays: it stays as it is when the next one is built.
 
         Args:
             decision: what the scheduler decided; nothing in it is computed yet.
             tables: seq_id → block ids, the block manager's.
         """
-        # Hint: x
+        # Hint: Write it with plain loops over `decision.scheduled` first. np.repeat and np.cumsum can take the loops
+        # out later.
         raise NotImplementedError("Stage 2 · Task 2.6: ContinuousBatch.build, see IMPLEMENTATION_GUIDE.md#task-2-6")
 
     def _mirror_tables(self, decision: SchedulerOutput, tables: dict[int, list[int]]) -> None:

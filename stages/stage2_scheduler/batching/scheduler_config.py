@@ -10,13 +10,14 @@ from .sequence import Sequence
 
 
 def fcfs(seq: Sequence) -> tuple[int, ...]:
-    """First come, first served: by arrival, which `seq_id` counts."""
-    # Hint: x
+    """Sort key for first come, first served: by arrival, which `seq_id` counts."""
+    # Hint: A tuple is compared entry by entry, so a tie-break is a second entry. The module `bisect` can insert into a
+    # sorted list.
     raise NotImplementedError("Stage 2 · Task 2.2: fcfs, see IMPLEMENTATION_GUIDE.md#task-2-2")
 
 
 def priority(seq: Sequence) -> tuple[int, ...]:
-    """The lower `priority` first, ties by arrival."""
+    """Sort key: the lower `priority` first, ties by arrival."""
     raise NotImplementedError("Stage 2 · Task 2.2: priority, see IMPLEMENTATION_GUIDE.md#task-2-2")
 
 

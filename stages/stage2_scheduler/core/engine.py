@@ -132,10 +132,15 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Run one iteration: schedule, execute, update, emit.
 
+        `batch` lays out what `scheduler` decided, `executor` runs it, `outputs` emits. Without anything to run that is all.
+        The counters "steps" and "generation" (tokens sampled) and the peak of the blocks' usage are kept; prompt logprobs go to
+        `outputs` before it emits; a request that has finished leaves `_sequences`.
+
         Returns:
             Outputs of the requests that advanced, as their ``output_kind`` asks.
         """
-        # Hint: x
+        # Hint: step is four calls in a row. For emit, go through `sequences` by index, as the row is what finds a
+        # sequence's logprobs.
         raise NotImplementedError("Stage 2 · Task 2.7: LLMEngine.step, see IMPLEMENTATION_GUIDE.md#task-2-7")
 
     def stats(self) -> EngineStats:

@@ -194,15 +194,21 @@ class OutputProcessor:
         self._requests[request.request_id] = state
 
     def emit(self, sequences: list[Sequence], logprobs: list[TokenLogprobs | None] | None, now: float) -> list[RequestOutput]:
-        """Outputs of one step.
+        """Outputs of one step: at most one a request, made by `_RequestState.output`.
+
+        `_read` takes in a sequence's new text and closes it when it has ended; where the sequence is `lazy` this waits for the
+        end. A request with FINAL_ONLY gets its one output when `num_unfinished` has come to 0. With DELTA an output holds the
+        sequences that advanced, otherwise all. The metrics keep the times of the first and the last token, and with the first
+        token when the request's first sequence was first scheduled.
 
         Args:
             sequences: those that got a token in this step, which is ``tokens[-1]``. Some may have ended with it: status
                 FINISHED and a `finish_reason`.
-            logprobs: of that token, one entry a sequence; None if no sequence wants any.
+            logprobs: of that token, one entry a sequence, for `_add_logprobs` of those that want them; None if none does.
             now: the time, from `time.monotonic`.
         """
-        # Hint: x
+        # Hint: step is four calls in a row. For emit, go through `sequences` by index, as the row is what finds a
+        # sequence's logprobs.
         raise NotImplementedError("Stage 2 · Task 2.7: OutputProcessor.emit, see IMPLEMENTATION_GUIDE.md#task-2-7")
 
     def abort(self, request_id: str) -> RequestOutput | None:

@@ -44,8 +44,8 @@ class SchedulerOutput:
     removed: list[int] = field(default_factory=list)
 
     def add(self, seq: Sequence, num_tokens: int) -> None:
-        """Let a sequence compute its next `num_tokens` tokens."""
-        # Hint: x
+        """Let a sequence compute its next `num_tokens` tokens; if none is left after them, it is one of `sampled`."""
+        # Hint: A loop that looks at waiting[0] and nothing else: each turn either admits it or ends the loop.
         raise NotImplementedError("Stage 2 · Task 2.3: SchedulerOutput.add, see IMPLEMENTATION_GUIDE.md#task-2-3")
 
 
@@ -69,12 +69,15 @@ class Scheduler:
         self._removed: list[int] = []
 
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence.
+        """Put a sequence into `waiting`, at the place that the policy's key gives it.
+
+        Its children come to the queue later, without being asked again, so each needs a place now.
 
         Raises:
-            QueueFullError: `max_num_waiting` sequences wait already.
+            QueueFullError: more than `max_num_waiting` (None: no limit) would wait; the queue is as before.
         """
-        # Hint: x
+        # Hint: A tuple is compared entry by entry, so a tie-break is a second entry. The module `bisect` can insert
+        # into a sorted list.
         raise NotImplementedError("Stage 2 · Task 2.2: Scheduler.add, see IMPLEMENTATION_GUIDE.md#task-2-2")
 
     def has_unfinished(self) -> bool:
@@ -98,16 +101,35 @@ class Scheduler:
         return output
 
     def schedule_running(self, output: SchedulerOutput) -> int:
-        """Give every running sequence its next tokens, preempting from the back when blocks run out.
+        """Give every running sequence its next tokens, in their order, preempting from the back when blocks run out.
+
+        A sequence gets what it has left to compute, of which a prompt takes no more than `_max_chunk` and leaves one token of
+        the budget for each sequence behind it (but always gets one). `append_slots` makes room for the tokens, after the blocks
+        behind a sliding window are freed (`free_out_of_window`). While there is no room, the last of `running` leaves and is
+        preempted, be it the sequence itself. The blocks that the step fills enter the prefix cache (`cache_full_blocks`).
+
+        Args:
+            output: receives the sequences, and the blocks to copy.
 
         Returns:
             What is left of the token budget.
         """
-        # Hint: x
+        # Hint: Walk over `running` with an index. One sequence takes min(what it has left, budget minus one token for
+        # each behind it, `_max_chunk`).
         raise NotImplementedError("Stage 2 · Task 2.4: Scheduler.schedule_running, see IMPLEMENTATION_GUIDE.md#task-2-4")
 
     def admit_waiting(self, output: SchedulerOutput, budget: int) -> None:
-        """Admit from the front of the queue while budget, memory and `max_num_seqs` allow; never skip the first."""
+        """Admit from the front of the queue while budget, memory and `max_num_seqs` allow; never skip the first.
+
+        `_place` gives a sequence its blocks, or says that memory is short. One that has them computes its uncomputed tokens as
+        far as the budget and `_max_chunk` go; the blocks that these fill enter the prefix cache (`cache_full_blocks`), and the
+        sequence joins `running` at its place. Without chunked prefill, one with more tokens than the budget has left waits.
+        `first_scheduled_time` is that of its first admission.
+
+        Args:
+            output: the step so far; receives the admitted sequences.
+            budget: tokens that the step may still hold.
+        """
         raise NotImplementedError("Stage 2 · Task 2.3: Scheduler.admit_waiting, see IMPLEMENTATION_GUIDE.md#task-2-3")
 
     def _place(self, seq: Sequence, output: SchedulerOutput) -> bool:
@@ -139,18 +161,34 @@ class Scheduler:
     def swap_in(self, seq: Sequence, output: SchedulerOutput, keep_watermark: bool) -> bool:
         """Bring a swapped-out sequence's blocks back to the device, so that it goes on where it was stopped.
 
+        Args:
+            output: receives the blocks to move.
+            keep_watermark: leave the watermark free.
+
         Returns:
             False, with nothing changed, when memory is short.
         """
         raise NotImplementedError("Stage 2 · Task 2.5: Scheduler.swap_in, see IMPLEMENTATION_GUIDE.md#task-2-5")
 
     def preempt(self, seq: Sequence, output: SchedulerOutput) -> None:
-        """Take a running sequence's blocks away and put it back into the queue."""
-        # Hint: x
+        """Take the blocks of a sequence that has just left `running`, and put it into `waiting` at its place.
+
+        With the mode "swap", and where the host has room, its blocks move there: it is SWAPPED, and what it has computed stays
+        computed. Otherwise they are freed: it is WAITING, and nothing of it is computed any more. Its tokens stay either way.
+        The sequence and the scheduler count the preemption; `output.preempted` and `_removed` note it.
+
+        Args:
+            output: receives the sequence, and the blocks to move.
+        """
+        # Hint: Ask what the sequence still has after it lost its blocks: with recompute nothing, with swap everything
+        # that was computed. `num_computed_tokens` must say so.
         raise NotImplementedError("Stage 2 · Task 2.5: Scheduler.preempt, see IMPLEMENTATION_GUIDE.md#task-2-5")
 
     def update(self, output: SchedulerOutput, token_ids: list[int]) -> None:
         """Enter the results of a step: advance, append, finish, free.
+
+        A sequence that its new token ends is FINISHED: it gives its blocks back, leaves `running`, and is noted in `_removed`.
+        The children of a sampled sequence are queued (`_release_children`), as the prompt that they share is computed now.
 
         Args:
             output: the decision that was carried out.
