@@ -9,11 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import stages
-from stages.course.catalog import ROOT, CourseError, Stage
+from stages.course.catalog import CourseError, Stage
 from stages.course.failure import describe, todo_task
 from stages.course.page import places, problem_panel
-from stages.course.preflight import inspect_stage
+from stages.course.preflight import inspect_stage, relative
 
 MAX_MODEL_LEN = 1024
 COMPANIONS = ["The sea is", "A good cook", "In the year 1900", "My favourite number is", "The train to", "Once upon a time"]
@@ -106,21 +105,16 @@ def _answer(console: Console, prompt: str, model: str, settings: dict[str, Any])
 
 
 def _modules_table(chosen: list[Stage]) -> Table:
-    """Whose code ran, module by module."""
-    table = Table(title="whose code ran", title_justify="left")
-    for name in ("module", "file", "whose"):
-        table.add_column(name)
-    folders = {stage.number: stages.stage_folders()[stage.number] for stage in chosen}
+    """Whose code ran, file by file, the learner's first."""
+    table = Table("file", "whose", title="whose code ran", title_justify="left")
     rows = []
     for name, module in sorted(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if not name.startswith("stages.") or name.startswith("stages.course") or file is None:
+        if not name.startswith("stages.") or name.startswith(("stages.course", "stages.make_starters")) or file is None:
             continue
-        stage = next((number for number, folder in folders.items() if str(folder) in file), None)
-        if name == "stages.make_starters":
-            continue
-        whose = "the reference" if stage is None else f"[green]yours, stage {stage}[/]"
-        rows.append((stage is None, name, file.removeprefix(f"{ROOT}/"), whose))
-    for _, name, file, whose in sorted(rows):
-        table.add_row(name, file, whose)
+        stage = next((stage for stage in chosen if str(stage.path) in file), None)
+        whose = "the reference" if stage is None else f"[green]yours, stage {stage.number}[/]"
+        rows.append((stage is None, relative(file), whose))
+    for _, file, whose in sorted(rows):
+        table.add_row(file, whose)
     return table
