@@ -61,8 +61,8 @@ def test_the_block_freed_longest_ago_is_reused_first() -> None:
 def test_a_shared_block_is_free_only_after_its_last_reference() -> None:
     """Each share adds a reference and each free takes one; only the last free puts the block into the queue.
 
-    Why: the block of a common prompt belongs to everyone who reads it. If the first one to finish gave it away, the others would
-    go on reading somebody else's text.
+    Why: the block of a common prompt belongs to everyone who reads it. If the first one to finish gave it away, the others
+    would go on reading somebody else's text.
     """
     allocator = BlockAllocator(2)
     block = allocator.allocate()
