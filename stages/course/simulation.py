@@ -53,15 +53,15 @@ class Simulation:
     """A scheduler, its block manager, and device and host memory with a prefix in each slot.
 
     Args:
-        num_blocks, block_size, num_host_blocks, watermark, prefix_caching: as of `BlockManager`.
+        num_blocks, block_size, num_host_blocks, watermark, prefix_caching, sliding_window: as of `BlockManager`.
         limits: fields of `SchedulerConfig`.
     """
 
     def __init__(
         self, num_blocks: int = 64, block_size: int = 4, num_host_blocks: int = 0, *, watermark: float = 0.0,
-        prefix_caching: bool = False, **limits: object,
+        prefix_caching: bool = False, sliding_window: int | None = None, **limits: object,
     ) -> None:  # fmt: skip
-        self.manager = BlockManager(num_blocks, block_size, num_host_blocks, watermark, prefix_caching)
+        self.manager = BlockManager(num_blocks, block_size, num_host_blocks, watermark, prefix_caching, sliding_window)
         limits.setdefault("max_model_len", num_blocks * block_size)
         self.scheduler = Scheduler(SchedulerConfig(**limits), self.manager)
         self.sequences: list[Sequence] = []
@@ -73,9 +73,7 @@ class Simulation:
         fields.setdefault("max_model_len", self.scheduler.config.max_model_len)
         seq = make_sequence(len(self.sequences), prompt, **fields)
         self.sequences.append(seq)
-        self.scheduler.waiting.append(seq)
-        by_priority = self.scheduler.config.policy == "priority"
-        self.scheduler.waiting.sort(key=lambda each: (each.priority if by_priority else 0, each.seq_id))
+        self._enter(self.scheduler.waiting, seq)
         return seq
 
     def start(self, prompt: int | list[int], computed: int | None = None, **fields: object) -> Sequence:
@@ -92,7 +90,7 @@ class Simulation:
         if seq.num_computed_tokens == seq.num_prompt_tokens:
             seq.tokens.append(next_token(tuple(seq.tokens)))
         seq.status = SequenceStatus.RUNNING
-        self.scheduler.running.append(seq)
+        self._enter(self.scheduler.running, seq)
         return seq
 
     def step(self) -> SchedulerOutput:
@@ -131,13 +129,23 @@ class Simulation:
                 before = self.device.get(self._slot(seq, position - 1), ()) if position else ()
                 read[seq] = self.device[self._slot(seq, position)] = (*before, seq.tokens[position])
         for seq, count in output.scheduled.items():
-            for position in range(seq.num_computed_tokens + count):
+            for position in range(self._first_seen(seq), seq.num_computed_tokens + count):
                 found, expected = self.device.get(self._slot(seq, position)), tuple(seq.tokens[: position + 1])
                 assert found == expected, (
                     f"sequence {seq.seq_id} reads position {position} in slot {self._slot(seq, position)} and finds the keys "
                     f"of the tokens {found} instead of {expected}"
                 )
         return [next_token(read[seq]) for seq in output.sampled]
+
+    def _enter(self, queue: list[Sequence], seq: Sequence) -> None:
+        by_priority = self.scheduler.config.policy == "priority"
+        queue.append(seq)
+        queue.sort(key=lambda each: (each.priority if by_priority else 0, each.seq_id))
+
+    def _first_seen(self, seq: Sequence) -> int:
+        """The first position that the next token of a sequence attends to."""
+        window = self.manager.sliding_window
+        return 0 if window is None else max(0, seq.num_computed_tokens - window + 1)
 
     def _slot(self, seq: Sequence, position: int) -> int:
         size, table = self.manager.block_size, self.manager.tables.get(seq.seq_id, [])

@@ -1,0 +1,317 @@
+"""Task 2.4: what those who run get in a step, and what a step leaves behind."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.batching.sequence import Sequence, SequenceStatus
+from stages.core.scheduler import SchedulerOutput
+from stages.course.checks import check_equal
+from stages.course.simulation import Simulation, counts, ids, make_sequence
+
+
+def serve(sim: Simulation) -> tuple[dict[int, int], int]:
+    """What the running sequences get in a step, and what is left of the budget."""
+    output = SchedulerOutput()
+    left = sim.scheduler.schedule_running(output)
+    return counts(output), left
+
+
+def add_with_child(sim: Simulation, prompt: int, **fields: object) -> tuple[Sequence, Sequence]:
+    """A waiting sequence and a second answer to its prompt, which is in no queue yet."""
+    parent = sim.add(prompt, **fields)
+    child = make_sequence(len(sim.sequences), list(parent.tokens), parent=parent, **fields)
+    sim.sequences.append(child)
+    parent.children = [child]
+    return parent, child
+
+
+def test_each_decode_gets_one_token() -> None:
+    """Three sequences that decode get a token each of a budget of 10, and 7 are left over.
+
+    Why: what is left goes to chunks of prompts. A decode step alone would leave most of the device idle.
+    """
+    sim = Simulation(max_num_batched_tokens=10)
+    for length in (4, 5, 9):
+        sim.start(length)
+    check_equal(serve(sim), ({0: 1, 1: 1, 2: 1}, 7), "scheduled tokens and the budget left")
+
+
+def test_nobody_running_leaves_the_whole_budget() -> None:
+    """With nothing running, nothing is scheduled and the whole budget is left.
+
+    Why: the first step of a server has only newcomers.
+    """
+    check_equal(serve(Simulation(max_num_batched_tokens=10)), ({}, 10), "scheduled tokens and the budget left")
+
+
+@pytest.mark.parametrize(("left", "count", "budget_left"), [(1, 1, 15), (15, 15, 1), (16, 16, 0), (17, 16, 0), (30, 16, 0)])
+def test_prompt_goes_on_with_its_next_chunk(left: int, count: int, budget_left: int) -> None:
+    """A prompt of which `left` tokens are missing gets min(left, 16) of a budget of 16.
+
+    Why: a chunk is nothing special, just fewer tokens than are left. The last chunk is as long as it happens to be.
+    """
+    sim = Simulation(max_num_batched_tokens=16)
+    sim.start(40, computed=40 - left)
+    check_equal(serve(sim), ({0: count}, budget_left), "scheduled tokens and the budget left")
+
+
+def test_prompt_in_front_leaves_a_token_for_each_behind() -> None:
+    """A long prompt stands before two decodes: of a budget of 8 it gets 6, and they get their tokens.
+
+    Why: under "priority" an urgent document may stand first. If it took the whole budget, every other stream would stall for
+    as long as the document lasts.
+    """
+    sim = Simulation(max_num_batched_tokens=8, policy="priority")
+    sim.start(4, priority=1)
+    sim.start(4, priority=1)
+    sim.start(40, computed=8, priority=0)
+    check_equal(serve(sim), ({2: 6, 0: 1, 1: 1}, 0), "scheduled tokens and the budget left")
+
+
+def test_two_prompts_and_a_decode_share_a_step() -> None:
+    """Two prompts of 20 tokens before a decode, budget 10: the first gets 8, the second 1, the decode 1.
+
+    Why: each prompt leaves a token for everybody behind it, other prompts too. So all get on, and the first gets on fast.
+    """
+    sim = Simulation(max_num_batched_tokens=10, policy="priority")
+    sim.start(30, computed=10)
+    sim.start(30, computed=10)
+    sim.start(4, priority=1)
+    check_equal(serve(sim), ({0: 8, 1: 1, 2: 1}, 0), "scheduled tokens and the budget left")
+
+
+def test_budget_smaller_than_the_batch_serves_the_first() -> None:
+    """Four run and the budget is 3: the first three get one token each, and the fourth waits for the next step, unharmed.
+
+    Why: the budget is a promise about the length of a step, so it holds for decodes too.
+    """
+    sim = Simulation(max_num_batched_tokens=3)
+    sim.start(20, computed=4)
+    for _ in range(3):
+        sim.start(4)
+    check_equal(serve(sim), ({0: 1, 1: 1, 2: 1}, 0), "scheduled tokens and the budget left")
+    check_equal(ids(sim.scheduler.running), [0, 1, 2, 3], "running sequences")
+
+
+def test_threshold_caps_every_chunk() -> None:
+    """long_prefill_token_threshold = 4: a prompt with 10 tokens left gets 4, one with 3 left gets 3, a decode 1.
+
+    Why: the time of a step is felt by all who decode in it. The threshold bounds what one prompt may add.
+    """
+    sim = Simulation(max_num_batched_tokens=32, long_prefill_token_threshold=4)
+    sim.start(20, computed=10)
+    sim.start(20, computed=17)
+    sim.start(4)
+    check_equal(serve(sim), ({0: 4, 1: 3, 2: 1}, 24), "scheduled tokens and the budget left")
+
+
+def test_running_come_before_waiting() -> None:
+    """Two decodes run and a prompt of 20 waits, budget 8: the decodes get their tokens, the prompt the other 6.
+
+    Why: whoever has begun is finished first; newcomers take what is left.
+    """
+    sim = Simulation(max_num_batched_tokens=8)
+    sim.start(4)
+    sim.start(4)
+    sim.add(20)
+    output = sim.step()
+    check_equal(list(counts(output).items()), [(0, 1), (1, 1), (2, 6)], "scheduled tokens, in order")
+
+
+def test_prompt_runs_through_in_chunks_and_is_sampled_at_its_end() -> None:
+    """A prompt of 20 beside a decode, budget 8: chunks of 7, 7 and 6, and its first token comes with the third.
+
+    Why: this is the whole of chunked prefill. The prompt's tokens are computed once each and in order, and nobody waits.
+    """
+    sim = Simulation(max_num_batched_tokens=8)
+    sim.start(4)
+    prompt = sim.add(20)
+    seen = []
+    for _ in range(4):
+        output = sim.step()
+        seen.append((output.scheduled[prompt], ids(output.sampled), prompt.num_computed_tokens, len(prompt.tokens)))
+    expected = [(7, [0], 7, 20), (7, [0], 14, 20), (6, [0, 1], 20, 21), (1, [0, 1], 21, 22)]
+    check_equal(seen, expected, "a step each: tokens of the prompt, who was sampled, computed tokens, known tokens")
+
+
+def test_long_prompt_never_stalls_a_decode() -> None:
+    """While a prompt of 100 tokens is computed with a budget of 16, the sequence before it gets a token at every step.
+
+    Why: with a step for the whole prompt, every stream would pause for as long as the prompt takes. A llama.cpp user saw 270
+    tokens a second fall to 6.6 in this way.
+    """
+    sim = Simulation(max_num_batched_tokens=16)
+    decode = sim.start(4, max_tokens=30)
+    prompt = sim.add(100, max_tokens=1)
+    for step in range(1, 8):
+        before = len(decode.tokens)
+        sim.step()
+        check_equal(len(decode.tokens), before + 1, f"tokens of the decode after step {step}")
+        check_equal(prompt.finished, step == 7, f"whether the prompt is through after step {step}: 100 tokens, 15 a step")
+
+
+@settings(max_examples=40, derandomize=True, database=None, deadline=None, report_multiple_bugs=False)
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=6),
+    budget=st.integers(6, 20),
+    threshold=st.sampled_from([0, 1, 5]),
+    policy=st.sampled_from(["fcfs", "priority"]),
+)
+def test_any_mix_keeps_the_budget_and_the_streams(lengths: list[int], budget: int, threshold: int, policy: str) -> None:
+    """For random prompts: no step exceeds the budget, whoever decodes gets a token at every step, and every read finds its
+    keys.
+
+    Why: the two promises of chunked prefill hold for every mix of prompts or they are none.
+    """
+    sim = Simulation(
+        max_num_batched_tokens=budget, long_prefill_token_threshold=threshold, max_num_seqs=6, max_model_len=64, policy=policy
+    )
+    for i, length in enumerate(lengths):
+        sim.add(length, max_tokens=1 + (7 * i + length) % 9, priority=length % 3)
+    while sim.scheduler.has_unfinished():
+        decoding = [seq for seq in sim.scheduler.running if seq.num_output_tokens]
+        output = sim.step()
+        assert output.scheduled, "there is work to do and the step is empty"
+        assert sum(output.scheduled.values()) <= budget, f"{counts(output)} are more tokens than the budget of {budget}"
+        for seq in decoding:
+            assert output.scheduled.get(seq) == 1, (
+                f"sequence {seq.seq_id} decodes and got {output.scheduled.get(seq, 0)} tokens"
+            )
+    lengths_of_answers = [1 + (7 * i + length) % 9 for i, length in enumerate(lengths)]
+    check_equal([seq.num_output_tokens for seq in sim.sequences], lengths_of_answers, "tokens generated")
+
+
+def test_update_moves_everyone_and_appends_to_the_sampled() -> None:
+    """After a step with a chunk of 3 and two decodes, all have moved by their counts; only the sampled got a token, each its
+    own.
+
+    Why: a token for a half-computed prompt is a token out of nowhere; and a shift by one gives users each other's words.
+    """
+    sim = Simulation()
+    chunk, first, second = sim.start(10, computed=2), sim.start(4), sim.start(6)
+    output = SchedulerOutput(scheduled={chunk: 3, first: 1, second: 1}, sampled=[first, second])
+    sim.scheduler.update(output, [71, 72])
+    check_equal([seq.num_computed_tokens for seq in (chunk, first, second)], [5, 5, 7], "num_computed_tokens")
+    check_equal([len(seq.tokens) for seq in (chunk, first, second)], [10, 6, 8], "number of tokens")
+    check_equal([first.tokens[-1], second.tokens[-1]], [71, 72], "the new tokens")
+    check_equal(ids(sim.scheduler.running), [0, 1, 2], "running sequences")
+
+
+def test_finished_sequence_leaves_and_gives_its_blocks_back() -> None:
+    """Of three sequences the middle one ends: it is FINISHED, out of `running`, its blocks are free, and the others go on.
+
+    Why: memory is what limits the batch. A finished sequence that keeps its blocks even for a step keeps somebody out.
+    """
+    sim = Simulation(block_size=4)
+    sequences = [sim.start(6, max_tokens=n) for n in (8, 2, 8)]
+    output = SchedulerOutput(scheduled=dict.fromkeys(sequences, 1), sampled=list(sequences))
+    sim.scheduler.update(output, [71, 72, 73])
+    running, finished = SequenceStatus.RUNNING, SequenceStatus.FINISHED
+    check_equal([seq.status for seq in sequences], [running, finished, running], "statuses")
+    check_equal(ids(sim.scheduler.running), [0, 2], "running sequences")
+    check_equal(sorted(sim.manager.tables), [0, 2], "sequences that hold blocks")
+    check_equal(sim.manager.allocator.num_used, 4, "blocks in use: 2 sequences with 6 tokens in blocks of 4")
+    check_equal((sequences[1].finish_reason, sequences[1].output_token_ids[-1]), ("length", 72), "reason and last token")
+
+
+def test_several_may_end_in_one_step() -> None:
+    """Two of three end in the same step; both leave, both give their blocks back, and the next step names them as removed.
+
+    Why: whoever removes from a list while walking over it skips a neighbour, which then runs for ever.
+    """
+    sim = Simulation()
+    for n in (2, 2, 8):
+        sim.start(4, max_tokens=n)
+    sim.step()
+    check_equal(ids(sim.scheduler.running), [2], "running sequences")
+    check_equal(sim.manager.allocator.num_used, 2, "blocks in use: one sequence with 5 computed tokens in blocks of 4")
+    check_equal(sorted(sim.step().removed), [0, 1], "removed sequences, as the next step names them")
+    check_equal(sim.step().removed, [], "removed sequences of the step after")
+
+
+def test_freed_seat_is_taken_in_the_next_step() -> None:
+    """With one seat and memory for one sequence, the second starts in the step after the first has ended.
+
+    Why: this is the difference to static batching, where the seat stays empty until the longest answer is done.
+    """
+    sim = Simulation(num_blocks=2, block_size=4, max_num_seqs=1)
+    sim.start(4, max_tokens=3)
+    sim.add(5, max_tokens=1)
+    seen = [counts(sim.step()) for _ in range(3)]
+    check_equal(seen, [{0: 1}, {0: 1}, {1: 5}], "scheduled tokens of three steps")
+
+
+def test_children_are_queued_when_the_prompt_is_computed() -> None:
+    """The second answer to a prompt of 10 tokens comes to the queue after the prompt's last chunk, not before, and once.
+
+    Why: it shares the prompt's blocks, and these are full only then. A step earlier it would have to compute the prompt itself.
+    """
+    sim = Simulation(max_num_batched_tokens=6)
+    parent, child = add_with_child(sim, 10, max_tokens=4)
+    sim.step()
+    check_equal((ids(sim.scheduler.waiting), ids(parent.children)), ([], [1]), "waiting and children after the first chunk")
+    sim.step()
+    check_equal((ids(sim.scheduler.waiting), ids(parent.children)), ([1], []), "waiting and children after the last chunk")
+    check_equal(counts(sim.step()), {0: 1, 1: 1}, "scheduled tokens of the next step")
+    sim.run()
+    check_equal(child.output_token_ids, parent.output_token_ids, "the child's answer: the same, as the model is greedy")
+
+
+def test_children_are_queued_by_a_parent_that_ends_at_once() -> None:
+    """A parent with max_tokens = 1 ends at its first token, and its child runs nevertheless.
+
+    Why: a request for n answers gets n answers, also when the first of them is short.
+    """
+    sim = Simulation()
+    parent, child = add_with_child(sim, 6, max_tokens=1)
+    sim.step()
+    check_equal((parent.finished, ids(sim.scheduler.waiting)), (True, [1]), "parent finished, and waiting sequences")
+    sim.run()
+    check_equal(child.output_token_ids, parent.output_token_ids, "the child's answer")
+
+
+def test_shared_block_is_copied_before_two_write_to_it() -> None:
+    """Parent and child share the half-full last block of a prompt of 10; the step in which both write to it copies it once.
+
+    Why: without the copy both write their own words into the same slots, and each reads the other's.
+    """
+    sim = Simulation(block_size=4)
+    add_with_child(sim, 10, max_tokens=6)
+    sim.step()
+    output = sim.step()
+    check_equal(len(output.copies), 1, "copied blocks")
+    check_equal(counts(output), {0: 1, 1: 1}, "scheduled tokens")
+    sim.run()
+
+
+def test_blocks_enter_the_prefix_cache_as_chunks_and_answers_fill_them() -> None:
+    """Blocks of 4, a prompt of 16 in chunks of 8: 2 blocks are cached in the first step, 4 in the second, 5 when 20 are
+    computed.
+
+    Why: the next turn of a chat begins with this prompt and this answer. What was cached need not be computed again.
+    """
+    sim = Simulation(block_size=4, prefix_caching=True, max_num_batched_tokens=8)
+    seq = sim.add(16, max_tokens=8)
+    cached = []
+    for _ in range(6):
+        sim.step()
+        cached.append(len(sim.manager.prefix_cache))
+    check_equal(seq.num_computed_tokens, 20, "num_computed_tokens after 6 steps")
+    check_equal(cached, [2, 4, 4, 4, 4, 5], "cached blocks after each step")
+
+
+def test_sliding_window_lets_go_of_old_blocks() -> None:
+    """With a window of 4 tokens and blocks of 2, an answer of 18 tokens never holds more than 4 blocks.
+
+    Why: the model does not see what lies behind its window, so these blocks can serve others.
+    """
+    sim = Simulation(num_blocks=12, block_size=2, sliding_window=4)
+    seq, most = sim.start(4, max_tokens=18), 0
+    while not seq.finished:
+        sim.step()
+        most = max(most, sim.manager.allocator.num_used)
+    check_equal(seq.num_output_tokens, 18, "tokens generated")
+    assert most <= 4, f"{most} blocks were in use at once; a window of 4 tokens touches 3 blocks, and one more is being filled"
