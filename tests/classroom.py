@@ -19,12 +19,18 @@ from tests.warm import Ended, Job, Warm
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("pyproject.toml", "constraints.txt", "Makefile", "README.md", "IMPLEMENTATION_GUIDE.md")
-PYTEST = (
+PYTEST = [
     "-q",
     "--tb=native",
+    "--disable-warnings",
     "--color=no",
-    *(part for plugin in ("cacheprovider", "nbmake", "anyio") for part in ("-p", f"no:{plugin}")),
-)
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:nbmake",
+    "-p",
+    "no:anyio",
+]
 """How pytest is called; the plugins that no stage test needs take longer to load than most tests to run."""
 NOT_COPIED = ("__pycache__", ".pytest_cache", ".hypothesis")
 
@@ -60,7 +66,8 @@ class Results:
         if self.ended.timed_out:
             return "the run was stopped: it took too long"
         if self.ended.code not in (0, 1):
-            return f"pytest ended with {self.ended.code}: {self.ended.output.strip()[-2000:]}"
+            last = self.ended.output.strip().splitlines()[-1:] or ["it printed nothing"]
+            return f"pytest ended with {self.ended.code}: {last[0]}"
         return "" if self.tests else "there were no tests"
 
 

@@ -1,0 +1,50 @@
+"""Lists the mutants of the course and the test that kills each: ``python -m tests.mutants --stage 1``."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from stages.course.catalog import CourseError, find_stage
+from tests.classroom import Classroom
+from tests.mutants.bank import killer, load_mutants
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+    parser.add_argument("--stage", type=int, help="this stage only (default: all)")
+    parser.add_argument("--name", help="this mutant only")
+    args = parser.parse_args(argv)
+    console = Console()
+    survivors = 0
+    table = Table("task", "mutant", "killed by")
+    with tempfile.TemporaryDirectory() as folder:
+        room = Classroom(Path(folder) / "course")
+        try:
+            stages = room.course if args.stage is None else [find_stage(room.course, args.stage)]
+            jobs = [(stage, mutant) for stage in stages for mutant in load_mutants(stage.number)]
+            jobs = [job for job in jobs if args.name in (None, job[1].name)]
+            for stage, mutant in track(jobs, "mutants", console=console, transient=True):
+                try:
+                    test = killer(room, stage, mutant)
+                    killed = f"[red]nothing: {mutant.why}[/]" if test is None else test.name.replace("[", "\\[")
+                except CourseError as error:
+                    test, killed = None, f"[red]{error}[/]"
+                survivors += test is None
+                table.add_row(mutant.task, mutant.name, killed)
+        except CourseError as error:
+            parser.exit(1, f"{error}\n")
+        finally:
+            room.close()
+    console.print(table)
+    console.print(f"{len(jobs) - survivors} of {len(jobs)} mutants are killed")
+    return 1 if survivors or not jobs else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
