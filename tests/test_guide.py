@@ -1,0 +1,234 @@
+"""The guide tells the truth: its files, symbols, commands and links exist, its examples run, its measurements are on record."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from stages.course.catalog import Task
+from tests.guide import (
+    COURSE,
+    FOREIGN,
+    PARTS,
+    ROOT,
+    TASKS,
+    Names,
+    anchors,
+    code_of,
+    dead_links,
+    examples,
+    inline_code,
+    missing_paths,
+    printed_answers,
+    run_examples,
+    section_problems,
+    sections,
+    task_problems,
+    unknown_commands,
+)
+
+GUIDE = (ROOT / "IMPLEMENTATION_GUIDE.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "benchmarks/results"
+NAMES = Names.of(ROOT / "solutions")
+SECTIONS = sections(GUIDE)
+EXAMPLES = examples(GUIDE)
+
+
+def test_every_chapter_and_task_stands_at_its_anchor_in_order() -> None:
+    assert section_problems(GUIDE, COURSE) == []
+    assert len(set(anchors(GUIDE))) == len(anchors(GUIDE)), "an anchor is there twice"
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.id)
+def test_every_task_has_all_parts_and_names_its_functions(task: Task) -> None:
+    stage = next(stage for stage in COURSE if stage.number == task.stage)
+    assert task_problems(SECTIONS[task.guide], stage, task) == []
+
+
+def test_every_path_exists() -> None:
+    assert missing_paths(GUIDE) == []
+
+
+def test_every_command_exists() -> None:
+    assert unknown_commands(GUIDE) == []
+
+
+def test_every_link_leads_somewhere() -> None:
+    assert dead_links(GUIDE) == []
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_every_symbol_exists_in_the_engine(name: str) -> None:
+    codes = [code for code in inline_code(SECTIONS[name]) if not code.startswith(("stages.", "make "))]
+    if name.startswith("task-"):
+        assert [code for code in codes if not NAMES.resolves(code)] == []
+    else:  # a preface speaks of Python and of the shell too: there it is what looks like a class or a call
+        strict = [code for code in codes if re.match(r"[A-Z]\w*[a-z]\w*(\.|$)|\w+\(", code)]
+        assert [
+            code for code in strict if not NAMES.resolves(code) and code not in ("OrderedDict", "NotImplementedError")
+        ] == []
+
+
+def test_every_module_exists() -> None:
+    modules = re.findall(r"\bstages((?:\.[a-z_]+)+)", code_of(GUIDE))
+    assert modules
+    assert [name for name in modules if not (ROOT / "solutions" / (name[1:].replace(".", "/") + ".py")).is_file()] == []
+
+
+def test_no_foreign_name_is_listed_in_vain() -> None:
+    codes = [re.sub(r"\(.*", "", code) for task in TASKS for code in inline_code(SECTIONS[task.guide])]
+    assert FOREIGN - set(codes) == set()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_print_what_the_guide_says(name: str) -> None:
+    failed, report = run_examples(name, EXAMPLES[name])
+    assert failed == 0, report
+
+
+def test_every_task_has_an_example() -> None:
+    assert [task.id for task in TASKS if f"Task {task.id} · {task.title}" not in EXAMPLES] == []
+
+
+def test_the_guide_prints_no_answers() -> None:
+    assert printed_answers(GUIDE) == []
+
+
+def test_lines_fit_an_editor() -> None:
+    lines = GUIDE.splitlines()
+    assert [line for line in lines if len(line) > 120] == []
+
+
+def test_measured_memory_is_the_record() -> None:
+    systems = {s["system"]: s for s in json.loads((RESULTS / "memory.json").read_text())["results"]["systems"]}
+    rows = {
+        "contiguous, 2,048 slots reserved for each sequence": "contiguous, max 2048",
+        "contiguous, 768 slots: the longest that really comes": "contiguous, max 768",
+        "contiguous, output rounded up to a power of two": "contiguous, pow2",
+        "contiguous, the final length known in advance, first fit": "contiguous, oracle (first fit)",
+        "paged, blocks of 128": "paged, 128",
+        "paged, blocks of 16": "paged, 16",
+    }
+    section = SECTIONS["chapter-1"].replace("*", "")
+    for row, name in rows.items():
+        assert f"| {row} | {100 * systems[name]['tokens']:.1f} % | {systems[name]['running']:.1f} |" in section
+    assert f"We measured {100 * systems['paged, 16']['waste']:.1f} %" in " ".join(section.split())
+
+
+def test_measured_speed_is_the_record() -> None:
+    speed = json.loads((RESULTS / "epyc-zen4-2core_throughput_mixed.json").read_text())["results"]
+    cost = json.loads((RESULTS / "epyc-zen4-2core_overhead.json").read_text())["results"]
+    engine, static = speed["engine"]["runs"][0], speed["hf"]["runs"][0]
+    steps = engine["details"]["num_steps"]
+    row = next(
+        row
+        for row in cost["microseconds_per_sequence_and_step"]
+        if (row["num_seqs"], row["prefix_caching"], row["output_kind"]) == (256, True, "DELTA")
+    )
+    text = " ".join(GUIDE.split())
+    for claim in (
+        f"{1000 * engine['seconds'] / steps:.0f} ms on average (measured: {steps} steps in {engine['seconds']:.1f} s)",
+        f"{static['num_output_tokens']:,} of the {static['num_computed_tokens']:,} tokens that transformers computed",
+        f"({100 * static['details']['useful_share']:.0f} %). This engine gave {engine['output_tokens_per_second']:.0f} output",
+        f"transformers {static['output_tokens_per_second']:.0f} (one run each;",
+        f"part of the {speed['ratio_engine_to_hf']['median']:.1f}x is the faster CPU code",
+        f"our arrays cost {row['phases']['arrays']:.2f} µs",
+        f"of the {row['total']:.1f} µs that this engine's",
+        f"running, {row['phases']['output']:.1f} are this task",
+    ):
+        assert claim in text
+
+
+# Each check can fail
+
+
+def test_the_check_of_sections_sees_what_is_missing() -> None:
+    task = TASKS[1]
+    assert section_problems(GUIDE.replace(f'<a id="{task.guide}"></a>\n', ""), COURSE) != []
+    assert section_problems(GUIDE.replace(f"Task {task.id} · {task.title}", f"Task {task.id} · Another"), COURSE) != []
+    swapped = GUIDE.replace('id="task-1-1"', 'id="x"').replace('id="task-1-2"', 'id="task-1-1"').replace('"x"', '"task-1-2"')
+    assert section_problems(swapped, COURSE) != []
+    assert section_problems(GUIDE + '\n<a id="task-9-9"></a>\n', COURSE) != []
+
+
+@pytest.mark.parametrize("part", [*PARTS, "BlockManager.fork", "30 minutes", "TASK=1.3"])
+def test_the_check_of_a_task_sees_what_is_missing(part: str) -> None:
+    stage, task = COURSE[0], COURSE[0].tasks[2]
+    section = SECTIONS[task.guide]
+    assert part in section
+    assert len(task_problems(section.replace(part, "…"), stage, task)) == 1
+
+
+def test_the_check_of_a_task_sees_a_wrong_parameter() -> None:
+    stage, task = COURSE[0], COURSE[0].tasks[2]
+    wrong = SECTIONS[task.guide].replace("fork(parent, child, num_tokens)", "fork(parent, kid, num_tokens)")
+    assert task_problems(wrong, stage, task) == ["BlockManager.fork(parent, kid, num_tokens)"]
+
+
+def test_the_check_of_paths_sees_a_wrong_one() -> None:
+    text = "`solutions/core/engine.py`, `solutions/core/motor.py` and `stages/stage9_sleep/` but `vllm/v1/core/sched/x.py`"
+    assert missing_paths(text) == ["solutions/core/motor.py", "stages/stage9_sleep/"]
+
+
+def test_the_check_of_commands_sees_wrong_ones() -> None:
+    text = (
+        "To make sense: `make test-stage-1 TASK=1.3`\n\n```sh\nmake coffee\nmake hint TASK=1.9\nmake run-mine STAGES=1,8\n```\n"
+    )
+    assert unknown_commands(text) == ["make coffee", "TASK=1.9", "stage 1,8"]
+
+
+def test_the_check_of_links_sees_dead_ones() -> None:
+    text = '<a id="here"></a>\n[a](#here) [b](#there) [c](README.md) [d](nothing.md) [e](https://example.org)'
+    assert dead_links(text) == ["#there", "nothing.md"]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "BlockManger",
+        "BlockManager.alocate",
+        "BlockManager.allocate.x",
+        "grab_block(seq)",
+        "NULL_BLOCK()",
+        "seq.num_computed",
+        "num_tokns",
+    ],
+)
+def test_the_check_of_symbols_sees_a_wrong_one(code: str) -> None:
+    assert not NAMES.resolves(code)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "BlockManager",
+        "BlockManager.swap_out(seq)",
+        "write_kv(key, value, kv_cache, slot_mapping)",
+        "seq.num_computed_tokens",
+        "Sequence.output_token_ids",
+        "TextReader.read",
+        "_SequenceState.num_seen",
+        "NULL_BLOCK",
+        "[T, H, D]",
+        "k % 2",
+        "insort",
+    ],
+)
+def test_the_check_of_symbols_knows_a_right_one(code: str) -> None:
+    assert NAMES.resolves(code)
+
+
+def test_the_check_of_examples_sees_a_wrong_number() -> None:
+    text = "### Blocks\n\n```python\n>>> from stages.memory.block_allocator import BlockAllocator\n"
+    text += ">>> a = BlockAllocator(4)\n```\n"
+    text += "\nThen:\n\n```python\n>>> a.allocate()\n0\n```\n"
+    (name, code), *_ = examples(text).items()
+    assert run_examples(name, code)[0] == 0
+    assert run_examples(name, code.replace("\n0\n", "\n1\n"))[0] == 1
+
+
+def test_the_check_of_answers_sees_one() -> None:
+    line = "block, _ = self._free.popitem(last=False)"
+    assert printed_answers(f"Write `{line}`.") == [f"BlockAllocator.allocate: {line}"]
