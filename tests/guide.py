@@ -5,11 +5,15 @@ from __future__ import annotations
 import ast
 import doctest
 import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 from stages.course.catalog import Stage, Target, Task, load_course
-from stages.make_starters import find_function
+from stages.make_starters import find_function, render
 
 ROOT = Path(__file__).parents[1]
 COURSE = load_course()
@@ -206,6 +210,27 @@ def run_examples(name: str, code: str) -> tuple[int, str]:
     session = doctest.DocTestParser().get_doctest(code, {"__name__": "guide"}, name, None, 0)
     failed, _ = doctest.DocTestRunner(verbose=False).run(session, out=report.append)
     return failed, "".join(report)
+
+
+@contextmanager
+def unfinished_engine(folder: Path, stage: Stage, todo: Iterable[Task]) -> Iterator[str]:
+    """A whole engine in which some tasks of a stage are not done yet; yields the name it can be imported by.
+
+    Args:
+        folder: an empty one, for the files of the stage.
+    """
+    for file in stage.files:
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(render((ROOT / "solutions" / file).read_text(encoding="utf-8"), file, todo), encoding="utf-8")
+    package = ModuleType("unfinished_engine")
+    package.__path__ = [str(folder), str(ROOT / "solutions")]
+    sys.modules[package.__name__] = package
+    try:
+        yield package.__name__
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == package.__name__]:
+            del sys.modules[name]
 
 
 def printed_answers(text: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,7 @@ from tests.guide import (
     section_problems,
     sections,
     task_problems,
+    unfinished_engine,
     unknown_commands,
 )
 
@@ -90,6 +92,18 @@ def test_examples_print_what_the_guide_says(name: str) -> None:
 
 def test_every_task_has_an_example() -> None:
     assert [task.id for task in TASKS if f"Task {task.id} · {task.title}" not in EXAMPLES] == []
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.id)
+def test_the_example_of_a_task_needs_that_task_and_no_later_one(tmp_path: Path, task: Task) -> None:
+    stage = next(stage for stage in COURSE if stage.number == task.stage)
+    code = EXAMPLES[f"Task {task.id} · {task.title}"]
+    at = stage.tasks.index(task)
+    for first, todo in ((at + 1, "later"), (at, "its own")):
+        with unfinished_engine(tmp_path / todo, stage, stage.tasks[first:]) as engine:
+            failed, report = run_examples(task.id, code.replace("from solutions.", f"from {engine}."))
+            assert (failed > 0) == (todo == "its own"), report
+            assert failed == 0 or f"NotImplementedError: {task.marker}" in report
 
 
 def test_the_guide_prints_no_answers() -> None:
