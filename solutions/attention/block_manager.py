@@ -287,6 +287,7 @@ class BlockManager:
         return 0 if window is None else max(0, position - window + 1) // self.block_size
 
     def _new_blocks(self, count: int) -> list[int]:
+        """Take free blocks. They are about to be overwritten, so the prefix cache forgets what they held."""
         blocks = [self.allocator.allocate() for _ in range(count)]
         if self.prefix_cache is not None:
             for block in blocks:
@@ -294,5 +295,6 @@ class BlockManager:
         return blocks
 
     def _free_block(self, block: int) -> None:
+        """Drop a reference. A block that the prefix cache knows is kept for as long as possible, any other is reused first."""
         cached = self.prefix_cache is not None and block in self.prefix_cache
         self.allocator.free(block, reuse_first=not cached)

@@ -56,7 +56,8 @@ class BlockManager:
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
-        # Hint: x
+        # Hint: Position p lies in block table[p // block_size] at offset p % block_size. Helpers below do the rest:
+        # `_match` asks the cache, `_new_blocks` takes blocks, `_set_table` enters a table.
         raise NotImplementedError("Stage 1 · Task 1.2: BlockManager.num_blocks_for, see IMPLEMENTATION_GUIDE.md#task-1-2")
 
     @property
@@ -92,7 +93,8 @@ class BlockManager:
 
     def _fits(self, num_blocks: int, keep_watermark: bool) -> bool:
         """Whether `num_blocks` can be taken from the free blocks, with the watermark left over if it is to be kept."""
-        # Hint: x
+        # Hint: All questions come down to one comparison: blocks needed, plus the watermark if it is kept, against the
+        # free ones. Write `_fits` first.
         raise NotImplementedError("Stage 1 · Task 1.4: BlockManager._fits, see IMPLEMENTATION_GUIDE.md#task-1-4")
 
     def _match(self, seq: Sequence) -> list[int]:
@@ -119,7 +121,8 @@ class BlockManager:
     def fork(self, parent: Sequence, child: Sequence, num_tokens: int) -> None:
         """Let `child` share the blocks that hold the first `num_tokens` tokens of `parent`; nothing is copied until one of
         them writes to a shared block. A `NULL_BLOCK`, which the window has left in the table, has nothing to share."""
-        # Hint: x
+        # Hint: A fork copies a list of block ids and counts references; not one key or value moves. Slicing a list
+        # gives you a new one.
         raise NotImplementedError("Stage 1 · Task 1.3: BlockManager.fork, see IMPLEMENTATION_GUIDE.md#task-1-3")
 
     def append_slots(self, seq: Sequence, num_tokens: int, copies: BlockPairs) -> bool:
@@ -248,6 +251,7 @@ class BlockManager:
         return 0 if window is None else max(0, position - window + 1) // self.block_size
 
     def _new_blocks(self, count: int) -> list[int]:
+        """Take free blocks. They are about to be overwritten, so the prefix cache forgets what they held."""
         blocks = [self.allocator.allocate() for _ in range(count)]
         if self.prefix_cache is not None:
             for block in blocks:
@@ -255,5 +259,6 @@ class BlockManager:
         return blocks
 
     def _free_block(self, block: int) -> None:
+        """Drop a reference. A block that the prefix cache knows is kept for as long as possible, any other is reused first."""
         cached = self.prefix_cache is not None and block in self.prefix_cache
         self.allocator.free(block, reuse_first=not cached)

@@ -107,7 +107,8 @@ def gather_context(kv_cache: Tensor, block_table: Tensor, left: int, right: int)
     Returns:
         K and V, [right - left, H_kv, D] each.
     """
-    # Hint: x
+    # Hint: Write first, then one sequence at a time: gather its K and V into contiguous tensors, and from there it is
+    # the attention you know. The queries are the LAST tokens of the context.
     raise NotImplementedError("Stage 1 · Task 1.6: gather_context, see IMPLEMENTATION_GUIDE.md#task-1-6")
 
 

@@ -20,7 +20,8 @@ BlockPairs = list[tuple[int, int]]
 
 def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of one block: keys and values of `block_size` tokens in all layers."""
-    # Hint: x
+    # Hint: A token has a key and a value in every layer for every KV head. And a cache whose block and offset axes are
+    # flattened into one is indexed by slot.
     raise NotImplementedError("Stage 1 · Task 1.5: block_bytes, see IMPLEMENTATION_GUIDE.md#task-1-5")
 
 
