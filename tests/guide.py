@@ -1,4 +1,7 @@
-"""Reads the guide and finds what is wrong in it. Each check takes a text, so that a test can show it a wrong one."""
+"""Reads the guide and finds what is wrong in it. Each check takes a text, so that a test can show it a wrong one.
+
+``STAGES=1 python -m tests.guide 1.2`` runs the examples of a task's section on the learner's code.
+"""
 
 from __future__ import annotations
 
@@ -56,16 +59,17 @@ def sections(text: str) -> dict[str, str]:
     return {anchors(piece)[0]: piece for piece in pieces}
 
 
-def examples(text: str) -> dict[str, str]:
-    """Heading → the lines under it that a reader can paste into Python. They go on from each other.
+def examples(text: str, package: str = "solutions") -> dict[str, str]:
+    """Heading → the session with Python under it; its blocks go on from each other.
 
-    The reader imports `stages`, which may be unfinished here; the same modules of the reference stand in for them.
+    Args:
+        package: what stands in for `stages`, which may be unfinished.
     """
     found = {}
     for piece in re.split(r"^(?=#{2,3} )", text, flags=re.MULTILINE):
         blocks = re.findall(r"^```python\n(>>> .*?)^```$", piece, re.MULTILINE | re.DOTALL)
         if blocks:
-            found[piece.splitlines()[0].lstrip("# ")] = "".join(blocks).replace("from stages.", "from solutions.")
+            found[piece.splitlines()[0].lstrip("# ")] = "".join(blocks).replace("from stages.", f"from {package}.")
     return found
 
 
@@ -244,3 +248,19 @@ def printed_answers(text: str) -> list[str]:
             lines = [line.split("#")[0].strip() for line in body]
             found += [f"{target.name}: {line}" for line in lines if len(line) > 30 and line in text]
     return found
+
+
+def main(argv: list[str]) -> int:
+    """Run the examples of one task on `stages`; says what differs."""
+    task = next((task for task in TASKS if argv == [task.id]), None)
+    if task is None:
+        print(f"write the number of a task: python -m tests.guide {TASKS[0].id} (up to {TASKS[-1].id})")
+        return 2
+    text = (ROOT / "IMPLEMENTATION_GUIDE.md").read_text(encoding="utf-8")
+    failed, report = run_examples(task.id, examples(text, "stages")[f"Task {task.id} · {task.title}"])
+    print(report or f"The examples of task {task.id} print what the guide says.")
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

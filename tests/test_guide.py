@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,7 @@ from tests.guide import (
     dead_links,
     examples,
     inline_code,
+    main,
     missing_paths,
     printed_answers,
     run_examples,
@@ -104,6 +108,18 @@ def test_the_example_of_a_task_needs_that_task_and_no_later_one(tmp_path: Path, 
             failed, report = run_examples(task.id, code.replace("from solutions.", f"from {engine}."))
             assert (failed > 0) == (todo == "its own"), report
             assert failed == 0 or f"NotImplementedError: {task.marker}" in report
+
+
+def test_a_reader_can_run_the_examples_of_a_task() -> None:
+    command = [sys.executable, "-m", "tests.guide", "1.1"]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"STAGES": ""}, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "The examples of task 1.1 print what the guide says.\n")
+    assert "`STAGES=1 .venv/bin/python -m tests.guide 1.2`" in GUIDE
+
+
+def test_a_reader_who_asks_for_no_task_is_told_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["9.9"]) == 2
+    assert "1.1" in capsys.readouterr().out
 
 
 def test_the_guide_prints_no_answers() -> None:
