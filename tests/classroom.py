@@ -19,18 +19,8 @@ from tests.warm import Ended, Job, Warm
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("pyproject.toml", "constraints.txt", "Makefile", "README.md", "IMPLEMENTATION_GUIDE.md")
-PYTEST = [
-    "-q",
-    "--tb=native",
-    "--disable-warnings",
-    "--color=no",
-    "-p",
-    "no:cacheprovider",
-    "-p",
-    "no:nbmake",
-    "-p",
-    "no:anyio",
-]
+UNUSED = ("cacheprovider", "nbmake", "anyio")
+PYTEST = ["-q", "--tb=native", "--disable-warnings", "--color=no", *(f"-pno:{plugin}" for plugin in UNUSED)]
 """How pytest is called; the plugins that no stage test needs take longer to load than most tests to run."""
 NOT_COPIED = ("__pycache__", ".pytest_cache", ".hypothesis")
 
@@ -160,7 +150,7 @@ class Classroom:
             stages: value of `STAGES`: whose code is tested; "" is the reference, None leaves the variable unset.
             tests: files, folders or test ids, from the classroom's folder.
             flags: further arguments for pytest.
-            limit: seconds for all of them. test_limit: seconds for one; None: what the course gives.
+            limit: seconds for all of them. test_limit: seconds that one may compute; None: what the course gives.
         """
         arguments = [*PYTEST, *flags, *tests]
         with tempfile.TemporaryDirectory() as folder:
