@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the first tasks' tests need no PyTorch, which takes seconds to import
+    from torch import Tensor
 
 SHOWN = 5
 """Differing entries that a failure shows."""
@@ -50,14 +48,17 @@ def check_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = 
         raise AssertionError(f"{what}: {len(places)} of {wrong.numel()} entries differ\n{_table(rows)}")
 
 
+def _is_array(value: Any) -> bool:
+    """Whether it is an array of NumPy or a tensor, with at least one dimension."""
+    return hasattr(value, "tolist") and getattr(value, "ndim", 0) > 0
+
+
 def _is_row(value: Any) -> bool:
-    return isinstance(value, (list, tuple, np.ndarray, Tensor)) and not (
-        isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0
-    )
+    return isinstance(value, (list, tuple)) or _is_array(value)
 
 
-def _entries(value: Iterable[Any]) -> list[Any]:
-    return value.tolist() if isinstance(value, (np.ndarray, Tensor)) else list(value)
+def _entries(value: Any) -> list[Any]:
+    return value.tolist() if _is_array(value) else list(value)
 
 
 def _compare(what: str, keys: list[Any], expected: list[Any], actual: list[Any]) -> None:
@@ -77,5 +78,5 @@ def _table(rows: list[tuple[Any, Any, Any]]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(_entries(value) if isinstance(value, (np.ndarray, torch.Tensor)) and _is_row(value) else value)
+    text = repr(value.tolist() if _is_array(value) else value)
     return text if len(text) <= 100 else text[:97] + "..."

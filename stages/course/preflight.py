@@ -127,7 +127,5 @@ def imports_of_the_reference(tree: ast.Module) -> list[int]:
 
 def relative(path: str | Path) -> str:
     """A path as a person at the repository's root would write it."""
-    try:
-        return str(Path(path).resolve().relative_to(ROOT.resolve()))
-    except ValueError:
-        return str(path)
+    path = Path(path)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

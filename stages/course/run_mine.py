@@ -50,7 +50,8 @@ def run_mine(console: Console, chosen: list[Stage], prompt: str, model: str) -> 
         CourseError: a stage is not ready.
     """
     check_ready(console, chosen)
-    settings: dict[str, Any] = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 16}
+    # In float32 the answer is the same on every machine; in bfloat16 a small model's near ties may fall either way.
+    settings: dict[str, Any] = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 16, "dtype": "float32"}
     for stage in chosen:
         settings |= stage.settings
     try:
