@@ -212,17 +212,18 @@ def test_append_without_room_changes_nothing(num_tokens: int, fits: bool) -> Non
     manager.check_invariants()
 
 
-def test_a_block_is_needed_for_a_copy_before_it_is_made() -> None:
+@pytest.mark.parametrize(("length", "computed", "index"), [(3, 3, 0), (6, 6, 1), (12, 3, 0), (12, 9, 2)])
+def test_a_block_is_needed_for_a_copy_before_it_is_made(length: int, computed: int, index: int) -> None:
     """A token that would go into a shared block needs a free block, for a copy. Without one: False, and nothing changed.
 
     Why: sequences that share a prompt may not write into each other's block (the copy itself is task 1.3), and running out
-    of memory in the middle of it must not leave a table half changed.
+    of memory in the middle of it must not leave a table half changed. That holds for a chunk in the middle of a prompt too.
     """
-    manager = plain_manager(1, 4)
-    seq = sequence(0, 3)
+    manager = plain_manager(len(range(0, length, 4)), 4)
+    seq = sequence(0, length)
     manager.allocate(seq)
-    seq.num_computed_tokens = 3
-    (block,) = manager.tables[0]
+    seq.num_computed_tokens = computed
+    block = manager.tables[0][index]
     manager.allocator.share(block)
     manager.tables[1] = [block]
     before = state(manager)

@@ -116,6 +116,22 @@ def test_cached_blocks_that_are_free_do_need_room() -> None:
     check_equal(manager.can_allocate(sequence(1, 16)), False, "16 tokens: 1 held by another, 3 free ones needed")
 
 
+def test_the_last_free_block_is_not_counted_twice() -> None:
+    """When the only free block is the one that holds a prompt's beginning, a prompt that needs one more does not fit.
+
+    Why: it looks like one block found and one block free. But they are the same, and only one of them can be had.
+    """
+    manager = BlockManager(4, 4, watermark=0)
+    first = sequence(0, 16)
+    manager.allocate(first)
+    manager.cache_full_blocks(first, 16)
+    manager.free(first)
+    manager.allocate(sequence(2, 12, first=100))  # leaves the first block, which went to the back of the queue
+    check_equal(manager.allocator.num_free, 1, "free blocks")
+    check_equal(manager.can_allocate(sequence(1, 5)), False, "5 tokens: the cached block and a new one")
+    check_equal(manager.can_allocate(sequence(1, 4)), True, "4 tokens: one new block")
+
+
 def test_questions_change_nothing() -> None:
     """Asking can_allocate, can_fork, can_swap_out and can_swap_in leaves tables, counts, queue and counters as they were.
 
