@@ -120,7 +120,10 @@ class Classroom:
 
     def reference(self, file: str) -> str:
         """The text of a file of the reference."""
-        return (self.root / "solutions" / file).read_text(encoding="utf-8")
+        path = self.root / "solutions" / file
+        if not path.exists():
+            raise CourseError(f"course.toml names {file}, which is not in solutions/")
+        return path.read_text(encoding="utf-8")
 
     def read(self, path: str) -> str:
         return (self.folder / path).read_text(encoding="utf-8")
