@@ -173,8 +173,8 @@ class WalkedQueue(OrderedDict[int, None]):
 def test_no_call_walks_through_the_queue() -> None:
     """None of the three functions looks at more than one entry of the free queue, however long it is.
 
-    Why: an 80 GB card has a hundred thousand blocks. Searching the queue would cost milliseconds for every block, at every
-    step, while the GPU waits. (The starter gives the queue, an OrderedDict; here a counting one takes its place.)
+    Why: a large card holds tens of thousands of blocks. Searching them for every block that is taken, at every step, keeps the
+    GPU waiting. (The starter gives the queue, an OrderedDict; here a counting one takes its place.)
     """
     allocator = BlockAllocator(1000)
     allocator._free = WalkedQueue(allocator._free)
