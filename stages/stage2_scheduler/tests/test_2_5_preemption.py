@@ -162,20 +162,20 @@ def test_as_many_are_preempted_as_it_takes() -> None:
 
 
 def test_nobody_is_admitted_in_a_step_that_preempted() -> None:
-    """A step preempts and somebody small waits who would fit: nobody is admitted, and the victim comes first in the next step.
+    """A step preempts, one block stays free, and somebody urgent waits who would fit: nobody is admitted before the next step.
 
-    Why: the victim would come straight back and be preempted again, step after step, and each time it would compute its whole
-    prompt for nothing.
+    Why: memory has just run out. Whoever takes what the victim gave up makes it run out again, and engines that did so
+    preempted at every step and computed the same prompts over and over.
     """
-    sim = Simulation(num_blocks=6, block_size=2)
-    first, second = sim.start(4, max_tokens=3), sim.start(4)
-    sim.start(3)
-    sim.add(1)
+    sim = Simulation(num_blocks=7, block_size=2, policy="priority")
+    for length in (4, 4, 5):
+        sim.start(length, priority=1)
+    sim.add(1, priority=0)
     output = sim.step()
     check_equal(ids(output.preempted), [2], "preempted sequences")
     check_equal(counts(output), {0: 1, 1: 1}, "scheduled tokens")
-    check_equal(ids(sim.scheduler.waiting), [2, 3], "waiting queue")
-    check_equal((first.num_computed_tokens, second.num_computed_tokens), (5, 5), "num_computed_tokens of the others")
+    check_equal((sim.manager.allocator.num_free, ids(sim.scheduler.waiting)), (1, [3, 2]), "free blocks and waiting queue")
+    check_equal(counts(sim.step()), {0: 1, 1: 1, 3: 1}, "scheduled tokens of the next step")
 
 
 @pytest.mark.parametrize("watermark", [False, True])
