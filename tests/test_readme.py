@@ -13,7 +13,11 @@ from solutions.core.config import add_engine_flags
 ROOT = Path(__file__).parents[1]
 PROGRAM_FLAGS = {"--host", "--port", "--prompt", "--prompts-file", "--api-key", "--served-model-name"}
 """Flags of the command line and of the server besides those of the engine."""
-DOCUMENTS = ["README.md", "solutions/README.md"]
+DOCUMENTS = [
+    "README.md",
+    "solutions/README.md",
+    *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("stages/stage*/README.md"))),
+]
 
 
 def code(document: str) -> str:
