@@ -212,14 +212,20 @@ def test_append_without_room_changes_nothing(num_tokens: int, fits: bool) -> Non
     manager.check_invariants()
 
 
-@pytest.mark.parametrize(("length", "computed", "index"), [(3, 3, 0), (6, 6, 1), (12, 3, 0), (12, 9, 2)])
-def test_a_block_is_needed_for_a_copy_before_it_is_made(length: int, computed: int, index: int) -> None:
-    """A token that would go into a shared block needs a free block, for a copy. Without one: False, and nothing changed.
+@pytest.mark.parametrize(
+    ("length", "computed", "index", "num_tokens", "free"),
+    [(3, 3, 0, 1, 0), (6, 6, 1, 1, 0), (12, 3, 0, 1, 0), (12, 9, 2, 1, 0), (6, 6, 1, 3, 1), (6, 6, 1, 7, 2)],
+)
+def test_a_block_is_needed_for_a_copy_before_it_is_made(
+    length: int, computed: int, index: int, num_tokens: int, free: int
+) -> None:
+    """A token that would go into a shared block needs a free block, for a copy, beside those for further tokens. With too few
+    free ones: False, and nothing changed.
 
     Why: sequences that share a prompt may not write into each other's block (the copy itself is task 1.3), and running out
     of memory in the middle of it must not leave a table half changed. That holds for a chunk in the middle of a prompt too.
     """
-    manager = plain_manager(len(range(0, length, 4)), 4)
+    manager = plain_manager(len(range(0, length, 4)) + free, 4)
     seq = sequence(0, length)
     manager.allocate(seq)
     seq.num_computed_tokens = computed
@@ -227,7 +233,7 @@ def test_a_block_is_needed_for_a_copy_before_it_is_made(length: int, computed: i
     manager.allocator.share(block)
     manager.tables[1] = [block]
     before = state(manager)
-    check_equal(manager.append_slots(seq, 1, []), False, "append_slots into a shared block with none free")
+    check_equal(manager.append_slots(seq, num_tokens, []), False, f"append_slots into a shared block with {free} free")
     check_equal(state(manager), before, "tables, counts and free queue")
 
 

@@ -167,23 +167,26 @@ def test_tables_are_lists_of_their_own() -> None:
     manager.check_invariants()
 
 
-def test_a_copy_and_new_blocks_in_one_step() -> None:
-    """A child that writes 7 tokens after 6 shared ones gets one copy and two new blocks, and needs exactly three free ones.
+@pytest.mark.parametrize(("num_tokens", "new"), [(1, 0), (2, 0), (3, 1), (6, 1), (7, 2)])
+def test_a_copy_and_new_blocks_in_one_step(num_tokens: int, new: int) -> None:
+    """A child that writes n tokens after 6 shared ones gets one copy and the new blocks that it needs, and it is refused when
+    one free block too few is there.
 
-    Why: what is counted before must be what is taken afterwards. A free block too few is only noticed when it is too late.
+    Why: what is counted before must be what is taken afterwards. A block too few is noticed when half of it is done, and with
+    one too many a sequence is preempted for nothing.
     """
-    for num_blocks, fits in ((5, True), (4, False)):
-        manager, parent = running(num_blocks, 6)
+    for free, fits in ((new + 1, True), (new, False)):
+        manager, parent = running(2 + free, 6)
         child = forked(manager, parent, 6)
-        table, free = list(manager.tables[1]), manager.allocator.free_blocks()
+        table, queue = list(manager.tables[1]), manager.allocator.free_blocks()
         copies: list[tuple[int, int]] = []
-        check_equal(manager.append_slots(child, 7, copies), fits, f"append_slots with {num_blocks - 2} free blocks")
+        check_equal(manager.append_slots(child, num_tokens, copies), fits, f"append_slots with {free} free blocks")
         if fits:
             check_equal(copies, [(table[1], manager.tables[1][1])], "blocks to copy")
-            check_equal(len(manager.tables[1]), 4, "blocks of the child, for 6 + 7 tokens")
+            check_equal(len(manager.tables[1]), 2 + new, f"blocks of the child, for 6 + {num_tokens} tokens")
         else:
             check_equal((manager.tables[1], copies), (table, []), "table and copies, unchanged")
-            check_equal(manager.allocator.free_blocks(), free, "free queue, unchanged")
+            check_equal(manager.allocator.free_blocks(), queue, "free queue, unchanged")
         manager.check_invariants()
 
 

@@ -264,11 +264,11 @@ def test_a_sequence_returns_from_the_host_unchanged() -> None:
 )  # fmt: skip
 @given(pairs=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=6, unique_by=lambda pair: pair[1]))
 def test_any_copies_agree_with_plain_lists(pairs: list[tuple[int, int]]) -> None:
-    """Random pairs give what copying Python lists of blocks gives.
+    """Random pairs, in a model of one layer, give what copying Python lists of blocks gives.
 
     Why: which blocks are copied together depends on who forks, grows and leaves in one step, and that can be anything.
     """
-    memory = caches(6)
+    memory = caches(6, layers=1)
     before = [list(layer.clone().unbind(1)) for layer in memory]
     after = [list(blocks) for blocks in before]
     for old, new in zip(before, after, strict=True):
