@@ -73,7 +73,7 @@ hints = {list(HINTS)}
 """
 
 
-def tests_text(file: str, function: str, cases: dict[int, int]) -> str:
+def text_of_tests(file: str, function: str, cases: dict[int, int]) -> str:
     """A file of tests: one for each number and what becomes of it."""
     lines = [f"from stages.{file.removesuffix('.py').replace('/', '.')} import {function}"]
     for index, (number, expected) in enumerate(cases.items()):
@@ -128,7 +128,7 @@ def make_toy(root: Path) -> Toy:
             if task_id.startswith(number):
                 course += task_entry(task_id, file, function)
                 guide += f'\n<a id="task-{task_id.replace(".", "-")}"></a>\n## {function}\n\n{SECTION}\n'
-                toy.write(f"stages/{folder}/tests/test_{task_id.replace('.', '_')}.py", tests_text(file, function, cases))
+                toy.write(f"stages/{folder}/tests/test_{task_id.replace('.', '_')}.py", text_of_tests(file, function, cases))
         if number == "1":
             bank += mutant_entry("1.1", "toys/sums.py", "number + number", "number + 2")
             bank += mutant_entry("1.2", "toys/sums.py", "double(double(number))", "double(number)")

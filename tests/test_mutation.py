@@ -1,0 +1,168 @@
+"""What `make mutation` breaks and what it leaves alone, and when it is content."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from stages.course.catalog import CourseError, Target, Task
+from tests import mutation
+from tests.classroom import Classroom
+from tests.mutation import Explanation, Fate, complaints_of, essence, function_mutants, load_explanations
+from tests.toy_course import REFERENCE, make_toy, text_of_tests
+from tests.warm import Warm
+
+SOURCE = '''
+LIMIT = 3 + 4
+
+class Box:
+    @staticmethod
+    def size(width: int = 1, *rest: int) -> int | None:
+        """One + one."""
+        depth: int | str = 2
+        if width < 0:
+            raise ValueError(f"{width + 1} is below 0")
+        return width * depth
+
+def other(x):
+    return x + 1
+'''
+TASK = Task("1.1", "t", (), "", "", 1, 20, "", ())
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    with Warm(("hypothesis.stateful",)) as server:
+        yield server
+
+
+def mutants(name: str, source: str = SOURCE) -> list[mutation.Machine]:
+    return function_mutants(source, TASK, Target("box.py", name))
+
+
+def test_only_the_function_is_broken() -> None:
+    made = mutants("Box.size")
+    assert {each.line for each in made} == {5, 6, 8, 9, 11}
+    for each in made:
+        assert each.text.startswith("\nLIMIT = 3 + 4\n\nclass Box:\n    ")
+        assert each.text.endswith("\ndef other(x):\n    return x + 1\n")
+        compile(each.text, "box.py", "exec")
+    assert {each.line for each in mutants("other")} == {14}
+
+
+def test_each_mutant_is_another_program() -> None:
+    made = [essence(each.text) for each in mutants("Box.size")]
+    assert len(made) == len(set(made))
+    assert essence(SOURCE) not in made
+
+
+def test_typical_slips_are_among_them() -> None:
+    changes = {(each.old, each.new) for each in mutants("Box.size")}
+    assert ("return width * depth", "return width + depth") in changes
+    assert ("if width < 0:", "if width <= 0:") in changes
+    assert ("if width < 0:", "if not width < 0:") in changes
+    assert ("depth: int | str = 2", "depth: int | str = 3") in changes
+    assert ("@staticmethod", "") in changes
+
+
+def test_a_function_that_is_gone_is_named() -> None:
+    with pytest.raises(CourseError, match=r"task 1\.1: there is no Box\.weight in solutions/box\.py"):
+        mutants("Box.weight")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("int | str = 2", "int & str = 2", True), ("int | None", "int & None", True), ("One + one.", "Two.", True),
+        ("{width + 1} is", "{width - 1} is", True), ("ValueError", "TypeError", False), ("width < 0", "width > 0", False),
+        ("width: int = 1", "width: str = 1", True), ("width: int = 1", "width: int = 2", False),
+    ],
+)  # fmt: skip
+def test_what_makes_a_difference(old: str, new: str, same: bool) -> None:
+    assert old in SOURCE
+    assert (essence(SOURCE.replace(old, new)) == essence(SOURCE)) is same
+
+
+# ------------------------------------------------------------------------------------------------------- explanations
+def fates(killed: int, survived: int) -> list[Fate]:
+    made = [mutation.Machine("1.1", "f.py", "f", n, "old", f"new {n}", "") for n in range(killed + survived)]
+    return [Fate(each, "test_f" if n < killed else "", "1.1" if n < killed else "") for n, each in enumerate(made)]
+
+
+def explain(*new: str) -> Explanation:
+    return Explanation("f.py", "f", "old", new, "It is the same.")
+
+
+def test_nine_of_ten_must_be_killed() -> None:
+    for killed, survived, found in ((9, 1, 0), (8, 1, 1), (0, 0, 1)):
+        tried = fates(killed, survived)
+        explanations = [explain(*(fate.mutant.new for fate in tried if not fate.killed_by))]
+        complaints = complaints_of(tried, explanations, [fate.mutant for fate in tried])
+        assert len(complaints) == found
+        assert len(complaints_of(tried, explanations, [fate.mutant for fate in tried], whole=False)) == (not tried)
+
+
+def test_what_survives_must_be_explained_and_what_is_explained_must_be_made() -> None:
+    tried = fates(9, 1)
+    made = [fate.mutant for fate in tried]
+    assert complaints_of(tried, [explain("new 9")], made) == []
+    (complaint,) = complaints_of(tried, [], made)
+    assert complaint.startswith("task 1.1, f: 'new 9' survives; write a test, or explain")
+    (complaint,) = complaints_of(tried, [explain("new 9", "new 10")], made)
+    assert complaint == "survivors.toml: f: no mutant makes 'new 10' of 'old' any more"
+
+
+def test_explanations_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "survivors.toml"
+    assert load_explanations(path) == []
+    entry = '[[survivor]]\nfile = "f.py"\nfunction = "f"\nold = "old"\nnew = "a"\nreason = "It is the same."\n'
+    path.write_text(entry + entry.replace('"a"', '["a", "b"]'))
+    assert load_explanations(path) == [explain("a"), explain("a", "b")]
+    path.write_text(entry.replace("reason", "because"))
+    with pytest.raises(CourseError, match="an entry for 'f' has no 'reason'"):
+        load_explanations(path)
+
+
+def test_the_explanations_of_the_course_are_well_formed() -> None:
+    assert all(len(explanation.reason) > 20 for explanation in load_explanations())
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+def test_the_command_counts_and_lists(
+    tmp_path: Path, warm: Warm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy = make_toy(tmp_path / "toy")
+    survivors = tmp_path / "survivors.toml"
+    monkeypatch.setattr(mutation, "Classroom", partial(Classroom, root=toy.root, warm=warm))
+    monkeypatch.setattr(mutation, "load_explanations", partial(load_explanations, survivors))
+    file = tmp_path / "fates.json"
+    assert mutation.main(["--stage", "1", "--task", "1.1", "--json", str(file)]) == 0
+    assert "11 of 11 mutants are killed" in capsys.readouterr().out
+    assert {row["by_task"] for row in json.loads(file.read_text())} == {"1.1"}
+    # 2 + 2 is 2 * 2 and 2 ** 2: one weak test does not tell
+    toy.write("stages/stage1_sums/tests/test_1_1.py", text_of_tests("toys/sums.py", "double", {2: 4}))
+    toy.write("stages/stage1_sums/tests/test_1_2.py", text_of_tests("toys/sums.py", "double", {2: 4}))
+    survivors.write_text(
+        '[[survivor]]\nfile = "toys/sums.py"\nfunction = "double"\nold = "return number + number"\n'
+        'new = "return number * number"\nreason = "2 + 2 is 2 * 2."\n'
+    )
+    assert mutation.main(["--stage", "1", "--task", "1.1"]) == 1
+    printed = capsys.readouterr().out
+    change = "toys/sums.py:6 double\n  - return number + number\n  + return number"
+    assert f"{change} * number\n  explained: 2 + 2 is 2 * 2." in printed
+    assert f"{change} ** number\n  survives" in printed
+    assert "✗ task 1.1, double: 'return number ** number' survives; write a test" in printed
+
+
+def test_a_later_task_counts_as_a_later_task(tmp_path: Path, warm: Warm) -> None:
+    toy = make_toy(tmp_path / "toy")
+    toy.write("stages/stage1_sums/tests/test_1_1.py", "def test_nothing() -> None:\n    pass\n")
+    room = Classroom(tmp_path / "room", toy.root, warm)
+    stage = room.course[0]
+    made = function_mutants(REFERENCE["toys/sums.py"], stage.tasks[0], stage.tasks[0].targets[0])
+    fate = mutation.run(room, stage, made[:1], lambda done, mutant: None)[0]
+    assert (fate.killed_by, fate.by_task) == ("test_fourfold_0", "1.2")
