@@ -14,6 +14,7 @@ from stages.course.catalog import CourseError
 from stages.make_starters import render
 from tests import gate
 from tests.classroom import Classroom
+from tests.mutants import __main__ as mutants_command
 from tests.mutants import bank
 from tests.mutants.bank import load_mutants
 from tests.toy_course import HINTS, PURPOSE, REFERENCE, SECTION, TASKS, WHY, Toy, make_toy, mutant_entry
@@ -194,8 +195,7 @@ def test_a_mutant_that(name: str, toy: Toy, warm: Warm) -> None:
     entry, says = WRONG_MUTANTS[name]
     toy.write(MUTANTS, mutant_entry(*entry))
     room = Classroom(toy.root.parent / "room", toy.root, warm)
-    mutants = load_mutants(1, gate.bank(room))
-    kill = gate.check_mutant(room, room.course[0], mutants[0])
+    kill = gate.check_mutant(room, room.course[0], load_mutants(room, room.course[0])[0])
     assert kill.killed_by is None
     assert says in kill.complaint
 
@@ -208,13 +208,30 @@ def test_an_endless_mutant_is_killed(toy: Toy, warm: Warm, monkeypatch: pytest.M
     toy.edit(FIRST, "def test_double_1() -> None:", random_test)
     toy.edit(FIRST, "assert double(2) == 4", "assert double(number) == number + number")
     room = Classroom(toy.root.parent / "room", toy.root, warm)
-    assert gate.check_mutant(room, room.course[0], load_mutants(1, gate.bank(room))[0]).killed_by == "test_double_1"
+    assert gate.check_mutant(room, room.course[0], load_mutants(room, room.course[0])[0]).killed_by == "test_double_1"
 
 
-def test_a_malformed_bank_is_named(toy: Toy) -> None:
+def test_a_malformed_bank_is_named(toy: Toy, warm: Warm) -> None:
     toy.edit(MUTANTS, "why", "because")
+    room = Classroom(toy.root.parent / "room", toy.root, warm)
     with pytest.raises(CourseError, match=r"stage1.toml, mutant 'number-[+]-2': missing or unknown: because, why"):
-        load_mutants(1, toy.root / "tests" / "mutants")
+        load_mutants(room, room.course[0])
+
+
+def test_the_list_of_mutants_names_their_killers(
+    toy: Toy, warm: Warm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mutants_command, "Classroom", partial(Classroom, root=toy.root, warm=warm))
+    assert mutants_command.main(["--stage", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "test_fourfold_0" in printed
+    assert "2 of 2 mutants are killed" in printed
+    toy.edit(MUTANTS, "number + 2", "2 * number")
+    assert mutants_command.main(["--name", "number-+-2"]) == 1
+    printed = capsys.readouterr().out
+    assert "nothing: A slip." in printed
+    assert "0 of 1 mutants are killed" in printed
+    assert mutants_command.main(["--name", "nobody"]) == 1
 
 
 # --------------------------------------------------------------------------------------------------------- the command

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -22,19 +23,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     console = Console()
     survivors = 0
-    table = Table("task", "mutant", "killed by")
+    table = Table("task", title="mutants", title_justify="left")
+    table.add_column("mutant", overflow="fold")
+    table.add_column("killed by", overflow="fold")
     with tempfile.TemporaryDirectory() as folder:
         room = Classroom(Path(folder) / "course")
         try:
             stages = room.course if args.stage is None else [find_stage(room.course, args.stage)]
-            jobs = [(stage, mutant) for stage in stages for mutant in load_mutants(stage.number)]
+            jobs = [(stage, mutant) for stage in stages for mutant in load_mutants(room, stage)]
             jobs = [job for job in jobs if args.name in (None, job[1].name)]
             for stage, mutant in track(jobs, "mutants", console=console, transient=True):
                 try:
                     test = killer(room, stage, mutant)
-                    killed = f"[red]nothing: {mutant.why}[/]" if test is None else test.name.replace("[", "\\[")
+                    killed = f"[red]nothing: {escape(mutant.why)}[/]" if test is None else escape(test.name)
                 except CourseError as error:
-                    test, killed = None, f"[red]{error}[/]"
+                    test, killed = None, f"[red]{escape(str(error))}[/]"
                 survivors += test is None
                 table.add_row(mutant.task, mutant.name, killed)
         except CourseError as error:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 from stages.course.catalog import CourseError, Stage
 from stages.course.runner import TestResult
 from tests.classroom import Classroom
 
-FOLDER = Path(__file__).parent
 TEST_LIMIT = 10
 """Seconds for one test on a mutant, which may loop for ever; the tests themselves take a second or two."""
 
@@ -31,13 +29,13 @@ class Mutant:
     new: str
 
 
-def load_mutants(stage: int, folder: Path = FOLDER) -> list[Mutant]:
-    """The mutants of a stage; none if it has no list.
+def load_mutants(room: Classroom, stage: Stage) -> list[Mutant]:
+    """The mutants of a stage in the repository of which `room` is a copy; none if it has no list.
 
     Raises:
         CourseError: an entry is malformed.
     """
-    path = folder / f"stage{stage}.toml"
+    path = room.root / "tests" / "mutants" / f"stage{stage.number}.toml"
     if not path.exists():
         return []
     names = {field.name for field in fields(Mutant)}
