@@ -191,6 +191,16 @@ def test_length_is_max_tokens_or_the_context(max_tokens: int | None, max_model_l
     check_equal(seq.num_output_tokens, generated, "num_output_tokens")
 
 
+def test_long_prompt_ends_by_length_too() -> None:
+    """A prompt of 298 tokens with max_tokens = 2 ends after two tokens.
+
+    Why: Python keeps one object for each small number only, so code that compares with `is` works until prompts get long.
+    """
+    seq = make_sequence(0, 298, max_tokens=2)
+    check_equal(feed(seq, [21] * 5), 2, "tokens until the end")
+    check_equal(seq.finish_reason, "length", "finish_reason")
+
+
 @pytest.mark.parametrize(("token", "reason"), [(EOS, None), (7, 7)])
 def test_a_stop_at_the_last_possible_token_counts_as_stop(token: int, reason: int | None) -> None:
     """When the token that reaches max_tokens is also a stop, finish_reason is "stop" and not "length".

@@ -33,6 +33,17 @@ def test_only_a_sequence_with_nothing_left_is_sampled(computed: int, count: int,
     check_equal(ids(output.sampled), [0] if sampled else [], "sampled sequences")
 
 
+def test_long_prompt_is_sampled_when_it_is_through() -> None:
+    """A prompt of 300 tokens whose last 100 are scheduled is sampled.
+
+    Why: Python keeps one object for each small number only, so code that compares with `is` works until prompts get long.
+    """
+    output, seq = SchedulerOutput(), make_sequence(0, 300)
+    seq.num_computed_tokens = 200
+    output.add(seq, 100)
+    check_equal(ids(output.sampled), [0], "sampled sequences")
+
+
 def test_decisions_keep_the_order_in_which_they_were_added() -> None:
     """`scheduled` and `sampled` keep the order of the calls; `sampled` leaves out who is not through.
 
@@ -103,6 +114,18 @@ def test_running_sequences_take_seats(running: int, admitted: int) -> None:
     check_equal(len(admit(sim, 100).scheduled), admitted, "sequences admitted")
     check_equal(len(sim.scheduler.running), 3, "sequences running")
     check_equal(len(sim.scheduler.waiting), 4 - admitted, "sequences waiting")
+
+
+def test_large_batch_is_filled_to_the_last_seat() -> None:
+    """Of 301 prompts of one token, 300 are admitted to 300 seats and one waits.
+
+    Why: on a GPU the batch is hundreds wide, and its limit must hold there as it does in small tests.
+    """
+    sim = Simulation(num_blocks=400, max_num_seqs=300)
+    for _ in range(301):
+        sim.add(1)
+    check_equal(len(admit(sim, 400).scheduled), 300, "sequences admitted")
+    check_equal(ids(sim.scheduler.waiting), [300], "waiting queue")
 
 
 def test_first_in_line_is_never_skipped() -> None:

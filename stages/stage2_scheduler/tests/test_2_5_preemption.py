@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
@@ -14,7 +14,7 @@ from stages.course.simulation import Simulation, counts, ids
 
 SETTINGS = settings(
     max_examples=40, stateful_step_count=25, derandomize=True, database=None, deadline=None, report_multiple_bugs=False,
-    suppress_health_check=[HealthCheck.too_slow],
+    suppress_health_check=[HealthCheck.too_slow], phases=[Phase.generate, Phase.shrink],
 )  # fmt: skip
 
 
