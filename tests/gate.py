@@ -190,6 +190,8 @@ def main(argv: list[str] | None = None) -> int:
             report = check(room, stages, mutants=not args.no_mutants, on_step=show)
         except CourseError as error:
             parser.exit(1, f"{error}\n")
+        except KeyboardInterrupt:
+            parser.exit(130, "stopped\n")
         finally:
             if room is not None:
                 room.close()

@@ -298,6 +298,8 @@ def main(argv: list[str] | None = None) -> int:
             )  # fmt: skip
         except CourseError as error:
             parser.exit(1, f"{error}\n")
+        except KeyboardInterrupt:
+            parser.exit(130, "stopped\n")
         finally:
             room.close()
     print_fates(console, fates, explanations)

@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
                 table.add_row(mutant.task, mutant.name, killed)
         except CourseError as error:
             parser.exit(1, f"{error}\n")
+        except KeyboardInterrupt:
+            parser.exit(130, "stopped\n")
         finally:
             room.close()
     console.print(table)
