@@ -362,6 +362,7 @@ def test_cumulative_holds_all_sequences() -> None:
     stream, (a,) = Stream(n=2), letters("a")
     (output,) = stream.emit({1: a})
     check_equal([(one.index, one.text) for one in output.outputs], [(0, ""), (1, "a")], "sequences and texts")
+    check_equal(output.metrics.first_scheduled_time, 2.0, "first_scheduled_time, that of the request's first sequence")
 
 
 @pytest.mark.parametrize("kind", [CUMULATIVE, DELTA, FINAL_ONLY])
