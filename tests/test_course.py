@@ -199,9 +199,31 @@ def test_an_endless_loop_is_stopped_and_called_one(room: Classroom) -> None:
         "        while True:\n            self.ref_counts[block] += 0",
     )
     tests = ["stages/stage1_block_management/tests/test_1_1_block_allocator.py"]
-    results = room.run("1", tests, "-x", test_limit=1)
+    room.edit("stages/conftest.py", "TIME_LIMIT = 30", "TIME_LIMIT = 1")
+    results = room.run("1", tests, "-x", limit=60)
     assert "endless loop" in results.failed[0].text
     assert "block_allocator.py:" in results.failed[0].text
+
+
+def test_an_endless_loop_that_hypothesis_runs_is_stopped_too(room: Classroom) -> None:
+    path = "stages/stage1_block_management/tests/test_1_1_block_allocator.py"
+    room.write(
+        path,
+        """
+from hypothesis import given, strategies as st
+from stages.memory.block_allocator import BlockAllocator
+
+
+@given(st.integers(1, 5))
+def test_of_any_size(size):
+    while True:
+        size += len(str(BlockAllocator(size)))
+""",
+    )
+    room.edit("stages/conftest.py", "TIME_LIMIT = 30", "TIME_LIMIT = 1")
+    results = room.run("1", [path], limit=60)
+    assert not results.ended.timed_out
+    assert "endless loop" in results.failed[0].text
 
 
 def test_a_plain_pytest_takes_the_stage_whose_tests_it_is_given(room: Classroom) -> None:

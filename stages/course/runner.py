@@ -89,7 +89,7 @@ def run_stage(
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "results.jsonl"
         unused = [word for plugin in ("cacheprovider", "nbmake", "anyio") for word in ("-p", f"no:{plugin}")]  # slow to load
-        command = [sys.executable, "-m", "pytest", "-q", "--color=no", *unused, *map(str, files)]
+        command = [sys.executable, "-m", "pytest", "-q", "--color=no", "--tb=native", *unused, *map(str, files)]
         environment = os.environ | {"STAGES": stages, "COURSE_RESULTS": str(log), "PYTHONPATH": str(ROOT)}
         with (Path(folder) / "output.txt").open("w+", encoding="utf-8") as output:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
