@@ -256,6 +256,21 @@ def test_a_shared_block_that_is_full_is_left_alone() -> None:
     manager.check_invariants()
 
 
+def test_a_long_table_grows_like_a_short_one() -> None:
+    """A sequence whose 300 blocks are full gets block 301 for its next token, and nothing is copied.
+
+    Why: the table's end is where most appends happen; 300 blocks are a context of 4,800 tokens, which is nothing unusual.
+    """
+    manager = plain_manager(400, 1)
+    seq = sequence(0, 300, computed=300)
+    check_equal(manager.num_blocks_for(300), 300, "blocks for 300 tokens")
+    manager.allocate(seq)
+    copies: list[tuple[int, int]] = []
+    check_equal(manager.append_slots(seq, 1, copies), True, "append_slots, with blocks free")
+    check_equal(len(manager.tables[0]), 301, "blocks in the table")
+    check_equal(copies, [], "copies")
+
+
 def test_a_known_beginning_is_shared_and_counted() -> None:
     """A prompt whose first 8 tokens are cached shares their two blocks, gets new ones for the rest, and returns 8.
 

@@ -207,6 +207,17 @@ def test_impossible_copies_change_nothing(pairs: list[tuple[int, int]], error: t
     check_blocks_are(target, before)
 
 
+def test_a_long_sequence_moves_in_one_go() -> None:
+    """300 blocks are copied in one call, in reverse order.
+
+    Why: a preempted sequence of 4,800 tokens is swapped out as a whole, and each block has to arrive where its table says.
+    """
+    memory, host = caches(300), caches(300, start=10_000)
+    expected = [layer.flip(1) for layer in memory]
+    move_blocks(memory, host, [(block, 299 - block) for block in range(300)])
+    check_blocks_are(host, expected)
+
+
 def test_sizes_of_source_and_target_may_differ() -> None:
     """Block 4 of a device with 5 blocks goes to block 1 of a host with 2, and the ids are checked against each one's own size.
 
