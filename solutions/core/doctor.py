@@ -17,6 +17,7 @@ from rich.text import Text
 
 from ..attention.paged_attention import make_backend
 from ..models.loader import ModelSource, resolve_model
+from . import native
 from .config import EngineConfig
 from .machine import ROOT, available_cores, available_memory, cpu_flags, pick_threads, total_memory
 from .startup import format_bytes, resolve_limits
@@ -103,7 +104,8 @@ def engine_rows(config: EngineConfig, source: ModelSource) -> Rows:
         ("device", str(device)),
         ("dtype", str(dtype).removeprefix("torch.")),
         ("threads", str(pick_threads())),
-        ("attention", type(make_backend(config.attention_backend, device)).__name__),
+        ("attention", type(make_backend(config.attention_backend, device, dtype, source.config.head_dim)).__name__),
+        ("layers", "C++ kernels" if native.load() else f"PyTorch, for {native.why_not.splitlines()[0]}"),
         ("KV cache", kv_cache),
         ("longest sequence", f"{limits.max_model_len} tokens"),
         ("a step", f"{config.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens"),

@@ -65,6 +65,13 @@ def settle_heap() -> None:
     gc.set_threshold(20_000, 10, 10)
 
 
+def cache_root() -> Path:
+    """Where converted models and built kernels lie: ``$BYOV_CACHE``, or ``byov`` in the user's cache folder."""
+    if "BYOV_CACHE" in os.environ:
+        return Path(os.environ["BYOV_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "byov"
+
+
 def available_memory(root: Path = ROOT) -> int:
     """Bytes that this process can still take without swapping: free memory, cut by what its cgroup has left."""
     left = [room for folder in _cgroup_folders(root, "memory") if (room := _memory_left(folder)) is not None]

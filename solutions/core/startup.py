@@ -8,6 +8,7 @@ import torch
 
 from ..memory.cache_engine import block_bytes
 from ..models.model_config import ModelConfig
+from . import native
 from .config import EngineConfig
 from .machine import available_memory
 
@@ -106,6 +107,13 @@ def format_bytes(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
+def cpu_kernels(config: EngineConfig) -> str:
+    """What the layers run on, on a CPU."""
+    if not config.enable_cpu_kernels:
+        return "PyTorch's: the C++ ones are switched off"
+    return "C++, built for this processor" if native.load() else f"PyTorch's: {native.why_not.splitlines()[0]}"
+
+
 def startup_report(
     config: EngineConfig, limits: Limits, device: torch.device, dtype: torch.dtype, seconds: dict[str, float]
 ) -> list[str]:
@@ -115,9 +123,11 @@ def startup_report(
     tokens = limits.num_blocks * config.block_size
     blocks = f"{limits.num_blocks} blocks of {config.block_size} tokens in {format_bytes(limits.kv_bytes)}"
     prefix_cache = "on" if config.enable_prefix_caching else "off"
+    kernels = [f"kernels   {cpu_kernels(config)}"] if device.type == "cpu" else []
     step = f"{config.max_num_seqs} sequences and {limits.max_num_batched_tokens} tokens a step"
     return [
         f"model     {config.model}, {precision}, {format_bytes(limits.weight_bytes)} of weights, {where}",
+        *kernels,
         f"KV cache  {blocks}: {tokens} tokens, {tokens / limits.max_model_len:.1f} sequences of {limits.max_model_len}",
         f"limits    {step}; prefix cache {prefix_cache}, {config.scheduling_policy}, preemption by {config.preemption_mode}",
         "start     " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),

@@ -11,6 +11,7 @@ from ..attention.paged_attention import AttentionMetadata, make_backend
 from ..batching.continuous_batch import FlatBatch
 from ..memory.cache_engine import CacheEngine
 from ..models.loader import ModelSource, load_model
+from . import native
 from .config import EngineConfig
 from .machine import cpu_has_bf16, pick_threads
 from .sampler import Sampler, TokenLogprobs
@@ -60,6 +61,22 @@ def pick_dtype(name: str, device: torch.device, model_dtype: str | None) -> torc
     return torch.float16 if model_dtype == "float16" else torch.bfloat16
 
 
+def use_cpu_kernels(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the model's layers run on the C++ kernels: on a CPU where they are built and wanted.
+
+    Raises:
+        ValueError: what is asked for needs them and they cannot be had; the message says why.
+    """
+    wanted = config.enable_cpu_kernels and device.type == "cpu"
+    library = native.load() if wanted else None
+    if library is not None:
+        library.set_num_threads(torch.get_num_threads())
+    elif config.quantization is not None:
+        reason = native.why_not if wanted else "they run on a CPU" if config.enable_cpu_kernels else "they are switched off"
+        raise ValueError(f"--quantization {config.quantization} needs the CPU kernels: {reason}")
+    return library is not None
+
+
 class Worker:
     """Loads the model, owns the KV cache, executes steps.
 
@@ -74,8 +91,12 @@ class Worker:
         if device.type == "cpu":
             torch.set_num_threads(pick_threads())  # PyTorch's own choice ignores the quota of a container
         self.model_config = source.config
-        self.model = load_model(source, dtype, device, config.load_format, seed=config.seed, max_model_len=config.max_model_len)
-        self.backend = make_backend(config.attention_backend, device)
+        cpu_kernels = use_cpu_kernels(config, device, dtype)
+        self.model = load_model(
+            source, dtype, device, config.load_format, seed=config.seed, max_model_len=config.max_model_len,
+            cpu_kernels=cpu_kernels, quantization=config.quantization,
+        )  # fmt: skip
+        self.backend = make_backend(config.attention_backend, device, dtype, source.config.head_dim, cpu_kernels)
         self.sampler = Sampler(source.config.vocab_size, config.seed)
         self.cache: CacheEngine | None = None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -22,6 +21,7 @@ from filelock import FileLock
 from gguf import GGMLQuantizationType as GGMLType
 from safetensors.torch import save_file
 
+from ..core.machine import cache_root
 from .gguf_tokenizer import tokenizer_from_gguf
 from .layers import scale_llama3
 from .model_config import ModelConfig, ModelError
@@ -47,13 +47,6 @@ _LAYER_NAMES = {
 _EXACT_DTYPES = {GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
 _READ_ERRORS = (ValueError, IndexError, KeyError, OverflowError, OSError, MemoryError)
 """What gguf's reader raises on a file that does not hold what its header says."""
-
-
-def cache_root() -> Path:
-    """Where converted models lie: ``$BYOV_CACHE``, or ``byov`` in the user's cache folder."""
-    if "BYOV_CACHE" in os.environ:
-        return Path(os.environ["BYOV_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "byov"
 
 
 def convert_gguf(path: Path, progress: bool = True) -> Path:

@@ -18,6 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention.paged_attention import AttentionMetadata
+from ..quantization.kernels import linear_cpu
+from ..quantization.kernels.linear_cpu import PackedLinear
+from . import layers_cpu
 from .model_config import ModelConfig
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -42,6 +45,9 @@ class WeightLayer(nn.Module):
 
     shard_ids: tuple[str | None, ...] = (None,)
 
+    def pack(self, quantization: str | None) -> None:
+        """Once all weights are there: bring them into the order in which the CPU's kernels read them. By default nothing."""
+
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
         """Copy a checkpoint's tensor into `param`, or into the piece of it called `shard_id`.
 
@@ -64,9 +70,15 @@ class RMSNorm(WeightLayer):
         super().__init__()
         self.weight = _parameter(size)
         self.eps = eps
+        self.native = False
 
     def forward(self, x: Tensor) -> Tensor:  # [T, hidden] -> [T, hidden]
+        if self.native:
+            return layers_cpu.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def pack(self, quantization: str | None) -> None:
+        self.native = layers_cpu.supports_norm(self.weight)
 
 
 class LayerNorm(WeightLayer):
@@ -89,9 +101,19 @@ class Linear(WeightLayer):
         super().__init__()
         self.weight = _parameter(out_features, in_features)
         self.bias = _parameter(out_features) if bias else None
+        self.packed: PackedLinear | None = None
 
-    def forward(self, x: Tensor) -> Tensor:  # [T, in] -> [T, out]
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
+        """[T, in] -> [T, out]; with `add_to` [T, out] the result is added to that in place."""
+        if self.packed is not None:
+            return self.packed(x, add_to)
+        y = F.linear(x, self.weight, self.bias)
+        return y if add_to is None else add_to.add_(y)
+
+    def pack(self, quantization: str | None, gated: bool = False) -> None:
+        if linear_cpu.supports(self.weight.dtype, self.weight.shape[1], quantization):
+            self.packed = PackedLinear(self.weight, self.bias, quantization, gated)
+            self.weight = nn.Parameter(self.packed.weight, requires_grad=False)
 
 
 class MergedLinear(Linear):
@@ -128,11 +150,22 @@ class QKVLinear(MergedLinear):
 
 
 class GateUpLinear(MergedLinear):
-    """Both inputs of a gated MLP in one product: [T, hidden] -> [T, 2·I]."""
+    """Both inputs of a gated MLP in one product, joined: ``act(gate(x)) · up(x)``, [T, hidden] -> [T, I]."""
 
     def __init__(self, config: ModelConfig) -> None:
         sizes = {"gate": config.intermediate_size, "up": config.intermediate_size}
         super().__init__(config.hidden_size, sizes, config.mlp_bias)
+        self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
+        self.can_fuse = config.hidden_act == "silu" and config.intermediate_size % 16 == 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None and self.can_fuse:
+            return self.packed(x)
+        gate, up = super().forward(x).chunk(2, dim=-1)  # [T, I] each
+        return self.activation(gate).mul_(up)
+
+    def pack(self, quantization: str | None) -> None:
+        super().pack(quantization, gated=self.can_fuse)
 
 
 class Embedding(WeightLayer):
@@ -153,9 +186,15 @@ class LMHead(WeightLayer):
         super().__init__()
         tied = config.tie_word_embeddings
         self.weight = embedding.weight if tied else _parameter(config.vocab_size, config.hidden_size)
+        self.packed: PackedLinear | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.weight)
+        return F.linear(hidden, self.weight) if self.packed is None else self.packed(hidden)
+
+    def pack(self, quantization: str | None) -> None:
+        if linear_cpu.supports(self.weight.dtype, self.weight.shape[1], quantization):
+            self.packed = PackedLinear(self.weight, None, quantization)
+            self.weight = nn.Parameter(self.packed.weight, requires_grad=False)  # a tied embedding keeps its own
 
 
 def rope_inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -259,6 +298,12 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.scale = config.head_dim**-0.5
         self.sliding_window = sliding_window
+        self.rotate_ = rotate_
+
+    def pack(self, quantization: str | None) -> None:
+        """Rotate with the CPU's own kernel where it can."""
+        if layers_cpu.supports_rotation(self.head_dim):
+            self.rotate_ = layers_cpu.rotate_
 
     def forward(self, qkv: Tensor, metadata: AttentionMetadata, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Attend from each token over its sequence.
@@ -272,21 +317,20 @@ class Attention(nn.Module):
         """
         heads = qkv.view(len(qkv), -1, self.head_dim)  # [T, H + 2·H_kv, D]
         if rope is not None:
-            rotate_(heads[:, : self.num_heads + self.num_kv_heads], rope)
+            self.rotate_(heads[:, : self.num_heads + self.num_kv_heads], rope)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         out = metadata.backend.attend(self.layer, q, k, v, metadata, self.scale, self.sliding_window)  # [T, H, D]
         return out.reshape(len(qkv), -1)
 
 
 class GatedMLP(nn.Module):
-    """``down(act(gate(x)) · up(x))`` (Shazeer, 2020): [T, hidden] -> [T, hidden]."""
+    """``down(act(gate(x)) · up(x))`` (Shazeer, 2020)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_up_proj = GateUpLinear(config)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
-        self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # [T, I] each
-        return self.down_proj(self.activation(gate).mul_(up))
+    def forward(self, x: Tensor, add_to: Tensor) -> Tensor:
+        """Add the MLP of `x` [T, hidden] to `add_to` [T, hidden] in place."""
+        return self.down_proj(self.gate_up_proj(x), add_to)

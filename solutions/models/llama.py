@@ -21,7 +21,7 @@ MERGED_LAYERS = {
 
 
 class LlamaAttention(nn.Module):
-    """Projections around paged attention, queries and keys rotated by RoPE: [T, hidden] -> [T, hidden]."""
+    """Projections around paged attention, queries and keys rotated by RoPE; the result is added to `add_to` [T, hidden]."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -29,8 +29,8 @@ class LlamaAttention(nn.Module):
         self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size, config.attention_bias)
         self.attn = Attention(config, layer)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:
-        return self.o_proj(self.attn(self.qkv_proj(x), metadata, rope))
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata, add_to: Tensor) -> Tensor:
+        return self.o_proj(self.attn(self.qkv_proj(x), metadata, rope), add_to)
 
 
 class LlamaDecoderLayer(nn.Module):
@@ -44,9 +44,8 @@ class LlamaDecoderLayer(nn.Module):
         self.mlp = GatedMLP(config)
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:
-        hidden += self.self_attn(self.input_layernorm(hidden), rope, metadata)  # in place: nobody else holds it
-        hidden += self.mlp(self.post_attention_layernorm(hidden))
-        return hidden
+        self.self_attn(self.input_layernorm(hidden), rope, metadata, add_to=hidden)  # in place: nobody else holds it
+        return self.mlp(self.post_attention_layernorm(hidden), add_to=hidden)
 
 
 class LlamaModel(nn.Module):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .gpt import GPT2LMHeadModel
-from .layers import CausalLM, WeightLayer
+from .layers import Attention, CausalLM, WeightLayer
 from .llama import LlamaForCausalLM
 from .mistral import MistralForCausalLM
 from .model_config import ALIASES, Alias, ModelConfig, ModelError
@@ -160,7 +160,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def load_model(
     source: ModelSource, dtype: torch.dtype, device: torch.device, load_format: str = "auto", *,
-    seed: int = 0, progress: bool = True, max_model_len: int | None = None,
+    seed: int = 0, progress: bool = True, max_model_len: int | None = None, cpu_kernels: bool = False,
+    quantization: str | None = None,
 ) -> CausalLM:  # fmt: skip
     """Build the model and fill its weights.
 
@@ -169,6 +170,7 @@ def load_model(
         load_format: "auto", or "dummy" for small random weights.
         seed: of the random weights.
         max_model_len: longest sequence that will be served, see `ModelConfig`.
+        cpu_kernels: pack the weights for the CPU's own kernels. quantization: "int8" makes that int8; needs `cpu_kernels`.
 
     Raises:
         ModelError: a file is damaged, or its tensors are not those of the model that ``config.json`` describes.
@@ -180,6 +182,10 @@ def load_model(
             _fill_randomly(model, device, seed, progress)
         else:
             _load_weights(model, _weight_files(source.path), progress)
+        if cpu_kernels:
+            for layer in model.modules():
+                if isinstance(layer, WeightLayer | Attention):
+                    layer.pack(quantization)
     return model
 
 

@@ -16,7 +16,7 @@ from .model_config import ModelConfig
 
 
 class MistralAttention(nn.Module):
-    """Projections around attention over the window, queries and keys rotated by RoPE: [T, hidden] -> [T, hidden]."""
+    """Projections around attention over the window, with RoPE; the result is added to `add_to` [T, hidden]."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -24,8 +24,8 @@ class MistralAttention(nn.Module):
         self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
         self.attn = Attention(config, layer, config.sliding_window)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:
-        return self.o_proj(self.attn(self.qkv_proj(x), metadata, rope))
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata, add_to: Tensor) -> Tensor:
+        return self.o_proj(self.attn(self.qkv_proj(x), metadata, rope), add_to)
 
 
 class MistralForCausalLM(LlamaForCausalLM):

@@ -21,7 +21,7 @@ from solutions.tests.attention_cases import (
     relative_error,
 )
 
-BACKENDS = ("naive", "torch")
+BACKENDS = ("naive", "torch", "cpu")
 # Every pair of (heads, block size), of (heads, window) and of (block size, window); the head size turns along.
 GRID = [
     (heads, HEAD_DIMS[(i + j + k) % len(HEAD_DIMS)], block_size, window)
@@ -33,7 +33,7 @@ GRID = [
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> AttentionBackend:
-    return make_backend(request.param, "cpu")
+    return make_backend(request.param, "cpu", torch.float32, 64)
 
 
 def by_definition(case: AttentionCase) -> torch.Tensor:
@@ -67,11 +67,14 @@ def test_mixed_batch(backend: AttentionBackend, heads: tuple, head_dim: int, blo
     torch.testing.assert_close(case.run(backend).double(), case.expected(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.bfloat16) for name in BACKENDS), ("naive", torch.float16), ("torch", torch.float16)]
+)
 @pytest.mark.parametrize(("heads", "head_dim", "block_size", "window"), GRID[::7])
 def test_half_precision(
-    backend: AttentionBackend, heads: tuple, head_dim: int, block_size: int, window: int | None, dtype: torch.dtype
+    name: str, heads: tuple, head_dim: int, block_size: int, window: int | None, dtype: torch.dtype
 ) -> None:
+    backend = make_backend(name, "cpu", dtype, head_dim)
     query_lens, context_lens = mixed_lens(block_size)
     case = make_case(
         query_lens, context_lens, heads=heads, head_dim=head_dim, block_size=block_size, window=window, dtype=dtype
@@ -168,7 +171,7 @@ def test_chunks_and_placement_do_not_matter(data: st.DataObject, name: str, wind
     generator = torch.Generator().manual_seed(length)
     q = torch.randn(length, 4, 16, generator=generator)
     k, v = torch.randn(2, length, 2, 16, generator=generator)
-    backend = make_backend(name, "cpu")
+    backend = make_backend(name, "cpu", torch.float32, 64)
 
     def compute(begin: int, end: int, block_size: int, seed: int) -> torch.Tensor:
         contents = [(q[begin:end], k[:end], v[:end])]
@@ -206,6 +209,16 @@ def test_groups_hold_every_query_once(lens: list[tuple[int, int]], window: int |
         assert (right - left < window + counts).all()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "problem"),
+    [(torch.float16, 64, "no code for float16"), (torch.float32, 72, "head size must be a multiple of 16, the model's is 72")],
+)
+def test_the_cpu_backend_says_what_it_cannot_do(dtype: torch.dtype, head_dim: int, problem: str) -> None:
+    with pytest.raises(ValueError, match=f"--attention-backend cpu: .*{problem}"):
+        make_backend("cpu", "cpu", dtype, head_dim)
+    assert type(make_backend("auto", "cpu", dtype, head_dim)).__name__ == "TorchBackend"
+
+
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="must be auto, naive or torch, got 'fast'"):
-        make_backend("fast", "cpu")
+    with pytest.raises(ValueError, match="must be auto, cpu, naive or torch, got 'fast'"):
+        make_backend("fast", "cpu", torch.float32, 64)

@@ -1,0 +1,347 @@
+// Paged attention on a CPU over a step's flat batch: prefill chunks and decodes in one call.
+//
+// Work is cut into items: some neighbouring queries of one sequence and a range of the keys that they see. An item is computed
+// for one KV head at a time, with all query heads that share it, so each key and value is read once. Few rows (decode) are dotted
+// with the keys where they lie; many rows (prefill) go through the register tiles of native.h, 64 keys at a time, with the
+// softmax kept up to date on the way (online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022, §3.1).
+// A long context may be split over several items; their partial results are merged at the end (Flash-Decoding).
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "core/native.h"
+
+using namespace native;
+
+namespace {
+
+constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
+constexpr int64_t KEYS = 64;  // keys that an item looks at together
+
+struct Item {
+    int32_t sequence;   // row of the block tables
+    int32_t row;        // first query in the flat batch
+    int32_t queries;    // how many
+    int32_t position;   // place of the first query in its sequence
+    int32_t left;       // first key
+    int32_t right;      // one past the last key
+    int32_t partial;    // first row of the partial results, or -1: the item sees all keys of its queries
+};
+
+struct Merge {
+    int32_t row, queries;     // as in Item
+    int32_t partial, splits;  // the items' partial results lie behind one another
+};
+
+}  // namespace
+
+extern "C" struct Step {
+    const int64_t* slot_mapping;
+    const int32_t* block_tables;
+    const Item* items;
+    const Merge* merges;
+    float* partials;  // for each partial row and head: maximum, sum, D accumulated values
+    int64_t num_tokens, table_stride, num_items, num_merges;
+    int64_t num_heads, num_kv_heads, head_dim, block_size, num_blocks;
+    int64_t window;  // 0: none
+    float scale;
+};
+
+namespace {
+
+// Rows of one item for one KV head: row r is query r / group, head first_head + r % group.
+template <typename T>
+struct Work {
+    const Step& step;
+    const Item& item;
+    int64_t kv_head, group, rows, dim;
+    const T *keys, *values;  // the layer's cache, [num_blocks, block_size, H_kv, D] each
+    const T* q;              // [rows, D], gathered
+    float *scores, *sum, *top, *out;  // [rows, KEYS], [rows], [rows], [rows, D]
+
+    int64_t place(int64_t key) const {  // offset of a key in the cache
+        const int32_t* table = step.block_tables + item.sequence * step.table_stride;
+        const int64_t block = table[key / step.block_size];
+        return ((block * step.block_size + key % step.block_size) * step.num_kv_heads + kv_head) * dim;
+    }
+    int64_t position(int64_t row) const { return item.position + row / group; }
+    int64_t first_visible(int64_t row) const { return step.window ? position(row) - step.window + 1 : 0; }
+};
+
+// Minus infinity where row must not see a key: scores[row] holds the keys from `first` on, of which there are `count`.
+template <typename T>
+void mask(const Work<T>& work, int64_t row, int64_t first, int64_t count) {
+    float* scores = work.scores + row * KEYS;
+    const int64_t begin = std::clamp<int64_t>(work.first_visible(row) - first, 0, KEYS);
+    const int64_t end = std::clamp<int64_t>(std::min(work.position(row) + 1 - first, count), 0, KEYS);
+    for (int64_t i = 0; i < begin; ++i) scores[i] = MINUS_INFINITY;
+    for (int64_t i = end; i < KEYS; ++i) scores[i] = MINUS_INFINITY;
+}
+
+// Turn a row's scores into weights relative to its largest score so far, and scale down what was summed before.
+template <typename T>
+void update_softmax(const Work<T>& work, int64_t row) {
+    float* scores = work.scores + row * KEYS;
+    Floats best = load(scores);
+    for (int64_t i = LANES; i < KEYS; i += LANES) best = maximum(best, load(scores + i));
+    const float before = work.top[row], now = std::max(before, largest(best));
+    Floats total{};
+    for (int64_t i = 0; i < KEYS; i += LANES) {
+        Floats w = now == MINUS_INFINITY ? Floats{} : exponential(load(scores + i) - now);
+        store(scores + i, w);
+        total += w;
+    }
+    if (now > before) {
+        const float factor = before == MINUS_INFINITY ? 0.0f : std::exp(before - now);
+        float* out = work.out + row * work.dim;
+        for (int64_t i = 0; i < work.dim; i += LANES) store(out + i, load(out + i) * factor);
+        work.sum[row] *= factor;
+        work.top[row] = now;
+    }
+    work.sum[row] += sum(total);
+}
+
+// Few rows: each key and value is read where it lies, widened once, and used by R rows. N vectors hold a head (0: any number).
+template <int R, int N, typename T>
+void attend_rows(const Work<T>& work, int64_t first_row, int64_t first, int64_t count, const float* q) {
+    const int64_t dim = N ? N * LANES : work.dim, vectors = dim / LANES;
+    const int64_t size = work.step.block_size;
+    const int64_t stride = work.step.num_kv_heads * dim;
+    for (int64_t base = 0; base < KEYS; base += LANES) {
+        Floats products[R][LANES];
+        for (int64_t i = 0; i < LANES; ++i) {
+            for (int r = 0; r < R; ++r) products[r][i] = Floats{};
+            if (base + i >= count) continue;
+            const T* key = work.keys + work.place(first + base + i);
+            for (int64_t j = 0; j < vectors; ++j) {
+                const Floats k = load(key + j * LANES);
+                for (int r = 0; r < R; ++r) products[r][i] += k * load(q + (first_row + r) * dim + j * LANES);
+            }
+        }
+        for (int r = 0; r < R; ++r) store(work.scores + (first_row + r) * KEYS + base, sums(products[r]) * work.step.scale);
+    }
+    for (int r = 0; r < R; ++r) {
+        mask(work, first_row + r, first, count);
+        update_softmax(work, first_row + r);
+    }
+    float* out = work.out + first_row * dim;
+    const float* weights = work.scores + first_row * KEYS;
+    Floats sums_of[R][N ? N : 1];
+    if (N)
+        for (int r = 0; r < R; ++r)
+            for (int j = 0; j < N; ++j) sums_of[r][j] = load(out + r * dim + j * LANES);
+    for (int64_t i = 0; i < count;) {
+        const T* value = work.values + work.place(first + i);
+        const int64_t end = std::min(count, i + size - (first + i) % size);  // the rest of the block lies behind
+        for (; i < end; ++i, value += stride)
+            for (int64_t j = 0; j < vectors; ++j) {
+                const Floats v = load(value + j * LANES);
+                for (int r = 0; r < R; ++r) {
+                    if (N) {
+                        sums_of[r][j] += v * weights[r * KEYS + i];
+                    } else {
+                        float* to = out + r * dim + j * LANES;
+                        store(to, load(to) + v * weights[r * KEYS + i]);
+                    }
+                }
+            }
+    }
+    if (N)
+        for (int r = 0; r < R; ++r)
+            for (int j = 0; j < N; ++j) store(out + r * dim + j * LANES, sums_of[r][j]);
+}
+
+template <int R, typename T>
+void attend_rows_of_any_size(const Work<T>& work, int64_t row, int64_t first, int64_t count, const float* q) {
+    switch (work.dim) {
+        case 64: attend_rows<R, 4>(work, row, first, count, q); break;
+        case 128: attend_rows<R, 8>(work, row, first, count, q); break;
+        default: attend_rows<R, 0>(work, row, first, count, q);
+    }
+}
+
+template <typename T>
+void few_rows(const Work<T>& work, float* q) {
+    for (int64_t i = 0; i < work.rows * work.dim; i += LANES) store(q + i, load(work.q + i));
+    for (int64_t first = work.item.left; first < work.item.right; first += KEYS) {
+        const int64_t count = std::min<int64_t>(KEYS, work.item.right - first);
+        int64_t row = 0;
+        for (; row + 4 <= work.rows; row += 4) attend_rows_of_any_size<4>(work, row, first, count, q);
+        switch (work.rows - row) {
+            case 3: attend_rows_of_any_size<3>(work, row, first, count, q); break;
+            case 2: attend_rows_of_any_size<2>(work, row, first, count, q); break;
+            case 1: attend_rows_of_any_size<1>(work, row, first, count, q); break;
+        }
+    }
+}
+
+// Panels of native.h from keys as columns ([D, keys], for the scores) and from values as rows ([keys, D], for the output).
+inline void pack_key(const float* key, int64_t dim, float* panel, int64_t column) {
+    for (int64_t d = 0; d < dim; ++d) panel[d * PANEL + column] = key[d];
+}
+inline void pack_key(const bf16* key, int64_t dim, bf16* panel, int64_t column) {
+    for (int64_t d = 0; d < dim; d += 2) std::memcpy(panel + d * PANEL + 2 * column, key + d, 4);
+}
+inline void pack_value(const float* value, int64_t dim, float* panels, int64_t key) {
+    for (int64_t d = 0; d < dim; ++d) panels[(d / PANEL) * KEYS * PANEL + key * PANEL + d % PANEL] = value[d];
+}
+inline void pack_value(const bf16* value, int64_t dim, bf16* panels, int64_t key) {
+    for (int64_t d = 0; d < dim; ++d)
+        panels[(d / PANEL) * KEYS * PANEL + (key / 2) * 2 * PANEL + (d % PANEL) * 2 + key % 2] = value[d];
+}
+
+template <int M, typename T>
+void score_tile(const Work<T>& work, int64_t row, const T* panel, int64_t offset) {
+    Floats c[M][2] = {};
+    tile<M>(work.q + row * work.dim, work.dim, panel, PANEL, work.dim, c);
+    for (int m = 0; m < M; ++m)
+        for (int h = 0; h < 2; ++h) store(work.scores + (row + m) * KEYS + offset + h * LANES, c[m][h] * work.step.scale);
+}
+
+template <int M, typename T>
+void value_tile(const Work<T>& work, int64_t row, const T* weights, const T* panel, int64_t column) {
+    const int64_t width = std::min<int64_t>(PANEL, work.dim - column);  // 32, or 16 at the end
+    Floats c[M][2] = {};
+    for (int m = 0; m < M; ++m)
+        for (int64_t h = 0; h * LANES < width; ++h) c[m][h] = load(work.out + (row + m) * work.dim + column + h * LANES);
+    tile<M>(weights + row * KEYS, KEYS, panel, PANEL, KEYS, c);
+    for (int m = 0; m < M; ++m)
+        for (int64_t h = 0; h * LANES < width; ++h) store(work.out + (row + m) * work.dim + column + h * LANES, c[m][h]);
+}
+
+template <int M, typename T>
+void attend_tile(const Work<T>& work, int64_t row, int64_t first, int64_t count, const T* keys, const T* values, T* weights) {
+    for (int64_t offset = 0; offset < KEYS; offset += PANEL) score_tile<M>(work, row, keys + offset * work.dim, offset);
+    for (int64_t r = row; r < row + M; ++r) {
+        mask(work, r, first, count);
+        update_softmax(work, r);
+        for (int64_t i = 0; i < KEYS; i += LANES) store(weights + r * KEYS + i, load(work.scores + r * KEYS + i));
+    }
+    for (int64_t column = 0; column < work.dim; column += PANEL)
+        value_tile<M>(work, row, weights, values + column * KEYS, column);
+}
+
+template <typename T>
+void many_rows(const Work<T>& work, T* keys, T* values, T* weights) {
+    const int64_t padded = (work.dim + PANEL - 1) / PANEL * PANEL;
+    std::memset(values, 0, padded * KEYS * sizeof(T));
+    for (int64_t first = work.item.left; first < work.item.right; first += KEYS) {
+        const int64_t count = std::min<int64_t>(KEYS, work.item.right - first);
+        if (count < KEYS) {  // a weight of zero does not silence what an unwritten slot may hold
+            std::memset(keys, 0, work.dim * KEYS * sizeof(T));
+            std::memset(values, 0, padded * KEYS * sizeof(T));
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t place = work.place(first + i);
+            pack_key(work.keys + place, work.dim, keys + i / PANEL * PANEL * work.dim, i % PANEL);
+            pack_value(work.values + place, work.dim, values, i);
+        }
+        int64_t row = 0;
+        for (; row + TILE_ROWS <= work.rows; row += TILE_ROWS) attend_tile<TILE_ROWS>(work, row, first, count, keys, values, weights);
+        for (; row + 2 <= work.rows; row += 2) attend_tile<2>(work, row, first, count, keys, values, weights);
+        for (; row < work.rows; ++row) attend_tile<1>(work, row, first, count, keys, values, weights);
+    }
+}
+
+template <typename T>
+void attend_item(const Step& step, const Item& item, int64_t kv_head, const T* query, int64_t ldq, const T* cache, T* output, std::vector<float>& memory) {
+    const int64_t dim = step.head_dim, group = step.num_heads / step.num_kv_heads, rows = item.queries * group;
+    const int64_t padded = (dim + PANEL - 1) / PANEL * PANEL;
+    const size_t need = rows * (2 * KEYS + 3 * dim + 32) + 4 * KEYS * padded + 512;
+    if (memory.size() < need) memory.resize(need);
+    size_t used = 0;
+    auto take = [&](size_t bytes) {
+        void* at = memory.data() + used;
+        used += (bytes + 63) / 64 * 16;
+        return at;
+    };
+    T* q = static_cast<T*>(take(rows * dim * sizeof(T)));
+    Work<T> work{step, item, kv_head, group, rows, dim, cache, cache + step.num_blocks * step.block_size * step.num_kv_heads * dim, q,
+                 static_cast<float*>(take(rows * KEYS * 4)), static_cast<float*>(take(rows * 4)), static_cast<float*>(take(rows * 4)),
+                 static_cast<float*>(take(rows * dim * 4))};
+    for (int64_t r = 0; r < rows; ++r) {
+        const T* from = query + (item.row + r / group) * ldq + (kv_head * group + r % group) * dim;
+        std::memcpy(q + r * dim, from, dim * sizeof(T));
+        work.top[r] = MINUS_INFINITY;
+        work.sum[r] = 0;
+    }
+    std::fill(work.out, work.out + rows * dim, 0.0f);
+    if (rows < TILE_ROWS) {
+        few_rows(work, static_cast<float*>(take(rows * dim * 4)));
+    } else {
+        T* keys = static_cast<T*>(take(KEYS * dim * sizeof(T)));
+        T* values = static_cast<T*>(take(KEYS * padded * sizeof(T)));
+        many_rows(work, keys, values, static_cast<T*>(take(rows * KEYS * sizeof(T))));
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t head = kv_head * group + r % group;
+        if (item.partial < 0) {
+            T* to = output + ((item.row + r / group) * step.num_heads + head) * dim;
+            const float factor = 1.0f / work.sum[r];
+            for (int64_t i = 0; i < dim; i += LANES) store(to + i, load(work.out + r * dim + i) * factor);
+        } else {
+            float* to = step.partials + ((item.partial + r / group) * step.num_heads + head) * (dim + 2);
+            to[0] = work.top[r];
+            to[1] = work.sum[r];
+            std::memcpy(to + 2, work.out + r * dim, dim * 4);
+        }
+    }
+}
+
+template <typename T>
+void merge(const Step& step, const Merge& merge, int64_t head, T* output) {
+    const int64_t dim = step.head_dim, stride = step.num_heads * (dim + 2);
+    for (int64_t query = 0; query < merge.queries; ++query) {
+        const float* first = step.partials + ((merge.partial + query) * step.num_heads + head) * (dim + 2);
+        float top = MINUS_INFINITY, total = 0;
+        for (int64_t s = 0; s < merge.splits; ++s) top = std::max(top, first[s * merge.queries * stride]);
+        T* to = output + ((merge.row + query) * step.num_heads + head) * dim;
+        for (int64_t s = 0; s < merge.splits; ++s) {
+            const float* part = first + s * merge.queries * stride;
+            total += part[1] * std::exp(part[0] - top);
+        }
+        for (int64_t i = 0; i < dim; i += LANES) {
+            Floats v{};
+            for (int64_t s = 0; s < merge.splits; ++s) {
+                const float* part = first + s * merge.queries * stride;
+                v += load(part + 2 + i) * (std::exp(part[0] - top) / total);
+            }
+            store(to + i, v);
+        }
+    }
+}
+
+template <typename T>
+void attend(const Step& step, const T* query, int64_t ldq, const T* key, const T* value, int64_t ldkv, T* cache, T* output) {
+    const int64_t row = step.num_kv_heads * step.head_dim, size = step.num_blocks * step.block_size * row;
+#pragma omp parallel num_threads(threads())
+    {
+        // All keys and values of the step are written before any is read: a sequence may read blocks that another one fills.
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < step.num_tokens; ++t) {
+            const int64_t slot = step.slot_mapping[t];
+            std::memcpy(cache + slot * row, key + t * ldkv, row * sizeof(T));
+            std::memcpy(cache + size + slot * row, value + t * ldkv, row * sizeof(T));
+        }
+        static thread_local std::vector<float> memory;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < step.num_items * step.num_kv_heads; ++i)
+            attend_item(step, step.items[i / step.num_kv_heads], i % step.num_kv_heads, query, ldq, cache, output, memory);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < step.num_merges * step.num_heads; ++i)
+            merge(step, step.merges[i / step.num_heads], i % step.num_heads, output);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+// query [T, H, D] with rows ldq apart, key and value [T, H_kv, D] with rows ldkv apart, cache [2, num_blocks, block_size, H_kv, D],
+// output [T, H, D]. D is a multiple of 16.
+void attend_f32(const Step* step, const float* query, int64_t ldq, const float* key, const float* value, int64_t ldkv, float* cache, float* output) {
+    attend(*step, query, ldq, key, value, ldkv, cache, output);
+}
+void attend_bf16(const Step* step, const bf16* query, int64_t ldq, const bf16* key, const bf16* value, int64_t ldkv, bf16* cache, bf16* output) {
+    attend(*step, query, ldq, key, value, ldkv, cache, output);
+}
+}

@@ -1,0 +1,148 @@
+"""Paged attention on a CPU in C++: a step's work is cut into items here, once, and computed by ``paged_attention_cpu.cpp``."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core import native
+from .paged_attention import AttentionBackend, AttentionMetadata
+
+PIECE = 64
+"""Most queries in an item: 64 times the query heads of a KV head fill the register tiles and fit the second-level cache."""
+
+MIN_SPLIT = 256
+"""Fewest keys that an item of a split context has; below, merging costs more than it gains."""
+
+_KERNELS = {torch.float32: "attend_f32", torch.bfloat16: "attend_bf16"}
+_ARGUMENTS = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+_ARGUMENTS += [ctypes.c_void_p, ctypes.c_void_p]
+
+
+class _Step(ctypes.Structure):
+    """`Step` of the C++ file."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("slot_mapping", "block_tables", "items", "merges", "partials")]
+        + [(name, ctypes.c_int64) for name in ("num_tokens", "table_stride", "num_items", "num_merges")]
+        + [(name, ctypes.c_int64) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "num_blocks", "window")]
+        + [("scale", ctypes.c_float)]
+    )
+
+
+@dataclass(slots=True)
+class Plan:
+    """A step's items, and the arrays that the C++ side points into."""
+
+    step: _Step
+    address: int
+    window: int | None
+    arrays: tuple[Any, ...]
+
+
+def problem(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernels cannot be used, or None where they can."""
+    if device.type != "cpu":
+        return f"it runs on a CPU, not on {device.type}"
+    if dtype not in _KERNELS:
+        return f"it has no code for {str(dtype).removeprefix('torch.')}"
+    if head_dim % 16:
+        return f"the head size must be a multiple of 16, the model's is {head_dim}"
+    return None if native.load() is not None else native.why_not
+
+
+class CpuBackend(AttentionBackend):
+    """Writes and attends in one call a layer. Scores, softmax and sums are float32 whatever the cache holds.
+
+    Args:
+        num_threads: between which a step's work is shared; None: PyTorch's number.
+    """
+
+    def __init__(self, num_threads: int | None = None) -> None:
+        self.num_threads = num_threads or torch.get_num_threads()
+        library = native.load()
+        self._kernels = {dtype: getattr(library, name) for dtype, name in _KERNELS.items()}
+        for kernel in self._kernels.values():
+            kernel.argtypes, kernel.restype = _ARGUMENTS, None
+
+    def plan(self, metadata: AttentionMetadata, sliding_window: int | None) -> Plan:
+        starts = metadata.query_start_loc.numpy()
+        items, merges, num_partials = cut(starts, metadata.context_lens.numpy(), sliding_window, self.num_threads)
+        _, num_blocks, block_size, num_kv_heads, head_dim = metadata.kv_caches[0].shape
+        tables = metadata.block_tables
+        step = _Step(
+            slot_mapping=metadata.slot_mapping.data_ptr(), block_tables=tables.data_ptr(), items=items.ctypes.data,
+            merges=merges.ctypes.data, num_tokens=int(starts[-1]), table_stride=tables.stride(0), num_items=len(items),
+            num_merges=len(merges), num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, num_blocks=num_blocks,
+            window=sliding_window or 0,
+        )  # fmt: skip
+        return Plan(step, ctypes.addressof(step), sliding_window, (items, merges, num_partials, metadata.slot_mapping, tables))
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata,
+        scale: float, sliding_window: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        plan: Plan = metadata.plan
+        if plan is None or plan.window != sliding_window:
+            plan = metadata.plan = self.plan(metadata, sliding_window)
+        step = plan.step
+        if query.stride(1) != step.head_dim:  # the kernel wants a token's heads behind one another
+            query = query.contiguous()
+        if key.stride() != value.stride() or key.stride(1) != step.head_dim:
+            key, value = key.contiguous(), value.contiguous()
+        if not step.num_heads:  # the first layer of the step
+            step.num_heads, step.scale = query.shape[1], scale
+            num_partials = plan.arrays[2]
+            if num_partials:
+                partials = np.empty(num_partials * step.num_heads * (step.head_dim + 2), np.float32)
+                plan.arrays += (partials,)
+                step.partials = partials.ctypes.data
+        output = torch.empty(query.shape, dtype=query.dtype)
+        self._kernels[query.dtype](
+            plan.address, query.data_ptr(), query.stride(0), key.data_ptr(), value.data_ptr(), key.stride(0),
+            metadata.kv_caches[layer].data_ptr(), output.data_ptr(),
+        )  # fmt: skip
+        return output
+
+
+def cut(
+    query_starts: np.ndarray, context_lens: np.ndarray, sliding_window: int | None, num_threads: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Share a step's work out.
+
+    Args:
+        query_starts: [S + 1]. context_lens: [S].
+
+    Returns:
+        Items [N, 7] (sequence, first query's row, queries, position, first key, end of the keys, first partial result or −1),
+        merges [M, 4] (row, queries, first partial result, splits), both int32, and the number of rows of partial results.
+    """
+    query_lens = np.diff(query_starts)
+    counts = -(-query_lens // PIECE)
+    seq = np.repeat(np.arange(len(query_lens)), counts)
+    nth = np.arange(len(seq)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begin = query_lens[seq] * nth // counts[seq]
+    end = query_lens[seq] * (nth + 1) // counts[seq]
+    first = context_lens[seq] - query_lens[seq]  # position of the sequence's first query
+    left = np.zeros_like(begin) if sliding_window is None else np.maximum(0, first + begin - sliding_window + 1)
+    whole = np.stack([seq, query_starts[seq] + begin, end - begin, first + begin, left, first + end, np.full_like(seq, -1)], 1)
+    keys = whole[:, 5] - whole[:, 4]
+    most = max(MIN_SPLIT, int(keys.sum()) // (4 * num_threads))
+    splits = np.where(keys > 2 * most, -(-keys // most), 1)
+    if (splits == 1).all():
+        return np.ascontiguousarray(whole, np.int32), np.empty((0, 4), np.int32), 0
+    items = np.repeat(whole, splits, axis=0)
+    nth = np.arange(len(items)) - np.repeat(np.cumsum(splits) - splits, splits)
+    parts, size = np.repeat(splits, splits), np.repeat(keys, splits)
+    items[:, 4], items[:, 5] = items[:, 4] + size * nth // parts, items[:, 4] + size * (nth + 1) // parts
+    rows = np.where(splits > 1, splits * whole[:, 2], 0)
+    base = np.cumsum(rows) - rows
+    items[:, 6] = np.where(parts > 1, np.repeat(base, splits) + nth * items[:, 2], -1)
+    split = splits > 1
+    merges = np.stack([whole[split, 1], whole[split, 2], base[split], splits[split]], axis=1)
+    return np.ascontiguousarray(items, np.int32), np.ascontiguousarray(merges, np.int32), int(rows.sum())

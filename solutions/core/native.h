@@ -1,0 +1,189 @@
+// Sixteen floats at a time, on any processor that GCC or Clang compiles for, and the register tile that matrix products are made of.
+//
+// The vectors are the compilers' own (`vector_size`): on AVX-512 one is a register, on AVX2 two, on NEON four. Only what has no
+// operator in C++, the bfloat16 and int8 dot products, is written with intrinsics, each beside a version that runs everywhere.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512BF16__) || defined(__AVX512VNNI__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace native {
+
+typedef float Floats __attribute__((vector_size(64)));             // 16 floats
+typedef int32_t Ints __attribute__((vector_size(64)));              // 16 ints
+typedef uint32_t Bits __attribute__((vector_size(64)));             // 16 words
+typedef uint16_t Halves __attribute__((vector_size(32)));           // 16 bfloat16s
+constexpr int LANES = 16;
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <typename V, typename T>
+inline V load_as(const T* from) {
+    V v;
+    std::memcpy(&v, from, sizeof(V));
+    return v;
+}
+template <typename V, typename T>
+inline void store_as(T* to, V v) {
+    std::memcpy(to, &v, sizeof(V));
+}
+
+inline Floats load(const float* p) { return load_as<Floats>(p); }
+inline Floats load(const bf16* p) { return (Floats)(__builtin_convertvector(load_as<Halves>(p), Bits) << 16); }
+inline void store(float* p, Floats v) { store_as(p, v); }
+
+// To bfloat16, rounded to nearest even as PyTorch does; NaN stays NaN.
+inline Halves narrow(Floats v) {
+#ifdef __AVX512BF16__
+    return (Halves)_mm512_cvtneps_pbh((__m512)v);
+#else
+    Bits b = (Bits)v;
+    Bits rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+    Bits nan = (Bits)(v != v);
+    return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
+#endif
+}
+inline void store(bf16* p, Floats v) { store_as(p, narrow(v)); }
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+    uint32_t bits = (uint32_t)x.bits << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+template <typename T>
+inline T from_float(float x);
+template <>
+inline float from_float<float>(float x) { return x; }
+template <>
+inline bf16 from_float<bf16>(float x) {
+    Floats v = Floats{} + x;
+    return bf16{narrow(v)[0]};
+}
+
+inline Floats broadcast(float x) { return Floats{} + x; }
+inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+// The sum and the largest of 16 lanes: each round folds the upper half onto the lower.
+inline float sum(Floats v) {
+    const Ints half = {8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7};
+    const Ints quarter = {4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3};
+    v += __builtin_shuffle(v, half);
+    v += __builtin_shuffle(v, quarter);
+    return (v[0] + v[2]) + (v[1] + v[3]);
+}
+inline float largest(Floats v) {
+    const Ints half = {8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7};
+    const Ints quarter = {4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3};
+    v = maximum(v, __builtin_shuffle(v, half));
+    v = maximum(v, __builtin_shuffle(v, quarter));
+    const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+    return a > b ? a : b;
+}
+
+// e^x for -inf <= x < 88 to about 2 units in the last place; 0 below -87, where the result would be subnormal.
+// The polynomial over [-ln2/2, ln2/2] is that of Cephes' expf.
+inline Floats exponential(Floats input) {
+    Floats x = maximum(input, broadcast(-87.0f));
+    Floats n = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer in the low bits
+    Ints power = (Ints)n << 23;
+    n -= 12582912.0f;
+    Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Floats p = ((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
+                1.6666665459e-1f) * r + 5.0000001201e-1f;
+    Floats result = (Floats)((Ints)(p * r * r + r + 1.0f) + power);
+    return input < -87.0f ? Floats{} : result;
+}
+
+inline Floats silu(Floats x) { return x / (1.0f + exponential(maximum(-x, broadcast(-87.0f)) < 80.0f ? -x : broadcast(80.0f))); }
+
+// The sums of 16 vectors' lanes, in a vector: lane i is the sum of v[i]. Each round folds pairs of vectors into one.
+inline Floats sums(Floats (&v)[LANES]) {
+    const Ints low8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+    const Ints low4 = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
+    const Ints low2 = {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29};
+    const Ints low1 = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    for (int i = 0; i < 8; ++i) v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], low8) + __builtin_shuffle(v[2 * i], v[2 * i + 1], low8 + 8);
+    for (int i = 0; i < 4; ++i) v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], low4) + __builtin_shuffle(v[2 * i], v[2 * i + 1], low4 + 4);
+    for (int i = 0; i < 2; ++i) v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], low2) + __builtin_shuffle(v[2 * i], v[2 * i + 1], low2 + 2);
+    return __builtin_shuffle(v[0], v[1], low1) + __builtin_shuffle(v[0], v[1], low1 + 1);
+}
+
+// c[m][j] += a[m] · panel: the register tile. A panel holds 32 columns of a [K, N] matrix, interleaved so that one load gives the
+// operands of one dot product instruction: float [K][32], bfloat16 [K/2][32][2], int8 [K/4][32][4].
+template <int M>
+inline void tile(const float* a, int64_t lda, const float* panel, int64_t ldp, int64_t k, Floats (&c)[M][2]) {
+    for (int64_t i = 0; i < k; ++i, panel += ldp) {
+        Floats w0 = load(panel), w1 = load(panel + LANES);
+        for (int m = 0; m < M; ++m) {
+            Floats x = broadcast(a[m * lda + i]);
+            c[m][0] += x * w0;
+            c[m][1] += x * w1;
+        }
+    }
+}
+
+#ifdef __AVX512BF16__
+inline Floats dot_pairs(Floats acc, Bits x, Bits w) {
+    return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)w);
+}
+#else
+inline Floats dot_pairs(Floats acc, Bits x, Bits w) {
+    acc += (Floats)(x << 16) * (Floats)(w << 16);
+    return acc + (Floats)(x & 0xffff0000u) * (Floats)(w & 0xffff0000u);
+}
+#endif
+
+template <int M>
+inline void tile(const bf16* a, int64_t lda, const bf16* panel, int64_t ldp, int64_t k, Floats (&c)[M][2]) {
+    for (int64_t i = 0; i < k; i += 2, panel += 2 * ldp) {
+        Bits w0 = load_as<Bits>(panel), w1 = load_as<Bits>(panel + 2 * LANES);
+        for (int m = 0; m < M; ++m) {
+            uint32_t pair;
+            std::memcpy(&pair, a + m * lda + i, 4);
+            Bits x = Bits{} + pair;
+            c[m][0] = dot_pairs(c[m][0], x, w0);
+            c[m][1] = dot_pairs(c[m][1], x, w1);
+        }
+    }
+}
+
+#ifdef __AVX512VNNI__
+inline Ints dot_quads(Ints acc, Ints x, Ints w) { return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)x, (__m512i)w); }
+#else
+inline Ints dot_quads(Ints acc, Ints x, Ints w) {  // x holds 4 unsigned bytes, w 4 signed ones
+    for (int b = 0; b < 4; ++b) acc += (Ints)(((Bits)x >> (8 * b)) & 0xff) * ((w << (24 - 8 * b)) >> 24);
+    return acc;
+}
+#endif
+
+template <int M>
+inline void tile(const uint8_t* a, int64_t lda, const int8_t* panel, int64_t k, Ints (&c)[M][2]) {
+    for (int64_t i = 0; i < k; i += 4, panel += 128) {
+        Ints w0 = load_as<Ints>(panel), w1 = load_as<Ints>(panel + 64);
+        for (int m = 0; m < M; ++m) {
+            int32_t quad;
+            std::memcpy(&quad, a + m * lda + i, 4);
+            Ints x = Ints{} + quad;
+            c[m][0] = dot_quads(c[m][0], x, w0);
+            c[m][1] = dot_quads(c[m][1], x, w1);
+        }
+    }
+}
+
+constexpr int PANEL = 32;     // columns of a panel
+constexpr int TILE_ROWS = 8;  // rows of a tile: 16 accumulators, which leaves room for the operands
+
+// Threads of every parallel region here. OpenMP's own default knows nothing of a container's quota, and is kept for each thread apart.
+inline int& threads() {
+    static int count = 1;
+    return count;
+}
+
+}  // namespace native

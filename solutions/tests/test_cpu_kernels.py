@@ -1,0 +1,213 @@
+"""The C++ kernels of the layers against float64, and how they are built. Those of attention are in test_paged_attention.py."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from solutions.core import native
+from solutions.models.layers import rotate_
+from solutions.models.layers_cpu import rms_norm
+from solutions.models.layers_cpu import rotate_ as rotate_natively
+from solutions.quantization.kernels.linear_cpu import PackedLinear, pack, quantize_channels, supports, unpack
+
+HAVE_COMPILER = native.compiler() is not None
+needs_kernels = pytest.mark.skipif(not HAVE_COMPILER, reason="no C++ compiler here, so there are no kernels to test")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+DTYPES = list(TOLERANCE)
+SHAPES = [(32, 2), (33, 16), (64, 48), (31, 64), (576, 576), (100, 1536), (1, 6)]  # (rows, columns) of a matrix
+BATCHES = [1, 2, 3, 7, 8, 9, 16, 23, 130]
+
+
+def error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference relative to the largest expected value."""
+    return ((got.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_matrix_products(rows: int, columns: int, dtype: torch.dtype) -> None:
+    weight, bias = random(rows, columns, dtype=dtype), random(rows, dtype=dtype, seed=1)
+    plain, biased = PackedLinear(weight, None), PackedLinear(weight, bias)
+    for batch in BATCHES:
+        x = random(batch, columns, dtype=dtype, seed=batch)
+        expected = x.double() @ weight.double().T
+        assert error(plain(x), expected) < TOLERANCE[dtype]
+        assert error(biased(x), expected + bias.double()) < TOLERANCE[dtype]
+        residual = random(batch, rows, dtype=dtype, seed=2)
+        wanted = expected + residual.double()
+        assert plain(x, add_to=residual) is residual
+        assert error(residual, wanted) < TOLERANCE[dtype]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_a_larger_tensor(dtype: torch.dtype) -> None:
+    weight, x = random(40, 32, dtype=dtype), random(5, 64, dtype=dtype)
+    assert error(PackedLinear(weight, None)(x[:, 32:]), x[:, 32:].double() @ weight.double().T) < TOLERANCE[dtype]
+
+
+@needs_kernels
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_the_rows_beside_it(dtype: torch.dtype, quantization: str | None) -> None:
+    """What makes a token's logits the same bits alone and in any batch."""
+    packed = PackedLinear(random(96, 64, dtype=dtype), None, quantization)
+    x = random(37, 64, dtype=dtype)
+    together = packed(x)
+    for row in range(len(x)):
+        assert torch.equal(packed(x[row : row + 1])[0], together[row])
+
+
+@needs_kernels
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("half", [16, 48, 256])
+def test_gate_and_up_in_one(half: int, dtype: torch.dtype, quantization: str | None) -> None:
+    weight, bias = random(2 * half, 64, dtype=dtype), random(2 * half, dtype=dtype, seed=1)
+    gated = PackedLinear(weight, bias, quantization, gated=True)
+    for batch in (1, 8, 21):
+        x = random(batch, 64, dtype=dtype, seed=batch) * 3
+        gate, up = (x.double() @ weight.double().T + bias.double()).chunk(2, dim=-1)
+        assert error(gated(x), F.silu(gate) * up) < (TOLERANCE[dtype] if quantization is None else 4e-2)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_silu_at_its_ends(dtype: torch.dtype) -> None:
+    """A gate of any size: no overflow in the exponential on either side."""
+    values = [-1e4, -200.0, -100.0, -88.0, -87.0, -20.0, -1.0, 0.0, 1.0, 20.0, 87.0, 88.0, 100.0, 1e4, 3e4, -3e4]
+    weight = torch.zeros(32, 2, dtype=dtype)
+    weight[:16, 0] = torch.tensor(values)
+    weight[16:, 1] = 1
+    got = PackedLinear(weight, None, gated=True)(torch.ones(1, 2, dtype=dtype))[0].double()
+    expected = F.silu(weight[:16, 0].double())
+    assert (got - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+    assert torch.isfinite(got).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(32, 16), (33, 64), (576, 576), (100, 1536)])
+def test_int8(rows: int, columns: int, dtype: torch.dtype) -> None:
+    """Exactly the sums of the quantized numbers, which themselves are close to the real ones."""
+    weight, bias = random(rows, columns, dtype=dtype), random(rows, dtype=dtype, seed=1)
+    packed = PackedLinear(weight, bias, "int8")
+    scale_w = weight.double().abs().amax(dim=1) / 127
+    quantized = (weight.double() / scale_w[:, None]).round()
+    for batch in BATCHES:
+        x = random(batch, columns, dtype=dtype, seed=batch)
+        scale_x = x.double().abs().amax(dim=1, keepdim=True) / 127
+        exact = ((x.double() / scale_x).round() @ quantized.T) * scale_x * scale_w + bias.double()
+        # a value that lies between two integers may be rounded either way in float32
+        assert error(packed(x), exact) < (2e-3 if dtype is torch.float32 else 1e-2)
+        assert error(packed(x), x.double() @ weight.double().T + bias.double()) < 3e-2
+
+
+@needs_kernels
+def test_int8_of_nothing_and_of_the_extremes() -> None:
+    weight = torch.zeros(32, 16)
+    weight[0], weight[1, 0] = 5.0, -3.0
+    x = torch.zeros(2, 16)
+    x[1, 0] = -1e30
+    got = PackedLinear(weight, None, "int8")(x)
+    assert torch.equal(got[0], torch.zeros(32))
+    torch.testing.assert_close(got[1, :3], torch.tensor([-5e30, 3e30, 0.0]))
+
+
+def test_packing_is_undone_by_unpacking() -> None:
+    for dtype, columns in ((torch.float32, 3), (torch.bfloat16, 6), (torch.int8, 8)):
+        for rows in (1, 31, 32, 33, 96):
+            weight = (random(rows, columns) * 50).to(dtype)
+            assert torch.equal(unpack(pack(weight), rows), weight)
+
+
+def test_channels_are_quantized_by_their_largest_value() -> None:
+    quantized, scales, sums = quantize_channels(torch.tensor([[1.27, -0.5, 0.0], [0.0, 0.0, 0.0], [-254.0, 127.0, 1.0]]))
+    assert quantized.tolist() == [[127, -50, 0], [0, 0, 0], [-127, 64, 0]]
+    torch.testing.assert_close(scales, torch.tensor([0.01, 0.0, 2.0]))
+    assert sums.tolist() == [77, 0, -63]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [16, 48, 576, 4096])
+@pytest.mark.parametrize("tokens", [1, 4, 5, 33])
+def test_rms_norm(tokens: int, size: int, dtype: torch.dtype) -> None:
+    x, weight = random(tokens, size, dtype=dtype), random(size, dtype=dtype, seed=1)
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    assert error(rms_norm(x, weight, 1e-5), expected) < TOLERANCE[dtype]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("tokens", [1, 5, 33])
+def test_rotation(tokens: int, head_dim: int, dtype: torch.dtype) -> None:
+    """The same as rotating pairs by definition, and only the heads that it is given."""
+    qkv = random(tokens, 5, head_dim, dtype=dtype)
+    angles = torch.rand(tokens, 1, head_dim // 2, generator=torch.Generator().manual_seed(2)) * 6
+    cos, sin = angles.cos(), angles.sin()
+    tables = (torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype))
+    a, b = qkv[:, :4].double().chunk(2, dim=-1)
+    c, s = (table[..., head_dim // 2 :].double() for table in tables)
+    expected = torch.cat((a * c - b * s, b * c + a * s), -1)
+    portable = rotate_(qkv[:, :4].clone(), tables)
+    last = qkv[:, 4].clone()
+    rotate_natively(qkv[:, :4], tables)
+    assert error(qkv[:, :4].flatten(1), expected.flatten(1)) < TOLERANCE[dtype]
+    assert error(portable.flatten(1), expected.flatten(1)) < TOLERANCE[dtype]
+    assert torch.equal(qkv[:, 4], last)
+
+
+# Building
+
+
+@needs_kernels
+def test_kernels_are_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = native.build(tmp_path)
+    assert first.suffix == ".so"
+    time_of_build = first.stat().st_mtime_ns
+    assert native.build(tmp_path) == first
+    assert first.stat().st_mtime_ns == time_of_build
+    monkeypatch.setattr(native, "cpu_flags", lambda: frozenset({"another_processor"}))
+    assert native.build(tmp_path) != first
+    assert not list(tmp_path.glob("*.part"))
+
+
+@needs_kernels
+def test_a_source_that_does_not_compile_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "mine"
+    (folder / "models").mkdir(parents=True)
+    (folder / "models" / "layers_cpu.cpp").write_text("int broken( {")
+    package = sys.modules["solutions"]
+    monkeypatch.setattr(package, "__path__", [str(folder), *package.__path__])
+    assert native.find_source("models/layers_cpu.cpp") == folder / "models" / "layers_cpu.cpp"
+    with pytest.raises(native.BuildError, match=r"(?s)could not compile.*layers_cpu\.cpp"):
+        native.build(tmp_path / "cache")
+
+
+def test_without_a_compiler_there_are_no_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(native.BuildError, match=r"no C\+\+ compiler"):
+        native.build(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no nothing\.cpp"):
+        native.find_source("nothing.cpp")
+
+
+def test_what_has_no_kernel_is_left_to_pytorch() -> None:
+    assert not supports(torch.float16, 64)
+    assert not supports(torch.bfloat16, 63)
+    assert not supports(torch.bfloat16, 40, "int8")
