@@ -1,0 +1,192 @@
+"""How fast each CPU kernel runs beside what the machine allows, PyTorch's own operators, and the portable path.
+
+A kernel's floor is the longer of two times: its bytes over the bandwidth with which this machine reads memory, and its
+operations over the best rate at which it multiplies matrices. Both are measured here, in the same run. Weights are rotated
+through copies larger than any cache, as a model's layers are.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention.paged_attention import AttentionBackend, AttentionMetadata, make_backend
+from ..models.layers_cpu import rms_norm
+from ..quantization.kernels.linear_cpu import PackedLinear
+
+MATRICES = {"qkv": (576, 960), "o": (576, 576), "gate_up": (576, 3072), "down": (1536, 576), "head": (576, 49152)}
+"""The matrix products of SmolLM2-135M: name → (in, out) features."""
+ROWS = (1, 8, 32, 128, 512)
+HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 9, 3, 64, 16
+CACHE_BYTES = 96 << 20
+"""Copies of a small matrix together are at least this large, so that none is read from a cache."""
+
+
+@dataclass(slots=True)
+class Ceilings:
+    """What the machine can do: bytes a second read from memory, and operations a second in each precision."""
+
+    read_bytes: float
+    operations: dict[str, float]
+
+
+@dataclass(slots=True)
+class Timing:
+    """One kernel at one size; seconds are medians.
+
+    Attributes:
+        floor: seconds below which the machine cannot do it. peers: name → seconds of others doing the same.
+    """
+
+    kernel: str
+    size: str
+    precision: str
+    seconds: float
+    bytes: int
+    operations: int
+    floor: float
+    peers: dict[str, float]
+
+    @property
+    def share(self) -> float:
+        """Of what the machine allows."""
+        return self.floor / self.seconds
+
+
+def median_seconds(call: Callable[[int], object], calls: int, repeats: int) -> float:
+    """Median over `repeats` of the mean time of `calls` calls; each call gets its number."""
+    call(0)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for number in range(calls):
+            call(number)
+        times.append((time.perf_counter() - start) / calls)
+    return statistics.median(times)
+
+
+def measure_ceilings(repeats: int) -> Ceilings:
+    """Read bandwidth over 256 MiB, and the best rate of large matrix products that PyTorch or the kernels here reach."""
+    data = torch.ones(64 << 20)
+    read = data.nbytes / min(
+        median_seconds(lambda _: data.sum(), 1, repeats), median_seconds(lambda _: data.amax(), 1, repeats)
+    )
+    operations = {}
+    for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("int8", torch.bfloat16)):
+        size = 1024
+        a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
+        packed = PackedLinear(b, None, "int8" if precision == "int8" else None)
+        times = [median_seconds(lambda _, run=packed, a=a: run(a), 1, repeats)]
+        if precision != "int8":
+            times.append(median_seconds(lambda _, a=a, b=b: a @ b, 1, repeats))
+        operations[precision] = 2 * size**3 / min(times)
+    return Ceilings(read, operations)
+
+
+def floor(ceilings: Ceilings, precision: str, num_bytes: int, operations: int) -> float:
+    """Seconds that the machine needs at least."""
+    return max(num_bytes / ceilings.read_bytes, operations / ceilings.operations[precision])
+
+
+def measure_linear(ceilings: Ceilings, name: str, rows: int, precision: str, repeats: int) -> Timing:
+    """One matrix product of the model: packed, beside PyTorch's on plain weights."""
+    k, n = MATRICES[name]
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    weight = torch.randn(n, k).mul_(0.05).to(dtype)
+    packed = PackedLinear(weight, None, "int8" if precision == "int8" else None)
+    copies = max(1, min(64, CACHE_BYTES // packed.weight.nbytes))
+    runs = [PackedLinear(weight, None, "int8" if precision == "int8" else None) for _ in range(copies)]
+    x = torch.randn(rows, k).to(dtype)
+    seconds = median_seconds(lambda i: runs[i](x), copies, repeats)
+    plain = [weight.clone() for _ in range(copies)]
+    peers = {"torch": median_seconds(lambda i: F.linear(x, plain[i]), copies, repeats)}
+    num_bytes, operations = packed.weight.nbytes + x.nbytes + rows * n * x.itemsize, 2 * rows * n * k
+    return Timing(f"linear {name}", f"{rows} rows", precision, seconds, num_bytes, operations,
+                  floor(ceilings, precision, num_bytes, operations), peers)  # fmt: skip
+
+
+def measure_norm(ceilings: Ceilings, rows: int, repeats: int) -> Timing:
+    """RMSNorm in bfloat16."""
+    x, weight = torch.randn(rows, 576).bfloat16(), torch.ones(576).bfloat16()
+    seconds = median_seconds(lambda _: rms_norm(x, weight, 1e-5), 200, repeats)
+    peers = {"torch": median_seconds(lambda _: F.rms_norm(x, (576,), weight, 1e-5), 200, repeats)}
+    num_bytes = 2 * x.nbytes
+    return Timing(
+        "rms_norm", f"{rows} rows", "bfloat16", seconds, num_bytes, 4 * x.numel(), num_bytes / ceilings.read_bytes, peers
+    )
+
+
+def paged_step(
+    query_lens: list[int], context_lens: list[int], dtype: torch.dtype, layers: int
+) -> tuple[AttentionMetadata, Tensor]:
+    """A step over shuffled blocks, and its queries, keys and values side by side: [T, H + 2·H_kv, D]."""
+    needed = [-(-length // BLOCK_SIZE) for length in context_lens]
+    order = torch.randperm(sum(needed), dtype=torch.int32)
+    tables = torch.zeros(len(needed), max(needed), dtype=torch.int32)
+    for row, blocks in zip(tables, order.split(needed), strict=True):
+        row[: len(blocks)] = blocks
+    slots = [
+        int(table[p // BLOCK_SIZE]) * BLOCK_SIZE + p % BLOCK_SIZE
+        for table, q, c in zip(tables, query_lens, context_lens, strict=True)
+        for p in range(c - q, c)
+    ]
+    caches = [torch.randn(2, sum(needed), BLOCK_SIZE, KV_HEADS, HEAD_DIM).to(dtype) for _ in range(layers)]
+    metadata = AttentionMetadata(
+        caches, torch.tensor(slots), tables, torch.tensor([0, *query_lens]).cumsum(0).int(), torch.tensor(context_lens).int(),
+        max(query_lens), max(context_lens), make_backend("auto", "cpu", dtype, HEAD_DIM),
+    )  # fmt: skip
+    return metadata, torch.randn(sum(query_lens), HEADS + 2 * KV_HEADS, HEAD_DIM).to(dtype)
+
+
+def measure_attention(
+    ceilings: Ceilings, label: str, query_lens: list[int], context_lens: list[int], precision: str, repeats: int
+) -> Timing:
+    """One layer's attention: in C++, in batched PyTorch, and by PyTorch's own operator over contiguous K and V."""
+    dtype = getattr(torch, precision)
+    kv_row = 2 * KV_HEADS * HEAD_DIM * dtype.itemsize
+    layers = max(1, min(30, CACHE_BYTES // (sum(context_lens) * kv_row)))
+    metadata, qkv = paged_step(query_lens, context_lens, dtype, layers)
+    query, key, value = qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+
+    def run(backend: AttentionBackend) -> float:
+        metadata.plan = backend.plan(metadata, None)
+        return median_seconds(lambda i: backend.attend(i, query, key, value, metadata, HEAD_DIM**-0.5), layers, repeats)
+
+    seconds = run(make_backend("cpu", "cpu", dtype, HEAD_DIM))
+    peers = {"portable": run(make_backend("torch", "cpu", dtype, HEAD_DIM))}
+    if len(set(query_lens)) == len(set(context_lens)) == 1:  # PyTorch's operator knows only equal lengths
+        q = query.view(len(query_lens), -1, HEADS, HEAD_DIM).transpose(1, 2)
+        k, v = torch.randn(2, layers, len(context_lens), KV_HEADS, context_lens[0], HEAD_DIM).to(dtype)
+        causal = query_lens[0] > 1 and query_lens[0] == context_lens[0]
+        if causal or query_lens[0] == 1:
+            peers["SDPA, contiguous"] = median_seconds(
+                lambda i: F.scaled_dot_product_attention(q, k[i], v[i], is_causal=causal, enable_gqa=True), layers, repeats
+            )
+    pairs = sum(q * (c - q) + q * (q + 1) // 2 for q, c in zip(query_lens, context_lens, strict=True))
+    num_bytes = sum(context_lens) * kv_row + 2 * query.numel() * dtype.itemsize
+    operations = 4 * pairs * HEADS * HEAD_DIM
+    return Timing(f"attention, {label}", f"{len(query_lens)} × {context_lens[0]}", precision, seconds, num_bytes, operations,
+                  floor(ceilings, precision, num_bytes, operations), peers)  # fmt: skip
+
+
+def all_kernels(ceilings: Ceilings, repeats: int) -> list[Callable[[], Timing]]:
+    """Every measurement of the table, to be run one by one."""
+    linear = partial(measure_linear, ceilings, repeats=repeats)
+    attention = partial(measure_attention, ceilings, repeats=repeats)
+    todo: list[Callable[[], Timing]] = []
+    for precision in ("bfloat16", "int8", "float32"):
+        for name in MATRICES:
+            todo += [partial(linear, name, rows, precision) for rows in (ROWS[:3] if name == "head" else ROWS)]
+    for precision in ("bfloat16", "float32"):
+        for batch, context in ((1, 256), (1, 4000), (32, 256), (32, 1024)):
+            todo.append(partial(attention, "decode", [1] * batch, [context] * batch, precision))
+        todo += [partial(attention, "prompt", [length], [length], precision) for length in (128, 512, 2048)]
+        todo.append(partial(attention, "chunk of 128", [128], [2048], precision))
+    return [*todo, *(partial(measure_norm, ceilings, rows, repeats) for rows in (1, 32, 512))]
