@@ -38,7 +38,7 @@ def find_source(name: str) -> Path:
     Raises:
         FileNotFoundError: no folder of the package has it.
     """
-    package = sys.modules[__name__.split(".")[0]]
+    package = sys.modules[__package__.split(".")[0]]
     for folder in package.__path__:
         if (Path(folder) / name).is_file():
             return Path(folder) / name
@@ -72,7 +72,7 @@ def build(folder: Path) -> Path:
     with filelock.FileLock(folder / "build.lock"):
         if not library.exists():
             # learners' folders come first on the package's path, so their header would be found first too
-            includes = [f"-I{entry}" for entry in sys.modules[__name__.split(".")[0]].__path__]
+            includes = [f"-I{entry}" for entry in sys.modules[__package__.split(".")[0]].__path__]
             part = library.with_suffix(f".{os.getpid()}.part")
             run = subprocess.run(
                 [program, *flags, *includes, *map(str, sources), "-o", str(part)], capture_output=True, text=True, check=False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -184,6 +185,12 @@ def test_kernels_are_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(native, "cpu_flags", lambda: frozenset({"another_processor"}))
     assert native.build(tmp_path) != first
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_set_up_says_in_one_line_what_the_layers_run_on(tmp_path: Path) -> None:
+    run = subprocess.run([sys.executable, "-m", "solutions.core.native"], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("C++ kernels are ready" if HAVE_COMPILER else "No C++ kernels")
+    assert run.stdout.count("\n") == 1
 
 
 @needs_kernels
