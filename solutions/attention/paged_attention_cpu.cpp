@@ -59,10 +59,20 @@ struct Work {
     const T* q;              // [rows, D], gathered
     float *scores, *sum, *top, *out;  // [rows, KEYS], [rows], [rows], [rows, D]
 
-    int64_t place(int64_t key) const {  // offset of a key in the cache
-        const int32_t* table = step.block_tables + item.sequence * step.table_stride;
-        const int64_t block = table[key / step.block_size];
-        return ((block * step.block_size + key % step.block_size) * step.num_kv_heads + kv_head) * dim;
+    // Where `count` keys from `first` on lie in the cache: one division for all of them.
+    void find(int64_t first, int64_t count, int64_t* offsets) const {
+        const int64_t size = step.block_size, stride = step.num_kv_heads * dim;
+        const int32_t* block = step.block_tables + item.sequence * step.table_stride + first / size;
+        int64_t inside = first % size;
+        int64_t offset = ((*block * size + inside) * step.num_kv_heads + kv_head) * dim;
+        for (int64_t i = 0; i < count; ++i, offset += stride) {
+            if (inside == size) {
+                inside = 0;
+                offset = (*++block * size * step.num_kv_heads + kv_head) * dim;
+            }
+            offsets[i] = offset;
+            ++inside;
+        }
     }
     int64_t position(int64_t row) const { return item.position + row / group; }
     int64_t first_visible(int64_t row) const { return step.window ? position(row) - step.window + 1 : 0; }
@@ -101,76 +111,148 @@ void update_softmax(const Work<T>& work, int64_t row) {
     work.sum[row] += sum(total);
 }
 
-// Few rows: each key and value is read where it lies, widened once, and used by R rows. N vectors hold a head (0: any number).
+// Few rows: each key and value is read where it lies, once for R rows.
+
+// Scores of R rows with up to KEYS keys. D is N vectors of 16 (0: any number).
 template <int R, int N, typename T>
-void attend_rows(const Work<T>& work, int64_t first_row, int64_t first, int64_t count, const float* q) {
-    const int64_t dim = N ? N * LANES : work.dim, vectors = dim / LANES;
-    const int64_t size = work.step.block_size;
-    const int64_t stride = work.step.num_kv_heads * dim;
-    for (int64_t base = 0; base < KEYS; base += LANES) {
-        Floats products[R][LANES];
-        for (int64_t i = 0; i < LANES; ++i) {
-            for (int r = 0; r < R; ++r) products[r][i] = Floats{};
-            if (base + i >= count) continue;
-            const T* key = work.keys + work.place(first + base + i);
-            for (int64_t j = 0; j < vectors; ++j) {
-                const Floats k = load(key + j * LANES);
-                for (int r = 0; r < R; ++r) products[r][i] += k * load(q + (first_row + r) * dim + j * LANES);
+void score_rows(const Work<T>& work, int64_t row, int64_t count, const int64_t* offsets) {
+    const int64_t dim = N ? N * LANES : work.dim;
+    const T* q = work.q + row * dim;
+    for (int64_t base = 0; base < count; base += LANES) {
+        Floats products[R][LANES] = {};
+        for (int64_t i = 0; i < std::min<int64_t>(LANES, count - base); ++i) {
+            const T* key = work.keys + offsets[base + i];
+            for (int64_t j = 0; j < dim; j += LANES) {
+                const Floats k = load(key + j);
+                for (int r = 0; r < R; ++r) products[r][i] += k * load(q + r * dim + j);
             }
         }
-        for (int r = 0; r < R; ++r) store(work.scores + (first_row + r) * KEYS + base, sums(products[r]) * work.step.scale);
+        for (int r = 0; r < R; ++r) store(work.scores + (row + r) * KEYS + base, sums(products[r]) * work.step.scale);
     }
-    for (int r = 0; r < R; ++r) {
-        mask(work, first_row + r, first, count);
-        update_softmax(work, first_row + r);
-    }
-    float* out = work.out + first_row * dim;
-    const float* weights = work.scores + first_row * KEYS;
-    Floats sums_of[R][N ? N : 1];
-    if (N)
+}
+
+// Add R rows' weighted values to their outputs.
+template <int R, int N, typename T>
+void add_values(const Work<T>& work, int64_t row, int64_t count, const int64_t* offsets) {
+    const int64_t dim = N ? N * LANES : work.dim;
+    const float* weights = work.scores + row * KEYS;
+    float* out = work.out + row * dim;
+    constexpr int WIDTH = N ? N : 1;
+    for (int64_t part = 0; part < dim; part += WIDTH * LANES) {
+        Floats total[R][WIDTH];
         for (int r = 0; r < R; ++r)
-            for (int j = 0; j < N; ++j) sums_of[r][j] = load(out + r * dim + j * LANES);
-    for (int64_t i = 0; i < count;) {
-        const T* value = work.values + work.place(first + i);
-        const int64_t end = std::min(count, i + size - (first + i) % size);  // the rest of the block lies behind
-        for (; i < end; ++i, value += stride)
-            for (int64_t j = 0; j < vectors; ++j) {
+            for (int j = 0; j < WIDTH; ++j) total[r][j] = load(out + r * dim + part + j * LANES);
+        for (int64_t i = 0; i < count; ++i) {
+            const T* value = work.values + offsets[i] + part;
+            for (int j = 0; j < WIDTH; ++j) {
                 const Floats v = load(value + j * LANES);
-                for (int r = 0; r < R; ++r) {
-                    if (N) {
-                        sums_of[r][j] += v * weights[r * KEYS + i];
-                    } else {
-                        float* to = out + r * dim + j * LANES;
-                        store(to, load(to) + v * weights[r * KEYS + i]);
-                    }
-                }
+                for (int r = 0; r < R; ++r) total[r][j] += v * weights[r * KEYS + i];
             }
-    }
-    if (N)
+        }
         for (int r = 0; r < R; ++r)
-            for (int j = 0; j < N; ++j) store(out + r * dim + j * LANES, sums_of[r][j]);
+            for (int j = 0; j < WIDTH; ++j) store(out + r * dim + part + j * LANES, total[r][j]);
+    }
+}
+
+// The same with bfloat16 dot products, which take pairs: neighbouring elements of a head for the scores, neighbouring keys for the
+// values. D is P vectors of 32.
+template <int R, int P>
+void score_pairs(const Work<bf16>& work, int64_t row, int64_t count, const int64_t* offsets) {
+    Bits q[R][P];
+    for (int r = 0; r < R; ++r)
+        for (int p = 0; p < P; ++p) q[r][p] = load_as<Bits>(work.q + ((row + r) * P + p) * 2 * LANES);
+    for (int64_t base = 0; base < count; base += LANES) {
+        Floats products[R][LANES] = {};
+        for (int64_t i = 0; i < std::min<int64_t>(LANES, count - base); ++i) {
+            const bf16* key = work.keys + offsets[base + i];
+            for (int p = 0; p < P; ++p) {
+                const Bits k = load_as<Bits>(key + p * 2 * LANES);
+                for (int r = 0; r < R; ++r) products[r][i] = dot_pairs(products[r][i], q[r][p], k);
+            }
+        }
+        for (int r = 0; r < R; ++r) store(work.scores + (row + r) * KEYS + base, sums(products[r]) * work.step.scale);
+    }
+}
+
+template <int R, int P>
+void add_value_pairs(const Work<bf16>& work, int64_t row, int64_t count, const int64_t* offsets) {
+    bf16 weights[R][KEYS];
+    Floats total[R][2 * P];
+    float* out = work.out + row * work.dim;
+    for (int r = 0; r < R; ++r) {
+        for (int64_t i = 0; i < KEYS; i += LANES) store(weights[r] + i, load(work.scores + (row + r) * KEYS + i));
+        for (int j = 0; j < 2 * P; ++j) total[r][j] = load(out + r * work.dim + j * LANES);
+    }
+    for (int64_t i = 0; i < count; i += 2) {
+        const bf16* even = work.values + offsets[i];
+        const bf16* odd = work.values + offsets[i + 1 < count ? i + 1 : i];  // the last one alone: its partner's weight is 0
+        for (int p = 0; p < P; ++p) {
+            Bits pairs[2];
+            interleave(load_as<Words>(even + p * 2 * LANES), load_as<Words>(odd + p * 2 * LANES), pairs);
+            for (int r = 0; r < R; ++r) {
+                uint32_t both;
+                std::memcpy(&both, weights[r] + i, 4);
+                for (int h = 0; h < 2; ++h) total[r][2 * p + h] = dot_pairs(total[r][2 * p + h], Bits{} + both, pairs[h]);
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int j = 0; j < 2 * P; ++j) store(out + r * work.dim + j * LANES, total[r][j]);
+}
+
+template <int R>
+void score(const Work<float>& work, int64_t row, int64_t count, const int64_t* offsets) {
+    work.dim == 64 ? score_rows<R, 4>(work, row, count, offsets) : score_rows<R, 0>(work, row, count, offsets);
+}
+template <int R>
+void add(const Work<float>& work, int64_t row, int64_t count, const int64_t* offsets) {
+    switch (work.dim) {
+        case 64: add_values<R, 4>(work, row, count, offsets); break;
+        case 128: add_values<R, 8>(work, row, count, offsets); break;
+        default: add_values<R, 0>(work, row, count, offsets);
+    }
+}
+template <int R>
+void score(const Work<bf16>& work, int64_t row, int64_t count, const int64_t* offsets) {
+    switch (work.dim) {
+        case 64: score_pairs<R, 2>(work, row, count, offsets); break;
+        case 96: score_pairs<R, 3>(work, row, count, offsets); break;
+        case 128: score_pairs<R, 4>(work, row, count, offsets); break;
+        default: score_rows<R, 0>(work, row, count, offsets);
+    }
+}
+template <int R>
+void add(const Work<bf16>& work, int64_t row, int64_t count, const int64_t* offsets) {
+    switch (work.dim) {
+        case 64: add_value_pairs<R, 2>(work, row, count, offsets); break;
+        case 96: add_value_pairs<R, 3>(work, row, count, offsets); break;
+        case 128: add_value_pairs<R, 4>(work, row, count, offsets); break;
+        default: add_values<R, 0>(work, row, count, offsets);
+    }
 }
 
 template <int R, typename T>
-void attend_rows_of_any_size(const Work<T>& work, int64_t row, int64_t first, int64_t count, const float* q) {
-    switch (work.dim) {
-        case 64: attend_rows<R, 4>(work, row, first, count, q); break;
-        case 128: attend_rows<R, 8>(work, row, first, count, q); break;
-        default: attend_rows<R, 0>(work, row, first, count, q);
+void attend_rows(const Work<T>& work, int64_t row, int64_t first, int64_t count, const int64_t* offsets) {
+    score<R>(work, row, count, offsets);
+    for (int r = 0; r < R; ++r) {
+        mask(work, row + r, first, count);
+        update_softmax(work, row + r);
     }
+    add<R>(work, row, count, offsets);
 }
 
 template <typename T>
-void few_rows(const Work<T>& work, float* q) {
-    for (int64_t i = 0; i < work.rows * work.dim; i += LANES) store(q + i, load(work.q + i));
+void few_rows(const Work<T>& work) {
+    int64_t offsets[KEYS];
     for (int64_t first = work.item.left; first < work.item.right; first += KEYS) {
         const int64_t count = std::min<int64_t>(KEYS, work.item.right - first);
+        work.find(first, count, offsets);
         int64_t row = 0;
-        for (; row + 4 <= work.rows; row += 4) attend_rows_of_any_size<4>(work, row, first, count, q);
+        for (; row + 4 <= work.rows; row += 4) attend_rows<4>(work, row, first, count, offsets);
         switch (work.rows - row) {
-            case 3: attend_rows_of_any_size<3>(work, row, first, count, q); break;
-            case 2: attend_rows_of_any_size<2>(work, row, first, count, q); break;
-            case 1: attend_rows_of_any_size<1>(work, row, first, count, q); break;
+            case 3: attend_rows<3>(work, row, first, count, offsets); break;
+            case 2: attend_rows<2>(work, row, first, count, offsets); break;
+            case 1: attend_rows<1>(work, row, first, count, offsets); break;
         }
     }
 }
@@ -224,6 +306,7 @@ void attend_tile(const Work<T>& work, int64_t row, int64_t first, int64_t count,
 template <typename T>
 void many_rows(const Work<T>& work, T* keys, T* values, T* weights) {
     const int64_t padded = (work.dim + PANEL - 1) / PANEL * PANEL;
+    int64_t offsets[KEYS];
     std::memset(values, 0, padded * KEYS * sizeof(T));
     for (int64_t first = work.item.left; first < work.item.right; first += KEYS) {
         const int64_t count = std::min<int64_t>(KEYS, work.item.right - first);
@@ -231,10 +314,10 @@ void many_rows(const Work<T>& work, T* keys, T* values, T* weights) {
             std::memset(keys, 0, work.dim * KEYS * sizeof(T));
             std::memset(values, 0, padded * KEYS * sizeof(T));
         }
+        work.find(first, count, offsets);
         for (int64_t i = 0; i < count; ++i) {
-            const int64_t place = work.place(first + i);
-            pack_key(work.keys + place, work.dim, keys + i / PANEL * PANEL * work.dim, i % PANEL);
-            pack_value(work.values + place, work.dim, values, i);
+            pack_key(work.keys + offsets[i], work.dim, keys + i / PANEL * PANEL * work.dim, i % PANEL);
+            pack_value(work.values + offsets[i], work.dim, values, i);
         }
         int64_t row = 0;
         for (; row + TILE_ROWS <= work.rows; row += TILE_ROWS) attend_tile<TILE_ROWS>(work, row, first, count, keys, values, weights);
@@ -247,7 +330,7 @@ template <typename T>
 void attend_item(const Step& step, const Item& item, int64_t kv_head, const T* query, int64_t ldq, const T* cache, T* output, std::vector<float>& memory) {
     const int64_t dim = step.head_dim, group = step.num_heads / step.num_kv_heads, rows = item.queries * group;
     const int64_t padded = (dim + PANEL - 1) / PANEL * PANEL;
-    const size_t need = rows * (2 * KEYS + 3 * dim + 32) + 4 * KEYS * padded + 512;
+    const size_t need = rows * (2 * KEYS + 2 * dim + 32) + 4 * KEYS * padded + 512;
     if (memory.size() < need) memory.resize(need);
     size_t used = 0;
     auto take = [&](size_t bytes) {
@@ -267,7 +350,7 @@ void attend_item(const Step& step, const Item& item, int64_t kv_head, const T* q
     }
     std::fill(work.out, work.out + rows * dim, 0.0f);
     if (rows < TILE_ROWS) {
-        few_rows(work, static_cast<float*>(take(rows * dim * 4)));
+        few_rows(work);
     } else {
         T* keys = static_cast<T*>(take(KEYS * dim * sizeof(T)));
         T* values = static_cast<T*>(take(KEYS * padded * sizeof(T)));

@@ -17,6 +17,7 @@ typedef float Floats __attribute__((vector_size(64)));             // 16 floats
 typedef int32_t Ints __attribute__((vector_size(64)));              // 16 ints
 typedef uint32_t Bits __attribute__((vector_size(64)));             // 16 words
 typedef uint16_t Halves __attribute__((vector_size(32)));           // 16 bfloat16s
+typedef uint16_t Words __attribute__((vector_size(64)));            // 32 bfloat16s
 constexpr int LANES = 16;
 
 struct bf16 {
@@ -139,6 +140,13 @@ inline Floats dot_pairs(Floats acc, Bits x, Bits w) {
     return acc + (Floats)(x & 0xffff0000u) * (Floats)(w & 0xffff0000u);
 }
 #endif
+
+// Two vectors of 32 words, a and b, as pairs (a0, b0), (a1, b1), ...
+inline void interleave(Words a, Words b, Bits (&pairs)[2]) {
+    const Words low = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    pairs[0] = (Bits)__builtin_shuffle(a, b, low);
+    pairs[1] = (Bits)__builtin_shuffle(a, b, low + 16);
+}
 
 template <int M>
 inline void tile(const bf16* a, int64_t lda, const bf16* panel, int64_t ldp, int64_t k, Floats (&c)[M][2]) {

@@ -187,7 +187,7 @@ def test_kernels_are_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_set_up_says_in_one_line_what_the_layers_run_on(tmp_path: Path) -> None:
+def test_set_up_says_in_one_line_what_the_layers_run_on() -> None:
     run = subprocess.run([sys.executable, "-m", "solutions.core.native"], capture_output=True, text=True, check=True)
     assert run.stdout.startswith("C++ kernels are ready" if HAVE_COMPILER else "No C++ kernels")
     assert run.stdout.count("\n") == 1
