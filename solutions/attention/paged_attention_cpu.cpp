@@ -394,8 +394,24 @@ void merge(const Step& step, const Merge& merge, int64_t head, T* output) {
     }
 }
 
+}  // namespace
+
+// One layer's arguments: query [T, H, D] with rows ldq apart, key and value [T, H_kv, D] with rows ldkv apart, cache [2, num_blocks,
+// block_size, H_kv, D], output [T, H, D]. D is a multiple of 16.
+extern "C" struct Attend {
+    const Step* step;
+    const void *query, *key, *value;
+    void *cache, *output;
+    int64_t ldq, ldkv;
+};
+
+namespace {
+
 template <typename T>
-void attend(const Step& step, const T* query, int64_t ldq, const T* key, const T* value, int64_t ldkv, T* cache, T* output) {
+void attend(const Attend& a) {
+    const Step& step = *a.step;
+    const T *query = static_cast<const T*>(a.query), *key = static_cast<const T*>(a.key), *value = static_cast<const T*>(a.value);
+    T *cache = static_cast<T*>(a.cache), *output = static_cast<T*>(a.output);
     const int64_t row = step.num_kv_heads * step.head_dim, size = step.num_blocks * step.block_size * row;
 #pragma omp parallel num_threads(threads())
     {
@@ -403,13 +419,13 @@ void attend(const Step& step, const T* query, int64_t ldq, const T* key, const T
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < step.num_tokens; ++t) {
             const int64_t slot = step.slot_mapping[t];
-            std::memcpy(cache + slot * row, key + t * ldkv, row * sizeof(T));
-            std::memcpy(cache + size + slot * row, value + t * ldkv, row * sizeof(T));
+            std::memcpy(cache + slot * row, key + t * a.ldkv, row * sizeof(T));
+            std::memcpy(cache + size + slot * row, value + t * a.ldkv, row * sizeof(T));
         }
         static thread_local std::vector<float> memory;
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < step.num_items * step.num_kv_heads; ++i)
-            attend_item(step, step.items[i / step.num_kv_heads], i % step.num_kv_heads, query, ldq, cache, output, memory);
+            attend_item(step, step.items[i / step.num_kv_heads], i % step.num_kv_heads, query, a.ldq, cache, output, memory);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < step.num_merges * step.num_heads; ++i)
             merge(step, step.merges[i / step.num_heads], i % step.num_heads, output);
@@ -419,12 +435,6 @@ void attend(const Step& step, const T* query, int64_t ldq, const T* key, const T
 }  // namespace
 
 extern "C" {
-// query [T, H, D] with rows ldq apart, key and value [T, H_kv, D] with rows ldkv apart, cache [2, num_blocks, block_size, H_kv, D],
-// output [T, H, D]. D is a multiple of 16.
-void attend_f32(const Step* step, const float* query, int64_t ldq, const float* key, const float* value, int64_t ldkv, float* cache, float* output) {
-    attend(*step, query, ldq, key, value, ldkv, cache, output);
-}
-void attend_bf16(const Step* step, const bf16* query, int64_t ldq, const bf16* key, const bf16* value, int64_t ldkv, bf16* cache, bf16* output) {
-    attend(*step, query, ldq, key, value, ldkv, cache, output);
-}
+void attend_f32(const Attend* a) { attend<float>(*a); }
+void attend_bf16(const Attend* a) { attend<bf16>(*a); }
 }

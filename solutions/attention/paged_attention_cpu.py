@@ -20,8 +20,6 @@ MIN_SPLIT = 256
 """Fewest keys that an item of a split context has; below, merging costs more than it gains."""
 
 _KERNELS = {torch.float32: "attend_f32", torch.bfloat16: "attend_bf16"}
-_ARGUMENTS = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-_ARGUMENTS += [ctypes.c_void_p, ctypes.c_void_p]
 
 
 class _Step(ctypes.Structure):
@@ -35,14 +33,49 @@ class _Step(ctypes.Structure):
     )
 
 
+def new_step() -> _Step:
+    """An empty step for a recording to read from."""
+    return _Step()
+
+
+class _Attend(ctypes.Structure):
+    """`Attend` of the C++ file."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("step", "query", "key", "value", "cache", "output")) + tuple(
+        (name, ctypes.c_int64) for name in ("ldq", "ldkv")
+    )
+
+
 @dataclass(slots=True)
 class Plan:
-    """A step's items, and the arrays that the C++ side points into."""
+    """A step's items, and the arrays that the C++ side points into.
+
+    Attributes:
+        address: of the structure that the kernels are to read.
+        num_partials: rows of partial results. arrays: kept from being freed.
+    """
 
     step: _Step
     address: int
     window: int | None
-    arrays: tuple[Any, ...]
+    num_partials: int
+    arrays: list[Any]
+
+    def complete(self, num_heads: int, scale: float) -> None:
+        """Add what only the layers know."""
+        step = self.step
+        if step.num_heads:
+            return
+        step.num_heads, step.scale = num_heads, scale
+        if self.num_partials:
+            partials = np.empty(self.num_partials * num_heads * (step.head_dim + 2), np.float32)
+            self.arrays.append(partials)
+            step.partials = partials.ctypes.data
+
+    def move_to(self, step: _Step) -> None:
+        """Put the structure where a recording looks for it."""
+        ctypes.memmove(ctypes.addressof(step), ctypes.addressof(self.step), ctypes.sizeof(_Step))
+        self.address = ctypes.addressof(step)
 
 
 def problem(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -65,10 +98,8 @@ class CpuBackend(AttentionBackend):
 
     def __init__(self, num_threads: int | None = None) -> None:
         self.num_threads = num_threads or torch.get_num_threads()
-        library = native.load()
-        self._kernels = {dtype: getattr(library, name) for dtype, name in _KERNELS.items()}
-        for kernel in self._kernels.values():
-            kernel.argtypes, kernel.restype = _ARGUMENTS, None
+        self._arguments = _Attend()
+        self._kernels = {dtype: native.Kernel(name, self._arguments) for dtype, name in _KERNELS.items()}
 
     def plan(self, metadata: AttentionMetadata, sliding_window: int | None) -> Plan:
         starts = metadata.query_start_loc.numpy()
@@ -81,7 +112,8 @@ class CpuBackend(AttentionBackend):
             num_merges=len(merges), num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, num_blocks=num_blocks,
             window=sliding_window or 0,
         )  # fmt: skip
-        return Plan(step, ctypes.addressof(step), sliding_window, (items, merges, num_partials, metadata.slot_mapping, tables))
+        arrays = [items, merges, metadata.slot_mapping, tables]
+        return Plan(step, ctypes.addressof(step), sliding_window, num_partials, arrays)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata,
@@ -95,19 +127,16 @@ class CpuBackend(AttentionBackend):
             query = query.contiguous()
         if key.stride() != value.stride() or key.stride(1) != step.head_dim:
             key, value = key.contiguous(), value.contiguous()
-        if not step.num_heads:  # the first layer of the step
-            step.num_heads, step.scale = query.shape[1], scale
-            num_partials = plan.arrays[2]
-            if num_partials:
-                partials = np.empty(num_partials * step.num_heads * (step.head_dim + 2), np.float32)
-                plan.arrays += (partials,)
-                step.partials = partials.ctypes.data
-        output = torch.empty(query.shape, dtype=query.dtype)
-        self._kernels[query.dtype](
-            plan.address, query.data_ptr(), query.stride(0), key.data_ptr(), value.data_ptr(), key.stride(0),
-            metadata.kv_caches[layer].data_ptr(), output.data_ptr(),
-        )  # fmt: skip
-        return output
+        tokens, heads, dim = query.shape
+        plan.complete(heads, scale)
+        output = native.result("attention", tokens, heads * dim, query.dtype)
+        arguments = self._arguments
+        arguments.step, arguments.cache = plan.address, metadata.kv_caches[layer].data_ptr()
+        arguments.query, arguments.ldq = query.data_ptr(), query.stride(0)
+        arguments.key, arguments.value, arguments.ldkv = key.data_ptr(), value.data_ptr(), key.stride(0)
+        arguments.output = output.data_ptr()
+        self._kernels[query.dtype]()
+        return output.view(query.shape)
 
 
 def cut(

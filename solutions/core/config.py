@@ -68,6 +68,7 @@ class EngineConfig:
         "auto", "naive: a loop to read; torch: batched; cpu: in C++", ("auto", "naive", "torch", "cpu")
     )
     enable_cpu_kernels: bool = _flag(True, "on a CPU: run the layers on C++ kernels with packed weights")
+    enforce_eager: bool = _flag(False, "call every kernel from Python instead of recording small steps and replaying them")
     quantization: str | None = _flag(None, "int8: weights and activations in 8 bits, on a CPU", ("int8",))
     seed: int = _flag(0, "seeds the sampling of requests that bring no seed of their own")
 

@@ -16,10 +16,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import filelock
+import torch
+from torch import Tensor
 
 from .machine import cache_root, cpu_flags
 
@@ -96,6 +100,94 @@ def load() -> ctypes.CDLL | None:
 
 why_not = ""
 """Why there are no kernels, once `load` has returned None."""
+
+
+class Kernel:
+    """A C function of one argument, a pointer to a structure that lies here.
+
+    Args:
+        name: of the function. arguments: the structure, whose fields are set before each call.
+    """
+
+    def __init__(self, name: str, arguments: ctypes.Structure) -> None:
+        self.function = getattr(load(), name)
+        self.function.argtypes, self.function.restype = [ctypes.c_void_p], None
+        self.arguments = arguments
+        self._address = ctypes.addressof(arguments)
+
+    def __call__(self) -> None:
+        self.function(self._address)
+        if (recording := _open()) is not None:
+            recording.append(self.function, self.arguments)
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (("kernel", ctypes.c_void_p), ("arguments", ctypes.c_void_p))
+
+
+class Recording:
+    """The kernels that ran while it was open, with copies of their arguments: `replay` runs them all again in one call.
+
+    What a CUDA graph is to a GPU: the same addresses are read and written again, so the inputs have to be put where they were,
+    and the results of kernels, which `result` hands out, lie in buffers that stay. One buffer serves all results of a kind and
+    width: each is valid until the next one, as in a model, where layer follows layer.
+
+    Args:
+        max_rows: of any result. buffers: may be shared by recordings that are not replayed at the same time.
+    """
+
+    def __init__(self, max_rows: int, buffers: dict[tuple[str, int, torch.dtype], Tensor]) -> None:
+        self.max_rows = max_rows
+        self.thread = threading.get_ident()
+        self._buffers = buffers
+        self._kept: list[ctypes.Structure] = []
+        self._calls: list[tuple[int, int]] = []
+        self._array: ctypes.Array | None = None
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def append(self, function: Any, arguments: ctypes.Structure) -> None:
+        """Note a call that has just been made."""
+        copy = type(arguments).from_buffer_copy(arguments)
+        self._kept.append(copy)
+        self._calls.append((ctypes.cast(function, ctypes.c_void_p).value, ctypes.addressof(copy)))
+
+    def buffer(self, kind: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """[rows, width] of a buffer that stays."""
+        key = (kind, width, dtype)
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(self.max_rows, width, dtype=dtype)
+        return self._buffers[key][:rows]
+
+    def __enter__(self) -> Recording:
+        global _recording
+        _recording = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        global _recording
+        _recording = None
+        self._array = (_Call * len(self._calls))(*self._calls)
+
+    def replay(self) -> None:
+        """Run all of it again."""
+        load().replay(self._array, ctypes.c_int64(len(self._calls)))
+
+
+_recording: Recording | None = None
+
+
+def _open() -> Recording | None:
+    """The recording that this thread has open; another engine's thread may have one of its own."""
+    return _recording if _recording is not None and _recording.thread == threading.get_ident() else None
+
+
+def result(kind: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Memory for a kernel's result, [rows, width]: fresh, or while a recording is open one of its buffers."""
+    if (recording := _open()) is not None:
+        return recording.buffer(kind, rows, width, dtype)
+    return torch.empty(rows, width, dtype=dtype)
 
 
 def main() -> None:

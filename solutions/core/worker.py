@@ -97,6 +97,8 @@ class Worker:
             cpu_kernels=cpu_kernels, quantization=config.quantization,
         )  # fmt: skip
         self.backend = make_backend(config.attention_backend, device, dtype, source.config.head_dim, cpu_kernels)
+        if cpu_kernels and not config.enforce_eager:
+            self.model.enable_replay()
         self.sampler = Sampler(source.config.vocab_size, config.seed)
         self.cache: CacheEngine | None = None
 

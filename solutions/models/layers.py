@@ -21,6 +21,7 @@ from ..attention.paged_attention import AttentionMetadata
 from ..quantization.kernels import linear_cpu
 from ..quantization.kernels.linear_cpu import PackedLinear
 from . import layers_cpu
+from .layers_cpu import NativeNorm, NativeRotation
 from .model_config import ModelConfig
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -44,6 +45,9 @@ class WeightLayer(nn.Module):
     """
 
     shard_ids: tuple[str | None, ...] = (None,)
+
+    is_native = False
+    """Whether its forward is one of the CPU's own kernels and nothing else."""
 
     def pack(self, quantization: str | None) -> None:
         """Once all weights are there: bring them into the order in which the CPU's kernels read them. By default nothing."""
@@ -70,15 +74,17 @@ class RMSNorm(WeightLayer):
         super().__init__()
         self.weight = _parameter(size)
         self.eps = eps
-        self.native = False
+        self.native: NativeNorm | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # [T, hidden] -> [T, hidden]
-        if self.native:
-            return layers_cpu.rms_norm(x, self.weight, self.eps)
+        if self.native is not None:
+            return self.native(x)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def pack(self, quantization: str | None) -> None:
-        self.native = layers_cpu.supports_norm(self.weight)
+        if layers_cpu.supports_norm(self.weight):
+            self.native = NativeNorm(self.weight, self.eps)
+            self.is_native = True
 
 
 class LayerNorm(WeightLayer):
@@ -114,6 +120,7 @@ class Linear(WeightLayer):
         if linear_cpu.supports(self.weight.dtype, self.weight.shape[1], quantization):
             self.packed = PackedLinear(self.weight, self.bias, quantization, gated)
             self.weight = nn.Parameter(self.packed.weight, requires_grad=False)
+            self.is_native = True
 
 
 class MergedLinear(Linear):
@@ -166,6 +173,7 @@ class GateUpLinear(MergedLinear):
 
     def pack(self, quantization: str | None) -> None:
         super().pack(quantization, gated=self.can_fuse)
+        self.is_native = self.is_native and self.can_fuse
 
 
 class Embedding(WeightLayer):
@@ -283,6 +291,9 @@ class CausalLM(nn.Module, abc.ABC):
         """[N, hidden] -> [N, V]: the caller picks the rows that it needs logits of."""
         ...
 
+    def enable_replay(self) -> None:
+        """Let small steps be recorded and replayed, if all their layers are native kernels. By default they are not."""
+
     @abc.abstractmethod
     def place(self, name: str, tensor: Tensor) -> tuple[str, str | None, Tensor] | None:
         """Where a checkpoint's tensor goes: (parameter, shard id, tensor in the layout used here); None: nowhere."""
@@ -298,12 +309,15 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.scale = config.head_dim**-0.5
         self.sliding_window = sliding_window
-        self.rotate_ = rotate_
+        self.dtype = torch.get_default_dtype()
+        self.is_native = False
+        self.rotate_: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor] = rotate_
 
     def pack(self, quantization: str | None) -> None:
         """Rotate with the CPU's own kernel where it can."""
-        if layers_cpu.supports_rotation(self.head_dim):
-            self.rotate_ = layers_cpu.rotate_
+        if layers_cpu.supports_rotation(self.head_dim, self.dtype):
+            self.rotate_ = NativeRotation(self.head_dim, self.dtype)
+            self.is_native = True
 
     def forward(self, qkv: Tensor, metadata: AttentionMetadata, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Attend from each token over its sequence.

@@ -43,10 +43,48 @@ void rotate(T* x, int64_t ldx, const T* cosines, const T* sines, int64_t m, int6
 
 }  // namespace
 
+// Arguments as ctypes fills them in.
+extern "C" struct Norm {
+    const void *x, *weight;
+    void* y;
+    int64_t m, n;
+    double eps;
+};
+extern "C" struct Rotation {
+    void* x;
+    const void *cosines, *sines;
+    int64_t ldx, m, heads, dim;
+};
+
+namespace {
+
+template <typename T>
+void rms_norm(const Norm& a) {
+    rms_norm(static_cast<const T*>(a.x), static_cast<const T*>(a.weight), static_cast<T*>(a.y), a.m, a.n, static_cast<float>(a.eps));
+}
+template <typename T>
+void rotate(const Rotation& a) {
+    rotate(static_cast<T*>(a.x), a.ldx, static_cast<const T*>(a.cosines), static_cast<const T*>(a.sines), a.m, a.heads, a.dim);
+}
+
+}  // namespace
+
+// One call of a kernel with its arguments, as a recording keeps it.
+extern "C" struct Call {
+    void (*kernel)(const void*);
+    const void* arguments;
+};
+
 extern "C" {
-void rms_norm_f32(const float* x, const float* w, float* y, int64_t m, int64_t n, float eps) { rms_norm(x, w, y, m, n, eps); }
-void rms_norm_bf16(const bf16* x, const bf16* w, bf16* y, int64_t m, int64_t n, float eps) { rms_norm(x, w, y, m, n, eps); }
-void rotate_f32(float* x, int64_t ldx, const float* c, const float* s, int64_t m, int64_t h, int64_t d) { rotate(x, ldx, c, s, m, h, d); }
-void rotate_bf16(bf16* x, int64_t ldx, const bf16* c, const bf16* s, int64_t m, int64_t h, int64_t d) { rotate(x, ldx, c, s, m, h, d); }
-void set_num_threads(int count) { threads() = count; }
+void rms_norm_f32(const Norm* a) { rms_norm<float>(*a); }
+void rms_norm_bf16(const Norm* a) { rms_norm<bf16>(*a); }
+void rotate_f32(const Rotation* a) { rotate<float>(*a); }
+void rotate_bf16(const Rotation* a) { rotate<bf16>(*a); }
+
+void set_num_threads(int64_t count) { threads() = static_cast<int>(count); }
+
+// Make the calls of a recording again, one after the other.
+void replay(const Call* calls, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) calls[i].kernel(calls[i].arguments);
+}
 }

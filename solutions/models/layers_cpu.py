@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,40 +10,66 @@ from torch import Tensor
 from ..core import native
 
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_LENGTH, _POINTER = ctypes.c_int64, ctypes.c_void_p
-_ARGUMENTS = {
-    "rms_norm": [_POINTER, _POINTER, _POINTER, _LENGTH, _LENGTH, ctypes.c_float],
-    "rotate": [_POINTER, _LENGTH, _POINTER, _POINTER, _LENGTH, _LENGTH, _LENGTH],
-}
 
 
-@cache
-def _kernel(name: str, dtype: torch.dtype) -> Any:
-    kernel = getattr(native.load(), f"{name}_{_NAMES[dtype]}")
-    kernel.argtypes, kernel.restype = _ARGUMENTS[name], None
-    return kernel
+class _Norm(ctypes.Structure):
+    """`Norm` of the C++ file."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "y")),
+        *((name, ctypes.c_int64) for name in ("m", "n")),
+        ("eps", ctypes.c_double),
+    )
+
+
+class _Rotation(ctypes.Structure):
+    """`Rotation` of the C++ file."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "cosines", "sines")),
+        *((name, ctypes.c_int64) for name in ("ldx", "m", "heads", "dim")),
+    )
 
 
 def supports_norm(weight: Tensor) -> bool:
-    """Whether `rms_norm` can be used with this weight."""
+    """Whether `NativeNorm` can be used with this weight."""
     return weight.dtype in _NAMES and len(weight) % 16 == 0 and native.load() is not None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension of a contiguous [T, hidden]."""
-    y = torch.empty_like(x)
-    _kernel("rms_norm", x.dtype)(x.data_ptr(), weight.data_ptr(), y.data_ptr(), len(x), x.shape[1], eps)
-    return y
+class NativeNorm:
+    """RMSNorm: ``x / sqrt(mean(x²) + eps) · weight`` over the last dimension of a contiguous [T, hidden]."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._weight = weight
+        self._arguments = _Norm(weight=weight.data_ptr(), n=len(weight), eps=eps)
+        self._kernel = native.Kernel(f"rms_norm_{_NAMES[weight.dtype]}", self._arguments)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows, width = x.shape
+        y = native.result("norm", rows, width, x.dtype)
+        arguments = self._arguments
+        arguments.x, arguments.y, arguments.m = x.data_ptr(), y.data_ptr(), rows
+        self._kernel()
+        return y
 
 
-def supports_rotation(head_dim: int) -> bool:
-    """Whether `rotate_` can be used with heads of this size."""
-    return head_dim % 32 == 0 and native.load() is not None
+def supports_rotation(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether `NativeRotation` can be used with heads of this size and type."""
+    return head_dim % 32 == 0 and dtype in _NAMES and native.load() is not None
 
 
-def rotate_(heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE in place on `heads` [T, H, D], whose heads lie behind one another; `rope` is (cos, signed sin), [T, 1, D] each."""
-    cos, signed_sin = rope
-    kernel = _kernel("rotate", heads.dtype)
-    kernel(heads.data_ptr(), heads.stride(0), cos.data_ptr(), signed_sin.data_ptr(), len(heads), heads.shape[1], heads.shape[2])
-    return heads
+class NativeRotation:
+    """RoPE in place on [T, H, D] heads that lie behind one another."""
+
+    def __init__(self, head_dim: int, dtype: torch.dtype) -> None:
+        self._arguments = _Rotation(dim=head_dim)
+        self._kernel = native.Kernel(f"rotate_{_NAMES[dtype]}", self._arguments)
+
+    def __call__(self, heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """`rope` is (cos, signed sin), contiguous [T, 1, D] each."""
+        arguments = self._arguments
+        arguments.x, arguments.ldx = heads.data_ptr(), heads.stride(0)
+        arguments.cosines, arguments.sines = rope[0].data_ptr(), rope[1].data_ptr()
+        arguments.m, arguments.heads, _ = heads.shape
+        self._kernel()
+        return heads

@@ -7,8 +7,20 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from ..attention.paged_attention import AttentionMetadata
-from .layers import Attention, CausalLM, Embedding, GatedMLP, Linear, LMHead, QKVLinear, RMSNorm, RotaryEmbedding
+from .layers import (
+    Attention,
+    CausalLM,
+    Embedding,
+    GatedMLP,
+    Linear,
+    LMHead,
+    QKVLinear,
+    RMSNorm,
+    RotaryEmbedding,
+    WeightLayer,
+)
 from .model_config import ModelConfig
+from .replay import LayerReplay
 
 MERGED_LAYERS = {
     "q_proj": ("qkv_proj", "q"),
@@ -57,10 +69,14 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
+        self.replay: LayerReplay | None = None
 
     def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
-        hidden = self.embed_tokens(input_ids)  # [T, hidden]
-        rope = self.rotary_emb(positions)
+        run_layers = self.replay or self.run_layers
+        return run_layers(self.embed_tokens(input_ids), self.rotary_emb(positions), metadata)
+
+    def run_layers(self, hidden: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:
+        """All that lies between the embedding and the head: [T, hidden] -> [T, hidden]; overwrites `hidden`."""
         for layer in self.layers:
             hidden = layer(hidden, rope, metadata)
         return self.norm(hidden)
@@ -81,6 +97,14 @@ class LlamaForCausalLM(CausalLM):
 
     def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
         return self.model(input_ids, positions, metadata)
+
+    def enable_replay(self) -> None:
+        layers = [*self.model.layers.modules(), self.model.norm]
+        if all(layer.is_native for layer in layers if isinstance(layer, WeightLayer | Attention)):
+            dtype = self.model.embed_tokens.weight.dtype
+            self.model.replay = LayerReplay(
+                self.model.run_layers, self.model.layers[0].self_attn.attn, self.config.hidden_size, dtype
+            )
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)

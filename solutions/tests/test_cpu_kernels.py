@@ -5,17 +5,21 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from solutions.batching.sequence import SamplingParams
 from solutions.core import native
+from solutions.core.engine import LLM
 from solutions.models.layers import rotate_
-from solutions.models.layers_cpu import rms_norm
-from solutions.models.layers_cpu import rotate_ as rotate_natively
+from solutions.models.layers_cpu import NativeNorm, NativeRotation
 from solutions.quantization.kernels.linear_cpu import PackedLinear, pack, quantize_channels, supports, unpack
+from solutions.tests.tiny_models import make_tiny_llama, make_tiny_mistral
 
 HAVE_COMPILER = native.compiler() is not None
 needs_kernels = pytest.mark.skipif(not HAVE_COMPILER, reason="no C++ compiler here, so there are no kernels to test")
@@ -148,7 +152,7 @@ def test_rms_norm(tokens: int, size: int, dtype: torch.dtype) -> None:
     x, weight = random(tokens, size, dtype=dtype), random(size, dtype=dtype, seed=1)
     wide = x.double()
     expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
-    assert error(rms_norm(x, weight, 1e-5), expected) < TOLERANCE[dtype]
+    assert error(NativeNorm(weight, 1e-5)(x), expected) < TOLERANCE[dtype]
 
 
 @needs_kernels
@@ -166,10 +170,65 @@ def test_rotation(tokens: int, head_dim: int, dtype: torch.dtype) -> None:
     expected = torch.cat((a * c - b * s, b * c + a * s), -1)
     portable = rotate_(qkv[:, :4].clone(), tables)
     last = qkv[:, 4].clone()
-    rotate_natively(qkv[:, :4], tables)
+    NativeRotation(head_dim, dtype)(qkv[:, :4], tables)
     assert error(qkv[:, :4].flatten(1), expected.flatten(1)) < TOLERANCE[dtype]
     assert error(portable.flatten(1), expected.flatten(1)) < TOLERANCE[dtype]
     assert torch.equal(qkv[:, 4], last)
+
+
+# Recording
+
+
+@needs_kernels
+def test_a_recording_runs_again_on_what_its_buffers_hold_now() -> None:
+    weight, norm_weight = random(32, 32), random(32, seed=1)
+    product, norm = PackedLinear(weight, None), NativeNorm(norm_weight, 1e-5)
+    x, buffers = torch.zeros(4, 32), {}
+    with native.Recording(4, buffers) as recording:
+        y = product(norm(x[:3]))
+    x.copy_(random(4, 32, seed=2))
+    recording.replay()
+    assert torch.equal(y, product(norm(x[:3])))
+    assert not torch.equal(y, torch.zeros(3, 32))
+    assert {kind for kind, _, _ in buffers} == {"linear", "norm"}
+    first, second = product(x), product(x)  # outside a recording each result has memory of its own
+    assert first.data_ptr() != second.data_ptr()
+
+
+@needs_kernels
+def test_a_recording_takes_nothing_from_another_thread() -> None:
+    product, x = PackedLinear(random(32, 32), None), random(2, 32)
+    results = []
+    with native.Recording(2, {}) as recording:
+        thread = threading.Thread(target=lambda: results.append(PackedLinear(random(32, 32, seed=5), None)(x)))
+        thread.start()
+        thread.join()
+        y = product(x)
+    assert len(recording) == 1
+    assert y.data_ptr() != results[0].data_ptr()
+
+
+@needs_kernels
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("make", [make_tiny_llama, make_tiny_mistral])
+def test_replayed_steps_are_the_same_bits(tmp_path: Path, make: Callable[..., object], quantization: str | None) -> None:
+    """Sequences that come and go make steps of every size; prefix cache, copies and preemption go on below them."""
+    make(tmp_path, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, intermediate_size=96)
+    prompts = [{"prompt_token_ids": [(7 * i + j) % 250 for j in range(1 + 5 * i)]} for i in range(9)]
+    params = [SamplingParams(temperature=0, max_tokens=3 + 4 * i, ignore_eos=True, n=1 + i % 2) for i in range(9)]
+    texts = []
+    for eager in (True, False):
+        llm = LLM(
+            str(tmp_path), dtype="float32", max_model_len=256, enforce_eager=eager, num_gpu_blocks_override=20, block_size=16,
+            quantization=quantization,
+        )  # fmt: skip
+        replay = llm.llm_engine.executor.worker.model.model.replay
+        assert (replay is None) == eager
+        outputs = [llm.generate(prompts, params, use_tqdm=False) for _ in range(2)]
+        texts.append([[one.token_ids for one in output.outputs] for run in outputs for output in run])
+        if replay is not None:
+            assert replay.num_recordings > 5
+    assert texts[0] == texts[1]
 
 
 # Building

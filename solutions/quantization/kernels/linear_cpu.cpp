@@ -102,12 +102,6 @@ void multiply(const Weights& w, const Output<Y>& out, int64_t m, int64_t n) {
     for (int64_t panel = 0; panel < (n + PANEL - 1) / PANEL; ++panel) multiply_panel(w, out, panel, m, n);
 }
 
-template <typename T>
-void linear(const T* x, int64_t ldx, const T* w, const float* bias, T* y, int64_t ldy, int64_t m, int64_t n, int64_t k, int epilogue) {
-#pragma omp parallel num_threads(threads())
-    multiply(Plain<T>{x, w, ldx, k}, Output<T>{y, ldy, bias, epilogue}, m, n);
-}
-
 // One row to bytes; returns its scale.
 template <typename T>
 float quantize(const T* x, uint8_t* bytes, int64_t k) {
@@ -125,43 +119,54 @@ float quantize(const T* x, uint8_t* bytes, int64_t k) {
     return scale;
 }
 
+}  // namespace
+
+// The arguments of a product, as ctypes fills them in: x [m, k] with rows ldx apart, w in n/32 panels, y [m, n] with rows ldy apart
+// (half of n with SILU_MUL). bias is of the padded columns, or null. scales and sums, of the padded columns too, are for int8 only.
+// k is a multiple of 2 for bfloat16, of 16 for int8.
+extern "C" struct Linear {
+    const void *x, *w;
+    const float* scales;
+    const int32_t* sums;
+    const float* bias;
+    void* y;
+    int64_t ldx, ldy, m, n, k, epilogue;
+};
+
+namespace {
+
 template <typename T>
-void linear_int8(
-    const T* x, int64_t ldx, const int8_t* w, const float* scales, const int32_t* sums, const float* bias, T* y, int64_t ldy, int64_t m,
-    int64_t n, int64_t k, int epilogue) {
+Output<T> output(const Linear& a) {
+    return {static_cast<T*>(a.y), a.ldy, a.bias, static_cast<int>(a.epilogue)};
+}
+
+template <typename T>
+void linear(const Linear& a) {
+#pragma omp parallel num_threads(threads())
+    multiply(Plain<T>{static_cast<const T*>(a.x), static_cast<const T*>(a.w), a.ldx, a.k}, output<T>(a), a.m, a.n);
+}
+
+template <typename T>
+void linear_int8(const Linear& a) {
     static thread_local std::vector<uint8_t> memory;
     static thread_local std::vector<float> row_scales;
-    memory.resize(m * k);
-    row_scales.resize(m);
+    memory.resize(a.m * a.k);
+    row_scales.resize(a.m);
     uint8_t* bytes = memory.data();
     float* of_row = row_scales.data();
 #pragma omp parallel num_threads(threads())
     {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < m; ++row) of_row[row] = quantize(x + row * ldx, bytes + row * k, k);
-        multiply(Int8{bytes, of_row, w, scales, sums, k}, Output<T>{y, ldy, bias, epilogue}, m, n);
+        for (int64_t row = 0; row < a.m; ++row) of_row[row] = quantize(static_cast<const T*>(a.x) + row * a.ldx, bytes + row * a.k, a.k);
+        multiply(Int8{bytes, of_row, static_cast<const int8_t*>(a.w), a.scales, a.sums, a.k}, output<T>(a), a.m, a.n);
     }
 }
 
 }  // namespace
 
-// x [m, k] with rows ldx apart, w packed [n/32 panels], y [m, n] with rows ldy apart (half of n with SILU_MUL). k is a multiple of 2
-// for bfloat16, of 16 for int8.
 extern "C" {
-void linear_f32(const float* x, int64_t ldx, const float* w, const float* bias, float* y, int64_t ldy, int64_t m, int64_t n, int64_t k, int e) {
-    linear(x, ldx, w, bias, y, ldy, m, n, k, e);
-}
-void linear_bf16(const bf16* x, int64_t ldx, const bf16* w, const float* bias, bf16* y, int64_t ldy, int64_t m, int64_t n, int64_t k, int e) {
-    linear(x, ldx, w, bias, y, ldy, m, n, k, e);
-}
-void linear_int8_f32(
-    const float* x, int64_t ldx, const int8_t* w, const float* scales, const int32_t* sums, const float* bias, float* y, int64_t ldy,
-    int64_t m, int64_t n, int64_t k, int e) {
-    linear_int8(x, ldx, w, scales, sums, bias, y, ldy, m, n, k, e);
-}
-void linear_int8_bf16(
-    const bf16* x, int64_t ldx, const int8_t* w, const float* scales, const int32_t* sums, const float* bias, bf16* y, int64_t ldy,
-    int64_t m, int64_t n, int64_t k, int e) {
-    linear_int8(x, ldx, w, scales, sums, bias, y, ldy, m, n, k, e);
-}
+void linear_f32(const Linear* a) { linear<float>(*a); }
+void linear_bf16(const Linear* a) { linear<bf16>(*a); }
+void linear_int8_f32(const Linear* a) { linear_int8<float>(*a); }
+void linear_int8_bf16(const Linear* a) { linear_int8<bf16>(*a); }
 }

@@ -17,8 +17,15 @@ PANEL = 32
 """Columns of a panel, as in core/native.h."""
 STORE, ADD, SILU_MUL = 0, 1, 2
 
-_LENGTH, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+class _Linear(ctypes.Structure):
+    """`Linear` of the C++ file."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "w", "scales", "sums", "bias", "y")] + [
+        (name, ctypes.c_int64) for name in ("ldx", "ldy", "m", "n", "k", "epilogue")
+    ]
 
 
 def supports(dtype: torch.dtype, in_features: int, quantization: str | None = None) -> bool:
@@ -53,12 +60,12 @@ class PackedLinear:
             self.scales, self.sums = _padded(self.scales), _padded(self.sums)
         self.weight = pack(weight if order is None else weight[order])
         self.bias = None if bias is None else _padded((bias if order is None else bias[order]).float())
-        self._kernel = getattr(native.load(), f"linear_{'int8_' if quantization else ''}{name}")
-        constants = [self.weight, *((self.scales, self.sums) if quantization else ()), self.bias]
-        self._constants = tuple(None if tensor is None else tensor.data_ptr() for tensor in constants)
-        self._kernel.argtypes = [_POINTER, _LENGTH, *[_POINTER] * len(constants), _POINTER, *[_LENGTH] * 4, ctypes.c_int]
-        self._kernel.restype = None
         self._dtype = dtype
+        self._arguments = _Linear(n=self.num_rows, k=self.num_columns, w=self.weight.data_ptr())
+        for field in ("scales", "sums", "bias"):
+            tensor = getattr(self, field)
+            setattr(self._arguments, field, None if tensor is None else tensor.data_ptr())
+        self._kernel = native.Kernel(f"linear_{'int8_' if quantization else ''}{name}", self._arguments)
 
     def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
         """``x · weightᵀ + bias``.
@@ -69,11 +76,13 @@ class PackedLinear:
         Returns:
             [T, N], or `add_to`.
         """
-        y = torch.empty(len(x), self.out_features, dtype=self._dtype) if add_to is None else add_to
-        self._kernel(
-            x.data_ptr(), x.stride(0), *self._constants, y.data_ptr(), y.stride(0), len(x), self.num_rows, self.num_columns,
-            self.epilogue if add_to is None else ADD,
-        )  # fmt: skip
+        rows = x.shape[0]
+        y = native.result("linear", rows, self.out_features, self._dtype) if add_to is None else add_to
+        arguments = self._arguments
+        arguments.x, arguments.ldx, arguments.m = x.data_ptr(), x.stride(0), rows
+        arguments.y, arguments.ldy = y.data_ptr(), y.stride(0)
+        arguments.epilogue = self.epilogue if add_to is None else ADD
+        self._kernel()
         return y
 
 
