@@ -136,6 +136,9 @@ bench-memory: $(STAMP) ## KV memory that holds tokens: paged against reserved in
 bench-overhead: $(STAMP) ## What a step costs the host besides the model, in µs a sequence
 	@$(RUN) benchmarks/overhead.py $(ARGS)
 
+bench-cpu: $(STAMP) ## The engine on a CPU on four workloads beside transformers (ARGS="--url NAME=URL" for a server)
+	@$(RUN) benchmarks/cpu.py --model $(MODEL) $(ARGS)
+
 bench-kernels: $(STAMP) ## The CPU kernels against this machine's limits and PyTorch's operators
 	@$(RUN) benchmarks/kernels.py $(ARGS)
 
@@ -144,7 +147,7 @@ clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: test-cpu-kernels bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: bench-cpu test-cpu-kernels bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"

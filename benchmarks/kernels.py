@@ -79,11 +79,10 @@ def draw(timings: list[Timing], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(argv)
-    library = native.load()
-    if library is None:
+    if native.load() is None:
         sys.exit(f"error: there are no C++ kernels here: {native.why_not}")
     torch.set_num_threads(pick_threads())
-    library.set_num_threads(torch.get_num_threads())
+    native.set_threads(torch.get_num_threads())
     torch.manual_seed(0)
     with torch.inference_mode():
         ceilings = measure_ceilings(args.repeats)

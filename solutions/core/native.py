@@ -102,6 +102,11 @@ why_not = ""
 """Why there are no kernels, once `load` has returned None."""
 
 
+def set_threads(count: int) -> None:
+    """Threads of every kernel from now on, in this process."""
+    load().set_num_threads(ctypes.c_int64(count))
+
+
 class Kernel:
     """A C function of one argument, a pointer to a structure that lies here.
 

@@ -70,7 +70,7 @@ def use_cpu_kernels(config: EngineConfig, device: torch.device, dtype: torch.dty
     wanted = config.enable_cpu_kernels and device.type == "cpu"
     library = native.load() if wanted else None
     if library is not None:
-        library.set_num_threads(torch.get_num_threads())
+        native.set_threads(torch.get_num_threads())
     elif config.quantization is not None:
         reason = native.why_not if wanted else "they run on a CPU" if config.enable_cpu_kernels else "they are switched off"
         raise ValueError(f"--quantization {config.quantization} needs the CPU kernels: {reason}")
