@@ -140,11 +140,10 @@ def show(summary: dict[str, Any]) -> None:
             rate = one["output_tokens_per_second"]
             times = [f"{one[key]['median']:.0f}" if key.startswith("ttft") else f"{one[key]['median']:.1f}"
                      for key in ("ttft_ms_median", "tpot_ms_median") if key in one]  # fmt: skip
-            cells.append(
-                f"{rate['median']:.0f} [{rate['min']:.0f}-{rate['max']:.0f}]" + (f" ({', '.join(times)})" if times else "")
-            )
+            low, high = (f"{rate[bound]:.0f}" for bound in ("min", "max"))
+            cells.append(f"{rate['median']:.0f}, {low}-{high}" + (f" ({', '.join(times)})" if times else ""))
         rows.append([name, *cells])
-    title = "Output tokens a second, median [range] (TTFT, TPOT in ms)"
+    title = "Output tokens a second, median, range (TTFT, TPOT in ms)"
     show_table(f"{title}; {torch.get_num_threads()} threads", ["", *summary], rows)
 
 

@@ -6,13 +6,12 @@ moved to host memory and back. Source: Kwon et al., PagedAttention, SOSP 2023, Â
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+from ..core.huge_pages import zeros_in_huge_pages
 
 BlockPairs = list[tuple[int, int]]
 """(source, destination) block numbers."""
@@ -119,18 +118,7 @@ class CacheEngine:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on a CPU they cost neither time nor memory until they are written.
-
-    torch.zeros would write them all, which takes seconds for gigabytes. A fresh mapping is zero already and the system provides
-    its pages on first use; huge ones, where it can, spare address translations when blocks are gathered from all over it.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux only
-        with contextlib.suppress(OSError):  # a kernel without huge pages refuses the advice, which changes only speed
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return zeros_in_huge_pages(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
 
 
 def check_blocks(blocks: Iterable[int], caches: list[Tensor]) -> None:

@@ -47,10 +47,10 @@ struct Plain {
     const T *x, *packed;
     int64_t ldx, k;
 
-    template <int M, typename Y>
+    template <int M, bool LAST, typename Y>
     void rows(int64_t panel, int64_t row, int64_t width, const Output<Y>& out) const {
         Floats c[M][2] = {};
-        tile<M>(x + row * ldx, ldx, packed + panel * k * PANEL, PANEL, k, c);
+        tile<M, LAST>(x + row * ldx, ldx, packed + panel * k * PANEL, PANEL, k, c, k * PANEL);
         out.template write<M>(c, row, panel * PANEL, width);
     }
 };
@@ -65,10 +65,10 @@ struct Int8 {
     const int32_t* column_sums;
     int64_t k;
 
-    template <int M, typename Y>
+    template <int M, bool LAST, typename Y>
     void rows(int64_t panel, int64_t row, int64_t width, const Output<Y>& out) const {
         Ints sums[M][2] = {};
-        tile<M>(x + row * k, k, packed + panel * k * PANEL, k, sums);
+        tile<M, LAST>(x + row * k, k, packed + panel * k * PANEL, k, sums, k * PANEL);
         Floats c[M][2];
         for (int h = 0; h < 2; ++h) {
             const int64_t column = panel * PANEL + h * LANES;
@@ -84,15 +84,16 @@ template <typename Weights, typename Y>
 void multiply_panel(const Weights& w, const Output<Y>& out, int64_t panel, int64_t m, int64_t n) {
     const int64_t width = std::min<int64_t>(PANEL, n - panel * PANEL);
     int64_t row = 0;
-    for (; row + TILE_ROWS <= m; row += TILE_ROWS) w.template rows<TILE_ROWS>(panel, row, width, out);
-    switch (m - row) {
-        case 7: w.template rows<7>(panel, row, width, out); break;
-        case 6: w.template rows<6>(panel, row, width, out); break;
-        case 5: w.template rows<5>(panel, row, width, out); break;
-        case 4: w.template rows<4>(panel, row, width, out); break;
-        case 3: w.template rows<3>(panel, row, width, out); break;
-        case 2: w.template rows<2>(panel, row, width, out); break;
-        case 1: w.template rows<1>(panel, row, width, out); break;
+    for (; row + TILE_ROWS < m; row += TILE_ROWS) w.template rows<TILE_ROWS, false>(panel, row, width, out);
+    switch (m - row) {  // the last rows go on to fetch the next panel
+        case 8: w.template rows<8, true>(panel, row, width, out); break;
+        case 7: w.template rows<7, true>(panel, row, width, out); break;
+        case 6: w.template rows<6, true>(panel, row, width, out); break;
+        case 5: w.template rows<5, true>(panel, row, width, out); break;
+        case 4: w.template rows<4, true>(panel, row, width, out); break;
+        case 3: w.template rows<3, true>(panel, row, width, out); break;
+        case 2: w.template rows<2, true>(panel, row, width, out); break;
+        case 1: w.template rows<1, true>(panel, row, width, out); break;
     }
 }
 

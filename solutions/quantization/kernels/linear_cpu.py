@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core import native
+from ...core.huge_pages import empty_in_huge_pages
 
 PANEL = 32
 """Columns of a panel, as in core/native.h."""
@@ -114,7 +115,8 @@ def pack(weight: Tensor) -> Tensor:
     panels = -(-rows // PANEL)
     if rows % PANEL:
         weight = torch.cat((weight, weight.new_zeros(panels * PANEL - rows, columns)))
-    return weight.view(panels, PANEL, columns // group, group).transpose(1, 2).contiguous()
+    in_order = weight.view(panels, PANEL, columns // group, group).transpose(1, 2)
+    return empty_in_huge_pages(tuple(in_order.shape), weight.dtype).copy_(in_order)
 
 
 def unpack(packed: Tensor, rows: int) -> Tensor:
