@@ -106,7 +106,7 @@ def guide_has_sections(room: Classroom, stage: Stage) -> list[str]:
     return complaints
 
 
-def test_functions(path: Path) -> list[ast.FunctionDef]:
+def functions_of_tests(path: Path) -> list[ast.FunctionDef]:
     """All tests of a file."""
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     return [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
@@ -121,7 +121,7 @@ def tests_are_explained(room: Classroom, stage: Stage) -> list[str]:
         if not path.exists():
             complaints.append(f"{name} is missing; write the tests of task {task.id}")
             continue
-        functions = test_functions(path)
+        functions = functions_of_tests(path)
         if len(functions) < TESTS_PER_TASK:
             complaints.append(f"{name} has {len(functions)} tests; a task needs {TESTS_PER_TASK}")
         for function in functions:

@@ -147,7 +147,7 @@ def test_a_typed_result_would_be_seen(text: str) -> None:
     assert not RESULT.search("set `PROMPT = 208` in section 4, for a 7B model, at second 0")
 
 
-@pytest.mark.parametrize("text", ["/home/ann/.venv/lib/x.py:21: Warning", r"C:\Users\ann", "File /work/x.py"])
+@pytest.mark.parametrize("text", ["/home/ann/.venv/lib/x.py:21: Warning", r"C:\Users\ann", "File /opt/x.py"])
 def test_a_path_would_be_seen(text: str) -> None:
     assert MACHINE_PATH.search(text)
     assert not MACHINE_PATH.search("solutions/memory/block_allocator.py, 130 tokens/s, https://example.org/work")

@@ -143,7 +143,6 @@ class Recording:
 
     def __init__(self, max_rows: int, buffers: dict[tuple[str, int, torch.dtype], Tensor]) -> None:
         self.max_rows = max_rows
-        self.thread = threading.get_ident()
         self._buffers = buffers
         self._kept: list[ctypes.Structure] = []
         self._calls: list[tuple[int, int]] = []
@@ -166,13 +165,11 @@ class Recording:
         return self._buffers[key][:rows]
 
     def __enter__(self) -> Recording:
-        global _recording
-        _recording = self
+        _of_thread.recording = self
         return self
 
     def __exit__(self, *error: object) -> None:
-        global _recording
-        _recording = None
+        _of_thread.recording = None
         self._array = (_Call * len(self._calls))(*self._calls)
 
     def replay(self) -> None:
@@ -180,12 +177,12 @@ class Recording:
         load().replay(self._array, ctypes.c_int64(len(self._calls)))
 
 
-_recording: Recording | None = None
+_of_thread = threading.local()
+"""Holds the recording that a thread has open; another engine's thread may have one of its own at the same time."""
 
 
 def _open() -> Recording | None:
-    """The recording that this thread has open; another engine's thread may have one of its own."""
-    return _recording if _recording is not None and _recording.thread == threading.get_ident() else None
+    return getattr(_of_thread, "recording", None)
 
 
 def result(kind: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -36,7 +36,8 @@ class LayerReplay:
         self._hidden = torch.empty(MAX_TOKENS, hidden_size, dtype=dtype)
         self._rope = torch.empty(2, MAX_TOKENS, 1, attention.head_dim, dtype=dtype)
         self._buffers: dict[tuple[str, int, torch.dtype], Tensor] = {}
-        self._recordings: dict[tuple[int, int], tuple[Recording, Tensor]] = {}
+        self._recordings: dict[int, tuple[Recording, Tensor]] = {}
+        self._kv_caches: list[Tensor] = []
 
     @property
     def num_recordings(self) -> int:
@@ -52,12 +53,14 @@ class LayerReplay:
             own.copy_(given)
         metadata.plan.complete(self._attention.num_heads, self._attention.scale)
         metadata.plan.move_to(self._step)
-        key = count, metadata.kv_caches[0].data_ptr()  # a new cache needs new recordings: they hold its address
-        known = self._recordings.get(key)
+        if metadata.kv_caches is not self._kv_caches:  # recordings hold the addresses of the cache that they were made with
+            self._kv_caches = metadata.kv_caches
+            self._recordings.clear()
+        known = self._recordings.get(count)
         if known is None:
             with Recording(MAX_TOKENS, self._buffers) as recording:
                 out = self._run_layers(own_hidden, own_rope, metadata)
-            self._recordings[key] = recording, out
+            self._recordings[count] = recording, out
             return out
         recording, out = known
         recording.replay()

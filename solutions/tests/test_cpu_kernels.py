@@ -196,16 +196,43 @@ def test_a_recording_runs_again_on_what_its_buffers_hold_now() -> None:
 
 
 @needs_kernels
-def test_a_recording_takes_nothing_from_another_thread() -> None:
-    product, x = PackedLinear(random(32, 32), None), random(2, 32)
-    results = []
+def test_threads_record_apart() -> None:
+    """Two engines in one process: one records while the other does, and takes nothing from it."""
+    mine, other, x = PackedLinear(random(32, 32), None), PackedLinear(random(32, 32, seed=5), None), random(2, 32)
+    recordings = []
+
+    def record_other() -> None:
+        with native.Recording(2, {}) as recording:
+            other(x)
+            other(x)
+        recordings.append(recording)
+
     with native.Recording(2, {}) as recording:
-        thread = threading.Thread(target=lambda: results.append(PackedLinear(random(32, 32, seed=5), None)(x)))
+        mine(x)
+        thread = threading.Thread(target=record_other)
         thread.start()
         thread.join()
-        y = product(x)
-    assert len(recording) == 1
-    assert y.data_ptr() != results[0].data_ptr()
+        mine(x)
+        mine(x)
+    assert len(recording) == 3
+    assert len(recordings[0]) == 2
+
+
+@needs_kernels
+def test_a_new_cache_needs_new_recordings(tmp_path: Path) -> None:
+    """Recordings hold addresses; those of a cache that is gone must not be written to."""
+    make_tiny_llama(tmp_path, hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
+    llm = LLM(str(tmp_path), dtype="float32", max_model_len=64)
+    prompt, params = {"prompt_token_ids": [1, 2, 3]}, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    first = llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids
+    engine = llm.llm_engine
+    old = engine.executor.worker.cache.kv_caches
+    before = [cache.clone() for cache in old]
+    engine.executor.create_cache(engine.limits.num_blocks, engine.config.block_size, 0)
+    engine.block_manager.prefix_cache.clear()
+    assert llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids == first
+    assert all(torch.equal(a, b) for a, b in zip(old, before, strict=True))
+    assert all(cache.abs().sum() > 0 for cache in engine.executor.worker.cache.kv_caches)
 
 
 @needs_kernels
