@@ -150,13 +150,16 @@ def make_oracle(path: Path, text_ids: list[int], count: int = NUM_PROMPTS, dtype
     return Oracle(prompts, tokens, top5, path, windowed)
 
 
-def check_setting(oracle: Oracle, setting: Setting) -> None:
+def check_setting(oracle: Oracle, setting: Setting, **flags: Any) -> None:
     """Run all prompts together under one setting and compare every token.
+
+    Args:
+        flags: further settings of the engine.
 
     Raises:
         AssertionError: a token differs, the pressure that the setting asks for did not arise, or blocks were left over.
     """
-    llm = LLM(model=str(oracle.path), **setting.flags(oracle))
+    llm = LLM(model=str(oracle.path), **setting.flags(oracle), **flags)
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": p} for p in oracle.prompts], params, use_tqdm=False)
     for index, (output, expected) in enumerate(zip(outputs, oracle.tokens, strict=True)):

@@ -57,6 +57,13 @@ def test_default_model(small_oracle: Oracle, setting: Setting):
     check_setting(small_oracle, setting)
 
 
+@pytest.mark.parametrize("setting", pairwise_grid()[::3], ids=str)
+@pytest.mark.parametrize("flags", [{"enable_cpu_kernels": False}, {"enforce_eager": True}], ids=["portable", "eager"])
+def test_default_model_without_its_fast_paths(small_oracle: Oracle, setting: Setting, flags: dict[str, bool]):
+    """On PyTorch's operators, as where there is no compiler, and with every kernel called from Python."""
+    check_setting(small_oracle, setting, **flags)
+
+
 @pytest.mark.parametrize("setting", pairwise_grid(), ids=str)
 def test_tiny_models(tiny_oracle: Oracle, setting: Setting):
     check_setting(tiny_oracle, setting)
