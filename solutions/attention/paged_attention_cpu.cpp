@@ -5,6 +5,9 @@
 // with the keys where they lie; many rows (prefill) go through the register tiles of native.h, 64 keys at a time, with the
 // softmax kept up to date on the way (online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022, §3.1).
 // A long context may be split over several items; their partial results are merged at the end (Flash-Decoding).
+//
+// Decoding is bound by memory, and a block table leads to blocks that no processor can guess: while 64 keys are computed with, the
+// next 64 are fetched, across the end of an item into the one that the thread has claimed after it.
 #include <algorithm>
 #include <limits>
 #include <vector>
@@ -55,28 +58,30 @@ struct Work {
     const Step& step;
     const Item& item;
     int64_t kv_head, group, rows, dim;
-    const T *keys, *values;  // the layer's cache, [num_blocks, block_size, H_kv, D] each
-    const T* q;              // [rows, D], gathered
+    const T *keys, *values;  // the layer's cache from this head on, [num_blocks, block_size, H_kv, D] each
+    T* q;                    // [rows, D], gathered
     float *scores, *sum, *top, *out;  // [rows, KEYS], [rows], [rows], [rows, D]
 
-    // Where `count` keys from `first` on lie in the cache: one division for all of them.
-    void find(int64_t first, int64_t count, int64_t* offsets) const {
-        const int64_t size = step.block_size, stride = step.num_kv_heads * dim;
-        const int32_t* block = step.block_tables + item.sequence * step.table_stride + first / size;
-        int64_t inside = first % size;
-        int64_t offset = ((*block * size + inside) * step.num_kv_heads + kv_head) * dim;
-        for (int64_t i = 0; i < count; ++i, offset += stride) {
-            if (inside == size) {
-                inside = 0;
-                offset = (*++block * size * step.num_kv_heads + kv_head) * dim;
-            }
-            offsets[i] = offset;
-            ++inside;
-        }
-    }
     int64_t position(int64_t row) const { return item.position + row / group; }
     int64_t first_visible(int64_t row) const { return step.window ? position(row) - step.window + 1 : 0; }
 };
+
+// Where up to KEYS keys of an item lie in the cache, from its key `first` on. The rest of `offsets` repeats the first.
+int64_t find(const Step& step, const Item& item, int64_t first, int64_t (&offsets)[KEYS]) {
+    const int64_t size = step.block_size, stride = step.num_kv_heads * step.head_dim;
+    const int64_t count = std::min<int64_t>(KEYS, item.right - first);
+    const int32_t* block = step.block_tables + item.sequence * step.table_stride + first / size;
+    int64_t inside = first % size, offset = (*block * size + inside) * stride;
+    for (int64_t i = 0; i < count; ++i, ++inside, offset += stride) {
+        if (inside == size) {
+            inside = 0;
+            offset = *++block * size * stride;
+        }
+        offsets[i] = offset;
+    }
+    std::fill(offsets + count, offsets + KEYS, offsets[0]);
+    return count;
+}
 
 // Minus infinity where row must not see a key: scores[row] holds the keys from `first` on, of which there are `count`.
 template <typename T>
@@ -111,17 +116,22 @@ void update_softmax(const Work<T>& work, int64_t row) {
     work.sum[row] += sum(total);
 }
 
-// Few rows: each key and value is read where it lies, once for R rows.
+// Few rows: each key and value is read where it lies, once for R rows. Beside each, one of the keys at `ahead` is fetched.
+template <typename T>
+inline void fetch_row(const T* row, int64_t dim) {
+    for (int64_t i = 0; i < dim; i += 64 / sizeof(T)) fetch(row + i);
+}
 
 // Scores of R rows with up to KEYS keys. D is N vectors of 16 (0: any number).
 template <int R, int N, typename T>
-void score_rows(const Work<T>& work, int64_t row, int64_t count, const int64_t* offsets) {
+void score_rows(const Work<T>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
     const int64_t dim = N ? N * LANES : work.dim;
     const T* q = work.q + row * dim;
     for (int64_t base = 0; base < count; base += LANES) {
         Floats products[R][LANES] = {};
         for (int64_t i = 0; i < std::min<int64_t>(LANES, count - base); ++i) {
             const T* key = work.keys + offsets[base + i];
+            fetch_row(work.keys + ahead[base + i], dim);
             for (int64_t j = 0; j < dim; j += LANES) {
                 const Floats k = load(key + j);
                 for (int r = 0; r < R; ++r) products[r][i] += k * load(q + r * dim + j);
@@ -133,7 +143,7 @@ void score_rows(const Work<T>& work, int64_t row, int64_t count, const int64_t* 
 
 // Add R rows' weighted values to their outputs.
 template <int R, int N, typename T>
-void add_values(const Work<T>& work, int64_t row, int64_t count, const int64_t* offsets) {
+void add_values(const Work<T>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
     const int64_t dim = N ? N * LANES : work.dim;
     const float* weights = work.scores + row * KEYS;
     float* out = work.out + row * dim;
@@ -144,6 +154,7 @@ void add_values(const Work<T>& work, int64_t row, int64_t count, const int64_t* 
             for (int j = 0; j < WIDTH; ++j) total[r][j] = load(out + r * dim + part + j * LANES);
         for (int64_t i = 0; i < count; ++i) {
             const T* value = work.values + offsets[i] + part;
+            if (part == 0) fetch_row(work.values + ahead[i], dim);
             for (int j = 0; j < WIDTH; ++j) {
                 const Floats v = load(value + j * LANES);
                 for (int r = 0; r < R; ++r) total[r][j] += v * weights[r * KEYS + i];
@@ -157,25 +168,30 @@ void add_values(const Work<T>& work, int64_t row, int64_t count, const int64_t* 
 // The same with bfloat16 dot products, which take pairs: neighbouring elements of a head for the scores, neighbouring keys for the
 // values. D is P vectors of 32.
 template <int R, int P>
-void score_pairs(const Work<bf16>& work, int64_t row, int64_t count, const int64_t* offsets) {
+void score_pairs(const Work<bf16>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
     Bits q[R][P];
     for (int r = 0; r < R; ++r)
         for (int p = 0; p < P; ++p) q[r][p] = load_as<Bits>(work.q + ((row + r) * P + p) * 2 * LANES);
     for (int64_t base = 0; base < count; base += LANES) {
-        Floats products[R][LANES] = {};
-        for (int64_t i = 0; i < std::min<int64_t>(LANES, count - base); ++i) {
+        Floats products[R][LANES];
+        const int64_t n = std::min<int64_t>(LANES, count - base);
+        for (int64_t i = 0; i < n; ++i) {
             const bf16* key = work.keys + offsets[base + i];
+            fetch_row(work.keys + ahead[base + i], P * 2 * LANES);
+            Floats sum[R] = {};
             for (int p = 0; p < P; ++p) {
                 const Bits k = load_as<Bits>(key + p * 2 * LANES);
-                for (int r = 0; r < R; ++r) products[r][i] = dot_pairs(products[r][i], q[r][p], k);
+                for (int r = 0; r < R; ++r) sum[r] = dot_pairs(sum[r], q[r][p], k);
             }
+            for (int r = 0; r < R; ++r) products[r][i] = sum[r];
         }
+        for (int r = 0; r < R; ++r) std::fill(products[r] + n, products[r] + LANES, Floats{});
         for (int r = 0; r < R; ++r) store(work.scores + (row + r) * KEYS + base, sums(products[r]) * work.step.scale);
     }
 }
 
 template <int R, int P>
-void add_value_pairs(const Work<bf16>& work, int64_t row, int64_t count, const int64_t* offsets) {
+void add_value_pairs(const Work<bf16>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
     bf16 weights[R][KEYS];
     Floats total[R][2 * P];
     float* out = work.out + row * work.dim;
@@ -186,6 +202,7 @@ void add_value_pairs(const Work<bf16>& work, int64_t row, int64_t count, const i
     for (int64_t i = 0; i < count; i += 2) {
         const bf16* even = work.values + offsets[i];
         const bf16* odd = work.values + offsets[i + 1 < count ? i + 1 : i];  // the last one alone: its partner's weight is 0
+        for (int64_t j = i; j < i + 2; ++j) fetch_row(work.values + ahead[j], P * 2 * LANES);
         for (int p = 0; p < P; ++p) {
             Bits pairs[2];
             interleave(load_as<Words>(even + p * 2 * LANES), load_as<Words>(odd + p * 2 * LANES), pairs);
@@ -201,59 +218,72 @@ void add_value_pairs(const Work<bf16>& work, int64_t row, int64_t count, const i
 }
 
 template <int R>
-void score(const Work<float>& work, int64_t row, int64_t count, const int64_t* offsets) {
-    work.dim == 64 ? score_rows<R, 4>(work, row, count, offsets) : score_rows<R, 0>(work, row, count, offsets);
+void score(const Work<float>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
+    work.dim == 64 ? score_rows<R, 4>(work, row, count, offsets, ahead) : score_rows<R, 0>(work, row, count, offsets, ahead);
 }
 template <int R>
-void add(const Work<float>& work, int64_t row, int64_t count, const int64_t* offsets) {
+void add(const Work<float>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
     switch (work.dim) {
-        case 64: add_values<R, 4>(work, row, count, offsets); break;
-        case 128: add_values<R, 8>(work, row, count, offsets); break;
-        default: add_values<R, 0>(work, row, count, offsets);
+        case 64: add_values<R, 4>(work, row, count, offsets, ahead); break;
+        case 128: add_values<R, 8>(work, row, count, offsets, ahead); break;
+        default: add_values<R, 0>(work, row, count, offsets, ahead);
     }
 }
 template <int R>
-void score(const Work<bf16>& work, int64_t row, int64_t count, const int64_t* offsets) {
+void score(const Work<bf16>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
     switch (work.dim) {
-        case 64: score_pairs<R, 2>(work, row, count, offsets); break;
-        case 96: score_pairs<R, 3>(work, row, count, offsets); break;
-        case 128: score_pairs<R, 4>(work, row, count, offsets); break;
-        default: score_rows<R, 0>(work, row, count, offsets);
+        case 64: score_pairs<R, 2>(work, row, count, offsets, ahead); break;
+        case 96: score_pairs<R, 3>(work, row, count, offsets, ahead); break;
+        case 128: score_pairs<R, 4>(work, row, count, offsets, ahead); break;
+        default: score_rows<R, 0>(work, row, count, offsets, ahead);
     }
 }
 template <int R>
-void add(const Work<bf16>& work, int64_t row, int64_t count, const int64_t* offsets) {
+void add(const Work<bf16>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
     switch (work.dim) {
-        case 64: add_value_pairs<R, 2>(work, row, count, offsets); break;
-        case 96: add_value_pairs<R, 3>(work, row, count, offsets); break;
-        case 128: add_value_pairs<R, 4>(work, row, count, offsets); break;
-        default: add_values<R, 0>(work, row, count, offsets);
+        case 64: add_value_pairs<R, 2>(work, row, count, offsets, ahead); break;
+        case 96: add_value_pairs<R, 3>(work, row, count, offsets, ahead); break;
+        case 128: add_value_pairs<R, 4>(work, row, count, offsets, ahead); break;
+        default: add_values<R, 0>(work, row, count, offsets, ahead);
     }
 }
 
 template <int R, typename T>
-void attend_rows(const Work<T>& work, int64_t row, int64_t first, int64_t count, const int64_t* offsets) {
-    score<R>(work, row, count, offsets);
+void attend_rows(const Work<T>& work, int64_t row, int64_t first, int64_t count, const int64_t* offsets, const int64_t* ahead) {
+    score<R>(work, row, count, offsets, ahead);
     for (int r = 0; r < R; ++r) {
         mask(work, row + r, first, count);
         update_softmax(work, row + r);
     }
-    add<R>(work, row, count, offsets);
+    add<R>(work, row, count, offsets, ahead);
 }
 
+// All heads of an item; `upcoming` is the item that comes after it, or null.
 template <typename T>
-void few_rows(const Work<T>& work) {
-    int64_t offsets[KEYS];
-    for (int64_t first = work.item.left; first < work.item.right; first += KEYS) {
-        const int64_t count = std::min<int64_t>(KEYS, work.item.right - first);
-        work.find(first, count, offsets);
-        int64_t row = 0;
-        for (; row + 4 <= work.rows; row += 4) attend_rows<4>(work, row, first, count, offsets);
-        switch (work.rows - row) {
-            case 3: attend_rows<3>(work, row, first, count, offsets); break;
-            case 2: attend_rows<2>(work, row, first, count, offsets); break;
-            case 1: attend_rows<1>(work, row, first, count, offsets); break;
+void few_rows(const Work<T>* heads, int64_t num_heads, const Item* upcoming) {
+    const Step& step = heads->step;
+    const Item& item = heads->item;
+    int64_t offsets[KEYS], ahead[KEYS];
+    int64_t count = find(step, item, item.left, offsets);
+    for (int64_t first = item.left; first < item.right; first += KEYS) {
+        int64_t next_count = 0;
+        if (first + KEYS < item.right)
+            next_count = find(step, item, first + KEYS, ahead);
+        else if (upcoming)
+            find(step, *upcoming, upcoming->left, ahead);
+        else
+            std::copy(offsets, offsets + KEYS, ahead);
+        for (const Work<T>* work = heads; work < heads + num_heads; ++work) {
+            int64_t row = 0;
+            for (; row + 4 <= work->rows; row += 4) attend_rows<4>(*work, row, first, count, offsets, ahead);
+            switch (work->rows - row) {
+                case 3: attend_rows<3>(*work, row, first, count, offsets, ahead); break;
+                case 2: attend_rows<2>(*work, row, first, count, offsets, ahead); break;
+                case 1: attend_rows<1>(*work, row, first, count, offsets, ahead); break;
+            }
         }
+        std::copy(ahead, ahead + KEYS, offsets);
+        count = next_count;
     }
 }
 
@@ -309,12 +339,11 @@ void many_rows(const Work<T>& work, T* keys, T* values, T* weights) {
     int64_t offsets[KEYS];
     std::memset(values, 0, padded * KEYS * sizeof(T));
     for (int64_t first = work.item.left; first < work.item.right; first += KEYS) {
-        const int64_t count = std::min<int64_t>(KEYS, work.item.right - first);
+        const int64_t count = find(work.step, work.item, first, offsets);
         if (count < KEYS) {  // a weight of zero does not silence what an unwritten slot may hold
             std::memset(keys, 0, work.dim * KEYS * sizeof(T));
             std::memset(values, 0, padded * KEYS * sizeof(T));
         }
-        work.find(first, count, offsets);
         for (int64_t i = 0; i < count; ++i) {
             pack_key(work.keys + offsets[i], work.dim, keys + i / PANEL * PANEL * work.dim, i % PANEL);
             pack_value(work.values + offsets[i], work.dim, values, i);
@@ -326,48 +355,99 @@ void many_rows(const Work<T>& work, T* keys, T* values, T* weights) {
     }
 }
 
-template <typename T>
-void attend_item(const Step& step, const Item& item, int64_t kv_head, const T* query, int64_t ldq, const T* cache, T* output, std::vector<float>& memory) {
-    const int64_t dim = step.head_dim, group = step.num_heads / step.num_kv_heads, rows = item.queries * group;
-    const int64_t padded = (dim + PANEL - 1) / PANEL * PANEL;
-    const size_t need = rows * (2 * KEYS + 2 * dim + 32) + 4 * KEYS * padded + 512;
-    if (memory.size() < need) memory.resize(need);
+// Memory of a thread, handed out in lines of the cache from the start again for each unit of work.
+struct Arena {
+    std::vector<float> memory;
     size_t used = 0;
-    auto take = [&](size_t bytes) {
+
+    void reset(size_t floats) {
+        used = 0;
+        if (memory.size() < floats) memory.resize(floats);
+    }
+    template <typename T>
+    T* take(int64_t count) {
         void* at = memory.data() + used;
-        used += (bytes + 63) / 64 * 16;
-        return at;
-    };
-    T* q = static_cast<T*>(take(rows * dim * sizeof(T)));
-    Work<T> work{step, item, kv_head, group, rows, dim, cache, cache + step.num_blocks * step.block_size * step.num_kv_heads * dim, q,
-                 static_cast<float*>(take(rows * KEYS * 4)), static_cast<float*>(take(rows * 4)), static_cast<float*>(take(rows * 4)),
-                 static_cast<float*>(take(rows * dim * 4))};
+        used += (count * sizeof(T) + 63) / 64 * 16;
+        return static_cast<T*>(at);
+    }
+};
+
+template <typename T>
+Work<T> prepare(const Step& step, const Item& item, int64_t kv_head, const T* query, int64_t ldq, const T* cache, Arena& arena) {
+    const int64_t dim = step.head_dim, group = step.num_heads / step.num_kv_heads, rows = item.queries * group;
+    const T* keys = cache + kv_head * dim;
+    Work<T> work{step, item, kv_head, group, rows, dim, keys, keys + step.num_blocks * step.block_size * step.num_kv_heads * dim,
+                 arena.take<T>(rows * dim), arena.take<float>(rows * KEYS), arena.take<float>(rows), arena.take<float>(rows),
+                 arena.take<float>(rows * dim)};
     for (int64_t r = 0; r < rows; ++r) {
-        const T* from = query + (item.row + r / group) * ldq + (kv_head * group + r % group) * dim;
-        std::memcpy(q + r * dim, from, dim * sizeof(T));
+        std::memcpy(work.q + r * dim, query + (item.row + r / group) * ldq + (kv_head * group + r % group) * dim, dim * sizeof(T));
         work.top[r] = MINUS_INFINITY;
         work.sum[r] = 0;
     }
     std::fill(work.out, work.out + rows * dim, 0.0f);
-    if (rows < TILE_ROWS) {
-        few_rows(work);
-    } else {
-        T* keys = static_cast<T*>(take(KEYS * dim * sizeof(T)));
-        T* values = static_cast<T*>(take(KEYS * padded * sizeof(T)));
-        many_rows(work, keys, values, static_cast<T*>(take(rows * KEYS * sizeof(T))));
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-        const int64_t head = kv_head * group + r % group;
-        if (item.partial < 0) {
-            T* to = output + ((item.row + r / group) * step.num_heads + head) * dim;
+    return work;
+}
+
+template <typename T>
+void finish(const Work<T>& work, T* output) {
+    const Step& step = work.step;
+    const int64_t dim = work.dim;
+    for (int64_t r = 0; r < work.rows; ++r) {
+        const int64_t head = work.kv_head * work.group + r % work.group, query = r / work.group;
+        if (work.item.partial < 0) {
+            T* to = output + ((work.item.row + query) * step.num_heads + head) * dim;
             const float factor = 1.0f / work.sum[r];
             for (int64_t i = 0; i < dim; i += LANES) store(to + i, load(work.out + r * dim + i) * factor);
         } else {
-            float* to = step.partials + ((item.partial + r / group) * step.num_heads + head) * (dim + 2);
+            float* to = step.partials + ((work.item.partial + query) * step.num_heads + head) * (dim + 2);
             to[0] = work.top[r];
             to[1] = work.sum[r];
             std::memcpy(to + 2, work.out + r * dim, dim * 4);
         }
+    }
+}
+
+// A unit of work is an item and one KV head, or all of them where an item has few rows and there are items enough for all threads.
+struct Units {
+    const Step& step;
+    int64_t group, count;
+    bool joined;
+
+    explicit Units(const Step& step) :
+        step(step), group(step.num_heads / step.num_kv_heads), count(step.num_items * step.num_kv_heads),
+        joined(step.num_items >= 4 * threads()) {}
+
+    const Item& item(int64_t unit) const { return step.items[unit / step.num_kv_heads]; }
+    int64_t kv_head(int64_t unit) const { return unit % step.num_kv_heads; }
+    bool is_few(int64_t unit) const { return item(unit).queries * group < TILE_ROWS; }
+    int64_t heads(int64_t unit) const { return joined && is_few(unit) ? step.num_kv_heads : 1; }
+    // The next unit that nobody has: the later heads of a joined item belong to its first.
+    int64_t claim(int64_t& claimed) const {
+        int64_t unit;
+        do unit = __atomic_fetch_add(&claimed, 1, __ATOMIC_RELAXED);
+        while (unit < count && heads(unit) > 1 && kv_head(unit) > 0);
+        return unit;
+    }
+};
+
+template <typename T>
+void attend_unit(const Units& units, int64_t unit, int64_t upcoming, const T* query, int64_t ldq, const T* cache, T* output, Arena& arena) {
+    const Step& step = units.step;
+    const Item& item = units.item(unit);
+    const int64_t dim = step.head_dim, heads = units.heads(unit), rows = item.queries * units.group;
+    const int64_t padded = (dim + PANEL - 1) / PANEL * PANEL;
+    arena.reset(heads * (rows * (KEYS + 2 * dim + 2) + 128) + rows * KEYS + 4 * KEYS * padded + 512);
+    if (units.is_few(unit)) {
+        static thread_local std::vector<Work<T>> works;
+        works.clear();
+        for (int64_t h = 0; h < heads; ++h) works.push_back(prepare(step, item, units.kv_head(unit) + h, query, ldq, cache, arena));
+        few_rows(works.data(), heads, upcoming < units.count ? &units.item(upcoming) : nullptr);
+        for (const Work<T>& work : works) finish(work, output);
+    } else {
+        const Work<T> work = prepare(step, item, units.kv_head(unit), query, ldq, cache, arena);
+        T *keys = arena.take<T>(KEYS * dim), *values = arena.take<T>(KEYS * padded);
+        many_rows(work, keys, values, arena.take<T>(rows * KEYS));
+        finish(work, output);
     }
 }
 
@@ -403,38 +483,44 @@ extern "C" struct Attend {
     const void *query, *key, *value;
     void *cache, *output;
     int64_t ldq, ldkv;
+    int64_t claimed;  // units of work that threads have taken
 };
 
 namespace {
 
 template <typename T>
-void attend(const Attend& a) {
+void attend(Attend& a) {
     const Step& step = *a.step;
     const T *query = static_cast<const T*>(a.query), *key = static_cast<const T*>(a.key), *value = static_cast<const T*>(a.value);
     T *cache = static_cast<T*>(a.cache), *output = static_cast<T*>(a.output);
     const int64_t row = step.num_kv_heads * step.head_dim, size = step.num_blocks * step.block_size * row;
-#pragma omp parallel num_threads(threads())
-    {
+    const Units units(step);
+    on_all_threads([&] {
         // All keys and values of the step are written before any is read: a sequence may read blocks that another one fills.
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < step.num_tokens; ++t) {
+            if (t == 0) a.claimed = 0;
             const int64_t slot = step.slot_mapping[t];
             std::memcpy(cache + slot * row, key + t * a.ldkv, row * sizeof(T));
             std::memcpy(cache + size + slot * row, value + t * a.ldkv, row * sizeof(T));
         }
-        static thread_local std::vector<float> memory;
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < step.num_items * step.num_kv_heads; ++i)
-            attend_item(step, step.items[i / step.num_kv_heads], i % step.num_kv_heads, query, a.ldq, cache, output, memory);
+        static thread_local Arena arena;
+        int64_t unit = units.claim(a.claimed);
+        while (unit < units.count) {
+            const int64_t upcoming = units.claim(a.claimed);
+            attend_unit(units, unit, upcoming, query, a.ldq, cache, output, arena);
+            unit = upcoming;
+        }
+#pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < step.num_merges * step.num_heads; ++i)
             merge(step, step.merges[i / step.num_heads], i % step.num_heads, output);
-    }
+    });
 }
 
 }  // namespace
 
 extern "C" {
-void attend_f32(const Attend* a) { attend<float>(*a); }
-void attend_bf16(const Attend* a) { attend<bf16>(*a); }
+void attend_f32(Attend* a) { attend<float>(*a); }
+void attend_bf16(Attend* a) { attend<bf16>(*a); }
 }

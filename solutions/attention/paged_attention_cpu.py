@@ -42,7 +42,7 @@ class _Attend(ctypes.Structure):
     """`Attend` of the C++ file."""
 
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("step", "query", "key", "value", "cache", "output")) + tuple(
-        (name, ctypes.c_int64) for name in ("ldq", "ldkv")
+        (name, ctypes.c_int64) for name in ("ldq", "ldkv", "claimed")
     )
 
 

@@ -7,6 +7,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include <omp.h>
+
 #if defined(__AVX512BF16__) || defined(__AVX512VNNI__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -209,6 +212,17 @@ constexpr int TILE_ROWS = 8;  // rows of a tile: 16 accumulators, which leaves r
 inline int& threads() {
     static int count = 1;
     return count;
+}
+
+// Run `body` on all threads: those of the region that is open, which a recording opens for all its kernels, else of one of its own.
+template <typename Body>
+inline void on_all_threads(const Body& body) {
+    if (omp_in_parallel()) {
+        body();
+    } else {
+#pragma omp parallel num_threads(threads())
+        body();
+    }
 }
 
 }  // namespace native
