@@ -122,17 +122,25 @@ inline Floats sums(Floats (&v)[LANES]) {
 // c[m][j] += a[m] · panel: the register tile. A panel holds 32 columns of a [K, N] matrix, interleaved so that one load gives the
 // operands of one dot product instruction: float [K][32], bfloat16 [K/2][32][2], int8 [K/4][32][4].
 //
-// With AHEAD it also fetches what lies `ahead` elements further on into the second-level cache, so that memory delivers the next
-// panel while this one is computed with.
+// With AHEAD it also fetches into the second-level cache what is needed soon, `stride` bytes a step, so that memory delivers
+// the next panel while this one is computed with.
 inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
+struct Ahead {
+    const char* next;
+    int64_t stride;
+
+    void step() {
+        fetch(next);
+        fetch(next + 64);
+        next += stride;
+    }
+};
+
 template <int M, bool AHEAD = false>
-inline void tile(const float* a, int64_t lda, const float* panel, int64_t ldp, int64_t k, Floats (&c)[M][2], int64_t ahead = 0) {
+inline void tile(const float* a, int64_t lda, const float* panel, int64_t ldp, int64_t k, Floats (&c)[M][2], Ahead ahead = {}) {
     for (int64_t i = 0; i < k; ++i, panel += ldp) {
-        if (AHEAD) {
-            fetch(panel + ahead);
-            fetch(panel + ahead + 16);
-        }
+        if (AHEAD) ahead.step();
         Floats w0 = load(panel), w1 = load(panel + LANES);
         for (int m = 0; m < M; ++m) {
             Floats x = broadcast(a[m * lda + i]);
@@ -161,12 +169,9 @@ inline void interleave(Words a, Words b, Bits (&pairs)[2]) {
 }
 
 template <int M, bool AHEAD = false>
-inline void tile(const bf16* a, int64_t lda, const bf16* panel, int64_t ldp, int64_t k, Floats (&c)[M][2], int64_t ahead = 0) {
+inline void tile(const bf16* a, int64_t lda, const bf16* panel, int64_t ldp, int64_t k, Floats (&c)[M][2], Ahead ahead = {}) {
     for (int64_t i = 0; i < k; i += 2, panel += 2 * ldp) {
-        if (AHEAD) {
-            fetch(panel + ahead);
-            fetch(panel + ahead + 32);
-        }
+        if (AHEAD) ahead.step();
         Bits w0 = load_as<Bits>(panel), w1 = load_as<Bits>(panel + 2 * LANES);
         for (int m = 0; m < M; ++m) {
             uint32_t pair;
@@ -188,12 +193,9 @@ inline Ints dot_quads(Ints acc, Ints x, Ints w) {  // x holds 4 unsigned bytes, 
 #endif
 
 template <int M, bool AHEAD = false>
-inline void tile(const uint8_t* a, int64_t lda, const int8_t* panel, int64_t k, Ints (&c)[M][2], int64_t ahead = 0) {
+inline void tile(const uint8_t* a, int64_t lda, const int8_t* panel, int64_t k, Ints (&c)[M][2], Ahead ahead = {}) {
     for (int64_t i = 0; i < k; i += 4, panel += 128) {
-        if (AHEAD) {
-            fetch(panel + ahead);
-            fetch(panel + ahead + 64);
-        }
+        if (AHEAD) ahead.step();
         Ints w0 = load_as<Ints>(panel), w1 = load_as<Ints>(panel + 64);
         for (int m = 0; m < M; ++m) {
             int32_t quad;

@@ -8,7 +8,7 @@ namespace {
 // y = x / sqrt(mean(x²) + eps) · weight, for each of m rows of n, n a multiple of 16.
 template <typename T>
 void rms_norm(const T* x, const T* weight, T* y, int64_t m, int64_t n, float eps) {
-#pragma omp parallel for schedule(static) num_threads(m > 4 ? threads() : 1)
+#pragma omp for schedule(static)
     for (int64_t row = 0; row < m; ++row) {
         const T* from = x + row * n;
         T* to = y + row * n;
@@ -27,7 +27,7 @@ void rms_norm(const T* x, const T* weight, T* y, int64_t m, int64_t n, float eps
 template <typename T>
 void rotate(T* x, int64_t ldx, const T* cosines, const T* sines, int64_t m, int64_t heads, int64_t dim) {
     const int64_t half = dim / 2;
-#pragma omp parallel for schedule(static) num_threads(m > 4 ? threads() : 1)
+#pragma omp for schedule(static)
     for (int64_t row = 0; row < m; ++row) {
         const T *c = cosines + row * dim, *s = sines + row * dim;
         for (int64_t h = 0; h < heads; ++h) {
@@ -60,19 +60,23 @@ namespace {
 
 template <typename T>
 void rms_norm(const Norm& a) {
-    rms_norm(static_cast<const T*>(a.x), static_cast<const T*>(a.weight), static_cast<T*>(a.y), a.m, a.n, static_cast<float>(a.eps));
+    on_all_threads([&] {
+        rms_norm(static_cast<const T*>(a.x), static_cast<const T*>(a.weight), static_cast<T*>(a.y), a.m, a.n, static_cast<float>(a.eps));
+    });
 }
 template <typename T>
 void rotate(const Rotation& a) {
-    rotate(static_cast<T*>(a.x), a.ldx, static_cast<const T*>(a.cosines), static_cast<const T*>(a.sines), a.m, a.heads, a.dim);
+    on_all_threads([&] {
+        rotate(static_cast<T*>(a.x), a.ldx, static_cast<const T*>(a.cosines), static_cast<const T*>(a.sines), a.m, a.heads, a.dim);
+    });
 }
 
 }  // namespace
 
 // One call of a kernel with its arguments, as a recording keeps it.
 extern "C" struct Call {
-    void (*kernel)(const void*);
-    const void* arguments;
+    void (*kernel)(void*);
+    void* arguments;
 };
 
 extern "C" {
@@ -83,8 +87,10 @@ void rotate_bf16(const Rotation* a) { rotate<bf16>(*a); }
 
 void set_num_threads(int64_t count) { threads() = static_cast<int>(count); }
 
-// Make the calls of a recording again, one after the other.
+// Make the calls of a recording again, one after the other, in one parallel region: every kernel ends with a barrier.
 void replay(const Call* calls, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) calls[i].kernel(calls[i].arguments);
+    on_all_threads([&] {
+        for (int64_t i = 0; i < count; ++i) calls[i].kernel(calls[i].arguments);
+    });
 }
 }

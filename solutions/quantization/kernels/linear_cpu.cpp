@@ -3,7 +3,6 @@
 //
 // Every row is summed in the same order whatever rows stand beside it, so a token's result does not depend on its batch.
 #include <algorithm>
-#include <vector>
 
 #include "core/native.h"
 
@@ -47,10 +46,12 @@ struct Plain {
     const T *x, *packed;
     int64_t ldx, k;
 
-    template <int M, bool LAST, typename Y>
-    void rows(int64_t panel, int64_t row, int64_t width, const Output<Y>& out) const {
+    int64_t panel_bytes() const { return k * PANEL * sizeof(T); }
+
+    template <int M, typename Y>
+    void rows(int64_t panel, int64_t row, int64_t width, const Output<Y>& out, Ahead ahead) const {
         Floats c[M][2] = {};
-        tile<M, LAST>(x + row * ldx, ldx, packed + panel * k * PANEL, PANEL, k, c, k * PANEL);
+        tile<M, true>(x + row * ldx, ldx, packed + panel * k * PANEL, PANEL, k, c, ahead);
         out.template write<M>(c, row, panel * PANEL, width);
     }
 };
@@ -65,10 +66,12 @@ struct Int8 {
     const int32_t* column_sums;
     int64_t k;
 
-    template <int M, bool LAST, typename Y>
-    void rows(int64_t panel, int64_t row, int64_t width, const Output<Y>& out) const {
+    int64_t panel_bytes() const { return k * PANEL; }
+
+    template <int M, typename Y>
+    void rows(int64_t panel, int64_t row, int64_t width, const Output<Y>& out, Ahead ahead) const {
         Ints sums[M][2] = {};
-        tile<M, LAST>(x + row * k, k, packed + panel * k * PANEL, k, sums, k * PANEL);
+        tile<M, true>(x + row * k, k, packed + panel * k * PANEL, k, sums, ahead);
         Floats c[M][2];
         for (int h = 0; h < 2; ++h) {
             const int64_t column = panel * PANEL + h * LANES;
@@ -80,20 +83,26 @@ struct Int8 {
     }
 };
 
+// One panel with all rows, in tiles as even as can be: a lone row at the end would wait for memory, not compute. Each tile fetches
+// its share of the next panel.
 template <typename Weights, typename Y>
 void multiply_panel(const Weights& w, const Output<Y>& out, int64_t panel, int64_t m, int64_t n) {
     const int64_t width = std::min<int64_t>(PANEL, n - panel * PANEL);
-    int64_t row = 0;
-    for (; row + TILE_ROWS < m; row += TILE_ROWS) w.template rows<TILE_ROWS, false>(panel, row, width, out);
-    switch (m - row) {  // the last rows go on to fetch the next panel
-        case 8: w.template rows<8, true>(panel, row, width, out); break;
-        case 7: w.template rows<7, true>(panel, row, width, out); break;
-        case 6: w.template rows<6, true>(panel, row, width, out); break;
-        case 5: w.template rows<5, true>(panel, row, width, out); break;
-        case 4: w.template rows<4, true>(panel, row, width, out); break;
-        case 3: w.template rows<3, true>(panel, row, width, out); break;
-        case 2: w.template rows<2, true>(panel, row, width, out); break;
-        case 1: w.template rows<1, true>(panel, row, width, out); break;
+    const int64_t tiles = (m + TILE_ROWS - 1) / TILE_ROWS, bytes = w.panel_bytes();
+    const char* next = reinterpret_cast<const char*>(w.packed) + (panel + 1) * bytes;
+    for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t row = m * i / tiles;
+        const Ahead ahead{next + bytes * i / tiles, 128 / tiles};
+        switch (m * (i + 1) / tiles - row) {
+            case 8: w.template rows<8>(panel, row, width, out, ahead); break;
+            case 7: w.template rows<7>(panel, row, width, out, ahead); break;
+            case 6: w.template rows<6>(panel, row, width, out, ahead); break;
+            case 5: w.template rows<5>(panel, row, width, out, ahead); break;
+            case 4: w.template rows<4>(panel, row, width, out, ahead); break;
+            case 3: w.template rows<3>(panel, row, width, out, ahead); break;
+            case 2: w.template rows<2>(panel, row, width, out, ahead); break;
+            case 1: w.template rows<1>(panel, row, width, out, ahead); break;
+        }
     }
 }
 
@@ -123,14 +132,16 @@ float quantize(const T* x, uint8_t* bytes, int64_t k) {
 }  // namespace
 
 // The arguments of a product, as ctypes fills them in: x [m, k] with rows ldx apart, w in n/32 panels, y [m, n] with rows ldy apart
-// (half of n with SILU_MUL). bias is of the padded columns, or null. scales and sums, of the padded columns too, are for int8 only.
-// k is a multiple of 2 for bfloat16, of 16 for int8.
+// (half of n with SILU_MUL). bias is of the padded columns, or null. For int8 only: scales and sums, of the padded columns too, and
+// memory for the quantized x, bytes [m, k] and row_scales [m]. k is a multiple of 2 for bfloat16, of 16 for int8.
 extern "C" struct Linear {
     const void *x, *w;
     const float* scales;
     const int32_t* sums;
     const float* bias;
     void* y;
+    uint8_t* bytes;
+    float* row_scales;
     int64_t ldx, ldy, m, n, k, epilogue;
 };
 
@@ -143,24 +154,19 @@ Output<T> output(const Linear& a) {
 
 template <typename T>
 void linear(const Linear& a) {
-#pragma omp parallel num_threads(threads())
-    multiply(Plain<T>{static_cast<const T*>(a.x), static_cast<const T*>(a.w), a.ldx, a.k}, output<T>(a), a.m, a.n);
+    const Plain<T> weights{static_cast<const T*>(a.x), static_cast<const T*>(a.w), a.ldx, a.k};
+    on_all_threads([&] { multiply(weights, output<T>(a), a.m, a.n); });
 }
 
 template <typename T>
 void linear_int8(const Linear& a) {
-    static thread_local std::vector<uint8_t> memory;
-    static thread_local std::vector<float> row_scales;
-    memory.resize(a.m * a.k);
-    row_scales.resize(a.m);
-    uint8_t* bytes = memory.data();
-    float* of_row = row_scales.data();
-#pragma omp parallel num_threads(threads())
-    {
+    const Int8 weights{a.bytes, a.row_scales, static_cast<const int8_t*>(a.w), a.scales, a.sums, a.k};
+    on_all_threads([&] {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < a.m; ++row) of_row[row] = quantize(static_cast<const T*>(a.x) + row * a.ldx, bytes + row * a.k, a.k);
-        multiply(Int8{bytes, of_row, static_cast<const int8_t*>(a.w), a.scales, a.sums, a.k}, output<T>(a), a.m, a.n);
-    }
+        for (int64_t row = 0; row < a.m; ++row)
+            a.row_scales[row] = quantize(static_cast<const T*>(a.x) + row * a.ldx, a.bytes + row * a.k, a.k);
+        multiply(weights, output<T>(a), a.m, a.n);
+    });
 }
 
 }  // namespace

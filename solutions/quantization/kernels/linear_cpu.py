@@ -24,7 +24,7 @@ _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 class _Linear(ctypes.Structure):
     """`Linear` of the C++ file."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "w", "scales", "sums", "bias", "y")] + [
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "w", "scales", "sums", "bias", "y", "bytes", "row_scales")] + [
         (name, ctypes.c_int64) for name in ("ldx", "ldy", "m", "n", "k", "epilogue")
     ]
 
@@ -83,6 +83,10 @@ class PackedLinear:
         arguments.x, arguments.ldx, arguments.m = x.data_ptr(), x.stride(0), rows
         arguments.y, arguments.ldy = y.data_ptr(), y.stride(0)
         arguments.epilogue = self.epilogue if add_to is None else ADD
+        if self.scales is not None:
+            quantized = native.result("quantized", rows, self.num_columns, torch.uint8)
+            row_scales = native.result("row_scales", rows, 1, torch.float32)
+            arguments.bytes, arguments.row_scales = quantized.data_ptr(), row_scales.data_ptr()
         self._kernel()
         return y
 
