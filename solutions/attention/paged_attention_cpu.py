@@ -151,20 +151,18 @@ def cut(
         Items [N, 7] (sequence, first query's row, queries, position, first key, end of the keys, first partial result or −1),
         merges [M, 4] (row, queries, first partial result, splits), both int32, and the number of rows of partial results.
     """
-    query_lens = np.diff(query_starts)
-    counts = -(-query_lens // PIECE)
-    seq = np.repeat(np.arange(len(query_lens)), counts)
-    nth = np.arange(len(seq)) - np.repeat(np.cumsum(counts) - counts, counts)
-    begin = query_lens[seq] * nth // counts[seq]
-    end = query_lens[seq] * (nth + 1) // counts[seq]
-    first = context_lens[seq] - query_lens[seq]  # position of the sequence's first query
-    left = np.zeros_like(begin) if sliding_window is None else np.maximum(0, first + begin - sliding_window + 1)
-    whole = np.stack([seq, query_starts[seq] + begin, end - begin, first + begin, left, first + end, np.full_like(seq, -1)], 1)
+    if query_starts[-1] == len(context_lens):  # one query each, as in nearly all steps
+        whole = np.empty((len(context_lens), 7), np.int32)
+        whole[:, 0] = whole[:, 1] = query_starts[:-1]
+        whole[:, 2], whole[:, 3], whole[:, 5], whole[:, 6] = 1, context_lens - 1, context_lens, -1
+        whole[:, 4] = 0 if sliding_window is None else np.maximum(0, context_lens - sliding_window)
+    else:
+        whole = _pieces(query_starts, context_lens, sliding_window)
     keys = whole[:, 5] - whole[:, 4]
     most = max(MIN_SPLIT, int(keys.sum()) // (4 * num_threads))
+    if keys.max() <= 2 * most:
+        return whole, np.empty((0, 4), np.int32), 0
     splits = np.where(keys > 2 * most, -(-keys // most), 1)
-    if (splits == 1).all():
-        return np.ascontiguousarray(whole, np.int32), np.empty((0, 4), np.int32), 0
     items = np.repeat(whole, splits, axis=0)
     nth = np.arange(len(items)) - np.repeat(np.cumsum(splits) - splits, splits)
     parts, size = np.repeat(splits, splits), np.repeat(keys, splits)
@@ -174,4 +172,19 @@ def cut(
     items[:, 6] = np.where(parts > 1, np.repeat(base, splits) + nth * items[:, 2], -1)
     split = splits > 1
     merges = np.stack([whole[split, 1], whole[split, 2], base[split], splits[split]], axis=1)
-    return np.ascontiguousarray(items, np.int32), np.ascontiguousarray(merges, np.int32), int(rows.sum())
+    return items, np.ascontiguousarray(merges, np.int32), int(rows.sum())
+
+
+def _pieces(query_starts: np.ndarray, context_lens: np.ndarray, sliding_window: int | None) -> np.ndarray:
+    """Items of at most `PIECE` queries, each with all keys that it sees; the largest first, so that none is left at the end."""
+    query_lens = np.diff(query_starts)
+    counts = -(-query_lens // PIECE)
+    seq = np.repeat(np.arange(len(query_lens)), counts)
+    nth = np.arange(len(seq)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begin = query_lens[seq] * nth // counts[seq]
+    end = query_lens[seq] * (nth + 1) // counts[seq]
+    first = context_lens[seq] - query_lens[seq]  # position of the sequence's first query
+    left = np.zeros_like(begin) if sliding_window is None else np.maximum(0, first + begin - sliding_window + 1)
+    items = np.stack([seq, query_starts[seq] + begin, end - begin, first + begin, left, first + end, np.full_like(seq, -1)], 1)
+    order = np.argsort(-(items[:, 2] * (items[:, 5] - items[:, 4])), kind="stable")
+    return np.ascontiguousarray(items[order], np.int32)

@@ -27,7 +27,12 @@ from torch import Tensor
 
 from .machine import cache_root, cpu_flags
 
-SOURCES = ("attention/paged_attention_cpu.cpp", "quantization/kernels/linear_cpu.cpp", "models/layers_cpu.cpp")
+SOURCES = (
+    "attention/paged_attention_cpu.cpp",
+    "quantization/kernels/linear_cpu.cpp",
+    "models/layers_cpu.cpp",
+    "core/selection_cpu.cpp",
+)
 HEADERS = ("core/native.h",)
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", "-Wall", "-Wextra")
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..batching.sequence import SamplingParams, Sequence
+from . import selection_cpu
 from .logits_processors import LogitsProcessors, to_device
 from .selection import BLOCK, Filters, argmax, draw, top
 
@@ -193,6 +194,8 @@ class Sampler:
         """[N] the most likely tokens, the first among equals, straight from the logits."""
         if logits.device.type != "cpu":
             return logits.argmax(-1)
+        if selection_cpu.supports(logits):
+            return selection_cpu.native_argmax(logits)
         # bfloat16 is copied: torch's reductions are far faster in float32, the copy included.
         ready = logits.dtype is torch.float32 and logits.shape[1] == self._width and logits.is_contiguous()
         return argmax(logits if ready else self._copy(logits))
