@@ -66,7 +66,8 @@ struct Work {
     int64_t first_visible(int64_t row) const { return step.window ? position(row) - step.window + 1 : 0; }
 };
 
-// Where up to KEYS keys of an item lie in the cache, from its key `first` on. The rest of `offsets` repeats the first.
+// Where up to KEYS keys of an item lie in the cache, from its key `first` on. The rest of `offsets` repeats the first, so that
+// loops may run past the end; what they find there is masked.
 int64_t find(const Step& step, const Item& item, int64_t first, int64_t (&offsets)[KEYS]) {
     const int64_t size = step.block_size, stride = step.num_kv_heads * step.head_dim;
     const int64_t count = std::min<int64_t>(KEYS, item.right - first);
@@ -128,16 +129,20 @@ void score_rows(const Work<T>& work, int64_t row, int64_t count, const int64_t* 
     const int64_t dim = N ? N * LANES : work.dim;
     const T* q = work.q + row * dim;
     for (int64_t base = 0; base < count; base += LANES) {
-        Floats products[R][LANES] = {};
-        for (int64_t i = 0; i < std::min<int64_t>(LANES, count - base); ++i) {
-            const T* key = work.keys + offsets[base + i];
-            fetch_row(work.keys + ahead[base + i], dim);
-            for (int64_t j = 0; j < dim; j += LANES) {
-                const Floats k = load(key + j);
-                for (int r = 0; r < R; ++r) products[r][i] += k * load(q + r * dim + j);
+        Floats fours[R][4];
+        for (int four = 0; four < 4; ++four) {
+            Floats products[R][4] = {};
+            for (int i = 0; i < 4; ++i) {
+                const T* key = work.keys + offsets[base + 4 * four + i];
+                fetch_row(work.keys + ahead[base + 4 * four + i], dim);
+                for (int64_t j = 0; j < dim; j += LANES) {
+                    const Floats k = load(key + j);
+                    for (int r = 0; r < R; ++r) products[r][i] += k * load(q + r * dim + j);
+                }
             }
+            for (int r = 0; r < R; ++r) fours[r][four] = fold4(products[r]);
         }
-        for (int r = 0; r < R; ++r) store(work.scores + (row + r) * KEYS + base, sums(products[r]) * work.step.scale);
+        for (int r = 0; r < R; ++r) store(work.scores + (row + r) * KEYS + base, sums_of_folded(fours[r]) * work.step.scale);
     }
 }
 
@@ -173,20 +178,20 @@ void score_pairs(const Work<bf16>& work, int64_t row, int64_t count, const int64
     for (int r = 0; r < R; ++r)
         for (int p = 0; p < P; ++p) q[r][p] = load_as<Bits>(work.q + ((row + r) * P + p) * 2 * LANES);
     for (int64_t base = 0; base < count; base += LANES) {
-        Floats products[R][LANES];
-        const int64_t n = std::min<int64_t>(LANES, count - base);
-        for (int64_t i = 0; i < n; ++i) {
-            const bf16* key = work.keys + offsets[base + i];
-            fetch_row(work.keys + ahead[base + i], P * 2 * LANES);
-            Floats sum[R] = {};
-            for (int p = 0; p < P; ++p) {
-                const Bits k = load_as<Bits>(key + p * 2 * LANES);
-                for (int r = 0; r < R; ++r) sum[r] = dot_pairs(sum[r], q[r][p], k);
+        Floats fours[R][4];
+        for (int four = 0; four < 4; ++four) {
+            Floats products[R][4] = {};
+            for (int i = 0; i < 4; ++i) {
+                const bf16* key = work.keys + offsets[base + 4 * four + i];
+                fetch_row(work.keys + ahead[base + 4 * four + i], P * 2 * LANES);
+                for (int p = 0; p < P; ++p) {
+                    const Bits k = load_as<Bits>(key + p * 2 * LANES);
+                    for (int r = 0; r < R; ++r) products[r][i] = dot_pairs(products[r][i], q[r][p], k);
+                }
             }
-            for (int r = 0; r < R; ++r) products[r][i] = sum[r];
+            for (int r = 0; r < R; ++r) fours[r][four] = fold4(products[r]);
         }
-        for (int r = 0; r < R; ++r) std::fill(products[r] + n, products[r] + LANES, Floats{});
-        for (int r = 0; r < R; ++r) store(work.scores + (row + r) * KEYS + base, sums(products[r]) * work.step.scale);
+        for (int r = 0; r < R; ++r) store(work.scores + (row + r) * KEYS + base, sums_of_folded(fours[r]) * work.step.scale);
     }
 }
 
@@ -197,15 +202,15 @@ void add_value_pairs(const Work<bf16>& work, int64_t row, int64_t count, const i
     float* out = work.out + row * work.dim;
     for (int r = 0; r < R; ++r) {
         for (int64_t i = 0; i < KEYS; i += LANES) store(weights[r] + i, load(work.scores + (row + r) * KEYS + i));
-        for (int j = 0; j < 2 * P; ++j) total[r][j] = load(out + r * work.dim + j * LANES);
+        for (int p = 0; p < P; ++p) spread(out + r * work.dim + p * 2 * LANES, total[r][2 * p], total[r][2 * p + 1]);
     }
     for (int64_t i = 0; i < count; i += 2) {
         const bf16* even = work.values + offsets[i];
-        const bf16* odd = work.values + offsets[i + 1 < count ? i + 1 : i];  // the last one alone: its partner's weight is 0
+        const bf16* odd = work.values + offsets[i + 1];
         for (int64_t j = i; j < i + 2; ++j) fetch_row(work.values + ahead[j], P * 2 * LANES);
         for (int p = 0; p < P; ++p) {
             Bits pairs[2];
-            interleave(load_as<Words>(even + p * 2 * LANES), load_as<Words>(odd + p * 2 * LANES), pairs);
+            interleave_quarters(load_as<Words>(even + p * 2 * LANES), load_as<Words>(odd + p * 2 * LANES), pairs);
             for (int r = 0; r < R; ++r) {
                 uint32_t both;
                 std::memcpy(&both, weights[r] + i, 4);
@@ -214,7 +219,7 @@ void add_value_pairs(const Work<bf16>& work, int64_t row, int64_t count, const i
         }
     }
     for (int r = 0; r < R; ++r)
-        for (int j = 0; j < 2 * P; ++j) store(out + r * work.dim + j * LANES, total[r][j]);
+        for (int p = 0; p < P; ++p) gather(out + r * work.dim + p * 2 * LANES, total[r][2 * p], total[r][2 * p + 1]);
 }
 
 template <int R>
@@ -288,18 +293,36 @@ void few_rows(const Work<T>* heads, int64_t num_heads, const Item* upcoming) {
 }
 
 // Panels of native.h from keys as columns ([D, keys], for the scores) and from values as rows ([keys, D], for the output).
-inline void pack_key(const float* key, int64_t dim, float* panel, int64_t column) {
-    for (int64_t d = 0; d < dim; ++d) panel[d * PANEL + column] = key[d];
+// Sixteen keys at once: they are columns of words, a float or two bfloat16s each.
+template <typename T>
+inline void pack_keys(const T* keys, const int64_t* offsets, int64_t dim, T* panel, int64_t column) {
+    constexpr int64_t WORD = 4 / sizeof(T);
+    for (int64_t d = 0; d < dim; d += LANES * WORD) {
+        Bits block[LANES] = {};
+        const int64_t words = std::min<int64_t>(LANES, (dim - d) / WORD);
+        for (int i = 0; i < LANES; ++i) std::memcpy(&block[i], keys + offsets[i] + d, words * 4);
+        transpose(block);
+        for (int64_t w = 0; w < words; ++w) store_as(panel + (d + w * WORD) * PANEL + column * WORD, block[w]);
+    }
 }
-inline void pack_key(const bf16* key, int64_t dim, bf16* panel, int64_t column) {
-    for (int64_t d = 0; d < dim; d += 2) std::memcpy(panel + d * PANEL + 2 * column, key + d, 4);
+// Two values at once, the second of weight zero after the last one.
+inline void pack_values(const float* even, const float* odd, int64_t dim, float* panels, int64_t key) {
+    for (int64_t d = 0; d < dim; d += LANES) {
+        float* to = panels + d / PANEL * KEYS * PANEL + key * PANEL + d % PANEL;
+        store(to, load(even + d));
+        store(to + PANEL, load(odd + d));
+    }
 }
-inline void pack_value(const float* value, int64_t dim, float* panels, int64_t key) {
-    for (int64_t d = 0; d < dim; ++d) panels[(d / PANEL) * KEYS * PANEL + key * PANEL + d % PANEL] = value[d];
-}
-inline void pack_value(const bf16* value, int64_t dim, bf16* panels, int64_t key) {
-    for (int64_t d = 0; d < dim; ++d)
-        panels[(d / PANEL) * KEYS * PANEL + (key / 2) * 2 * PANEL + (d % PANEL) * 2 + key % 2] = value[d];
+inline void pack_values(const bf16* even, const bf16* odd, int64_t dim, bf16* panels, int64_t key) {
+    for (int64_t d = 0; d < dim; d += PANEL, panels += KEYS * PANEL) {
+        Words a{}, b{};
+        const size_t bytes = std::min<int64_t>(PANEL, dim - d) * sizeof(bf16);
+        std::memcpy(&a, even + d, bytes);
+        std::memcpy(&b, odd + d, bytes);
+        Bits pairs[2];
+        interleave(a, b, pairs);
+        for (int h = 0; h < 2; ++h) store_as(panels + key * PANEL + h * 2 * LANES, pairs[h]);
+    }
 }
 
 template <int M, typename T>
@@ -340,14 +363,8 @@ void many_rows(const Work<T>& work, T* keys, T* values, T* weights) {
     std::memset(values, 0, padded * KEYS * sizeof(T));
     for (int64_t first = work.item.left; first < work.item.right; first += KEYS) {
         const int64_t count = find(work.step, work.item, first, offsets);
-        if (count < KEYS) {  // a weight of zero does not silence what an unwritten slot may hold
-            std::memset(keys, 0, work.dim * KEYS * sizeof(T));
-            std::memset(values, 0, padded * KEYS * sizeof(T));
-        }
-        for (int64_t i = 0; i < count; ++i) {
-            pack_key(work.keys + offsets[i], work.dim, keys + i / PANEL * PANEL * work.dim, i % PANEL);
-            pack_value(work.values + offsets[i], work.dim, values, i);
-        }
+        for (int64_t i = 0; i < KEYS; i += LANES) pack_keys(work.keys, offsets + i, work.dim, keys + i / PANEL * PANEL * work.dim, i % PANEL);
+        for (int64_t i = 0; i < KEYS; i += 2) pack_values(work.values + offsets[i], work.values + offsets[i + 1], work.dim, values, i);
         int64_t row = 0;
         for (; row + TILE_ROWS <= work.rows; row += TILE_ROWS) attend_tile<TILE_ROWS>(work, row, first, count, keys, values, weights);
         for (; row + 2 <= work.rows; row += 2) attend_tile<2>(work, row, first, count, keys, values, weights);

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.paged_attention import AttentionBackend, AttentionMetadata, make_backend
+from ..core.huge_pages import zeros_in_huge_pages
 from ..models.layers_cpu import NativeNorm
 from ..quantization.kernels.linear_cpu import PackedLinear
 
@@ -138,7 +139,7 @@ def paged_step(
         for table, q, c in zip(tables, query_lens, context_lens, strict=True)
         for p in range(c - q, c)
     ]
-    caches = [torch.randn(2, sum(needed), BLOCK_SIZE, KV_HEADS, HEAD_DIM).to(dtype) for _ in range(layers)]
+    caches = [zeros_in_huge_pages((2, sum(needed), BLOCK_SIZE, KV_HEADS, HEAD_DIM), dtype).normal_() for _ in range(layers)]
     metadata = AttentionMetadata(
         caches, torch.tensor(slots), tables, torch.tensor([0, *query_lens]).cumsum(0).int(), torch.tensor(context_lens).int(),
         max(query_lens), max(context_lens), make_backend("auto", "cpu", dtype, HEAD_DIM),

@@ -107,16 +107,37 @@ inline Floats exponential(Floats input) {
 
 inline Floats silu(Floats x) { return x / (1.0f + exponential(maximum(-x, broadcast(-87.0f)) < 80.0f ? -x : broadcast(80.0f))); }
 
-// The sums of 16 vectors' lanes, in a vector: lane i is the sum of v[i]. Each round folds pairs of vectors into one.
-inline Floats sums(Floats (&v)[LANES]) {
+// The sums of 16 vectors' lanes, in a vector: lane i is the sum of vector i. Each round folds pairs of vectors into one; fold4 makes
+// the first two rounds of four vectors, sums_of_folded the other two of four such results.
+inline Floats fold4(const Floats (&v)[4]) {
     const Ints low8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
     const Ints low4 = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
+    const Floats a = __builtin_shuffle(v[0], v[1], low8) + __builtin_shuffle(v[0], v[1], low8 + 8);
+    const Floats b = __builtin_shuffle(v[2], v[3], low8) + __builtin_shuffle(v[2], v[3], low8 + 8);
+    return __builtin_shuffle(a, b, low4) + __builtin_shuffle(a, b, low4 + 4);
+}
+inline Floats sums_of_folded(const Floats (&v)[4]) {
     const Ints low2 = {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29};
     const Ints low1 = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-    for (int i = 0; i < 8; ++i) v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], low8) + __builtin_shuffle(v[2 * i], v[2 * i + 1], low8 + 8);
-    for (int i = 0; i < 4; ++i) v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], low4) + __builtin_shuffle(v[2 * i], v[2 * i + 1], low4 + 4);
-    for (int i = 0; i < 2; ++i) v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], low2) + __builtin_shuffle(v[2 * i], v[2 * i + 1], low2 + 2);
-    return __builtin_shuffle(v[0], v[1], low1) + __builtin_shuffle(v[0], v[1], low1 + 1);
+    const Floats a = __builtin_shuffle(v[0], v[1], low2) + __builtin_shuffle(v[0], v[1], low2 + 2);
+    const Floats b = __builtin_shuffle(v[2], v[3], low2) + __builtin_shuffle(v[2], v[3], low2 + 2);
+    return __builtin_shuffle(a, b, low1) + __builtin_shuffle(a, b, low1 + 1);
+}
+
+// Rows and columns of 16 x 16 words exchanged: four rounds, each of which swaps blocks of 8, 4, 2, 1 words across the diagonal.
+inline void transpose(Bits (&v)[LANES]) {
+    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int size = 8; size; size /= 2) {
+        const Ints upper = (lane & size) != 0;           // lanes that come from the other vector, or go there
+        const Ints low = upper ? lane + 16 - size : lane;  // own lower blocks, the other's lower blocks in the gaps
+        const Ints high = upper ? lane + 16 : lane + size;
+        for (int i = 0; i < LANES; ++i) {
+            if (i & size) continue;
+            const Bits a = v[i], b = v[i + size];
+            v[i] = __builtin_shuffle(a, b, low);
+            v[i + size] = __builtin_shuffle(a, b, high);
+        }
+    }
 }
 
 // c[m][j] += a[m] · panel: the register tile. A panel holds 32 columns of a [K, N] matrix, interleaved so that one load gives the
@@ -166,6 +187,25 @@ inline void interleave(Words a, Words b, Bits (&pairs)[2]) {
     const Words low = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     pairs[0] = (Bits)__builtin_shuffle(a, b, low);
     pairs[1] = (Bits)__builtin_shuffle(a, b, low + 16);
+}
+
+// The same within each quarter of the vectors, which costs a processor less: pairs[0] has the pairs 0-3, 8-11, 16-19 and 24-27.
+inline void interleave_quarters(Words a, Words b, Bits (&pairs)[2]) {
+    const Words low = {0, 32, 1, 33, 2, 34, 3, 35, 8, 40, 9, 41, 10, 42, 11, 43, 16, 48, 17, 49, 18, 50, 19, 51, 24, 56, 25, 57, 26, 58, 27, 59};
+    pairs[0] = (Bits)__builtin_shuffle(a, b, low);
+    pairs[1] = (Bits)__builtin_shuffle(a, b, low + 4);
+}
+// 32 floats in the order of those pairs, from memory and back.
+inline void spread(const float* from, Floats& low, Floats& high) {
+    const Ints order = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
+    const Floats a = load(from), b = load(from + LANES);
+    low = __builtin_shuffle(a, b, order);
+    high = __builtin_shuffle(a, b, order + 4);
+}
+inline void gather(float* to, Floats low, Floats high) {
+    const Ints order = {0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23};
+    store(to, __builtin_shuffle(low, high, order));
+    store(to + LANES, __builtin_shuffle(low, high, order + 8));
 }
 
 template <int M, bool AHEAD = false>
