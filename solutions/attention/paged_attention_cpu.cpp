@@ -44,7 +44,7 @@ extern "C" struct Step {
     const Item* items;
     const Merge* merges;
     float* partials;  // for each partial row and head: maximum, sum, D accumulated values
-    int64_t num_tokens, table_stride, num_items, num_merges;
+    int64_t table_stride, num_items, num_merges;
     int64_t num_heads, num_kv_heads, head_dim, block_size, num_blocks;
     int64_t window;  // 0: none
     float scale;
@@ -493,9 +493,10 @@ void merge(const Step& step, const Merge& merge, int64_t head, T* output) {
 
 }  // namespace
 
-// One layer's arguments: query [T, H, D] with rows ldq apart, key and value [T, H_kv, D] with rows ldkv apart, cache [2, num_blocks,
-// block_size, H_kv, D], output [T, H, D]. D is a multiple of 16.
+// One layer's arguments: query [m, H, D] with rows ldq apart, key and value [m, H_kv, D] with rows ldkv apart, cache [2, num_blocks,
+// block_size, H_kv, D], output [m, H, D]. D is a multiple of 16.
 extern "C" struct Attend {
+    int64_t m;
     const Step* step;
     const void *query, *key, *value;
     void *cache, *output;
@@ -515,7 +516,7 @@ void attend(Attend& a) {
     on_all_threads([&] {
         // All keys and values of the step are written before any is read: a sequence may read blocks that another one fills.
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < step.num_tokens; ++t) {
+        for (int64_t t = 0; t < a.m; ++t) {
             if (t == 0) a.claimed = 0;
             const int64_t slot = step.slot_mapping[t];
             std::memcpy(cache + slot * row, key + t * a.ldkv, row * sizeof(T));

@@ -27,7 +27,7 @@ class _Step(ctypes.Structure):
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("slot_mapping", "block_tables", "items", "merges", "partials")]
-        + [(name, ctypes.c_int64) for name in ("num_tokens", "table_stride", "num_items", "num_merges")]
+        + [(name, ctypes.c_int64) for name in ("table_stride", "num_items", "num_merges")]
         + [(name, ctypes.c_int64) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "num_blocks", "window")]
         + [("scale", ctypes.c_float)]
     )
@@ -38,7 +38,7 @@ def new_step() -> _Step:
     return _Step()
 
 
-class _Attend(ctypes.Structure):
+class _Attend(native.Arguments):
     """`Attend` of the C++ file."""
 
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("step", "query", "key", "value", "cache", "output")) + tuple(
@@ -108,7 +108,7 @@ class CpuBackend(AttentionBackend):
         tables = metadata.block_tables
         step = _Step(
             slot_mapping=metadata.slot_mapping.data_ptr(), block_tables=tables.data_ptr(), items=items.ctypes.data,
-            merges=merges.ctypes.data, num_tokens=int(starts[-1]), table_stride=tables.stride(0), num_items=len(items),
+            merges=merges.ctypes.data, table_stride=tables.stride(0), num_items=len(items),
             num_merges=len(merges), num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, num_blocks=num_blocks,
             window=sliding_window or 0,
         )  # fmt: skip
@@ -131,6 +131,7 @@ class CpuBackend(AttentionBackend):
         plan.complete(heads, scale)
         output = native.result("attention", tokens, heads * dim, query.dtype)
         arguments = self._arguments
+        arguments.rows = tokens
         arguments.step, arguments.cache = plan.address, metadata.kv_caches[layer].data_ptr()
         arguments.query, arguments.ldq = query.data_ptr(), query.stride(0)
         arguments.key, arguments.value, arguments.ldkv = key.data_ptr(), value.data_ptr(), key.stride(0)

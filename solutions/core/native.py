@@ -112,6 +112,16 @@ def set_threads(count: int) -> None:
     load().set_num_threads(ctypes.c_int64(count))
 
 
+class Arguments(ctypes.Structure):
+    """What a kernel's structure begins with.
+
+    Attributes:
+        rows: of all that it reads and writes; a recording changes it when it is replayed.
+    """
+
+    _fields_ = (("rows", ctypes.c_int64),)
+
+
 class Kernel:
     """A C function of one argument, a pointer to a structure that lies here.
 
@@ -119,7 +129,7 @@ class Kernel:
         name: of the function. arguments: the structure, whose fields are set before each call.
     """
 
-    def __init__(self, name: str, arguments: ctypes.Structure) -> None:
+    def __init__(self, name: str, arguments: Arguments) -> None:
         self.function = getattr(load(), name)
         self.function.argtypes, self.function.restype = [ctypes.c_void_p], None
         self.arguments = arguments
@@ -140,30 +150,31 @@ class Recording:
 
     What a CUDA graph is to a GPU: the same addresses are read and written again, so the inputs have to be put where they were,
     and the results of kernels, which `result` hands out, lie in buffers that stay. One buffer serves all results of a kind and
-    width: each is valid until the next one, as in a model, where layer follows layer.
+    width: each is valid until the next one, as in a model, where layer follows layer. Unlike a CUDA graph it can be replayed
+    with another number of rows.
 
     Args:
-        max_rows: of any result. buffers: may be shared by recordings that are not replayed at the same time.
+        max_rows: most rows that it will be replayed with.
     """
 
-    def __init__(self, max_rows: int, buffers: dict[tuple[str, int, torch.dtype], Tensor]) -> None:
+    def __init__(self, max_rows: int) -> None:
         self.max_rows = max_rows
-        self._buffers = buffers
-        self._kept: list[ctypes.Structure] = []
+        self._buffers: dict[tuple[str, int, torch.dtype], Tensor] = {}
+        self._kept: list[Arguments] = []
         self._calls: list[tuple[int, int]] = []
         self._array: ctypes.Array | None = None
 
     def __len__(self) -> int:
         return len(self._calls)
 
-    def append(self, function: Any, arguments: ctypes.Structure) -> None:
+    def append(self, function: Any, arguments: Arguments) -> None:
         """Note a call that has just been made."""
         copy = type(arguments).from_buffer_copy(arguments)
         self._kept.append(copy)
         self._calls.append((ctypes.cast(function, ctypes.c_void_p).value, ctypes.addressof(copy)))
 
     def buffer(self, kind: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        """[rows, width] of a buffer that stays."""
+        """[rows, width] at the start of a buffer that stays."""
         key = (kind, width, dtype)
         if key not in self._buffers:
             self._buffers[key] = torch.empty(self.max_rows, width, dtype=dtype)
@@ -177,9 +188,9 @@ class Recording:
         _of_thread.recording = None
         self._array = (_Call * len(self._calls))(*self._calls)
 
-    def replay(self) -> None:
-        """Run all of it again."""
-        load().replay(self._array, ctypes.c_int64(len(self._calls)))
+    def replay(self, rows: int) -> None:
+        """Run all of it again, with so many rows."""
+        load().replay(self._array, ctypes.c_int64(len(self._calls)), ctypes.c_int64(rows))
 
 
 _of_thread = threading.local()

@@ -56,9 +56,10 @@ int64_t argmax(const T* x, int64_t n) {
 
 // Arguments as ctypes fills them in: x [m, n] with rows ldx apart, n at least 1 and below 2^31; y [m].
 extern "C" struct Argmax {
+    int64_t m;
     const void* x;
     int64_t* y;
-    int64_t ldx, m, n;
+    int64_t ldx, n;
 };
 
 namespace {

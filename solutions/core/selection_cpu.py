@@ -12,10 +12,10 @@ from . import native
 _NAMES = {torch.float32: "argmax_f32", torch.bfloat16: "argmax_bf16"}
 
 
-class _Argmax(ctypes.Structure):
+class _Argmax(native.Arguments):
     """`Argmax` of the C++ file."""
 
-    _fields_ = (("x", ctypes.c_void_p), ("y", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("ldx", "m", "n")))
+    _fields_ = (("x", ctypes.c_void_p), ("y", ctypes.c_void_p), ("ldx", ctypes.c_int64), ("n", ctypes.c_int64))
 
 
 def supports(x: Tensor) -> bool:
@@ -26,6 +26,6 @@ def supports(x: Tensor) -> bool:
 def native_argmax(x: Tensor) -> Tensor:
     """[R] index of the largest of each row [R, W], the first among equals; NaN counts as the largest, as in torch.argmax."""
     y = torch.empty(len(x), dtype=torch.int64)
-    arguments = _Argmax(x=x.data_ptr(), y=y.data_ptr(), ldx=x.stride(0), m=x.shape[0], n=x.shape[1])
+    arguments = _Argmax(rows=len(x), x=x.data_ptr(), y=y.data_ptr(), ldx=x.stride(0), n=x.shape[1])
     native.Kernel(_NAMES[x.dtype], arguments)()
     return y

@@ -45,15 +45,17 @@ void rotate(T* x, int64_t ldx, const T* cosines, const T* sines, int64_t m, int6
 
 // Arguments as ctypes fills them in.
 extern "C" struct Norm {
+    int64_t m;
     const void *x, *weight;
     void* y;
-    int64_t m, n;
+    int64_t n;
     double eps;
 };
 extern "C" struct Rotation {
+    int64_t m;
     void* x;
     const void *cosines, *sines;
-    int64_t ldx, m, heads, dim;
+    int64_t ldx, heads, dim;
 };
 
 namespace {
@@ -73,10 +75,10 @@ void rotate(const Rotation& a) {
 
 }  // namespace
 
-// One call of a kernel with its arguments, as a recording keeps it.
+// One call of a kernel with its arguments, as a recording keeps it. Arguments begin with the number of rows, m.
 extern "C" struct Call {
     void (*kernel)(void*);
-    void* arguments;
+    int64_t* arguments;
 };
 
 extern "C" {
@@ -87,8 +89,9 @@ void rotate_bf16(const Rotation* a) { rotate<bf16>(*a); }
 
 void set_num_threads(int64_t count) { threads() = static_cast<int>(count); }
 
-// Make the calls of a recording again, one after the other, in one parallel region: every kernel ends with a barrier.
-void replay(const Call* calls, int64_t count) {
+// Make the calls of a recording again with m rows, one after the other, in one parallel region: every kernel ends with a barrier.
+void replay(const Call* calls, int64_t count, int64_t m) {
+    for (int64_t i = 0; i < count; ++i) *calls[i].arguments = m;
     on_all_threads([&] {
         for (int64_t i = 0; i < count; ++i) calls[i].kernel(calls[i].arguments);
     });

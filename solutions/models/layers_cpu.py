@@ -12,22 +12,22 @@ from ..core import native
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
-class _Norm(ctypes.Structure):
+class _Norm(native.Arguments):
     """`Norm` of the C++ file."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "weight", "y")),
-        *((name, ctypes.c_int64) for name in ("m", "n")),
+        ("n", ctypes.c_int64),
         ("eps", ctypes.c_double),
     )
 
 
-class _Rotation(ctypes.Structure):
+class _Rotation(native.Arguments):
     """`Rotation` of the C++ file."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "cosines", "sines")),
-        *((name, ctypes.c_int64) for name in ("ldx", "m", "heads", "dim")),
+        *((name, ctypes.c_int64) for name in ("ldx", "heads", "dim")),
     )
 
 
@@ -48,7 +48,7 @@ class NativeNorm:
         rows, width = x.shape
         y = native.result("norm", rows, width, x.dtype)
         arguments = self._arguments
-        arguments.x, arguments.y, arguments.m = x.data_ptr(), y.data_ptr(), rows
+        arguments.x, arguments.y, arguments.rows = x.data_ptr(), y.data_ptr(), rows
         self._kernel()
         return y
 
@@ -70,6 +70,6 @@ class NativeRotation:
         arguments = self._arguments
         arguments.x, arguments.ldx = heads.data_ptr(), heads.stride(0)
         arguments.cosines, arguments.sines = rope[0].data_ptr(), rope[1].data_ptr()
-        arguments.m, arguments.heads, _ = heads.shape
+        arguments.rows, arguments.heads, _ = heads.shape
         self._kernel()
         return heads

@@ -1,8 +1,9 @@
-"""A decode step's layers without Python: recorded once for each batch size, then run again by one call.
+"""A step's layers without Python: recorded once, then run again by one call.
 
 On a small model a step is some hundred kernels of a few microseconds each, and calling them from Python takes nearly as long as
-running them. The kernels of a step depend only on its number of tokens; where it reads and what the batch holds stands in
-buffers that are filled anew. It is what CUDA graphs do on a GPU; ``--enforce-eager`` switches it off.
+running them. From step to step only the number of tokens changes; where it reads and what the batch holds stands in buffers that
+are filled anew, which also spares the memory of all results in between. It is what CUDA graphs do on a GPU; ``--enforce-eager``
+switches it off.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from ..attention.paged_attention_cpu import Plan, new_step
 from ..core.native import Recording
 from .layers import Attention
 
-MAX_TOKENS = 64
-"""Largest step that is recorded: with more, the kernels take far longer than Python does."""
+MIN_ROWS = 64
+"""Fewest tokens that a recording has room for; one that needs more is made anew, with room for the next power of two."""
 
 
 class LayerReplay:
@@ -27,41 +28,51 @@ class LayerReplay:
     Args:
         run_layers: takes hidden states [T, hidden], (cos, signed sin) [T, 1, D] and the step's metadata; returns [T, hidden].
         attention: any of the layers' attention, for the sizes that all share.
+
+    Attributes:
+        num_recordings: made so far.
     """
 
     def __init__(self, run_layers: Callable[..., Tensor], attention: Attention, hidden_size: int, dtype: torch.dtype) -> None:
         self._run_layers = run_layers
         self._attention = attention
         self._step = new_step()
-        self._hidden = torch.empty(MAX_TOKENS, hidden_size, dtype=dtype)
-        self._rope = torch.empty(2, MAX_TOKENS, 1, attention.head_dim, dtype=dtype)
-        self._buffers: dict[tuple[str, int, torch.dtype], Tensor] = {}
-        self._recordings: dict[int, tuple[Recording, Tensor]] = {}
+        self._hidden = torch.empty(0, hidden_size, dtype=dtype)
+        self._rope = torch.empty(2, 0, 1, attention.head_dim, dtype=dtype)
+        self._out = self._hidden
+        self._recording: Recording | None = None
         self._kv_caches: list[Tensor] = []
-
-    @property
-    def num_recordings(self) -> int:
-        return len(self._recordings)
+        self.num_recordings = 0
 
     def __call__(self, hidden: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:
-        count = len(hidden)
-        if count > MAX_TOKENS or not isinstance(metadata.plan, Plan):
+        if not isinstance(metadata.plan, Plan):
             return self._run_layers(hidden, rope, metadata)
-        own_hidden, own_rope = self._hidden[:count], (self._rope[0, :count], self._rope[1, :count])
-        own_hidden.copy_(hidden)
-        for own, given in zip(own_rope, rope, strict=True):
-            own.copy_(given)
+        count = len(hidden)
+        is_short = self._recording is None or count > self._recording.max_rows
+        record = is_short or metadata.kv_caches is not self._kv_caches  # it holds the addresses of the cache that it was made with
+        if is_short:
+            self._make_room(count)
+        self._hidden[:count] = hidden
+        self._rope[0, :count], self._rope[1, :count] = rope
         metadata.plan.complete(self._attention.num_heads, self._attention.scale)
         metadata.plan.move_to(self._step)
-        if metadata.kv_caches is not self._kv_caches:  # recordings hold the addresses of the cache that they were made with
-            self._kv_caches = metadata.kv_caches
-            self._recordings.clear()
-        known = self._recordings.get(count)
-        if known is None:
-            with Recording(MAX_TOKENS, self._buffers) as recording:
-                out = self._run_layers(own_hidden, own_rope, metadata)
-            self._recordings[count] = recording, out
-            return out
-        recording, out = known
-        recording.replay()
-        return out
+        if record:
+            self._record(count, metadata)
+        else:
+            self._recording.replay(count)
+        return self._out[:count]
+
+    def _make_room(self, count: int) -> None:
+        rows = max(MIN_ROWS, 1 << (count - 1).bit_length())
+        self._hidden = self._hidden.new_empty(rows, self._hidden.shape[1])
+        self._rope = self._rope.new_empty(2, rows, *self._rope.shape[2:])
+
+    def _record(self, count: int, metadata: AttentionMetadata) -> None:
+        """Run a step and note what it does."""
+        rope = self._rope[0, :count], self._rope[1, :count]
+        self._kv_caches = metadata.kv_caches
+        with Recording(len(self._hidden)) as recording:
+            out = self._run_layers(self._hidden[:count], rope, metadata)
+        self._out = out.as_strided((len(self._hidden), out.shape[1]), out.stride())  # the buffer that it is the start of
+        self._recording = recording
+        self.num_recordings += 1

@@ -183,14 +183,19 @@ def test_rotation(tokens: int, head_dim: int, dtype: torch.dtype) -> None:
 def test_a_recording_runs_again_on_what_its_buffers_hold_now() -> None:
     weight, norm_weight = random(32, 32), random(32, seed=1)
     product, norm = PackedLinear(weight, None), NativeNorm(norm_weight, 1e-5)
-    x, buffers = torch.zeros(4, 32), {}
-    with native.Recording(4, buffers) as recording:
+    x = torch.zeros(4, 32)
+    with native.Recording(4) as recording:
         y = product(norm(x[:3]))
     x.copy_(random(4, 32, seed=2))
-    recording.replay()
+    recording.replay(3)
     assert torch.equal(y, product(norm(x[:3])))
     assert not torch.equal(y, torch.zeros(3, 32))
-    assert {kind for kind, _, _ in buffers} == {"linear", "norm"}
+    for rows in (4, 1):
+        x.copy_(random(4, 32, seed=2 + rows))
+        recording.replay(rows)
+        result = recording.buffer("linear", 4, 32, torch.float32)
+        assert result.data_ptr() == y.data_ptr()
+        assert torch.equal(result[:rows], product(norm(x[:rows])))
     first, second = product(x), product(x)  # outside a recording each result has memory of its own
     assert first.data_ptr() != second.data_ptr()
 
@@ -202,12 +207,12 @@ def test_threads_record_apart() -> None:
     recordings = []
 
     def record_other() -> None:
-        with native.Recording(2, {}) as recording:
+        with native.Recording(2) as recording:
             other(x)
             other(x)
         recordings.append(recording)
 
-    with native.Recording(2, {}) as recording:
+    with native.Recording(2) as recording:
         mine(x)
         thread = threading.Thread(target=record_other)
         thread.start()
@@ -254,7 +259,7 @@ def test_replayed_steps_are_the_same_bits(tmp_path: Path, make: Callable[..., ob
         outputs = [llm.generate(prompts, params, use_tqdm=False) for _ in range(2)]
         texts.append([[one.token_ids for one in output.outputs] for run in outputs for output in run])
         if replay is not None:
-            assert replay.num_recordings > 5
+            assert replay.num_recordings == 1  # steps of all sizes
     assert texts[0] == texts[1]
 
 

@@ -135,6 +135,7 @@ float quantize(const T* x, uint8_t* bytes, int64_t k) {
 // (half of n with SILU_MUL). bias is of the padded columns, or null. For int8 only: scales and sums, of the padded columns too, and
 // memory for the quantized x, bytes [m, k] and row_scales [m]. k is a multiple of 2 for bfloat16, of 16 for int8.
 extern "C" struct Linear {
+    int64_t m;
     const void *x, *w;
     const float* scales;
     const int32_t* sums;
@@ -142,7 +143,7 @@ extern "C" struct Linear {
     void* y;
     uint8_t* bytes;
     float* row_scales;
-    int64_t ldx, ldy, m, n, k, epilogue;
+    int64_t ldx, ldy, n, k, epilogue;
 };
 
 namespace {

@@ -21,11 +21,11 @@ STORE, ADD, SILU_MUL = 0, 1, 2
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
-class _Linear(ctypes.Structure):
+class _Linear(native.Arguments):
     """`Linear` of the C++ file."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("x", "w", "scales", "sums", "bias", "y", "bytes", "row_scales")] + [
-        (name, ctypes.c_int64) for name in ("ldx", "ldy", "m", "n", "k", "epilogue")
+        (name, ctypes.c_int64) for name in ("ldx", "ldy", "n", "k", "epilogue")
     ]
 
 
@@ -80,7 +80,7 @@ class PackedLinear:
         rows = x.shape[0]
         y = native.result("linear", rows, self.out_features, self._dtype) if add_to is None else add_to
         arguments = self._arguments
-        arguments.x, arguments.ldx, arguments.m = x.data_ptr(), x.stride(0), rows
+        arguments.x, arguments.ldx, arguments.rows = x.data_ptr(), x.stride(0), rows
         arguments.y, arguments.ldy = y.data_ptr(), y.stride(0)
         arguments.epilogue = self.epilogue if add_to is None else ADD
         if self.scales is not None:
