@@ -334,26 +334,28 @@ void score_tile(const Work<T>& work, int64_t row, const T* panel, int64_t offset
 }
 
 template <int M, typename T>
-void value_tile(const Work<T>& work, int64_t row, const T* weights, const T* panel, int64_t column) {
+void value_tile(const Work<T>& work, int64_t row, int64_t keys, const T* weights, const T* panel, int64_t column) {
     const int64_t width = std::min<int64_t>(PANEL, work.dim - column);  // 32, or 16 at the end
     Floats c[M][2] = {};
     for (int m = 0; m < M; ++m)
         for (int64_t h = 0; h * LANES < width; ++h) c[m][h] = load(work.out + (row + m) * work.dim + column + h * LANES);
-    tile<M>(weights + row * KEYS, KEYS, panel, PANEL, KEYS, c);
+    tile<M>(weights + row * KEYS, KEYS, panel, PANEL, keys, c);
     for (int m = 0; m < M; ++m)
         for (int64_t h = 0; h * LANES < width; ++h) store(work.out + (row + m) * work.dim + column + h * LANES, c[m][h]);
 }
 
 template <int M, typename T>
 void attend_tile(const Work<T>& work, int64_t row, int64_t first, int64_t count, const T* keys, const T* values, T* weights) {
-    for (int64_t offset = 0; offset < KEYS; offset += PANEL) score_tile<M>(work, row, keys + offset * work.dim, offset);
+    const int64_t seen = std::min(KEYS, work.position(row + M - 1) + 1 - first);  // by the last row; panels after that are not
+    const int64_t used = (seen + PANEL - 1) / PANEL * PANEL;
+    for (int64_t offset = 0; offset < used; offset += PANEL) score_tile<M>(work, row, keys + offset * work.dim, offset);
     for (int64_t r = row; r < row + M; ++r) {
         mask(work, r, first, count);
         update_softmax(work, r);
         for (int64_t i = 0; i < KEYS; i += LANES) store(weights + r * KEYS + i, load(work.scores + r * KEYS + i));
     }
     for (int64_t column = 0; column < work.dim; column += PANEL)
-        value_tile<M>(work, row, weights, values + column * KEYS, column);
+        value_tile<M>(work, row, used, weights, values + column * KEYS, column);
 }
 
 template <typename T>
