@@ -143,6 +143,8 @@ inline void transpose(Bits (&v)[LANES]) {
 // c[m][j] += a[m] · panel: the register tile. A panel holds 32 columns of a [K, N] matrix, interleaved so that one load gives the
 // operands of one dot product instruction: float [K][32], bfloat16 [K/2][32][2], int8 [K/4][32][4].
 //
+// a[m] goes on by `step` elements from one dot product to the next.
+//
 // With AHEAD it also fetches into the second-level cache what is needed soon, `stride` bytes a step, so that memory delivers
 // the next panel while this one is computed with.
 inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
@@ -159,12 +161,12 @@ struct Ahead {
 };
 
 template <int M, bool AHEAD = false>
-inline void tile(const float* a, int64_t lda, const float* panel, int64_t ldp, int64_t k, Floats (&c)[M][2], Ahead ahead = {}) {
-    for (int64_t i = 0; i < k; ++i, panel += ldp) {
+inline void tile(const float* a, int64_t lda, const float* panel, int64_t ldp, int64_t k, Floats (&c)[M][2], Ahead ahead = {}, int64_t step = 1) {
+    for (int64_t i = 0; i < k; ++i, panel += ldp, a += step) {
         if (AHEAD) ahead.step();
         Floats w0 = load(panel), w1 = load(panel + LANES);
         for (int m = 0; m < M; ++m) {
-            Floats x = broadcast(a[m * lda + i]);
+            Floats x = broadcast(a[m * lda]);
             c[m][0] += x * w0;
             c[m][1] += x * w1;
         }
@@ -209,13 +211,13 @@ inline void gather(float* to, Floats low, Floats high) {
 }
 
 template <int M, bool AHEAD = false>
-inline void tile(const bf16* a, int64_t lda, const bf16* panel, int64_t ldp, int64_t k, Floats (&c)[M][2], Ahead ahead = {}) {
-    for (int64_t i = 0; i < k; i += 2, panel += 2 * ldp) {
+inline void tile(const bf16* a, int64_t lda, const bf16* panel, int64_t ldp, int64_t k, Floats (&c)[M][2], Ahead ahead = {}, int64_t step = 2) {
+    for (int64_t i = 0; i < k; i += 2, panel += 2 * ldp, a += step) {
         if (AHEAD) ahead.step();
         Bits w0 = load_as<Bits>(panel), w1 = load_as<Bits>(panel + 2 * LANES);
         for (int m = 0; m < M; ++m) {
             uint32_t pair;
-            std::memcpy(&pair, a + m * lda + i, 4);
+            std::memcpy(&pair, a + m * lda, 4);
             Bits x = Bits{} + pair;
             c[m][0] = dot_pairs(c[m][0], x, w0);
             c[m][1] = dot_pairs(c[m][1], x, w1);
