@@ -142,12 +142,15 @@ bench-cpu: $(STAMP) ## The engine on a CPU on four workloads beside transformers
 bench-kernels: $(STAMP) ## The CPU kernels against this machine's limits and PyTorch's operators
 	@$(RUN) benchmarks/kernels.py $(ARGS)
 
+bench-profile: $(STAMP) ## Where a decode step's time goes on a CPU, operator by operator
+	@$(RUN) benchmarks/step_profile.py --model $(MODEL) $(ARGS)
+
 ##@ Tidy up
 clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: bench-cpu test-cpu-kernels bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: bench-cpu bench-profile test-cpu-kernels bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"

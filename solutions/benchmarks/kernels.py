@@ -1,8 +1,9 @@
 """How fast each CPU kernel runs beside what the machine allows, PyTorch's own operators, and the portable path.
 
 A kernel's floor is the longer of two times: its bytes over the bandwidth with which this machine reads memory, and its
-operations over the best rate at which it multiplies matrices. Both are measured here, in the same run. Weights are rotated
-through copies larger than any cache, as a model's layers are.
+operations over the best rate at which it multiplies matrices. Both are measured here, in the same run. Weights and caches are
+rotated through copies larger than any cache of the processor, as a model's layers are, and the kernels here run as in a model,
+from a recording; PyTorch's are called from Python, which costs them a few microseconds each.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.paged_attention import AttentionBackend, AttentionMetadata, make_backend
+from ..core import native
 from ..core.huge_pages import zeros_in_huge_pages
 from ..models.layers_cpu import NativeNorm
 from ..quantization.kernels.linear_cpu import PackedLinear
@@ -73,21 +75,33 @@ def median_seconds(call: Callable[[int], object], calls: int, repeats: int) -> f
     return statistics.median(times)
 
 
+def replayed_seconds(call: Callable[[int], object], rows: int, calls: int, repeats: int) -> float:
+    """The same for kernels of this package, without Python between them: `calls` calls are recorded and replayed."""
+    with native.Recording(rows) as recording:
+        for number in range(calls):
+            call(number)
+    return median_seconds(lambda _: recording.replay(rows), 1, repeats) / calls
+
+
 def measure_ceilings(repeats: int) -> Ceilings:
     """Read bandwidth over 256 MiB, and the best rate of large matrix products that PyTorch or the kernels here reach."""
-    data = torch.ones(64 << 20)
+    data = zeros_in_huge_pages((64 << 20,), torch.float32).fill_(1.0)
     read = data.nbytes / min(
         median_seconds(lambda _: data.sum(), 1, repeats), median_seconds(lambda _: data.amax(), 1, repeats)
     )
-    operations = {}
-    for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("int8", torch.bfloat16)):
-        size = 1024
-        a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
-        packed = PackedLinear(b, None, "int8" if precision == "int8" else None)
-        times = [median_seconds(lambda _, run=packed, a=a: run(a), 1, repeats)]
-        if precision != "int8":
-            times.append(median_seconds(lambda _, a=a, b=b: a @ b, 1, repeats))
-        operations[precision] = 2 * size**3 / min(times)
+    operations = dict.fromkeys(("float32", "bfloat16", "int8"), 0.0)
+    for precision in operations:
+        dtype = torch.float32 if precision == "float32" else torch.bfloat16
+        for m, n, k in (
+            (1024, 1024, 1024),
+            (64, 4096, 512),
+        ):  # one that PyTorch likes, one whose rows stay in the fastest cache
+            a, b = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
+            packed = PackedLinear(b, None, "int8" if precision == "int8" else None)
+            times = [median_seconds(lambda _, run=packed, a=a: run(a), 10, repeats)]
+            if precision != "int8":
+                times.append(median_seconds(lambda _, a=a, b=b: F.linear(a, b), 10, repeats))
+            operations[precision] = max(operations[precision], 2 * m * n * k / min(times))
     return Ceilings(read, operations)
 
 
@@ -105,7 +119,7 @@ def measure_linear(ceilings: Ceilings, name: str, rows: int, precision: str, rep
     copies = max(1, min(64, CACHE_BYTES // packed.weight.nbytes))
     runs = [PackedLinear(weight, None, "int8" if precision == "int8" else None) for _ in range(copies)]
     x = torch.randn(rows, k).to(dtype)
-    seconds = median_seconds(lambda i: runs[i](x), copies, repeats)
+    seconds = replayed_seconds(lambda i: runs[i](x), rows, copies, repeats)
     plain = [weight.clone() for _ in range(copies)]
     peers = {"torch": median_seconds(lambda i: F.linear(x, plain[i]), copies, repeats)}
     num_bytes, operations = packed.weight.nbytes + x.nbytes + rows * n * x.itemsize, 2 * rows * n * k
@@ -117,7 +131,7 @@ def measure_norm(ceilings: Ceilings, rows: int, repeats: int) -> Timing:
     """RMSNorm in bfloat16."""
     x, weight = torch.randn(rows, 576).bfloat16(), torch.ones(576).bfloat16()
     norm = NativeNorm(weight, 1e-5)
-    seconds = median_seconds(lambda _: norm(x), 200, repeats)
+    seconds = replayed_seconds(lambda _: norm(x), rows, 200, repeats)
     peers = {"torch": median_seconds(lambda _: F.rms_norm(x, (576,), weight, 1e-5), 200, repeats)}
     num_bytes = 2 * x.nbytes
     return Timing(
@@ -157,12 +171,12 @@ def measure_attention(
     metadata, qkv = paged_step(query_lens, context_lens, dtype, layers)
     query, key, value = qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
 
-    def run(backend: AttentionBackend) -> float:
+    def attend(backend: AttentionBackend) -> Callable[[int], Tensor]:
         metadata.plan = backend.plan(metadata, None)
-        return median_seconds(lambda i: backend.attend(i, query, key, value, metadata, HEAD_DIM**-0.5), layers, repeats)
+        return lambda layer: backend.attend(layer, query, key, value, metadata, HEAD_DIM**-0.5)
 
-    seconds = run(make_backend("cpu", "cpu", dtype, HEAD_DIM))
-    peers = {"portable": run(make_backend("torch", "cpu", dtype, HEAD_DIM))}
+    seconds = replayed_seconds(attend(make_backend("cpu", "cpu", dtype, HEAD_DIM)), len(query), layers, repeats)
+    peers = {"portable": median_seconds(attend(make_backend("torch", "cpu", dtype, HEAD_DIM)), layers, repeats)}
     if len(set(query_lens)) == len(set(context_lens)) == 1:  # PyTorch's operator knows only equal lengths
         q = query.view(len(query_lens), -1, HEADS, HEAD_DIM).transpose(1, 2)
         k, v = torch.randn(2, layers, len(context_lens), KV_HEADS, context_lens[0], HEAD_DIM).to(dtype)

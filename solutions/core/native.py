@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,12 @@ SOURCES = (
     "models/layers_cpu.cpp",
     "core/selection_cpu.cpp",
 )
-HEADERS = ("core/native.h",)
+HEADERS = (
+    "core/native.h",
+    "attention/paged_work_cpu.h",
+    "attention/paged_decode_cpu.h",
+    "attention/paged_prefill_cpu.h",
+)
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", "-Wall", "-Wextra")
 
 
@@ -173,6 +179,14 @@ class Recording:
         self._kept.append(copy)
         self._calls.append((ctypes.cast(function, ctypes.c_void_p).value, ctypes.addressof(copy)))
 
+    def part(self, indices: Iterable[int]) -> Recording:
+        """A recording of some of the calls, on the same buffers, to see how long they take."""
+        part = Recording(self.max_rows)
+        part._buffers, part._kept = self._buffers, self._kept
+        part._calls = [self._calls[i] for i in indices]
+        part._close()
+        return part
+
     def buffer(self, kind: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         """[rows, width] at the start of a buffer that stays."""
         key = (kind, width, dtype)
@@ -186,6 +200,9 @@ class Recording:
 
     def __exit__(self, *error: object) -> None:
         _of_thread.recording = None
+        self._close()
+
+    def _close(self) -> None:
         self._array = (_Call * len(self._calls))(*self._calls)
 
     def replay(self, rows: int) -> None:

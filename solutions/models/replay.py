@@ -1,9 +1,9 @@
 """A step's layers without Python: recorded once, then run again by one call.
 
-On a small model a step is some hundred kernels of a few microseconds each, and calling them from Python takes nearly as long as
-running them. From step to step only the number of tokens changes; where it reads and what the batch holds stands in buffers that
-are filled anew, which also spares the memory of all results in between. It is what CUDA graphs do on a GPU; ``--enforce-eager``
-switches it off.
+On a small model a step is some hundred kernels of a few microseconds each, and calling them from Python takes nearly as long
+as running them. From step to step only the number of tokens changes; where it reads and what the batch holds stands in buffers
+that are filled anew, which also spares the memory of all results in between. It is what CUDA graphs do on a GPU;
+``--enforce-eager`` switches it off.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LayerReplay:
         attention: any of the layers' attention, for the sizes that all share.
 
     Attributes:
-        num_recordings: made so far.
+        recording: of the last step, if any. num_recordings: made so far.
     """
 
     def __init__(self, run_layers: Callable[..., Tensor], attention: Attention, hidden_size: int, dtype: torch.dtype) -> None:
@@ -40,7 +40,8 @@ class LayerReplay:
         self._hidden = torch.empty(0, hidden_size, dtype=dtype)
         self._rope = torch.empty(2, 0, 1, attention.head_dim, dtype=dtype)
         self._out = self._hidden
-        self._recording: Recording | None = None
+        self._plan: Plan | None = None
+        self.recording: Recording | None = None
         self._kv_caches: list[Tensor] = []
         self.num_recordings = 0
 
@@ -48,18 +49,19 @@ class LayerReplay:
         if not isinstance(metadata.plan, Plan):
             return self._run_layers(hidden, rope, metadata)
         count = len(hidden)
-        is_short = self._recording is None or count > self._recording.max_rows
-        record = is_short or metadata.kv_caches is not self._kv_caches  # it holds the addresses of the cache that it was made with
+        is_short = self.recording is None or count > self.recording.max_rows
+        is_stale = metadata.kv_caches is not self._kv_caches  # a recording holds its cache's addresses
         if is_short:
             self._make_room(count)
         self._hidden[:count] = hidden
         self._rope[0, :count], self._rope[1, :count] = rope
-        metadata.plan.complete(self._attention.num_heads, self._attention.scale)
-        metadata.plan.move_to(self._step)
-        if record:
+        self._plan = metadata.plan  # its arrays are what the step points to
+        self._plan.complete(self._attention.num_heads, self._attention.scale)
+        self._plan.move_to(self._step)
+        if is_short or is_stale:
             self._record(count, metadata)
         else:
-            self._recording.replay(count)
+            self.recording.replay(count)
         return self._out[:count]
 
     def _make_room(self, count: int) -> None:
@@ -74,5 +76,5 @@ class LayerReplay:
         with Recording(len(self._hidden)) as recording:
             out = self._run_layers(self._hidden[:count], rope, metadata)
         self._out = out.as_strided((len(self._hidden), out.shape[1]), out.stride())  # the buffer that it is the start of
-        self._recording = recording
+        self.recording = recording
         self.num_recordings += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from solutions.batching.sequence import SamplingParams
 from solutions.core import native
 from solutions.core.engine import LLM
+from solutions.core.selection_cpu import native_argmax
 from solutions.models.layers import rotate_
 from solutions.models.layers_cpu import NativeNorm, NativeRotation
 from solutions.quantization.kernels.linear_cpu import PackedLinear, pack, quantize_channels, supports, unpack
@@ -174,6 +176,22 @@ def test_rotation(tokens: int, head_dim: int, dtype: torch.dtype) -> None:
     assert error(qkv[:, :4].flatten(1), expected.flatten(1)) < TOLERANCE[dtype]
     assert error(portable.flatten(1), expected.flatten(1)) < TOLERANCE[dtype]
     assert torch.equal(qkv[:, 4], last)
+
+
+# Choosing
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 1023, 1024, 1025, 49152])
+def test_argmax_is_the_first_largest_and_nan_is_above_all(dtype: torch.dtype, width: int) -> None:
+    x = random(5, 2 * width, dtype=dtype)[:, :width].mul(4).round()  # many equals; rows lie apart
+    x[1] = -math.inf
+    x[2, width // 2] = x[2, width - 1] = math.nan
+    x[3, width - 1] = 99
+    expected = [row.index(max(row)) for row in x.tolist()]
+    expected[2] = width // 2
+    assert native_argmax(x).tolist() == expected
 
 
 # Recording

@@ -1,0 +1,119 @@
+"""Where a decode step's time goes: each operator beside the bytes, the operations and the time that it cannot do without.
+
+The step is a real one: a batch of sequences is brought to a context in the engine, and the recording of its layers is replayed
+operator by operator, all layers of one operator behind one another. Before each measurement the head's weights, more than a
+processor's cache holds, are read, so that an operator finds its own in memory, as in a step.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..batching.sequence import SamplingParams
+from ..core.engine import LLMEngine
+from ..core.selection_cpu import native_argmax
+from ..models.model_config import ModelConfig
+from .kernels import Ceilings
+
+OPERATORS = ("norm before attention", "qkv_proj", "rope", "attention", "o_proj, + residual", "norm before MLP",
+             "gate_up_proj, SiLU·mul", "down_proj, + residual")  # fmt: skip
+"""The kernels of a LLaMA layer in their order."""
+
+
+@dataclass(slots=True)
+class OperatorTime:
+    """One operator over all layers of a step. Seconds are medians; `floor` is None for what is Python's."""
+
+    operator: str
+    bytes: int
+    operations: int
+    seconds: float
+    floor: float | None
+
+
+def median_of(call: Callable[[], object], repeats: int, before: Callable[[], object] = lambda: None) -> float:
+    """Seconds of a call, without what is called before each."""
+    times = []
+    for _ in range(repeats):
+        before()
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def costs(model: ModelConfig, batch: int, context: int, weight_bytes: int) -> dict[str, tuple[int, int]]:
+    """Operator → (bytes, operations) over all layers; activations are bfloat16, a weight has `weight_bytes`."""
+    hidden, q, kv = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+
+    def product(n_in: int, n_out: int, written: int) -> tuple[int, int]:
+        return n_in * n_out * weight_bytes + 2 * batch * (n_in + written), 2 * batch * n_in * n_out
+
+    norm = (4 * batch * hidden, 4 * batch * hidden)
+    per_layer = {
+        OPERATORS[0]: norm,
+        OPERATORS[1]: product(hidden, q + 2 * kv, q + 2 * kv),
+        OPERATORS[2]: (4 * batch * (q + kv), 3 * batch * (q + kv)),
+        OPERATORS[3]: (4 * batch * context * kv + 4 * batch * (q + kv), 4 * batch * context * q),
+        OPERATORS[4]: product(q, hidden, 2 * hidden),
+        OPERATORS[5]: norm,
+        OPERATORS[6]: product(hidden, 2 * model.intermediate_size, model.intermediate_size),
+        OPERATORS[7]: product(model.intermediate_size, hidden, 2 * hidden),
+    }
+    table = {name: (model.num_layers * b, model.num_layers * o) for name, (b, o) in per_layer.items()}
+    table["lm_head"] = product(hidden, model.vocab_size, model.vocab_size)
+    table["arg-max"] = (2 * batch * model.vocab_size, batch * model.vocab_size)
+    return table
+
+
+def profile_step(
+    engine: LLMEngine, ceilings: Ceilings, precision: str, batch: int, context: int, repeats: int
+) -> list[OperatorTime]:
+    """Bring `batch` sequences to `context` tokens, time whole steps there, and then their operators.
+
+    Args:
+        engine: on the CPU's kernels, with replay and a LLaMA model, idle.
+        precision: of the weights, a key of `Ceilings.operations`.
+
+    Raises:
+        ValueError: the engine runs without recordings.
+    """
+    model = engine.executor.worker.model
+    if model.model.replay is None:
+        raise ValueError("only steps that are replayed can be profiled: run on a CPU with a compiler, without --enforce-eager")
+    half = repeats // 2 + 1
+    prompts = [[(97 * i + j) % 10_000 + 1_000 for j in range(context - half)] for i in range(batch)]
+    for i, prompt in enumerate(prompts):
+        params = SamplingParams(temperature=0, max_tokens=2 * half, ignore_eos=True)
+        engine.add_request(f"profile-{i}", {"prompt_token_ids": prompt}, params)
+    while engine.stats().num_waiting or any(seq.num_output_tokens < 1 for seq in engine.scheduler.running):
+        engine.step()
+    steps = [median_of(engine.step, 1) for _ in range(half)]
+    config, weight_bytes = engine.model_config, 1 if precision == "int8" else 2
+    layers, head = model.model.replay, model.lm_head
+    hidden = torch.randn(batch, config.hidden_size, dtype=torch.bfloat16)
+    calls = range(len(layers.recording) - 1)  # the last one is the norm before the head
+    times = {}
+    for number, name in enumerate(OPERATORS):
+        part = layers.recording.part(i for i in calls if i % len(OPERATORS) == number)
+        times[name] = median_of(lambda part=part: part.replay(batch), repeats, before=lambda: head(hidden))
+    times["lm_head"] = median_of(lambda: head(hidden), repeats, before=lambda: layers.recording.replay(batch))
+    logits = head(hidden)
+    times["arg-max"] = median_of(lambda: native_argmax(logits), repeats, before=lambda: head(hidden))
+    for i in range(batch):
+        engine.abort_request(f"profile-{i}")
+    rows = []
+    for name, (num_bytes, operations) in costs(config, batch, context, weight_bytes).items():
+        is_product = "proj" in name or name == "lm_head"
+        rate = ceilings.operations[precision if is_product else "bfloat16"]
+        rows.append(
+            OperatorTime(name, num_bytes, operations, times[name], max(num_bytes / ceilings.read_bytes, operations / rate))
+        )
+    step = statistics.median(steps)
+    rows.append(OperatorTime("everything else", 0, 0, step - sum(times.values()), None))
+    return rows
