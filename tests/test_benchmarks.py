@@ -17,6 +17,7 @@ from benchmarks import overhead as overhead_command
 from benchmarks import throughput as throughput_command
 from solutions.batching.sequence import RequestOutputKind
 from solutions.benchmarks.datasets import DATASETS, WORKLOADS, BenchRequest, Workload, check_context, make_requests
+from solutions.benchmarks.kernels import Ceilings
 from solutions.benchmarks.memory import (
     Buddy,
     FirstFit,
@@ -29,6 +30,7 @@ from solutions.benchmarks.memory import (
 )
 from solutions.benchmarks.overhead import PHASES, TEXT, measure
 from solutions.benchmarks.report import git_commit, hardware, spread, without_outputs
+from solutions.benchmarks.step_profile import OPERATORS, costs, profile_step
 from solutions.benchmarks.throughput import (
     Measurement,
     left_pad,
@@ -39,10 +41,12 @@ from solutions.benchmarks.throughput import (
     run_hf,
     warm_up_requests,
 )
+from solutions.core import native
 from solutions.core.config import EngineConfig
-from solutions.core.engine import LLM
+from solutions.core.engine import LLM, LLMEngine
 from solutions.models.loader import resolve_model
 from solutions.serving import api_server
+from solutions.tests.tiny_models import make_tiny_llama
 
 # Datasets
 
@@ -447,3 +451,30 @@ def test_spread_and_machine() -> None:
     assert machine["memory_bytes"] > 1 << 30
     commit = git_commit()
     assert commit is None or len(commit.removesuffix("+changes")) == 12
+
+
+@pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler here, so no step is replayed")
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_profile_accounts_for_a_whole_step(tmp_path: Path, quantization: str | None) -> None:
+    make_tiny_llama(tmp_path, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, intermediate_size=96)
+    engine = LLMEngine(EngineConfig(str(tmp_path), dtype="float32", device="cpu", max_model_len=64, quantization=quantization))
+    model, worker = engine.model_config, engine.executor.worker
+    weight = 1 if quantization else 4
+    weights = sum(p.nbytes for p in worker.model.parameters() if p.dim() > 2)  # packed ones
+    assert sum(num_bytes for num_bytes, _ in costs(model, 0, 0, weight, 4).values()) == weights
+    ceilings = Ceilings(read_bytes=1e9, operations={"float32": 1e9, "int8": 2e9})
+    rows = {row.operator: row for row in profile_step(engine, ceilings, quantization or "float32", 3, 40, 4)}
+    assert list(rows) == [*OPERATORS, "lm_head", "arg-max", "everything else"]
+    keys_and_values = 2 * model.num_layers * 3 * 40 * model.num_kv_heads * model.head_dim * 4
+    assert rows["attention"].bytes == keys_and_values + 2 * model.num_layers * 3 * (64 + 32) * 4
+    head = rows["lm_head"]
+    assert head.operations == 2 * 3 * 64 * model.vocab_size
+    assert head.floor == max(head.bytes / 1e9, head.operations / (2e9 if quantization else 1e9))
+    assert all(row.seconds > 0 for row in rows.values() if row.floor is not None)
+    assert not engine.has_unfinished_requests()
+
+
+def test_only_replayed_steps_can_be_profiled(checkpoint: Path) -> None:
+    engine = LLMEngine(EngineConfig(str(checkpoint), dtype="float32", device="cpu", max_model_len=64, enforce_eager=True))
+    with pytest.raises(ValueError, match="enforce-eager"):
+        profile_step(engine, Ceilings(1e9, {"float32": 1e9}), "float32", 1, 32, 4)

@@ -47,19 +47,19 @@ def median_of(call: Callable[[], object], repeats: int, before: Callable[[], obj
     return statistics.median(times)
 
 
-def costs(model: ModelConfig, batch: int, context: int, weight_bytes: int) -> dict[str, tuple[int, int]]:
-    """Operator → (bytes, operations) over all layers; activations are bfloat16, a weight has `weight_bytes`."""
+def costs(model: ModelConfig, batch: int, context: int, weight: int, element: int) -> dict[str, tuple[int, int]]:
+    """Operator → (bytes, operations) over all layers; a weight has `weight` bytes, an activation or cached value `element`."""
     hidden, q, kv = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
 
     def product(n_in: int, n_out: int, written: int) -> tuple[int, int]:
-        return n_in * n_out * weight_bytes + 2 * batch * (n_in + written), 2 * batch * n_in * n_out
+        return n_in * n_out * weight + element * batch * (n_in + written), 2 * batch * n_in * n_out
 
-    norm = (4 * batch * hidden, 4 * batch * hidden)
+    norm = (2 * element * batch * hidden, 4 * batch * hidden)
     per_layer = {
         OPERATORS[0]: norm,
         OPERATORS[1]: product(hidden, q + 2 * kv, q + 2 * kv),
-        OPERATORS[2]: (4 * batch * (q + kv), 3 * batch * (q + kv)),
-        OPERATORS[3]: (4 * batch * context * kv + 4 * batch * (q + kv), 4 * batch * context * q),
+        OPERATORS[2]: (2 * element * batch * (q + kv), 3 * batch * (q + kv)),
+        OPERATORS[3]: (2 * element * batch * (context * kv + q + kv), 4 * batch * context * q),
         OPERATORS[4]: product(q, hidden, 2 * hidden),
         OPERATORS[5]: norm,
         OPERATORS[6]: product(hidden, 2 * model.intermediate_size, model.intermediate_size),
@@ -67,7 +67,7 @@ def costs(model: ModelConfig, batch: int, context: int, weight_bytes: int) -> di
     }
     table = {name: (model.num_layers * b, model.num_layers * o) for name, (b, o) in per_layer.items()}
     table["lm_head"] = product(hidden, model.vocab_size, model.vocab_size)
-    table["arg-max"] = (2 * batch * model.vocab_size, batch * model.vocab_size)
+    table["arg-max"] = (element * batch * model.vocab_size, batch * model.vocab_size)
     return table
 
 
@@ -87,16 +87,16 @@ def profile_step(
     if model.model.replay is None:
         raise ValueError("only steps that are replayed can be profiled: run on a CPU with a compiler, without --enforce-eager")
     half = repeats // 2 + 1
-    prompts = [[(97 * i + j) % 10_000 + 1_000 for j in range(context - half)] for i in range(batch)]
+    prompts = [[(97 * i + 7 * j) % engine.model_config.vocab_size for j in range(context - half)] for i in range(batch)]
     for i, prompt in enumerate(prompts):
         params = SamplingParams(temperature=0, max_tokens=2 * half, ignore_eos=True)
         engine.add_request(f"profile-{i}", {"prompt_token_ids": prompt}, params)
     while engine.stats().num_waiting or any(seq.num_output_tokens < 1 for seq in engine.scheduler.running):
         engine.step()
     steps = [median_of(engine.step, 1) for _ in range(half)]
-    config, weight_bytes = engine.model_config, 1 if precision == "int8" else 2
+    config, dtype = engine.model_config, engine.executor.worker.dtype
     layers, head = model.model.replay, model.lm_head
-    hidden = torch.randn(batch, config.hidden_size, dtype=torch.bfloat16)
+    hidden = torch.randn(batch, config.hidden_size, dtype=dtype)
     calls = range(len(layers.recording) - 1)  # the last one is the norm before the head
     times = {}
     for number, name in enumerate(OPERATORS):
@@ -108,9 +108,10 @@ def profile_step(
     for i in range(batch):
         engine.abort_request(f"profile-{i}")
     rows = []
-    for name, (num_bytes, operations) in costs(config, batch, context, weight_bytes).items():
+    weight = 1 if precision == "int8" else dtype.itemsize
+    for name, (num_bytes, operations) in costs(config, batch, context, weight, dtype.itemsize).items():
         is_product = "proj" in name or name == "lm_head"
-        rate = ceilings.operations[precision if is_product else "bfloat16"]
+        rate = ceilings.operations[precision if is_product else str(dtype).removeprefix("torch.")]
         rows.append(
             OperatorTime(name, num_bytes, operations, times[name], max(num_bytes / ceilings.read_bytes, operations / rate))
         )
