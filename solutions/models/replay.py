@@ -49,22 +49,24 @@ class LayerReplay:
         if not isinstance(metadata.plan, Plan):
             return self._run_layers(hidden, rope, metadata)
         count = len(hidden)
-        is_short = self.recording is None or count > self.recording.max_rows
-        is_stale = metadata.kv_caches is not self._kv_caches  # a recording holds its cache's addresses
-        if is_short:
+        if self.recording is None or count > self.recording.max_rows:
             self._make_room(count)
+        elif metadata.kv_caches is not self._kv_caches:
+            self.recording = None  # it holds the addresses of the cache that it was made with
         self._hidden[:count] = hidden
         self._rope[0, :count], self._rope[1, :count] = rope
         self._plan = metadata.plan  # its arrays are what the step points to
         self._plan.complete(self._attention.num_heads, self._attention.scale)
         self._plan.move_to(self._step)
-        if is_short or is_stale:
+        if self.recording is None:
             self._record(count, metadata)
         else:
             self.recording.replay(count)
         return self._out[:count]
 
     def _make_room(self, count: int) -> None:
+        """Take larger buffers; a recording that reads from the old ones is of no use any more."""
+        self.recording = None
         rows = max(MIN_ROWS, 1 << (count - 1).bit_length())
         self._hidden = self._hidden.new_empty(rows, self._hidden.shape[1])
         self._rope = self._rope.new_empty(2, rows, *self._rope.shape[2:])
@@ -72,9 +74,8 @@ class LayerReplay:
     def _record(self, count: int, metadata: AttentionMetadata) -> None:
         """Run a step and note what it does."""
         rope = self._rope[0, :count], self._rope[1, :count]
-        self._kv_caches = metadata.kv_caches
         with Recording(len(self._hidden)) as recording:
             out = self._run_layers(self._hidden[:count], rope, metadata)
         self._out = out.as_strided((len(self._hidden), out.shape[1]), out.stride())  # the buffer that it is the start of
-        self.recording = recording
+        self.recording, self._kv_caches = recording, metadata.kv_caches
         self.num_recordings += 1

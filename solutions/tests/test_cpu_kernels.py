@@ -259,6 +259,32 @@ def test_a_new_cache_needs_new_recordings(tmp_path: Path) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("change", ["another cache", "a longer prompt"])
+def test_a_recording_that_failed_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    make_tiny_llama(tmp_path, hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
+    llm = LLM(str(tmp_path), dtype="float32", max_model_len=128, enable_prefix_caching=False)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    short, long = {"prompt_token_ids": [1, 2, 3]}, {"prompt_token_ids": list(range(1, 101))}
+    expected = [llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids for prompt in (short, long)]
+    llm = LLM(str(tmp_path), dtype="float32", max_model_len=128, enable_prefix_caching=False)
+    llm.generate(short, params, use_tqdm=False)
+    engine = llm.llm_engine
+    if change == "another cache":
+        engine.executor.create_cache(engine.limits.num_blocks, engine.config.block_size, 0)
+    replay = engine.executor.worker.model.model.replay
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "_run_layers", fail)
+        with pytest.raises(RuntimeError, match="planted"):
+            llm.generate(short if change == "another cache" else long, params, use_tqdm=False)
+    got = [llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids for prompt in (short, long)]
+    assert got == expected
+
+
+@needs_kernels
 @pytest.mark.parametrize("quantization", [None, "int8"])
 @pytest.mark.parametrize("make", [make_tiny_llama, make_tiny_mistral])
 def test_replayed_steps_are_the_same_bits(tmp_path: Path, make: Callable[..., object], quantization: str | None) -> None:
@@ -274,10 +300,11 @@ def test_replayed_steps_are_the_same_bits(tmp_path: Path, make: Callable[..., ob
         )  # fmt: skip
         replay = llm.llm_engine.executor.worker.model.model.replay
         assert (replay is None) == eager
+        llm.generate(prompts[0], params[0], use_tqdm=False)
         outputs = [llm.generate(prompts, params, use_tqdm=False) for _ in range(2)]
         texts.append([[one.token_ids for one in output.outputs] for run in outputs for output in run])
         if replay is not None:
-            assert replay.num_recordings == 1  # steps of all sizes
+            assert replay.num_recordings == 2  # of a few tokens, then of more; between them steps of all sizes
     assert texts[0] == texts[1]
 
 
