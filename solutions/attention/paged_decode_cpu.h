@@ -44,10 +44,19 @@ inline void fetch_row(const T* row, int64_t dim) {
     for (int64_t i = 0; i < dim; i += 64 / sizeof(T)) fetch(row + i);
 }
 
-// Scores of R rows with up to KEYS keys. D is N vectors of 16 (0: any number).
-template <int R, int N, typename T>
+// acc + a · b, lane by lane, over 16 elements in float32 or 32 bfloat16s in pairs.
+template <int WIDTH, typename T>
+inline Floats multiply_add(Floats acc, const T* a, const T* b) {
+    if constexpr (WIDTH == LANES)
+        return acc + load(a) * load(b);
+    else
+        return dot_pairs(acc, load_as<Bits>(a), load_as<Bits>(b));
+}
+
+// Scores of R rows with up to KEYS keys. D is N times WIDTH elements (N = 0: any number).
+template <int R, int N, int WIDTH, typename T>
 void score_rows(const Work<T>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
-    const int64_t dim = N ? N * LANES : work.dim;
+    const int64_t dim = N ? N * WIDTH : work.dim;
     const T* q = work.q + row * dim;
     for (int64_t base = 0; base < count; base += LANES) {
         Floats fours[R][4];
@@ -56,10 +65,8 @@ void score_rows(const Work<T>& work, int64_t row, int64_t count, const int64_t* 
             for (int i = 0; i < 4; ++i) {
                 const T* key = work.keys + offsets[base + 4 * four + i];
                 fetch_row(work.keys + ahead[base + 4 * four + i], dim);
-                for (int64_t j = 0; j < dim; j += LANES) {
-                    const Floats k = load(key + j);
-                    for (int r = 0; r < R; ++r) products[r][i] += k * load(q + r * dim + j);
-                }
+                for (int64_t j = 0; j < dim; j += WIDTH)
+                    for (int r = 0; r < R; ++r) products[r][i] = multiply_add<WIDTH>(products[r][i], q + r * dim + j, key + j);
             }
             for (int r = 0; r < R; ++r) fours[r][four] = fold4(products[r]);
         }
@@ -91,31 +98,7 @@ void add_values(const Work<T>& work, int64_t row, int64_t count, const int64_t* 
     }
 }
 
-// The same with bfloat16 dot products, which take pairs: neighbouring elements of a head for the scores, neighbouring keys for the
-// values. D is P vectors of 32.
-template <int R, int P>
-void score_pairs(const Work<bf16>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
-    Bits q[R][P];
-    for (int r = 0; r < R; ++r)
-        for (int p = 0; p < P; ++p) q[r][p] = load_as<Bits>(work.q + ((row + r) * P + p) * 2 * LANES);
-    for (int64_t base = 0; base < count; base += LANES) {
-        Floats fours[R][4];
-        for (int four = 0; four < 4; ++four) {
-            Floats products[R][4] = {};
-            for (int i = 0; i < 4; ++i) {
-                const bf16* key = work.keys + offsets[base + 4 * four + i];
-                fetch_row(work.keys + ahead[base + 4 * four + i], P * 2 * LANES);
-                for (int p = 0; p < P; ++p) {
-                    const Bits k = load_as<Bits>(key + p * 2 * LANES);
-                    for (int r = 0; r < R; ++r) products[r][i] = dot_pairs(products[r][i], q[r][p], k);
-                }
-            }
-            for (int r = 0; r < R; ++r) fours[r][four] = fold4(products[r]);
-        }
-        for (int r = 0; r < R; ++r) store(work.scores + (row + r) * KEYS + base, sums_of_folded(fours[r]) * work.step.scale);
-    }
-}
-
+// The same with bfloat16 dot products, which take pairs of neighbouring keys. D is P vectors of 32.
 template <int R, int P>
 void add_value_pairs(const Work<bf16>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
     bf16 weights[R][KEYS];
@@ -145,7 +128,7 @@ void add_value_pairs(const Work<bf16>& work, int64_t row, int64_t count, const i
 
 template <int R>
 void score(const Work<float>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
-    work.dim == 64 ? score_rows<R, 4>(work, row, count, offsets, ahead) : score_rows<R, 0>(work, row, count, offsets, ahead);
+    work.dim == 64 ? score_rows<R, 4, 16>(work, row, count, offsets, ahead) : score_rows<R, 0, 16>(work, row, count, offsets, ahead);
 }
 template <int R>
 void add(const Work<float>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
@@ -158,10 +141,10 @@ void add(const Work<float>& work, int64_t row, int64_t count, const int64_t* off
 template <int R>
 void score(const Work<bf16>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
     switch (work.dim) {
-        case 64: score_pairs<R, 2>(work, row, count, offsets, ahead); break;
-        case 96: score_pairs<R, 3>(work, row, count, offsets, ahead); break;
-        case 128: score_pairs<R, 4>(work, row, count, offsets, ahead); break;
-        default: score_rows<R, 0>(work, row, count, offsets, ahead);
+        case 64: score_rows<R, 2, 32>(work, row, count, offsets, ahead); break;
+        case 96: score_rows<R, 3, 32>(work, row, count, offsets, ahead); break;
+        case 128: score_rows<R, 4, 32>(work, row, count, offsets, ahead); break;
+        default: score_rows<R, 0, 16>(work, row, count, offsets, ahead);
     }
 }
 template <int R>

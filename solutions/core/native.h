@@ -184,14 +184,8 @@ inline Floats dot_pairs(Floats acc, Bits x, Bits w) {
 }
 #endif
 
-// Two vectors of 32 words, a and b, as pairs (a0, b0), (a1, b1), ...
-inline void interleave(Words a, Words b, Bits (&pairs)[2]) {
-    const Words low = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    pairs[0] = (Bits)__builtin_shuffle(a, b, low);
-    pairs[1] = (Bits)__builtin_shuffle(a, b, low + 16);
-}
-
-// The same within each quarter of the vectors, which costs a processor less: pairs[0] has the pairs 0-3, 8-11, 16-19 and 24-27.
+// Two vectors of 32 words, a and b, as pairs (a0, b0), (a1, b1), ..., within each quarter of the vectors, which costs a processor
+// less than across them: pairs[0] has the pairs 0-3, 8-11, 16-19 and 24-27.
 inline void interleave_quarters(Words a, Words b, Bits (&pairs)[2]) {
     const Words low = {0, 32, 1, 33, 2, 34, 3, 35, 8, 40, 9, 41, 10, 42, 11, 43, 16, 48, 17, 49, 18, 50, 19, 51, 24, 56, 25, 57, 26, 58, 27, 59};
     pairs[0] = (Bits)__builtin_shuffle(a, b, low);
