@@ -40,6 +40,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     for name in ("context", "repeats"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if min(args.batches) < 1:
+        parser.error(f"--batches must be at least 1, got {min(args.batches)}")
     if args.context <= args.repeats:
         parser.error(f"--context {args.context} must be larger than --repeats {args.repeats}")
     return args
@@ -64,7 +66,13 @@ def show(ceilings: Ceilings, batch: int, rows: list[OperatorTime]) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(argv)
     try:
-        engine = LLMEngine(EngineConfig(model=args.model, device="cpu", quantization=args.quantization))
+        largest = max(args.batches)
+        engine = LLMEngine(
+            EngineConfig(
+                model=args.model, device="cpu", quantization=args.quantization, max_num_seqs=largest,
+                max_num_batched_tokens=largest * args.context,
+            )
+        )  # fmt: skip
         with torch.inference_mode():
             ceilings = measure_ceilings(7)
             precision = args.quantization or str(engine.executor.worker.dtype).removeprefix("torch.")

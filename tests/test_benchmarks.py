@@ -478,3 +478,14 @@ def test_only_replayed_steps_can_be_profiled(checkpoint: Path) -> None:
     engine = LLMEngine(EngineConfig(str(checkpoint), dtype="float32", device="cpu", max_model_len=64, enforce_eager=True))
     with pytest.raises(ValueError, match="enforce-eager"):
         profile_step(engine, Ceilings(1e9, {"float32": 1e9}), "float32", 1, 32, 4)
+
+
+@pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler here, so no step is replayed")
+@pytest.mark.parametrize("batch", [3, 9])
+def test_a_profile_needs_the_whole_batch_in_a_step(tmp_path: Path, batch: int) -> None:
+    make_tiny_llama(tmp_path, hidden_size=64, num_attention_heads=2, num_key_value_heads=1, intermediate_size=96)
+    settings = {"max_num_seqs": 8, "max_num_batched_tokens": 80, "max_model_len": 64}
+    engine = LLMEngine(EngineConfig(str(tmp_path), dtype="float32", device="cpu", **settings))
+    with pytest.raises(ValueError, match=f"{batch} sequences of .* 8 sequences and 80 tokens"):
+        profile_step(engine, Ceilings(1e9, {"float32": 1e9}), "float32", batch, 40 if batch == 3 else 8, 4)
+    assert not engine.has_unfinished_requests()

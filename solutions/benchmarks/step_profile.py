@@ -17,6 +17,7 @@ import torch
 from ..batching.sequence import SamplingParams
 from ..core.engine import LLMEngine
 from ..core.selection_cpu import native_argmax
+from ..models.llama import LlamaForCausalLM
 from ..models.model_config import ModelConfig
 from .kernels import Ceilings
 
@@ -81,18 +82,22 @@ def profile_step(
         precision: of the weights, a key of `Ceilings.operations`.
 
     Raises:
-        ValueError: the engine runs without recordings.
+        ValueError: the engine runs without recordings, or cannot take the whole batch in one step.
     """
     model = engine.executor.worker.model
-    if model.model.replay is None:
-        raise ValueError("only steps that are replayed can be profiled: run on a CPU with a compiler, without --enforce-eager")
+    if not isinstance(model, LlamaForCausalLM) or model.model.replay is None:
+        raise ValueError("only a LLaMA model's replayed steps can be profiled: on a CPU with a compiler, not --enforce-eager")
+    if batch > engine.config.max_num_seqs or batch * context > engine.limits.max_num_batched_tokens:
+        raise ValueError(
+            f"{batch} sequences of {context} tokens do not fit one step, which takes {engine.config.max_num_seqs} "
+            f"sequences and {engine.limits.max_num_batched_tokens} tokens"
+        )
     half = repeats // 2 + 1
     prompts = [[(97 * i + 7 * j) % engine.model_config.vocab_size for j in range(context - half)] for i in range(batch)]
     for i, prompt in enumerate(prompts):
         params = SamplingParams(temperature=0, max_tokens=2 * half, ignore_eos=True)
         engine.add_request(f"profile-{i}", {"prompt_token_ids": prompt}, params)
-    while engine.stats().num_waiting or any(seq.num_output_tokens < 1 for seq in engine.scheduler.running):
-        engine.step()
+    engine.step()  # all prompts
     steps = [median_of(engine.step, 1) for _ in range(half)]
     config, dtype = engine.model_config, engine.executor.worker.dtype
     layers, head = model.model.replay, model.lm_head
