@@ -68,8 +68,8 @@ def draw(timings: list[Timing], path: Path) -> None:
         for name, seconds in {"ours": t.seconds, **t.peers}.items():
             axes.plot(t.floor / seconds, row, "o", color=colours[name], markersize=5)
     axes.set_yticks(range(len(timings)), [f"{t.kernel}, {t.size}, {t.precision}" for t in timings], fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.1)
+    axes.set_ylim(len(timings) - 0.5, -0.5)
+    axes.set_xlim(0, max(1.1, *(t.share for t in timings)))
     axes.set_xlabel("share of what memory or multipliers allow (1 is the floor)")
     axes.set_title("CPU kernels against this machine's limits")
     axes.legend([plt.Line2D([], [], marker="o", linestyle="", color=c) for c in colours.values()], colours, loc="lower right")

@@ -116,7 +116,7 @@ def measure_linear(ceilings: Ceilings, name: str, rows: int, precision: str, rep
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     weight = torch.randn(n, k).mul_(0.05).to(dtype)
     packed = PackedLinear(weight, None, "int8" if precision == "int8" else None)
-    copies = max(1, min(64, CACHE_BYTES // packed.weight.nbytes))
+    copies = -(-CACHE_BYTES // packed.weight.nbytes)
     runs = [PackedLinear(weight, None, "int8" if precision == "int8" else None) for _ in range(copies)]
     x = torch.randn(rows, k).to(dtype)
     seconds = replayed_seconds(lambda i: runs[i](x), rows, copies, repeats)
