@@ -235,11 +235,17 @@ def _load_weights(model: CausalLM, files: list[Path], progress: bool) -> None:
 
 
 def _read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of a safetensors file; the tensors are the mapped file itself."""
+    """Names and tensors of a safetensors file; the tensors are the mapped file itself.
+
+    The file is mapped anew for each, because what has been read of a mapping counts as memory of the process until it is gone.
+    """
     try:
         with safe_open(file, framework="pt", device="cpu") as reader:
-            for name in reader.keys():  # noqa: SIM118 (no mapping, it has only keys())
-                yield name, reader.get_tensor(name)
+            names = list(reader.keys())
+        for name in names:
+            with safe_open(file, framework="pt", device="cpu") as reader:
+                tensor = reader.get_tensor(name)
+            yield name, tensor
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file} is damaged or incomplete ({error}); fetch or convert it again") from error
 
