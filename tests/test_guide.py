@@ -171,6 +171,20 @@ def test_measured_speed_is_the_record() -> None:
         assert claim in text
 
 
+@pytest.mark.parametrize("batch", ["1", "32"])
+def test_the_profile_is_the_record(batch: str) -> None:
+    record = json.loads((RESULTS / "epyc-zen4-2core_profile.json").read_text())["results"]
+    rows, ceilings, section = record["batches"][batch], record["ceilings"], SECTIONS["appendix-a"]
+    for row in rows:
+        cost = [f"{row['bytes'] / 1e6:.1f}", f"{row['operations'] / 1e6:.0f}", f"{1e3 * (row['floor'] or 0):.2f}"]
+        cells = [row["operator"], *(cost if row["floor"] is not None else ["", "", ""]), f"{1e3 * row['seconds']:.2f}"]
+        assert re.sub(" +", " ", f"| {' | '.join(cells)} |") in section
+    floor, seconds = (sum(row[key] or 0 for row in rows) for key in ("floor", "seconds"))
+    assert f"| **the step** | | | {1e3 * floor:.2f} | {1e3 * seconds:.2f} |" in section
+    read, rate = ceilings["read_bytes"] / 1e9, ceilings["operations"]["bfloat16"] / 1e9
+    assert f"read {read:.0f} GB/s and multiplied {rate:.0f} GFLOP/s" in " ".join(section.split())
+
+
 # Each check can fail
 
 
