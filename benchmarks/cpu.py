@@ -89,7 +89,7 @@ def make_runners(args: argparse.Namespace) -> dict[str, Runner]:
             model = load_hf(source, "auto", dtype, torch.device("cpu"))
             runners[name] = lambda requests, model=model: run_hf(model, requests)
         else:
-            llm = LLM(args.model, device="cpu", **BACKENDS[name])
+            llm = LLM(args.model, device="cpu", touch_kv_cache=True, **BACKENDS[name])
             runners[name] = lambda requests, llm=llm: run_engine(llm, requests)
     for server in args.url:
         name, _, url = server.partition("=")

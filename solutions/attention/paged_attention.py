@@ -32,6 +32,7 @@ class AttentionMetadata:
         max_query_len, max_context_len: maxima over the batch, as Python numbers so that nobody waits for the device.
         backend: computes `attend` for every layer.
         plan: what the backend worked out once for this step in `AttentionBackend.plan`.
+        kv_scales: of an int8 cache, for each layer the factor of each stored vector, [2, num_blocks, block_size, H_kv] float32.
     """
 
     kv_caches: list[Tensor]
@@ -43,10 +44,14 @@ class AttentionMetadata:
     max_context_len: int
     backend: AttentionBackend
     plan: Any = None
+    kv_scales: list[Tensor] | None = None
 
 
 class AttentionBackend(abc.ABC):
     """Writes a step's keys and values into the cache and attends over the paged context."""
+
+    rotates = False
+    """Whether `attend` takes one argument more, ``rope``, and rotates queries and keys itself on their way."""
 
     @abc.abstractmethod
     def plan(self, metadata: AttentionMetadata, sliding_window: int | None) -> Any:

@@ -45,6 +45,9 @@ class EngineConfig:
         "memory for KV blocks, such as 2GiB; default: a quarter of the free memory, at most 4GiB",
         kind=parse_bytes,
     )
+    touch_kv_cache: bool = _flag(
+        False, "on a CPU: write the KV cache once at start, a second a GB or so, which its first users would wait for"
+    )
     gpu_memory_utilization: float = _flag(
         0.9, "share of a GPU's memory that weights, activations and KV blocks may take together"
     )

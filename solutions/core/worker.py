@@ -100,6 +100,7 @@ class Worker:
         if cpu_kernels and not config.enforce_eager:
             self.model.enable_replay()
         self.sampler = Sampler(source.config.vocab_size, config.seed)
+        self._touch_kv_cache = config.touch_kv_cache
         self.cache: CacheEngine | None = None
 
     @property
@@ -120,6 +121,9 @@ class Worker:
             self.device,
             num_host_blocks,
         )
+        if self._touch_kv_cache:
+            for kv_cache in self.cache.kv_caches:
+                kv_cache.zero_()  # zero already, but the system provides memory only when it is written
 
     @torch.inference_mode()
     def execute(self, batch: FlatBatch) -> StepResult:

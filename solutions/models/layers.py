@@ -330,10 +330,13 @@ class Attention(nn.Module):
             [T, H·D].
         """
         heads = qkv.view(len(qkv), -1, self.head_dim)  # [T, H + 2·H_kv, D]
-        if rope is not None:
-            self.rotate_(heads[:, : self.num_heads + self.num_kv_heads], rope)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        out = metadata.backend.attend(self.layer, q, k, v, metadata, self.scale, self.sliding_window)  # [T, H, D]
+        fused = {}
+        if metadata.backend.rotates:
+            fused["rope"] = rope
+        elif rope is not None:
+            self.rotate_(heads[:, : self.num_heads + self.num_kv_heads], rope)
+        out = metadata.backend.attend(self.layer, q, k, v, metadata, self.scale, self.sliding_window, **fused)  # [T, H, D]
         return out.reshape(len(qkv), -1)
 
 
