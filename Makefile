@@ -111,6 +111,11 @@ test-parity: $(STAMP) ## Compare with transformers over the whole grid of settin
 test-cpu-kernels: $(STAMP) ## Test the C++ kernels (SANITIZE=1: watched for bad addresses and undefined behaviour)
 	@$(if $(SANITIZE),$(SANITIZED)) $(RUN) -m pytest -k cpu solutions/tests/test_cpu_kernels.py solutions/tests/test_paged_attention.py $(ARGS)
 
+test-gpu: $(STAMP) ## Test what runs on a GPU; says so where there is none
+	@if $(RUN) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
+	then $(RUN) -m pytest solutions/tests/test_gpu.py solutions/tests/test_triton_kernels.py solutions/tests/test_cuda_kernel.py $(ARGS); \
+	else echo "no GPU here: the same kernels run on the CPU in make test"; fi
+
 check-course: $(STAMP) ## The course's gate: starters fail as they should, the reference passes, mutants die
 	@$(RUN) -m tests.gate $(ARGS)
 
@@ -145,12 +150,15 @@ bench-kernels: $(STAMP) ## The CPU kernels against this machine's limits and PyT
 bench-profile: $(STAMP) ## Where a decode step's time goes on a CPU, operator by operator
 	@$(RUN) benchmarks/step_profile.py --model $(MODEL) $(ARGS)
 
+bench-gpu: $(STAMP) ## LLaMA-7B with random weights on a GPU, against that GPU's limits
+	@$(RUN) benchmarks/gpu.py $(ARGS)
+
 ##@ Tidy up
 clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: bench-cpu bench-profile test-cpu-kernels bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: bench-gpu test-gpu bench-cpu bench-profile test-cpu-kernels bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
 }
 """Name → settings of the engine; "hf" is transformers. "bf16" is float32 on a processor that does not multiply bfloat16."""
+
+
+PAUSE = 4
+"""Seconds before a run where a server is measured too: vLLM's threads turn on for a second or more after its last request."""
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
@@ -98,14 +103,15 @@ def make_runners(args: argparse.Namespace) -> dict[str, Runner]:
     return runners
 
 
-def measure(runners: dict[str, Runner], workload: str, repeats: int) -> dict[str, list[Measurement]]:
-    """All backends on one workload, warmed up by short requests of the same shape."""
+def measure(runners: dict[str, Runner], workload: str, repeats: int, pause: float) -> dict[str, list[Measurement]]:
+    """All backends on one workload, warmed up by short requests of the same shape, with a pause in seconds before each run."""
     requests = make_requests(WORKLOADS[workload])
     for run in runners.values():
         run(warm_up_requests(requests))
 
     def say(name: str, number: int) -> None:
         print(f"{workload}, {name}: run {number} of {repeats}", file=sys.stderr, flush=True)
+        time.sleep(pause)
 
     bound = {name: lambda run=run: run(requests) for name, run in runners.items()}
     return measure_alternately(bound, repeats, say)
@@ -152,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(pick_threads())
     try:
         runners = make_runners(args)
-        summary = summarise({name: measure(runners, name, args.repeats) for name in args.workloads})
+        summary = summarise({name: measure(runners, name, args.repeats, PAUSE if args.url else 0) for name in args.workloads})
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from solutions.benchmarks.roofline import CARDS, decode_cost
+from solutions.models.model_config import ALIASES
 from stages.course.catalog import Task
 from tests.guide import (
     COURSE,
@@ -183,6 +185,17 @@ def test_the_profile_is_the_record(batch: str) -> None:
     assert f"| **the step** | | | {1e3 * floor:.2f} | {1e3 * seconds:.2f} |" in section
     read, rate = ceilings["read_bytes"] / 1e9, ceilings["operations"]["bfloat16"] / 1e9
     assert f"read {read:.0f} GB/s and multiplied {rate:.0f} GFLOP/s" in " ".join(section.split())
+
+
+@pytest.mark.parametrize("batch", [1, 32, 64, 256])
+def test_the_floors_are_computed(batch: int) -> None:
+    cost = decode_cost(ALIASES["llama-7b"].config, batch, 1024)
+    moved = cost.weight_bytes + cost.kv_bytes
+    cells = [str(batch), f"{moved / 1e9:.1f}", f"{(cost.product_operations + cost.attention_operations) / 1e12:.2f}"]
+    for card in CARDS:
+        floor = cost.floor(card)
+        cells += [f"{1e3 * floor:.2f}", f"{batch / floor:,.0f}" if moved < card.memory else "too large"]
+    assert f"| {' | '.join(cells)} |" in SECTIONS["appendix-b"]
 
 
 # Each check can fail

@@ -78,7 +78,7 @@ class Plan:
         self.address = ctypes.addressof(step)
 
 
-def problem(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def problem(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:
     """Why the kernels cannot be used, or None where they can."""
     if device.type != "cpu":
         return f"it runs on a CPU, not on {device.type}"
@@ -95,6 +95,8 @@ class CpuBackend(AttentionBackend):
     Args:
         num_threads: between which a step's work is shared; None: PyTorch's number.
     """
+
+    name = "cpu"
 
     def __init__(self, num_threads: int | None = None) -> None:
         self.num_threads = num_threads or torch.get_num_threads()

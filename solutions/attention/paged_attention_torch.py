@@ -64,8 +64,15 @@ class Plan:
     groups: list[Group]
 
 
+def problem(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:
+    """Why it cannot be used: it always can."""
+    return None
+
+
 class TorchBackend(AttentionBackend):
     """Batched paged attention in plain PyTorch. Scores and softmax are float32 whatever the cache holds."""
+
+    name = "torch"
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}

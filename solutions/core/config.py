@@ -68,10 +68,14 @@ class EngineConfig:
     preemption_mode: str = _flag("recompute", "what becomes of a preempted sequence's KV blocks", ("recompute", "swap"))
     max_num_waiting: int | None = _flag(None, "most sequences that may wait; more are refused; default: no limit", kind=int)
     attention_backend: str = _flag(
-        "auto", "naive: a loop to read; torch: batched; cpu: in C++", ("auto", "naive", "torch", "cpu")
+        "auto",
+        "naive: a loop to read; torch: batched; cpu: in C++; triton, cuda: on a GPU, or slowly on a CPU to learn from",
+        ("auto", "naive", "torch", "cpu", "triton", "cuda"),
     )
     enable_cpu_kernels: bool = _flag(True, "on a CPU: run the layers on C++ kernels with packed weights")
-    enforce_eager: bool = _flag(False, "call every kernel from Python instead of recording small steps and replaying them")
+    enforce_eager: bool = _flag(
+        False, "call every kernel from Python instead of recording steps (on a GPU: CUDA graphs) and replaying them"
+    )
     quantization: str | None = _flag(None, "int8: weights and activations in 8 bits, on a CPU", ("int8",))
     seed: int = _flag(0, "seeds the sampling of requests that bring no seed of their own")
 

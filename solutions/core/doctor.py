@@ -104,7 +104,10 @@ def engine_rows(config: EngineConfig, source: ModelSource) -> Rows:
         ("device", str(device)),
         ("dtype", str(dtype).removeprefix("torch.")),
         ("threads", str(pick_threads())),
-        ("attention", type(make_backend(config.attention_backend, device, dtype, source.config.head_dim)).__name__),
+        (
+            "attention",
+            make_backend(config.attention_backend, device, dtype, source.config.head_dim, config.block_size).name,
+        ),
         ("layers", "C++ kernels" if native.load() else f"PyTorch, for {native.why_not.splitlines()[0]}"),
         ("KV cache", kv_cache),
         ("longest sequence", f"{limits.max_model_len} tokens"),

@@ -18,6 +18,7 @@ class Executor(abc.ABC):
     device: torch.device
     dtype: torch.dtype
     weight_bytes: int
+    attention_backend: str
 
     @abc.abstractmethod
     def create_cache(self, num_blocks: int, block_size: int, num_host_blocks: int) -> None:
@@ -37,6 +38,7 @@ class UniProcExecutor(Executor):
         self.worker = Worker(config, source, device, dtype)
         self.device, self.dtype = device, dtype
         self.weight_bytes = self.worker.weight_bytes
+        self.attention_backend = self.worker.backend.name
 
     def create_cache(self, num_blocks: int, block_size: int, num_host_blocks: int) -> None:
         self.worker.create_cache(num_blocks, block_size, num_host_blocks)

@@ -115,7 +115,7 @@ def cpu_kernels(config: EngineConfig) -> str:
 
 
 def startup_report(
-    config: EngineConfig, limits: Limits, device: torch.device, dtype: torch.dtype, seconds: dict[str, float]
+    config: EngineConfig, limits: Limits, device: torch.device, dtype: torch.dtype, attention: str, seconds: dict[str, float]
 ) -> list[str]:
     """A few lines for the terminal: what runs where, what fits, how long each phase took."""
     where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
@@ -123,11 +123,13 @@ def startup_report(
     tokens = limits.num_blocks * config.block_size
     blocks = f"{limits.num_blocks} blocks of {config.block_size} tokens in {format_bytes(limits.kv_bytes)}"
     prefix_cache = "on" if config.enable_prefix_caching else "off"
-    kernels = [f"kernels   {cpu_kernels(config)}"] if device.type == "cpu" else []
+    kernels = (
+        cpu_kernels(config) if device.type == "cpu" else "PyTorch's and Triton's" if attention == "triton" else "PyTorch's"
+    )
     step = f"{config.max_num_seqs} sequences and {limits.max_num_batched_tokens} tokens a step"
     return [
         f"model     {config.model}, {precision}, {format_bytes(limits.weight_bytes)} of weights, {where}",
-        *kernels,
+        f"kernels   {kernels}; attention by the {attention} backend",
         f"KV cache  {blocks}: {tokens} tokens, {tokens / limits.max_model_len:.1f} sequences of {limits.max_model_len}",
         f"limits    {step}; prefix cache {prefix_cache}, {config.scheduling_policy}, preemption by {config.preemption_mode}",
         "start     " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),

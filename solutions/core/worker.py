@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,7 @@ from ..memory.cache_engine import CacheEngine
 from ..models.loader import ModelSource, load_model
 from . import native
 from .config import EngineConfig
+from .cuda_graphs import CudaGraphRecorder, DecodeGraphs, Step, graph_sizes
 from .machine import cpu_has_bf16, pick_threads
 from .sampler import Sampler, TokenLogprobs
 
@@ -92,16 +94,19 @@ class Worker:
             torch.set_num_threads(pick_threads())  # PyTorch's own choice ignores the quota of a container
         self.model_config = source.config
         cpu_kernels = use_cpu_kernels(config, device, dtype)
+        self.backend = make_backend(
+            config.attention_backend, device, dtype, source.config.head_dim, config.block_size, cpu_kernels
+        )
         self.model = load_model(
             source, dtype, device, config.load_format, seed=config.seed, max_model_len=config.max_model_len,
-            cpu_kernels=cpu_kernels, quantization=config.quantization,
+            cpu_kernels=cpu_kernels, quantization=config.quantization, triton_layers=self.backend.name == "triton",
         )  # fmt: skip
-        self.backend = make_backend(config.attention_backend, device, dtype, source.config.head_dim, cpu_kernels)
         if cpu_kernels and not config.enforce_eager:
             self.model.enable_replay()
         self.sampler = Sampler(source.config.vocab_size, config.seed)
-        self._touch_kv_cache = config.touch_kv_cache
+        self.config = config
         self.cache: CacheEngine | None = None
+        self.graphs: DecodeGraphs | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -121,9 +126,20 @@ class Worker:
             self.device,
             num_host_blocks,
         )
-        if self._touch_kv_cache:
+        if self.config.touch_kv_cache:
             for kv_cache in self.cache.kv_caches:
                 kv_cache.zero_()  # zero already, but the system provides memory only when it is written
+        if self.device.type == "cuda" and self.backend.capturable and not self.config.enforce_eager:
+            self.capture_graphs(graph_sizes(self.config.max_num_seqs), CudaGraphRecorder())
+
+    @torch.inference_mode()
+    def capture_graphs(self, sizes: list[int], record: Callable[[Step], Step]) -> None:
+        """Record decode steps of these batch sizes, to be replayed from now on."""
+        model = self.model_config
+        self.graphs = DecodeGraphs(
+            self.model, self.backend, self.cache.kv_caches, sizes, self.config.max_model_len or model.max_position_embeddings,
+            self.config.block_size, model.sliding_window, record,
+        )  # fmt: skip
 
     @torch.inference_mode()
     def execute(self, batch: FlatBatch) -> StepResult:
@@ -144,6 +160,8 @@ class Worker:
 
     def _forward(self, batch: FlatBatch) -> Tensor:
         """Hidden states of all tokens, [T, hidden]."""
+        if self.graphs is not None and (size := self.graphs.size_for(batch)) is not None:
+            return self.graphs.run(batch, size)
         metadata = AttentionMetadata(
             kv_caches=self.cache.kv_caches,
             slot_mapping=torch.from_numpy(batch.slot_mapping).to(self.device),

@@ -52,6 +52,9 @@ class WeightLayer(nn.Module):
     def pack(self, quantization: str | None) -> None:
         """Once all weights are there: bring them into the order in which the CPU's kernels read them. By default nothing."""
 
+    def use_triton(self) -> None:
+        """Compute with Triton kernels where one is better than what PyTorch has. By default nowhere."""
+
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
         """Copy a checkpoint's tensor into `param`, or into the piece of it called `shard_id`.
 
@@ -74,7 +77,7 @@ class RMSNorm(WeightLayer):
         super().__init__()
         self.weight = _parameter(size)
         self.eps = eps
-        self.native: NativeNorm | None = None
+        self.native: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # [T, hidden] -> [T, hidden]
         if self.native is not None:
@@ -85,6 +88,11 @@ class RMSNorm(WeightLayer):
         if layers_cpu.supports_norm(self.weight):
             self.native = NativeNorm(self.weight, self.eps)
             self.is_native = True
+
+    def use_triton(self) -> None:
+        from .layers_triton import rms_norm  # imports Triton, which takes its time and is not everywhere
+
+        self.native = partial(rms_norm, weight=self.weight, eps=self.eps)
 
 
 class LayerNorm(WeightLayer):
@@ -108,13 +116,21 @@ class Linear(WeightLayer):
         self.weight = _parameter(out_features, in_features)
         self.bias = _parameter(out_features) if bias else None
         self.packed: PackedLinear | None = None
+        self.adds_inside = False
 
     def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
         """[T, in] -> [T, out]; with `add_to` [T, out] the result is added to that in place."""
         if self.packed is not None:
             return self.packed(x, add_to)
+        if add_to is not None and self.adds_inside:
+            return add_to.addmm_(x, self.weight.t())
         y = F.linear(x, self.weight, self.bias)
         return y if add_to is None else add_to.add_(y)
+
+    def use_triton(self) -> None:
+        """Add to the residual stream inside the product's own kernel: a pass over memory less than a kernel that adds, or one
+        that adds and normalises. Results are rounded once instead of twice."""
+        self.adds_inside = self.bias is None
 
     def pack(self, quantization: str | None, gated: bool = False) -> None:
         if linear_cpu.supports(self.weight.dtype, self.weight.shape[1], quantization):
@@ -164,16 +180,25 @@ class GateUpLinear(MergedLinear):
         super().__init__(config.hidden_size, sizes, config.mlp_bias)
         self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
         self.can_fuse = config.hidden_act == "silu" and config.intermediate_size % 16 == 0
+        self.gate: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None and self.can_fuse:
             return self.packed(x)
+        if self.gate is not None:
+            return self.gate(super().forward(x))
         gate, up = super().forward(x).chunk(2, dim=-1)  # [T, I] each
         return self.activation(gate).mul_(up)
 
     def pack(self, quantization: str | None) -> None:
         super().pack(quantization, gated=self.can_fuse)
         self.is_native = self.is_native and self.can_fuse
+
+    def use_triton(self) -> None:
+        if self.activation is F.silu:
+            from .layers_triton import silu_mul
+
+            self.gate = silu_mul
 
 
 class Embedding(WeightLayer):

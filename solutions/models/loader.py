@@ -161,7 +161,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def load_model(
     source: ModelSource, dtype: torch.dtype, device: torch.device, load_format: str = "auto", *,
     seed: int = 0, progress: bool = True, max_model_len: int | None = None, cpu_kernels: bool = False,
-    quantization: str | None = None,
+    quantization: str | None = None, triton_layers: bool = False,
 ) -> CausalLM:  # fmt: skip
     """Build the model and fill its weights.
 
@@ -171,6 +171,7 @@ def load_model(
         seed: of the random weights.
         max_model_len: longest sequence that will be served, see `ModelConfig`.
         cpu_kernels: pack the weights for the CPU's own kernels. quantization: "int8" makes that int8; needs `cpu_kernels`.
+        triton_layers: compute norms and gates with Triton.
 
     Raises:
         ModelError: a file is damaged, or its tensors are not those of the model that ``config.json`` describes.
@@ -186,6 +187,10 @@ def load_model(
             for layer in model.modules():
                 if isinstance(layer, WeightLayer | Attention):
                     layer.pack(quantization)
+        elif triton_layers:
+            for layer in model.modules():
+                if isinstance(layer, WeightLayer):
+                    layer.use_triton()
     return model
 
 

@@ -220,5 +220,5 @@ def test_the_cpu_backend_says_what_it_cannot_do(dtype: torch.dtype, head_dim: in
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="must be auto, cpu, naive or torch, got 'fast'"):
+    with pytest.raises(ValueError, match="must be auto, naive or one of torch, cpu, triton, cuda; got 'fast'"):
         make_backend("fast", "cpu", torch.float32, 64)

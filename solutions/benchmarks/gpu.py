@@ -1,0 +1,190 @@
+"""A model on one device against that device's own limits: decode steps, prompts, and attention by each backend.
+
+Everything is compared with what the same card just reached: the bandwidth of a large copy and the rate of a large product.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..attention.paged_attention import AttentionMetadata, make_backend
+from ..batching.sequence import SamplingParams
+from ..core.cuda_graphs import CudaGraphRecorder
+from ..core.engine import LLMEngine
+from .roofline import Card, StepCost, decode_cost, prefill_cost
+
+CACHE_BYTES = 256 << 20
+"""More than any card's second-level cache holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """One measured step.
+
+    Attributes:
+        what: "decode" or "prefill". batch: sequences. context: tokens of each, the mean over the measured steps.
+        seconds: median of a step; for a prompt from its arrival to its first token.
+        floor: seconds it takes at least, at the measured bandwidth and rate.
+        bandwidth_share: bytes that the step has to move, over its time, as a share of the measured bandwidth.
+    """
+
+    what: str
+    batch: int
+    context: float
+    seconds: float
+    floor: float
+    bandwidth_share: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return (self.batch if self.what == "decode" else self.context) / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTime:
+    """One layer's attention of a decode step by one backend; seconds are a median, the share as in `StepTime`."""
+
+    backend: str
+    batch: int
+    context: int
+    seconds: float
+    bandwidth_share: float
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median time of `run` on the device, after three runs that do not count."""
+    times = []
+    for i in range(repeats + 3):
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        if i >= 3:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measure_card(device: torch.device, copy_bytes: int = 2 << 30, size: int = 8192, repeats: int = 20) -> Card:
+    """The device with the bandwidth (bytes read and written by a copy) and the bfloat16 rate that it reaches now."""
+    source = torch.zeros(copy_bytes, dtype=torch.uint8, device=device)
+    copy = seconds_of(partial(torch.empty_like(source).copy_, source), device, repeats)
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
+    product = seconds_of(lambda: a @ b, device, repeats)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return Card(name, 2 * copy_bytes / copy, 2 * size**3 / product, memory)
+
+
+def measure_decode(engine: LLMEngine, card: Card, batch: int, context: int, steps: int) -> StepTime:
+    """Decode steps of `batch` sequences, around `context` tokens of each, or as many as the KV cache holds."""
+    limits, device = engine.limits, engine.executor.device
+    room = limits.num_blocks // batch * engine.config.block_size - engine.config.block_size
+    prompt_len = min(context, room, limits.max_model_len - 1) - 2 * steps
+    if prompt_len < 1:
+        raise ValueError(f"the KV cache has no room for {batch} sequences of {2 * steps} tokens; measure fewer at once")
+    submit(engine, [prompt_len] * batch, limits.max_model_len - prompt_len - 1)
+    while engine.scheduler.waiting or any(seq.num_output_tokens < 2 for seq in engine.scheduler.running):
+        engine.step()
+    lengths, times = [], []
+    for _ in range(steps):
+        lengths.append(sum(len(seq.tokens) for seq in engine.scheduler.running) / batch)
+        synchronize(device)
+        start = time.perf_counter()
+        engine.step()
+        times.append(time.perf_counter() - start)
+    clear(engine)
+    mean = statistics.fmean(lengths)
+    cost = decode_cost(engine.model_config, batch, mean, engine.executor.dtype)
+    return _step_time("decode", batch, mean, statistics.median(times), cost, card)
+
+
+def measure_prefill(engine: LLMEngine, card: Card, length: int, repeats: int) -> StepTime:
+    """One prompt of `length` tokens on an idle engine: time to its first token."""
+    times = []
+    for _ in range(repeats):
+        synchronize(engine.executor.device)
+        start = time.perf_counter()
+        submit(engine, [length], 1)
+        while engine.has_unfinished_requests():
+            engine.step()
+        times.append(time.perf_counter() - start)
+    cost = prefill_cost(engine.model_config, length, engine.executor.dtype)
+    return _step_time("prefill", 1, length, statistics.median(times), cost, card)
+
+
+def _step_time(what: str, batch: int, context: float, seconds: float, cost: StepCost, card: Card) -> StepTime:
+    share = (cost.weight_bytes + cost.kv_bytes) / seconds / card.bandwidth
+    return StepTime(what, batch, context, seconds, cost.floor(card), share)
+
+
+def submit(engine: LLMEngine, prompt_lens: list[int], max_tokens: int) -> None:
+    """Give the engine prompts of random tokens, all different, so that the prefix cache finds none of them."""
+    for length in prompt_lens:
+        submit.number += 1
+        ids = torch.randint(engine.model_config.vocab_size, (length,)).tolist()
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        engine.add_request(f"bench-{submit.number}", {"prompt_token_ids": ids}, params)
+
+
+submit.number = 0
+
+
+def clear(engine: LLMEngine) -> None:
+    """Abort everything that runs or waits."""
+    for seq in [*engine.scheduler.running, *engine.scheduler.waiting]:
+        engine.abort_request(seq.request_id)
+
+
+def measure_attention(
+    name: str, card: Card, device: torch.device, heads: tuple[int, int], head_dim: int, batch: int, context: int,
+    block_size: int, repeats: int, dtype: torch.dtype = torch.bfloat16,
+) -> AttentionTime:  # fmt: skip
+    """One layer's attention of a decode step over a cache whose blocks lie in random order.
+
+    It runs over as many layers' caches as exceed `CACHE_BYTES` together, so that none is read from the card's own cache, and
+    in a CUDA graph where the backend allows it, as it does in the engine.
+
+    Args:
+        heads: (query heads, KV heads). context: tokens of each sequence.
+    """
+    num_heads, num_kv_heads = heads
+    blocks = -(-context // block_size)
+    shape = (2, batch * blocks, block_size, num_kv_heads, head_dim)
+    num_layers = -(-CACHE_BYTES // (math.prod(shape) * dtype.itemsize))
+    caches = [torch.randn(shape, device=device, dtype=dtype) for _ in range(num_layers)]
+    tables = torch.randperm(batch * blocks, device=device, dtype=torch.int32).view(batch, blocks)
+    slots = tables[:, -1].long() * block_size + (context - 1) % block_size
+    backend = make_backend(name, device, dtype, head_dim, block_size)
+    metadata = AttentionMetadata(
+        kv_caches=caches, slot_mapping=slots, block_tables=tables,
+        query_start_loc=torch.arange(batch + 1, dtype=torch.int32, device=device),
+        context_lens=torch.full((batch,), context, dtype=torch.int32, device=device),
+        max_query_len=1, max_context_len=context, backend=backend,
+    )  # fmt: skip
+    metadata.plan = backend.plan(metadata, None)
+    query = torch.randn(batch, num_heads, head_dim, device=device, dtype=dtype)
+    key, value = torch.randn(2, batch, num_kv_heads, head_dim, device=device, dtype=dtype)
+
+    def attend() -> Tensor:
+        for layer in range(num_layers):
+            out = backend.attend(layer, query, key, value, metadata, head_dim**-0.5)
+        return out
+
+    run = CudaGraphRecorder()(attend) if device.type == "cuda" and backend.capturable else attend
+    seconds = seconds_of(run, device, repeats) / num_layers
+    moved = 2 * batch * context * num_kv_heads * head_dim * dtype.itemsize
+    return AttentionTime(name, batch, context, seconds, moved / seconds / card.bandwidth)

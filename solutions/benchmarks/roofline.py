@@ -1,0 +1,82 @@
+"""The least time that a step can take: bytes over bandwidth, operations over rate (the roofline, Williams et al., 2009).
+
+A decode step has two parts with different limits. The matrix products read every weight once, whatever the batch, and do two
+operations a weight and token. Attention reads each sequence's keys and values for that sequence alone, so its bytes grow with
+the batch, and it does a handful of operations a byte. The parts run one after the other, so their floors add up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..memory.cache_engine import block_bytes
+from ..models.model_config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What a GPU can do at most.
+
+    Attributes:
+        bandwidth: of its memory, bytes a second. rate: of dense bfloat16 products summed in float32, operations a second.
+        memory: bytes.
+    """
+
+    name: str
+    bandwidth: float
+    rate: float
+    memory: float
+
+
+CARDS = (
+    Card("A100-80 SXM", 2.039e12, 312e12, 80e9),
+    Card("H100 SXM", 3.35e12, 989e12, 80e9),
+    Card("RTX 4090", 1.008e12, 165e12, 24e9),
+)
+"""From NVIDIA's data sheets and architecture papers; what a program can reach of them is measured, and less."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Bytes and operations of one step, the matrix products' and attention's."""
+
+    weight_bytes: int
+    kv_bytes: int
+    product_operations: int
+    attention_operations: int
+
+    def floor(self, card: Card) -> float:
+        """Seconds that the step takes at least."""
+        products = max(self.weight_bytes / card.bandwidth, self.product_operations / card.rate)
+        attention = max(self.kv_bytes / card.bandwidth, self.attention_operations / card.rate)
+        return products + attention
+
+
+def num_product_weights(model: ModelConfig) -> int:
+    """Weights that take part in a token's matrix products: all but the embedding, of which a token reads a row."""
+    heads = model.num_heads * model.head_dim
+    kv_heads = model.num_kv_heads * model.head_dim
+    mlp = (3 if model.hidden_act == "silu" else 2) * model.hidden_size * model.intermediate_size
+    layer = model.hidden_size * (2 * heads + 2 * kv_heads) + mlp
+    return model.num_layers * layer + model.vocab_size * model.hidden_size
+
+
+def decode_cost(model: ModelConfig, batch: int, context: float, dtype: torch.dtype = torch.bfloat16) -> StepCost:
+    """A step that generates one token for each of `batch` sequences of `context` tokens."""
+    weights = num_product_weights(model)
+    kv_per_token = block_bytes(model.num_layers, 1, model.num_kv_heads, model.head_dim, dtype)
+    attention = 4 * model.num_layers * model.num_heads * model.head_dim  # q·k and p·v, two operations each
+    tokens = round(batch * context)
+    return StepCost(weights * dtype.itemsize, kv_per_token * tokens, 2 * weights * batch, attention * tokens)
+
+
+def prefill_cost(model: ModelConfig, length: int, dtype: torch.dtype = torch.bfloat16) -> StepCost:
+    """A step that computes a prompt of `length` tokens and the logits of its last one."""
+    head = model.vocab_size * model.hidden_size
+    layers = num_product_weights(model) - head
+    kv_per_token = block_bytes(model.num_layers, 1, model.num_kv_heads, model.head_dim, dtype)
+    pairs = length * (length + 1) // 2
+    attention = 4 * model.num_layers * model.num_heads * model.head_dim * pairs
+    return StepCost((layers + head) * dtype.itemsize, kv_per_token * length, 2 * (layers * length + head), attention)

@@ -1,0 +1,228 @@
+"""The engine on a GPU's backends: on a card as it is, without one by Triton's interpreter and the CUDA kernel run on the CPU.
+
+What only a card can do, CUDA graphs, is tested there; here their padded steps run without being captured.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from solutions.attention.paged_attention import make_backend
+from solutions.batching.sequence import SamplingParams
+from solutions.benchmarks.gpu import measure_attention, measure_card, measure_decode, measure_prefill
+from solutions.benchmarks.roofline import CARDS, Card, decode_cost, num_product_weights, prefill_cost
+from solutions.core import cuda_graphs
+from solutions.core.config import EngineConfig
+from solutions.core.cuda_graphs import CudaGraphRecorder, Step, graph_sizes
+from solutions.core.engine import LLM, LLMEngine
+from solutions.models.loader import load_model, resolve_model
+from solutions.models.model_config import ALIASES
+from solutions.tests.tiny_models import make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+BACKENDS = [pytest.param("triton", marks=needs_triton), "cuda"]
+PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+PROMPTS = [[1, 2, 3], list(range(1, 40)), [5] * 17, [9]]
+SETTINGS = {"dtype": "float32", "max_model_len": 128, "device": DEVICE, "enable_cpu_kernels": False}
+SIZES = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}  # a head size that every backend takes
+
+
+def generate(path: Path, **settings: object) -> tuple[LLM, list[list[int]]]:
+    """An engine, and the tokens that it generates after `PROMPTS`."""
+    llm = LLM(str(path), **(SETTINGS | settings))
+    outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], PARAMS, use_tqdm=False)
+    return llm, [output.outputs[0].token_ids for output in outputs]
+
+
+def oracle(path: Path) -> list[list[int]]:
+    """The same from transformers."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokens = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        tokens.append(out[0, len(prompt) :].tolist())
+    return tokens
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("make", [make_tiny_llama, make_tiny_mistral])
+def test_the_engine_generates_what_transformers_does(tmp_path: Path, make: Callable[..., object], backend: str) -> None:
+    make(tmp_path, **SIZES)
+    llm, tokens = generate(tmp_path, attention_backend=backend)
+    assert llm.llm_engine.executor.attention_backend == backend
+    assert tokens == oracle(tmp_path)
+    assert f"attention by the {backend} backend" in "\n".join(llm.llm_engine.startup_summary())
+
+
+@needs_triton
+def test_a_model_without_rotation(tmp_path: Path) -> None:
+    make_tiny_gpt2(tmp_path)
+    assert generate(tmp_path, attention_backend="triton")[1] == oracle(tmp_path)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the default model is not on the card's machine; its shapes are tested there")
+@needs_triton
+def test_the_real_model_on_triton() -> None:
+    """Sixteen tokens of the default model, attention and layers by Triton, equal those of transformers."""
+    source = resolve_model("smollm2-135m")
+    hf = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
+    llm = LLM("smollm2-135m", dtype="float32", attention_backend="triton", enable_cpu_kernels=False, max_model_len=128)
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    (output,) = llm.generate(["The capital of France is"], params, use_tqdm=False)
+    ids = torch.tensor([output.prompt_token_ids])
+    expected = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, min_new_tokens=16, do_sample=False)
+    assert output.outputs[0].token_ids == expected[0, ids.shape[1] :].tolist()
+
+
+@needs_triton
+def test_triton_layers_are_used_and_equal_pytorchs(tmp_path: Path) -> None:
+    make_tiny_llama(tmp_path)
+    source = resolve_model(str(tmp_path))
+    device = torch.device(DEVICE)
+    models = [load_model(source, torch.float32, device, progress=False, triton_layers=triton) for triton in (False, True)]
+    plain, fused = (model.model.layers[0] for model in models)
+    x = torch.randn(9, 48, device=device)
+    assert fused.input_layernorm.native is not None
+    assert fused.mlp.gate_up_proj.gate is not None
+    assert fused.self_attn.o_proj.adds_inside
+    for layer in ("input_layernorm", "post_attention_layernorm"):
+        torch.testing.assert_close(getattr(fused, layer)(x), getattr(plain, layer)(x))
+    torch.testing.assert_close(fused.mlp(x, x.clone()), plain.mlp(x, x.clone()))
+
+
+# CUDA graphs
+
+
+def test_graph_sizes() -> None:
+    assert graph_sizes(1) == [1]
+    assert graph_sizes(3) == [1, 2, 3]
+    assert graph_sizes(8) == [1, 2, 4, 8]
+    assert graph_sizes(20) == [1, 2, 4, 8, 16, 20]
+    assert graph_sizes(1024) == [1, 2, 4, *range(8, 257, 8)]
+
+
+def recorder(order: list[int]) -> Callable[[Step], Step]:
+    """On a card the real one; else a step stays as it is, but must not be given memory of its own for its inputs."""
+
+    def record(step: Step) -> Step:
+        order.append(len(step()))
+        return CudaGraphRecorder()(step) if DEVICE == "cuda" else step
+
+    return record
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padded_steps_give_the_same_tokens(tmp_path: Path, backend: str) -> None:
+    """Batches of 4, then 3, 2, 1 sequences run in recordings for 1, 2 and 5."""
+    make_tiny_llama(tmp_path, **SIZES)
+    params = [SamplingParams(temperature=0, max_tokens=3 + 2 * i, ignore_eos=True) for i in range(len(PROMPTS))]
+    prompts = [{"prompt_token_ids": p} for p in PROMPTS]
+    llm = LLM(str(tmp_path), attention_backend=backend, enforce_eager=True, **SETTINGS)
+    expected = [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
+    worker, order, sizes = llm.llm_engine.executor.worker, [], []
+    assert worker.graphs is None
+    worker.capture_graphs([1, 2, 5], recorder(order))
+    assert order == [5, 2, 1]  # the largest first
+    run = worker.graphs.run
+    worker.graphs.run = lambda batch, size: (sizes.append((len(batch.sequences), size)), run(batch, size))[1]
+    llm.llm_engine.block_manager.prefix_cache.clear()
+    assert [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)] == expected
+    assert set(sizes) == {(4, 5), (3, 5), (2, 2), (1, 1)}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_decode_steps_that_fit_are_replayed(tmp_path: Path, backend: str) -> None:
+    make_tiny_llama(tmp_path, **SIZES)
+    llm, expected = generate(tmp_path, attention_backend=backend, enforce_eager=True)
+    worker = llm.llm_engine.executor.worker
+    worker.capture_graphs([1, 2], recorder([]))
+    counts: list[int] = []
+    run = worker.graphs.run
+    worker.graphs.run = lambda batch, size: (counts.append(len(batch.input_ids)), run(batch, size))[1]
+    llm.llm_engine.block_manager.prefix_cache.clear()
+    outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], PARAMS, use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in outputs] == expected
+    assert counts == []  # four sequences at once are more than two
+    (output,) = llm.generate([{"prompt_token_ids": PROMPTS[2]}], PARAMS, use_tqdm=False)
+    assert output.outputs[0].token_ids == expected[2]
+    assert counts == [1] * 5  # the first token came with the prompt
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="no GPU here")
+def test_graphs_are_captured_at_start_unless_switched_off(tmp_path: Path) -> None:
+    make_tiny_llama(tmp_path, **SIZES)
+    with_graphs, tokens = generate(tmp_path, max_num_seqs=8)
+    assert with_graphs.llm_engine.executor.worker.graphs.sizes == graph_sizes(8)
+    without, expected = generate(tmp_path, enforce_eager=True)
+    assert without.llm_engine.executor.worker.graphs is None
+    assert tokens == expected == oracle(tmp_path)
+
+
+def test_backends_that_ask_the_device_are_not_captured() -> None:
+    assert not make_backend("torch", "cpu", torch.float32, 64).capturable
+    assert make_backend("cuda", "cpu", torch.float32, 64).capturable
+    assert cuda_graphs.PADDING_SLOT == -1
+
+
+# The benchmark
+
+
+def test_floors_of_llama_7b() -> None:
+    """By hand: 32 layers of 4·4096² + 3·4096·11008 weights and a head of 32000·4096; 512 KiB of KV a token."""
+    model = ALIASES["llama-7b"].config
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096
+    assert num_product_weights(model) == weights == 6_607_077_376
+    cost = decode_cost(model, 32, 1024)
+    assert cost.weight_bytes == 2 * weights
+    assert cost.kv_bytes == 32 * 1024 * (512 << 10)
+    assert cost.product_operations == 2 * 32 * weights
+    assert cost.attention_operations == 32 * 1024 * 32 * 4 * 4096
+    a100, h100, _ = CARDS
+    assert cost.floor(a100) == pytest.approx((2 * weights + 32 * 1024 * 524288) / 2.039e12)
+    assert cost.floor(h100) == pytest.approx(9.07e-3, rel=2e-3)
+    assert decode_cost(model, 1024, 0).floor(a100) == pytest.approx(2 * weights * 1024 / 312e12)  # bound by operations
+
+
+def test_floor_of_a_prompt() -> None:
+    model = ALIASES["llama-7b"].config
+    layers = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    cost = prefill_cost(model, 3)
+    assert cost.product_operations == 2 * (3 * layers + 32000 * 4096)
+    assert cost.attention_operations == 32 * 4 * 4096 * (1 + 2 + 3)
+    assert cost.kv_bytes == 3 * (512 << 10)
+
+
+def test_measured_steps_are_the_steps_asked_for(tmp_path: Path) -> None:
+    make_tiny_llama(tmp_path)
+    engine = LLMEngine(EngineConfig(model=str(tmp_path), max_model_len=128, device=DEVICE, num_gpu_blocks_override=64))
+    card = Card("toy", 1e9, 1e9, 1e9)
+    step = measure_decode(engine, card, batch=3, context=64, steps=4)
+    assert (step.what, step.batch) == ("decode", 3)
+    assert 56 <= step.context <= 64
+    assert step.tokens_per_second == pytest.approx(3 / step.seconds)
+    assert not engine.has_unfinished_requests()
+    short = measure_decode(engine, card, batch=16, context=120, steps=2)
+    assert short.context <= 48  # 64 blocks of 16 hold 16 sequences of no more
+    prompt = measure_prefill(engine, card, 40, repeats=2)
+    assert (prompt.what, prompt.context) == ("prefill", 40)
+    assert engine.stats().prefix_cache_hits == 0
+    with pytest.raises(ValueError, match="no room for 60 sequences"):
+        measure_decode(engine, card, batch=60, context=100, steps=8)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cuda"])
+def test_attention_is_measured_over_more_than_a_cache_holds(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("solutions.benchmarks.gpu.CACHE_BYTES", 1 << 16)
+    card = measure_card(torch.device(DEVICE), copy_bytes=1 << 16, size=32, repeats=2)
+    assert min(card.bandwidth, card.rate) > 0
+    time = measure_attention(backend, card, torch.device(DEVICE), (2, 1), 64, 2, 20, 16, repeats=1, dtype=torch.float32)
+    assert (time.backend, time.batch, time.context) == (backend, 2, 20)
+    assert time.bandwidth_share == pytest.approx(2 * 2 * 20 * 64 * 4 / time.seconds / card.bandwidth)
