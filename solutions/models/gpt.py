@@ -7,7 +7,15 @@ import re
 from torch import Tensor, nn
 
 from ..attention.paged_attention import AttentionMetadata
-from .layers import ACTIVATION_FUNCTIONS, Attention, CausalLM, Embedding, LayerNorm, Linear, LMHead, QKVLinear
+from ..parallelism.tensor_parallel import (
+    ColumnParallelLinear,
+    ParallelLMHead,
+    QKVParallelLinear,
+    RowParallelLinear,
+    TensorParallel,
+    VocabParallelEmbedding,
+)
+from .layers import ACTIVATION_FUNCTIONS, Attention, CausalLM, Embedding, LayerNorm
 from .model_config import ModelConfig
 
 CONV1D_WEIGHT = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
@@ -20,11 +28,13 @@ CAUSAL_MASK = re.compile(r"\.attn\.(masked_)?bias$")
 class GPT2Attention(nn.Module):
     """Projections around paged attention: [T, hidden] -> [T, hidden]."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> None:
         super().__init__()
-        self.c_attn = QKVLinear(config)
-        self.c_proj = Linear(config.hidden_size, config.hidden_size, config.attention_bias)
-        self.attn = Attention(config, layer)
+        heads, kv_heads = parallel.heads(config)
+        inputs = heads.times(config.head_dim)
+        self.c_attn = QKVParallelLinear(config, parallel)
+        self.c_proj = RowParallelLinear(inputs, config.hidden_size, config.attention_bias, parallel)
+        self.attn = Attention(len(heads), len(kv_heads), config.head_dim, layer)
 
     def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
         return self.c_proj(self.attn(self.c_attn(x), metadata))
@@ -33,10 +43,11 @@ class GPT2Attention(nn.Module):
 class GPT2MLP(nn.Module):
     """``c_proj(act(c_fc(x)))``: [T, hidden] -> [T, hidden]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
-        self.c_fc = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
-        self.c_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+        columns = parallel.mlp(config)
+        self.c_fc = ColumnParallelLinear(config.hidden_size, {"c_fc": columns}, config.mlp_bias)
+        self.c_proj = RowParallelLinear(columns, config.hidden_size, config.mlp_bias, parallel)
         self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,12 +57,12 @@ class GPT2MLP(nn.Module):
 class GPT2Block(nn.Module):
     """Attention and MLP, each added to the residual stream after a norm of its input."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(config.hidden_size, config.norm_eps)
-        self.attn = GPT2Attention(config, layer)
+        self.attn = GPT2Attention(config, layer, parallel)
         self.ln_2 = LayerNorm(config.hidden_size, config.norm_eps)
-        self.mlp = GPT2MLP(config)
+        self.mlp = GPT2MLP(config, parallel)
 
     def forward(self, hidden: Tensor, metadata: AttentionMetadata) -> Tensor:
         hidden += self.attn(self.ln_1(hidden), metadata)  # in place: nobody else holds it
@@ -62,11 +73,11 @@ class GPT2Block(nn.Module):
 class GPT2Model(nn.Module):
     """Embeddings of tokens and positions, blocks and final norm."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
-        self.wte = Embedding(config.vocab_size, config.hidden_size)
+        self.wte = VocabParallelEmbedding(config, parallel)
         self.wpe = Embedding(config.max_position_embeddings, config.hidden_size)
-        self.h = nn.ModuleList(GPT2Block(config, layer) for layer in range(config.num_layers))
+        self.h = nn.ModuleList(GPT2Block(config, layer, parallel) for layer in range(config.num_layers))
         self.ln_f = LayerNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
@@ -79,11 +90,11 @@ class GPT2Model(nn.Module):
 class GPT2LMHeadModel(CausalLM):
     """GPT-2 with its head; parameters are named as in Hugging Face's checkpoints."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
         self.config = config
-        self.transformer = GPT2Model(config)
-        self.lm_head = LMHead(config, self.transformer.wte)
+        self.transformer = GPT2Model(config, parallel)
+        self.lm_head = ParallelLMHead(config, self.transformer.wte, parallel)
 
     def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
         return self.transformer(input_ids, positions, metadata)

@@ -33,7 +33,8 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _parameter(*shape: int) -> nn.Parameter:
+def parameter(*shape: int) -> nn.Parameter:
+    """Memory for a weight of this shape, which is not trained."""
     return nn.Parameter(torch.empty(shape), requires_grad=False)
 
 
@@ -61,10 +62,15 @@ class WeightLayer(nn.Module):
         Raises:
             ValueError: the shapes differ.
         """
-        _copy(param, loaded)
+        copy_weight(param, loaded)
 
 
-def _copy(destination: Tensor, loaded: Tensor) -> None:
+def copy_weight(destination: Tensor, loaded: Tensor) -> None:
+    """Fill a weight, or a part of one.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
     if destination.shape != loaded.shape:  # copy_ would broadcast
         raise ValueError(f"expected shape {list(destination.shape)}, the checkpoint has {list(loaded.shape)}")
     destination.copy_(loaded)
@@ -75,7 +81,7 @@ class RMSNorm(WeightLayer):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = _parameter(size)
+        self.weight = parameter(size)
         self.eps = eps
         self.native: Callable[[Tensor], Tensor] | None = None
 
@@ -100,8 +106,8 @@ class LayerNorm(WeightLayer):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = _parameter(size)
-        self.bias = _parameter(size)
+        self.weight = parameter(size)
+        self.bias = parameter(size)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:  # [T, hidden] -> [T, hidden]
@@ -113,8 +119,8 @@ class Linear(WeightLayer):
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__()
-        self.weight = _parameter(out_features, in_features)
-        self.bias = _parameter(out_features) if bias else None
+        self.weight = parameter(out_features, in_features)
+        self.bias = parameter(out_features) if bias else None
         self.packed: PackedLinear | None = None
         self.adds_inside = False
 
@@ -139,95 +145,15 @@ class Linear(WeightLayer):
             self.is_native = True
 
 
-class MergedLinear(Linear):
-    """Several linear layers over one input as a single matrix product, their outputs side by side.
-
-    Args:
-        sizes: output features of each by its name in `shard_ids`.
-    """
-
-    def __init__(self, in_features: int, sizes: dict[str, int], bias: bool) -> None:
-        super().__init__(in_features, sum(sizes.values()), bias)
-        self.sizes = sizes
-        self.shard_ids = tuple(sizes)
-
-    def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
-        """Copy one piece's tensor, or, without `shard_id`, the tensor of all pieces in order (GPT-2 keeps QKV so)."""
-        if shard_id is None:
-            if len(loaded) != len(param):
-                raise ValueError(f"expected shape {list(param.shape)}, the checkpoint has {list(loaded.shape)}")
-            for name, piece in zip(self.sizes, loaded.split(list(self.sizes.values())), strict=True):
-                self.weight_loader(param, piece, name)
-            return
-        start = sum(self.sizes[name] for name in self.shard_ids[: self.shard_ids.index(shard_id)])
-        _copy(param[start : start + self.sizes[shard_id]], loaded)
-
-
-class QKVLinear(MergedLinear):
-    """Queries, keys and values of all heads in one product: [T, hidden] -> [T, (H + 2·H_kv)·D]."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        kv_size = config.num_kv_heads * config.head_dim
-        sizes = {"q": config.num_heads * config.head_dim, "k": kv_size, "v": kv_size}
-        super().__init__(config.hidden_size, sizes, config.attention_bias)
-
-
-class GateUpLinear(MergedLinear):
-    """Both inputs of a gated MLP in one product, joined: ``act(gate(x)) · up(x)``, [T, hidden] -> [T, I]."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        sizes = {"gate": config.intermediate_size, "up": config.intermediate_size}
-        super().__init__(config.hidden_size, sizes, config.mlp_bias)
-        self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
-        self.can_fuse = config.hidden_act == "silu" and config.intermediate_size % 16 == 0
-        self.gate: Callable[[Tensor], Tensor] | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None and self.can_fuse:
-            return self.packed(x)
-        if self.gate is not None:
-            return self.gate(super().forward(x))
-        gate, up = super().forward(x).chunk(2, dim=-1)  # [T, I] each
-        return self.activation(gate).mul_(up)
-
-    def pack(self, quantization: str | None) -> None:
-        super().pack(quantization, gated=self.can_fuse)
-        self.is_native = self.is_native and self.can_fuse
-
-    def use_triton(self) -> None:
-        if self.activation is F.silu:
-            from .layers_triton import silu_mul
-
-            self.gate = silu_mul
-
-
 class Embedding(WeightLayer):
     """A row for each token id or position."""
 
     def __init__(self, rows: int, size: int) -> None:
         super().__init__()
-        self.weight = _parameter(rows, size)
+        self.weight = parameter(rows, size)
 
     def forward(self, ids: Tensor) -> Tensor:  # [T] -> [T, hidden]
         return F.embedding(ids, self.weight)
-
-
-class LMHead(WeightLayer):
-    """Logits of the next token: [N, hidden] -> [N, V]. A tied head uses the embedding's weight instead of its own."""
-
-    def __init__(self, config: ModelConfig, embedding: Embedding) -> None:
-        super().__init__()
-        tied = config.tie_word_embeddings
-        self.weight = embedding.weight if tied else _parameter(config.vocab_size, config.hidden_size)
-        self.packed: PackedLinear | None = None
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.weight) if self.packed is None else self.packed(hidden)
-
-    def pack(self, quantization: str | None) -> None:
-        if linear_cpu.supports(self.weight.dtype, self.weight.shape[1], quantization):
-            self.packed = PackedLinear(self.weight, None, quantization)
-            self.weight = nn.Parameter(self.packed.weight, requires_grad=False)  # a tied embedding keeps its own
 
 
 def rope_inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -328,11 +254,11 @@ class CausalLM(nn.Module, abc.ABC):
 class Attention(nn.Module):
     """The paged attention of one layer. It has no weights: projections belong to the model."""
 
-    def __init__(self, config: ModelConfig, layer: int, sliding_window: int | None = None) -> None:
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, layer: int, sliding_window: int | None = None) -> None:
         super().__init__()
         self.layer = layer
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.scale = config.head_dim**-0.5
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.scale = head_dim**-0.5
         self.sliding_window = sliding_window
         self.dtype = torch.get_default_dtype()
         self.is_native = False
@@ -363,16 +289,3 @@ class Attention(nn.Module):
             self.rotate_(heads[:, : self.num_heads + self.num_kv_heads], rope)
         out = metadata.backend.attend(self.layer, q, k, v, metadata, self.scale, self.sliding_window, **fused)  # [T, H, D]
         return out.reshape(len(qkv), -1)
-
-
-class GatedMLP(nn.Module):
-    """``down(act(gate(x)) · up(x))`` (Shazeer, 2020)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gate_up_proj = GateUpLinear(config)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
-
-    def forward(self, x: Tensor, add_to: Tensor) -> Tensor:
-        """Add the MLP of `x` [T, hidden] to `add_to` [T, hidden] in place."""
-        return self.down_proj(self.gate_up_proj(x), add_to)

@@ -7,18 +7,15 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from ..attention.paged_attention import AttentionMetadata
-from .layers import (
-    Attention,
-    CausalLM,
-    Embedding,
-    GatedMLP,
-    Linear,
-    LMHead,
-    QKVLinear,
-    RMSNorm,
-    RotaryEmbedding,
-    WeightLayer,
+from ..parallelism.tensor_parallel import (
+    GateUpParallelLinear,
+    ParallelLMHead,
+    QKVParallelLinear,
+    RowParallelLinear,
+    TensorParallel,
+    VocabParallelEmbedding,
 )
+from .layers import Attention, CausalLM, RMSNorm, RotaryEmbedding, WeightLayer
 from .model_config import ModelConfig
 from .replay import LayerReplay
 
@@ -35,25 +32,40 @@ MERGED_LAYERS = {
 class LlamaAttention(nn.Module):
     """Projections around paged attention, queries and keys rotated by RoPE; the result is added to `add_to` [T, hidden]."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> None:
         super().__init__()
-        self.qkv_proj = QKVLinear(config)
-        self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size, config.attention_bias)
-        self.attn = Attention(config, layer)
+        heads, kv_heads = parallel.heads(config)
+        inputs = heads.times(config.head_dim)
+        self.qkv_proj = QKVParallelLinear(config, parallel)
+        self.o_proj = RowParallelLinear(inputs, config.hidden_size, config.attention_bias, parallel)
+        self.attn = Attention(len(heads), len(kv_heads), config.head_dim, layer)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata, add_to: Tensor) -> Tensor:
         return self.o_proj(self.attn(self.qkv_proj(x), metadata, rope), add_to)
 
 
+class GatedMLP(nn.Module):
+    """``down(act(gate(x)) · up(x))`` (Shazeer, 2020)."""
+
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+        super().__init__()
+        self.gate_up_proj = GateUpParallelLinear(config, parallel)
+        self.down_proj = RowParallelLinear(parallel.mlp(config), config.hidden_size, config.mlp_bias, parallel)
+
+    def forward(self, x: Tensor, add_to: Tensor) -> Tensor:
+        """Add the MLP of `x` [T, hidden] to `add_to` [T, hidden] in place."""
+        return self.down_proj(self.gate_up_proj(x), add_to)
+
+
 class LlamaDecoderLayer(nn.Module):
     """Attention and MLP, each added to the residual stream after a norm of its input."""
 
-    def __init__(self, config: ModelConfig, attention: nn.Module) -> None:
+    def __init__(self, config: ModelConfig, attention: nn.Module, parallel: TensorParallel) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = GatedMLP(config)
+        self.mlp = GatedMLP(config, parallel)
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:
         self.self_attn(self.input_layernorm(hidden), rope, metadata, add_to=hidden)  # in place: nobody else holds it
@@ -63,9 +75,9 @@ class LlamaDecoderLayer(nn.Module):
 class LlamaModel(nn.Module):
     """Embedding, decoder layers and final norm."""
 
-    def __init__(self, config: ModelConfig, layers: Iterable[LlamaDecoderLayer]) -> None:
+    def __init__(self, config: ModelConfig, layers: Iterable[LlamaDecoderLayer], parallel: TensorParallel) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = VocabParallelEmbedding(config, parallel)
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
@@ -85,22 +97,23 @@ class LlamaModel(nn.Module):
 class LlamaForCausalLM(CausalLM):
     """LLaMA with its head; parameters are named as in Hugging Face's checkpoints but for `MERGED_LAYERS`."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
-        self.config = config
-        self.model = LlamaModel(config, (self.make_layer(config, layer) for layer in range(config.num_layers)))
-        self.lm_head = LMHead(config, self.model.embed_tokens)
+        self.config, self.parallel = config, parallel
+        layers = (self.make_layer(config, layer, parallel) for layer in range(config.num_layers))
+        self.model = LlamaModel(config, layers, parallel)
+        self.lm_head = ParallelLMHead(config, self.model.embed_tokens, parallel)
 
-    def make_layer(self, config: ModelConfig, layer: int) -> LlamaDecoderLayer:
+    def make_layer(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> LlamaDecoderLayer:
         """The one place where a relative of LLaMA differs."""
-        return LlamaDecoderLayer(config, LlamaAttention(config, layer))
+        return LlamaDecoderLayer(config, LlamaAttention(config, layer, parallel), parallel)
 
     def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
         return self.model(input_ids, positions, metadata)
 
     def enable_replay(self) -> None:
         layers = [*self.model.layers.modules(), self.model.norm]
-        if all(layer.is_native for layer in layers if isinstance(layer, WeightLayer | Attention)):
+        if self.parallel.size == 1 and all(layer.is_native for layer in layers if isinstance(layer, WeightLayer | Attention)):
             dtype = self.model.embed_tokens.weight.dtype
             self.model.replay = LayerReplay(
                 self.model.run_layers, self.model.layers[0].self_attn.attn, self.config.hidden_size, dtype

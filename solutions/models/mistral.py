@@ -10,7 +10,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..attention.paged_attention import AttentionMetadata
-from .layers import Attention, Linear, QKVLinear
+from ..parallelism.tensor_parallel import QKVParallelLinear, RowParallelLinear, TensorParallel
+from .layers import Attention
 from .llama import LlamaDecoderLayer, LlamaForCausalLM
 from .model_config import ModelConfig
 
@@ -18,11 +19,12 @@ from .model_config import ModelConfig
 class MistralAttention(nn.Module):
     """Projections around attention over the window, with RoPE; the result is added to `add_to` [T, hidden]."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> None:
         super().__init__()
-        self.qkv_proj = QKVLinear(config)
-        self.o_proj = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
-        self.attn = Attention(config, layer, config.sliding_window)
+        heads, kv_heads = parallel.heads(config)
+        self.qkv_proj = QKVParallelLinear(config, parallel)
+        self.o_proj = RowParallelLinear(heads.times(config.head_dim), config.hidden_size, False, parallel)
+        self.attn = Attention(len(heads), len(kv_heads), config.head_dim, layer, config.sliding_window)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata, add_to: Tensor) -> Tensor:
         return self.o_proj(self.attn(self.qkv_proj(x), metadata, rope), add_to)
@@ -31,5 +33,5 @@ class MistralAttention(nn.Module):
 class MistralForCausalLM(LlamaForCausalLM):
     """Mistral with its head; every layer has the same window."""
 
-    def make_layer(self, config: ModelConfig, layer: int) -> LlamaDecoderLayer:
-        return LlamaDecoderLayer(config, MistralAttention(config, layer))
+    def make_layer(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> LlamaDecoderLayer:
+        return LlamaDecoderLayer(config, MistralAttention(config, layer, parallel), parallel)

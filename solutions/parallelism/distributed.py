@@ -1,0 +1,136 @@
+"""Ranks: how they find each other, which cores are theirs, and how a function is run on several of them."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import multiprocessing
+import os
+import pickle
+import queue
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..core.machine import available_cores
+from .communication import Communicator
+
+TIMEOUT_SECONDS = 60.0
+"""How long a rank waits for another one, at a rendezvous or in a collective, until it says that something is wrong."""
+
+
+def open_rendezvous(host: str = "127.0.0.1", timeout: float = TIMEOUT_SECONDS) -> dist.TCPStore:
+    """The place where ranks meet, on a port that was free: rank 0 opens it, and tells the others ``store.port``."""
+    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout))
+
+
+def join(
+    rank: int, size: int, store: dist.Store | str, device: torch.device | str = "cpu", timeout: float = TIMEOUT_SECONDS
+) -> Communicator:
+    """Become rank `rank` of `size`; returns when all have come.
+
+    Args:
+        store: what `open_rendezvous` gave, or its address as "host:port".
+        device: decides what carries tensors: gloo between CPUs, NCCL between GPUs.
+
+    Raises:
+        TimeoutError: not all ranks have come in time.
+    """
+    limit = datetime.timedelta(seconds=timeout)
+    if isinstance(store, str):
+        host, _, port = store.rpartition(":")
+        store = dist.TCPStore(host, int(port), is_master=False, timeout=limit)
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=limit
+        )
+    except (RuntimeError, dist.DistError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TimeoutError(f"rank {rank}: not all of {size} ranks came to the rendezvous in {timeout:.0f} s ({reason})") from error
+    return Communicator()
+
+
+def leave() -> None:
+    """Close the connections of `join`, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def cores_of(rank: int, size: int) -> list[int]:
+    """The cores of this rank: the process's own, dealt out evenly; empty where a system does not tell them apart.
+
+    With more ranks than cores several ranks share one.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    cores = sorted(os.sched_getaffinity(0))
+    count = max(1, min(len(cores), available_cores()) // size)
+    return [cores[(rank * count + i) % len(cores)] for i in range(count)]
+
+
+def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: float = TIMEOUT_SECONDS) -> list[Any]:
+    """Call ``function(communicator, *args)`` on `size` ranks, each a process with one thread, and return what each gave.
+
+    Args:
+        function: at the top level of a module, for the processes to find it. Its result must be picklable.
+
+    Raises:
+        RuntimeError: a rank failed; the message is its traceback.
+        TimeoutError: a rank did not end in time; all are killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    results: multiprocessing.Queue = context.Queue()
+    store = open_rendezvous(timeout=timeout)
+    address = f"127.0.0.1:{store.port}"
+    processes = [
+        context.Process(target=_rank_main, args=(function, rank, size, address, timeout, results, args), daemon=True)
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        return _collect(processes, results, time.monotonic() + timeout)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        results.close()
+
+
+def _collect(processes: list[Any], results: Any, deadline: float) -> list[Any]:
+    found: dict[int, Any] = {}
+    while len(found) < len(processes):
+        with contextlib.suppress(queue.Empty):
+            rank, value, failure = results.get(timeout=0.2)
+            if failure is not None:
+                raise RuntimeError(f"rank {rank} failed:\n{failure}")
+            found[rank] = pickle.loads(value)
+            continue
+        missing = [rank for rank in range(len(processes)) if rank not in found]
+        dead = [rank for rank in missing if processes[rank].exitcode not in (None, 0)]
+        if dead:
+            raise RuntimeError(f"rank {dead[0]} died with exit code {processes[dead[0]].exitcode} and said nothing")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"ranks {', '.join(map(str, missing))} of {len(processes)} did not end in time")
+    return [found[rank] for rank in range(len(processes))]
+
+
+def _rank_main(
+    function: Callable[..., Any], rank: int, size: int, address: str, timeout: float, results: Any, args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        communicator = join(rank, size, address, timeout=timeout)
+        value = function(communicator, *args)
+        leave()
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+        raise
+    results.put((rank, pickle.dumps(value), None))  # by value: a queue's own pickling of tensors needs this process to live on

@@ -1,0 +1,258 @@
+"""A model's matrix products cut over ranks (Shoeybi et al., "Megatron-LM", 2019, §3).
+
+Two cuts that fit each other. A *column-parallel* layer gives each rank some of the outputs: every rank needs the whole input, and
+computes without a word. A *row-parallel* layer takes what such a layer gave, so each rank multiplies its part of the inputs with
+its part of the weights, and the sum over the ranks is the result: one all-reduce. Attention is such a pair (heads are outputs of
+the one projection and inputs of the other), the MLP another, so a layer needs two all-reduces. Embedding and head are cut by
+vocabulary.
+
+Every layer here takes its own part out of a checkpoint's tensors in `weight_loader`; with one rank the part is the whole.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.layers import ACTIVATION_FUNCTIONS, Embedding, Linear, WeightLayer, copy_weight, parameter
+from ..models.model_config import ModelConfig
+from ..quantization.kernels import linear_cpu
+from ..quantization.kernels.linear_cpu import PackedLinear
+from .communication import Communicator
+
+MLP_UNIT = 32
+"""The MLP's columns are dealt out in units of this many, where its width allows, so that kernels keep whole vectors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Rows (or columns) start..stop−1 of `full` belong to this rank."""
+
+    full: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def of(self, loaded: Tensor, dim: int = 0) -> Tensor:
+        """This rank's part of a checkpoint's tensor.
+
+        Raises:
+            ValueError: the tensor has not `full` rows (or columns).
+        """
+        if loaded.shape[dim] != self.full:
+            raise ValueError(f"expected {self.full} in dimension {dim}, the checkpoint has shape {list(loaded.shape)}")
+        return loaded.narrow(dim, self.start, len(self))
+
+    def times(self, size: int) -> Shard:
+        """The same part where each unit is `size` rows wide."""
+        return Shard(self.full * size, self.start * size, self.stop * size)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorParallel:
+    """The ranks that share a model, and which part of it is this rank's.
+
+    Attributes:
+        rank, size: this rank, from 0, of so many. communicator: how it talks to the others; None with one rank.
+    """
+
+    rank: int = 0
+    size: int = 1
+    communicator: Communicator | None = None
+
+    def share(self, units: int) -> Shard:
+        """As even a part of `units` as there is; the first ranks have the larger ones."""
+        small, larger = divmod(units, self.size)
+        start = self.rank * small + min(self.rank, larger)
+        return Shard(units, start, start + small + (self.rank < larger))
+
+    def heads(self, model: ModelConfig) -> tuple[Shard, Shard]:
+        """This rank's query heads and KV heads.
+
+        Query heads stay with the KV head that they read. With more ranks than KV heads, several ranks hold the same KV head
+        and share its query heads.
+
+        Raises:
+            ValueError: the heads cannot be dealt out over so many ranks.
+        """
+        group = model.num_heads // model.num_kv_heads
+        if self.size <= model.num_kv_heads:
+            kv = self.share(model.num_kv_heads)
+            return kv.times(group), kv
+        if self.size % model.num_kv_heads or model.num_heads % self.size:
+            possible = [n for n in range(1, model.num_heads + 1) if n <= model.num_kv_heads
+                        or (n % model.num_kv_heads == 0 and model.num_heads % n == 0)]  # fmt: skip
+            raise ValueError(
+                f"{model.num_heads} heads over {model.num_kv_heads} KV heads cannot be cut for {self.size} ranks; "
+                f"--tensor-parallel-size must be one of {', '.join(map(str, possible))}"
+            )
+        kv_head = self.rank * model.num_kv_heads // self.size
+        return self.share(model.num_heads), Shard(model.num_kv_heads, kv_head, kv_head + 1)
+
+    def mlp(self, model: ModelConfig) -> Shard:
+        """This rank's columns of the MLP's hidden layer."""
+        unit = math.gcd(model.intermediate_size, MLP_UNIT)
+        return self.share(model.intermediate_size // unit).times(unit)
+
+    def vocabulary(self, model: ModelConfig) -> Shard:
+        """This rank's token ids. All parts are of the same size, so the last ones may reach past the vocabulary: padding."""
+        size = -(-model.vocab_size // self.size)
+        return Shard(model.vocab_size, self.rank * size, (self.rank + 1) * size)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        return x if self.communicator is None else self.communicator.all_reduce(x)
+
+
+SINGLE = TensorParallel()
+
+
+class ColumnParallelLinear(Linear):
+    """Linear layers over one input as a single matrix product, of each this rank's outputs: [T, in] -> [T, local out].
+
+    Args:
+        pieces: by the name that a checkpoint's parts are told apart by (see `shard_ids`), this rank's outputs of each.
+    """
+
+    def __init__(self, in_features: int, pieces: dict[str, Shard], bias: bool) -> None:
+        super().__init__(in_features, sum(map(len, pieces.values())), bias)
+        self.pieces = pieces
+        self.shard_ids = tuple(pieces)
+
+    def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
+        """Take this rank's rows of one piece's weight or bias; without `shard_id`, of all pieces in order (GPT-2 keeps QKV so)."""
+        if shard_id is None:
+            sizes = [piece.full for piece in self.pieces.values()]
+            if len(loaded) != sum(sizes):
+                raise ValueError(f"expected {sum(sizes)} rows, the checkpoint has shape {list(loaded.shape)}")
+            for name, part in zip(self.pieces, loaded.split(sizes), strict=True):
+                self.weight_loader(param, part, name)
+            return
+        start = sum(len(self.pieces[name]) for name in self.shard_ids[: self.shard_ids.index(shard_id)])
+        piece = self.pieces[shard_id]
+        copy_weight(param[start : start + len(piece)], piece.of(loaded))
+
+
+class QKVParallelLinear(ColumnParallelLinear):
+    """Queries, keys and values of this rank's heads in one product: [T, hidden] -> [T, (H + 2·H_kv)·D]."""
+
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+        heads, kv_heads = (shard.times(config.head_dim) for shard in parallel.heads(config))
+        super().__init__(config.hidden_size, {"q": heads, "k": kv_heads, "v": kv_heads}, config.attention_bias)
+
+
+class GateUpParallelLinear(ColumnParallelLinear):
+    """Both inputs of a gated MLP in one product, joined: ``act(gate(x)) · up(x)``, [T, hidden] -> [T, local I]."""
+
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+        columns = parallel.mlp(config)
+        super().__init__(config.hidden_size, {"gate": columns, "up": columns}, config.mlp_bias)
+        self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
+        self.can_fuse = config.hidden_act == "silu" and len(columns) % 16 == 0
+        self.gate = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None and self.can_fuse:
+            return self.packed(x)
+        if self.gate is not None:
+            return self.gate(super().forward(x))
+        gate, up = super().forward(x).chunk(2, dim=-1)  # [T, local I] each
+        return self.activation(gate).mul_(up)
+
+    def pack(self, quantization: str | None) -> None:
+        super().pack(quantization, gated=self.can_fuse)
+        self.is_native = self.is_native and self.can_fuse
+
+    def use_triton(self) -> None:
+        if self.activation is F.silu:
+            from ..models.layers_triton import silu_mul
+
+            self.gate = silu_mul
+
+
+class RowParallelLinear(Linear):
+    """A product whose inputs are cut: [T, local in] -> [T, out], summed over the ranks.
+
+    What is to be added once, the bias and the residual stream, rank 0 adds to its part before the sum.
+
+    Args:
+        inputs: this rank's part of the inputs.
+    """
+
+    def __init__(self, inputs: Shard, out_features: int, bias: bool, parallel: TensorParallel) -> None:
+        super().__init__(len(inputs), out_features, bias)
+        self.inputs = inputs
+        self.parallel = parallel
+
+    def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
+        """With `add_to` [T, out], which is the same on all ranks, the result is added to that in place."""
+        if self.parallel.rank == 0 or add_to is None:
+            return self.parallel.all_reduce(super().forward(x, add_to))
+        return self.parallel.all_reduce(add_to.copy_(super().forward(x)))
+
+    def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
+        if param is self.bias:
+            copy_weight(param, loaded if self.parallel.rank == 0 else torch.zeros_like(loaded))
+        else:
+            copy_weight(param, self.inputs.of(loaded, dim=1))
+
+
+class VocabParallelEmbedding(Embedding):
+    """A row for each token id, of which this rank holds some: the others' tokens are zeros here, and the sum is complete."""
+
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+        self.rows = parallel.vocabulary(config)
+        super().__init__(len(self.rows), config.hidden_size)
+        self.parallel = parallel
+
+    def forward(self, ids: Tensor) -> Tensor:  # [T] -> [T, hidden]
+        if self.parallel.size == 1:
+            return super().forward(ids)
+        local = ids - self.rows.start
+        foreign = (local < 0) | (local >= len(self.rows))
+        rows = super().forward(local.masked_fill(foreign, 0)).masked_fill_(foreign[:, None], 0.0)
+        return self.parallel.all_reduce(rows)
+
+    def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
+        load_vocabulary(param, loaded, self.rows)
+
+
+def load_vocabulary(param: nn.Parameter, loaded: Tensor, rows: Shard) -> None:
+    """Take this rank's rows of `loaded` [V, hidden]; padding becomes zeros."""
+    if len(loaded) != rows.full:
+        raise ValueError(f"expected {rows.full} rows, the checkpoint has shape {list(loaded.shape)}")
+    mine = loaded[rows.start : rows.stop]
+    copy_weight(param[: len(mine)], mine)
+    param[len(mine) :] = 0
+
+
+class ParallelLMHead(WeightLayer):
+    """Logits of the next token: [N, hidden] -> [N, V] on every rank. A tied head uses the embedding's weight."""
+
+    def __init__(self, config: ModelConfig, embedding: VocabParallelEmbedding, parallel: TensorParallel) -> None:
+        super().__init__()
+        self.rows, self.parallel = embedding.rows, parallel
+        tied = config.tie_word_embeddings
+        self.weight = embedding.weight if tied else parameter(len(self.rows), config.hidden_size)
+        self.packed: PackedLinear | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = F.linear(hidden, self.weight) if self.packed is None else self.packed(hidden)
+        if self.parallel.size == 1:
+            return logits
+        parts = self.parallel.communicator.all_gather(logits)  # [size · N, V / size]
+        return torch.cat(parts.chunk(self.parallel.size), dim=-1)[:, : self.rows.full]
+
+    def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
+        load_vocabulary(param, loaded, self.rows)
+
+    def pack(self, quantization: str | None) -> None:
+        if linear_cpu.supports(self.weight.dtype, self.weight.shape[1], quantization):
+            self.packed = PackedLinear(self.weight, None, quantization)
+            self.weight = nn.Parameter(self.packed.weight, requires_grad=False)  # a tied embedding keeps its own

@@ -1,0 +1,135 @@
+"""Collectives between real processes: the library's, and the rings beside them."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+
+from solutions.parallelism.communication import (
+    Communicator,
+    ring_all_gather,
+    ring_all_reduce,
+    ring_reduce_scatter,
+    split_evenly,
+)
+from solutions.parallelism.distributed import cores_of, run_ranks
+
+SIZES = (1, 2, 4)
+LENGTHS = (1, 3, 4, 5, 1000)
+
+
+def inputs(rank: int, length: int) -> torch.Tensor:
+    """Whole numbers, so that every order of summing gives the same."""
+    return (torch.arange(length, dtype=torch.float32) + 1) * (rank + 1)
+
+
+def total(size: int, length: int) -> torch.Tensor:
+    return sum(inputs(rank, length) for rank in range(size))
+
+
+def library_calls(comm: Communicator) -> dict[str, object]:
+    size = comm.size
+    got = {
+        "all_reduce": comm.all_reduce(inputs(comm.rank, 5)),
+        "all_gather": comm.all_gather(torch.full((2, 3), float(comm.rank))),
+        "reduce_scatter": comm.reduce_scatter(inputs(comm.rank, 3 * size)),
+        "broadcast": comm.broadcast(inputs(comm.rank, 5), source=size - 1),
+    }
+    if size > 1:
+        got["sent"] = comm.recv(torch.empty(4), source=1) if comm.rank == 0 else None
+        if comm.rank == 1:
+            comm.send(torch.arange(4.0), target=0)
+    try:
+        comm.reduce_scatter(torch.zeros(size + 1))
+    except ValueError as error:
+        got["error"] = str(error)
+    got["traffic"] = {name: (t.calls, t.bytes_sent) for name, t in comm.traffic.items()}
+    return got
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_librarys_collectives(size: int) -> None:
+    for rank, got in enumerate(run_ranks(library_calls, size)):
+        torch.testing.assert_close(got["all_reduce"], total(size, 5), rtol=0, atol=0)
+        assert got["all_gather"].tolist() == [[float(r)] * 3 for r in range(size) for _ in range(2)]
+        torch.testing.assert_close(got["reduce_scatter"], total(size, 3 * size)[3 * rank : 3 * rank + 3], rtol=0, atol=0)
+        torch.testing.assert_close(got["broadcast"], inputs(size - 1, 5), rtol=0, atol=0)
+        if size > 1:
+            assert f"a multiple of {size} rows, got {size + 1}" in got["error"]
+        if size > 1 and rank == 0:
+            assert got["sent"].tolist() == [0, 1, 2, 3]
+            assert got["traffic"]["all_reduce"] == (1, 2 * (20 * (size - 1) // size))
+
+
+def rings(comm: Communicator) -> list[dict[str, object]]:
+    return [ring_calls(comm, length) for length in LENGTHS]
+
+
+def ring_calls(comm: Communicator, length: int) -> dict[str, object]:
+    comm.traffic.clear()
+    reduced = ring_all_reduce(inputs(comm.rank, length), comm)
+    sent = comm.traffic["exchange"].bytes_sent
+    scattered = ring_reduce_scatter(split_evenly(inputs(comm.rank, length), comm.size), comm)
+    chunks = split_evenly(torch.full((length,), -1.0), comm.size)
+    chunks[comm.rank].fill_(comm.rank)
+    gathered = torch.cat(ring_all_gather(chunks, comm))
+    return {"reduced": reduced, "scattered": scattered.clone(), "gathered": gathered, "sent": sent}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_rings(size: int) -> None:
+    """Chunks of unequal length, and empty ones where there are fewer elements than ranks."""
+    for length, results in zip(LENGTHS, zip(*run_ranks(rings, size), strict=True), strict=True):
+        check_rings(size, length, results)
+
+
+def check_rings(size: int, length: int, results: tuple[dict[str, object], ...]) -> None:
+    parts = total(size, length).tensor_split(size)
+    expected = torch.cat([torch.full((len(part),), float(r)) for r, part in enumerate(parts)])
+    for rank, got in enumerate(results):
+        torch.testing.assert_close(got["reduced"], total(size, length), rtol=0, atol=0)
+        torch.testing.assert_close(got["scattered"], parts[rank], rtol=0, atol=0)
+        torch.testing.assert_close(got["gathered"], expected, rtol=0, atol=0)
+    # 2n(p − 1)/p bytes a rank, exactly where n divides, and in sum always
+    assert sum(got["sent"] for got in results) == 2 * (size - 1) * 4 * length
+    if length % size == 0:
+        assert {got["sent"] for got in results} == {2 * (size - 1) * 4 * length // size}
+
+
+def fail_on_one(comm: Communicator, how: str) -> None:
+    if comm.rank == 1:
+        if how == "raise":
+            raise ValueError("planted")
+        if how == "die":
+            os._exit(7)
+        time.sleep(60)
+    comm.all_reduce(torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("how", "timeout", "message"),
+    [("raise", 30, "rank [01] (of 2: all_reduce )?failed|planted"), ("die", 30, "all_reduce failed|exit code 7")],
+)
+def test_a_rank_that_fails_ends_all(how: str, timeout: float, message: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=message):
+        run_ranks(fail_on_one, 2, how, timeout=timeout)
+    assert time.monotonic() - start < 25
+
+
+def test_a_rank_that_hangs_is_named() -> None:
+    with pytest.raises((RuntimeError, TimeoutError), match=r"rank 0 of 2: all_reduce failed|ranks .* did not end in time"):
+        run_ranks(fail_on_one, 2, "hang", timeout=8)
+
+
+def test_cores_are_divided() -> None:
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if len(cores) < 2:
+        pytest.skip("one core, or a system that does not tell cores apart")
+    first, second = cores_of(0, 2), cores_of(1, 2)
+    assert not set(first) & set(second)
+    assert set(first) | set(second) <= set(cores)
+    assert len(cores_of(5, 1000)) == 1
