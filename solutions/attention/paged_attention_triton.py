@@ -98,7 +98,9 @@ class TritonBackend(AttentionBackend):
             capture, and a fixed one under the interpreter.
     """
 
+    name = "triton"
     rotates = True
+    capturable = True
 
     def __init__(self, num_splits: int | None = None, config: Config | None = None) -> None:
         from . import paged_kernels_triton  # here, because this module is imported where there is no Triton
