@@ -20,6 +20,7 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "0"  # before the kernels are defined
 
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from solutions.attention import paged_kernels_triton as kernels
@@ -64,7 +65,7 @@ def compile_for(
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(function, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, spilled = assemble(compiled.asm["ptx"])
+    registers, spilled = assemble(compiled.asm["ptx"], capability)
     variant = ", ".join(f"{k} {v}" for k, v in {**{k: sizes[k] for k in sizes if k.startswith("BLOCK_")}, **options}.items())
     return Report(kernel, capability, sizes["D"], f"{cache} cache {variant}", registers, spilled, compiled.metadata.shared)
 
@@ -84,15 +85,14 @@ def is_fixed_stride(name: str) -> bool:
     return name.endswith("_stride") and name != "table_stride"
 
 
-def assemble(ptx: str) -> tuple[int, int]:
+def assemble(ptx: str, capability: int) -> tuple[int, int]:
     """Registers of a thread, and bytes that it spills."""
     arch = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)[1]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [triton.knobs.nvidia.ptxas.path, "-v", f"-arch={arch}", str(source), "-o", str(source.with_suffix(".cubin"))]
-        said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
-    print(said)
+        command = [get_ptxas(capability).path, "-v", f"-arch={arch}", str(source), "-o", str(source.with_suffix(".cubin"))]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return int(re.search(r"Used (\d+) registers", said)[1]), int(re.search(r"(\d+) bytes spill stores", said)[1])
 
 
