@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels: by nvcc for a card, or by a C++ compiler, for which ``cuda_on_cpu.h`` says what CUDA's words mean."""
+"""Builds the CUDA kernels: by nvcc for a card, or by a C++ compiler, to which ``cuda_on_cpu.h`` says what CUDA means."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Resources:
     """What a compiled kernel takes of a card.
 
     Attributes:
-        kernel: name with template arguments. registers: of a thread, at most 255; beyond, and so far slower, is `spilled`.
+        kernel: name with template arguments. registers: of a thread, at most 255. What finds no room is `spilled`.
         spilled: bytes that a thread stores to and loads from memory for want of registers.
         shared: bytes of a block, besides those that the launch asks for.
     """

@@ -1,4 +1,4 @@
-"""Paged attention by hand in CUDA: ``paged_attention_kernel.cu`` on a card, or the same kernel executed on a CPU to study it."""
+"""Paged attention by hand in CUDA: ``paged_attention_kernel.cu`` on a card, or the same kernel run on a CPU to study it."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def problem(device: torch.device, dtype: torch.dtype, head_dim: int, block_size:
 
 
 class CudaBackend(AttentionBackend):
-    """Two kernels a layer, three where contexts are split; nothing is computed on the host and nobody waits for the device, so a
-    CUDA graph can record it. A token of a context length of 0 gets zeros, and one with slot −1 is not stored.
+    """Two kernels a layer, three where contexts are split; nothing is computed on the host and nobody waits for the device, so
+    a CUDA graph can record it. A token of a context length of 0 gets zeros, and one with slot −1 is not stored.
 
     Args:
         device: where tensors lie. On a CPU the kernel's threads are threads of the operating system: right, and very slow.

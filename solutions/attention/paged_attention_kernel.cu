@@ -62,7 +62,7 @@ __device__ inline void store(__half* to, float x) { *to = __float2half(x); }
 __device__ inline void store(__nv_bfloat16* to, float x) { *to = __float2bfloat16(x); }
 
 template <typename T>
-__device__ inline void unpack(const uint4& bytes, float (&x)[WIDTH<T>]) {
+__device__ inline void unpack(uint4 bytes, float (&x)[WIDTH<T>]) {
     T numbers[WIDTH<T>];
     memcpy(numbers, &bytes, 16);
 #pragma unroll

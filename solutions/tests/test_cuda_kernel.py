@@ -1,4 +1,4 @@
-"""The CUDA attention kernel, executed on this CPU: against the oracle, with planted faults, and compiled by nvcc where it is."""
+"""The CUDA attention kernel, executed on this CPU: against the oracle, with planted faults, and compiled where nvcc is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from solutions.attention.paged_attention_cuda import CudaBackend, choose_splits,
 from solutions.core import native
 from solutions.memory.cache_engine import write_kv
 from solutions.tests.attention_cases import GARBAGE, HEAD_DIMS, AttentionCase, make_case, relative_error
-from solutions.tests.cuda_faults import CPU, FAULTS, REPORTS, Fault, float32_kernels, is_right, sanitizer_environment
+from solutions.tests.cuda_faults import CPU, FAULTS, REPORTS, Fault, few_kernels, is_right, sanitizer_environment
 
 if native.compiler() is None:
     pytest.skip("no C++ compiler here, so the CUDA kernels cannot run on the CPU", allow_module_level=True)
@@ -35,8 +35,8 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 def batch(block_size: int) -> tuple[list[int], list[int]]:
     """Query and context lengths: decodes at and beside multiples of the block size, and two chunks of a prompt."""
-    near = [k * block_size + d for k in (1, 2) for d in (-1, 0, 1)][: 4 if block_size > 32 else 6]
-    return [1] * len(near) + [1, 3, 2], [*near, 1, 3, block_size + 1]
+    near = [k * block_size + d for k in (1, 2) for d in (-1, 0, 1)][: 3 if block_size > 32 else 6]
+    return [1] * len(near) + [1, 3, 2], [*near, 1, 3, min(block_size, 32) + 1]
 
 
 def is_close(got: torch.Tensor, case: AttentionCase) -> None:
@@ -219,7 +219,7 @@ def fast_build(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_kernels_are_right_where_the_faults_are_planted(fast_build: None, tmp_path: Path) -> None:
-    assert is_right(float32_kernels(tmp_path))
+    assert is_right(few_kernels(tmp_path))
 
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault.found_by == "oracle"], ids=lambda fault: fault.name)
@@ -237,9 +237,9 @@ def watched(kind: str, kernels: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("kind", REPORTS)
+@pytest.mark.parametrize("kind", ["thread"])  # address: by make test-cuda-on-cpu SANITIZE=address
 def test_a_sanitizer_has_nothing_to_say_about_the_kernels(kind: str, tmp_path: Path) -> None:
-    run = watched(kind, float32_kernels(tmp_path))
+    run = watched(kind, few_kernels(tmp_path))
     assert run.returncode == 0, run.stderr
 
 

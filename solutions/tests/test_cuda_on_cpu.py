@@ -1,4 +1,4 @@
-"""What `cuda_on_cpu.h` says about CUDA's built-ins: small kernels that show each, and mistakes that end with a clear message."""
+"""What `cuda_on_cpu.h` says about CUDA's built-ins: small kernels that show each; mistakes that end with a clear message."""
 
 from __future__ import annotations
 
