@@ -115,8 +115,9 @@ test-cpu-kernels: $(STAMP) ## Test the C++ kernels (SANITIZE=1: watched for bad 
 	@$(if $(SANITIZE),$(SANITIZED)) $(RUN) -m pytest -k cpu solutions/tests/test_cpu_kernels.py solutions/tests/test_paged_attention.py $(ARGS)
 
 test-cuda-on-cpu: $(STAMP) ## Test the CUDA kernel on this CPU (SANITIZE=address: watched for bad addresses; thread: for races)
-	@$(if $(filter-out address thread,$(SANITIZE)),echo "make: SANITIZE must be address or thread, got $(SANITIZE)" >&2; exit 1;) \
-	  $(if $(SANITIZE),$(CUDA_SANITIZED)) $(RUN) -m pytest solutions/tests/test_cuda_kernel.py \
+	@case "$(SANITIZE)" in ""|address|thread) ;; \
+	  *) echo "make: SANITIZE must be address or thread, got $(SANITIZE)" >&2; exit 1;; esac; \
+	$(if $(SANITIZE),$(CUDA_SANITIZED)) $(RUN) -m pytest solutions/tests/test_cuda_kernel.py \
 	  $(if $(SANITIZE),-k "not planted and not finds and not sanitizer and not nvcc",solutions/tests/test_cuda_on_cpu.py) $(ARGS)
 
 check-course: $(STAMP) ## The course's gate: starters fail as they should, the reference passes, mutants die
