@@ -120,8 +120,9 @@ test-gpu: $(STAMP) ## Test what runs on a GPU; says so where there is none
 	else echo "no GPU here: the same kernels run on the CPU in make test"; fi
 
 test-cuda-on-cpu: $(STAMP) ## Test the CUDA kernel on this CPU (SANITIZE=address: watched for bad addresses; thread: for races)
-	@$(if $(filter-out address thread,$(SANITIZE)),echo "make: SANITIZE must be address or thread, got $(SANITIZE)" >&2; exit 1;) \
-	  $(if $(SANITIZE),$(CUDA_SANITIZED)) $(RUN) -m pytest solutions/tests/test_cuda_kernel.py \
+	@case "$(SANITIZE)" in ""|address|thread) ;; \
+	  *) echo "make: SANITIZE must be address or thread, got $(SANITIZE)" >&2; exit 1;; esac; \
+	$(if $(SANITIZE),$(CUDA_SANITIZED)) $(RUN) -m pytest solutions/tests/test_cuda_kernel.py \
 	  $(if $(SANITIZE),-k "not planted and not finds and not sanitizer and not nvcc",solutions/tests/test_cuda_on_cpu.py) $(ARGS)
 
 check-course: $(STAMP) ## The course's gate: starters fail as they should, the reference passes, mutants die

@@ -290,7 +290,11 @@ void launch(dim3 grid, dim3 threads, size_t shared_bytes, cudaStream_t, const Ke
     {
         std::unique_lock lock(mutex);
         for (int64_t seen = -1; !changed.wait_for(lock, PATIENCE, [&] { return finished == num_threads; }); seen = blocks_begun)
-            if (seen == blocks_begun) fail("a block does not end: do its threads wait at different barriers?");
+            if (seen == blocks_begun) {
+                std::fprintf(stderr, "cuda_on_cpu: block %d of the grid does not end: do its threads wait at different barriers?\n",
+                             int(seen));
+                std::abort();
+            }
     }
     for (std::thread& thread : all) thread.join();
 }

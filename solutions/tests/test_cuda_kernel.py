@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -254,7 +255,10 @@ def test_a_sanitizer_finds(fault: Fault, tmp_path: Path) -> None:
 # Compiled for a card
 
 
-@pytest.mark.skipif(cuda_build.nvcc() is None, reason="no nvcc here, so nothing can be compiled for a card")
+needs_nvcc = pytest.mark.skipif(cuda_build.nvcc() is None, reason="no nvcc here, so nothing can be compiled for a card")
+
+
+@needs_nvcc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_nvcc_needs_no_spills(arch: str) -> None:
     kernels = cuda_build.resources(arch)
@@ -265,3 +269,13 @@ def test_nvcc_needs_no_spills(arch: str) -> None:
     for version, dtype, lanes, heads in itertools.product("12", ("half", "bfloat16"), (8, 16), (1, 4, 8)):
         assert by_name[f"paged_attention_v{version}<{dtype}, {lanes}, {heads}>"].spilled == 0
     assert len(kernels) == 2 * 3 * 2 * 3 + 3 + 3  # v1 and v2 by dtype, lanes and heads; merge_splits and write_kv by dtype
+
+
+@needs_nvcc
+def test_nvcc_loads_16_bytes_at_a_time(tmp_path: Path) -> None:
+    """A copy of bytes whose alignment the compiler cannot see becomes 16 loads of one byte each."""
+    source, ptx = native.find_source(cuda_build.KERNELS), tmp_path / "kernels.ptx"
+    subprocess.run([cuda_build.nvcc(), "-O3", "-std=c++17", "-ptx", "-arch=sm_80", source, "-o", ptx], check=True)
+    loads = re.findall(r"ld\.global\.[a-z0-9.]+", ptx.read_text())
+    assert "ld.global.v4.u32" in loads
+    assert not any(load.endswith(("8", "16")) for load in loads)

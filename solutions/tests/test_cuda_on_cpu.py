@@ -78,6 +78,16 @@ void floats_to_bfloats(const float* x, __nv_bfloat16* y, int n) { for (int i = 0
 """
 
 
+STUCK = """
+#include "attention/cuda_on_cpu.h"
+__global__ void stuck() {
+    if (threadIdx.x < 3) __syncthreads();
+    else __shfl_xor_sync(0xffffffff, 1.0f, 1);
+}
+extern "C" void run() { LAUNCH(stuck, 1, 32, 0, nullptr); }
+"""
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kernels")
@@ -132,6 +142,19 @@ def test_a_mistake_ends_with_a_message(path: Path, call: str, text: str) -> None
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert run.returncode != 0
     assert text in run.stderr
+
+
+def test_threads_that_wait_at_different_barriers_end_with_a_message(tmp_path: Path) -> None:
+    header = native.find_source(cuda_build.HEADER).read_text()
+    assert header.count("PATIENCE{60}") == 1
+    (tmp_path / "attention").mkdir()
+    (tmp_path / "attention" / "cuda_on_cpu.h").write_text(header.replace("PATIENCE{60}", "PATIENCE{1}"))
+    (tmp_path / "stuck.cu").write_text(STUCK)
+    library = cuda_build.build(CPU, tmp_path, tmp_path / "stuck.cu")
+    command = [sys.executable, "-c", f"import ctypes; ctypes.CDLL({str(library)!r}).run()"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert run.returncode != 0
+    assert "block 1 of the grid does not end" in run.stderr
 
 
 def test_an_aligned_load_is_none(library: ctypes.CDLL) -> None:
