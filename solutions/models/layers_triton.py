@@ -1,6 +1,8 @@
 """The layers between matrix products, fused in Triton so that each reads its input once and writes its result once.
 
 They are bound by memory: x/√(mean x²) in PyTorch's single operations would move a row six times. All arithmetic is float32.
+The sum that goes into a norm, of the residual stream and a layer's result, is made inside the product before it, see
+`Linear.use_triton`.
 """
 
 from __future__ import annotations
@@ -23,19 +25,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         [T, hidden] in the dtype of `x`.
     """
-    return _norm(x, None, weight, eps)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``residual += x`` in place, rounded to its dtype, and `rms_norm` of the sum.
-
-    Args:
-        x, residual: [T, hidden], their rows may lie apart. weight: [hidden].
-
-    Returns:
-        [T, hidden] in the dtype of `x`.
-    """
-    return _norm(x, residual, weight, eps)
+    rows, size = x.shape
+    out = torch.empty(rows, size, dtype=x.dtype, device=x.device)
+    if rows:
+        block = triton.next_power_of_2(size)
+        _norm_kernel[(rows,)](x, weight, out, x.stride(0), eps, SIZE=size, BLOCK=block, num_warps=min(16, max(1, block // 512)))
+    return out
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -55,30 +50,13 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
-def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    rows, size = x.shape
-    out = torch.empty(rows, size, dtype=x.dtype, device=x.device)
-    if rows:
-        block = triton.next_power_of_2(size)
-        _norm_kernel[(rows,)](
-            x, residual, weight, out, x.stride(0), 0 if residual is None else residual.stride(0), eps,
-            SIZE=size, BLOCK=block, num_warps=min(16, max(1, block // 512)),
-        )  # fmt: skip
-    return out
-
-
 @triton.jit
-def _norm_kernel(x, residual, weight, out, x_stride, residual_stride, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_kernel(x, weight, out, x_stride, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """One row a program."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < SIZE
     values = tl.load(x + row * x_stride + column, mask, other=0.0).to(tl.float32)
-    if residual is not None:
-        at = residual + row * residual_stride + column
-        total = cast(values + tl.load(at, mask, other=0.0).to(tl.float32), residual.dtype.element_ty)
-        tl.store(at, total, mask)
-        values = total.to(tl.float32)
     factor = 1.0 / tl.sqrt(tl.sum(values * values, 0) / SIZE + eps)
     normed = values * factor * tl.load(weight + column, mask, other=0.0).to(tl.float32)
     tl.store(out + row * SIZE + column, cast(normed, out.dtype.element_ty), mask)
