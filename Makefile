@@ -17,7 +17,7 @@ STAGE    := 1
 PROMPT   := What is the capital of France?
 YES      :=
 FORCE    :=
-# for make test-cpu-kernels
+# for make test-cpu-kernels (1) and make test-cuda-on-cpu (address or thread)
 SANITIZE :=
 
 SHELL := bash
@@ -39,6 +39,9 @@ endif
 
 SANITIZED = CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
   LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0
+CUDA_SANITIZED = CXXFLAGS="-O1 -g -fsanitize=$(SANITIZE)" OMP_NUM_THREADS=1 \
+  LD_PRELOAD="$$(g++ -print-file-name=$(if $(filter thread,$(SANITIZE)),libtsan.so,libasan.so)) $$(g++ -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1
 COURSE := $(RUN) -m stages.course
 TEST_STAGE = --task "$(TASK)" --with "$(WITH)" --impl "$(IMPL)"
 
@@ -116,6 +119,12 @@ test-gpu: $(STAMP) ## Test what runs on a GPU; says so where there is none
 	then $(RUN) -m pytest solutions/tests/test_gpu.py solutions/tests/test_triton_kernels.py solutions/tests/test_cuda_kernel.py $(ARGS); \
 	else echo "no GPU here: the same kernels run on the CPU in make test"; fi
 
+test-cuda-on-cpu: $(STAMP) ## Test the CUDA kernel on this CPU (SANITIZE=address: watched for bad addresses; thread: for races)
+	@case "$(SANITIZE)" in ""|address|thread) ;; \
+	  *) echo "make: SANITIZE must be address or thread, got $(SANITIZE)" >&2; exit 1;; esac; \
+	$(if $(SANITIZE),$(CUDA_SANITIZED)) $(RUN) -m pytest solutions/tests/test_cuda_kernel.py \
+	  $(if $(SANITIZE),-k "not planted and not finds and not sanitizer and not nvcc",solutions/tests/test_cuda_on_cpu.py) $(ARGS)
+
 check-course: $(STAMP) ## The course's gate: starters fail as they should, the reference passes, mutants die
 	@$(RUN) -m tests.gate $(ARGS)
 
@@ -158,7 +167,7 @@ clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: bench-gpu test-gpu bench-cpu bench-profile test-cpu-kernels bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: bench-gpu test-gpu bench-cpu bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"

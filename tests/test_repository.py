@@ -101,6 +101,10 @@ def test_make_alone_prints_every_target_with_its_help() -> None:
     assert printed == makefile_targets()
 
 
+PINNED_BY_TORCH = {"triton"}
+"""On a CUDA machine torch brings its own version; without it the engine does all but run Triton's kernels."""
+
+
 def normal(name: str) -> str:
     """A package's name as pip compares it."""
     return re.sub(r"[-_.]+", "-", name).lower()
@@ -118,7 +122,7 @@ def test_what_the_engine_imports_is_declared() -> None:
                 imported.add(node.module.split(".")[0])
     foreign = {normal(name) for name in imported - sys.stdlib_module_names}
     assert "torch" in foreign
-    assert foreign - declared == set()
+    assert foreign - declared - PINNED_BY_TORCH == set()
 
 
 def test_constraints_pin_every_dependency_exactly() -> None:
@@ -127,4 +131,4 @@ def test_constraints_pin_every_dependency_exactly() -> None:
     pinned = {normal(pin.split("==")[0]) for pin in pins}
     declared = set(re.findall(r'^    "([A-Za-z0-9_-]+)>=', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
     assert {"torch", "pytest"} <= declared
-    assert {normal(name) for name in declared} - pinned == set()
+    assert {normal(name) for name in declared} - pinned == PINNED_BY_TORCH

@@ -174,5 +174,6 @@ def make_backend(
         module = importlib.import_module(f".paged_attention_{candidate}", __package__)  # these modules build on this one
         problem = module.problem(device, dtype, head_dim, block_size)
         if problem is None:
-            return getattr(module, f"{candidate.capitalize()}Backend")()
+            backend = getattr(module, f"{candidate.capitalize()}Backend")
+            return backend(device) if candidate == "cuda" else backend()
     raise ValueError(f"--attention-backend {name}: {problem}; use torch")

@@ -76,13 +76,34 @@ def build(folder: Path) -> Path:
     program = compiler()
     if program is None:
         raise BuildError("no C++ compiler (g++ or clang++) was found")
-    sources = [find_source(name) for name in SOURCES]
-    flags = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    flags = [*FLAGS, *extra_flags()]
+    facts = [platform.machine(), *sorted(cpu_flags())]
+    return compile_library(folder, "kernels", program, flags, map(find_source, SOURCES), map(find_source, HEADERS), facts)
+
+
+def extra_flags() -> list[str]:
+    """What the environment adds to a C++ compiler's flags."""
+    return shlex.split(os.environ.get("CXXFLAGS", ""))
+
+
+def compile_library(
+    folder: Path, name: str, program: str, flags: list[str], sources: Iterable[Path], headers: Iterable[Path],
+    facts: Iterable[str] = (),
+) -> Path:  # fmt: skip
+    """Compile `sources` into one shared library in `folder`, unless that has been done, also by another process.
+
+    Args:
+        name: what the library's name begins with; a hash of all that the result depends on follows.
+        headers: what the sources include. facts: what else the result depends on.
+
+    Raises:
+        BuildError: the compiler refuses.
+    """
+    sources = list(sources)
     version = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
-    facts = [version, platform.machine(), *sorted(cpu_flags()), *flags]
-    texts = [path.read_bytes() for path in (*sources, *map(find_source, HEADERS))]
-    digest = hashlib.sha256(b"\0".join([*texts, *(fact.encode() for fact in facts)])).hexdigest()[:20]
-    library = folder / f"kernels-{digest}.so"
+    texts = [path.read_bytes() for path in (*sources, *headers)]
+    digest = hashlib.sha256(b"\0".join([*texts, *(fact.encode() for fact in (version, *facts, *flags))])).hexdigest()[:20]
+    library = folder / f"{name}-{digest}.so"
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / "build.lock"):
         if not library.exists():
@@ -93,7 +114,7 @@ def build(folder: Path) -> Path:
                 [program, *flags, *includes, *map(str, sources), "-o", str(part)], capture_output=True, text=True, check=False
             )
             if run.returncode != 0:
-                raise BuildError(f"{program} could not compile the kernels:\n{run.stderr.strip()}")
+                raise BuildError(f"{program} could not compile the {name}:\n{run.stderr.strip()}")
             part.rename(library)
     return library
 

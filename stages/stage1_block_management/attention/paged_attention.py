@@ -6,6 +6,7 @@ Source: Kwon et al., "Efficient Memory Management for Large Language Model Servi
 from __future__ import annotations
 
 import abc
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ class AttentionMetadata:
         max_query_len, max_context_len: maxima over the batch, as Python numbers so that nobody waits for the device.
         backend: computes `attend` for every layer.
         plan: what the backend worked out once for this step in `AttentionBackend.plan`.
+        kv_scales: of an int8 cache, for each layer the factor of each stored vector, [2, num_blocks, block_size, H_kv] float32.
     """
 
     kv_caches: list[Tensor]
@@ -43,10 +45,25 @@ class AttentionMetadata:
     max_context_len: int
     backend: AttentionBackend
     plan: Any = None
+    kv_scales: list[Tensor] | None = None
+
+
+BACKEND_NAMES = ("torch", "cpu", "triton", "cuda")
+"""Backends in files of their own: ``paged_attention_<name>.py`` with a class ``<Name>Backend`` and a function ``problem``."""
 
 
 class AttentionBackend(abc.ABC):
     """Writes a step's keys and values into the cache and attends over the paged context."""
+
+    name: str
+    """As in `make_backend`."""
+
+    rotates = False
+    """Whether `attend` takes one argument more, ``rope``, and rotates queries and keys itself on their way."""
+
+    capturable = False
+    """Whether CUDA graphs can hold it: what it launches depends on shapes and on the metadata's Python numbers alone, a token
+    with slot −1 is not stored, and a sequence with a context of 0 is padding, whose output is zeros."""
 
     @abc.abstractmethod
     def plan(self, metadata: AttentionMetadata, sliding_window: int | None) -> Any:
@@ -81,6 +98,8 @@ class NaiveBackend(AttentionBackend):
     The version to read and to test the others against; slow, because Python loops over the sequences.
     """
 
+    name = "naive"
+
     def __init__(self, compute_dtype: torch.dtype = torch.float32) -> None:
         """compute_dtype: of scores, softmax and sums; float64 makes it an oracle for the float32 backends."""
         self.compute_dtype = compute_dtype
@@ -113,27 +132,26 @@ def gather_context(kv_cache: Tensor, block_table: Tensor, left: int, right: int)
 
 
 def make_backend(
-    name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int, cpu_kernels: bool = True
+    name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int, block_size: int = 16, cpu_kernels: bool = True
 ) -> AttentionBackend:
     """The backend called `name`; "auto" picks the fastest that can run here.
 
     Args:
-        dtype, head_dim: of the model. cpu_kernels: whether "auto" may pick the C++ kernels.
+        dtype, head_dim: of the model. block_size: tokens in a KV block. cpu_kernels: whether "auto" may pick the C++ kernels.
 
     Raises:
         ValueError: no backend has this name, or it cannot run here; the message says why.
     """
-    from . import paged_attention_cpu  # these modules build on this one
-    from .paged_attention_torch import TorchBackend
-
-    cpu_problem = paged_attention_cpu.problem(torch.device(device), dtype, head_dim)
-    if name == "auto":
-        name = "cpu" if cpu_kernels and cpu_problem is None else "torch"
-    if name == "cpu":
-        if cpu_problem is not None:
-            raise ValueError(f"--attention-backend cpu: {cpu_problem}; use torch")
-        return paged_attention_cpu.CpuBackend()
-    backends: dict[str, type[AttentionBackend]] = {"naive": NaiveBackend, "torch": TorchBackend}
-    if name not in backends:
-        raise ValueError(f"attention backend must be auto, cpu, {' or '.join(backends)}, got {name!r}")
-    return backends[name]()
+    device = torch.device(device)
+    if name == "naive":
+        return NaiveBackend()
+    preferred = "triton" if device.type == "cuda" else "cpu" if cpu_kernels else "torch"
+    for candidate in (preferred, "torch") if name == "auto" else (name,):
+        if candidate not in BACKEND_NAMES:
+            raise ValueError(f"attention backend must be auto, naive or one of {', '.join(BACKEND_NAMES)}; got {name!r}")
+        module = importlib.import_module(f".paged_attention_{candidate}", __package__)  # these modules build on this one
+        problem = module.problem(device, dtype, head_dim, block_size)
+        if problem is None:
+            backend = getattr(module, f"{candidate.capitalize()}Backend")
+            return backend(device) if candidate == "cuda" else backend()
+    raise ValueError(f"--attention-backend {name}: {problem}; use torch")

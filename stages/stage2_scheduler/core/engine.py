@@ -82,7 +82,7 @@ class LLMEngine:
         self._next_seq_id = 0
         self._counters = {"prompt": 0, "generation": 0, "steps": 0}
         self._peak_usage = 0.0
-        self._report = startup_report(config, limits, device, dtype, clock.laps)
+        self._report = startup_report(config, limits, device, dtype, self.executor.attention_backend, clock.laps)
 
     def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> EngineRequest:
         """Tokenize and validate a request without touching the engine's state; safe in any thread.

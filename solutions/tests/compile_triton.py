@@ -1,0 +1,138 @@
+"""Compiles the Triton kernels for cards that need not be there and says what they take:
+
+    python -m solutions.tests.compile_triton
+
+Shared memory is what Triton asks for at launch; registers and spills are what the assembler reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"  # before the kernels are defined
+
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from solutions.attention import paged_kernels_triton as kernels
+from solutions.attention.paged_attention_triton import DECODE_CONFIGS, DOT, MAX_SPLITS, PREFILL_CONFIGS, Config, padded
+from solutions.core.triton_mode import triton
+
+POINTERS = {
+    "slot_mapping": "*i64", "block_tables": "*i32", "query_start_loc": "*i32", "context_lens": "*i32",
+    "key_scales": "*fp32", "value_scales": "*fp32", "partial_sums": "*fp32", "partial_stats": "*fp32",
+}  # fmt: skip
+"""Types of the arguments that are not of the model's type or numbers."""
+
+GROUP, H_KV, BLOCK_SIZE = 4, 8, 16
+
+
+@dataclass(slots=True)
+class Report:
+    """What one kernel takes on one card: registers and spilled bytes of a thread, bytes of shared memory of a program."""
+
+    kernel: str
+    capability: int
+    head_dim: int
+    variant: str
+    registers: int
+    spilled: int
+    shared: int
+
+
+def compile_for(
+    kernel: str, capability: int, sizes: dict[str, int], absent: tuple[str, ...], cache: str, **options: int
+) -> Report:
+    """Compile for bfloat16 queries.
+
+    Args:
+        sizes: of the kernel's capital letters. absent: pointers that are None. cache: the type of cached elements.
+    """
+    function = getattr(kernels, kernel)
+    constants = {**sizes, **dict.fromkeys(absent)}
+    signature = {name: "constexpr" if name in constants else kind(name, cache) for name in function.arg_names}
+    # as a launch would find them: addresses, and strides that are not left unspecialized, are multiples of 16
+    aligned = [n for n, t in signature.items() if (t.startswith("*") and n not in kernels.STEP_ARRAYS) or is_fixed_stride(n)]
+    attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(function, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, spilled = assemble(compiled.asm["ptx"], capability)
+    variant = ", ".join(f"{k} {v}" for k, v in {**{k: sizes[k] for k in sizes if k.startswith("BLOCK_")}, **options}.items())
+    return Report(kernel, capability, sizes["D"], f"{cache} cache {variant}", registers, spilled, compiled.metadata.shared)
+
+
+def kind(name: str, cache: str) -> str:
+    """Triton's name for an argument's type."""
+    if name in POINTERS:
+        return POINTERS[name]
+    if name in ("keys", "values"):
+        return f"*{cache}"
+    if name.startswith(("num_", "table_")) or name.endswith("_stride"):
+        return "i32"
+    return "fp32" if name == "scale_log2" else "*bf16"
+
+
+def is_fixed_stride(name: str) -> bool:
+    return name.endswith("_stride") and name != "table_stride"
+
+
+def assemble(ptx: str, capability: int) -> tuple[int, int]:
+    """Registers of a thread, and bytes that it spills."""
+    arch = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [get_ptxas(capability).path, "-v", f"-arch={arch}", str(source), "-o", str(source.with_suffix(".cubin"))]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return int(re.search(r"Used (\d+) registers", said)[1]), int(re.search(r"(\d+) bytes spill stores", said)[1])
+
+
+def reports(head_dims: list[int], configs: list[Config]) -> Iterator[Report]:
+    """All kernels with each configuration, for compute capability 8.0 and 9.0."""
+    for capability in (80, 90):
+        for dim in head_dims:
+            heads = {"H": GROUP * H_KV, "H_KV": H_KV, "D": dim}
+            half = {"H_PADDED": GROUP * H_KV, "H_KV_PADDED": H_KV, "HALF_PADDED": padded(dim // 2)}
+            scales = ("key_scales", "value_scales")
+            yield compile_for("write_kv", capability, heads | half, scales, "bf16", num_warps=4)
+            yield compile_for("write_kv", capability, heads | half, (), "i8", num_warps=4)
+            splits = {"D": dim, "D_PADDED": padded(dim), "SPLITS_PADDED": MAX_SPLITS}
+            yield compile_for("merge_splits", capability, splits, (), "bf16", num_warps=4)
+            for config in configs:
+                sizes = {
+                    "GROUP": GROUP,
+                    "H_KV": H_KV,
+                    "D": dim,
+                    "D_PADDED": padded(dim, DOT),
+                    "BLOCK_SIZE": BLOCK_SIZE,
+                    "WINDOW": 0,
+                }
+                sizes |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+                options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+                partials = ("partial_sums", "partial_stats")
+                yield compile_for("attend", capability, sizes, (*scales, *partials), "bf16", **options)
+                if config in (DECODE_CONFIGS[0], PREFILL_CONFIGS[0]):
+                    yield compile_for("attend", capability, sizes, (), "i8", **options)
+
+
+def main() -> None:
+    """Print a line of JSON for each kernel."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every configuration and head size, not just the first")
+    everything = parser.parse_args().all
+    configs = [*DECODE_CONFIGS, *PREFILL_CONFIGS] if everything else [DECODE_CONFIGS[0], PREFILL_CONFIGS[0]]
+    for report in reports([64, 80, 96, 128] if everything else [64, 128], configs):
+        print(json.dumps(asdict(report)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
