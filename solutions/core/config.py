@@ -29,14 +29,14 @@ class EngineConfig:
     """Settings of one engine. Each field is also a command-line flag (``max_num_seqs`` is ``--max-num-seqs``).
 
     Raises:
-        ValueError: `tensor_parallel_size` is not 1.
+        ValueError: `tensor_parallel_size` is less than 1.
     """
 
     model: str = _flag(DEFAULT_MODEL, "alias, folder in Hugging Face format, .gguf file, or hub id")
     tokenizer: str | None = _flag(None, "folder or hub id of the tokenizer, if it is not the model's")
     dtype: str = _flag("auto", "precision of weights and KV cache; auto: bfloat16 where the processor has it", DTYPES)
     device: str = _flag("auto", "where the model runs", ("auto", "cpu", "cuda"))
-    tensor_parallel_size: int = _flag(1, "devices that share the model; this version runs on 1")
+    tensor_parallel_size: int = _flag(1, "ranks that share the model: GPUs, or processes with a part of the cores")
     load_format: str = _flag("auto", "dummy: random weights, to measure speed without a download", ("auto", "dummy"))
     max_model_len: int | None = _flag(None, "longest sequence, prompt and output; default: the model's context", kind=int)
     block_size: int = _flag(16, "tokens in a KV block")
@@ -80,8 +80,8 @@ class EngineConfig:
     seed: int = _flag(0, "seeds the sampling of requests that bring no seed of their own")
 
     def __post_init__(self) -> None:
-        if self.tensor_parallel_size != 1:
-            raise ValueError(f"tensor_parallel_size must be 1, got {self.tensor_parallel_size}: more are not supported yet")
+        if self.tensor_parallel_size < 1:
+            raise ValueError(f"tensor_parallel_size must be at least 1, got {self.tensor_parallel_size}")
 
     def to_args(self) -> dict[str, Any]:
         """The settings as a dictionary, for records of measurements."""

@@ -38,15 +38,16 @@ def available_cores(root: Path = ROOT) -> int:
     return max(1, int(min([affinity, *quotas])))
 
 
-def pick_threads(root: Path = ROOT) -> int:
-    """Threads for the model on a CPU: what OMP_NUM_THREADS says, else every core that this process may use.
+def pick_threads(root: Path = ROOT, ranks: int = 1) -> int:
+    """Threads for the model on a CPU: what OMP_NUM_THREADS says, else every core that this process may use, divided by the
+    number of ranks that do.
 
     Raises:
         ValueError: OMP_NUM_THREADS is not a positive number.
     """
     text = os.environ.get("OMP_NUM_THREADS", "")
     if not text:
-        return available_cores(root)
+        return max(1, available_cores(root) // ranks)
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"OMP_NUM_THREADS must be a positive number, got {text!r}; set it to one or unset it")
     return int(text)

@@ -77,7 +77,7 @@ def _kv_budget(config: EngineConfig, device: torch.device, free_bytes: int, acti
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     if device.type == "cpu":
-        return min(CPU_KV_MAX, int(CPU_KV_SHARE * free_bytes))
+        return min(CPU_KV_MAX, int(CPU_KV_SHARE * free_bytes)) // config.tensor_parallel_size  # the ranks share the memory
     total = torch.cuda.mem_get_info(device)[1]
     return max(0, int(free_bytes - (1 - config.gpu_memory_utilization) * total) - activation_bytes)
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..attention.paged_attention import AttentionMetadata, make_backend
 from ..batching.continuous_batch import FlatBatch
-from ..memory.cache_engine import CacheEngine
+from ..batching.sequence import Sequence
+from ..memory.cache_engine import BlockPairs, CacheEngine
 from ..models.loader import ModelSource, load_model
+from ..parallelism.tensor_parallel import SINGLE, TensorParallel
 from . import native
 from .config import EngineConfig
 from .cuda_graphs import CudaGraphRecorder, DecodeGraphs, Step, graph_sizes
 from .machine import cpu_has_bf16, pick_threads
 from .sampler import Sampler, TokenLogprobs
+from .worker_process import StepArrays
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -86,13 +91,18 @@ class Worker:
         config: the engine's settings.
         source: the model, as `resolve_model` found it.
         device, dtype: where and in which precision to run.
+        parallel: the ranks that share the model, of which this worker is one.
     """
 
-    def __init__(self, config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype,
+        parallel: TensorParallel = SINGLE,
+    ) -> None:  # fmt: skip
         self.device, self.dtype = device, dtype
-        if device.type == "cpu":
-            torch.set_num_threads(pick_threads())  # PyTorch's own choice ignores the quota of a container
+        if device.type == "cpu":  # PyTorch's own choice ignores the quota of a container, and other ranks
+            torch.set_num_threads(pick_threads(ranks=parallel.size))
         self.model_config = source.config
+        self.num_kv_heads = len(parallel.heads(source.config)[1])
         cpu_kernels = use_cpu_kernels(config, device, dtype)
         self.backend = make_backend(
             config.attention_backend, device, dtype, source.config.head_dim, config.block_size, cpu_kernels
@@ -100,6 +110,7 @@ class Worker:
         self.model = load_model(
             source, dtype, device, config.load_format, seed=config.seed, max_model_len=config.max_model_len,
             cpu_kernels=cpu_kernels, quantization=config.quantization, triton_layers=self.backend.name == "triton",
+            parallel=parallel,
         )  # fmt: skip
         if cpu_kernels and not config.enforce_eager:
             self.model.enable_replay()
@@ -120,7 +131,7 @@ class Worker:
             model.num_layers,
             num_blocks,
             block_size,
-            model.num_kv_heads,
+            self.num_kv_heads,
             model.head_dim,
             self.dtype,
             self.device,
@@ -145,10 +156,7 @@ class Worker:
     def execute(self, batch: FlatBatch) -> StepResult:
         """Move blocks, run the model over the batch, sample."""
         decision = batch.decision
-        # A block given up by one move may be the target of the next, so the order matters.
-        self.cache.swap_out(decision.swap_out)
-        self.cache.swap_in(decision.swap_in)
-        self.cache.copy_blocks(decision.copies)
+        self._move_blocks(decision.swap_out, decision.swap_in, decision.copies)
         hidden = self._forward(batch)
         prompt_logprobs = self._prompt_logprobs(batch, hidden)
         if not batch.sampled:
@@ -158,7 +166,22 @@ class Worker:
         sampled = self.sampler(self.model.compute_logits(hidden), batch.sampled)
         return StepResult(sampled.token_ids, sampled.logprobs, prompt_logprobs)
 
-    def _forward(self, batch: FlatBatch) -> Tensor:
+    @torch.inference_mode()
+    def follow(self, step: StepArrays) -> None:
+        """Do on another rank what rank 0 does in `execute`, up to the logits: every sum over the ranks needs this one's
+        part."""
+        self._move_blocks(*(list(map(tuple, moves.tolist())) for moves in (step.swap_out, step.swap_in, step.copies)))
+        hidden = self._forward(step)
+        for rows in torch.from_numpy(step.logit_rows).to(self.device).split(step.logit_counts.tolist()):
+            self.model.compute_logits(hidden[rows])
+
+    def _move_blocks(self, swap_out: BlockPairs, swap_in: BlockPairs, copies: BlockPairs) -> None:
+        # A block given up by one move may be the target of the next, so the order matters.
+        self.cache.swap_out(swap_out)
+        self.cache.swap_in(swap_in)
+        self.cache.copy_blocks(copies)
+
+    def _forward(self, batch: FlatBatch | StepArrays) -> Tensor:
         """Hidden states of all tokens, [T, hidden]."""
         if self.graphs is not None and (size := self.graphs.size_for(batch)) is not None:
             return self.graphs.run(batch, size)
@@ -180,15 +203,43 @@ class Worker:
     def _prompt_logprobs(self, batch: FlatBatch, hidden: Tensor) -> list[tuple[str, int, list[TokenLogprobs]]]:
         """Log-probabilities of the prompt tokens in this step, for the sequences whose request wants them."""
         results = []
-        for index, seq in enumerate(batch.sequences):
-            if seq.params.prompt_logprobs is None or seq.num_computed_tokens >= seq.num_prompt_tokens - 1 or seq.index > 0:
-                continue
-            first, last = batch.query_start_loc[index : index + 2].tolist()
-            # The token at position p is predicted by the hidden state at p - 1.
-            position = seq.num_computed_tokens + 1
-            targets = seq.tokens[position : min(position + last - first, seq.num_prompt_tokens)]
-            logits = self.model.compute_logits(hidden[first : first + len(targets)])
-            target_ids = torch.tensor(targets, device=self.device)
-            entries = self.sampler.prompt_logprobs(logits, target_ids, seq.params.prompt_logprobs)
-            results.append((seq.request_id, position, entries))
+        for span in prompt_spans(batch):
+            logits = self.model.compute_logits(hidden[span.first : span.first + len(span.targets)])
+            target_ids = torch.tensor(span.targets, device=self.device)
+            entries = self.sampler.prompt_logprobs(logits, target_ids, span.seq.params.prompt_logprobs)
+            results.append((span.seq.request_id, span.position, entries))
         return results
+
+
+@dataclass(slots=True)
+class PromptSpan:
+    """Prompt tokens of one sequence whose log-probabilities are wanted of this step.
+
+    Attributes:
+        first: row of the batch whose hidden state predicts the first of them. position: of that token in its sequence.
+        targets: the tokens.
+    """
+
+    seq: Sequence
+    first: int
+    position: int
+    targets: list[int]
+
+
+def prompt_spans(batch: FlatBatch) -> list[PromptSpan]:
+    """The prompt tokens in this step of the sequences whose request wants their log-probabilities."""
+    spans = []
+    for index, seq in enumerate(batch.sequences):
+        if seq.params.prompt_logprobs is None or seq.num_computed_tokens >= seq.num_prompt_tokens - 1 or seq.index > 0:
+            continue
+        first, last = batch.query_start_loc[index : index + 2].tolist()
+        position = seq.num_computed_tokens + 1  # the token at position p is predicted by the hidden state at p - 1
+        targets = seq.tokens[position : min(position + last - first, seq.num_prompt_tokens)]
+        spans.append(PromptSpan(seq, first, position, targets))
+    return spans
+
+
+def logit_calls(batch: FlatBatch) -> list[NDArray[np.int64]]:
+    """The rows of the batch whose logits `Worker.execute` computes, call after call."""
+    calls = [np.arange(span.first, span.first + len(span.targets)) for span in prompt_spans(batch)]
+    return [*calls, batch.logits_indices] if batch.sampled else calls

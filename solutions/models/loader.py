@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..parallelism.tensor_parallel import SINGLE, TensorParallel
 from .gpt import GPT2LMHeadModel
 from .layers import Attention, CausalLM, WeightLayer
 from .llama import LlamaForCausalLM
@@ -161,7 +162,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def load_model(
     source: ModelSource, dtype: torch.dtype, device: torch.device, load_format: str = "auto", *,
     seed: int = 0, progress: bool = True, max_model_len: int | None = None, cpu_kernels: bool = False,
-    quantization: str | None = None, triton_layers: bool = False,
+    quantization: str | None = None, triton_layers: bool = False, parallel: TensorParallel = SINGLE,
 ) -> CausalLM:  # fmt: skip
     """Build the model and fill its weights.
 
@@ -171,18 +172,18 @@ def load_model(
         seed: of the random weights.
         max_model_len: longest sequence that will be served, see `ModelConfig`.
         cpu_kernels: pack the weights for the CPU's own kernels. quantization: "int8" makes that int8; needs `cpu_kernels`.
-        triton_layers: compute norms and gates with Triton.
+        triton_layers: compute norms and gates with Triton. parallel: the ranks that share the model, of which this is one.
 
     Raises:
         ModelError: a file is damaged, or its tensors are not those of the model that ``config.json`` describes.
     """
     with _defaults(dtype, device), torch.inference_mode(False), torch.no_grad():
         config = replace(source.config, max_model_len=max_model_len) if max_model_len else source.config
-        model = MODEL_CLASSES[config.architecture](config).eval()
+        model = MODEL_CLASSES[config.architecture](config, parallel).eval()
         if load_format == "dummy" or source.path is None:
-            _fill_randomly(model, device, seed, progress)
+            _fill_randomly(model, device, seed, progress and parallel.rank == 0)
         else:
-            _load_weights(model, _weight_files(source.path), progress)
+            _load_weights(model, _weight_files(source.path), progress and parallel.rank == 0)
         if cpu_kernels:
             for layer in model.modules():
                 if isinstance(layer, WeightLayer | Attention):

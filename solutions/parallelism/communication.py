@@ -1,9 +1,9 @@
 """What ranks say to each other: the collectives that tensor parallelism needs, counted, and rings written out.
 
-The library (gloo between CPUs, NCCL between GPUs) carries the bytes; a `Communicator` counts them and gives every failure a name.
-The rings show what such a library does inside: each rank talks only to its two neighbours, all links are busy all the time, and
-an all-reduce of n bytes over p ranks moves 2n(p−1)/p bytes a rank, which no algorithm beats (Patarasuk and Yuan, "Bandwidth
-optimal all-reduce algorithms for clusters of workstations", 2009).
+The library (gloo between CPUs, NCCL between GPUs) carries the bytes; a `Communicator` counts them and gives every failure a
+name. The rings show what such a library does inside: each rank talks only to its two neighbours, all links are busy all the
+time, and an all-reduce of n bytes over p ranks moves 2n(p−1)/p bytes a rank, which no algorithm beats (Patarasuk and Yuan,
+"Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009).
 """
 
 from __future__ import annotations
@@ -115,8 +115,9 @@ class Communicator:
         except (RuntimeError, dist.DistError) as error:
             seconds = time.perf_counter() - start
             reason = str(error).strip().splitlines()[0]
+            where = f"rank {self.rank} of {self.size}: {name}"
             raise CommunicationError(
-                f"rank {self.rank} of {self.size}: {name} failed after {seconds:.1f} s; another rank has died or hangs ({reason})"
+                f"{where} failed after {seconds:.1f} s; another rank has died or hangs ({reason})"
             ) from error
         traffic = self.traffic[name]
         traffic.calls += 1
@@ -137,8 +138,8 @@ def split_evenly(x: Tensor, parts: int) -> list[Tensor]:
 def ring_reduce_scatter(chunks: list[Tensor], communicator: Communicator) -> Tensor:
     """Sum each rank's chunk over all ranks, with neighbours alone.
 
-    In each of size − 1 rounds a rank sends one chunk to the next rank and adds what comes from the one before to its own copy. A
-    chunk starts at the rank after its owner and collects every rank's share on the way around to it.
+    In each of size − 1 rounds a rank sends one chunk to the next rank and adds what comes from the one before to its own copy.
+    A chunk starts at the rank after its owner and collects every rank's share on the way around to it.
 
     Args:
         chunks: one for each rank, contiguous, of any lengths (the same on every rank). They are overwritten by partial sums.

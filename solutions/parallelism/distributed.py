@@ -44,6 +44,7 @@ def join(
     if isinstance(store, str):
         host, _, port = store.rpartition(":")
         store = dist.TCPStore(host, int(port), is_master=False, timeout=limit)
+    store.set(f"rank {rank}", "is here")
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -53,8 +54,15 @@ def join(
         )
     except (RuntimeError, dist.DistError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise TimeoutError(f"rank {rank}: not all of {size} ranks came to the rendezvous in {timeout:.0f} s ({reason})") from error
+        raise TimeoutError(
+            f"rank {rank}: not all of {size} ranks came to the rendezvous in {timeout:.0f} s ({reason})"
+        ) from error
     return Communicator()
+
+
+def has_come(rank: int, store: dist.Store) -> bool:
+    """Whether a rank has reached the rendezvous."""
+    return store.check([f"rank {rank}"])
 
 
 def leave() -> None:

@@ -1,10 +1,10 @@
 """A model's matrix products cut over ranks (Shoeybi et al., "Megatron-LM", 2019, §3).
 
-Two cuts that fit each other. A *column-parallel* layer gives each rank some of the outputs: every rank needs the whole input, and
-computes without a word. A *row-parallel* layer takes what such a layer gave, so each rank multiplies its part of the inputs with
-its part of the weights, and the sum over the ranks is the result: one all-reduce. Attention is such a pair (heads are outputs of
-the one projection and inputs of the other), the MLP another, so a layer needs two all-reduces. Embedding and head are cut by
-vocabulary.
+Two cuts that fit each other. A *column-parallel* layer gives each rank some of the outputs: every rank needs the whole input,
+and computes without a word. A *row-parallel* layer takes what such a layer gave, so each rank multiplies its part of the
+inputs with its part of the weights, and the sum over the ranks is the result: one all-reduce. Attention is such a pair (heads
+are outputs of the one projection and inputs of the other), the MLP another, so a layer needs two all-reduces. Embedding and
+head are cut by vocabulary.
 
 Every layer here takes its own part out of a checkpoint's tensors in `weight_loader`; with one rank the part is the whole.
 """
@@ -126,7 +126,8 @@ class ColumnParallelLinear(Linear):
         self.shard_ids = tuple(pieces)
 
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
-        """Take this rank's rows of one piece's weight or bias; without `shard_id`, of all pieces in order (GPT-2 keeps QKV so)."""
+        """Take this rank's rows of one piece's weight or bias; without `shard_id`, of all pieces in order (GPT-2 keeps QKV
+        so)."""
         if shard_id is None:
             sizes = [piece.full for piece in self.pieces.values()]
             if len(loaded) != sum(sizes):

@@ -47,6 +47,8 @@ CLIENT_CLOSED_REQUEST = 499
 MAX_NUM_WAITING = 1024
 """Default bound of the queue: a server refuses early rather than let everybody wait for long."""
 RETRY_AFTER_SECONDS = 1
+UNHEALTHY_SECONDS = 3.0
+"""How long a server whose engine has failed still answers, with 503, so that whoever watches ``/health`` learns of it."""
 
 
 # -------------------------------------------------------------------------------------------------------- the app
@@ -316,7 +318,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the server until SIGTERM or SIGINT; returns the exit code."""
+    """Run the server until SIGTERM or SIGINT, or until the engine fails; returns the exit code."""
     started = time.perf_counter()
     args = parse_flags(argv)
     try:
@@ -337,10 +339,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = time.perf_counter() - started
     print(f"Serving {', '.join(names)} at http://{host}:{port}/v1, ", end="")
     print(f"{seconds:.1f} s after the start ({imported - started:.1f} s of it imports)", flush=True)
-    app = create_app(AsyncEngine(engine), names, args.api_key)
+    async_engine = AsyncEngine(engine)
+    app = create_app(async_engine, names, args.api_key)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=args.shutdown_timeout)
-    uvicorn.Server(config).run(sockets=[sock])
-    return 0
+    server = uvicorn.Server(config)
+    deaths: list[None] = []
+
+    def end() -> None:
+        deaths.append(None)
+        asyncio.get_running_loop().call_later(UNHEALTHY_SECONDS, setattr, server, "should_exit", True)
+
+    async_engine.on_death = end
+    server.run(sockets=[sock])
+    engine.close()
+    return 1 if deaths else 0
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ INLINE_LIMIT = 2048
 """Characters or token ids up to which prompts are prepared on the event loop; longer ones go to a thread."""
 
 
+HEALTH_SECONDS = 1.0
+"""How often an engine with nothing to do sees whether all its ranks live."""
+
+
 class EngineDeadError(RuntimeError):
     """The engine failed or was shut down; no request can be served any more."""
 
@@ -89,10 +93,14 @@ class AsyncEngine:
     """An `LLMEngine` for use from one event loop.
 
     All methods are called on the loop, except `shutdown`, which may be called from any thread but the engine's.
+
+    Attributes:
+        on_death: called on the loop when the engine has failed, once all its requests have been told.
     """
 
     def __init__(self, engine: LLMEngine) -> None:
         self.engine = engine
+        self.on_death: Callable[[], None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._streams: dict[str, OutputStream] = {}  # touched by the event loop only
@@ -189,6 +197,8 @@ class AsyncEngine:
         streams, self._streams = set(self._streams.values()), {}
         for stream in streams:
             stream.fail(EngineDeadError(reason))
+        if self.on_death is not None and not self._stopping:
+            self.on_death()
 
     # -------------------------------------------------------------------------------------------- on the engine thread
 
@@ -211,7 +221,10 @@ class AsyncEngine:
     def _next_commands(self) -> list[Callable[[], None]] | None:
         """Sleep until there is something to do; None when the thread has to end."""
         with self._wake:
-            self._wake.wait_for(lambda: self._stopping or self._commands or self.engine.has_unfinished_requests())
+            while not self._wake.wait_for(
+                lambda: self._stopping or self._commands or self.engine.has_unfinished_requests(), HEALTH_SECONDS
+            ):
+                self.engine.check_health()
             commands, self._commands = self._commands, []
             return None if self._stopping else commands
 

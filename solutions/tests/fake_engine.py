@@ -85,6 +85,9 @@ class FakeEngine:
         if self.running.pop(request_id, None) is not None:
             self.aborted.append(request_id)
 
+    def check_health(self) -> None:
+        """It has no ranks that could end."""
+
     def has_unfinished_requests(self) -> bool:
         self.num_polls += 1
         return bool(self.running)

@@ -323,7 +323,7 @@ def test_failed_validation_of_one_prompt_starts_none(llm):
         ({"num_gpu_blocks_override": 10}, r"weights .* \+ activations .* \+ KV .* free.* --max-model-len 40 or less"),
         ({"num_gpu_blocks_override": None, "kv_cache_memory_bytes": 1}, "give at least --kv-cache-memory-bytes 1MiB"),
         ({"max_model_len": 513}, "max_model_len must be between 2 and the model's context of 512"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size must be 1, got 2"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1, got 0"),
         ({"max_num_seqs": 0}, "max_num_seqs must be at least 1"),
         ({"block_size": 0}, "block_size must be at least 1"),
         ({"dtype": "float16"}, "float16 needs a GPU"),
