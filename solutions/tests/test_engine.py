@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -363,3 +365,16 @@ def test_startup_says_what_runs_and_what_fits(llm):
     text = "\n".join(llm.llm_engine.startup_summary())
     for part in ("float32", "128 blocks of 4 tokens", "512 tokens", "2.0 sequences of 256", "load weights", "tokenizer"):
         assert part in text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count memory that was never written")
+def test_the_kv_cache_is_provided_at_start_only_if_asked(path):
+    grown = {}
+    for touch in (False, True):
+        before = psutil.Process().memory_info().rss
+        llm = LLM(str(path), max_model_len=64, kv_cache_memory_bytes=256 << 20, touch_kv_cache=touch)
+        grown[touch] = psutil.Process().memory_info().rss - before
+        (output,) = llm.generate([prompt(1, 2, 3)], GREEDY, use_tqdm=False)
+        assert len(output.outputs[0].token_ids) == 12
+    assert grown[False] < 128 << 20
+    assert grown[True] > 240 << 20

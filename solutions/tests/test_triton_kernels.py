@@ -395,7 +395,7 @@ def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
 
 
 def test_compiles_for_cards_that_are_not_here() -> None:
-    """Ahead of time, for compute capability 8.0 and 9.0: the code is accepted and fits; only an int8 cache makes it spill."""
+    """Ahead of time, for compute capability 8.0 and 9.0, the first configurations: the code is accepted and fits."""
     run = subprocess.run(
         [sys.executable, "-m", "solutions.tests.compile_triton"], capture_output=True, text=True, check=False, timeout=280
     )
