@@ -125,7 +125,8 @@ class MultiProcExecutor(Executor):
         try:
             return self.worker.execute(batch)
         except RuntimeError:
-            self.check_health()  # a rank that is gone is the better explanation
+            for other in self._others:
+                other.check(seconds=2.0)  # a rank that is gone, or just about to go, is the better explanation
             raise
 
     def check_health(self) -> None:

@@ -147,13 +147,14 @@ class WorkerProcess:
         except (BrokenPipeError, ValueError):
             raise WorkerDiedError(self._death()) from None
 
-    def check(self) -> None:
-        """See that it lives.
+    def check(self, seconds: float = 0.0) -> None:
+        """See that it lives, and if there is reason to think otherwise, still does after so many seconds.
 
         Raises:
             WorkerDiedError: it does not.
         """
-        if self._process.poll() is not None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
             raise WorkerDiedError(self._death())
 
     def stop(self) -> None:
