@@ -28,6 +28,17 @@ MLP_UNIT = 32
 """The MLP's columns are dealt out in units of this many, where its width allows, so that kernels keep whole vectors."""
 
 
+def check_size(loaded: Tensor, dim: int, size: int) -> None:
+    """See that a checkpoint's tensor has `size` rows, or columns with `dim` 1.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if loaded.shape[dim] != size:
+        expected = [*loaded.shape[:dim], size, *loaded.shape[dim + 1 :]]
+        raise ValueError(f"expected shape {expected}, the checkpoint has {list(loaded.shape)}")
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """Rows (or columns) start..stop−1 of `full` belong to this rank."""
@@ -45,8 +56,7 @@ class Shard:
         Raises:
             ValueError: the tensor has not `full` rows (or columns).
         """
-        if loaded.shape[dim] != self.full:
-            raise ValueError(f"expected {self.full} in dimension {dim}, the checkpoint has shape {list(loaded.shape)}")
+        check_size(loaded, dim, self.full)
         return loaded.narrow(dim, self.start, len(self))
 
     def times(self, size: int) -> Shard:
@@ -130,8 +140,7 @@ class ColumnParallelLinear(Linear):
         so)."""
         if shard_id is None:
             sizes = [piece.full for piece in self.pieces.values()]
-            if len(loaded) != sum(sizes):
-                raise ValueError(f"expected {sum(sizes)} rows, the checkpoint has shape {list(loaded.shape)}")
+            check_size(loaded, 0, sum(sizes))
             for name, part in zip(self.pieces, loaded.split(sizes), strict=True):
                 self.weight_loader(param, part, name)
             return
@@ -226,8 +235,7 @@ class VocabParallelEmbedding(Embedding):
 
 def load_vocabulary(param: nn.Parameter, loaded: Tensor, rows: Shard) -> None:
     """Take this rank's rows of `loaded` [V, hidden]; padding becomes zeros."""
-    if len(loaded) != rows.full:
-        raise ValueError(f"expected {rows.full} rows, the checkpoint has shape {list(loaded.shape)}")
+    check_size(loaded, 0, rows.full)
     mine = loaded[rows.start : rows.stop]
     copy_weight(param[: len(mine)], mine)
     param[len(mine) :] = 0

@@ -16,7 +16,7 @@ from ..batching.scheduler_config import SchedulerConfig
 from ..batching.sequence import RequestOutputKind, SamplingParams, Sequence
 from ..models.loader import load_tokenizer, resolve_model
 from .config import DEFAULT_MODEL, EngineConfig
-from .executor import UniProcExecutor
+from .executor import local_model, make_executor
 from .input import EngineRequest, InputProcessor, Prompt
 from .output import OutputProcessor, RequestOutput
 from .progress import GenerationProgress
@@ -58,10 +58,10 @@ class LLMEngine:
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device, source.config.torch_dtype)
         clock.lap("find model")
-        self.executor = UniProcExecutor(config, source, device, dtype)
+        self.executor = make_executor(config, source, device, dtype)
         clock.lap("load weights")
         self.model_config = model = source.config
-        self.limits = limits = resolve_limits(config, model, dtype, device, self.executor.weight_bytes)
+        self.limits = limits = resolve_limits(config, local_model(model, config), dtype, device, self.executor.weight_bytes)
         self.executor.create_cache(limits.num_blocks, config.block_size, limits.num_host_blocks)
         clock.lap("KV cache")
         self.tokenizer = load_tokenizer(source)
@@ -158,6 +158,18 @@ class LLMEngine:
             num_generation_tokens=self._counters["generation"],
             num_steps=self._counters["steps"],
         )
+
+    def check_health(self) -> None:
+        """See that the model can still be run, for when there is nothing to run.
+
+        Raises:
+            WorkerDiedError: another rank has ended.
+        """
+        self.executor.check_health()
+
+    def close(self) -> None:
+        """End the other ranks, if there are any; the engine is of no use afterwards. Happens by itself with the process."""
+        self.executor.close()
 
     def startup_summary(self) -> list[str]:
         """Lines that say what the engine runs with and how long each phase of the start took."""
