@@ -49,7 +49,7 @@ def write_kv(
             store_pairs(keys, key_scales, at, pair, low, high, is_head, is_pair, D)
             low, high = load_pairs(value + token * value_stride + head * D + pair, is_head & is_pair, D)
             store_pairs(values, value_scales, at, pair, low, high, is_head, is_pair, D)
-    else:
+    elif cos is not None:
         head = tl.arange(0, H_PADDED)[:, None]
         is_head = head < H
         queries = query + token * query_stride

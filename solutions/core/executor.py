@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import os
 import time
 import weakref
 from collections.abc import Iterable
@@ -14,11 +15,12 @@ import torch
 from ..batching.continuous_batch import FlatBatch
 from ..models.loader import ModelSource
 from ..models.model_config import ModelConfig
-from ..parallelism.distributed import has_come, join, leave, open_rendezvous
+from ..parallelism.distributed import has_come, leave, open_rendezvous
+from ..parallelism.shared_memory import nameless_file
 from ..parallelism.tensor_parallel import TensorParallel
 from .config import EngineConfig
 from .worker import StepResult, Worker, logit_calls
-from .worker_process import Setup, StepArrays, StepBoard, WorkerProcess
+from .worker_process import STOP_SECONDS, Setup, StepArrays, StepBoard, WorkerProcess, meet
 
 
 class Executor(abc.ABC):
@@ -96,22 +98,28 @@ class MultiProcExecutor(Executor):
             raise ValueError(f"--tensor-parallel-size {size} needs as many GPUs, and {torch.cuda.device_count()} are visible")
         TensorParallel(0, size).heads(source.config)  # says now if the model cannot be cut
         store = open_rendezvous()
-        self._board = StepBoard()
-        self._others = [
-            WorkerProcess(
-                Setup(
-                    config, source, _device(device, rank), dtype, rank, size, f"127.0.0.1:{store.port}", self._board.descriptor
-                )
+        self._board, memory = StepBoard(), nameless_file()
+        setups = [
+            Setup(
+                config,
+                source,
+                _device(device, rank),
+                dtype,
+                rank,
+                size,
+                f"127.0.0.1:{store.port}",
+                self._board.descriptor,
+                memory,
             )
-            for rank in range(1, size)
+            for rank in range(size)
         ]
-        self._finalizer = weakref.finalize(self, _end, self._others)
+        self._others = [WorkerProcess(setup) for setup in setups[1:]]
+        self._finalizer = weakref.finalize(self, _end, self._others, (self._board.descriptor, memory))
         try:
             while not all(has_come(rank, store) for rank in range(1, size)):
                 self.check_health()
                 time.sleep(0.02)
-            parallel = TensorParallel(0, size, join(0, size, store, _device(device, 0)))
-            self.worker = Worker(config, source, _device(device, 0), dtype, parallel)
+            self.worker = Worker(config, source, setups[0].device, dtype, meet(setups[0], store))
         except BaseException:
             self._finalizer()
             raise
@@ -125,8 +133,9 @@ class MultiProcExecutor(Executor):
         try:
             return self.worker.execute(batch)
         except RuntimeError:
-            for other in self._others:
-                other.check(seconds=2.0)  # a rank that is gone, or just about to go, is the better explanation
+            deadline = time.monotonic() + 2.0
+            for other in self._others:  # a rank that is gone, or just about to go, is the better explanation
+                other.check(seconds=deadline - time.monotonic())
             raise
 
     def check_health(self) -> None:
@@ -145,10 +154,15 @@ def _device(device: torch.device, rank: int) -> torch.device:
     return torch.device(device.type, rank) if device.type == "cuda" else device
 
 
-def _end(others: Iterable[WorkerProcess]) -> None:
+def _end(others: Iterable[WorkerProcess], descriptors: Iterable[int]) -> None:
+    deadline = time.monotonic() + STOP_SECONDS
     for other in others:
-        other.stop()
+        other.release()
+    for other in others:
+        other.stop(deadline - time.monotonic())
     leave()
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def step_arrays(batch: FlatBatch) -> StepArrays:

@@ -33,6 +33,7 @@ SOURCES = (
     "quantization/kernels/linear_cpu.cpp",
     "models/layers_cpu.cpp",
     "core/selection_cpu.cpp",
+    "parallelism/shared_memory_cpu.cpp",
 )
 HEADERS = (
     "core/native.h",

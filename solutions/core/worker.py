@@ -102,6 +102,7 @@ class Worker:
         if device.type == "cpu":  # PyTorch's own choice ignores the quota of a container, and other ranks
             torch.set_num_threads(pick_threads(ranks=parallel.size))
         self.model_config = source.config
+        self.parallel = parallel
         self.num_kv_heads = len(parallel.heads(source.config)[1])
         cpu_kernels = use_cpu_kernels(config, device, dtype)
         self.backend = make_backend(
@@ -198,7 +199,9 @@ class Worker:
         metadata.plan = self.backend.plan(metadata, self.model_config.sliding_window)
         input_ids = torch.from_numpy(batch.input_ids).to(self.device)
         positions = torch.from_numpy(batch.positions).to(self.device)
-        return self.model(input_ids, positions, metadata)
+        hidden = self.model(input_ids, positions, metadata)
+        self.parallel.check()
+        return hidden
 
     def _prompt_logprobs(self, batch: FlatBatch, hidden: Tensor) -> list[tuple[str, int, list[TokenLogprobs]]]:
         """Log-probabilities of the prompt tokens in this step, for the sequences whose request wants them."""

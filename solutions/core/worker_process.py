@@ -19,22 +19,24 @@ import pickle
 import signal
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 
 from ..models.loader import ModelSource
 from ..parallelism.distributed import cores_of, join
+from ..parallelism.shared_memory import SharedMemoryCommunicator, nameless_file
 from ..parallelism.tensor_parallel import TensorParallel
+from . import native
 from .config import EngineConfig
-from .machine import available_cores
+from .machine import available_cores, pick_threads
 
 STOP_SECONDS = 5.0
-"""How long a rank may take to end by itself before it is killed."""
+"""How long the ranks may take to end by themselves before they are killed."""
 
 
 class WorkerDiedError(RuntimeError):
@@ -76,10 +78,7 @@ class StepBoard:
     """
 
     def __init__(self, descriptor: int | None = None) -> None:
-        if descriptor is None:
-            with tempfile.TemporaryFile() as file:  # without a name on disk, it is gone with its last user
-                descriptor = os.dup(file.fileno())
-        self.descriptor = descriptor
+        self.descriptor = nameless_file() if descriptor is None else descriptor
         self._map: mmap.mmap | None = None
 
     def write(self, step: StepArrays) -> list[list[int]]:
@@ -121,6 +120,15 @@ class Setup:
     size: int
     address: str
     board: int
+    memory: int
+
+
+def meet(setup: Setup, store: dist.Store | str) -> TensorParallel:
+    """Join the other ranks of this host; on CPUs sums go through the memory that all map, where the kernels are wanted."""
+    communicator = join(setup.rank, setup.size, store, setup.device)
+    if setup.device.type == "cpu" and setup.config.enable_cpu_kernels and native.load() is not None:
+        communicator = SharedMemoryCommunicator(setup.memory, pick_threads(ranks=setup.size))
+    return TensorParallel(setup.rank, setup.size, communicator)
 
 
 class WorkerProcess:
@@ -132,7 +140,9 @@ class WorkerProcess:
         command = [sys.executable, "-m", __name__]
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[setup.board], env=environment, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, pass_fds=[setup.board, setup.memory], env=environment, text=True
+        )
         self.tell(setup=base64.b64encode(pickle.dumps(setup)).decode())
 
     def tell(self, **message: Any) -> None:
@@ -154,22 +164,21 @@ class WorkerProcess:
             WorkerDiedError: it does not.
         """
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
+            self._process.wait(max(0.0, seconds))
             raise WorkerDiedError(self._death())
 
-    def stop(self) -> None:
-        """Let it end, or kill it."""
+    def release(self) -> None:
+        """Let it end by itself."""
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        try:
-            self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.kill()
 
-    def kill(self) -> None:
-        """End it at once, in whatever it is."""
-        self._process.kill()
-        self._process.wait()
+    def stop(self, seconds: float) -> None:
+        """See that it has ended after so many seconds, or kill it."""
+        try:
+            self._process.wait(max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def _death(self) -> str:
         code = self._process.wait()
@@ -185,9 +194,7 @@ def main() -> None:
     setup: Setup = pickle.loads(base64.b64decode(json.loads(sys.stdin.readline())["setup"]))
     if setup.device.type == "cpu" and (cores := cores_of(setup.rank, setup.size)):
         os.sched_setaffinity(0, cores)
-    communicator = join(setup.rank, setup.size, setup.address, setup.device)
-    parallel = TensorParallel(setup.rank, setup.size, communicator)
-    worker = Worker(setup.config, setup.source, setup.device, setup.dtype, parallel)
+    worker = Worker(setup.config, setup.source, setup.device, setup.dtype, meet(setup, setup.address))
     board = StepBoard(setup.board)
     for line in sys.stdin:
         message = json.loads(line)

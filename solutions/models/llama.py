@@ -53,7 +53,7 @@ class GatedMLP(nn.Module):
         self.down_proj = RowParallelLinear(parallel.mlp(config), config.hidden_size, config.mlp_bias, parallel)
 
     def forward(self, x: Tensor, add_to: Tensor) -> Tensor:
-        """Add the MLP of `x` [T, hidden] to `add_to` [T, hidden] in place."""
+        """The sum of `add_to` [T, hidden], which is overwritten, and the MLP of `x` [T, hidden]."""
         return self.down_proj(self.gate_up_proj(x), add_to)
 
 
@@ -68,7 +68,8 @@ class LlamaDecoderLayer(nn.Module):
         self.mlp = GatedMLP(config, parallel)
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:
-        self.self_attn(self.input_layernorm(hidden), rope, metadata, add_to=hidden)  # in place: nobody else holds it
+        # in place on rank 0, for nobody else holds it; other ranks' sums are elsewhere
+        hidden = self.self_attn(self.input_layernorm(hidden), rope, metadata, add_to=hidden)
         return self.mlp(self.post_attention_layernorm(hidden), add_to=hidden)
 
 
@@ -113,7 +114,7 @@ class LlamaForCausalLM(CausalLM):
 
     def enable_replay(self) -> None:
         layers = [*self.model.layers.modules(), self.model.norm]
-        if self.parallel.size == 1 and all(layer.is_native for layer in layers if isinstance(layer, WeightLayer | Attention)):
+        if self.parallel.is_native and all(layer.is_native for layer in layers if isinstance(layer, WeightLayer | Attention)):
             dtype = self.model.embed_tokens.weight.dtype
             self.model.replay = LayerReplay(
                 self.model.run_layers, self.model.layers[0].self_attn.attn, self.config.hidden_size, dtype

@@ -48,13 +48,22 @@ class Communicator:
         traffic: by the name of the call.
     """
 
+    is_native = False
+    """Whether sums are native kernels, which a recorded step can have in it."""
+
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.traffic: dict[str, Traffic] = defaultdict(Traffic)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' `x`, in place, the same bits on every rank."""
+        """The sum of all ranks' contiguous `x`, in place, the same bits on every rank.
+
+        Raises:
+            ValueError: `x` is not contiguous.
+        """
+        if not x.is_contiguous():  # gloo would sum what lies between its elements
+            raise ValueError(f"all_reduce needs a contiguous tensor, got strides {x.stride()} of shape {tuple(x.shape)}")
         with self._counted("all_reduce", 2 * _ring_bytes(x, self.size)):
             dist.all_reduce(x, group=self.group)
         return x
@@ -106,6 +115,13 @@ class Communicator:
             for request in dist.batch_isend_irecv(pending):
                 request.wait()
         return incoming
+
+    def check(self) -> None:
+        """See that the calls of a recorded step, which raise nothing themselves, have come to their end.
+
+        Raises:
+            CommunicationError: one has not.
+        """
 
     @contextmanager
     def _counted(self, name: str, bytes_sent: int) -> Iterator[None]:

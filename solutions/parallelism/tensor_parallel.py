@@ -119,6 +119,16 @@ class TensorParallel:
         """The sum over all ranks, in place."""
         return x if self.communicator is None else self.communicator.all_reduce(x)
 
+    @property
+    def is_native(self) -> bool:
+        """Whether a recorded step can have the sums in it."""
+        return self.communicator is None or self.communicator.is_native
+
+    def check(self) -> None:
+        """See that no sum of a recorded step has failed; see `Communicator.check`."""
+        if self.communicator is not None:
+            self.communicator.check()
+
 
 SINGLE = TensorParallel()
 
@@ -201,10 +211,8 @@ class RowParallelLinear(Linear):
         self.parallel = parallel
 
     def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-        """With `add_to` [T, out], which is the same on all ranks, the result is added to that in place."""
-        if self.parallel.rank == 0 or add_to is None:
-            return self.parallel.all_reduce(super().forward(x, add_to))
-        return self.parallel.all_reduce(add_to.copy_(super().forward(x)))
+        """With `add_to` [T, out], which is the same on all ranks, its sum with the result; only rank 0 adds it, in place."""
+        return self.parallel.all_reduce(super().forward(x, add_to if self.parallel.rank == 0 else None))
 
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
         if param is self.bias:

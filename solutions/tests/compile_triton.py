@@ -105,6 +105,7 @@ def reports(head_dims: list[int], configs: list[Config]) -> Iterator[Report]:
             scales = ("key_scales", "value_scales")
             yield compile_for("write_kv", capability, heads | half, scales, "bf16", num_warps=4)
             yield compile_for("write_kv", capability, heads | half, (), "i8", num_warps=4)
+            yield compile_for("write_kv", capability, heads | half, (*scales, "cos", "signed_sin"), "bf16", num_warps=4)
             splits = {"D": dim, "D_PADDED": padded(dim), "SPLITS_PADDED": MAX_SPLITS}
             yield compile_for("merge_splits", capability, splits, (), "bf16", num_warps=4)
             for config in configs:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,6 +39,8 @@ CONFIG = ModelConfig(
     "LlamaForCausalLM", vocab_size=50, hidden_size=24, intermediate_size=96, num_layers=1, num_heads=9, num_kv_heads=3,
     head_dim=4, max_position_embeddings=64, norm_eps=1e-5, hidden_act="silu", attention_bias=True, mlp_bias=True,
 )  # fmt: skip
+START_STOP_CYCLES = int(os.environ.get("START_STOP_CYCLES", "3"))
+"""Each takes some seconds; 200 show what a few cannot."""
 GENERATOR = torch.Generator().manual_seed(0)
 
 
@@ -312,3 +316,33 @@ def test_no_rank_outlives_the_engine(tmp_path: Path, how: signal.Signals) -> Non
     engine.wait(10)
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert alive == []
+
+
+# Start and stop
+
+
+def test_many_starts_and_stops_leave_nothing(tmp_path: Path) -> None:
+    """No process, descriptor, mapped or named memory, port, and no restriction to some of the cores."""
+    make_tiny_llama(tmp_path, num_hidden_layers=1)
+    me = psutil.Process()
+
+    def holdings() -> tuple[object, ...]:
+        shared = sorted(p.name for p in Path("/dev/shm").iterdir()) if Path("/dev/shm").is_dir() else []
+        mapped = sum("byov" in m.path for m in me.memory_maps(grouped=False)) if hasattr(me, "memory_maps") else 0
+        descriptors = me.num_fds() if hasattr(me, "num_fds") else 0
+        listening = sorted(c.laddr.port for c in me.net_connections() if c.status == psutil.CONN_LISTEN)
+        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+        return children(), shared, mapped, descriptors, listening, cores, os.listdir(tempfile.gettempdir())
+
+    def cycle() -> None:
+        llm = LLM(str(tmp_path), tensor_parallel_size=2, **SETTINGS)
+        llm.generate({"prompt_token_ids": [1, 2]}, SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
+        llm.llm_engine.close()
+
+    cycle()  # what is loaded once and stays
+    gc.collect()
+    before = holdings()
+    for _ in range(START_STOP_CYCLES):
+        cycle()
+        gc.collect()
+    assert holdings() == before
