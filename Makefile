@@ -162,12 +162,15 @@ bench-profile: $(STAMP) ## Where a decode step's time goes on a CPU, operator by
 bench-gpu: $(STAMP) ## LLaMA-7B with random weights on a GPU, against that GPU's limits
 	@$(RUN) benchmarks/gpu.py $(ARGS)
 
+bench-scaling: $(STAMP) ## One model on 1, 2, 4 and 8 GPUs, or on as many cores, and the cost of sums over ranks
+	@$(RUN) benchmarks/scaling.py $(ARGS)
+
 ##@ Tidy up
 clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: bench-gpu test-gpu bench-cpu bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: bench-scaling bench-gpu test-gpu bench-cpu bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"

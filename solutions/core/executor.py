@@ -99,18 +99,9 @@ class MultiProcExecutor(Executor):
         TensorParallel(0, size).heads(source.config)  # says now if the model cannot be cut
         store = open_rendezvous()
         self._board, memory = StepBoard(), nameless_file()
+        address = f"127.0.0.1:{store.port}"
         setups = [
-            Setup(
-                config,
-                source,
-                _device(device, rank),
-                dtype,
-                rank,
-                size,
-                f"127.0.0.1:{store.port}",
-                self._board.descriptor,
-                memory,
-            )
+            Setup(config, source, _device(device, rank), dtype, rank, size, address, self._board.descriptor, memory)
             for rank in range(size)
         ]
         self._others = [WorkerProcess(setup) for setup in setups[1:]]
