@@ -22,10 +22,12 @@ from solutions.benchmarks.scaling import (
     RankTime,
     measure_collectives,
     measure_ranks,
+    medians,
     possible_ranks,
     write_shape,
 )
 from solutions.core import native
+from solutions.models.loader import resolve_model
 from solutions.models.model_config import ModelError
 
 DESCRIPTION = """\
@@ -33,7 +35,7 @@ How much faster a model runs when its matrices are cut over more devices (--tens
 or, without any, on one core. Weights are random, so nothing is downloaded. Sizes for which there are no devices are left out.
 Beside it on a CPU: the time of one sum over two ranks by the ring of the course, by gloo and through shared memory.
 """
-COLLECTIVE_SIZES = [1 << n for n in range(8, 25, 2)]
+COLLECTIVE_SIZES, COLLECTIVE_REPEATS = [1 << n for n in range(8, 25, 2)], 50
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
@@ -45,12 +47,16 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=256, help="tokens of each sequence (default: 256)")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the measured prompt (default: 256)")
     parser.add_argument("--steps", type=int, default=24, help="measurements, of which the median counts (default: 24)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each size, in turn; medians count (default: 3)")
     parser.add_argument("--disable-cpu-kernels", action="store_true", help="PyTorch's products, and sums through gloo")
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="write results, machine, versions and flags")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw sums by size and way, as PNG or SVG")
     args = parser.parse_args(argv)
-    if min(*args.ranks, *args.batches, args.prompt, args.steps) < 1 or args.context <= 2 * args.steps:
-        parser.error("--ranks, --batches, --prompt and --steps must be at least 1, --context more than twice --steps")
+    counts = *args.ranks, *args.batches, args.prompt, args.steps, args.repeats
+    if min(counts) < 1 or args.context <= 2 * args.steps:
+        parser.error(
+            "--ranks, --batches, --prompt, --steps and --repeats must be at least 1, --context more than twice --steps"
+        )
     return args
 
 
@@ -61,10 +67,12 @@ def show_ranks(model: str, times: list[RankTime]) -> None:
     for t in times:
         share = "" if t.communication is None else f"{t.communication:.1%}"
         faster = first[t.what, t.batch].seconds / t.seconds
-        cells = [str(t.ranks), f"{t.context:.0f}", f"{t.seconds * 1e3:.2f}", f"{t.weight_bandwidth / 1e9:.1f}", share]
+        reads = "" if t.read_bandwidth is None else f"{t.read_bandwidth / 1e9:.1f}"
+        bandwidths = [f"{t.weight_bandwidth / 1e9:.1f}", reads]
+        cells = [str(t.ranks), f"{t.context:.0f}", f"{t.seconds * 1e3:.2f}", *bandwidths, share]
         rows.append([f"{t.what}, batch {t.batch}", *cells, f"{faster:.2f}x"])
     where = "GPUs" if torch.cuda.is_available() else "cores"
-    columns = ["step", where, "context", "ms", "weights, GB/s", "in sums", "as fast"]
+    columns = ["step", where, "context", "ms", "weights, GB/s", "can read, GB/s", "in sums", "as fast"]
     show_table(f"{model} in bfloat16, random weights", columns, rows)
 
 
@@ -99,19 +107,21 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: --ranks {' '.join(map(str, args.ranks))}: this machine has fewer devices")
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         model = str(write_shape(Path(folder))) if args.model == "1b" else args.model
-        times = []
+        runs = []
         try:
-            for size in track(sizes, "ranks", transient=True):
+            resolve_model(model, "dummy")  # says now if there is none
+            for size in track(sizes * args.repeats, "ranks", transient=True):
                 kernels = not args.disable_cpu_kernels
-                times += measure_ranks(model, size, args.batches, args.context, args.prompt, args.steps, kernels)
+                runs += measure_ranks(model, size, args.batches, args.context, args.prompt, args.steps, kernels)
         except (ModelError, RuntimeError) as error:
             sys.exit(f"error: {error}")
+        times = medians(runs)
         show_ranks(args.model, times)
-        results = {"steps": [asdict(t) for t in times]}
+        results = {"steps": [asdict(t) for t in times], "runs": [asdict(t) for t in runs]}
         if not torch.cuda.is_available() and native.load() is not None and 2 in sizes:
             memory = Path(folder) / "memory"
             memory.touch()
-            collectives = measure_collectives(2, COLLECTIVE_SIZES, 50, memory)
+            collectives = measure_collectives(2, COLLECTIVE_SIZES, COLLECTIVE_REPEATS, memory)
             show_collectives(collectives)
             results["collectives"] = [asdict(t) for t in collectives]
             if args.plot:

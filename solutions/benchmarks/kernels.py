@@ -83,12 +83,16 @@ def replayed_seconds(call: Callable[[int], object], rows: int, calls: int, repea
     return median_seconds(lambda _: recording.replay(rows), 1, repeats) / calls
 
 
-def measure_ceilings(repeats: int) -> Ceilings:
-    """Read bandwidth over 256 MiB, and the best rate of large matrix products that PyTorch or the kernels here reach."""
+def read_bandwidth(repeats: int) -> float:
+    """Bytes a second that PyTorch's threads read from memory."""
     data = zeros_in_huge_pages((64 << 20,), torch.float32).fill_(1.0)
-    read = data.nbytes / min(
+    return data.nbytes / min(
         median_seconds(lambda _: data.sum(), 1, repeats), median_seconds(lambda _: data.amax(), 1, repeats)
     )
+
+
+def measure_ceilings(repeats: int) -> Ceilings:
+    """Read bandwidth over 256 MiB, and the best rate of large matrix products that PyTorch or the kernels here reach."""
     operations = dict.fromkeys(("float32", "bfloat16", "int8"), 0.0)
     for precision in operations:
         dtype = torch.float32 if precision == "float32" else torch.bfloat16
@@ -102,7 +106,7 @@ def measure_ceilings(repeats: int) -> Ceilings:
             if precision != "int8":
                 times.append(median_seconds(lambda _, a=a, b=b: F.linear(a, b), 10, repeats))
             operations[precision] = max(operations[precision], 2 * m * n * k / min(times))
-    return Ceilings(read, operations)
+    return Ceilings(read_bandwidth(repeats), operations)
 
 
 def floor(ceilings: Ceilings, precision: str, num_bytes: int, operations: int) -> float:

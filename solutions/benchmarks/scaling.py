@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..parallelism.communication import Communicator, ring_all_reduce
 from ..parallelism.distributed import run_ranks
 from ..parallelism.shared_memory import SharedMemoryCommunicator
 from .gpu import measure_decode, measure_prefill
+from .kernels import read_bandwidth
 from .roofline import Card, num_product_weights
 
 SHAPE_1B = {
@@ -40,9 +41,10 @@ class RankTime:
 
     Attributes:
         ranks: devices. what, batch, context: as in `StepTime`. seconds: median of a step.
-        communication: share of the steps' time that rank 0 spends in collectives, waiting for others included; None where it
-            cannot be told (a GPU's collectives run beside the host).
+        communication: share of the time that rank 0 spends in collectives, waiting for others and the prompts before decode
+            steps included; None where it cannot be told (a GPU's collectives run beside the host).
         weight_bandwidth: bytes a second at which all ranks together read weights, counting each weight once a step.
+        read_bandwidth: bytes a second that so many cores can read, measured just before; None on GPUs.
     """
 
     ranks: int
@@ -52,6 +54,7 @@ class RankTime:
     seconds: float
     communication: float | None
     weight_bandwidth: float
+    read_bandwidth: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +98,30 @@ def measure_ranks(
         process.join()
 
 
+def medians(runs: list[RankTime]) -> list[RankTime]:
+    """One entry for each kind of step and number of ranks: the median of each figure over repeated runs."""
+    kinds = dict.fromkeys((t.ranks, t.what, t.batch) for t in runs)
+    return [_median([t for t in runs if (t.ranks, t.what, t.batch) == kind]) for kind in kinds]
+
+
+def _median(runs: list[RankTime]) -> RankTime:
+    def middle(name: str) -> float | None:
+        values = [getattr(t, name) for t in runs]
+        return None if None in values else statistics.median(values)
+
+    return replace(
+        runs[0], **{name: middle(name) for name in ("seconds", "communication", "weight_bandwidth", "read_bandwidth")}
+    )
+
+
 def _measure(
     results: Any, model: str, size: int, batches: list[int], context: int, prompt_len: int, steps: int, cpu_kernels: bool
 ) -> None:
     on_gpu = torch.cuda.is_available()
     if not on_gpu and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:size])
+    torch.set_num_threads(size)
+    reads = None if on_gpu else read_bandwidth(repeats=9)
     tokens = max(max(batches) * (context + 16), prompt_len + 16)
     config = EngineConfig(
         model=model, load_format="dummy", dtype="bfloat16", tensor_parallel_size=size, enable_prefix_caching=False,
@@ -110,6 +131,7 @@ def _measure(
     engine = LLMEngine(config)
     nothing = Card("", float("inf"), float("inf"), 0)  # no floors here
     weights = num_product_weights(engine.model_config) * engine.executor.dtype.itemsize
+    measure_decode(engine, nothing, max(batches), context, 2)  # all memory is touched, all steps are recorded
     times = []
     for what, batch in [("decode", batch) for batch in batches] + [("prefill", 1)]:
         before, start = _communication(engine), time.perf_counter()
@@ -118,7 +140,7 @@ def _measure(
         else:
             step = measure_prefill(engine, nothing, prompt_len, max(3, steps // 8))
         share = None if before is None else (_communication(engine) - before) / (time.perf_counter() - start)
-        times.append(RankTime(size, what, batch, step.context, step.seconds, share, weights / step.seconds))
+        times.append(RankTime(size, what, batch, step.context, step.seconds, share, weights / step.seconds, reads))
     engine.close()
     results.send(times)
 
