@@ -54,9 +54,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     counts = *args.ranks, *args.batches, args.prompt, args.steps, args.repeats
     if min(counts) < 1 or args.context <= 2 * args.steps:
-        parser.error(
-            "--ranks, --batches, --prompt, --steps and --repeats must be at least 1, --context more than twice --steps"
-        )
+        parser.error("all counts must be at least 1, and --context more than twice --steps")
     return args
 
 

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import scaling as command
 from solutions.benchmarks.roofline import CARDS, decode_cost
 from solutions.benchmarks.scaling import RankTime, medians, possible_ranks, write_shape
-from solutions.benchmarks.scaling_model import LINKS, LLAMA_70B, Link, predict_decode, ring_seconds, speedup
+from solutions.benchmarks.scaling_model import LINKS, LLAMA_70B, Link, direct_seconds, predict_decode, ring_seconds, speedup
 from solutions.core.machine import available_cores
 from solutions.models.loader import resolve_model
 from solutions.tests.tiny_models import make_tiny_llama
@@ -35,6 +35,7 @@ def test_it_measures_ranks_and_sums(
     assert [(t["method"], t["bytes"]) for t in results["collectives"]] == [
         (method, size) for method in ("ring", "gloo", "shared memory") for size in (4, 1 << 16)
     ]
+    assert [t["sent"] for t in results["collectives"]] == [4, 1 << 16] * 3  # of two ranks: 2n(p − 1)/p = n
     assert (tmp_path / "sums.png").stat().st_size > 10_000
     assert "as fast" in capsys.readouterr().out
 
@@ -52,9 +53,9 @@ def test_medians_are_of_each_figure_and_kind() -> None:
     ("flags", "message"),
     [
         (["--ranks", "4096"], "error: --ranks 4096: this machine has fewer devices"),
-        (["--steps", "0"], "counts must be at least 1"),
+        (["--steps", "0"], "all counts must be at least 1"),
         (["--context", "48", "--steps", "24"], "--context more than twice --steps"),
-        (["--model", "no/such/model/here", "--ranks", "1"], "error: no/such"),
+        (["--model", "no/such/model/here", "--ranks", "1"], "error: there is no model"),
     ],
 )
 def test_what_cannot_be_measured_gets_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,12 +80,22 @@ def test_a_ring_by_hand() -> None:
     assert ring_seconds(8, 1, Link("", 4.0, 0.1)) == 0
 
 
-def test_a_prediction_by_hand() -> None:
+def test_a_direct_sum_by_hand() -> None:
+    """Four ranks: a flag, then three vectors of 8 bytes."""
+    assert direct_seconds(8, 4, Link("", 4.0, 0.1)) == pytest.approx(0.2 + 6)
+    assert direct_seconds(8, 1, Link("", 4.0, 0.1)) == 0
+
+
+@pytest.mark.parametrize("batch", [8, 4096])  # so small that latency decides, so large that bytes do
+def test_a_prediction_by_hand(batch: int) -> None:
     card, link = CARDS[0], LINKS[0]
-    whole = decode_cost(LLAMA_70B, 8, 1000)
-    got = predict_decode(LLAMA_70B, 8, 1000, 4, card, link)
-    assert got.compute == pytest.approx((whole.weight_bytes + whole.kv_bytes) / 4 / card.bandwidth, rel=1e-6)
-    assert got.communication == pytest.approx((2 * 80 + 2) * 6 * (3e-6 + 8 * 8192 * 2 / 4 / 300e9))
+    whole = decode_cost(LLAMA_70B, batch, 1)
+    got = predict_decode(LLAMA_70B, batch, 1, 4, card, link)
+    products = max(whole.weight_bytes / 4 / card.bandwidth, whole.product_operations / 4 / card.rate)
+    assert got.compute == pytest.approx(products + whole.kv_bytes / 4 / card.bandwidth, rel=1e-6)
+    size = batch * 8192 * 2
+    one = 2 * 3e-6 + 3 * size / 300e9 if batch == 8 else 6 * (3e-6 + size / 4 / 300e9)
+    assert got.communication == pytest.approx((2 * 80 + 2) * one)
     assert got.fits
     assert not predict_decode(LLAMA_70B, 8, 1000, 1, card, link).fits
     assert predict_decode(LLAMA_70B, 8, 1000, 1, card, link).communication == 0

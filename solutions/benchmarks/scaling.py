@@ -59,17 +59,26 @@ class RankTime:
 
 @dataclass(frozen=True, slots=True)
 class CollectiveTime:
-    """A sum of `bytes` over `ranks` by `method`: the median time of a call, seconds, of the slowest rank."""
+    """A sum of `bytes` over `ranks` by `method`.
+
+    Attributes:
+        seconds: the median time of a call, of the slowest rank. sent: bytes that a rank sends, the mean over ranks, as counted.
+    """
 
     method: str
     ranks: int
     bytes: int
     seconds: float
+    sent: float
 
 
-def write_shape(folder: Path) -> Path:
-    """A folder in Hugging Face's format that has the shape of a model of 1.1 billion weights, and no weights."""
-    (folder / "config.json").write_text(json.dumps(SHAPE_1B))
+def write_shape(folder: Path, **changes: int) -> Path:
+    """A folder in Hugging Face's format that has the shape of a model of 1.1 billion weights, and no weights.
+
+    Args:
+        changes: to the shape, such as ``num_hidden_layers=4``.
+    """
+    (folder / "config.json").write_text(json.dumps(SHAPE_1B | changes))
     return folder
 
 
@@ -163,31 +172,41 @@ def measure_collectives(ranks: int, sizes: list[int], repeats: int, memory: Path
     """
     everyone = run_ranks(_time_collectives, ranks, sizes, repeats, memory, timeout=600.0)
     return [
-        CollectiveTime(method, ranks, size, max(rank[method, size] for rank in everyone))
+        CollectiveTime(
+            method,
+            ranks,
+            size,
+            max(rank[method, size][0] for rank in everyone),
+            statistics.fmean(rank[method, size][1] for rank in everyone),
+        )
         for method in ("ring", "gloo", "shared memory")
         for size in sizes
     ]
 
 
-def _time_collectives(comm: Communicator, sizes: list[int], repeats: int, memory: Path) -> dict[tuple[str, int], float]:
+def _time_collectives(
+    comm: Communicator, sizes: list[int], repeats: int, memory: Path
+) -> dict[tuple[str, int], tuple[float, float]]:
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, [cores[comm.rank % len(cores)]])
     shared = SharedMemoryCommunicator(os.open(memory, os.O_RDWR), threads=1)
     methods = {
-        "ring": lambda x: ring_all_reduce(x, comm),
-        "gloo": comm.all_reduce,
-        "shared memory": shared.all_reduce,
+        "ring": (comm, lambda x: ring_all_reduce(x, comm)),
+        "gloo": (comm, comm.all_reduce),
+        "shared memory": (shared, shared.all_reduce),
     }
     found = {}
     for size in sizes:
         x = torch.zeros(max(1, size // 4))
-        for method, run in methods.items():
-            times = []
+        for method, (communicator, run) in methods.items():
+            times, sent = [], []
             for _ in range(repeats + 3):
                 shared.all_reduce(torch.zeros(1))  # all start together
+                communicator.traffic.clear()
                 start = time.perf_counter()
                 run(x)
                 times.append(time.perf_counter() - start)
-            found[method, size] = statistics.median(times[3:])
+                sent.append(sum(traffic.bytes_sent for traffic in communicator.traffic.values()))
+            found[method, size] = statistics.median(times[3:]), statistics.fmean(sent)
     return found

@@ -1,8 +1,9 @@
 """What tensor parallelism can bring on GPUs that are not here: computed from data sheets, never measured.
 
-A step's weights, keys and operations are divided by the number of ranks; its sums are added, by the α–β model of a ring
-(Thakur et al., "Optimization of collective communication operations in MPICH", 2005): 2(p − 1) messages one after the other,
-each of which takes a latency α and its bytes over the link's bandwidth β, and carries n/p of the n bytes.
+A step's weights, keys and operations are divided by the number of ranks; its sums are added by the α–β model (Thakur et al.,
+"Optimization of collective communication operations in MPICH", 2005): a message takes a latency α and its bytes over the link's
+bandwidth β. A ring sends 2(p − 1) messages of n/p bytes, one after the other. Small sums are made directly instead: every card
+says that its vector is there, and reads those of all others.
 """
 
 from __future__ import annotations
@@ -62,15 +63,20 @@ class Prediction:
 
 
 def ring_seconds(size_bytes: float, ranks: int, link: Link) -> float:
-    """An all-reduce of so many bytes."""
+    """An all-reduce of so many bytes around a ring."""
     return 2 * (ranks - 1) * (link.latency + size_bytes / ranks / link.bandwidth)
+
+
+def direct_seconds(size_bytes: float, ranks: int, link: Link) -> float:
+    """An all-reduce in which every card reads all others' vectors: two messages, the second of p − 1 vectors."""
+    return (2 * link.latency + (ranks - 1) * size_bytes / link.bandwidth) if ranks > 1 else 0.0
 
 
 def predict_decode(model: ModelConfig, batch: int, context: int, ranks: int, card: Card, link: Link) -> Prediction:
     """A step that generates one token for each of `batch` sequences in bfloat16.
 
     The ranks hold a KV head each as long as there are as many, and share them beyond. A layer has two sums of [batch, hidden];
-    embedding and logits have one more each, and count as such.
+    embedding and logits have one more each, and count as such. Each is made in the way that is faster for its size.
     """
     whole = decode_cost(model, batch, context)
     kv_ranks = min(ranks, model.num_kv_heads)
@@ -78,9 +84,10 @@ def predict_decode(model: ModelConfig, batch: int, context: int, ranks: int, car
         whole.weight_bytes // ranks, whole.kv_bytes // kv_ranks, whole.product_operations // ranks,
         whole.attention_operations // ranks,
     )  # fmt: skip
-    sums = (2 * model.num_layers + 2) * ring_seconds(batch * model.hidden_size * torch.bfloat16.itemsize, ranks, link)
+    size = batch * model.hidden_size * torch.bfloat16.itemsize
+    sums = (2 * model.num_layers + 2) * min(ring_seconds(size, ranks, link), direct_seconds(size, ranks, link))
     fits = part.weight_bytes + part.kv_bytes < card.memory
-    return Prediction(ranks, part.floor(card), sums if ranks > 1 else 0.0, fits)
+    return Prediction(ranks, part.floor(card), sums, fits)
 
 
 def speedup(predictions: list[Prediction]) -> list[float]:
