@@ -122,6 +122,17 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: floa
 
 
 def _collect(processes: list[Any], results: Any, deadline: float) -> list[Any]:
+    """What each rank gave, in the order of ranks.
+
+    Args:
+        processes: by rank; their `exitcode` is None as long as they run.
+        results: a queue of (rank, pickled value, None), or (rank, None, traceback) of one that failed.
+        deadline: when time is up, by `time.monotonic`.
+
+    Raises:
+        RuntimeError: a rank failed, with its traceback, or died without a word, with its exit code.
+        TimeoutError: time is up; the message names the ranks that are missing.
+    """
     found: dict[int, Any] = {}
     while len(found) < len(processes):
         with contextlib.suppress(queue.Empty):
