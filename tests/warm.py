@@ -20,12 +20,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 
 import pytest
 
 CAN_FORK = sys.platform == "linux"
-PRELOADED = ("hypothesis.stateful", "numpy", "torch", "transformers:PreTrainedTokenizerFast", "rich.console")
+PRELOADED = ("hypothesis.stateful", "numpy", "torch", "transformers:LlamaForCausalLM", "rich.console")
 """Modules that a server imports before it forks; after a colon a name in it, for modules that load lazily."""
 MEMORY_LIMIT = 8 << 30
 """Bytes of data that a job may have: an endless loop that fills a list must not bring the machine down."""
@@ -162,6 +162,8 @@ def _work(job: Job) -> int:
             os.environ[name] = value
     sys.path.insert(0, job.folder)
     if job.module == "pytest":
+        # a process that a test starts looks for the main module again, and is not to find this file
+        sys.modules["__main__"] = ModuleType("__main__")
         plugins = [] if job.test_limit is None else [_TestLimit(job.test_limit)]
         return int(pytest.main(job.arguments, plugins=plugins))
     sys.argv = [job.module, *job.arguments]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -68,3 +69,17 @@ def gather(comm: Communicator, length: int) -> list[Tensor]:
 def both_halves(comm: Communicator, lengths: list[int]) -> list[tuple[Tensor, list[Tensor]]]:
     """Reduce-scatter and all-gather for several lengths."""
     return [(scatter(comm, length), gather(comm, length)) for length in lengths]
+
+
+def say_who(comm: Communicator) -> tuple[int, int, int]:
+    """This rank, how many there are, and the sum of 10^rank over all."""
+    return comm.rank, comm.size, int(comm.all_reduce(torch.tensor([10.0**comm.rank]))[0])
+
+
+def fail_on_rank_1(comm: Communicator, how: str) -> None:
+    """Rank 1 raises or dies; the others wait for it in a sum."""
+    if comm.rank == 1 and how == "raise":
+        raise ValueError("planted")
+    if comm.rank == 1:
+        os._exit(7)
+    comm.all_reduce(torch.ones(3))
