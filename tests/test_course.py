@@ -385,6 +385,8 @@ def test_the_failure_of_a_rank_reads_as_if_it_had_failed_here() -> None:
         raise failure_of_a_rank(text)
     file = STAGES_FOLDER / "stage3_parallelism/parallelism/communication.py"
     text = f'rank 1 failed:\nTraceback\n  File "{file}", line 7, in ring_all_reduce\n    x\nIndexError: planted\n'
-    expected = "rank 1 failed:\nIndexError: planted\nyour code stages/stage3_parallelism/parallelism/communication.py:7, in ring_"
+    expected = (
+        "rank 1 failed:\nIndexError: planted\nyour code stages/stage3_parallelism/parallelism/communication.py:7, in ring_"
+    )
     assert str(failure_of_a_rank(text)).startswith(expected)
     assert str(failure_of_a_rank("rank 1 died with exit code 7")) == "rank 1 died with exit code 7"

@@ -57,8 +57,8 @@ class Stage:
     Attributes:
         folder: name of its folder in `stages/`.
         settings: settings of the engine that let the stage's code be the one that runs in ``make run-mine``.
-        given: later stages that write anew what this one's tests stand on, such as the model's layers; until their time comes the
-            reference's are used.
+        given: later stages that write anew what this one's tests stand on, such as the model's layers. Until their time comes
+            the reference's are used.
     """
 
     number: int

@@ -88,8 +88,8 @@ def mlp(communicator: Communicator) -> dict[str, Any]:
     """A whole gated MLP, column-parallel and then row-parallel, added to a residual stream."""
     parallel = of(communicator)
     first = load(
-        GateUpParallelLinear(CONFIG, parallel), weight__gate=random(COLUMNS, HIDDEN), weight__up=random(COLUMNS, HIDDEN, seed=1),
-        bias__gate=random(COLUMNS, seed=2), bias__up=random(COLUMNS, seed=3),
+        GateUpParallelLinear(CONFIG, parallel), weight__gate=random(COLUMNS, HIDDEN), bias__gate=random(COLUMNS, seed=2),
+        weight__up=random(COLUMNS, HIDDEN, seed=1), bias__up=random(COLUMNS, seed=3),
     )  # fmt: skip
     second = load(
         RowParallelLinear(parallel.mlp(CONFIG), HIDDEN, True, parallel), weight=random(HIDDEN, COLUMNS, seed=4),

@@ -72,9 +72,7 @@ def thread_executor(
         return Worker(config, source, device, dtype, of(ThreadCommunicator(rank, size, wires)))
 
     executor._board = StepBoard()
-    executor._others = [
-        ThreadRank(lambda rank=rank: make_worker(rank), executor._board.descriptor) for rank in range(1, size)
-    ]
+    executor._others = [ThreadRank(lambda rank=rank: make_worker(rank), executor._board.descriptor) for rank in range(1, size)]
     executor.worker = make_worker(0)
     executor._finalizer = lambda: [other.stop() for other in executor._others]
     return executor

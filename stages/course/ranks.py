@@ -1,4 +1,4 @@
-"""Ranks for the tests of stage 3: as threads of the test itself, which start at once and tell what went wrong, and as processes.
+"""Ranks for the tests of stage 3: as threads of the test, which start at once and tell what went wrong, and as processes.
 
 Between threads a message is a tensor in a queue. Whoever waits too long for one gets an error that names both ranks, so that a
 wrong order of calls is a failed test and not a test that hangs.

@@ -132,7 +132,9 @@ class ColumnParallelLinear(Linear):
         Raises:
             ValueError: the checkpoint's tensor has another shape.
         """
-        raise NotImplementedError("Stage 3 · Task 3.3: ColumnParallelLinear.weight_loader, see IMPLEMENTATION_GUIDE.md#task-3-3")
+        raise NotImplementedError(
+            "Stage 3 · Task 3.3: ColumnParallelLinear.weight_loader, see IMPLEMENTATION_GUIDE.md#task-3-3"
+        )
 
 
 class QKVParallelLinear(ColumnParallelLinear):

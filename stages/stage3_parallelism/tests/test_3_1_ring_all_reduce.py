@@ -51,7 +51,7 @@ def test_more_ranks(size: int) -> None:
 def test_lengths_that_do_not_divide(size: int, length: int) -> None:
     """Chunks differ by one element where the ranks do not divide the length, and some are empty where it is smaller.
 
-    Why: the last step of a prompt may have any number of tokens. Rounding up would send more, rounding down would lose the rest.
+    Why: the last step of a prompt may have any number of tokens. Rounding up sends more, and rounding down loses the rest.
     """
     for rank, got in enumerate(on_threads(size, reduce_all, length)):
         check_equal(got.result, total(size, length), f"the tensor of rank {rank}")

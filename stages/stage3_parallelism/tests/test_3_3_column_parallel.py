@@ -79,7 +79,8 @@ def test_a_tensor_of_another_size_is_refused(shape: tuple[int, int], dim: int) -
 def two_pieces(size: int, bias: bool = True) -> list[ColumnParallelLinear]:
     """A layer of the pieces "a" with 5 outputs and "b" with 3, on each of some ranks, with nothing loaded yet."""
     return [
-        empty(ColumnParallelLinear(HIDDEN, {"a": parallel.share(5), "b": parallel.share(3)}, bias)) for parallel in all_ranks(size)
+        empty(ColumnParallelLinear(HIDDEN, {"a": parallel.share(5), "b": parallel.share(3)}, bias))
+        for parallel in all_ranks(size)
     ]
 
 
@@ -146,8 +147,8 @@ def test_a_checkpoint_of_another_shape_is_refused(name: str, shape: tuple[int, .
 def test_outputs_side_by_side_are_the_whole_layer(size: int) -> None:
     """The ranks' outputs of an MLP's first half, put side by side, are what the whole layer computes.
 
-    Why: this is what column-parallel means: each rank its outputs, from the whole input, without a word. The activation sees one
-    output at a time, so it can be applied before anything is put together.
+    Why: this is what column-parallel means: each rank its outputs, from the whole input, without a word. The activation sees
+    one output at a time, so it can be applied before anything is put together.
     """
     gate, up, gate_bias, up_bias = (
         random(COLUMNS, HIDDEN), random(COLUMNS, HIDDEN, seed=1), random(COLUMNS, seed=2), random(COLUMNS, seed=3)

@@ -105,15 +105,17 @@ def checkpoint(config: ModelConfig) -> dict[str, torch.Tensor]:
 def whole_heads(config: ModelConfig, x: torch.Tensor) -> list[torch.Tensor]:
     """Queries, keys and values of all heads on one device: three of [T, heads, D]."""
     tensors = checkpoint(config)
-    return [F.linear(x, tensors[f"weight__{name}"], tensors[f"bias__{name}"]).view(TOKENS, -1, config.head_dim) for name in "qkv"]
+    return [
+        F.linear(x, tensors[f"weight__{name}"], tensors[f"bias__{name}"]).view(TOKENS, -1, config.head_dim) for name in "qkv"
+    ]
 
 
 @pytest.mark.parametrize(("num_kv_heads", "size"), [(3, 1), (3, 2), (3, 3), (3, 6), (2, 6), (6, 4)])
 def test_a_rank_projects_its_heads(num_kv_heads: int, size: int) -> None:
     """The outputs of a rank's projection are its query heads, then its keys, then its values, each head `head_dim` wide.
 
-    Why: the attention cuts what comes into heads by position. Shards counted in heads where elements are meant give a projection
-    that is `head_dim` times too small.
+    Why: the attention cuts what comes into heads by position. Shards counted in heads where elements are meant give a
+    projection that is `head_dim` times too small.
     """
     config, x = sizes(num_kv_heads=num_kv_heads), random(TOKENS, HIDDEN, seed=5)
     whole = whole_heads(config, x)

@@ -19,8 +19,10 @@ from stages.course.rank_jobs import fail_on_rank_1, say_who
 from stages.parallelism import distributed
 from stages.parallelism.distributed import _collect, cores_of, has_come, join, leave, open_rendezvous, run_ranks
 
-WAIT = 1.0
+WAIT = 0.5
 """Seconds that ranks wait for those who never come."""
+ENOUGH = 5.0
+"""Seconds after which a rank waits for ever, as far as these tests care."""
 
 
 @pytest.fixture(autouse=True)
@@ -152,9 +154,9 @@ def test_a_death_is_told_with_its_rank() -> None:
     Why: the system kills processes when memory is short, and they say no word. Without this everyone waits for the time-out.
     """
     start = time.monotonic()
-    text = failure(collect, [(0, "a", None)], [0, None, -9], seconds=20)
+    text = failure(collect, [(0, "a", None)], [0, None, -9], seconds=ENOUGH)
     assert re.search(r"rank 2\b.*-9", text), f"the message says {text!r}"
-    assert time.monotonic() - start < 5, f"it took {time.monotonic() - start:.1f} s to see a dead process"
+    assert time.monotonic() - start < ENOUGH / 2, f"it took {time.monotonic() - start:.1f} s to see a dead process"
 
 
 def test_time_is_up_for_those_who_are_missing() -> None:
@@ -180,15 +182,31 @@ def test_one_rank_alone() -> None:
     check_equal((communicator.rank, communicator.size), (0, 1), "rank and size")
 
 
+def join_in_vain(rank: int, size: int, store: Any) -> None:
+    """Join a group that is never complete, and raise what that raises. It is done in a thread, as nothing can interrupt it."""
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            join(rank, size, store, timeout=WAIT)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(ENOUGH)
+    assert not thread.is_alive(), f"rank {rank} was to wait for {WAIT:g} s and still waits after {ENOUGH:g}"
+    assert errors, f"rank {rank} of {size} is alone, and join says that all have come"
+    raise errors[0]
+
+
 def test_who_waits_in_vain_says_so_with_its_rank() -> None:
     """Rank 0 of 2 waits for a second that never comes: after the time-out a TimeoutError names rank 0 and the 2.
 
     Why: a group that is not complete looks like a program that does nothing. Somebody has to say who waits for how many.
     """
-    start = time.monotonic()
     with pytest.raises(TimeoutError, match=r"rank 0\b.*\b2\b"):
-        join(0, 2, open_rendezvous(timeout=WAIT), timeout=WAIT)
-    assert time.monotonic() - start < 10 * WAIT, f"it waited {time.monotonic() - start:.1f} s instead of {WAIT:g}"
+        join_in_vain(0, 2, open_rendezvous(timeout=WAIT))
 
 
 def test_who_has_come_can_be_seen() -> None:
@@ -198,7 +216,7 @@ def test_who_has_come_can_be_seen() -> None:
     """
     store = open_rendezvous(timeout=WAIT)
     with pytest.raises(TimeoutError, match=r"rank 1\b"):
-        join(1, 3, f"127.0.0.1:{store.port}", timeout=WAIT)
+        join_in_vain(1, 3, f"127.0.0.1:{store.port}")
     check_equal([has_come(rank, store) for rank in range(3)], [False, True, False], "who has come")
 
 

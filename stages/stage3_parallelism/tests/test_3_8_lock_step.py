@@ -163,7 +163,7 @@ def test_a_step_without_moves_and_logits() -> None:
 
 
 def test_a_rank_moves_blocks_computes_and_takes_part_in_every_gathering() -> None:
-    """Swap out, swap in, copy; then the model; then logits of rows 0 to 3 and of rows 4 and 5, in two calls. Nothing is sampled.
+    """Swap out, swap in, copy; then the model; then logits of rows 0 to 3 and of rows 4 and 5, in two calls. And no sampling.
 
     Why: this is the order of rank 0. A gathering that a rank leaves out hangs all; a copy that it leaves out makes it attend to
     old keys, and the sums are wrong on every rank.
@@ -174,7 +174,9 @@ def test_a_rank_moves_blocks_computes_and_takes_part_in_every_gathering() -> Non
     moves = [(what, [tuple(map(int, pair)) for pair in args[0]]) for who, what, args in log.events if who == "cache"]
     check_equal(moves, [("swap_out", [(7, 0)]), ("swap_in", [(1, 3), (2, 4)]), ("copy_blocks", [(5, 6)])], "block moves")
     check_equal([event[0] for event in log.events], ["cache"] * 3 + ["model"] * 3, "order")
-    check_equal([rows for _, what, rows in log.events if what == "logits"], [[0, 1, 2, 3], [4, 5]], "rows of each call for logits")
+    check_equal(
+        [rows for _, what, rows in log.events if what == "logits"], [[0, 1, 2, 3], [4, 5]], "rows of each call for logits"
+    )
 
 
 def test_a_rank_computes_no_logits_when_nobody_does() -> None:
@@ -226,7 +228,9 @@ def test_a_sum_that_fails_is_blamed_on_the_dead() -> None:
     Why: "connection reset by peer" names nobody. And a process that is just dying needs a moment before it is dead.
     """
     log, death = Log(), WorkerDiedError("the worker of rank 2 has ended")
-    executor = bare_executor(log.worker(RuntimeError("connection reset")), [log.rank("rank 1"), log.rank("rank 2", error=death)])
+    executor = bare_executor(
+        log.worker(RuntimeError("connection reset")), [log.rank("rank 1"), log.rank("rank 2", error=death)]
+    )
     with pytest.raises(WorkerDiedError, match="rank 2 has ended"):
         executor.execute(mixed_batch())
     checks = [(who, args) for who, what, args in log.events if what == "check"]
@@ -243,10 +247,11 @@ def test_a_fault_of_its_own_stays_one() -> None:
     """
     log = Log()
     executor = bare_executor(log.worker(RuntimeError("out of memory")), [log.rank("rank 1")])
-    with pytest.raises(RuntimeError, match="out of memory|Stage 3") as error:
+    with pytest.raises(RuntimeError) as error:
         executor.execute(mixed_batch())
-    if isinstance(error.value, NotImplementedError):
+    if isinstance(error.value, NotImplementedError):  # an unfinished task is a RuntimeError, too
         raise error.value
+    check_equal(str(error.value), "out of memory", "what rank 0 says")
     executor = bare_executor(log.worker(ValueError("a slip")), [log.rank("rank 1")])
     with pytest.raises(ValueError, match="a slip"):
         executor.execute(mixed_batch())
