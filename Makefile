@@ -74,6 +74,9 @@ test-stage-1: $(STAMP) ## Test your stage 1, block management (TASK=1.3, WITH=1,
 test-stage-2: $(STAMP) ## Test your stage 2, scheduler
 	@$(COURSE) test --stage 2 $(TEST_STAGE)
 
+test-stage-3: $(STAMP) ## Test your stage 3, parallelism
+	@$(COURSE) test --stage 3 $(TEST_STAGE)
+
 progress: $(STAMP) ## How far you are in all stages, and which file to open next
 	@$(COURSE) progress
 
@@ -97,6 +100,9 @@ reset-stage-1: $(STAMP) ## Start stage 1 over, likewise
 
 reset-stage-2: $(STAMP) ## Start stage 2 over, likewise
 	@$(COURSE) reset --stage 2 $(if $(YES),--yes)
+
+reset-stage-3: $(STAMP) ## Start stage 3 over, likewise
+	@$(COURSE) reset --stage 3 $(if $(YES),--yes)
 
 lab: $(LAB_STAMP) ## Open the notebooks in Jupyter
 	@$(RUN) -m jupyterlab notebooks
@@ -170,7 +176,7 @@ clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: bench-scaling bench-gpu test-gpu bench-cpu bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: bench-scaling bench-gpu test-gpu bench-cpu bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"

@@ -18,6 +18,8 @@ from stages.course.catalog import GUIDE, ROOT, STAGES_FOLDER, CourseError, Stage
 MANIFEST = "starters.json"
 """In `stages/`: path of each starter → SHA-256 of what was last generated there. A file with another hash is the learner's."""
 WIDTH = 120
+LONGEST_LINE = 128
+"""What `ruff format` breaks lines at."""
 
 
 def find_function(tree: ast.Module, name: str) -> ast.FunctionDef | None:
@@ -29,9 +31,13 @@ def find_function(tree: ast.Module, name: str) -> ast.FunctionDef | None:
     return next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == last), None)
 
 
-def placeholder(task: Task, name: str) -> str:
-    """The statement that stands where a function's body was."""
-    return f'raise NotImplementedError("{task.marker} {name}, see {GUIDE}#{task.guide}")'
+def placeholder(task: Task, name: str, indent: str) -> list[str]:
+    """The lines of the statement that stands where a function's body was."""
+    message = f'"{task.marker} {name}, see {GUIDE}#{task.guide}"'
+    line = f"{indent}raise NotImplementedError({message})"
+    if len(line) <= LONGEST_LINE:
+        return [line]
+    return [f"{indent}raise NotImplementedError(", f"{indent}    {message}", f"{indent})"]
 
 
 def render(source: str, file: str, tasks: Iterable[Task]) -> str:
@@ -57,7 +63,7 @@ def render(source: str, file: str, tasks: Iterable[Task]) -> str:
                 raise CourseError(f"task {task.id}: {name} in solutions/{file} has no docstring")
             indent = " " * node.body[0].col_offset
             comment = textwrap.wrap(f"Hint: {task.hints[0]}", WIDTH - len(indent) - 2) if name == names[0] else []
-            text = [f"{indent}# {line}" for line in comment] + [indent + placeholder(task, name)]
+            text = [f"{indent}# {line}" for line in comment] + placeholder(task, name, indent)
             cuts.append((node.body[0].end_lineno, node.end_lineno, text))
     for docstring_end, end, text in sorted(cuts, reverse=True):
         lines[docstring_end:end] = text

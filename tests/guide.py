@@ -26,8 +26,8 @@ PARTS = ("Interface", "Invariants", "Worked example", "Traps", "Test it", "In a 
 """What a task's section is made of; each begins a paragraph in bold."""
 FOREIGN = {
     # Python, PyTorch, numpy
-    "ValueError", "deque.remove", "insort", "len", "np.cumsum", "np.repeat", "repeat", "repeat_interleave", "reshape",
-    "torch.tril",
+    "TCPStore", "ValueError", "deque.remove", "insort", "len", "np.cumsum", "np.repeat", "os.cpu_count", "os.sched_getaffinity",
+    "repeat", "repeat_interleave", "reshape", "torch.distributed", "torch.tril",
     # vLLM
     "EngineCore.step", "FreeKVCacheBlockQueue", "KVCacheManager.allocate_slots", "Request", "_preempt_request",
     "_prepare_inputs", "check_stop", "determine_available_memory", "get_new_blocks", "reshape_and_cache",
@@ -101,7 +101,7 @@ def task_problems(section: str, stage: Stage, task: Task) -> list[str]:
                 problems.append(f"{name}({given})")
     files = ", ".join(f"`stages/{stage.folder}/{file}`" for file in dict.fromkeys(target.file for target in task.targets))
     first = f"*{files} · {task.minutes} minutes*"
-    problems += [first] if f"\n\n{first}\n\n" not in section else []
+    problems += [first] if first not in (" ".join(paragraph.split()) for paragraph in section.split("\n\n")) else []
     return problems + ([] if f"make test-stage-{task.stage} TASK={task.id}" in section else ["its test command"])
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from stages.course.catalog import STAGES_FOLDER
 from stages.course.checks import check_close, check_equal
+from stages.course.ranks import failure_of_a_rank
 from tests.classroom import Classroom
 from tests.warm import Ended, Warm
 
@@ -375,3 +377,16 @@ def test_check_close_takes_rounding_and_no_nan() -> None:
         check_close(torch.tensor([1.0, float("nan")]), torch.tensor([1.0, 2.0]), "sum")
     with pytest.raises(AssertionError, match="shape"):
         check_close(torch.zeros(2), torch.zeros(3), "sum")
+
+
+def test_the_failure_of_a_rank_reads_as_if_it_had_failed_here() -> None:
+    text = "rank 0 failed:\nTraceback\nNotImplementedError: Stage 3 · Task 3.1: ring_all_reduce, see ...\n"
+    with pytest.raises(NotImplementedError, match=r"^Stage 3 · Task 3.1: ring_all_reduce"):
+        raise failure_of_a_rank(text)
+    file = STAGES_FOLDER / "stage3_parallelism/parallelism/communication.py"
+    text = f'rank 1 failed:\nTraceback\n  File "{file}", line 7, in ring_all_reduce\n    x\nIndexError: planted\n'
+    expected = (
+        "rank 1 failed:\nIndexError: planted\nyour code stages/stage3_parallelism/parallelism/communication.py:7, in ring_"
+    )
+    assert str(failure_of_a_rank(text)).startswith(expected)
+    assert str(failure_of_a_rank("rank 1 died with exit code 7")) == "rank 1 died with exit code 7"

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 
 import pytest
 
@@ -162,6 +162,8 @@ def _work(job: Job) -> int:
             os.environ[name] = value
     sys.path.insert(0, job.folder)
     if job.module == "pytest":
+        # a process that a test starts looks for the main module again, and is not to find this file
+        sys.modules["__main__"] = ModuleType("__main__")
         plugins = [] if job.test_limit is None else [_TestLimit(job.test_limit)]
         return int(pytest.main(job.arguments, plugins=plugins))
     sys.argv = [job.module, *job.arguments]

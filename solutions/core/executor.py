@@ -116,10 +116,16 @@ class MultiProcExecutor(Executor):
             raise
 
     def create_cache(self, num_blocks: int, block_size: int, num_host_blocks: int) -> None:
+        """Set up the KV cache on every rank, the same number of blocks on each."""
         self._tell(cache=[num_blocks, block_size, num_host_blocks])
         self.worker.create_cache(num_blocks, block_size, num_host_blocks)
 
     def execute(self, batch: FlatBatch) -> StepResult:
+        """Let every rank compute one step, and sample on this one.
+
+        Raises:
+            WorkerDiedError: another rank has ended, before or within the step.
+        """
         self._tell(step=self._board.write(step_arrays(batch)))
         try:
             return self.worker.execute(batch)

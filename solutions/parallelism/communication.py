@@ -188,8 +188,26 @@ def ring_all_gather(chunks: list[Tensor], communicator: Communicator) -> list[Te
 
 
 def ring_all_reduce(x: Tensor, communicator: Communicator) -> Tensor:
-    """The sum of all ranks' contiguous `x`, in place: first every rank completes its own chunk, then it hands it around."""
-    chunks = split_evenly(x, communicator.size)
-    ring_reduce_scatter(chunks, communicator)
-    ring_all_gather(chunks, communicator)
+    """The sum of all ranks' contiguous `x`, in place, with neighbours alone, in 2(size − 1) rounds.
+
+    In every round a rank sends one chunk to the next rank and gets another from the one before. In the first half of the rounds
+    what comes is added, so that at its end each rank has one chunk complete; in the second half complete chunks go around and
+    are copied.
+
+    Args:
+        x: of any shape, the same on every rank; there may be fewer elements than ranks.
+
+    Returns:
+        `x` itself.
+    """
+    rank, size = communicator.rank, communicator.size
+    chunks = split_evenly(x, size)
+    incoming = torch.empty_like(chunks[0])  # none is longer
+    for step in range(2 * (size - 1)):
+        outgoing, mine = chunks[(rank - step) % size], chunks[(rank - step - 1) % size]
+        received = communicator.exchange(outgoing, (rank + 1) % size, incoming[: mine.numel()], (rank - 1) % size)
+        if step < size - 1:
+            mine += received
+        else:
+            mine.copy_(received)
     return x

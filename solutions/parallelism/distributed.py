@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import pickle
 import queue
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -21,6 +23,8 @@ from .communication import Communicator
 
 TIMEOUT_SECONDS = 60.0
 """How long a rank waits for another one, at a rendezvous or in a collective, until it says that something is wrong."""
+START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+"""How `run_ranks` starts processes; on macOS system libraries do not survive a fork."""
 
 
 def open_rendezvous(host: str = "127.0.0.1", timeout: float = TIMEOUT_SECONDS) -> dist.TCPStore:
@@ -86,6 +90,9 @@ def cores_of(rank: int, size: int) -> list[int]:
 def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: float = TIMEOUT_SECONDS) -> list[Any]:
     """Call ``function(communicator, *args)`` on `size` ranks, each a process with one thread, and return what each gave.
 
+    On Linux the first call starts a server that has PyTorch loaded, and all ranks are forked from it in milliseconds. It has
+    nothing of this package in it, so ranks see the files as they are now. Elsewhere each rank loads PyTorch anew.
+
     Args:
         function: at the top level of a module, for the processes to find it. Its result must be picklable.
 
@@ -93,7 +100,9 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: floa
         RuntimeError: a rank failed; the message is its traceback.
         TimeoutError: a rank did not end in time; all are killed.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START_METHOD)
+    if START_METHOD == "forkserver":
+        context.set_forkserver_preload(["torch", "torch.distributed", "psutil"])
     results: multiprocessing.Queue = context.Queue()
     store = open_rendezvous(timeout=timeout)
     address = f"127.0.0.1:{store.port}"
@@ -113,6 +122,17 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: floa
 
 
 def _collect(processes: list[Any], results: Any, deadline: float) -> list[Any]:
+    """What each rank gave, in the order of ranks.
+
+    Args:
+        processes: by rank; their `exitcode` is None as long as they run.
+        results: a queue of (rank, pickled value, None), or (rank, None, traceback) of one that failed.
+        deadline: when time is up, by `time.monotonic`.
+
+    Raises:
+        RuntimeError: a rank failed, with its traceback, or died without a word, with its exit code.
+        TimeoutError: time is up; the message names the ranks that are missing.
+    """
     found: dict[int, Any] = {}
     while len(found) < len(processes):
         with contextlib.suppress(queue.Empty):
@@ -134,6 +154,7 @@ def _rank_main(
     function: Callable[..., Any], rank: int, size: int, address: str, timeout: float, results: Any, args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         communicator = join(rank, size, address, timeout=timeout)
         value = function(communicator, *args)
@@ -142,3 +163,9 @@ def _rank_main(
         results.put((rank, None, traceback.format_exc()))
         raise
     results.put((rank, pickle.dumps(value), None))  # by value: a queue's own pickling of tensors needs this process to live on
+
+
+def _end_with_parent() -> None:
+    """Wait until the process that called `run_ranks` is gone, whatever way it went, and end with it."""
+    multiprocessing.parent_process().join()
+    os._exit(1)

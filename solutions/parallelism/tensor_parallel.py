@@ -147,7 +147,11 @@ class ColumnParallelLinear(Linear):
 
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
         """Take this rank's rows of one piece's weight or bias; without `shard_id`, of all pieces in order (GPT-2 keeps QKV
-        so)."""
+        so).
+
+        Raises:
+            ValueError: the checkpoint's tensor has another shape.
+        """
         if shard_id is None:
             sizes = [piece.full for piece in self.pieces.values()]
             check_size(loaded, 0, sum(sizes))
@@ -163,6 +167,7 @@ class QKVParallelLinear(ColumnParallelLinear):
     """Queries, keys and values of this rank's heads in one product: [T, hidden] -> [T, (H + 2·H_kv)·D]."""
 
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+        """The pieces "q", "k" and "v": this rank's heads of `config`, each `head_dim` outputs wide."""
         heads, kv_heads = (shard.times(config.head_dim) for shard in parallel.heads(config))
         super().__init__(config.hidden_size, {"q": heads, "k": kv_heads, "v": kv_heads}, config.attention_bias)
 
@@ -211,10 +216,19 @@ class RowParallelLinear(Linear):
         self.parallel = parallel
 
     def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-        """With `add_to` [T, out], which is the same on all ranks, its sum with the result; only rank 0 adds it, in place."""
+        """[T, local in] -> [T, out], the same on all ranks.
+
+        With `add_to` [T, out], the residual stream, which is the same on all ranks, that is added too: by rank 0 alone, whose
+        result lies in it. The other ranks' results lie elsewhere, and their `add_to` is as it was.
+        """
         return self.parallel.all_reduce(super().forward(x, add_to if self.parallel.rank == 0 else None))
 
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
+        """Take this rank's columns of the weight [out, in]; of the bias [out] all on rank 0 and zeros on the others.
+
+        Raises:
+            ValueError: the checkpoint's tensor has another shape.
+        """
         if param is self.bias:
             copy_weight(param, loaded if self.parallel.rank == 0 else torch.zeros_like(loaded))
         else:
@@ -229,7 +243,8 @@ class VocabParallelEmbedding(Embedding):
         super().__init__(len(self.rows), config.hidden_size)
         self.parallel = parallel
 
-    def forward(self, ids: Tensor) -> Tensor:  # [T] -> [T, hidden]
+    def forward(self, ids: Tensor) -> Tensor:
+        """[T] -> [T, hidden], the rows of all ids on every rank."""
         if self.parallel.size == 1:
             return super().forward(ids)
         local = ids - self.rows.start
@@ -242,7 +257,11 @@ class VocabParallelEmbedding(Embedding):
 
 
 def load_vocabulary(param: nn.Parameter, loaded: Tensor, rows: Shard) -> None:
-    """Take this rank's rows of `loaded` [V, hidden]; padding becomes zeros."""
+    """Take this rank's rows of `loaded` [V, hidden]; padding becomes zeros.
+
+    Raises:
+        ValueError: the checkpoint's tensor has another shape.
+    """
     check_size(loaded, 0, rows.full)
     mine = loaded[rows.start : rows.stop]
     copy_weight(param[: len(mine)], mine)
@@ -260,6 +279,7 @@ class ParallelLMHead(WeightLayer):
         self.packed: PackedLinear | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """[N, hidden] -> [N, V]: each rank computes its tokens' logits, all get all, and the padding is cut off."""
         logits = F.linear(hidden, self.weight) if self.packed is None else self.packed(hidden)
         if self.parallel.size == 1:
             return logits

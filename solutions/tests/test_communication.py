@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 import torch
 
@@ -123,6 +127,26 @@ def test_a_rank_that_fails_ends_all(how: str, timeout: float, message: str) -> N
 def test_a_rank_that_hangs_is_named() -> None:
     with pytest.raises((RuntimeError, TimeoutError), match=r"rank 0 of 2: all_reduce failed|ranks .* did not end in time"):
         run_ranks(fail_on_one, 2, "hang", timeout=8)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_no_rank_outlives_who_started_it(how: signal.Signals) -> None:
+    """Also ranks that compute or sleep and talk to nobody, and the server that they were forked from."""
+    code = "from solutions.parallelism.distributed import run_ranks; from solutions.tests.test_communication import nap\n"
+    parent = subprocess.Popen([sys.executable, "-c", code + "run_ranks(nap, 2)"], stdout=subprocess.PIPE, text=True)
+    ranks = sorted(parent.stdout.readline() for _ in range(2))
+    assert ranks == ["rank 0 naps\n", "rank 1 naps\n"]
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert len(children) >= 2
+    parent.send_signal(how)
+    parent.wait(10)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == []
+
+
+def nap(comm: Communicator) -> None:
+    print(f"rank {comm.rank} naps", flush=True)
+    time.sleep(60)
 
 
 def test_cores_are_divided() -> None:

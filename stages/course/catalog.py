@@ -57,6 +57,8 @@ class Stage:
     Attributes:
         folder: name of its folder in `stages/`.
         settings: settings of the engine that let the stage's code be the one that runs in ``make run-mine``.
+        given: later stages that write anew what this one's tests stand on, such as the model's layers. Until their time comes
+            the reference's are used.
     """
 
     number: int
@@ -64,6 +66,7 @@ class Stage:
     folder: str
     tasks: tuple[Task, ...]
     settings: dict[str, object] = field(default_factory=dict)
+    given: tuple[int, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -93,7 +96,8 @@ def load_course(path: Path = STAGES_FOLDER / "course.toml") -> list[Stage]:
     for entry in tomllib.loads(path.read_text(encoding="utf-8"))["stage"]:
         try:
             tasks = tuple(_task(task) for task in entry["task"])
-            stages.append(Stage(entry["number"], entry["title"], entry["folder"], tasks, entry.get("settings", {})))
+            settings, given = entry.get("settings", {}), tuple(entry.get("given", []))
+            stages.append(Stage(entry["number"], entry["title"], entry["folder"], tasks, settings, given))
         except (KeyError, TypeError, ValueError) as error:
             raise CourseError(f"{path.name}, stage {entry.get('number')}: {error!r}") from error
     return stages

@@ -1,0 +1,173 @@
+"""Carries a flat batch to the worker or workers that run the model, and their result back."""
+
+from __future__ import annotations
+
+import abc
+import os
+import time
+import weakref
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ..batching.continuous_batch import FlatBatch
+from ..models.loader import ModelSource
+from ..models.model_config import ModelConfig
+from ..parallelism.distributed import has_come, leave, open_rendezvous
+from ..parallelism.shared_memory import nameless_file
+from ..parallelism.tensor_parallel import TensorParallel
+from .config import EngineConfig
+from .worker import StepResult, Worker, logit_calls
+from .worker_process import STOP_SECONDS, Setup, StepArrays, StepBoard, WorkerProcess, meet
+
+
+class Executor(abc.ABC):
+    """The engine's view of the devices.
+
+    Attributes:
+        worker: that of rank 0, in this process.
+    """
+
+    worker: Worker
+
+    @abc.abstractmethod
+    def create_cache(self, num_blocks: int, block_size: int, num_host_blocks: int) -> None:
+        """Set up the KV cache on every device."""
+        ...
+
+    @abc.abstractmethod
+    def execute(self, batch: FlatBatch) -> StepResult:
+        """Run one step."""
+        ...
+
+    def check_health(self) -> None:
+        """See that all ranks live; for an engine that has nothing to do, so nothing that would fail.
+
+        Raises:
+            WorkerDiedError: one does not.
+        """
+        return
+
+    def close(self) -> None:
+        """End the other ranks, if there are any. Nothing can be executed afterwards."""
+        return
+
+    @property
+    def device(self) -> torch.device:
+        return self.worker.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.worker.dtype
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.worker.weight_bytes
+
+    @property
+    def attention_backend(self) -> str:
+        return self.worker.backend.name
+
+
+class UniProcExecutor(Executor):
+    """One worker in this process."""
+
+    def __init__(self, config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:
+        self.worker = Worker(config, source, device, dtype)
+
+    def create_cache(self, num_blocks: int, block_size: int, num_host_blocks: int) -> None:
+        self.worker.create_cache(num_blocks, block_size, num_host_blocks)
+
+    def execute(self, batch: FlatBatch) -> StepResult:
+        return self.worker.execute(batch)
+
+
+class MultiProcExecutor(Executor):
+    """Tensor parallelism: rank 0 here, each other rank in a process of its own, all in lock step.
+
+    Raises:
+        ValueError: the model cannot be cut for so many ranks, or there are not as many GPUs.
+        WorkerDiedError: a rank failed to start.
+    """
+
+    def __init__(self, config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:
+        size = config.tensor_parallel_size
+        if device.type == "cuda" and torch.cuda.device_count() < size:
+            raise ValueError(f"--tensor-parallel-size {size} needs as many GPUs, and {torch.cuda.device_count()} are visible")
+        TensorParallel(0, size).heads(source.config)  # says now if the model cannot be cut
+        store = open_rendezvous()
+        self._board, memory = StepBoard(), nameless_file()
+        address = f"127.0.0.1:{store.port}"
+        setups = [
+            Setup(config, source, _device(device, rank), dtype, rank, size, address, self._board.descriptor, memory)
+            for rank in range(size)
+        ]
+        self._others = [WorkerProcess(setup) for setup in setups[1:]]
+        self._finalizer = weakref.finalize(self, _end, self._others, (self._board.descriptor, memory))
+        try:
+            while not all(has_come(rank, store) for rank in range(1, size)):
+                self.check_health()
+                time.sleep(0.02)
+            self.worker = Worker(config, source, setups[0].device, dtype, meet(setups[0], store))
+        except BaseException:
+            self._finalizer()
+            raise
+
+    def create_cache(self, num_blocks: int, block_size: int, num_host_blocks: int) -> None:
+        """Set up the KV cache on every rank, the same number of blocks on each."""
+        raise NotImplementedError("Stage 3 · Task 3.8: MultiProcExecutor.create_cache, see IMPLEMENTATION_GUIDE.md#task-3-8")
+
+    def execute(self, batch: FlatBatch) -> StepResult:
+        """Let every rank compute one step, and sample on this one.
+
+        Raises:
+            WorkerDiedError: another rank has ended, before or within the step.
+        """
+        raise NotImplementedError("Stage 3 · Task 3.8: MultiProcExecutor.execute, see IMPLEMENTATION_GUIDE.md#task-3-8")
+
+    def check_health(self) -> None:
+        for other in self._others:
+            other.check()
+
+    def close(self) -> None:
+        self._finalizer()
+
+    def _tell(self, **message: object) -> None:
+        for other in self._others:
+            other.tell(**message)
+
+
+def _device(device: torch.device, rank: int) -> torch.device:
+    return torch.device(device.type, rank) if device.type == "cuda" else device
+
+
+def _end(others: Iterable[WorkerProcess], descriptors: Iterable[int]) -> None:
+    deadline = time.monotonic() + STOP_SECONDS
+    for other in others:
+        other.release()
+    for other in others:
+        other.stop(deadline - time.monotonic())
+    leave()
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def step_arrays(batch: FlatBatch) -> StepArrays:
+    """What the other ranks need to know of a step."""
+    # Hint: Walk through Worker.execute and mark each line that talks to other ranks or changes the KV cache: the others
+    # must do those, in that order, and need nothing else.
+    raise NotImplementedError("Stage 3 · Task 3.8: step_arrays, see IMPLEMENTATION_GUIDE.md#task-3-8")
+
+
+def make_executor(config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Executor:
+    """The executor for ``config.tensor_parallel_size`` devices."""
+    kind = UniProcExecutor if config.tensor_parallel_size == 1 else MultiProcExecutor
+    return kind(config, source, device, dtype)
+
+
+def local_model(model: ModelConfig, config: EngineConfig) -> ModelConfig:
+    """The part of a model that rank 0 holds, of which no rank has more: what decides how many blocks fit."""
+    heads, kv_heads = TensorParallel(0, config.tensor_parallel_size).heads(model)
+    return replace(model, num_heads=len(heads), num_kv_heads=len(kv_heads))

@@ -1,0 +1,247 @@
+"""One device's share of the engine: the model, its KV cache and the sampler, driven by flat batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..attention.paged_attention import AttentionMetadata, make_backend
+from ..batching.continuous_batch import FlatBatch
+from ..batching.sequence import Sequence
+from ..memory.cache_engine import BlockPairs, CacheEngine
+from ..models.loader import ModelSource, load_model
+from ..parallelism.tensor_parallel import SINGLE, TensorParallel
+from . import native
+from .config import EngineConfig
+from .cuda_graphs import CudaGraphRecorder, DecodeGraphs, Step, graph_sizes
+from .machine import cpu_has_bf16, pick_threads
+from .sampler import Sampler, TokenLogprobs
+from .worker_process import StepArrays
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step produced.
+
+    Attributes:
+        token_ids: a new token for each of ``batch.sampled``.
+        logprobs: beside each token what its request asked for, or None for all.
+        prompt_logprobs: (request_id, position of the first entry, one entry a position) for prompts that asked for it.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] | None = None
+    prompt_logprobs: list[tuple[str, int, list[TokenLogprobs]]] = field(default_factory=list)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device to run on; "auto" is a GPU where there is one.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no GPU is visible to PyTorch here; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(name: str, device: torch.device, model_dtype: str | None) -> torch.dtype:
+    """The precision to run in; "auto" is bfloat16 where the processor multiplies it natively, else float32 on a CPU and the
+    checkpoint's own 16-bit type on a GPU.
+
+    Raises:
+        ValueError: float16 on a CPU.
+    """
+    if name == "float16" and device.type == "cpu":
+        raise ValueError("--dtype float16 needs a GPU; use bfloat16 or float32 on a CPU")
+    if name != "auto":
+        return _DTYPES[name]
+    if device.type == "cpu":
+        return torch.bfloat16 if cpu_has_bf16() else torch.float32
+    return torch.float16 if model_dtype == "float16" else torch.bfloat16
+
+
+def use_cpu_kernels(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the model's layers run on the C++ kernels: on a CPU where they are built and wanted.
+
+    Raises:
+        ValueError: what is asked for needs them and they cannot be had; the message says why.
+    """
+    wanted = config.enable_cpu_kernels and device.type == "cpu"
+    library = native.load() if wanted else None
+    if library is not None:
+        native.set_threads(torch.get_num_threads())
+    elif config.quantization is not None:
+        reason = native.why_not if wanted else "they run on a CPU" if config.enable_cpu_kernels else "they are switched off"
+        raise ValueError(f"--quantization {config.quantization} needs the CPU kernels: {reason}")
+    return library is not None
+
+
+class Worker:
+    """Loads the model, owns the KV cache, executes steps.
+
+    Args:
+        config: the engine's settings.
+        source: the model, as `resolve_model` found it.
+        device, dtype: where and in which precision to run.
+        parallel: the ranks that share the model, of which this worker is one.
+    """
+
+    def __init__(
+        self, config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype,
+        parallel: TensorParallel = SINGLE,
+    ) -> None:  # fmt: skip
+        self.device, self.dtype = device, dtype
+        if device.type == "cpu":  # PyTorch's own choice ignores the quota of a container, and other ranks
+            torch.set_num_threads(pick_threads(ranks=parallel.size))
+        self.model_config = source.config
+        self.parallel = parallel
+        self.num_kv_heads = len(parallel.heads(source.config)[1])
+        cpu_kernels = use_cpu_kernels(config, device, dtype)
+        self.backend = make_backend(
+            config.attention_backend, device, dtype, source.config.head_dim, config.block_size, cpu_kernels
+        )
+        self.model = load_model(
+            source, dtype, device, config.load_format, seed=config.seed, max_model_len=config.max_model_len,
+            cpu_kernels=cpu_kernels, quantization=config.quantization, triton_layers=self.backend.name == "triton",
+            parallel=parallel,
+        )  # fmt: skip
+        if cpu_kernels and not config.enforce_eager:
+            self.model.enable_replay()
+        self.sampler = Sampler(source.config.vocab_size, config.seed)
+        self.config = config
+        self.cache: CacheEngine | None = None
+        self.graphs: DecodeGraphs | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory that the parameters take; a tied head counts once."""
+        return sum(p.untyped_storage().nbytes() for p in {p.data_ptr(): p for p in self.model.parameters()}.values())
+
+    def create_cache(self, num_blocks: int, block_size: int, num_host_blocks: int) -> None:
+        """Set up the KV cache."""
+        model = self.model_config
+        self.cache = CacheEngine(
+            model.num_layers,
+            num_blocks,
+            block_size,
+            self.num_kv_heads,
+            model.head_dim,
+            self.dtype,
+            self.device,
+            num_host_blocks,
+        )
+        if self.config.touch_kv_cache:
+            for kv_cache in self.cache.kv_caches:
+                kv_cache.zero_()  # zero already, but the system provides memory only when it is written
+        if self.device.type == "cuda" and self.backend.capturable and not self.config.enforce_eager:
+            self.capture_graphs(graph_sizes(self.config.max_num_seqs), CudaGraphRecorder())
+
+    @torch.inference_mode()
+    def capture_graphs(self, sizes: list[int], record: Callable[[Step], Step]) -> None:
+        """Record decode steps of these batch sizes, to be replayed from now on."""
+        model = self.model_config
+        self.graphs = DecodeGraphs(
+            self.model, self.backend, self.cache.kv_caches, sizes, self.config.max_model_len or model.max_position_embeddings,
+            self.config.block_size, model.sliding_window, record,
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def execute(self, batch: FlatBatch) -> StepResult:
+        """Move blocks, run the model over the batch, sample."""
+        decision = batch.decision
+        self._move_blocks(decision.swap_out, decision.swap_in, decision.copies)
+        hidden = self._forward(batch)
+        prompt_logprobs = self._prompt_logprobs(batch, hidden)
+        if not batch.sampled:
+            return StepResult([], None, prompt_logprobs)
+        if len(batch.sampled) < len(hidden):
+            hidden = hidden[torch.from_numpy(batch.logits_indices).to(self.device)]
+        sampled = self.sampler(self.model.compute_logits(hidden), batch.sampled)
+        return StepResult(sampled.token_ids, sampled.logprobs, prompt_logprobs)
+
+    @torch.inference_mode()
+    def follow(self, step: StepArrays) -> None:
+        """Do on another rank what rank 0 does in `execute`, up to the logits: every sum over the ranks needs this one's
+        part."""
+        # Hint: Walk through Worker.execute and mark each line that talks to other ranks or changes the KV cache: the
+        # others must do those, in that order, and need nothing else.
+        raise NotImplementedError("Stage 3 · Task 3.8: Worker.follow, see IMPLEMENTATION_GUIDE.md#task-3-8")
+
+    def _move_blocks(self, swap_out: BlockPairs, swap_in: BlockPairs, copies: BlockPairs) -> None:
+        # A block given up by one move may be the target of the next, so the order matters.
+        self.cache.swap_out(swap_out)
+        self.cache.swap_in(swap_in)
+        self.cache.copy_blocks(copies)
+
+    def _forward(self, batch: FlatBatch | StepArrays) -> Tensor:
+        """Hidden states of all tokens, [T, hidden]."""
+        if self.graphs is not None and (size := self.graphs.size_for(batch)) is not None:
+            return self.graphs.run(batch, size)
+        metadata = AttentionMetadata(
+            kv_caches=self.cache.kv_caches,
+            slot_mapping=torch.from_numpy(batch.slot_mapping).to(self.device),
+            block_tables=torch.from_numpy(batch.block_tables).to(self.device),
+            query_start_loc=torch.from_numpy(batch.query_start_loc).to(self.device),
+            context_lens=torch.from_numpy(batch.context_lens).to(self.device),
+            max_query_len=int((batch.query_start_loc[1:] - batch.query_start_loc[:-1]).max()),
+            max_context_len=int(batch.context_lens.max()),
+            backend=self.backend,
+        )
+        metadata.plan = self.backend.plan(metadata, self.model_config.sliding_window)
+        input_ids = torch.from_numpy(batch.input_ids).to(self.device)
+        positions = torch.from_numpy(batch.positions).to(self.device)
+        hidden = self.model(input_ids, positions, metadata)
+        self.parallel.check()
+        return hidden
+
+    def _prompt_logprobs(self, batch: FlatBatch, hidden: Tensor) -> list[tuple[str, int, list[TokenLogprobs]]]:
+        """Log-probabilities of the prompt tokens in this step, for the sequences whose request wants them."""
+        results = []
+        for span in prompt_spans(batch):
+            logits = self.model.compute_logits(hidden[span.first : span.first + len(span.targets)])
+            target_ids = torch.tensor(span.targets, device=self.device)
+            entries = self.sampler.prompt_logprobs(logits, target_ids, span.seq.params.prompt_logprobs)
+            results.append((span.seq.request_id, span.position, entries))
+        return results
+
+
+@dataclass(slots=True)
+class PromptSpan:
+    """Prompt tokens of one sequence whose log-probabilities are wanted of this step.
+
+    Attributes:
+        first: row of the batch whose hidden state predicts the first of them. position: of that token in its sequence.
+        targets: the tokens.
+    """
+
+    seq: Sequence
+    first: int
+    position: int
+    targets: list[int]
+
+
+def prompt_spans(batch: FlatBatch) -> list[PromptSpan]:
+    """The prompt tokens in this step of the sequences whose request wants their log-probabilities."""
+    spans = []
+    for index, seq in enumerate(batch.sequences):
+        if seq.params.prompt_logprobs is None or seq.num_computed_tokens >= seq.num_prompt_tokens - 1 or seq.index > 0:
+            continue
+        first, last = batch.query_start_loc[index : index + 2].tolist()
+        position = seq.num_computed_tokens + 1  # the token at position p is predicted by the hidden state at p - 1
+        targets = seq.tokens[position : min(position + last - first, seq.num_prompt_tokens)]
+        spans.append(PromptSpan(seq, first, position, targets))
+    return spans
+
+
+def logit_calls(batch: FlatBatch) -> list[NDArray[np.int64]]:
+    """The rows of the batch whose logits `Worker.execute` computes, call after call."""
+    calls = [np.arange(span.first, span.first + len(span.targets)) for span in prompt_spans(batch)]
+    return [*calls, batch.logits_indices] if batch.sampled else calls

@@ -1,0 +1,193 @@
+"""A rank in a process of its own: what the engine's process tells it, and how.
+
+Rank 0 is the engine's own process, where the sequences are. The other ranks need only a step's arrays: these lie in a file in
+memory that all processes map, and each rank's standard input is the door bell. A line there says what to do next, and its end
+says that the engine is gone, whatever way it went, so no rank outlives it. Nothing has a name that could be left behind.
+
+The arrays of a step may be overwritten as soon as every rank has copied them. They have when rank 0's step is over, because
+every step has sums over all ranks in it.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import mmap
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from ..models.loader import ModelSource
+from ..parallelism.distributed import cores_of, join
+from ..parallelism.shared_memory import SharedMemoryCommunicator, nameless_file
+from ..parallelism.tensor_parallel import TensorParallel
+from . import native
+from .config import EngineConfig
+from .machine import available_cores, pick_threads
+
+STOP_SECONDS = 5.0
+"""How long the ranks may take to end by themselves before they are killed."""
+
+
+class WorkerDiedError(RuntimeError):
+    """The process of another rank has ended."""
+
+
+@dataclass(slots=True)
+class StepArrays:
+    """What a rank needs of a step. The first six are those of `FlatBatch`.
+
+    Attributes:
+        swap_out, swap_in, copies: [n, 2] int64, blocks (source, destination).
+        logit_rows: [R] int64, rows of the hidden states that rank 0 wants logits of, call after call.
+        logit_counts: [C] int64, how many rows each call has.
+    """
+
+    input_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    slot_mapping: NDArray[np.int64]
+    block_tables: NDArray[np.int32]
+    query_start_loc: NDArray[np.int32]
+    context_lens: NDArray[np.int32]
+    swap_out: NDArray[np.int64]
+    swap_in: NDArray[np.int64]
+    copies: NDArray[np.int64]
+    logit_rows: NDArray[np.int64]
+    logit_counts: NDArray[np.int64]
+
+
+_NAMES = [f.name for f in fields(StepArrays)]
+_DTYPES = {name: np.int32 if name in ("block_tables", "query_start_loc", "context_lens") else np.int64 for name in _NAMES}
+
+
+class StepBoard:
+    """Memory that several processes map, in which one of them lays out a step for the others.
+
+    Args:
+        descriptor: of the file that another process has made; None: make one.
+    """
+
+    def __init__(self, descriptor: int | None = None) -> None:
+        self.descriptor = nameless_file() if descriptor is None else descriptor
+        self._map: mmap.mmap | None = None
+
+    def write(self, step: StepArrays) -> list[list[int]]:
+        """Lay out a step; returns the arrays' shapes, by which `read` finds them."""
+        # Hint: Walk through Worker.execute and mark each line that talks to other ranks or changes the KV cache: the
+        # others must do those, in that order, and need nothing else.
+        raise NotImplementedError("Stage 3 · Task 3.8: StepBoard.write, see IMPLEMENTATION_GUIDE.md#task-3-8")
+
+    def read(self, shapes: list[list[int]]) -> StepArrays:
+        """A copy of the step that was laid out with these shapes."""
+        raise NotImplementedError("Stage 3 · Task 3.8: StepBoard.read, see IMPLEMENTATION_GUIDE.md#task-3-8")
+
+
+@dataclass(slots=True)
+class Setup:
+    """What a rank is told first."""
+
+    config: EngineConfig
+    source: ModelSource
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    size: int
+    address: str
+    board: int
+    memory: int
+
+
+def meet(setup: Setup, store: dist.Store | str) -> TensorParallel:
+    """Join the other ranks of this host; on CPUs sums go through the memory that all map, where the kernels are wanted."""
+    communicator = join(setup.rank, setup.size, store, setup.device)
+    if setup.device.type == "cpu" and setup.config.enable_cpu_kernels and native.load() is not None:
+        communicator = SharedMemoryCommunicator(setup.memory, pick_threads(ranks=setup.size))
+    return TensorParallel(setup.rank, setup.size, communicator)
+
+
+class WorkerProcess:
+    """Rank `setup.rank` as the engine sees it."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.rank = setup.rank
+        threads = max(1, available_cores() // setup.size)
+        command = [sys.executable, "-m", __name__]
+        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, pass_fds=[setup.board, setup.memory], env=environment, text=True
+        )
+        self.tell(setup=base64.b64encode(pickle.dumps(setup)).decode())
+
+    def tell(self, **message: Any) -> None:
+        """Ring the bell.
+
+        Raises:
+            WorkerDiedError: nobody is there any more.
+        """
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+        except (BrokenPipeError, ValueError):
+            raise WorkerDiedError(self._death()) from None
+
+    def check(self, seconds: float = 0.0) -> None:
+        """See that it lives, and if there is reason to think otherwise, still does after so many seconds.
+
+        Raises:
+            WorkerDiedError: it does not.
+        """
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(0.0, seconds))
+            raise WorkerDiedError(self._death())
+
+    def release(self) -> None:
+        """Let it end by itself."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+
+    def stop(self, seconds: float) -> None:
+        """See that it has ended after so many seconds, or kill it."""
+        try:
+            self._process.wait(max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _death(self) -> str:
+        code = self._process.wait()
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        return f"the worker of rank {self.rank} has ended, {how}; what it said stands above in the log"
+
+
+def main() -> None:
+    """Serve as a rank until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine's process, whose end reaches everyone
+    from .worker import Worker
+
+    setup: Setup = pickle.loads(base64.b64decode(json.loads(sys.stdin.readline())["setup"]))
+    if setup.device.type == "cpu" and (cores := cores_of(setup.rank, setup.size)):
+        os.sched_setaffinity(0, cores)
+    worker = Worker(setup.config, setup.source, setup.device, setup.dtype, meet(setup, setup.address))
+    board = StepBoard(setup.board)
+    for line in sys.stdin:
+        message = json.loads(line)
+        if "cache" in message:
+            worker.create_cache(*message["cache"])
+        else:
+            worker.follow(board.read(message["step"]))
+    os._exit(0)  # whatever the others do: there is nothing to save, and closing connections would wait for them
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""What ranks say to each other: the collectives that tensor parallelism needs, counted, and rings written out.
+
+The library (gloo between CPUs, NCCL between GPUs) carries the bytes; a `Communicator` counts them and gives every failure a
+name. The rings show what such a library does inside: each rank talks only to its two neighbours, all links are busy all the
+time, and an all-reduce of n bytes over p ranks moves 2n(p−1)/p bytes a rank, which no algorithm beats (Patarasuk and Yuan,
+"Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class CommunicationError(RuntimeError):
+    """A collective did not come to its end: another rank has died, hangs, or called something else."""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What one kind of call has cost this rank so far.
+
+    Attributes:
+        calls: how many. bytes_sent: by this rank; of the library's collectives as a ring would send them. seconds: inside the
+            calls, waiting for others included.
+    """
+
+    calls: int = 0
+    bytes_sent: int = 0
+    seconds: float = 0.0
+
+
+class Communicator:
+    """Collectives among `size` ranks. Every rank makes the same calls, in the same order, with tensors of the same shape.
+
+    Args:
+        group: of torch.distributed; None: the one of all ranks.
+
+    Attributes:
+        rank, size: this rank, 0 to size − 1, and how many there are.
+        traffic: by the name of the call.
+    """
+
+    is_native = False
+    """Whether sums are native kernels, which a recorded step can have in it."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.traffic: dict[str, Traffic] = defaultdict(Traffic)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' contiguous `x`, in place, the same bits on every rank.
+
+        Raises:
+            ValueError: `x` is not contiguous.
+        """
+        if not x.is_contiguous():  # gloo would sum what lies between its elements
+            raise ValueError(f"all_reduce needs a contiguous tensor, got strides {x.stride()} of shape {tuple(x.shape)}")
+        with self._counted("all_reduce", 2 * _ring_bytes(x, self.size)):
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """All ranks' `x` [n, ...] behind one another in the order of ranks: [size · n, ...]."""
+        out = x.new_empty((self.size * len(x), *x.shape[1:]))
+        with self._counted("all_gather", (self.size - 1) * x.nbytes):
+            dist.all_gather(list(out.tensor_split(self.size)), x.contiguous(), group=self.group)
+        return out
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """This rank's part of the sum of all ranks' `x` [size · n, ...]: [n, ...].
+
+        Raises:
+            ValueError: the first dimension is no multiple of the number of ranks.
+        """
+        if len(x) % self.size:
+            raise ValueError(f"reduce_scatter over {self.size} ranks needs a multiple of {self.size} rows, got {len(x)}")
+        out = x.new_empty((len(x) // self.size, *x.shape[1:]))
+        with self._counted("reduce_scatter", _ring_bytes(x, self.size)):
+            dist.reduce_scatter(out, list(x.contiguous().tensor_split(self.size)), group=self.group)
+        return out
+
+    def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
+        """The `x` of rank `source`, in place on the others."""
+        with self._counted("broadcast", x.nbytes if self.rank == source else 0):
+            dist.broadcast(x, group=self.group, group_src=source)
+        return x
+
+    def send(self, x: Tensor, target: int) -> None:
+        """Give `x` to rank `target`, which calls `recv`."""
+        with self._counted("send", x.nbytes):
+            dist.send(x.contiguous(), group=self.group, group_dst=target)
+
+    def recv(self, x: Tensor, source: int) -> Tensor:
+        """Fill the contiguous `x` with what rank `source` sends."""
+        with self._counted("recv", 0):
+            dist.recv(x, group=self.group, group_src=source)
+        return x
+
+    def exchange(self, outgoing: Tensor, target: int, incoming: Tensor, source: int) -> Tensor:
+        """Send and receive at once: in a ring where all sent first, all would wait for a receiver. Fills `incoming`."""
+        with self._counted("exchange", outgoing.nbytes):
+            pending = [
+                dist.P2POp(dist.isend, outgoing, group=self.group, group_peer=target),
+                dist.P2POp(dist.irecv, incoming, group=self.group, group_peer=source),
+            ]
+            for request in dist.batch_isend_irecv(pending):
+                request.wait()
+        return incoming
+
+    def check(self) -> None:
+        """See that the calls of a recorded step, which raise nothing themselves, have come to their end.
+
+        Raises:
+            CommunicationError: one has not.
+        """
+
+    @contextmanager
+    def _counted(self, name: str, bytes_sent: int) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            seconds = time.perf_counter() - start
+            reason = str(error).strip().splitlines()[0]
+            where = f"rank {self.rank} of {self.size}: {name}"
+            raise CommunicationError(
+                f"{where} failed after {seconds:.1f} s; another rank has died or hangs ({reason})"
+            ) from error
+        traffic = self.traffic[name]
+        traffic.calls += 1
+        traffic.bytes_sent += bytes_sent
+        traffic.seconds += time.perf_counter() - start
+
+
+def _ring_bytes(x: Tensor, size: int) -> int:
+    """Bytes a rank sends when `x` goes once around a ring in `size` parts."""
+    return x.nbytes * (size - 1) // size
+
+
+def split_evenly(x: Tensor, parts: int) -> list[Tensor]:
+    """`x`, seen as one row, in `parts` views that differ by at most one element; the first ones are the longer ones."""
+    return list(x.view(-1).tensor_split(parts))
+
+
+def ring_reduce_scatter(chunks: list[Tensor], communicator: Communicator) -> Tensor:
+    """Sum each rank's chunk over all ranks, with neighbours alone.
+
+    In each of size − 1 rounds a rank sends one chunk to the next rank and adds what comes from the one before to its own copy.
+    A chunk starts at the rank after its owner and collects every rank's share on the way around to it.
+
+    Args:
+        chunks: one for each rank, contiguous, of any lengths (the same on every rank). They are overwritten by partial sums.
+
+    Returns:
+        This rank's chunk, complete.
+    """
+    # Hint: You have written both already. What differs is with which chunk a rank begins, so that rank r ends with
+    # chunk r.
+    raise NotImplementedError("Stage 3 · Task 3.2: ring_reduce_scatter, see IMPLEMENTATION_GUIDE.md#task-3-2")
+
+
+def ring_all_gather(chunks: list[Tensor], communicator: Communicator) -> list[Tensor]:
+    """Give every rank all chunks, with neighbours alone: in each of size − 1 rounds a rank passes on what it got last.
+
+    Args:
+        chunks: one for each rank, contiguous; only this rank's own needs to be filled.
+
+    Returns:
+        The same list, all of it filled.
+    """
+    raise NotImplementedError("Stage 3 · Task 3.2: ring_all_gather, see IMPLEMENTATION_GUIDE.md#task-3-2")
+
+
+def ring_all_reduce(x: Tensor, communicator: Communicator) -> Tensor:
+    """The sum of all ranks' contiguous `x`, in place, with neighbours alone, in 2(size − 1) rounds.
+
+    In every round a rank sends one chunk to the next rank and gets another from the one before. In the first half of the rounds
+    what comes is added, so that at its end each rank has one chunk complete; in the second half complete chunks go around and
+    are copied.
+
+    Args:
+        x: of any shape, the same on every rank; there may be fewer elements than ranks.
+
+    Returns:
+        `x` itself.
+    """
+    # Hint: Draw four ranks in a circle and one column for each chunk. In every round each rank hands one chunk to its
+    # right.
+    raise NotImplementedError("Stage 3 · Task 3.1: ring_all_reduce, see IMPLEMENTATION_GUIDE.md#task-3-1")

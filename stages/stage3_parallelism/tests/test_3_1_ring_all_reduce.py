@@ -1,0 +1,155 @@
+"""Task 3.1: the ring all-reduce. Rank r brings 1, 2, 3, … times 10^r, so a sum shows by its digits who is in it.
+
+Most tests run the ranks as threads of this process, whose messages can be looked at; the last one starts real processes.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stages.course.checks import check_equal
+from stages.course.rank_jobs import numbers, reduce_all, reduce_many, total
+from stages.course.ranks import Wires, on_processes, on_threads
+from stages.parallelism.communication import Communicator, ring_all_reduce
+
+BYTES = 8
+"""Of an element in these tests, float64."""
+
+
+def test_one_rank_has_the_sum_already() -> None:
+    """A single rank gets its own tensor back, unchanged, and sends nothing.
+
+    Why: the same model file runs on one device and on eight; on one it must cost nothing.
+    """
+    (got,) = on_threads(1, reduce_all, 3)
+    check_equal(got.result, [1, 2, 3], "the sum")
+    check_equal(got.calls, 0, "exchanges")
+
+
+def test_two_ranks() -> None:
+    """[1, 2, 3, 4] and [10, 20, 30, 40] become [11, 22, 33, 44] on both, in the tensors that were given.
+
+    Why: the layers above hand in what they computed and go on with the same tensor. A sum that is somewhere else is lost.
+    """
+    for rank, got in enumerate(on_threads(2, reduce_all, 4)):
+        check_equal(got.result, [11, 22, 33, 44], f"the tensor of rank {rank}")
+        check_equal(got.in_place, True, f"whether rank {rank} returns the tensor that it was given")
+
+
+@pytest.mark.parametrize("size", [3, 4, 5])
+def test_more_ranks(size: int) -> None:
+    """Each of `size` ranks ends with the sum over all, everybody's share once: 111, 1111 or 11111 times 1, 2, 3, …
+
+    Why: with two ranks every rank is a neighbour of every other, and many a wrong order of chunks gives the right sum.
+    """
+    for rank, got in enumerate(on_threads(size, reduce_all, 2 * size)):
+        check_equal(got.result, total(size, 2 * size), f"the tensor of rank {rank}")
+
+
+@pytest.mark.parametrize(("size", "length"), [(2, 3), (3, 7), (4, 10), (4, 5), (4, 3), (4, 1), (5, 2)])
+def test_lengths_that_do_not_divide(size: int, length: int) -> None:
+    """Chunks differ by one element where the ranks do not divide the length, and some are empty where it is smaller.
+
+    Why: the last step of a prompt may have any number of tokens. Rounding up sends more, and rounding down loses the rest.
+    """
+    for rank, got in enumerate(on_threads(size, reduce_all, length)):
+        check_equal(got.result, total(size, length), f"the tensor of rank {rank}")
+
+
+@pytest.mark.parametrize(("size", "length"), [(2, 8), (3, 9), (4, 8), (4, 400), (5, 20)])
+def test_no_rank_sends_more_than_it_must(size: int, length: int) -> None:
+    """Each rank sends 2n(p − 1)/p bytes of a tensor of n bytes, in 2(p − 1) exchanges.
+
+    Why: this is the least with which it can be done, and hardly grows with p. Sending whole tensors around sends p/2 times as
+    much as that.
+    """
+    for rank, got in enumerate(on_threads(size, reduce_all, length)):
+        check_equal(got.result, total(size, length), f"the tensor of rank {rank}")
+        check_equal(got.calls, 2 * (size - 1), f"exchanges of rank {rank}")
+        check_equal(got.bytes_sent, 2 * length * BYTES * (size - 1) // size, f"bytes that rank {rank} sends")
+
+
+def test_uneven_chunks_cost_no_more_in_sum() -> None:
+    """Of 10 elements over 4 ranks all ranks together send 2 · 3 · 10 elements: every chunk goes around, and no padding.
+
+    Why: 2n(p − 1)/p is an average where p does not divide n. Chunks that are padded to the longest send more.
+    """
+    results = on_threads(4, reduce_all, 10)
+    check_equal(sum(got.bytes_sent for got in results), 2 * 3 * 10 * BYTES, "bytes that all ranks send")
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_every_rank_talks_to_the_next_one_only(size: int) -> None:
+    """In each round a rank sends one chunk, to the rank behind it; the last one sends to the first.
+
+    Why: then every link of the ring carries one chunk in every round, and none waits for another. A star through rank 0 would
+    have its links busy and all others idle.
+    """
+    wires = Wires(size)
+    on_threads(size, reduce_all, 3 * size, wires=wires)
+    for rank in range(size):
+        targets = [target for target, _ in wires.sent[rank]]
+        check_equal(targets, [(rank + 1) % size] * (2 * (size - 1)), f"to whom rank {rank} sends")
+        lengths = [len(elements) for _, elements in wires.sent[rank]]
+        check_equal(lengths, [3] * (2 * (size - 1)), f"elements in each message of rank {rank}")
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_second_half_hands_complete_chunks_around(size: int) -> None:
+    """What a rank sends in the rounds p to 2(p − 1) are chunks of the final sum, a different one each time.
+
+    Why: after p − 1 rounds each chunk is complete on one rank. To go on adding would count shares twice, and to wait longer
+    would be rounds for nothing.
+    """
+    wires = Wires(size)
+    on_threads(size, reduce_all, 2 * size, wires=wires)
+    chunks = [chunk.tolist() for chunk in total(size, 2 * size).tensor_split(size)]
+    for rank in range(size):
+        late = [elements for _, elements in wires.sent[rank][size - 1 :]]
+        check_equal([chunk in chunks for chunk in late], [True] * (size - 1), f"rank {rank}: whether these are complete chunks")
+        check_equal(len({tuple(chunk) for chunk in late}), size - 1, f"different chunks that rank {rank} hands around")
+
+
+def fractions(comm: Communicator, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(comm.rank)
+    return ring_all_reduce(torch.randn(shape, generator=generator).to(dtype), comm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_ranks_have_the_same_bits(dtype: torch.dtype) -> None:
+    """After an all-reduce of fractions in any shape all ranks hold the same bits, and the sum up to rounding.
+
+    Why: each rank goes on computing from its own copy. If they differ in the last bit, ranks may in the end choose different
+    tokens, and answers fall apart (each chunk must be summed in one place and copied from there).
+    """
+    shape = (3, 5, 7)
+    results = on_threads(4, fractions, shape, dtype)
+    parts = [torch.randn(shape, generator=torch.Generator().manual_seed(rank)).to(dtype).double() for rank in range(4)]
+    for rank, got in enumerate(results):
+        check_equal(got.shape, torch.Size(shape), f"shape on rank {rank}")
+        assert torch.equal(got, results[0]), f"rank {rank} and rank 0 hold different bits"
+    tolerance = 1e-5 if dtype is torch.float32 else 5e-2
+    assert torch.allclose(results[0].double(), sum(parts), atol=tolerance), "the sum of four random tensors"
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_between_processes(size: int) -> None:
+    """Real processes over gloo: lengths 1, 3, 8 and 1000 one after the other.
+
+    Why: threads share a memory; here a message takes its time, and an operation that waits for the wrong side waits for ever.
+    """
+    lengths = [1, 3, 8, 1000]
+    on_threads(1, reduce_many, lengths)
+    for rank, results in enumerate(on_processes(size, reduce_many, lengths)):
+        for length, got in zip(lengths, results, strict=True):
+            check_equal(got, total(size, length), f"{length} elements on rank {rank}")
+
+
+def test_the_oracle_is_a_sum() -> None:
+    """What these tests expect is the sum of what the ranks bring, and one rank's all-reduce is what that rank brings.
+
+    Why: a test is worth as much as what it compares with.
+    """
+    check_equal(on_threads(1, reduce_all, 5)[0].result, numbers(0, 5), "the sum of one")
+    check_equal(total(3, 5), numbers(0, 5) + numbers(1, 5) + numbers(2, 5), "the sum of three")

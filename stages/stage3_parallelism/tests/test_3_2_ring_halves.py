@@ -1,0 +1,113 @@
+"""Task 3.2: reduce-scatter and all-gather, the two halves of the ring, each for itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stages.course.checks import check_equal
+from stages.course.rank_jobs import both_halves, gather, numbers, scatter, total
+from stages.course.ranks import Wires, on_processes, on_threads
+from stages.parallelism.communication import Communicator, ring_all_gather, ring_reduce_scatter, split_evenly
+
+UNEVEN = [(2, 3), (3, 7), (4, 10), (4, 5), (4, 3), (4, 1), (5, 2)]
+
+
+def test_one_rank_needs_nobody() -> None:
+    """A single rank has its chunk complete and all chunks there are, without a message.
+
+    Why: one device must cost nothing.
+    """
+    wires = Wires(1)
+    check_equal(on_threads(1, scatter, 3, wires=wires)[0], [1, 2, 3], "the chunk of rank 0")
+    check_equal(torch.cat(on_threads(1, gather, 3, wires=wires)[0]), [1, 2, 3], "all chunks")
+    check_equal(dict(wires.sent), {}, "messages")
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_reduce_scatter_leaves_each_rank_its_own_chunk(size: int) -> None:
+    """Of the sum over all ranks, rank r gets chunk r.
+
+    Why: which chunk a rank ends with is a promise to whoever goes on with it. With another one, layers would compute with the
+    wrong rows, and nothing would crash.
+    """
+    chunks = total(size, 2 * size).tensor_split(size)
+    for rank, got in enumerate(on_threads(size, scatter, 2 * size)):
+        check_equal(got, chunks[rank], f"the chunk of rank {rank}")
+
+
+@pytest.mark.parametrize(("size", "length"), UNEVEN)
+def test_reduce_scatter_of_unequal_chunks(size: int, length: int) -> None:
+    """Chunks may differ in length, and some may be empty.
+
+    Why: a buffer that is cut to the wrong chunk's length adds elements to their neighbours.
+    """
+    chunks = total(size, length).tensor_split(size)
+    for rank, got in enumerate(on_threads(size, scatter, length)):
+        check_equal(got, chunks[rank], f"the chunk of rank {rank}")
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_all_gather_gives_everybody_everything(size: int) -> None:
+    """Each rank has one chunk and ends with all of them, in the order of ranks, in the list that it gave.
+
+    Why: this is how the parts of the logits come together. A chunk in the wrong place is another token's score.
+    """
+    for rank, got in enumerate(on_threads(size, gather, 2 * size)):
+        check_equal(torch.cat(got), total(1, 2 * size), f"all chunks on rank {rank}")
+
+
+@pytest.mark.parametrize(("size", "length"), UNEVEN)
+def test_all_gather_of_unequal_chunks(size: int, length: int) -> None:
+    """Chunks may differ in length, and some may be empty.
+
+    Why: as above. What a rank does not have is NaN beforehand, so nothing passes by luck.
+    """
+    for rank, got in enumerate(on_threads(size, gather, length)):
+        check_equal(torch.cat(got), total(1, length), f"all chunks on rank {rank}")
+
+
+@pytest.mark.parametrize("job", [scatter, gather])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_each_half_takes_size_minus_one_rounds(size: int, job: object) -> None:
+    """A half is p − 1 messages of one chunk from each rank, all to the next one.
+
+    Why: two halves are then exactly one all-reduce: 2(p − 1) messages, 2n(p − 1)/p bytes.
+    """
+    wires = Wires(size)
+    on_threads(size, job, 3 * size, wires=wires)
+    for rank in range(size):
+        check_equal([target for target, _ in wires.sent[rank]], [(rank + 1) % size] * (size - 1), f"to whom rank {rank} sends")
+        check_equal([len(elements) for _, elements in wires.sent[rank]], [3] * (size - 1), f"elements in messages of {rank}")
+
+
+def halves_in_a_row(comm: Communicator, length: int) -> torch.Tensor:
+    x = numbers(comm.rank, length)
+    chunks = split_evenly(x, comm.size)
+    ring_reduce_scatter(chunks, comm)
+    ring_all_gather(chunks, comm)
+    return x
+
+
+@pytest.mark.parametrize(("size", "length"), [(2, 4), (3, 7), (4, 3)])
+def test_one_after_the_other_is_an_all_reduce(size: int, length: int) -> None:
+    """The all-gather of what the reduce-scatter left is the whole sum on every rank.
+
+    Why: sequence parallelism puts work between the two halves, on a part of the tokens each, at no more bytes than before.
+    """
+    for rank, got in enumerate(on_threads(size, halves_in_a_row, length)):
+        check_equal(got, total(size, length), f"the tensor of rank {rank}")
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_between_processes(size: int) -> None:
+    """Real processes over gloo, lengths 1, 3 and 1000.
+
+    Why: the library's own collectives work like this, between machines; here you are the library.
+    """
+    lengths = [1, 3, 1000]
+    on_threads(1, both_halves, lengths)
+    for rank, results in enumerate(on_processes(size, both_halves, lengths)):
+        for length, (scattered, gathered) in zip(lengths, results, strict=True):
+            check_equal(scattered, total(size, length).tensor_split(size)[rank], f"{length} elements: the chunk of rank {rank}")
+            check_equal(torch.cat(gathered), total(1, length), f"{length} elements: all chunks on rank {rank}")

@@ -1,0 +1,247 @@
+"""Task 3.7: how ranks find each other, which cores are theirs, and who says what when one fails."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stages.course.checks import check_equal
+from stages.course.rank_jobs import fail_on_rank_1, say_who
+from stages.parallelism import distributed
+from stages.parallelism.distributed import _collect, cores_of, has_come, join, leave, open_rendezvous, run_ranks
+
+WAIT = 0.5
+"""Seconds that ranks wait for those who never come."""
+ENOUGH = 5.0
+"""Seconds after which a rank waits for ever, as far as these tests care."""
+
+
+@pytest.fixture(autouse=True)
+def left() -> Iterator[None]:
+    """Whatever a test joins is left at its end."""
+    yield
+    leave()
+
+
+# Cores
+
+
+def given(monkeypatch: pytest.MonkeyPatch, cores: set[int], quota: int | None = None) -> None:
+    """Let this process have these cores, and be allowed to keep `quota` of them busy."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores, raising=False)
+    monkeypatch.setattr(distributed, "available_cores", lambda: quota or len(cores))
+
+
+@pytest.mark.parametrize(
+    ("cores", "size", "expected"),
+    [
+        ({0, 1, 2, 3}, 2, [[0, 1], [2, 3]]),
+        ({0, 1, 2, 3}, 1, [[0, 1, 2, 3]]),
+        ({2, 5, 7, 11}, 4, [[2], [5], [7], [11]]),
+        ({0, 1, 2, 3, 4}, 2, [[0, 1], [2, 3]]),
+        ({0, 1, 2}, 2, [[0], [1]]),
+    ],
+)
+def test_cores_are_dealt_out(monkeypatch: pytest.MonkeyPatch, cores: set[int], size: int, expected: list[list[int]]) -> None:
+    """Every rank gets as many cores, different ones, of those that the process may use; what is left over idles.
+
+    Why: all ranks wait for the slowest in every layer. Two on one core halve the speed of all, and the cores of a container are
+    seldom those from 0 on.
+    """
+    given(monkeypatch, cores)
+    check_equal([cores_of(rank, size) for rank in range(size)], expected, "cores of the ranks")
+
+
+def test_more_ranks_than_cores_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five ranks on two cores: one core each, in turn.
+
+    Why: it is slow, and it must run: a laptop with two cores is enough to try four ranks.
+    """
+    given(monkeypatch, {4, 6})
+    check_equal([cores_of(rank, 5) for rank in range(5)], [[4], [6], [4], [6], [4]], "cores of the ranks")
+
+
+def test_a_quota_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container that sees 8 cores and may keep 4 busy gives each of two ranks two.
+
+    Why: who takes more cores than the quota has is stopped by the system in the middle of a step, and all others wait.
+    """
+    given(monkeypatch, set(range(8)), quota=4)
+    check_equal([cores_of(rank, 2) for rank in range(2)], [[0, 1], [2, 3]], "cores of the ranks")
+
+
+def test_a_system_without_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a system does not tell cores apart, as macOS, no rank gets any.
+
+    Why: the caller takes an empty list for "anywhere". An AttributeError would be the end of the course on every Mac.
+    """
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    check_equal(cores_of(0, 2), [], "cores")
+
+
+# Collecting what ranks give
+
+
+def collect(entries: list[tuple[int, Any, str | None]], exit_codes: list[int | None], seconds: float = WAIT) -> list[Any]:
+    """`_collect` from ranks of which some have put something into the queue: (rank, value, failure)."""
+    results: queue.Queue = queue.Queue()
+    for rank, value, failure in entries:
+        results.put((rank, None if failure else pickle.dumps(value), failure))
+    processes = [SimpleNamespace(exitcode=code) for code in exit_codes]
+    return _collect(processes, results, time.monotonic() + seconds)
+
+
+def failure(function: Callable[..., Any], *args: Any, **named: Any) -> str:
+    """The message of the RuntimeError that a call raises. (An unfinished task is a RuntimeError, too, and goes through.)"""
+    try:
+        result = function(*args, **named)
+    except NotImplementedError:
+        raise
+    except RuntimeError as error:
+        return str(error)
+    raise AssertionError(f"a RuntimeError was expected, and the result is {result}")
+
+
+def test_results_come_in_the_order_of_ranks() -> None:
+    """Ranks 2, 0 and 1 finish in this order; their results are returned as those of ranks 0, 1, 2.
+
+    Why: who is first is chance. A caller who takes the first result for that of rank 0 is right on most days.
+    """
+    check_equal(collect([(2, "c", None), (0, "a", None), (1, "b", None)], [None, 0, 0]), ["a", "b", "c"], "results")
+
+
+def test_a_result_may_be_nothing() -> None:
+    """A rank that gives None, or an empty list, has given something.
+
+    Why: many functions return None. Who waits until there is "something" waits for ever.
+    """
+    check_equal(collect([(0, None, None), (1, [], None)], [0, 0]), [None, []], "results")
+
+
+def test_a_late_result_is_waited_for() -> None:
+    """Rank 1 gives its result after a second; its process runs all the time.
+
+    Why: an empty queue does not mean that nothing comes.
+    """
+    results: queue.Queue = queue.Queue()
+    results.put((0, pickle.dumps("early"), None))
+    threading.Timer(0.5, lambda: results.put((1, pickle.dumps("late"), None))).start()
+    processes = [SimpleNamespace(exitcode=None)] * 2
+    check_equal(_collect(processes, results, time.monotonic() + 5), ["early", "late"], "results")
+
+
+def test_a_failure_is_told_with_its_rank() -> None:
+    """Rank 1 puts a traceback into the queue and dies with exit code 1: the error names rank 1 and holds the traceback.
+
+    Why: exit code 1 says nothing. What the rank said before it died says all, and must be looked at first.
+    """
+    text = failure(collect, [(0, "a", None), (1, None, "Traceback ...\nIndexError: planted")], [0, 1])
+    assert re.search(r"(?s)rank 1\b.*IndexError: planted", text), f"the message says {text!r}"
+
+
+def test_a_death_is_told_with_its_rank() -> None:
+    """Rank 2 is killed and has said nothing: the error names it and its exit code −9, long before time is up.
+
+    Why: the system kills processes when memory is short, and they say no word. Without this everyone waits for the time-out.
+    """
+    start = time.monotonic()
+    text = failure(collect, [(0, "a", None)], [0, None, -9], seconds=ENOUGH)
+    assert re.search(r"rank 2\b.*-9", text), f"the message says {text!r}"
+    assert time.monotonic() - start < ENOUGH / 2, f"it took {time.monotonic() - start:.1f} s to see a dead process"
+
+
+def test_time_is_up_for_those_who_are_missing() -> None:
+    """Ranks 1 and 3 give nothing and go on running: when time is up, the error names both and not the others.
+
+    Why: of eight ranks the one that hangs is the one to look at.
+    """
+    with pytest.raises(TimeoutError) as error:
+        collect([(0, "a", None), (2, "c", None)], [0, None, 0, None], seconds=0.3)
+    text = str(error.value).replace("of 4", "")
+    check_equal([rank for rank in range(4) if str(rank) in text], [1, 3], f"ranks named in {text!r}")
+
+
+# Joining
+
+
+def test_one_rank_alone() -> None:
+    """A group of one is complete at once; the communicator knows its rank and size.
+
+    Why: one rank is the boundary, and what the tests of a laptop run most.
+    """
+    communicator = join(0, 1, open_rendezvous(timeout=WAIT), timeout=WAIT)
+    check_equal((communicator.rank, communicator.size), (0, 1), "rank and size")
+
+
+def join_in_vain(rank: int, size: int, store: Any) -> None:
+    """Join a group that is never complete, and raise what that raises. It is done in a thread, as nothing can interrupt it."""
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            join(rank, size, store, timeout=WAIT)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(ENOUGH)
+    assert not thread.is_alive(), f"rank {rank} was to wait for {WAIT:g} s and still waits after {ENOUGH:g}"
+    assert errors, f"rank {rank} of {size} is alone, and join says that all have come"
+    raise errors[0]
+
+
+def test_who_waits_in_vain_says_so_with_its_rank() -> None:
+    """Rank 0 of 2 waits for a second that never comes: after the time-out a TimeoutError names rank 0 and the 2.
+
+    Why: a group that is not complete looks like a program that does nothing. Somebody has to say who waits for how many.
+    """
+    with pytest.raises(TimeoutError, match=r"rank 0\b.*\b2\b"):
+        join_in_vain(0, 2, open_rendezvous(timeout=WAIT))
+
+
+def test_who_has_come_can_be_seen() -> None:
+    """Rank 1 of 3 comes by the address: the one who opened the rendezvous sees that it has come and that rank 2 has not.
+
+    Why: the driver waits for its workers and looks in between whether they still live, so it must know whom it waits for.
+    """
+    store = open_rendezvous(timeout=WAIT)
+    with pytest.raises(TimeoutError, match=r"rank 1\b"):
+        join_in_vain(1, 3, f"127.0.0.1:{store.port}")
+    check_equal([has_come(rank, store) for rank in range(3)], [False, True, False], "who has come")
+
+
+# Real processes
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_find_each_other(size: int) -> None:
+    """As many processes meet, each with its own rank, and add up what they bring; results come by rank.
+
+    Why: this is the whole of it: an address, a rank, a size, and then collectives work.
+    """
+    join(0, 1, open_rendezvous(timeout=WAIT), timeout=WAIT)
+    expected = [(rank, size, sum(10**r for r in range(size))) for rank in range(size)]
+    check_equal(run_ranks(say_who, size, timeout=20), expected, "rank, size and sum of each")
+
+
+@pytest.mark.parametrize(("how", "says"), [("raise", "rank 1 failed|planted|all_reduce failed"), ("die", "code 7|failed")])
+def test_a_rank_that_fails_ends_the_others(how: str, says: str) -> None:
+    """Rank 1 raises, or dies without a word, while rank 0 waits for its part of a sum: an error, long before time is up.
+
+    Why: a server whose ranks wait for a dead one answers nobody and looks alive.
+    """
+    join(0, 1, open_rendezvous(timeout=WAIT), timeout=WAIT)
+    start = time.monotonic()
+    text = failure(run_ranks, fail_on_rank_1, 2, how, timeout=25)
+    assert re.search(says, text), f"the message says {text!r}"
+    assert time.monotonic() - start < 15, f"it took {time.monotonic() - start:.1f} s"
