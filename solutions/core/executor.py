@@ -5,11 +5,12 @@ from __future__ import annotations
 import abc
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from ..batching.continuous_batch import FlatBatch
 from ..models.loader import ModelSource
@@ -18,7 +19,7 @@ from ..parallelism.distributed import has_come, join, leave, open_rendezvous
 from ..parallelism.tensor_parallel import TensorParallel
 from .config import EngineConfig
 from .worker import StepResult, Worker, logit_calls
-from .worker_process import Setup, StepArrays, StepBoard, WorkerProcess
+from .worker_process import OtherRank, Setup, StepArrays, StepBoard, WorkerProcess
 
 
 class Executor(abc.ABC):
@@ -82,8 +83,65 @@ class UniProcExecutor(Executor):
         return self.worker.execute(batch)
 
 
-class MultiProcExecutor(Executor):
-    """Tensor parallelism: rank 0 here, each other rank in a process of its own, all in lock step.
+class LockstepExecutor(Executor):
+    """Tensor parallelism: rank 0 here, the others elsewhere, all in lock step. Subclasses say where, and how they are told.
+
+    A subclass's constructor makes `_others` and `_finalizer`, which ends them, and then calls `_meet`.
+    """
+
+    _others: Sequence[OtherRank]
+    _finalizer: weakref.finalize
+
+    def _meet(
+        self, config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype, store: dist.TCPStore,
+        threads: int | None = None,
+    ) -> None:  # fmt: skip
+        """Wait for the others, join them, and make rank 0's worker.
+
+        Raises:
+            WorkerDiedError: a rank failed to start.
+        """
+        size = config.tensor_parallel_size
+        try:
+            while not all(has_come(other.rank, store) for other in self._others):
+                self.check_health()
+                time.sleep(0.02)
+            parallel = TensorParallel(0, size, join(0, size, store, device))
+            self.worker = Worker(config, source, device, dtype, parallel, threads)
+        except BaseException:
+            self._finalizer()
+            raise
+
+    @abc.abstractmethod
+    def _tell_step(self, step: StepArrays) -> None: ...
+
+    def create_cache(self, num_blocks: int, block_size: int, num_host_blocks: int) -> None:
+        self._tell(cache=[num_blocks, block_size, num_host_blocks])
+        self.worker.create_cache(num_blocks, block_size, num_host_blocks)
+
+    def execute(self, batch: FlatBatch) -> StepResult:
+        self._tell_step(step_arrays(batch))
+        try:
+            return self.worker.execute(batch)
+        except RuntimeError:
+            for other in self._others:
+                other.check(other.death_seconds)  # a rank that is gone, or just about to go, is the better explanation
+            raise
+
+    def check_health(self) -> None:
+        for other in self._others:
+            other.check()
+
+    def close(self) -> None:
+        self._finalizer()
+
+    def _tell(self, **message: object) -> None:
+        for other in self._others:
+            other.tell(**message)
+
+
+class MultiProcExecutor(LockstepExecutor):
+    """Each other rank in a process of its own on this machine.
 
     Raises:
         ValueError: the model cannot be cut for so many ranks, or there are not as many GPUs.
@@ -105,47 +163,19 @@ class MultiProcExecutor(Executor):
             )
             for rank in range(1, size)
         ]
-        self._finalizer = weakref.finalize(self, _end, self._others)
-        try:
-            while not all(has_come(rank, store) for rank in range(1, size)):
-                self.check_health()
-                time.sleep(0.02)
-            parallel = TensorParallel(0, size, join(0, size, store, _device(device, 0)))
-            self.worker = Worker(config, source, _device(device, 0), dtype, parallel)
-        except BaseException:
-            self._finalizer()
-            raise
+        self._finalizer = weakref.finalize(self, end_ranks, self._others)
+        self._meet(config, source, _device(device, 0), dtype, store)
 
-    def create_cache(self, num_blocks: int, block_size: int, num_host_blocks: int) -> None:
-        self._tell(cache=[num_blocks, block_size, num_host_blocks])
-        self.worker.create_cache(num_blocks, block_size, num_host_blocks)
-
-    def execute(self, batch: FlatBatch) -> StepResult:
-        self._tell(step=self._board.write(step_arrays(batch)))
-        try:
-            return self.worker.execute(batch)
-        except RuntimeError:
-            for other in self._others:
-                other.check(seconds=2.0)  # a rank that is gone, or just about to go, is the better explanation
-            raise
-
-    def check_health(self) -> None:
-        for other in self._others:
-            other.check()
-
-    def close(self) -> None:
-        self._finalizer()
-
-    def _tell(self, **message: object) -> None:
-        for other in self._others:
-            other.tell(**message)
+    def _tell_step(self, step: StepArrays) -> None:
+        self._tell(step=self._board.write(step))
 
 
 def _device(device: torch.device, rank: int) -> torch.device:
     return torch.device(device.type, rank) if device.type == "cuda" else device
 
 
-def _end(others: Iterable[WorkerProcess]) -> None:
+def end_ranks(others: Iterable[OtherRank]) -> None:
+    """End the other ranks and this one's connections to them."""
     for other in others:
         other.stop()
     leave()
@@ -166,8 +196,13 @@ def step_arrays(batch: FlatBatch) -> StepArrays:
 
 
 def make_executor(config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Executor:
-    """The executor for ``config.tensor_parallel_size`` devices."""
-    kind = UniProcExecutor if config.tensor_parallel_size == 1 else MultiProcExecutor
+    """The executor that ``config.distributed_executor_backend`` names."""
+    backend = config.distributed_executor_backend or ("uni" if config.tensor_parallel_size == 1 else "mp")
+    if backend == "ray":
+        from .ray_executor import RayExecutor  # Ray is an extra
+
+        return RayExecutor(config, source, device, dtype)
+    kind = UniProcExecutor if backend == "uni" else MultiProcExecutor
     return kind(config, source, device, dtype)
 
 

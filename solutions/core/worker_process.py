@@ -10,6 +10,7 @@ every step has sums over all ranks in it.
 
 from __future__ import annotations
 
+import abc
 import base64
 import contextlib
 import json
@@ -39,6 +40,41 @@ STOP_SECONDS = 5.0
 
 class WorkerDiedError(RuntimeError):
     """The process of another rank has ended."""
+
+
+class OtherRank(abc.ABC):
+    """A rank other than 0 as the engine sees it.
+
+    Attributes:
+        rank: 1, 2, …
+        death_seconds: how long it takes at most until `check` knows that a rank is gone whose connections have just closed.
+    """
+
+    rank: int
+    death_seconds: float
+
+    @abc.abstractmethod
+    def tell(self, **message: Any) -> None:
+        """Say what to do next: one of the keywords of `Follower.obey`; does not wait for it.
+
+        Raises:
+            WorkerDiedError: nobody is there any more.
+        """
+        ...
+
+    @abc.abstractmethod
+    def check(self, seconds: float = 0.0) -> None:
+        """See that it lives, and if there is reason to think otherwise, still does after so many seconds.
+
+        Raises:
+            WorkerDiedError: it does not.
+        """
+        ...
+
+    @abc.abstractmethod
+    def stop(self) -> None:
+        """End it; returns when it is gone or can do nothing any more."""
+        ...
 
 
 @dataclass(slots=True)
@@ -120,11 +156,31 @@ class Setup:
     rank: int
     size: int
     address: str
-    board: int
+    board: int | None = None
 
 
-class WorkerProcess:
-    """Rank `setup.rank` as the engine sees it."""
+class Follower:
+    """A rank other than 0 in its own process, wherever that is: it joins the others, loads its part, and does as it is told."""
+
+    def __init__(self, setup: Setup) -> None:
+        from .worker import Worker  # which imports this module
+
+        communicator = join(setup.rank, setup.size, setup.address, setup.device)
+        parallel = TensorParallel(setup.rank, setup.size, communicator)
+        self.worker = Worker(setup.config, setup.source, setup.device, setup.dtype, parallel)
+
+    def obey(self, cache: list[int] | None = None, step: StepArrays | None = None) -> None:
+        """Create the KV cache (arguments of `Worker.create_cache`), or take part in a step."""
+        if cache is not None:
+            self.worker.create_cache(*cache)
+        if step is not None:
+            self.worker.follow(step)
+
+
+class WorkerProcess(OtherRank):
+    """Rank `setup.rank` in a process on this machine."""
+
+    death_seconds = 2.0
 
     def __init__(self, setup: Setup) -> None:
         self.rank = setup.rank
@@ -136,11 +192,7 @@ class WorkerProcess:
         self.tell(setup=base64.b64encode(pickle.dumps(setup)).decode())
 
     def tell(self, **message: Any) -> None:
-        """Ring the bell.
-
-        Raises:
-            WorkerDiedError: nobody is there any more.
-        """
+        """Ring the bell. A step is told by the shapes that `StepBoard.write` gave."""
         try:
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
@@ -148,11 +200,6 @@ class WorkerProcess:
             raise WorkerDiedError(self._death()) from None
 
     def check(self, seconds: float = 0.0) -> None:
-        """See that it lives, and if there is reason to think otherwise, still does after so many seconds.
-
-        Raises:
-            WorkerDiedError: it does not.
-        """
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
             raise WorkerDiedError(self._death())
@@ -180,21 +227,16 @@ class WorkerProcess:
 def main() -> None:
     """Serve as a rank until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine's process, whose end reaches everyone
-    from .worker import Worker
-
     setup: Setup = pickle.loads(base64.b64decode(json.loads(sys.stdin.readline())["setup"]))
     if setup.device.type == "cpu" and (cores := cores_of(setup.rank, setup.size)):
         os.sched_setaffinity(0, cores)
-    communicator = join(setup.rank, setup.size, setup.address, setup.device)
-    parallel = TensorParallel(setup.rank, setup.size, communicator)
-    worker = Worker(setup.config, setup.source, setup.device, setup.dtype, parallel)
+    follower = Follower(setup)
     board = StepBoard(setup.board)
     for line in sys.stdin:
         message = json.loads(line)
-        if "cache" in message:
-            worker.create_cache(*message["cache"])
-        else:
-            worker.follow(board.read(message["step"]))
+        if "step" in message:
+            message["step"] = board.read(message["step"])
+        follower.obey(**message)
     os._exit(0)  # whatever the others do: there is nothing to save, and closing connections would wait for them
 
 
