@@ -200,9 +200,10 @@ class Ingress:
         self._replicas = replicas.options(method_name="forward", stream=True)
 
     async def __call__(self, request: Request) -> Response:
-        """Hand a request to a replica, and its answer to the client."""
+        """Hand a request to a replica, and its answer to the client. When the client leaves, Serve cancels both calls."""
         body = await request.body()
-        call = HttpCall(request.method, request.url.path, request.scope["query_string"], request.headers.raw, body)
+        path = request.scope["path"].removeprefix(request.scope.get("root_path", "").rstrip("/"))
+        call = HttpCall(request.method, path, request.scope["query_string"], request.headers.raw, body)
         try:
             keys = request_keys(json.loads(body)) if body else []
         except (ValueError, RecursionError):
@@ -213,9 +214,6 @@ class Ingress:
                 status, headers = await anext(stream)
             except RayActorError:
                 continue
-            except asyncio.CancelledError:
-                stream.cancel()
-                raise
             is_events = any(value.startswith(b"text/event-stream") for name, value in headers if name == b"content-type")
             response = StreamingResponse(_rest(stream, is_events), status)
             response.raw_headers = headers
@@ -232,8 +230,6 @@ async def _rest(stream: DeploymentResponseGenerator, is_events: bool) -> AsyncIt
             raise
         error = error_response(REPLICA_GONE, 503).body
         yield b"data: " + bytes(error) + b"\n\ndata: [DONE]\n\n"
-    finally:
-        stream.cancel()
 
 
 # ----------------------------------------------------------------------------------------------------- application

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -220,20 +221,27 @@ def test_a_client_that_leaves_makes_room(client: openai.OpenAI, url: str) -> Non
     assert time.monotonic() - start < 2
 
 
+def end_of(stream: Iterator[Any]) -> str:
+    """The reason for which it finished, or its error."""
+    try:
+        return next(chunk.choices[0].finish_reason for chunk in stream if chunk.choices[0].finish_reason)
+    except openai.APIError as error:
+        return str(error)
+
+
 def test_the_service_survives_a_replica(client: openai.OpenAI) -> None:
-    """Whose client had half of an answer learns of it; nobody else does."""
+    """Whose client had half of an answer learns of it; nobody else does, not even who waited there."""
     request = {"model": MODEL, "max_tokens": FOREVER, "stream": True, "extra_body": {"ignore_eos": True}}
     streams = [iter(client.completions.create(**request, prompt=prompt)) for prompt in ("One", "Two")]
     for stream in streams:
         next(stream)
-    victim, _ = replicas()
-    victim.kill()
-    ends = []
-    for stream in streams:
-        try:
-            ends.append(next(chunk.choices[0].finish_reason for chunk in stream if chunk.choices[0].finish_reason))
-        except openai.APIError as error:
-            ends.append(str(error))
+    with ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(client.completions.create, **GREEDY, prompt=p, max_tokens=3) for p in ("Three", "Four")]
+        time.sleep(0.5)
+        victim, _ = replicas()
+        victim.kill()
+        ends = [end_of(stream) for stream in streams]
+        assert [len(answer.result().choices) for answer in waiting] == [1, 1]
     assert sorted(ends) == ["length", "the replica that answered this request has died"]
     for number in range(6):
         prompt = f"{number} is a number and"
