@@ -61,6 +61,9 @@ setup: $(STAMP) ## Create .venv, install, fetch the default model; does nothing 
 serve: $(STAMP) ## Serve the OpenAI-compatible API (MODEL, PORT, ARGS; HOST=0.0.0.0 to let other machines in)
 	@$(RUN) -m solutions.serving.api_server --model $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
+serve-replicas: $(STAMP) ## Several engines behind one API on port 8000 (MODEL, ARGS="replicas=2 dtype=bfloat16")
+	@RAY_USAGE_STATS_ENABLED=0 $(if $(STAMP),$(VENV)/bin/)serve run solutions.serving.ray_app:app model=$(MODEL) $(or $(ARGS),replicas=2)
+
 chat: $(STAMP) ## Chat with the model in the terminal (MODEL, ARGS)
 	@$(RUN) -m solutions.core.engine --model $(MODEL) $(ARGS)
 
@@ -165,6 +168,9 @@ bench-kernels: $(STAMP) ## The CPU kernels against this machine's limits and PyT
 bench-profile: $(STAMP) ## Where a decode step's time goes on a CPU, operator by operator
 	@$(RUN) benchmarks/step_profile.py --model $(MODEL) $(ARGS)
 
+bench-replicas: $(STAMP) ## Two engines behind one endpoint: requests by cached prefix against round robin
+	@$(RUN) benchmarks/replicas.py --model $(MODEL) $(ARGS)
+
 bench-gpu: $(STAMP) ## LLaMA-7B with random weights on a GPU, against that GPU's limits
 	@$(RUN) benchmarks/gpu.py $(ARGS)
 
@@ -176,7 +182,7 @@ clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: bench-scaling bench-gpu test-gpu bench-cpu bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: serve-replicas bench-replicas bench-scaling bench-gpu test-gpu bench-cpu bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"

@@ -18,13 +18,18 @@ TIMEOUT = httpx.Timeout(600, connect=10)
 
 
 @dataclass(slots=True)
-class _Stream:
-    """When the tokens of one request came, in seconds on the clock of `time.perf_counter`."""
+class Stream:
+    """When the tokens of one request came, in seconds on the clock of `time.perf_counter`.
+
+    Attributes:
+        num_cached: tokens of the prompt that the server did not compute, if it says so.
+    """
 
     start: float
     first: float | None = None
     last: float | None = None
     num_tokens: int = 0
+    num_cached: int = 0
 
 
 def first_model(url: str, api_key: str | None = None) -> str:
@@ -63,18 +68,23 @@ def run_server(url: str, model: str, requests: Many[BenchRequest], api_key: str 
     return Measurement(url, seconds, len(requests), prompt, useful, useful, details)
 
 
-async def _run_all(url: str, model: str, requests: Many[BenchRequest], api_key: str | None) -> list[_Stream]:
+async def _run_all(url: str, model: str, requests: Many[BenchRequest], api_key: str | None) -> list[Stream]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(headers=_headers(api_key), timeout=TIMEOUT, limits=limits) as client:
-        return await asyncio.gather(*(_run_one(client, url, model, request) for request in requests))
+        return await asyncio.gather(*(stream_request(client, url, model, request) for request in requests))
 
 
-async def _run_one(client: httpx.AsyncClient, url: str, model: str, request: BenchRequest) -> _Stream:
+async def stream_request(client: httpx.AsyncClient, url: str, model: str, request: BenchRequest) -> Stream:
+    """Send one request, greedy and without an end, and read its stream.
+
+    Raises:
+        ValueError: the server refuses it, or ends with an error.
+    """
     body = {
         "model": model, "prompt": request.prompt_token_ids, "max_tokens": request.output_len, "temperature": 0, "stream": True,
         "ignore_eos": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
-    stream = _Stream(time.perf_counter())
+    stream = Stream(time.perf_counter())
     async with client.stream("POST", f"{url}/completions", json=body) as response:
         if response.status_code != 200:
             raise ValueError(f"{url} answers {response.status_code}: {(await response.aread()).decode()[:300]}")
@@ -87,8 +97,9 @@ async def _run_one(client: httpx.AsyncClient, url: str, model: str, request: Ben
             if event.get("choices"):
                 stream.last = time.perf_counter()
                 stream.first = stream.first or stream.last
-            if event.get("usage"):
-                stream.num_tokens = event["usage"]["completion_tokens"]
+            if usage := event.get("usage"):
+                stream.num_tokens = usage["completion_tokens"]
+                stream.num_cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     return stream
 
 

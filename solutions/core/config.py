@@ -29,7 +29,7 @@ class EngineConfig:
     """Settings of one engine. Each field is also a command-line flag (``max_num_seqs`` is ``--max-num-seqs``).
 
     Raises:
-        ValueError: `tensor_parallel_size` is less than 1.
+        ValueError: `tensor_parallel_size` is less than 1, or more than the executor has room for.
     """
 
     model: str = _flag(DEFAULT_MODEL, "alias, folder in Hugging Face format, .gguf file, or hub id")
@@ -37,6 +37,12 @@ class EngineConfig:
     dtype: str = _flag("auto", "precision of weights and KV cache; auto: bfloat16 where the processor has it", DTYPES)
     device: str = _flag("auto", "where the model runs", ("auto", "cpu", "cuda"))
     tensor_parallel_size: int = _flag(1, "ranks that share the model: GPUs, or processes with a part of the cores")
+    distributed_executor_backend: str | None = _flag(
+        None,
+        "where the ranks run; uni: one, in this process; mp: processes on this machine; ray: actors on one or more nodes of a "
+        "Ray cluster; default: uni for one rank, mp for more",
+        ("uni", "mp", "ray"),
+    )
     load_format: str = _flag("auto", "dummy: random weights, to measure speed without a download", ("auto", "dummy"))
     max_model_len: int | None = _flag(None, "longest sequence, prompt and output; default: the model's context", kind=int)
     block_size: int = _flag(16, "tokens in a KV block")
@@ -82,6 +88,11 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.tensor_parallel_size < 1:
             raise ValueError(f"tensor_parallel_size must be at least 1, got {self.tensor_parallel_size}")
+        if self.distributed_executor_backend == "uni" and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"--distributed-executor-backend uni has one rank, and --tensor-parallel-size is {self.tensor_parallel_size}; "
+                "use mp, or ray for several nodes"
+            )
 
     def to_args(self) -> dict[str, Any]:
         """The settings as a dictionary, for records of measurements."""

@@ -10,6 +10,7 @@ every step has sums over all ranks in it.
 
 from __future__ import annotations
 
+import abc
 import base64
 import contextlib
 import json
@@ -41,6 +42,45 @@ STOP_SECONDS = 5.0
 
 class WorkerDiedError(RuntimeError):
     """The process of another rank has ended."""
+
+
+class OtherRank(abc.ABC):
+    """A rank other than 0 as the engine sees it.
+
+    Attributes:
+        rank: 1, 2, …
+        death_seconds: how long it takes at most until `check` knows that a rank is gone whose connections have just closed.
+    """
+
+    rank: int
+    death_seconds: float
+
+    @abc.abstractmethod
+    def tell(self, **message: Any) -> None:
+        """Say what to do next: one of the keywords of `Follower.obey`; does not wait for it.
+
+        Raises:
+            WorkerDiedError: nobody is there any more.
+        """
+        ...
+
+    @abc.abstractmethod
+    def check(self, seconds: float = 0.0) -> None:
+        """See that it lives, and if there is reason to think otherwise, still does after so many seconds.
+
+        Raises:
+            WorkerDiedError: it does not.
+        """
+        ...
+
+    def release(self) -> None:
+        """Let it end by itself, where that is possible."""
+        return
+
+    @abc.abstractmethod
+    def stop(self, seconds: float) -> None:
+        """See that it has ended by itself after so many seconds, or end it; then it is gone or can do nothing any more."""
+        ...
 
 
 @dataclass(slots=True)
@@ -119,20 +159,39 @@ class Setup:
     rank: int
     size: int
     address: str
-    board: int
-    memory: int
+    board: int | None = None
+    memory: int | None = None
 
 
 def meet(setup: Setup, store: dist.Store | str) -> TensorParallel:
-    """Join the other ranks of this host; on CPUs sums go through the memory that all map, where the kernels are wanted."""
+    """Join the other ranks. Sums go through the memory that they share, if there is one and the CPU kernels are wanted."""
     communicator = join(setup.rank, setup.size, store, setup.device)
-    if setup.device.type == "cpu" and setup.config.enable_cpu_kernels and native.load() is not None:
+    wanted = setup.device.type == "cpu" and setup.memory is not None and setup.config.enable_cpu_kernels
+    if wanted and native.load() is not None:
         communicator = SharedMemoryCommunicator(setup.memory, pick_threads(ranks=setup.size))
     return TensorParallel(setup.rank, setup.size, communicator)
 
 
-class WorkerProcess:
-    """Rank `setup.rank` as the engine sees it."""
+class Follower:
+    """A rank other than 0 in its own process, wherever that is: it joins the others, loads its part, and does as it is told."""
+
+    def __init__(self, setup: Setup) -> None:
+        from .worker import Worker  # which imports this module
+
+        self.worker = Worker(setup.config, setup.source, setup.device, setup.dtype, meet(setup, setup.address))
+
+    def obey(self, cache: list[int] | None = None, step: StepArrays | None = None) -> None:
+        """Create the KV cache (arguments of `Worker.create_cache`), or take part in a step."""
+        if cache is not None:
+            self.worker.create_cache(*cache)
+        if step is not None:
+            self.worker.follow(step)
+
+
+class WorkerProcess(OtherRank):
+    """Rank `setup.rank` in a process on this machine."""
+
+    death_seconds = 2.0
 
     def __init__(self, setup: Setup) -> None:
         self.rank = setup.rank
@@ -146,11 +205,7 @@ class WorkerProcess:
         self.tell(setup=base64.b64encode(pickle.dumps(setup)).decode())
 
     def tell(self, **message: Any) -> None:
-        """Ring the bell.
-
-        Raises:
-            WorkerDiedError: nobody is there any more.
-        """
+        """Ring the bell. A step is told by the shapes that `StepBoard.write` gave."""
         try:
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
@@ -158,22 +213,15 @@ class WorkerProcess:
             raise WorkerDiedError(self._death()) from None
 
     def check(self, seconds: float = 0.0) -> None:
-        """See that it lives, and if there is reason to think otherwise, still does after so many seconds.
-
-        Raises:
-            WorkerDiedError: it does not.
-        """
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(max(0.0, seconds))
             raise WorkerDiedError(self._death())
 
     def release(self) -> None:
-        """Let it end by itself."""
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
 
     def stop(self, seconds: float) -> None:
-        """See that it has ended after so many seconds, or kill it."""
         try:
             self._process.wait(max(0.0, seconds))
         except subprocess.TimeoutExpired:
@@ -189,19 +237,16 @@ class WorkerProcess:
 def main() -> None:
     """Serve as a rank until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine's process, whose end reaches everyone
-    from .worker import Worker
-
     setup: Setup = pickle.loads(base64.b64decode(json.loads(sys.stdin.readline())["setup"]))
     if setup.device.type == "cpu" and (cores := cores_of(setup.rank, setup.size)):
         os.sched_setaffinity(0, cores)
-    worker = Worker(setup.config, setup.source, setup.device, setup.dtype, meet(setup, setup.address))
+    follower = Follower(setup)
     board = StepBoard(setup.board)
     for line in sys.stdin:
         message = json.loads(line)
-        if "cache" in message:
-            worker.create_cache(*message["cache"])
-        else:
-            worker.follow(board.read(message["step"]))
+        if "step" in message:
+            message["step"] = board.read(message["step"])
+        follower.obey(**message)
     os._exit(0)  # whatever the others do: there is nothing to save, and closing connections would wait for them
 
 

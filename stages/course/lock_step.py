@@ -28,6 +28,7 @@ class ThreadRank:
     """
 
     def __init__(self, make_worker: Callable[[], Worker], descriptor: int) -> None:
+        self.death_seconds = 2.0
         self.messages: queue.Queue = queue.Queue()
         self.error: BaseException | None = None
         self._make_worker, self._board = make_worker, StepBoard(os.dup(descriptor))
@@ -107,6 +108,8 @@ class Log:
 
 
 class _Noted:
+    death_seconds = 2.0
+
     def __init__(self, log: Log, name: str, errors: dict[str, Exception | None]) -> None:
         self._log, self._name, self._errors = log, name, errors
 

@@ -6,11 +6,12 @@ import abc
 import os
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from ..batching.continuous_batch import FlatBatch
 from ..models.loader import ModelSource
@@ -20,7 +21,7 @@ from ..parallelism.shared_memory import nameless_file
 from ..parallelism.tensor_parallel import TensorParallel
 from .config import EngineConfig
 from .worker import StepResult, Worker, logit_calls
-from .worker_process import STOP_SECONDS, Setup, StepArrays, StepBoard, WorkerProcess, meet
+from .worker_process import STOP_SECONDS, OtherRank, Setup, StepArrays, StepBoard, WorkerProcess, meet
 
 
 class Executor(abc.ABC):
@@ -84,8 +85,61 @@ class UniProcExecutor(Executor):
         return self.worker.execute(batch)
 
 
-class MultiProcExecutor(Executor):
-    """Tensor parallelism: rank 0 here, each other rank in a process of its own, all in lock step.
+class LockstepExecutor(Executor):
+    """Tensor parallelism: rank 0 here, the others elsewhere, all in lock step. Subclasses say where, and how they are told.
+
+    A subclass's constructor makes `_others` and `_finalizer`, which ends them, and then calls `_meet`.
+    """
+
+    _others: Sequence[OtherRank]
+    _finalizer: weakref.finalize
+
+    def _meet(self, setup: Setup, store: dist.TCPStore, threads: int | None = None) -> None:
+        """Wait for the others, join them as `setup` says, and make rank 0's worker.
+
+        Raises:
+            WorkerDiedError: a rank failed to start.
+        """
+        try:
+            while not all(has_come(other.rank, store) for other in self._others):
+                self.check_health()
+                time.sleep(0.02)
+            self.worker = Worker(setup.config, setup.source, setup.device, setup.dtype, meet(setup, store), threads)
+        except BaseException:
+            self._finalizer()
+            raise
+
+    @abc.abstractmethod
+    def _tell_step(self, step: StepArrays) -> None:
+        """Let the others take part in a step; does not wait for them."""
+        ...
+
+    def create_cache(self, num_blocks: int, block_size: int, num_host_blocks: int) -> None:
+        """Set up the KV cache on every rank, the same number of blocks on each."""
+        raise NotImplementedError("Stage 3 · Task 3.8: LockstepExecutor.create_cache, see IMPLEMENTATION_GUIDE.md#task-3-8")
+
+    def execute(self, batch: FlatBatch) -> StepResult:
+        """Let every rank compute one step, and sample on this one.
+
+        Raises:
+            WorkerDiedError: another rank has ended, before or within the step.
+        """
+        raise NotImplementedError("Stage 3 · Task 3.8: LockstepExecutor.execute, see IMPLEMENTATION_GUIDE.md#task-3-8")
+
+    def check_health(self) -> None:
+        for other in self._others:
+            other.check()
+
+    def close(self) -> None:
+        self._finalizer()
+
+    def _tell(self, **message: object) -> None:
+        for other in self._others:
+            other.tell(**message)
+
+
+class MultiProcExecutor(LockstepExecutor):
+    """Each other rank in a process of its own on this machine.
 
     Raises:
         ValueError: the model cannot be cut for so many ranks, or there are not as many GPUs.
@@ -105,45 +159,19 @@ class MultiProcExecutor(Executor):
             for rank in range(size)
         ]
         self._others = [WorkerProcess(setup) for setup in setups[1:]]
-        self._finalizer = weakref.finalize(self, _end, self._others, (self._board.descriptor, memory))
-        try:
-            while not all(has_come(rank, store) for rank in range(1, size)):
-                self.check_health()
-                time.sleep(0.02)
-            self.worker = Worker(config, source, setups[0].device, dtype, meet(setups[0], store))
-        except BaseException:
-            self._finalizer()
-            raise
+        self._finalizer = weakref.finalize(self, end_ranks, self._others, (self._board.descriptor, memory))
+        self._meet(setups[0], store)
 
-    def create_cache(self, num_blocks: int, block_size: int, num_host_blocks: int) -> None:
-        """Set up the KV cache on every rank, the same number of blocks on each."""
-        raise NotImplementedError("Stage 3 · Task 3.8: MultiProcExecutor.create_cache, see IMPLEMENTATION_GUIDE.md#task-3-8")
-
-    def execute(self, batch: FlatBatch) -> StepResult:
-        """Let every rank compute one step, and sample on this one.
-
-        Raises:
-            WorkerDiedError: another rank has ended, before or within the step.
-        """
-        raise NotImplementedError("Stage 3 · Task 3.8: MultiProcExecutor.execute, see IMPLEMENTATION_GUIDE.md#task-3-8")
-
-    def check_health(self) -> None:
-        for other in self._others:
-            other.check()
-
-    def close(self) -> None:
-        self._finalizer()
-
-    def _tell(self, **message: object) -> None:
-        for other in self._others:
-            other.tell(**message)
+    def _tell_step(self, step: StepArrays) -> None:
+        self._tell(step=self._board.write(step))
 
 
 def _device(device: torch.device, rank: int) -> torch.device:
     return torch.device(device.type, rank) if device.type == "cuda" else device
 
 
-def _end(others: Iterable[WorkerProcess], descriptors: Iterable[int]) -> None:
+def end_ranks(others: Iterable[OtherRank], descriptors: Iterable[int] = ()) -> None:
+    """End the other ranks and this one's connections to them, and close the files that they shared."""
     deadline = time.monotonic() + STOP_SECONDS
     for other in others:
         other.release()
@@ -162,8 +190,13 @@ def step_arrays(batch: FlatBatch) -> StepArrays:
 
 
 def make_executor(config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Executor:
-    """The executor for ``config.tensor_parallel_size`` devices."""
-    kind = UniProcExecutor if config.tensor_parallel_size == 1 else MultiProcExecutor
+    """The executor that ``config.distributed_executor_backend`` names."""
+    backend = config.distributed_executor_backend or ("uni" if config.tensor_parallel_size == 1 else "mp")
+    if backend == "ray":
+        from .ray_executor import RayExecutor  # Ray is an extra
+
+        return RayExecutor(config, source, device, dtype)
+    kind = UniProcExecutor if backend == "uni" else MultiProcExecutor
     return kind(config, source, device, dtype)
 
 

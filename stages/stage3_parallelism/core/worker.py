@@ -92,15 +92,16 @@ class Worker:
         source: the model, as `resolve_model` found it.
         device, dtype: where and in which precision to run.
         parallel: the ranks that share the model, of which this worker is one.
+        threads: for the model on a CPU; default: what `pick_threads` gives one of so many ranks on this machine.
     """
 
     def __init__(
         self, config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype,
-        parallel: TensorParallel = SINGLE,
+        parallel: TensorParallel = SINGLE, threads: int | None = None,
     ) -> None:  # fmt: skip
         self.device, self.dtype = device, dtype
         if device.type == "cpu":  # PyTorch's own choice ignores the quota of a container, and other ranks
-            torch.set_num_threads(pick_threads(ranks=parallel.size))
+            torch.set_num_threads(threads or pick_threads(ranks=parallel.size))
         self.model_config = source.config
         self.parallel = parallel
         self.num_kv_heads = len(parallel.heads(source.config)[1])

@@ -1,0 +1,271 @@
+"""Several engines behind one OpenAI endpoint, as a Ray Serve application.
+
+    serve run solutions.serving.ray_app:app model=smollm2-135m replicas=2
+
+An ingress reads each request, computes the keys of its prompt, and hands it to a replica, which is a whole server of
+`api_server` but for the socket: the same application answers, so the same requests are valid and the same errors come back.
+Which replica, `prefix_router` decides, through Serve's interface for request routers. A replica that dies is replaced by Serve;
+requests that it had not begun to answer go to another one. There is one ingress, for there is one memory of prefixes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fastapi import FastAPI
+from fastapi.responses import Response, StreamingResponse
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from starlette.requests import Request
+
+from ..core.config import EngineConfig
+from ..core.machine import available_cores, settle_heap
+from ..core.ray_executor import actor_environment
+from .api_server import MAX_NUM_WAITING, create_app, error_response
+from .async_engine import AsyncEngine
+from .prefix_router import Policy, PrefixAffinity, RoundRobin, request_keys
+from .replica_settings import parse_settings
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+"""How many replicas a request may go to, if one after another dies before it has begun to answer."""
+REPLICA_GONE = "the replica that answered this request has died"
+
+Head = tuple[int, list[tuple[bytes, bytes]]]
+"""Status and headers of an answer."""
+
+
+# --------------------------------------------------------------------------------------------------------- routing
+
+
+class PolicyRouter(RequestRouter):
+    """Serve's request router with one of our policies. Requests bring the keys of their prompt as the argument `keys`."""
+
+    def initialize_state(self, router: str, max_imbalance: int) -> None:
+        """Called by Serve with the settings of the deployment."""
+        self._policy: Policy = RoundRobin() if router == "round_robin" else PrefixAffinity(max_imbalance)
+        self._loads: dict[str, int] = {}
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """The policy's choice, and the others behind it for the case that it takes no more requests."""
+        keys: list[bytes] = []
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True  # where nobody takes requests, wait before asking again
+            keys = pending_request.kwargs.get("keys", [])
+        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        chosen = self._policy.choose(keys, {name: self._loads.get(name, 0) for name in replicas})
+        return [[replicas.pop(chosen)], list(replicas.values())]
+
+    # Serve counts, too, but forgets a count that has not changed for some seconds
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        super().on_send_request(replica_id)
+        self._loads[replica_id.unique_id] = self._loads.get(replica_id.unique_id, 0) + 1
+
+    def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
+        super().on_new_queue_len_info(replica_id, num_ongoing_requests)
+        self._loads[replica_id.unique_id] = num_ongoing_requests
+
+    def decrement_queue_len_cache(self, replica_id: ReplicaID) -> None:
+        super().decrement_queue_len_cache(replica_id)
+        self._loads[replica_id.unique_id] = max(0, self._loads.get(replica_id.unique_id, 0) - 1)
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        self._retain_current()
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        super().on_replica_actor_died(replica_id)
+        self._retain_current()
+
+    def _retain_current(self) -> None:
+        names = {replica_id.unique_id for replica_id in self.curr_replicas}
+        self._loads = {name: load for name, load in self._loads.items() if name in names}
+        self._policy.retain(names)
+
+
+# -------------------------------------------------------------------------------------------------------- replicas
+
+
+@dataclass(slots=True)
+class HttpCall:
+    """An HTTP request on its way to a replica."""
+
+    method: str
+    path: str
+    query: bytes
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+    def scope(self) -> dict[str, Any]:
+        """What an ASGI application is told of it."""
+        return {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http", "root_path": "",
+            "method": self.method, "path": self.path, "raw_path": self.path.encode(), "query_string": self.query,
+            "headers": self.headers, "client": None, "server": None,
+        }  # fmt: skip
+
+
+async def answer(app: FastAPI, call: HttpCall) -> AsyncIterator[Head | bytes]:
+    """An application's answer, piece by piece: first its head, then its body as it comes. Whoever leaves the iteration is to
+    the application a client that has left."""
+    pieces: asyncio.Queue[Head | bytes | None] = asyncio.Queue()
+    gone = asyncio.Event()
+    requests = iter([{"type": "http.request", "body": call.body, "more_body": False}])
+
+    async def receive() -> dict[str, Any]:
+        if (request := next(requests, None)) is not None:
+            return request
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        is_head = message["type"] == "http.response.start"
+        pieces.put_nowait((message["status"], list(message["headers"])) if is_head else message.get("body", b""))
+
+    async def run() -> None:
+        try:
+            await app(call.scope(), receive, send)
+        except Exception:
+            logger.exception("A request has failed")
+        finally:
+            pieces.put_nowait(None)
+
+    task = asyncio.create_task(run())
+    try:
+        while (piece := await pieces.get()) is not None:
+            while isinstance(piece, bytes) and not pieces.empty():  # what has come meanwhile goes in one piece
+                more = pieces.get_nowait()
+                if more is None:
+                    pieces.put_nowait(None)
+                    break
+                piece += more
+            if piece:
+                yield piece
+    finally:
+        gone.set()
+        await task
+
+
+@serve.deployment
+class Replica:
+    """One engine and its server's application, without a socket."""
+
+    async def __init__(self, config: EngineConfig, served_model_names: list[str], api_keys: list[str] | None) -> None:
+        from ..core.engine import LLMEngine
+
+        self.engine = AsyncEngine(LLMEngine(config))
+        settle_heap()
+        self.app = create_app(self.engine, served_model_names, api_keys)
+        self._lifespan = self.app.router.lifespan_context(self.app)
+        await self._lifespan.__aenter__()
+
+    async def check_health(self) -> None:
+        """Serve replaces a replica for which this fails.
+
+        Raises:
+            RuntimeError: the engine has failed.
+        """
+        if not self.engine.is_running:
+            raise RuntimeError("the engine has failed")
+
+    async def forward(self, call: HttpCall, keys: list[bytes]) -> AsyncIterator[Head | bytes]:
+        """See `answer`; `keys` are for the router."""
+        async for piece in answer(self.app, call):
+            yield piece
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_lifespan"):
+            await self._lifespan.__aexit__(None, None, None)
+            self.engine.engine.close()
+
+
+@serve.deployment
+class Ingress:
+    """Where all requests come in."""
+
+    def __init__(self, replicas: DeploymentHandle) -> None:
+        self._replicas = replicas.options(method_name="forward", stream=True)
+
+    async def __call__(self, request: Request) -> Response:
+        """Hand a request to a replica, and its answer to the client. When the client leaves, Serve cancels both calls."""
+        body = await request.body()
+        path = request.scope["path"].removeprefix(request.scope.get("root_path", "").rstrip("/"))
+        call = HttpCall(request.method, path, request.scope["query_string"], request.headers.raw, body)
+        try:
+            keys = request_keys(json.loads(body)) if body else []
+        except (ValueError, RecursionError):
+            keys = []  # the replica says what is wrong
+        for _ in range(ATTEMPTS):
+            stream = self._replicas.remote(call, keys=keys)
+            try:
+                status, headers = await anext(stream)
+            except RayActorError:
+                continue
+            is_events = any(value.startswith(b"text/event-stream") for name, value in headers if name == b"content-type")
+            response = StreamingResponse(_rest(stream, is_events), status)
+            response.raw_headers = headers
+            return response
+        return error_response(REPLICA_GONE, 503)
+
+
+async def _rest(stream: DeploymentResponseGenerator, is_events: bool) -> AsyncIterator[bytes]:
+    try:
+        async for piece in stream:
+            yield piece
+    except RayActorError:
+        if not is_events:
+            raise
+        error = error_response(REPLICA_GONE, 503).body
+        yield b"data: " + bytes(error) + b"\n\ndata: [DONE]\n\n"
+
+
+# ----------------------------------------------------------------------------------------------------- application
+
+
+def app(args: dict[str, Any]) -> serve.Application:
+    """The application, for ``serve run solutions.serving.ray_app:app name=value …`` or a Serve config file.
+
+    Raises:
+        ValueError: a setting is wrong.
+    """
+    settings, config = parse_settings(args)
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    cores = settings.cores_per_replica or max(1, available_cores() // settings.most_replicas)
+    options: dict[str, Any] = {
+        "ray_actor_options": {
+            "num_cpus": cores,
+            "num_gpus": config.tensor_parallel_size if on_gpu else 0,
+            "runtime_env": {"env_vars": actor_environment(cores)},
+        },
+        "max_ongoing_requests": config.max_num_seqs + (config.max_num_waiting or MAX_NUM_WAITING),
+        "health_check_period_s": 1.0,
+        "request_router_config": RequestRouterConfig(
+            request_router_class=PolicyRouter,
+            request_router_kwargs={"router": settings.router, "max_imbalance": settings.max_imbalance},
+        ),
+    }
+    if settings.min_replicas or settings.max_replicas:
+        options["autoscaling_config"] = {
+            "min_replicas": settings.min_replicas or 1,
+            "max_replicas": settings.most_replicas,
+            "target_ongoing_requests": settings.target_ongoing_requests,
+        }
+    else:
+        options["num_replicas"] = settings.most_replicas
+    names = settings.served_model_name or [config.model]
+    replica = Replica.options(**options).bind(config, names, settings.api_key)
+    most = options["max_ongoing_requests"] * settings.most_replicas
+    return Ingress.options(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=most).bind(replica)
