@@ -323,9 +323,13 @@ def test_no_rank_outlives_the_engine(tmp_path: Path, how: signal.Signals) -> Non
 # Start and stop
 
 
-def test_many_starts_and_stops_leave_nothing(tmp_path: Path) -> None:
-    """No process, descriptor, mapped or named memory, port, and no restriction to some of the cores."""
+def test_many_starts_and_stops_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process, descriptor, mapped or named memory, port, file, and no restriction to some of the cores."""
     make_tiny_llama(tmp_path, num_hidden_layers=1)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.setenv("TMPDIR", str(scratch))
     me = psutil.Process()
 
     def holdings() -> tuple[object, ...]:
@@ -334,15 +338,7 @@ def test_many_starts_and_stops_leave_nothing(tmp_path: Path) -> None:
         descriptors = me.num_fds() if hasattr(me, "num_fds") else 0
         listening = sorted(c.laddr.port for c in me.net_connections() if c.status == psutil.CONN_LISTEN)
         cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-        return (
-            children(),
-            shared,
-            mapped,
-            descriptors,
-            listening,
-            cores,
-            sorted(p.name for p in Path(tempfile.gettempdir()).iterdir()),
-        )
+        return children(), shared, mapped, descriptors, listening, cores, sorted(scratch.iterdir())
 
     def cycle() -> None:
         llm = LLM(str(tmp_path), tensor_parallel_size=2, **SETTINGS)

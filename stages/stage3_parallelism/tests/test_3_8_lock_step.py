@@ -388,7 +388,7 @@ def test_a_killed_rank_is_named(processes: None, model: tuple[Path, Any]) -> Non
     try:
         engine.add_request("a", {"prompt_token_ids": [1, 2]}, greedy(20))
         engine.step()
-        engine.executor._others[0].kill()
+        engine.executor._others[0]._process.kill()
         with pytest.raises(WorkerDiedError, match="rank 1 has ended, killed by SIGKILL"):
             engine.step()
     finally:
