@@ -326,7 +326,7 @@ def test_the_model_does_not_answer_through_an_unfinished_stage(room: Classroom) 
     assert "Traceback" not in ended.output
 
 
-@pytest.mark.parametrize("stages", ["1", "2", "1,2"])
+@pytest.mark.parametrize("stages", ["1", "2", "3", "1,2,3"])
 def test_the_model_answers_through_the_learners_stages(room: Classroom, stages: str) -> None:
     numbers = [int(number) for number in stages.split(",")]
     for number in numbers:
@@ -340,6 +340,16 @@ def test_the_model_answers_through_the_learners_stages(room: Classroom, stages: 
             folder = f"stages/{stage.folder}" if stage.number in numbers else "solutions"
             assert re.search(rf"{folder}/{re.escape(file)} +│ {row} ", ended.output)
     assert re.search(r"Contiguous caching would reserve .* [\d.]+ times that", ended.output)
+
+
+def test_other_ranks_run_the_learners_files_too(room: Classroom) -> None:
+    room.solve(3)
+    room.edit(room.path(3, "core/worker.py"), "        hidden = self._forward(step)\n", "        hidden = self._forward(step / 0)\n")
+    ended = course(room, "run-mine", STAGES="3")
+    assert ended.code == 1
+    assert "stages/stage3_parallelism/core/worker.py" in ended.output
+    assert "in follow" in ended.output
+    assert "the worker of rank 1 has ended, with exit code 1" in ended.output
 
 
 def test_an_error_in_the_learners_code_stops_the_model_with_a_pointer(room: Classroom) -> None:

@@ -160,6 +160,15 @@ def test_a_rule_can_fail(rule: gate.Rule, change: Callable[[Toy], None], says: s
     assert all("\n" not in complaint for complaint in found)
 
 
+def test_a_stage_may_be_given_a_later_one(toy: Toy, warm: Warm) -> None:
+    """What a later stage writes anew is the reference's until then; `course.toml` says so, or else it is a complaint."""
+    needs("halves", "half(4) == 2")(toy)
+    assert complaints(toy, warm, gate.stages_pass_together) != []
+    toy.edit(COURSE, 'folder = "stage1_sums"', 'folder = "stage1_sums"\ngiven = [2]')
+    shutil.rmtree(toy.root.parent / "room")
+    assert complaints(toy, warm, gate.stages_pass_together) == []
+
+
 def test_every_rule_is_shown_to_fail() -> None:
     assert {case[0] for case in BREAKS} == set(gate.RULES)
 

@@ -25,7 +25,6 @@ from stages.course.checks import check_equal
 from stages.course.lock_step import Log, bare_executor, bare_worker, thread_executor
 from stages.course.simulation import make_sequence
 from stages.parallelism.distributed import join
-from stages.tests.tiny_models import make_tiny_llama
 
 INT32 = ("block_tables", "query_start_loc", "context_lens")
 
@@ -281,6 +280,9 @@ Answers = list[tuple[list[list[int]], list[float]]]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A random LLaMA with 4 query heads over 2 KV heads: its folder, and the model in transformers."""
+    StepBoard().write(step_of(1))  # an unfinished task is found before transformers is loaded, which takes seconds
+    from stages.tests.tiny_models import make_tiny_llama
+
     folder = tmp_path_factory.mktemp("tiny-llama")
     return folder, make_tiny_llama(folder)
 
@@ -372,7 +374,6 @@ def test_two_processes_say_what_one_says(processes: None, model: tuple[Path, Any
 
     Why: this is the stage. Only rank 0 samples, so the ranks cannot disagree, and the answer cannot tell how many there were.
     """
-    StepBoard().write(step_of(1))
     requests = [([5] * 9 + [i] * (1 + 4 * i), make()) for i, make in enumerate(CROWD[:4])]
     check_same(answers(model[0], 2, requests), answers(model[0], 1, requests), "two processes")
 
@@ -382,7 +383,6 @@ def test_a_killed_rank_is_named(processes: None, model: tuple[Path, Any]) -> Non
 
     Why: an operator reads "rank 1 … killed by SIGKILL" and looks for who ran out of memory.
     """
-    StepBoard().write(step_of(1))
     llm = LLM(str(model[0]), tensor_parallel_size=2, **SETTINGS)
     engine = llm.llm_engine
     try:
