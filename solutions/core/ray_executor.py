@@ -60,7 +60,11 @@ def connect() -> bool:
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told that it is used
-    ray.init(include_dashboard=False, logging_level="warning", log_to_driver=True)
+    try:
+        ray.init(include_dashboard=False, logging_level="warning", log_to_driver=True)
+    except ConnectionError as error:
+        hint = "if it asks for a token, this process needs RAY_AUTH_MODE=token and ~/.ray/auth_token, too"
+        raise ConnectionError(f"{error}; {hint}") from error
     return True
 
 
