@@ -198,7 +198,7 @@ def _reason(error: Exception) -> str:
     """What Ray says of a failure, on one line: of a traceback the end, of a death the sentence that tells how."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if "is dead because" in line or "unavailable" in line]
-    return (told or lines[-1:] or [type(error).__name__])[0][:300]
+    return (told or lines[-1:] or [type(error).__name__])[0].partition(" Some common causes")[0]
 
 
 # ------------------------------------------------------------------------------------------------------- executor
