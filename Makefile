@@ -61,8 +61,8 @@ setup: $(STAMP) ## Create .venv, install, fetch the default model; does nothing 
 serve: $(STAMP) ## Serve the OpenAI-compatible API (MODEL, PORT, ARGS; HOST=0.0.0.0 to let other machines in)
 	@$(RUN) -m solutions.serving.api_server --model $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
-serve-replicas: $(STAMP) ## Several engines behind one API on port 8000 (MODEL, ARGS="replicas=2 dtype=bfloat16")
-	@RAY_USAGE_STATS_ENABLED=0 $(if $(STAMP),$(VENV)/bin/)serve run solutions.serving.ray_app:app model=$(MODEL) $(or $(ARGS),replicas=2)
+serve-replicas: $(STAMP) ## Serve by several engines behind one API (MODEL, PORT, HOST, ARGS="replicas=2 router=prefix")
+	@$(RUN) -m solutions.serving.ray_app --host $(HOST) --port $(PORT) model=$(MODEL) $(or $(ARGS),replicas=2)
 
 chat: $(STAMP) ## Chat with the model in the terminal (MODEL, ARGS)
 	@$(RUN) -m solutions.core.engine --model $(MODEL) $(ARGS)

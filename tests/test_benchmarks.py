@@ -29,7 +29,9 @@ from solutions.benchmarks.memory import (
     simulate_paged,
 )
 from solutions.benchmarks.overhead import PHASES, TEXT, measure
+from solutions.benchmarks.replicas import Groups, summarise
 from solutions.benchmarks.report import git_commit, hardware, spread, without_outputs
+from solutions.benchmarks.server import Stream
 from solutions.benchmarks.step_profile import OPERATORS, costs, profile_step
 from solutions.benchmarks.throughput import (
     Measurement,
@@ -489,3 +491,36 @@ def test_a_profile_needs_the_whole_batch_in_a_step(tmp_path: Path, batch: int) -
     with pytest.raises(ValueError, match=f"{batch} sequences of .* 8 sequences and 80 tokens"):
         profile_step(engine, Ceilings(1e9, {"float32": 1e9}), "float32", batch, 40 if batch == 3 else 8, 4)
     assert not engine.has_unfinished_requests()
+
+
+# Replicas
+
+
+def test_groups_begin_alike_and_are_mixed() -> None:
+    groups = Groups(groups=3, requests=4, prefix_len=20, input_len=5, output_len=2)
+    requests = groups.make(seed=0)
+    assert requests == groups.make(seed=0) != groups.make(seed=1)
+    assert {(len(request.prompt_token_ids), request.output_len) for request in requests} == {(25, 2)}
+    beginnings = [tuple(request.prompt_token_ids[:20]) for request in requests]
+    assert sorted(beginnings.count(beginning) for beginning in set(beginnings)) == [4, 4, 4]
+    assert len({request.prompt_token_ids[20] for request in requests}) > 9
+    assert len(set(beginnings[:4])) > 1
+
+
+def test_an_engine_holds_its_share_of_the_beginnings_only() -> None:
+    groups = Groups(groups=8, prefix_len=512, input_len=64, output_len=32, concurrency=8)
+    assert groups.blocks_for(2, 16) == 4 * 32 + 8 * 7 < 8 * 32
+    few = Groups(groups=2, prefix_len=512, input_len=64, output_len=32, concurrency=8)
+    assert few.blocks_for(2, 16) == 4 * (32 + 7)  # what runs needs more
+
+
+def test_what_is_reported_of_replicas() -> None:
+    requests = [BenchRequest([1] * 50, 4) for _ in range(4)]
+    streams = [Stream(1.0, 1.0 + wait, 9.0, 4, cached) for wait, cached in ((0.4, 0), (0.1, 32), (0.2, 48), (0.3, 40))]
+    found = summarise(requests, streams, 8.0)
+    assert found.hit_rate == 120 / 200
+    assert (found.ttft_p50, found.ttft_p99) == pytest.approx((250, 400))
+    assert found.output_tokens_per_second == 2.0
+    streams[0].num_tokens = 3
+    with pytest.raises(RuntimeError, match="asked for 4 tokens and got 3"):
+        summarise(requests, streams, 8.0)

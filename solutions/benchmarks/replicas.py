@@ -130,8 +130,8 @@ def serving(settings: dict[str, Any], replicas: int, port: int, cores: int) -> I
 
     each = max(1, cores // replicas)
     ray.init(
-        num_cpus=len(ROUTERS) * replicas * each, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False,
-        logging_level="error",
+        "local", num_cpus=len(ROUTERS) * replicas * each, include_dashboard=False, object_store_memory=80 << 20,
+        log_to_driver=False, logging_level="error",
     )  # fmt: skip
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})

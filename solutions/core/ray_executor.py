@@ -60,7 +60,11 @@ def connect() -> bool:
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told that it is used
-    ray.init(include_dashboard=False, logging_level="warning", log_to_driver=True)
+    try:
+        ray.init(include_dashboard=False, logging_level="warning", log_to_driver=True)
+    except ConnectionError as error:
+        hint = "if it asks for a token, this process needs RAY_AUTH_MODE=token and ~/.ray/auth_token, too"
+        raise ConnectionError(f"{error}; {hint}") from error
     return True
 
 
@@ -194,7 +198,7 @@ def _reason(error: Exception) -> str:
     """What Ray says of a failure, on one line: of a traceback the end, of a death the sentence that tells how."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if "is dead because" in line or "unavailable" in line]
-    return (told or lines[-1:] or [type(error).__name__])[0][:300]
+    return (told or lines[-1:] or [type(error).__name__])[0].partition(" Some common causes")[0]
 
 
 # ------------------------------------------------------------------------------------------------------- executor

@@ -1,5 +1,6 @@
 """Several engines behind one OpenAI endpoint, as a Ray Serve application.
 
+    python -m solutions.serving.ray_app --port 8000 model=smollm2-135m replicas=2
     serve run solutions.serving.ray_app:app model=smollm2-135m replicas=2
 
 An ingress reads each request, computes the keys of its prompt, and hands it to a replica, which is a whole server of
@@ -10,13 +11,18 @@ requests that it had not begun to answer go to another one. There is one ingress
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 import torch
 from fastapi import FastAPI
 from fastapi.responses import Response, StreamingResponse
@@ -29,8 +35,8 @@ from starlette.requests import Request
 
 from ..core.config import EngineConfig
 from ..core.machine import available_cores, settle_heap
-from ..core.ray_executor import actor_environment
-from .api_server import MAX_NUM_WAITING, create_app, error_response
+from ..core.ray_executor import actor_environment, connect
+from .api_server import MAX_NUM_WAITING, bind, create_app, error_response
 from .async_engine import AsyncEngine
 from .prefix_router import Policy, PrefixAffinity, RoundRobin, request_keys
 from .replica_settings import parse_settings
@@ -238,15 +244,19 @@ async def _rest(stream: DeploymentResponseGenerator, is_events: bool) -> AsyncIt
 def app(args: dict[str, Any]) -> serve.Application:
     """The application, for ``serve run solutions.serving.ray_app:app name=value …`` or a Serve config file.
 
+    Args:
+        args: see `parse_settings`.
+
     Raises:
         ValueError: a setting is wrong.
     """
     settings, config = parse_settings(args)
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    cores = settings.cores_per_replica or max(1, available_cores() // settings.most_replicas)
+    share = available_cores() / settings.most_replicas
+    cores = settings.cores_per_replica or max(1, int(share))
     options: dict[str, Any] = {
         "ray_actor_options": {
-            "num_cpus": cores,
+            "num_cpus": settings.cores_per_replica or min(cores, share),
             "num_gpus": config.tensor_parallel_size if on_gpu else 0,
             "runtime_env": {"env_vars": actor_environment(cores)},
         },
@@ -269,3 +279,42 @@ def app(args: dict[str, Any]) -> serve.Application:
     replica = Replica.options(**options).bind(config, names, settings.api_key)
     most = options["max_ongoing_requests"] * settings.most_replicas
     return Ingress.options(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=most).bind(replica)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="ray_app", description="Serve a model by several engines behind one OpenAI API.")
+    parser.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all)")
+    parser.add_argument("--port", type=int, default=8000, help="port; 0 picks a free one (default: 8000)")
+    parser.add_argument(
+        "settings", nargs="*", metavar="NAME=VALUE",
+        help="the engine's flags with underscores, and replicas, min_replicas, max_replicas, target_ongoing_requests, router "
+        "(prefix or round_robin), max_imbalance, cores_per_replica, served_model_name, api_key",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    try:
+        if wrong := [setting for setting in args.settings if "=" not in setting]:
+            raise ValueError(f"{wrong[0]!r} is no setting; write NAME=VALUE")
+        application = app(dict(setting.split("=", 1) for setting in args.settings))
+        with bind(args.host, args.port) as free:
+            port = free.getsockname()[1]
+        connect()
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        serve.start(http_options={"host": args.host, "port": port})
+        serve.run(application)
+        print(f"Serving at http://{'localhost' if args.host == '0.0.0.0' else args.host}:{port}/v1", flush=True)
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        serve.delete("default")
+        ray.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    from .ray_app import main as importable_main  # Ray hands classes to other processes by the module's name
+
+    sys.exit(importable_main())

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
+import re
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +27,7 @@ from solutions.tests.fake_engine import FakeEngine
 pytest.importorskip("ray", reason='needs the extra [ray]: pip install -e ".[ray]"')
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
-from solutions.serving.ray_app import HttpCall, answer, app
+from solutions.serving.ray_app import HttpCall, answer, app, main
 
 ROOT = Path(__file__).parents[2]
 MODEL = "smollm2-135m"
@@ -66,6 +69,21 @@ def test_settings_are_flags_by_name() -> None:
 def test_a_wrong_setting_is_named(args: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_settings(args)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["replicas"], "'replicas' is no setting; write NAME=VALUE"),
+        (["nonsense=1"], "there is no setting 'nonsense'"),
+        (["--port", "70000"], "--port must be 0 to 65535"),
+    ],
+)
+def test_the_command_says_what_is_wrong_in_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_replicas_are_fixed_or_follow_the_load() -> None:
@@ -144,18 +162,18 @@ def test_whoever_leaves_aborts(stream: str) -> None:
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """Address of two engines that run one request at a time."""
-    import ray
-    from ray import serve
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False, logging_level="error")
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    settings = {"model": MODEL, "replicas": "2", "max_model_len": "512", "max_num_seqs": "1", "cores_per_replica": "1"}
-    serve.run(app({**settings, "kv_cache_memory_bytes": "128MiB"}))
-    yield f"http://127.0.0.1:{port}/v1"
-    ray.shutdown()
+    settings = ["replicas=2", "max_model_len=512", "max_num_seqs=1", "cores_per_replica=1", "kv_cache_memory_bytes=128MiB"]
+    command = [sys.executable, "-m", "solutions.serving.ray_app", "--host", "127.0.0.1", "--port", "0", f"model={MODEL}"]
+    environment = {**os.environ, "RAY_ADDRESS": "local"}  # a cluster of its own, whatever else runs here
+    server = subprocess.Popen([*command, *settings], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE)
+    lines: list[str] = []
+    while not (found := re.search(r"Serving at (http://\S+/v1)", lines[-1] if lines else "")):
+        lines.append(server.stdout.readline())
+        assert lines[-1], "the server did not start:\n" + "".join(lines)
+    yield found[1]
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(20) == 0
+    assert replicas() == []
 
 
 @pytest.fixture(scope="module")
