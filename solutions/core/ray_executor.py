@@ -295,7 +295,7 @@ def _actor(placement: Placement, group: Any, rank: int) -> Any:
 
 
 def _gpu_of_rank_0(actor: Any) -> int:
-    """The GPU of rank 0's bundle, as this process counts them. The actor that was asked has it reserved as long as it lives."""
+    """The GPU of rank 0's bundle, as this process counts them; an actor in the bundle is told which it is."""
     (name,) = import_ray().get(actor.gpus.remote())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",").index(name) if visible else int(name)
