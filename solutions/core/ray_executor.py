@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -139,18 +140,25 @@ class RankActor:
 
     def start(self, setup: Setup, own_interface: bool) -> None:
         """Join the others and load this rank's part."""
-        if own_interface:
-            use_interface_of(import_ray().util.get_node_ip_address())
-        self._follower = Follower(setup)
+        with self._last_words():
+            if own_interface:
+                use_interface_of(import_ray().util.get_node_ip_address())
+            self._follower = Follower(setup)
 
     def obey(self, step: StepArrays | None = None, **message: Any) -> None:
-        """See `Follower.obey`. After a failure the connections are closed, so that nobody waits for this rank."""
+        """See `Follower.obey`."""
+        with self._last_words():
+            if step is not None:  # Ray hands out arrays that nobody may write, and a tensor knows no such thing
+                step = StepArrays(*(getattr(step, field.name).copy() for field in fields(step)))
+            self._follower.obey(step=step, **message)
+
+    @contextmanager
+    def _last_words(self) -> Iterator[None]:
+        """After a failure close the connections, so that nobody waits for this rank, and say the same ever after."""
         if self._failure is not None:
             raise self._failure
-        if step is not None:  # Ray hands out arrays that nobody may write, and a tensor knows no such thing
-            step = StepArrays(*(getattr(step, field.name).copy() for field in fields(step)))
         try:
-            self._follower.obey(step=step, **message)
+            yield
         except BaseException as error:
             self._failure = error
             leave()
@@ -295,7 +303,7 @@ def _actor(placement: Placement, group: Any, rank: int) -> Any:
 
 
 def _gpu_of_rank_0(actor: Any) -> int:
-    """The GPU of rank 0's bundle, as this process counts them. The actor that was asked has it reserved as long as it lives."""
+    """The GPU of rank 0's bundle, as this process counts them; an actor in the bundle is told which it is."""
     (name,) = import_ray().get(actor.gpus.remote())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",").index(name) if visible else int(name)

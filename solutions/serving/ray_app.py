@@ -36,6 +36,7 @@ from starlette.requests import Request
 from ..core.config import EngineConfig
 from ..core.machine import available_cores, settle_heap
 from ..core.ray_executor import actor_environment, connect
+from ..models.loader import resolve_model
 from .api_server import MAX_NUM_WAITING, bind, create_app, error_response
 from .async_engine import AsyncEngine
 from .prefix_router import Policy, PrefixAffinity, RoundRobin, request_keys
@@ -248,9 +249,10 @@ def app(args: dict[str, Any]) -> serve.Application:
         args: see `parse_settings`.
 
     Raises:
-        ValueError: a setting is wrong.
+        ValueError: a setting is wrong, or the model cannot be had.
     """
     settings, config = parse_settings(args)
+    resolve_model(config.model, config.load_format)  # now, rather than in a replica's log
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     share = available_cores() / settings.most_replicas
     cores = settings.cores_per_replica or max(1, int(share))
@@ -262,6 +264,7 @@ def app(args: dict[str, Any]) -> serve.Application:
         },
         "max_ongoing_requests": config.max_num_seqs + (config.max_num_waiting or MAX_NUM_WAITING),
         "health_check_period_s": 1.0,
+        "max_constructor_retry_count": 1,  # an engine that does not start will not start the next time
         "request_router_config": RequestRouterConfig(
             request_router_class=PolicyRouter,
             request_router_kwargs={"router": settings.router, "max_imbalance": settings.max_imbalance},
@@ -310,8 +313,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         threading.Event().wait()
     except KeyboardInterrupt:
         serve.delete("default")
+        return 0
+    except RuntimeError as error:
+        print(f"error: the replicas did not start; their log is above ({str(error).splitlines()[0]})", file=sys.stderr)
+        return 1
+    finally:
         ray.shutdown()
-    return 0
 
 
 if __name__ == "__main__":

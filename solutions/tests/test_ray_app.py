@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -27,7 +28,7 @@ from solutions.tests.fake_engine import FakeEngine
 pytest.importorskip("ray", reason='needs the extra [ray]: pip install -e ".[ray]"')
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
-from solutions.serving.ray_app import HttpCall, answer, app, main
+from solutions.serving.ray_app import HttpCall, Replica, answer, app, main
 
 ROOT = Path(__file__).parents[2]
 MODEL = "smollm2-135m"
@@ -77,6 +78,7 @@ def test_a_wrong_setting_is_named(args: dict[str, Any], message: str) -> None:
         (["replicas"], "'replicas' is no setting; write NAME=VALUE"),
         (["nonsense=1"], "there is no setting 'nonsense'"),
         (["--port", "70000"], "--port must be 0 to 65535"),
+        (["model=/nowhere"], "/nowhere"),
     ],
 )
 def test_the_command_says_what_is_wrong_in_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,6 +99,13 @@ def test_replicas_are_fixed_or_follow_the_load() -> None:
     scaling = replicas_of({"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 7})._deployment_config
     found = scaling.autoscaling_config
     assert (found.min_replicas, found.max_replicas, found.target_ongoing_requests) == (1, 4, 7)
+
+
+def test_a_failed_engine_makes_its_replica_unhealthy() -> None:
+    check = Replica.func_or_class.check_health
+    asyncio.run(check(SimpleNamespace(engine=SimpleNamespace(is_running=True))))
+    with pytest.raises(RuntimeError, match="the engine has failed"):
+        asyncio.run(check(SimpleNamespace(engine=SimpleNamespace(is_running=False))))
 
 
 # ------------------------------------------------------------------------------------- the bridge to an application

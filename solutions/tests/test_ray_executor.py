@@ -18,7 +18,7 @@ import pytest
 from solutions.batching.sequence import SamplingParams
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLM
-from solutions.core.ray_executor import Placement, plan_placement, use_interface_of
+from solutions.core.ray_executor import Placement, RankActor, plan_placement, use_interface_of
 from solutions.core.worker_process import WorkerDiedError
 from solutions.tests.tiny_models import make_tiny_llama
 
@@ -83,6 +83,18 @@ def test_a_missing_ray_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         LLM(str(tmp_path), tensor_parallel_size=2, distributed_executor_backend="ray", **SETTINGS)
 
 
+def test_a_rank_that_cannot_start_says_so_whatever_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(setup: object) -> None:
+        raise OSError("no weights here")
+
+    monkeypatch.setattr("solutions.core.ray_executor.Follower", fail)
+    actor = RankActor()
+    with pytest.raises(OSError, match="no weights here"):
+        actor.start(None, own_interface=False)
+    with pytest.raises(OSError, match="no weights here"):
+        actor.obey(cache=[1, 2, 3])
+
+
 def test_one_process_has_one_rank() -> None:
     with pytest.raises(ValueError, match="backend uni has one rank, and --tensor-parallel-size is 2; use mp, or ray"):
         EngineConfig(tensor_parallel_size=2, distributed_executor_backend="uni")
@@ -93,14 +105,16 @@ def test_one_process_has_one_rank() -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[object]:
-    """Two nodes of one core each; this process is a driver on the first."""
+    """Two nodes; this process is a driver on the first, which has one core. The second claims two, so Ray, if not told where
+    rank 0 is, would pack both ranks there."""
     pytest.importorskip("ray", reason='needs the extra [ray]: pip install -e ".[ray]"')
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1"
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 1, "object_store_memory": 80 << 20}
-    nodes = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    nodes.add_node(**node)
+    memory = {"object_store_memory": 80 << 20}
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **memory})
+    nodes.add_node(num_cpus=2, **memory)
     os.environ["RAY_ADDRESS"] = nodes.address
     yield nodes
     import ray
