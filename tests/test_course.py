@@ -344,7 +344,9 @@ def test_the_model_answers_through_the_learners_stages(room: Classroom, stages: 
 
 def test_other_ranks_run_the_learners_files_too(room: Classroom) -> None:
     room.solve(3)
-    room.edit(room.path(3, "core/worker.py"), "        hidden = self._forward(step)\n", "        hidden = self._forward(step / 0)\n")
+    room.edit(
+        room.path(3, "core/worker.py"), "        hidden = self._forward(step)\n", "        hidden = self._forward(step / 0)\n"
+    )
     ended = course(room, "run-mine", STAGES="3")
     assert ended.code == 1
     assert "stages/stage3_parallelism/core/worker.py" in ended.output
