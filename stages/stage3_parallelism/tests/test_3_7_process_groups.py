@@ -48,6 +48,7 @@ def given(monkeypatch: pytest.MonkeyPatch, cores: set[int], quota: int | None = 
         ({0, 1, 2, 3}, 1, [[0, 1, 2, 3]]),
         ({2, 5, 7, 11}, 4, [[2], [5], [7], [11]]),
         ({0, 1, 2, 3, 4}, 2, [[0, 1], [2, 3]]),
+        ({0, 1, 2, 3, 4, 5}, 2, [[0, 1, 2], [3, 4, 5]]),
         ({0, 1, 2}, 2, [[0], [1]]),
     ],
 )
@@ -128,14 +129,14 @@ def test_a_result_may_be_nothing() -> None:
 
 
 def test_a_late_result_is_waited_for() -> None:
-    """Rank 1 gives its result after a second; its process runs all the time.
+    """Rank 1 has ended well, with exit code 0, and its result is still on its way for half a second.
 
-    Why: an empty queue does not mean that nothing comes.
+    Why: an empty queue does not mean that nothing comes, and an exit code of 0 is no death.
     """
     results: queue.Queue = queue.Queue()
     results.put((0, pickle.dumps("early"), None))
     threading.Timer(0.5, lambda: results.put((1, pickle.dumps("late"), None))).start()
-    processes = [SimpleNamespace(exitcode=None)] * 2
+    processes = [SimpleNamespace(exitcode=None), SimpleNamespace(exitcode=0)]
     check_equal(_collect(processes, results, time.monotonic() + 5), ["early", "late"], "results")
 
 
