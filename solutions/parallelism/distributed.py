@@ -53,6 +53,7 @@ def join(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
+        store.wait([f"rank {each}" for each in range(size)], limit)  # PyTorch numbers its groups, failed ones too
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=limit
         )

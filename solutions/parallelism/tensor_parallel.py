@@ -64,6 +64,12 @@ class Shard:
         return Shard(self.full * size, self.start * size, self.stop * size)
 
 
+def possible_sizes(model: ModelConfig) -> list[int]:
+    """The numbers of ranks that a model's heads can be dealt out to: see `TensorParallel.heads`."""
+    heads, kv_heads = model.num_heads, model.num_kv_heads
+    return [n for n in range(1, heads + 1) if n <= kv_heads or (n % kv_heads == 0 and heads % n == 0)]
+
+
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
     """The ranks that share a model, and which part of it is this rank's.
@@ -96,11 +102,9 @@ class TensorParallel:
             kv = self.share(model.num_kv_heads)
             return kv.times(group), kv
         if self.size % model.num_kv_heads or model.num_heads % self.size:
-            possible = [n for n in range(1, model.num_heads + 1) if n <= model.num_kv_heads
-                        or (n % model.num_kv_heads == 0 and model.num_heads % n == 0)]  # fmt: skip
             raise ValueError(
                 f"{model.num_heads} heads over {model.num_kv_heads} KV heads cannot be cut for {self.size} ranks; "
-                f"--tensor-parallel-size must be one of {', '.join(map(str, possible))}"
+                f"--tensor-parallel-size must be one of {', '.join(map(str, possible_sizes(model)))}"
             )
         kv_head = self.rank * model.num_kv_heads // self.size
         return self.share(model.num_heads), Shard(model.num_kv_heads, kv_head, kv_head + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from stages.parallelism.communication import (
     ring_reduce_scatter,
     split_evenly,
 )
+from stages.parallelism.distributed import join, leave, open_rendezvous
 
 
 def numbers(rank: int, length: int) -> Tensor:
@@ -74,6 +76,17 @@ def both_halves(comm: Communicator, lengths: list[int]) -> list[tuple[Tensor, li
 def say_who(comm: Communicator) -> tuple[int, int, int]:
     """This rank, how many there are, and the sum of 10^rank over all."""
     return comm.rank, comm.size, int(comm.all_reduce(torch.tensor([10.0**comm.rank]))[0])
+
+
+def meet_again(comm: Communicator, wait: float) -> tuple[int, int, int]:
+    """Two ranks part; rank 0 waits `wait` seconds for somebody who never comes; then they meet in a new group and `say_who`."""
+    store = open_rendezvous(timeout=5) if comm.rank == 0 else None
+    port = int(comm.broadcast(torch.tensor([store.port if store else 0])))
+    leave()
+    if comm.rank == 0:
+        with contextlib.suppress(TimeoutError):
+            join(0, 2, open_rendezvous(timeout=wait), timeout=wait)
+    return say_who(join(comm.rank, 2, store or f"127.0.0.1:{port}", timeout=5))
 
 
 def fail_on_rank_1(comm: Communicator, how: str) -> None:

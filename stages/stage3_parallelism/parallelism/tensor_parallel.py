@@ -63,6 +63,12 @@ class Shard:
         return Shard(self.full * size, self.start * size, self.stop * size)
 
 
+def possible_sizes(model: ModelConfig) -> list[int]:
+    """The numbers of ranks that a model's heads can be dealt out to: see `TensorParallel.heads`."""
+    heads, kv_heads = model.num_heads, model.num_kv_heads
+    return [n for n in range(1, heads + 1) if n <= kv_heads or (n % kv_heads == 0 and heads % n == 0)]
+
+
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
     """The ranks that share a model, and which part of it is this rank's.

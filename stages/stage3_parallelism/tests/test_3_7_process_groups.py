@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from stages.course.checks import check_equal
-from stages.course.rank_jobs import fail_on_rank_1, say_who
+from stages.course.rank_jobs import fail_on_rank_1, meet_again, say_who
 from stages.parallelism import distributed
 from stages.parallelism.distributed import _collect, cores_of, has_come, join, leave, open_rendezvous, run_ranks
 
@@ -48,6 +48,7 @@ def given(monkeypatch: pytest.MonkeyPatch, cores: set[int], quota: int | None = 
         ({0, 1, 2, 3}, 1, [[0, 1, 2, 3]]),
         ({2, 5, 7, 11}, 4, [[2], [5], [7], [11]]),
         ({0, 1, 2, 3, 4}, 2, [[0, 1], [2, 3]]),
+        ({0, 1, 2, 3, 4, 5}, 2, [[0, 1, 2], [3, 4, 5]]),
         ({0, 1, 2}, 2, [[0], [1]]),
     ],
 )
@@ -128,14 +129,14 @@ def test_a_result_may_be_nothing() -> None:
 
 
 def test_a_late_result_is_waited_for() -> None:
-    """Rank 1 gives its result after a second; its process runs all the time.
+    """Rank 1 has ended well, with exit code 0, and its result is still on its way for half a second.
 
-    Why: an empty queue does not mean that nothing comes.
+    Why: an empty queue does not mean that nothing comes, and an exit code of 0 is no death.
     """
     results: queue.Queue = queue.Queue()
     results.put((0, pickle.dumps("early"), None))
     threading.Timer(0.5, lambda: results.put((1, pickle.dumps("late"), None))).start()
-    processes = [SimpleNamespace(exitcode=None)] * 2
+    processes = [SimpleNamespace(exitcode=None), SimpleNamespace(exitcode=0)]
     check_equal(_collect(processes, results, time.monotonic() + 5), ["early", "late"], "results")
 
 
@@ -206,7 +207,7 @@ def test_who_waits_in_vain_says_so_with_its_rank() -> None:
     Why: a group that is not complete looks like a program that does nothing. Somebody has to say who waits for how many.
     """
     with pytest.raises(TimeoutError, match=r"rank 0\b.*\b2\b"):
-        join_in_vain(0, 2, open_rendezvous(timeout=WAIT))
+        join_in_vain(0, 2, open_rendezvous(timeout=2 * ENOUGH))
 
 
 def test_who_has_come_can_be_seen() -> None:
@@ -232,6 +233,16 @@ def test_ranks_find_each_other(size: int) -> None:
     join(0, 1, open_rendezvous(timeout=WAIT), timeout=WAIT)
     expected = [(rank, size, sum(10**r for r in range(size))) for rank in range(size)]
     check_equal(run_ranks(say_who, size, timeout=20), expected, "rank, size and sum of each")
+
+
+def test_after_waiting_in_vain_they_can_meet() -> None:
+    """Rank 0 first waits for somebody who never comes, then for rank 1, which does: they meet.
+
+    Why: PyTorch numbers the groups of a process, also those that nobody came to. An engine that failed to start must not keep
+    the next one in this process from starting.
+    """
+    join(0, 1, open_rendezvous(timeout=WAIT), timeout=WAIT)
+    check_equal(run_ranks(meet_again, 2, WAIT, timeout=20), [(0, 2, 11), (1, 2, 11)], "rank, size and sum of each")
 
 
 @pytest.mark.parametrize(("how", "says"), [("raise", "rank 1 failed|planted|all_reduce failed"), ("die", "code 7|failed")])
