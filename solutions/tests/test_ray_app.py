@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -192,9 +193,13 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 
 
 def replicas() -> list[psutil.Process]:
-    """Their processes; Ray names them."""
-    name = "ray::ServeReplica:default:Replica"
-    return [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith(name)]
+    """Their processes, which the server has started; Ray calls a process by its actor."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "ray::ServeReplica:default:Replica" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_completions_chat_and_streams(client: openai.OpenAI) -> None:

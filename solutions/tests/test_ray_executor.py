@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -132,8 +133,13 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def actors() -> list[psutil.Process]:
-    """The processes of ranks on both nodes; Ray calls a process by its actor and what that does."""
-    return [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith("ray::RankActor")]
+    """The processes of ranks on both nodes, which this process has started; Ray calls a process by its actor."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "ray::RankActor" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
