@@ -14,12 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from solutions.attention.paged_attention import make_backend
+from solutions.batching.continuous_batch import FlatBatch
 from solutions.batching.sequence import SamplingParams
 from solutions.benchmarks.gpu import measure_attention, measure_card, measure_decode, measure_prefill
 from solutions.benchmarks.roofline import CARDS, Card, decode_cost, num_product_weights, prefill_cost
 from solutions.core import cuda_graphs
 from solutions.core.config import EngineConfig
-from solutions.core.cuda_graphs import CudaGraphRecorder, Step, graph_sizes
+from solutions.core.cuda_graphs import PADDING_SLOT, CudaGraphRecorder, Step, graph_sizes
 from solutions.core.engine import LLM, LLMEngine
 from solutions.models.loader import load_model, resolve_model
 from solutions.models.model_config import ALIASES
@@ -132,7 +133,15 @@ def test_padded_steps_give_the_same_tokens(tmp_path: Path, backend: str) -> None
     worker.capture_graphs([1, 2, 5], recorder(order))
     assert order == [5, 2, 1]  # the largest first
     run = worker.graphs.run
-    worker.graphs.run = lambda batch, size: (sizes.append((len(batch.sequences), size)), run(batch, size))[1]
+
+    def watched(batch: FlatBatch, size: int) -> torch.Tensor:
+        hidden, count, buffers = run(batch, size), len(batch.sequences), worker.graphs._buffers
+        sizes.append((count, size))
+        assert buffers.slot_mapping[count:size].tolist() == [PADDING_SLOT] * (size - count)  # nothing left of a larger batch
+        assert buffers.context_lens[count:size].tolist() == [0] * (size - count)
+        return hidden
+
+    worker.graphs.run = watched
     llm.llm_engine.block_manager.prefix_cache.clear()
     assert [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)] == expected
     assert set(sizes) == {(4, 5), (3, 5), (2, 2), (1, 1)}
