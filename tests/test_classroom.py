@@ -111,6 +111,15 @@ def test_runs_know_nothing_of_each_other(tmp_path: Path, warm: Warm) -> None:
     assert "A" not in os.environ
 
 
+@pytest.mark.parametrize("end", ["", "while True: pass"])
+def test_temporary_files_go_with_the_job(tmp_path: Path, warm: Warm, end: str) -> None:
+    """However it ended: a job has no time to tidy up."""
+    (tmp_path / "job.py").write_text(f"import tempfile\nprint(tempfile.mkdtemp(), flush=True)\n{end}\n")
+    ended = warm.run(Job(str(tmp_path), "job", limit=2))
+    folder = Path(ended.output.strip())
+    assert (ended.timed_out, folder.name[:3], folder.exists()) == (end != "", "tmp", False)
+
+
 def test_without_forks_jobs_run_alone(room: Classroom, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warm_module, "CAN_FORK", False)
     room.solve(1)

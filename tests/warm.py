@@ -194,10 +194,16 @@ def _limit_memory() -> None:
 
 
 def _fork(job: Job, output: str) -> tuple[int, bool]:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a job ends without tidying up
+        return _fork_in(folder, job, output)
+
+
+def _fork_in(folder: str, job: Job, output: str) -> tuple[int, bool]:
     child = os.fork()
     if child == 0:
         code = 1
         try:
+            os.environ["TMPDIR"] = tempfile.tempdir = folder
             os.setsid()  # a group of its own, which can be killed as a whole
             signal.signal(signal.SIGINT, signal.default_int_handler)
             _redirect(output)

@@ -31,6 +31,7 @@ from .worker_process import Follower, OtherRank, Setup, StepArrays, WorkerDiedEr
 
 PLACEMENT_SECONDS = 60.0
 """How long the cluster may take to find room for the ranks."""
+NO_RAY = "Ray is not installed; it comes with the extra [ray]: pip install -e '.[ray]'"
 PASSED_ON = ("BYOV_CACHE", "STAGES", "TRITON_INTERPRET")
 """Variables of the engine's environment that hold for all ranks."""
 
@@ -44,7 +45,7 @@ def import_ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise ValueError("Ray is not installed; it comes with the extra [ray]: pip install -e '.[ray]'") from None
+        raise ValueError(NO_RAY) from None
     return ray
 
 

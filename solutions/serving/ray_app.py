@@ -22,25 +22,29 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 import torch
 from fastapi import FastAPI
 from fastapi.responses import Response, StreamingResponse
-from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.config import RequestRouterConfig
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
-from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 from starlette.requests import Request
 
 from ..core.config import EngineConfig
 from ..core.machine import available_cores, settle_heap
-from ..core.ray_executor import actor_environment, connect
+from ..core.ray_executor import NO_RAY, actor_environment, connect
 from ..models.loader import resolve_model
 from .api_server import MAX_NUM_WAITING, bind, create_app, error_response
 from .async_engine import AsyncEngine
 from .prefix_router import Policy, PrefixAffinity, RoundRobin, request_keys
 from .replica_settings import parse_settings
+
+try:
+    import ray
+    from ray import serve
+    from ray.exceptions import RayActorError
+    from ray.serve.config import RequestRouterConfig
+    from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+    from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+except ImportError:
+    sys.exit(f"error: {NO_RAY}")  # nothing in this file works without it
 
 logger = logging.getLogger(__name__)
 

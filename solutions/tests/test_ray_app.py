@@ -21,6 +21,7 @@ import openai
 import psutil
 import pytest
 
+from solutions.core.ray_executor import NO_RAY
 from solutions.serving.api_server import MAX_NUM_WAITING, create_app
 from solutions.serving.async_engine import AsyncEngine
 from solutions.serving.replica_settings import parse_settings
@@ -35,6 +36,17 @@ ROOT = Path(__file__).parents[2]
 MODEL = "smollm2-135m"
 GREEDY = {"model": MODEL, "temperature": 0.0}
 FOREVER = 400
+
+
+def test_a_missing_ray_is_named(tmp_path: Path) -> None:
+    """On one line, also where there is Ray without Serve."""
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "__init__.py").touch()
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "solutions.serving.ray_app", f"model={MODEL}"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert (run.returncode, run.stderr) == (1, f"error: {NO_RAY}\n")
+    assert "extra [ray]" in NO_RAY
 
 
 # -------------------------------------------------------------------------------------------------------- settings
