@@ -83,6 +83,12 @@ class EngineConfig:
         False, "call every kernel from Python instead of recording steps (on a GPU: CUDA graphs) and replaying them"
     )
     quantization: str | None = _flag(None, "int8: weights and activations in 8 bits, on a CPU", ("int8",))
+    speculative_config: str | None = _flag(
+        None,
+        'speculative decoding, as JSON: {"method": "ngram", "num_speculative_tokens": 4} drafts from the text itself, '
+        '{"method": "draft_model", "model": ..., "quantization": ...} with a smaller model; more keys: '
+        "disable_by_batch_size, prompt_lookup_min, prompt_lookup_max",
+    )
     seed: int = _flag(0, "seeds the sampling of requests that bring no seed of their own")
 
     def __post_init__(self) -> None:

@@ -16,11 +16,13 @@ from ..batching.scheduler_config import SchedulerConfig
 from ..batching.sequence import RequestOutputKind, SamplingParams, Sequence
 from ..models.loader import load_tokenizer, resolve_model
 from .config import DEFAULT_MODEL, EngineConfig
+from .draft_model import make_proposer
 from .executor import local_model, make_executor
 from .input import EngineRequest, InputProcessor, Prompt
 from .output import OutputProcessor, RequestOutput
 from .progress import GenerationProgress
 from .scheduler import Scheduler
+from .speculative import SpeculativeScheduler
 from .startup import resolve_limits, startup_report
 from .worker import pick_device, pick_dtype
 
@@ -39,6 +41,9 @@ class EngineStats:
     num_prompt_tokens: int
     num_generation_tokens: int
     num_steps: int
+    spec_decode_num_drafts: int = 0
+    spec_decode_num_draft_tokens: int = 0
+    spec_decode_num_accepted_tokens: int = 0
 
 
 class LLMEngine:
@@ -61,9 +66,14 @@ class LLMEngine:
         self.executor = make_executor(config, source, device, dtype)
         clock.lap("load weights")
         self.model_config = model = source.config
-        self.limits = limits = resolve_limits(config, local_model(model, config), dtype, device, self.executor.weight_bytes)
+        speculation = make_proposer(config, model, device, dtype)
+        if speculation is not None:
+            clock.lap("draft model")
+        self.limits = limits = resolve_limits(
+            config, local_model(model, config), dtype, device, self.executor.weight_bytes,
+            draft=speculation[1].model_config if speculation else None,
+        )  # fmt: skip
         self.executor.create_cache(limits.num_blocks, config.block_size, limits.num_host_blocks)
-        clock.lap("KV cache")
         self.tokenizer = load_tokenizer(source)
         clock.lap("tokenizer")
         self.block_manager = BlockManager(
@@ -74,7 +84,12 @@ class LLMEngine:
             config.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len, config.enable_chunked_prefill,
             config.long_prefill_token_threshold, config.scheduling_policy, config.preemption_mode, config.max_num_waiting,
         )  # fmt: skip
-        self.scheduler = Scheduler(scheduler_config, self.block_manager)
+        if speculation is None:
+            self.scheduler = Scheduler(scheduler_config, self.block_manager)
+        else:
+            self.scheduler = SpeculativeScheduler(scheduler_config, self.block_manager, *speculation)
+            self.scheduler.proposer.create_cache(limits, self.block_manager.tables)
+        clock.lap("KV cache")
         self.batch = ContinuousBatch(config.max_num_seqs, limits.max_model_len, config.block_size)
         self.input = InputProcessor(self.tokenizer, model, limits.max_model_len, config.max_num_seqs)
         self.outputs = OutputProcessor(self.tokenizer, self._stop_at_string)
@@ -158,7 +173,10 @@ class LLMEngine:
 
     def stats(self) -> EngineStats:
         """State and counters at this moment."""
-        cache = self.block_manager.prefix_cache
+        cache, scheduler = self.block_manager.prefix_cache, self.scheduler
+        speculative = isinstance(scheduler, SpeculativeScheduler)
+        drafts = (scheduler.num_drafts, scheduler.num_draft_tokens, scheduler.num_accepted_tokens) if speculative else (0, 0, 0)
+        num_extra = drafts[2] - self.outputs.num_cut_tokens
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
@@ -168,8 +186,11 @@ class LLMEngine:
             prefix_cache_hits=cache.num_hits if cache else 0,
             num_preemptions=self.scheduler.num_preemptions,
             num_prompt_tokens=self._counters["prompt"],
-            num_generation_tokens=self._counters["generation"],
+            num_generation_tokens=self._counters["generation"] + num_extra,
             num_steps=self._counters["steps"],
+            spec_decode_num_drafts=drafts[0],
+            spec_decode_num_draft_tokens=drafts[1],
+            spec_decode_num_accepted_tokens=drafts[2],
         )
 
     def check_health(self) -> None:

@@ -171,6 +171,10 @@ class Sampler:
             plan.random.put(result, scaled.softmax(-1))
         return result[:, : self.vocab_size]
 
+    def uniforms(self, count: int) -> list[float]:
+        """Numbers in [0, 1) from the generator that requests without a seed share."""
+        return [self._generator.random() for _ in range(count)]
+
     def _sample(self, x: Tensor, plan: _Plan) -> Tensor:
         """[N] tokens from processed logits [N, W], which are used up."""
         tokens = torch.empty(len(x), dtype=torch.int64, device=x.device)

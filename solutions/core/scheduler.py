@@ -11,10 +11,14 @@ from __future__ import annotations
 import time
 from bisect import insort
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ..attention.block_manager import BlockManager, BlockPairs
 from ..batching.scheduler_config import POLICIES, SchedulerConfig
 from ..batching.sequence import Sequence, SequenceStatus
+
+if TYPE_CHECKING:
+    from .speculative import Draft
 
 
 class QueueFullError(RuntimeError):
@@ -32,6 +36,7 @@ class SchedulerOutput:
         swap_out, swap_in, copies: (source, destination) blocks to copy before the step, in this order.
         changed_tables: ids of sequences whose block table differs from the step before.
         removed: ids of sequences that left the running set since the step before.
+        drafts: tokens on trial, which stand at the end of these sequences (see `speculative.py`).
     """
 
     scheduled: dict[Sequence, int] = field(default_factory=dict)
@@ -42,6 +47,7 @@ class SchedulerOutput:
     copies: BlockPairs = field(default_factory=list)
     changed_tables: set[int] = field(default_factory=set)
     removed: list[int] = field(default_factory=list)
+    drafts: dict[Sequence, Draft] = field(default_factory=dict)
 
     def add(self, seq: Sequence, num_tokens: int) -> None:
         """Let a sequence compute its next `num_tokens` tokens; if none is left after them, it is one of `sampled`."""

@@ -39,9 +39,10 @@ class Limits:
 
 
 def resolve_limits(
-    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, weight_bytes: int
-) -> Limits:
-    """Work out the sizes once the weights are loaded.
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, weight_bytes: int,
+    draft: ModelConfig | None = None,
+) -> Limits:  # fmt: skip
+    """Work out the sizes once the weights are loaded. With a `draft` model each block holds its keys and values too.
 
     Raises:
         ValueError: a setting is out of range, or the KV cache would not hold one sequence of `max_model_len` tokens; the
@@ -56,6 +57,8 @@ def resolve_limits(
     if not config.enable_chunked_prefill and config.max_num_batched_tokens is None:
         budget = max(budget, max_model_len)
     bytes_per_block = block_bytes(model.num_layers, config.block_size, model.num_kv_heads, model.head_dim, dtype)
+    if draft is not None:
+        bytes_per_block += block_bytes(draft.num_layers, config.block_size, draft.num_kv_heads, draft.head_dim, dtype)
     activation_bytes = _activation_bytes(model, budget, config.max_num_seqs, dtype)
     free_bytes = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     num_blocks = config.num_gpu_blocks_override
@@ -132,5 +135,6 @@ def startup_report(
         f"kernels   {kernels}; attention by the {attention} backend",
         f"KV cache  {blocks}: {tokens} tokens, {tokens / limits.max_model_len:.1f} sequences of {limits.max_model_len}",
         f"limits    {step}; prefix cache {prefix_cache}, {config.scheduling_policy}, preemption by {config.preemption_mode}",
+        *([f"drafts    {config.speculative_config}"] if config.speculative_config else []),
         "start     " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),
     ]

@@ -20,6 +20,7 @@ from . import native
 from .config import EngineConfig
 from .cuda_graphs import CudaGraphRecorder, DecodeGraphs, Step, graph_sizes
 from .machine import cpu_has_bf16, pick_threads
+from .rejection_sampler import verify
 from .sampler import Sampler, TokenLogprobs
 from .worker_process import StepArrays
 
@@ -31,13 +32,13 @@ class StepResult:
     """What a step produced.
 
     Attributes:
-        token_ids: a new token for each of ``batch.sampled``.
-        logprobs: beside each token what its request asked for, or None for all.
+        token_ids: a new token for each of ``batch.sampled``; of a step with drafts a list of them, at least one.
+        logprobs: beside each token, or list of tokens, what its request asked for, or None for all.
         prompt_logprobs: (request_id, position of the first entry, one entry a position) for prompts that asked for it.
     """
 
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs | None] | None = None
+    token_ids: list[int] | list[list[int]]
+    logprobs: list[TokenLogprobs | None] | list[list[TokenLogprobs] | None] | None = None
     prompt_logprobs: list[tuple[str, int, list[TokenLogprobs]]] = field(default_factory=list)
 
 
@@ -158,32 +159,37 @@ class Worker:
     def execute(self, batch: FlatBatch) -> StepResult:
         """Move blocks, run the model over the batch, sample."""
         decision = batch.decision
-        self._move_blocks(decision.swap_out, decision.swap_in, decision.copies)
-        hidden = self._forward(batch)
+        self.move_blocks(decision.swap_out, decision.swap_in, decision.copies)
+        hidden = self.forward(batch)
         prompt_logprobs = self._prompt_logprobs(batch, hidden)
         if not batch.sampled:
             return StepResult([], None, prompt_logprobs)
-        if len(batch.sampled) < len(hidden):
-            hidden = hidden[torch.from_numpy(batch.logits_indices).to(self.device)]
-        sampled = self.sampler(self.model.compute_logits(hidden), batch.sampled)
+        rows = sampling_rows(batch)
+        if len(rows) < len(hidden):
+            hidden = hidden[torch.from_numpy(rows).to(self.device)]
+        logits = self.model.compute_logits(hidden)
+        if decision.drafts:
+            return StepResult(*verify(self.sampler, logits, batch.sampled, decision.drafts), prompt_logprobs)
+        sampled = self.sampler(logits, batch.sampled)
         return StepResult(sampled.token_ids, sampled.logprobs, prompt_logprobs)
 
     @torch.inference_mode()
     def follow(self, step: StepArrays) -> None:
         """Do on another rank what rank 0 does in `execute`, up to the logits: every sum over the ranks needs this one's
         part."""
-        self._move_blocks(*(list(map(tuple, moves.tolist())) for moves in (step.swap_out, step.swap_in, step.copies)))
-        hidden = self._forward(step)
+        self.move_blocks(*(list(map(tuple, moves.tolist())) for moves in (step.swap_out, step.swap_in, step.copies)))
+        hidden = self.forward(step)
         for rows in torch.from_numpy(step.logit_rows).to(self.device).split(step.logit_counts.tolist()):
             self.model.compute_logits(hidden[rows])
 
-    def _move_blocks(self, swap_out: BlockPairs, swap_in: BlockPairs, copies: BlockPairs) -> None:
+    def move_blocks(self, swap_out: BlockPairs, swap_in: BlockPairs, copies: BlockPairs) -> None:
+        """Copy KV blocks as the scheduler has decided, before a step runs."""
         # A block given up by one move may be the target of the next, so the order matters.
         self.cache.swap_out(swap_out)
         self.cache.swap_in(swap_in)
         self.cache.copy_blocks(copies)
 
-    def _forward(self, batch: FlatBatch | StepArrays) -> Tensor:
+    def forward(self, batch: FlatBatch | StepArrays) -> Tensor:
         """Hidden states of all tokens, [T, hidden]."""
         if self.graphs is not None and (size := self.graphs.size_for(batch)) is not None:
             return self.graphs.run(batch, size)
@@ -243,7 +249,17 @@ def prompt_spans(batch: FlatBatch) -> list[PromptSpan]:
     return spans
 
 
+def sampling_rows(batch: FlatBatch) -> NDArray[np.int64]:
+    """The rows of the batch whose logits say what comes next: the last of each sampled sequence, and of one with drafts as many
+    rows before that as it has drafted tokens."""
+    drafts = batch.decision.drafts
+    if not drafts:
+        return batch.logits_indices
+    counts = [len(drafts[seq].token_ids) if seq in drafts else 0 for seq in batch.sampled]
+    return np.concatenate([np.arange(last - n, last + 1) for last, n in zip(batch.logits_indices, counts, strict=True)])
+
+
 def logit_calls(batch: FlatBatch) -> list[NDArray[np.int64]]:
     """The rows of the batch whose logits `Worker.execute` computes, call after call."""
     calls = [np.arange(span.first, span.first + len(span.targets)) for span in prompt_spans(batch)]
-    return [*calls, batch.logits_indices] if batch.sampled else calls
+    return [*calls, sampling_rows(batch)] if batch.sampled else calls

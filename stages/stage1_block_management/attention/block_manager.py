@@ -83,6 +83,10 @@ class BlockManager:
         """Whether a fork can be given the one block it needs for its first own token."""
         return self._fits(1, keep_watermark)
 
+    def can_extend(self, seq: Sequence, num_tokens: int) -> bool:
+        """Whether a running sequence can have `num_tokens` more slots behind its tokens, with the watermark left over."""
+        return self._fits(self.num_blocks_for(len(seq.tokens) + num_tokens) - len(self.tables[seq.seq_id]), True)
+
     def can_swap_out(self, seq: Sequence) -> bool:
         """Whether host memory has room for what is computed of a sequence."""
         raise NotImplementedError("Stage 1 · Task 1.4: BlockManager.can_swap_out, see IMPLEMENTATION_GUIDE.md#task-1-4")

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ..batching.sequence import RequestOutputKind, SamplingParams, Sequence, SequenceStatus
 from .detokenizer import TextReader, special_token_ids
 
 if TYPE_CHECKING:
     from .sampler import TokenLogprobs
+
+
+NewLogprobs: TypeAlias = "TokenLogprobs | list[TokenLogprobs] | None"
+"""Of the one token that a sequence got in a step, or of all that it got; None where the request wants none."""
 
 
 @dataclass(slots=True)
@@ -169,6 +173,8 @@ class OutputProcessor:
         self._requests: dict[str, _RequestState] = {}
         self._states: dict[int, _SequenceState] = {}
         self._token_texts: dict[int, str] = {}
+        self.num_cut_tokens = 0
+        """Tokens that speculation brought in vain, because a stop string came before them."""
 
     @property
     def num_requests(self) -> int:
@@ -193,7 +199,7 @@ class OutputProcessor:
         state.num_unfinished = len(state.states)
         self._requests[request.request_id] = state
 
-    def emit(self, sequences: list[Sequence], logprobs: list[TokenLogprobs | None] | None, now: float) -> list[RequestOutput]:
+    def emit(self, sequences: list[Sequence], logprobs: list[NewLogprobs] | None, now: float) -> list[RequestOutput]:
         """Outputs of one step: at most one a request, made by `_RequestState.output`.
 
         `_read` takes in a sequence's new text and closes it when it has ended; where the sequence is `lazy` this waits for the
@@ -202,9 +208,9 @@ class OutputProcessor:
         token when the request's first sequence was first scheduled.
 
         Args:
-            sequences: those that got a token in this step, which is ``tokens[-1]``. Some may have ended with it: status
-                FINISHED and a `finish_reason`.
-            logprobs: of that token, one entry a sequence, for `_add_logprobs` of those that want them; None if none does.
+            sequences: those that got tokens in this step: one, which is ``tokens[-1]``, or with speculation some more before
+                it. Some may have ended with it: status FINISHED and a `finish_reason`.
+            logprobs: of these tokens, one entry a sequence, for `_add_logprobs` of those that want them; None if none does.
             now: the time, from `time.monotonic`.
         """
         # Hint: step is four calls in a row. For emit, go through `sequences` by index, as the row is what finds a
@@ -242,6 +248,7 @@ class OutputProcessor:
             state.text += text
         if state.matched is not None:
             seq.finish_reason, seq.stop_reason = "stop", state.matched
+            self._cut(state)
             if not ended:
                 self._on_stop(seq, state.matched)
         elif not ended:
@@ -255,10 +262,22 @@ class OutputProcessor:
             for each in request.states:
                 del self._states[each.seq.seq_id]
 
-    def _add_logprobs(self, state: _SequenceState, entry: TokenLogprobs) -> None:
-        token = state.seq.tokens[-1]
-        state.logprobs.append(self._convert(entry))
-        state.seq.cumulative_logprob += state.logprobs[-1][token].logprob
+    def _cut(self, state: _SequenceState) -> None:
+        """Drop the tokens that speculation brought in the same step as a stop string, behind it."""
+        seq = state.seq
+        num_behind = len(seq.tokens) - state.num_seen
+        for _ in range(num_behind):
+            token = seq.tokens.pop()
+            if state.logprobs is not None:
+                seq.cumulative_logprob -= state.logprobs.pop()[token].logprob
+        self.num_cut_tokens += num_behind
+
+    def _add_logprobs(self, state: _SequenceState, entries: NewLogprobs) -> None:
+        """Keep those of a sequence's newest token, or of as many as there are entries."""
+        entries = entries if isinstance(entries, list) else [entries]
+        for token, entry in zip(state.seq.tokens[-len(entries) :], entries, strict=True):
+            state.logprobs.append(self._convert(entry))
+            state.seq.cumulative_logprob += state.logprobs[-1][token].logprob
 
     def _convert(self, entry: TokenLogprobs) -> dict[int, Logprob]:
         return {

@@ -1,0 +1,194 @@
+"""Drafts from a smaller model that runs beside the target, in the engine's own process.
+
+Its KV cache has the same blocks as the target's: one block table serves both, so whatever becomes of a sequence's blocks,
+shared, copied, swapped or found in the prefix cache, holds for both. The draft model first computes what the target's step is
+about to compute, a prompt's chunk or a single token, which gives the first drafted token, and then one token after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..attention.block_manager import NULL_BLOCK
+from ..batching.continuous_batch import FlatBatch
+from ..batching.sequence import Sequence
+from ..models.loader import resolve_model
+from ..models.model_config import ModelConfig
+from .config import EngineConfig
+from .rejection_sampler import Prefix, draw_one
+from .scheduler import SchedulerOutput
+from .speculative import Draft, NgramProposer, Proposer, SpeculativeConfig
+from .startup import Limits
+from .worker import Worker
+
+
+class DraftModelProposer(Proposer):
+    """A model that drafts.
+
+    Args:
+        config: the engine's settings; the draft model has the same but for model and quantization, and is not cut over ranks.
+        speculation: names the model.
+        target: the model to draft for.
+        device, dtype: the target's.
+
+    Attributes:
+        tables: seq_id → blocks, the block manager's.
+
+    Raises:
+        ValueError: the model cannot be had, or does not fit the target.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        speculation: SpeculativeConfig,
+        target: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        source = resolve_model(speculation.model)
+        self.model_config = source.config
+        check_fits(source.config, target, config.max_model_len or target.max_position_embeddings)
+        settings = replace(
+            config, model=speculation.model, quantization=speculation.quantization, tensor_parallel_size=1,
+            distributed_executor_backend=None,
+        )  # fmt: skip
+        threads = torch.get_num_threads() if device.type == "cpu" else None  # the other ranks keep their cores
+        self.worker = Worker(settings, source, device, dtype, threads=threads)
+        self.tables: dict[int, list[int]] = {}
+        self._block_size = config.block_size
+        self._max_num_tokens = 0
+        self._num_computed: dict[int, int] = {}
+        """seq_id → tokens of it that have keys and values here; what the target has is assumed of a sequence not listed."""
+
+    def create_cache(self, limits: Limits, tables: dict[int, list[int]]) -> None:
+        self.worker.create_cache(limits.num_blocks, self._block_size, limits.num_host_blocks)
+        self.tables, self._max_num_tokens = tables, limits.max_num_batched_tokens
+
+    def follow(self, output: SchedulerOutput) -> None:
+        for seq_id in output.removed:
+            self._num_computed.pop(seq_id, None)
+        for seq in output.scheduled:  # what the target rejected, or lost when the sequence was preempted, is worth nothing here
+            num_computed = self._num_computed.get(seq.seq_id, seq.num_computed_tokens)
+            self._num_computed[seq.seq_id] = min(num_computed, seq.num_computed_tokens)
+        self.worker.move_blocks(output.swap_out, output.swap_in, output.copies)
+
+    @torch.inference_mode()
+    def propose(self, output: SchedulerOutput, wanted: dict[Sequence, int]) -> dict[Sequence, Draft]:
+        """Compute what the step computes, and what was missed while nothing was drafted; then draft."""
+        drafts: dict[Sequence, Draft] = {}
+        logits, drafting = self._catch_up(output, wanted)
+        probs: dict[Sequence, list[Tensor]] = {seq: [] for seq in drafting}
+        lengths = {seq: len(seq.tokens) for seq in drafting}
+        while drafting:  # what is drafted stands at the end of the sequence until all is
+            self._draw(logits, drafting, probs)
+            drafting = [seq for seq in drafting if len(seq.tokens) < lengths[seq] + wanted[seq]]
+            if drafting:
+                logits = self._run({seq: (len(seq.tokens) - 1, len(seq.tokens)) for seq in drafting}, drafting)
+        for seq, length in lengths.items():
+            drafts[seq] = Draft(seq.tokens[length:], torch.stack(probs[seq]) if probs[seq] else None)
+            del seq.tokens[length:]
+        return drafts
+
+    def _catch_up(self, output: SchedulerOutput, wanted: dict[Sequence, int]) -> tuple[Tensor, list[Sequence]]:
+        """Compute the tokens that the step computes, and before them those that are missing here, within the token budget.
+
+        Returns:
+            Logits behind the last token, and the sequences that they belong to: those of `wanted` that are complete now.
+        """
+        budget, spans = self._max_num_tokens, {}
+        for seq, num_tokens in output.scheduled.items():
+            start, end = self._num_computed[seq.seq_id], seq.num_computed_tokens + num_tokens
+            table = self.tables[seq.seq_id]
+            while table[start // self._block_size] == NULL_BLOCK:  # left behind by the sliding window
+                start = (start // self._block_size + 1) * self._block_size
+            count = min(end - start, budget)
+            budget -= count
+            if count:
+                spans[seq] = start, start + count
+        drafting = [seq for seq in wanted if seq in spans and spans[seq][1] == len(seq.tokens)]
+        return self._run(spans, drafting), drafting
+
+    def _run(self, spans: dict[Sequence, tuple[int, int]], sampled: list[Sequence]) -> Tensor:
+        """Compute the tokens start .. end - 1 of each sequence; logits [N, V] behind the last token of those in `sampled`."""
+        sequences, size = list(spans), self._block_size
+        begins, ends = np.array(list(spans.values()), np.int64).T
+        starts = np.concatenate(([0], np.cumsum(ends - begins)))
+        seq_of_token = np.repeat(np.arange(len(sequences)), ends - begins)
+        positions = np.arange(starts[-1]) - (starts[:-1] - begins)[seq_of_token]
+        block_tables = np.zeros((len(sequences), -(-int(ends.max()) // size)), np.int32)
+        for row, seq in enumerate(sequences):
+            table = self.tables[seq.seq_id][: block_tables.shape[1]]
+            block_tables[row, : len(table)] = table
+        hidden = self.worker.forward(
+            FlatBatch(
+                sequences=sequences,
+                input_ids=np.array([token for seq, span in spans.items() for token in seq.tokens[slice(*span)]], np.int64),
+                positions=positions,
+                slot_mapping=block_tables[seq_of_token, positions // size].astype(np.int64) * size + positions % size,
+                block_tables=block_tables,
+                query_start_loc=starts.astype(np.int32),
+                context_lens=ends.astype(np.int32),
+                logits_indices=np.empty(0, np.int64),
+                sampled=[],
+                decision=SchedulerOutput(),
+            )
+        )
+        for seq, (_, end) in spans.items():
+            self._num_computed[seq.seq_id] = end
+        row_of = dict(zip(sequences, (starts[1:] - 1).tolist(), strict=True))
+        rows = torch.tensor([row_of[seq] for seq in sampled], dtype=torch.int64, device=hidden.device)
+        return self.worker.model.compute_logits(hidden[rows]) if sampled else hidden[:0]
+
+    def _draw(self, logits: Tensor, sequences: list[Sequence], probs: dict[Sequence, list[Tensor]]) -> None:
+        """Append a token to each sequence, drawn as the target would: at the same number for a request with a seed, so that
+        its own draw is likely the same; for one without, from a distribution that is kept in `probs`."""
+        sampler = self.worker.sampler
+        places = [Prefix(seq, len(seq.tokens)) for seq in sequences]
+        tokens = sampler(logits, places).token_ids
+        rows = [row for row, seq in enumerate(sequences) if not seq.params.greedy and seq.params.seed is None]
+        if rows:
+            distributions = sampler.probabilities(logits[rows], [places[row] for row in rows])
+            for row, distribution, u in zip(rows, distributions, sampler.uniforms(len(rows)), strict=True):
+                probs[sequences[row]].append(distribution)
+                tokens[row] = draw_one(distribution, u)
+        for seq, token in zip(sequences, tokens, strict=True):
+            seq.tokens.append(token)
+
+
+def check_fits(draft: ModelConfig, target: ModelConfig, max_model_len: int) -> None:
+    """See that a model can draft for another.
+
+    Raises:
+        ValueError: it cannot; the message says why.
+    """
+    if draft.vocab_size != target.vocab_size:
+        raise ValueError(
+            f"--speculative-config: the draft model has a vocabulary of {draft.vocab_size} tokens and the target one of "
+            f"{target.vocab_size}; they must have the same tokenizer"
+        )
+    if draft.max_context < max_model_len:
+        raise ValueError(
+            f"--speculative-config: the draft model's context is {draft.max_context}; use --max-model-len {draft.max_context}"
+        )
+    if target.sliding_window is not None and (draft.sliding_window or max_model_len) > target.sliding_window:
+        raise ValueError(
+            f"--speculative-config: the target frees KV blocks behind its window of {target.sliding_window} tokens, and the "
+            "draft model would read them; use one with the same window, or method ngram"
+        )
+
+
+def make_proposer(
+    config: EngineConfig, target: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[SpeculativeConfig, Proposer] | None:
+    """What ``config.speculative_config`` asks for; None if it asks for nothing."""
+    if config.speculative_config is None:
+        return None
+    speculation = SpeculativeConfig.parse(config.speculative_config)
+    if speculation.method == "ngram":
+        return speculation, NgramProposer(speculation)
+    return speculation, DraftModelProposer(config, speculation, target, device, dtype)
