@@ -102,16 +102,22 @@ class DraftModelProposer(Proposer):
         """
         budget, spans = self._max_num_tokens, {}
         for seq, num_tokens in output.scheduled.items():
-            start, end = self._num_computed[seq.seq_id], seq.num_computed_tokens + num_tokens
-            table = self.tables[seq.seq_id]
-            while table[start // self._block_size] == NULL_BLOCK:  # left behind by the sliding window
-                start = (start // self._block_size + 1) * self._block_size
+            start = max(self._num_computed[seq.seq_id], self._first_within_window(seq))
+            end = seq.num_computed_tokens + num_tokens
             count = min(end - start, budget)
             budget -= count
             if count:
                 spans[seq] = start, start + count
         drafting = [seq for seq in wanted if seq in spans and spans[seq][1] == len(seq.tokens)]
         return self._run(spans, drafting), drafting
+
+    def _first_within_window(self, seq: Sequence) -> int:
+        """The first position all of whose window is in blocks that the sequence still has. Positions before it that were missed
+        stay so: drafts that look at them are worse, no more."""
+        if self.model_config.sliding_window is None:
+            return 0
+        num_expired = self.tables[seq.seq_id].count(NULL_BLOCK)
+        return num_expired * self._block_size + self.model_config.sliding_window - 1 if num_expired else 0
 
     def _run(self, spans: dict[Sequence, tuple[int, int]], sampled: list[Sequence]) -> Tensor:
         """Compute the tokens start .. end - 1 of each sequence; logits [N, V] behind the last token of those in `sampled`."""

@@ -253,8 +253,7 @@ class SpeculativeScheduler(Scheduler):
         for seq in output.sampled:
             # A step gives at least one token beside the accepted ones, and max_len ends the sequence.
             count = min(self.speculation.num_speculative_tokens, budget, seq.max_len - len(seq.tokens) - 1)
-            if count > 0 and manager.can_extend(seq, count):
-                manager.append_slots(seq, output.scheduled[seq] + count, output.copies)
+            if count > 0 and manager.extend(seq, count):
                 wanted[seq] = count
                 budget -= count
         return wanted

@@ -83,10 +83,6 @@ class BlockManager:
         """Whether a fork can be given the one block it needs for its first own token."""
         return self._fits(1, keep_watermark)
 
-    def can_extend(self, seq: Sequence, num_tokens: int) -> bool:
-        """Whether a running sequence can have `num_tokens` more slots behind its tokens, with the watermark left over."""
-        return self._fits(self.num_blocks_for(len(seq.tokens) + num_tokens) - len(self.tables[seq.seq_id]), True)
-
     def can_swap_out(self, seq: Sequence) -> bool:
         """Whether host memory has room for what is computed of a sequence."""
         raise NotImplementedError("Stage 1 · Task 1.4: BlockManager.can_swap_out, see IMPLEMENTATION_GUIDE.md#task-1-4")
@@ -142,6 +138,24 @@ class BlockManager:
             False, with nothing changed, when there are too few free blocks.
         """
         raise NotImplementedError("Stage 1 · Task 1.2: BlockManager.append_slots, see IMPLEMENTATION_GUIDE.md#task-1-2")
+
+    def extend(self, seq: Sequence, num_tokens: int) -> bool:
+        """Give a running sequence, all of whose tokens have slots, `num_tokens` more behind them, if the watermark stays free.
+
+        Blocks are only added. Those that it has may be shared since they were given out, with sequences admitted in the same
+        step, and are written for all of them.
+
+        Returns:
+            False, with nothing changed, when memory is short.
+        """
+        table = self.tables[seq.seq_id]
+        num_new = max(0, self.num_blocks_for(len(seq.tokens) + num_tokens) - len(table))
+        if not self._fits(num_new, keep_watermark=True):
+            return False
+        if num_new:
+            table += self._new_blocks(num_new)
+            self._changed.add(seq.seq_id)
+        return True
 
     def _copy_on_write(self, table: list[int], index: int) -> tuple[int, int]:
         """Put a new block in the place of a shared one, which loses this table's reference.
