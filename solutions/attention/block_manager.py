@@ -72,6 +72,10 @@ class BlockManager:
         from_free = sum(self.allocator.ref_counts[block] == 0 for block in hits)
         return self._fits(self.num_blocks_for(len(seq.tokens)) - len(hits) + from_free, keep_watermark)
 
+    def num_cached_blocks(self, seq: Sequence) -> int:
+        """How many blocks of a waiting sequence's beginning the prefix cache has at this moment."""
+        return len(self._match(seq))
+
     def holds(self, seq: Sequence, num_tokens: int) -> bool:
         """Whether a sequence has, computed and not yet left behind by the window, all that a fork at position `num_tokens`
         would read."""

@@ -29,7 +29,7 @@ class EngineConfig:
     """Settings of one engine. Each field is also a command-line flag (``max_num_seqs`` is ``--max-num-seqs``).
 
     Raises:
-        ValueError: `tensor_parallel_size` is less than 1, or more than the executor has room for.
+        ValueError: `tensor_parallel_size` is less than 1, or more than the executor has room for; settings exclude each other.
     """
 
     model: str = _flag(DEFAULT_MODEL, "alias, folder in Hugging Face format, .gguf file, or hub id")
@@ -70,7 +70,11 @@ class EngineConfig:
     enable_prefix_caching: bool = _flag(True, "reuse the KV blocks of a prompt's beginning that was seen before")
     enable_chunked_prefill: bool = _flag(True, "split long prompts over several steps")
     long_prefill_token_threshold: int = _flag(0, "most tokens of one prompt in one step; 0: no limit but the budget")
-    scheduling_policy: str = _flag("fcfs", "who goes first: by arrival, or lower priority value first", ("fcfs", "priority"))
+    scheduling_policy: str = _flag(
+        "fcfs",
+        "who goes first; fcfs: by arrival; priority: lower priority value; lpm: longest prefix match, most of the prompt cached",
+        ("fcfs", "priority", "lpm"),
+    )
     preemption_mode: str = _flag("recompute", "what becomes of a preempted sequence's KV blocks", ("recompute", "swap"))
     max_num_waiting: int | None = _flag(None, "most sequences that may wait; more are refused; default: no limit", kind=int)
     attention_backend: str = _flag(
@@ -99,6 +103,8 @@ class EngineConfig:
                 f"--distributed-executor-backend uni has one rank, and --tensor-parallel-size is {self.tensor_parallel_size}; "
                 "use mp, or ray for several nodes"
             )
+        if self.scheduling_policy == "lpm" and not self.enable_prefix_caching:
+            raise ValueError("--scheduling-policy lpm goes by what is cached; leave --no-enable-prefix-caching out")
 
     def to_args(self) -> dict[str, Any]:
         """The settings as a dictionary, for records of measurements."""

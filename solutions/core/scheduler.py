@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from .speculative import Draft
 
 
+LPM_PATIENCE = 10.0
+"""Seconds after which a waiting sequence is overtaken no more by others of whose prompts more is cached."""
+
+
 class QueueFullError(RuntimeError):
     """As many sequences are waiting as may wait; try again later."""
 
@@ -100,6 +104,8 @@ class Scheduler:
         output = SchedulerOutput()
         budget = self.schedule_running(output)
         if not output.preempted:
+            if self.config.policy == "lpm":
+                self.sort_by_prefix()
             self.admit_waiting(output, budget)
         # A sequence that is alone always fits, so a step that preempts has something to run.
         assert output.scheduled or not output.preempted, "the KV cache holds less than max_model_len tokens"
@@ -171,6 +177,20 @@ class Scheduler:
             if seq.first_scheduled_time is None:
                 seq.first_scheduled_time = now
             insort(self.running, seq, key=self._key)
+
+    def sort_by_prefix(self) -> None:
+        """Longest prefix match: bring the waiting sequences of whose tokens most are cached to the front, ties by arrival.
+
+        What is cached is used before others' new blocks push it out (Zheng et al., "SGLang", NeurIPS 2024, §3). Sequences that
+        were preempted stay in front, and so do those that have waited for `LPM_PATIENCE` seconds, or they might wait forever.
+        """
+        overdue = time.monotonic() - LPM_PATIENCE
+
+        def key(seq: Sequence) -> tuple[bool, int, int]:
+            first = seq.num_preemptions > 0 or seq.arrival_time < overdue
+            return (not first, 0 if first else -self.block_manager.num_cached_blocks(seq), seq.seq_id)
+
+        self.waiting.sort(key=key)
 
     def _place(self, seq: Sequence, output: SchedulerOutput) -> bool:
         """Give a waiting sequence its blocks: swapped in, forked from its parent, or allocated.
@@ -292,7 +312,8 @@ class Scheduler:
         everyone = self.waiting + self.running
         assert len({seq.seq_id for seq in everyone}) == len(everyone), "a sequence is queued twice"
         assert len(self.running) <= self.config.max_num_seqs
-        for queue in (self.waiting, self.running):
+        by_prefix = self.config.policy == "lpm"  # then who waits is in order only while a step is decided
+        for queue in (self.running,) if by_prefix else (self.waiting, self.running):
             assert queue == sorted(queue, key=self._key), "a queue is not in the order of the policy"
         tables, host_tables, size = (
             self.block_manager.tables,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
+from solutions.attention.block_manager import BlockManager
 from solutions.batching.scheduler_config import SchedulerConfig
-from solutions.batching.sequence import SequenceStatus
-from solutions.core.scheduler import QueueFullError
+from solutions.batching.sequence import SamplingParams, Sequence, SequenceStatus
+from solutions.core.scheduler import LPM_PATIENCE, QueueFullError, Scheduler
 from solutions.tests.simulation import Simulation
 
 
@@ -275,3 +278,46 @@ def test_check_invariants_sees_a_sequence_in_two_queues():
     sim.scheduler.waiting.append(seq)
     with pytest.raises(AssertionError, match="queued twice"):
         sim.scheduler.check_invariants()
+
+
+def test_longest_prefix_match_admits_whose_prompt_is_cached_before_it_is_pushed_out():
+    """Three groups with a common prefix each arrive in turns at a cache that holds one and a half prefixes."""
+    hits = {}
+    for policy in ("fcfs", "lpm"):
+        manager = BlockManager(num_blocks=14, block_size=4, watermark=0)
+        scheduler = Scheduler(
+            SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=64, max_model_len=56, policy=policy), manager
+        )
+        for seq_id in range(12):
+            prefix = [100 * (seq_id % 3) + i for i in range(32)]
+            params = SamplingParams(max_tokens=1)
+            scheduler.add(Sequence(seq_id, [*prefix, 500 + seq_id], params, arrival_time=time.monotonic()))
+        order = []
+        while scheduler.has_unfinished():
+            output = scheduler.schedule()
+            scheduler.check_invariants()
+            order += [seq.seq_id for seq in output.scheduled]
+            scheduler.update(output, [7] * len(output.sampled))
+        assert sorted(order) == list(range(12))
+        hits[policy] = manager.prefix_cache.num_hits
+        assert order == (list(range(12)) if policy == "fcfs" else sorted(range(12), key=lambda i: (i % 3, i)))
+    assert hits == {"fcfs": 0, "lpm": 9 * 32}
+
+
+def test_with_longest_prefix_match_nobody_waits_forever():
+    manager = BlockManager(num_blocks=32, block_size=4, watermark=0)
+    config = SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=64, max_model_len=56, policy="lpm")
+    scheduler = Scheduler(config, manager)
+    now = time.monotonic()
+    cached, params = list(range(16)), SamplingParams(max_tokens=1)
+    scheduler.add(Sequence(0, cached, params, arrival_time=now))
+    output = scheduler.schedule()
+    scheduler.update(output, [7])
+    for seq_id, tokens, age in [(1, [90] * 8, 0.0), (2, [91] * 8, LPM_PATIENCE + 1), (3, [*cached, 5], 0.0)]:
+        scheduler.add(Sequence(seq_id, tokens, params, arrival_time=now - age))
+    order = []
+    while scheduler.has_unfinished():
+        output = scheduler.schedule()
+        order += [seq.seq_id for seq in output.scheduled]
+        scheduler.update(output, [7] * len(output.sampled))
+    assert order == [2, 3, 1]

@@ -18,7 +18,7 @@ SETTINGS = st.fixed_dictionaries(
         "watermark": st.sampled_from([0.0, 0.01, 0.2]),
         "max_num_batched_tokens": st.sampled_from([1, 3, 5, 17, 256]),
         "max_num_seqs": st.integers(1, 6),
-        "policy": st.sampled_from(["fcfs", "priority"]),
+        "policy": st.sampled_from(["fcfs", "priority", "lpm"]),
         "preemption_mode": st.sampled_from(["recompute", "swap"]),
         "long_prefill_token_threshold": st.sampled_from([0, 0, 2]),
     }

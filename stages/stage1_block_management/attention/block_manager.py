@@ -72,6 +72,10 @@ class BlockManager:
         """
         raise NotImplementedError("Stage 1 · Task 1.4: BlockManager.can_allocate, see IMPLEMENTATION_GUIDE.md#task-1-4")
 
+    def num_cached_blocks(self, seq: Sequence) -> int:
+        """How many blocks of a waiting sequence's beginning the prefix cache has at this moment."""
+        return len(self._match(seq))
+
     def holds(self, seq: Sequence, num_tokens: int) -> bool:
         """Whether a sequence has, computed and not yet left behind by the window, all that a fork at position `num_tokens`
         would read."""

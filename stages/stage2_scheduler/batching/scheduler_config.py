@@ -21,8 +21,9 @@ def priority(seq: Sequence) -> tuple[int, ...]:
     raise NotImplementedError("Stage 2 · Task 2.2: priority, see IMPLEMENTATION_GUIDE.md#task-2-2")
 
 
-POLICIES: dict[str, Callable[[Sequence], tuple[Any, ...]]] = {"fcfs": fcfs, "priority": priority}
-"""Sort keys: both queues are kept in this order, so the first is served first and the last is preempted first."""
+POLICIES: dict[str, Callable[[Sequence], tuple[Any, ...]]] = {"fcfs": fcfs, "priority": priority, "lpm": fcfs}
+"""Sort keys: both queues are kept in this order, so the first is served first and the last is preempted first. With "lpm" the
+order of who waits is worked out anew at each step, because it depends on what is cached: `Scheduler.sort_by_prefix`."""
 
 PREEMPTION_MODES = ("recompute", "swap")
 
@@ -37,7 +38,8 @@ class SchedulerConfig:
         max_model_len: longest sequence, prompt and output together.
         enable_chunked_prefill: split prompts over steps; when off, a prompt must fit into one step's budget.
         long_prefill_token_threshold: most tokens of one prompt in one step, so that decodes are not held up (0: the budget).
-        policy: a key of `POLICIES`; "fcfs": by arrival; "priority": lower `priority` first, ties by arrival.
+        policy: a key of `POLICIES`; "fcfs": by arrival; "priority": lower `priority` first, ties by arrival; "lpm": longest
+            prefix match, the waiting sequence first of whose tokens most are cached.
         preemption_mode: "recompute" drops a victim's KV blocks, "swap" copies them to host memory while there is room
             (and recomputes when there is none).
         max_num_waiting: sequences that may wait; None is unbounded.
