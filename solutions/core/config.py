@@ -72,7 +72,7 @@ class EngineConfig:
     long_prefill_token_threshold: int = _flag(0, "most tokens of one prompt in one step; 0: no limit but the budget")
     scheduling_policy: str = _flag(
         "fcfs",
-        "who goes first; fcfs: by arrival; priority: lower priority value; lpm: longest prefix match, most of the prompt cached",
+        "who goes first; fcfs: by arrival; priority: lower priority value; lpm: longest prefix match, by what is cached",
         ("fcfs", "priority", "lpm"),
     )
     preemption_mode: str = _flag("recompute", "what becomes of a preempted sequence's KV blocks", ("recompute", "swap"))

@@ -52,7 +52,7 @@ class SpeculativeConfig:
     prompt_lookup_max: int = 4
     model: str | None = None
     quantization: str | None = None
-    disable_by_batch_size: int = 8
+    disable_by_batch_size: int = 4
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
