@@ -62,7 +62,7 @@ struct Units {
 
     const Item& item(int64_t unit) const { return step.items[unit / step.num_kv_heads]; }
     int64_t kv_head(int64_t unit) const { return unit % step.num_kv_heads; }
-    bool is_few(int64_t unit) const { return item(unit).queries * group < TILE_ROWS; }
+    bool is_few(int64_t unit) const { return !step.tiles_only && item(unit).queries * group < TILE_ROWS; }
     int64_t heads(int64_t unit) const { return joined && is_few(unit) ? step.num_kv_heads : 1; }
     // The next unit that nobody has: the later heads of a joined item belong to its first.
     int64_t claim(int64_t& claimed) const {

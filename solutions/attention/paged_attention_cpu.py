@@ -28,7 +28,8 @@ class _Step(ctypes.Structure):
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("slot_mapping", "block_tables", "items", "merges", "partials")]
         + [(name, ctypes.c_int64) for name in ("table_stride", "num_items", "num_merges")]
-        + [(name, ctypes.c_int64) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "num_blocks", "window")]
+        + [(name, ctypes.c_int64) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "num_blocks")]
+        + [(name, ctypes.c_int64) for name in ("window", "tiles_only")]
         + [("scale", ctypes.c_float)]
     )
 
@@ -94,25 +95,32 @@ class CpuBackend(AttentionBackend):
 
     Args:
         num_threads: between which a step's work is shared; None: PyTorch's number.
+        batch_invariant: compute each query in the same order whatever else is in the step: by one kernel, over the keys
+            from the first on, no context split over threads.
     """
 
     name = "cpu"
 
-    def __init__(self, num_threads: int | None = None) -> None:
+    def __init__(self, num_threads: int | None = None, batch_invariant: bool = False) -> None:
+        self.batch_invariant = batch_invariant
         self.num_threads = num_threads or torch.get_num_threads()
         self._arguments = _Attend()
         self._kernels = {dtype: native.Kernel(name, self._arguments) for dtype, name in _KERNELS.items()}
 
     def plan(self, metadata: AttentionMetadata, sliding_window: int | None) -> Plan:
         starts = metadata.query_start_loc.numpy()
-        items, merges, num_partials = cut(starts, metadata.context_lens.numpy(), sliding_window, self.num_threads)
+        context_lens = metadata.context_lens.numpy()
+        if self.batch_invariant:
+            items, merges, num_partials = _pieces(starts, context_lens, sliding_window), np.empty((0, 4), np.int32), 0
+        else:
+            items, merges, num_partials = cut(starts, context_lens, sliding_window, self.num_threads)
         _, num_blocks, block_size, num_kv_heads, head_dim = metadata.kv_caches[0].shape
         tables = metadata.block_tables
         step = _Step(
             slot_mapping=metadata.slot_mapping.data_ptr(), block_tables=tables.data_ptr(), items=items.ctypes.data,
             merges=merges.ctypes.data, table_stride=tables.stride(0), num_items=len(items),
             num_merges=len(merges), num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, num_blocks=num_blocks,
-            window=sliding_window or 0,
+            window=sliding_window or 0, tiles_only=self.batch_invariant,
         )  # fmt: skip
         arrays = [items, merges, metadata.slot_mapping, tables]
         return Plan(step, ctypes.addressof(step), sliding_window, num_partials, arrays)

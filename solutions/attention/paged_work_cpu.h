@@ -35,7 +35,8 @@ struct Step {
     float* partials;  // for each partial row and head: maximum, sum, D accumulated values
     int64_t table_stride, num_items, num_merges;
     int64_t num_heads, num_kv_heads, head_dim, block_size, num_blocks;
-    int64_t window;  // 0: none
+    int64_t window;      // 0: none
+    int64_t tiles_only;  // 1: few rows too go through the register tiles, so that a row is computed the same way in any batch
     float scale;
 };
 

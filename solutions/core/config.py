@@ -87,6 +87,9 @@ class EngineConfig:
         False, "call every kernel from Python instead of recording steps (on a GPU: CUDA graphs) and replaying them"
     )
     quantization: str | None = _flag(None, "int8: weights and activations in 8 bits, on a CPU", ("int8",))
+    batch_invariant: bool = _flag(
+        False, "on a CPU: compute a token bit for bit the same alone and in any batch; attention is slower for it"
+    )
     speculative_config: str | None = _flag(
         None,
         'speculative decoding, as JSON: {"method": "ngram", "num_speculative_tokens": 4} drafts from the text itself, '

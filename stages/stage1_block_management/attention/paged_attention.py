@@ -132,12 +132,14 @@ def gather_context(kv_cache: Tensor, block_table: Tensor, left: int, right: int)
 
 
 def make_backend(
-    name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int, block_size: int = 16, cpu_kernels: bool = True
-) -> AttentionBackend:
+    name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int, block_size: int = 16, cpu_kernels: bool = True,
+    batch_invariant: bool = False,
+) -> AttentionBackend:  # fmt: skip
     """The backend called `name`; "auto" picks the fastest that can run here.
 
     Args:
         dtype, head_dim: of the model. block_size: tokens in a KV block. cpu_kernels: whether "auto" may pick the C++ kernels.
+        batch_invariant: a query's result may not depend on what else is in the step; only the C++ kernels can do that.
 
     Raises:
         ValueError: no backend has this name, or it cannot run here; the message says why.
@@ -153,5 +155,7 @@ def make_backend(
         problem = module.problem(device, dtype, head_dim, block_size)
         if problem is None:
             backend = getattr(module, f"{candidate.capitalize()}Backend")
+            if batch_invariant and candidate == "cpu":
+                return backend(batch_invariant=True)
             return backend(device) if candidate == "cuda" else backend()
     raise ValueError(f"--attention-backend {name}: {problem}; use torch")

@@ -14,8 +14,9 @@ from ..attention.paged_attention import AttentionMetadata, make_backend
 from ..batching.continuous_batch import FlatBatch
 from ..batching.sequence import Sequence
 from ..memory.cache_engine import BlockPairs, CacheEngine
+from ..models.layers import Linear
 from ..models.loader import ModelSource, load_model
-from ..parallelism.tensor_parallel import SINGLE, TensorParallel
+from ..parallelism.tensor_parallel import SINGLE, ParallelLMHead, TensorParallel
 from . import native
 from .config import EngineConfig
 from .cuda_graphs import CudaGraphRecorder, DecodeGraphs, Step, graph_sizes
@@ -108,19 +109,39 @@ class Worker:
         self.num_kv_heads = len(parallel.heads(source.config)[1])
         cpu_kernels = use_cpu_kernels(config, device, dtype)
         self.backend = make_backend(
-            config.attention_backend, device, dtype, source.config.head_dim, config.block_size, cpu_kernels
-        )
+            config.attention_backend, device, dtype, source.config.head_dim, config.block_size, cpu_kernels,
+            config.batch_invariant,
+        )  # fmt: skip
         self.model = load_model(
             source, dtype, device, config.load_format, seed=config.seed, max_model_len=config.max_model_len,
             cpu_kernels=cpu_kernels, quantization=config.quantization, triton_layers=self.backend.name == "triton",
             parallel=parallel,
         )  # fmt: skip
+        if config.batch_invariant:
+            self._check_batch_invariance()
         if cpu_kernels and not config.enforce_eager:
             self.model.enable_replay()
         self.sampler = Sampler(source.config.vocab_size, config.seed)
         self.config = config
         self.cache: CacheEngine | None = None
         self.graphs: DecodeGraphs | None = None
+
+    def _check_batch_invariance(self) -> None:
+        """See that no layer of the model computes a token in a way that depends on what else is in the step.
+
+        Raises:
+            ValueError: one does; the message says what is in the way.
+        """
+        layers = [layer for layer in self.model.modules() if isinstance(layer, Linear | ParallelLMHead)]
+        if self.backend.name != "cpu" or not all(layer.packed is not None for layer in layers):
+            problem = f"it needs the C++ kernels of a CPU, and attention runs on {self.backend.name}"
+        elif self.model_config.sliding_window is not None:
+            problem = "not with a sliding window, whose first key depends on how a prompt is cut"
+        elif not self.parallel.is_native:
+            problem = "not with sums over ranks by gloo or Ray, which add in an order that depends on their length"
+        else:
+            return
+        raise ValueError(f"--batch-invariant: {problem}")
 
     @property
     def weight_bytes(self) -> int:
