@@ -40,6 +40,8 @@ HEADERS = (
     "attention/paged_work_cpu.h",
     "attention/paged_decode_cpu.h",
     "attention/paged_prefill_cpu.h",
+    "quantization/kernels/linear_cpu.h",
+    "quantization/kernels/linear_int4_cpu.h",
 )
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", "-Wall", "-Wextra")
 

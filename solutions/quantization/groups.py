@@ -50,12 +50,12 @@ class GroupQuantized:
         return torch.empty_like(weight).index_copy_(1, self.order, weight)
 
 
-def group_parameters(weight: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def group_parameters(weight: Tensor, bits: int, symmetric: bool, whole_zeros: bool = True) -> tuple[Tensor, Tensor]:
     """Scale and zero of one group in each row, so that its weights and 0 are within the codes' range.
 
     Asymmetric: the range from the least to the largest weight is cut into 2**bits − 1 steps, and the zero is the whole number
-    that brings the least to code 0. Symmetric: the zero is 2**(bits − 1), and the largest magnitude is 2**(bits − 1) − 1 steps
-    from it. A group of nothing but zeros gets a scale of 1.
+    that brings the least to code 0, or without `whole_zeros` whatever number does so exactly. Symmetric: the zero is
+    2**(bits − 1), and the largest magnitude is 2**(bits − 1) − 1 steps from it. A group of nothing but zeros gets a scale of 1.
 
     Args:
         weight: [N, g] float32.
@@ -64,8 +64,9 @@ def group_parameters(weight: Tensor, bits: int, symmetric: bool) -> tuple[Tensor
         Scales and zeros, [N] float32 each.
     """
     top = 2**bits - 1
-    low = weight.amin(dim=1).clamp(max=0.0)
-    high = weight.amax(dim=1).clamp(min=0.0)
+    low, high = weight.amin(dim=1), weight.amax(dim=1)
+    if whole_zeros:  # one of the codes is then 0 exactly, which must be in their range
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     if symmetric:
         zeros = torch.full_like(low, (top + 1) / 2)
         scales = torch.maximum(-low, high) / (top // 2)
@@ -73,7 +74,9 @@ def group_parameters(weight: Tensor, bits: int, symmetric: bool) -> tuple[Tensor
         scales = (high - low) / top
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     if not symmetric:
-        zeros = torch.round(-low / scales).clamp(0, top)
+        zeros = -low / scales
+        if whole_zeros:
+            zeros = torch.round(zeros).clamp(0, top)
     return scales, zeros
 
 
@@ -82,7 +85,9 @@ def quantize_columns(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -
     return torch.round(weight / scales[:, None] + zeros[:, None]).clamp(0, 2**bits - 1)
 
 
-def quantize_groups(weight: Tensor, bits: int = 4, group_size: int = 64, symmetric: bool = False) -> GroupQuantized:
+def quantize_groups(
+    weight: Tensor, bits: int = 4, group_size: int = 64, symmetric: bool = False, whole_zeros: bool = True
+) -> GroupQuantized:
     """Round to nearest (RTN): each weight by itself to the closest value that its group's scale and zero can say.
 
     Args:
@@ -90,6 +95,7 @@ def quantize_groups(weight: Tensor, bits: int = 4, group_size: int = 64, symmetr
         bits: 4 or 8.
         group_size: columns that share a scale; −1: whole rows.
         symmetric: zero in the middle of the codes, instead of where it makes the range fit.
+        whole_zeros: zeros are whole numbers, as the files of GPTQ and AWQ have them.
 
     Raises:
         ValueError: there are no such bits or groups; or the matrix is none, or not finite.
@@ -107,7 +113,7 @@ def quantize_groups(weight: Tensor, bits: int = 4, group_size: int = 64, symmetr
     codes, scales, zeros = torch.empty_like(weight, dtype=torch.uint8), [], []
     for start in range(0, weight.shape[1], size):
         group = weight[:, start : start + size]
-        scale, zero = group_parameters(group, bits, symmetric)
+        scale, zero = group_parameters(group, bits, symmetric, whole_zeros)
         codes[:, start : start + size] = quantize_columns(group, scale, zero, bits)
         scales.append(scale)
         zeros.append(zero)

@@ -44,7 +44,9 @@ def logits_of(llm: LLM, prompts: list[dict], monkeypatch) -> dict[tuple[int, int
     return seen
 
 
-@pytest.mark.parametrize(("dtype", "quantization"), [("float32", None), ("bfloat16", None), ("bfloat16", "int8")])
+@pytest.mark.parametrize(
+    ("dtype", "quantization"), [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("bfloat16", "int4")]
+)
 def test_logits_alone_and_in_any_batch(folder, dtype, quantization, monkeypatch):
     equal = {}
     for invariant in (True, False):

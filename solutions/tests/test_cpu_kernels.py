@@ -20,6 +20,7 @@ from solutions.core.engine import LLM
 from solutions.core.selection_cpu import native_argmax
 from solutions.models.layers import rotate_
 from solutions.models.layers_cpu import NativeNorm, NativeRotation
+from solutions.quantization.groups import GroupQuantized, quantize_groups
 from solutions.quantization.kernels.linear_cpu import PackedLinear, pack, quantize_channels, supports, unpack
 from solutions.tests.tiny_models import make_tiny_llama, make_tiny_mistral
 
@@ -65,7 +66,7 @@ def test_rows_of_a_larger_tensor(dtype: torch.dtype) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_depend_on_the_rows_beside_it(dtype: torch.dtype, quantization: str | None) -> None:
     """What makes a token's logits the same bits alone and in any batch."""
@@ -119,6 +120,69 @@ def test_int8(rows: int, columns: int, dtype: torch.dtype) -> None:
         # a value that lies between two integers may be rounded either way in float32
         assert error(packed(x), exact) < (2e-3 if dtype is torch.float32 else 1e-2)
         assert error(packed(x), x.double() @ weight.double().T + bias.double()) < 3e-2
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "columns", "group"), [(32, 2, 2), (33, 64, 32), (31, 100, 32), (64, 62, 64), (576, 576, 128), (100, 1536, 64)]
+)
+def test_int4(rows: int, columns: int, group: int, ordered: bool, dtype: torch.dtype) -> None:
+    """The products of what the codes stand for, whole groups and a short last one, in the columns' order and in another."""
+    generator = torch.Generator().manual_seed(rows)
+    num_groups = math.ceil(columns / group)
+    codes = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(rows, num_groups, generator=generator) * 0.1 + 0.01).half().float()
+    zeros = torch.randint(0, 16, (rows, num_groups), generator=generator).float()
+    order = torch.randperm(columns, generator=generator) if ordered else None
+    packed = PackedLinear(GroupQuantized(codes, scales, zeros, 4, group, order), bias := random(rows, dtype=dtype), dtype=dtype)
+    weight = torch.empty(rows, columns, dtype=torch.float64)
+    for row in range(0, rows, 7):
+        for column in range(columns):
+            scale, zero = scales[row, column // group].item(), zeros[row, column // group].item()
+            place = column if order is None else int(order[column])
+            weight[row, place] = (codes[row, column].item() - zero) * scale
+    for batch in BATCHES:
+        x = random(batch, columns, dtype=dtype, seed=batch)
+        expected = (x.double() @ weight.T + bias.double())[:, ::7]
+        assert error(packed(x)[:, ::7], expected) < TOLERANCE[dtype]
+        residual = random(batch, rows, dtype=dtype, seed=2)
+        wanted = expected + residual.double()[:, ::7]
+        assert error(packed(x, add_to=residual)[:, ::7], wanted) < TOLERANCE[dtype]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int4_gate_and_up_in_one(dtype: torch.dtype) -> None:
+    weight, bias = random(96, 64), random(96, dtype=dtype, seed=1)
+    quantized = quantize_groups(weight, 4, 32)
+    quantized.scales = quantized.scales.half().float()
+    gated = PackedLinear(quantized, bias, gated=True, dtype=dtype)
+    for batch in (1, 8, 21):
+        x = random(batch, 64, dtype=dtype, seed=batch)
+        gate, up = (x.double() @ quantized.dequantize().double().T + bias.double()).chunk(2, dim=-1)
+        assert error(gated(x), F.silu(gate) * up) < TOLERANCE[dtype]
+
+
+@needs_kernels
+def test_int4_keeps_weights_that_came_in_four_bits() -> None:
+    """Groups of 32 on any 16 evenly spaced values, as in a Q4_1 file, are packed without a loss worth the name."""
+    generator = torch.Generator().manual_seed(0)
+    low = torch.randn(64, 4, generator=generator).half().float()
+    step = (torch.rand(64, 4, generator=generator) * 0.1 + 0.01).half().float()
+    codes = torch.randint(0, 16, (64, 4, 32), generator=generator)
+    codes[:, :, 0], codes[:, :, 1] = 0, 15  # the quantizer takes the step from the least and the largest
+    weight = (codes * step[:, :, None] + low[:, :, None]).flatten(1)
+    x = random(3, 128)
+    assert error(PackedLinear(weight, None, "int4")(x), x.double() @ weight.double().T) < 1e-3
+
+
+@needs_kernels
+def test_what_int4_cannot_pack_is_refused() -> None:
+    for columns, bits, group in [(7, 4, 2), (8, 4, 3), (8, 8, 4)]:
+        with pytest.raises(ValueError, match="int4 needs 4 bits and even numbers of columns"):
+            PackedLinear(quantize_groups(random(4, columns), bits, group), None, dtype=torch.float32)
 
 
 @needs_kernels
@@ -285,7 +349,7 @@ def test_a_recording_that_failed_is_made_again(tmp_path: Path, monkeypatch: pyte
 
 
 @needs_kernels
-@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 @pytest.mark.parametrize("make", [make_tiny_llama, make_tiny_mistral])
 def test_replayed_steps_are_the_same_bits(tmp_path: Path, make: Callable[..., object], quantization: str | None) -> None:
     """Sequences that come and go make steps of every size; prefix cache, copies and preemption go on below them."""

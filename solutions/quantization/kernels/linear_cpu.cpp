@@ -2,115 +2,12 @@
 // runs at the speed of memory, and full register tiles for more, so that prefill runs at the speed of the dot product units.
 //
 // Every row is summed in the same order whatever rows stand beside it, so a token's result does not depend on its batch.
-#include <algorithm>
-
-#include "core/native.h"
+#include "quantization/kernels/linear_cpu.h"
+#include "quantization/kernels/linear_int4_cpu.h"
 
 using namespace native;
 
 namespace {
-
-enum Epilogue { STORE = 0, ADD = 1, SILU_MUL = 2 };
-
-// What becomes of a tile's sums. With SILU_MUL a panel's columns are 16 of the gate, then the same 16 of up, and y has half of them.
-template <typename T>
-struct Output {
-    T* y;
-    int64_t ldy;
-    const float* bias;  // of the padded columns, or null
-    int epilogue;
-
-    template <int M>
-    void write(Floats (&c)[M][2], int64_t row, int64_t column, int64_t width) const {
-        for (int m = 0; m < M; ++m) {
-            if (bias)
-                for (int h = 0; h < 2; ++h) c[m][h] += load(bias + column + h * LANES);
-            if (epilogue == SILU_MUL) {
-                store(y + (row + m) * ldy + column / 2, silu(c[m][0]) * c[m][1]);
-                continue;
-            }
-            T* to = y + (row + m) * ldy + column;
-            if (width == PANEL) {
-                for (int h = 0; h < 2; ++h) store(to + h * LANES, epilogue == ADD ? c[m][h] + load(to + h * LANES) : c[m][h]);
-            } else {
-                for (int64_t j = 0; j < width; ++j)
-                    to[j] = from_float<T>(epilogue == ADD ? c[m][j / LANES][j % LANES] + to_float(to[j]) : c[m][j / LANES][j % LANES]);
-            }
-        }
-    }
-};
-
-// Weights in the type of the activations: float32 or bfloat16.
-template <typename T>
-struct Plain {
-    const T *x, *packed;
-    int64_t ldx, k;
-
-    int64_t panel_bytes() const { return k * PANEL * sizeof(T); }
-
-    template <int M, typename Y>
-    void rows(int64_t panel, int64_t row, int64_t width, const Output<Y>& out, Ahead ahead) const {
-        Floats c[M][2] = {};
-        tile<M, true>(x + row * ldx, ldx, packed + panel * k * PANEL, PANEL, k, c, ahead);
-        out.template write<M>(c, row, panel * PANEL, width);
-    }
-};
-
-// int8 weights with a scale for each column. Activations are quantized to unsigned bytes around 128, with a scale for each row; what
-// the 128 adds, 128 times the sum of the column, is taken off again.
-struct Int8 {
-    const uint8_t* x;
-    const float* row_scales;
-    const int8_t* packed;
-    const float* column_scales;
-    const int32_t* column_sums;
-    int64_t k;
-
-    int64_t panel_bytes() const { return k * PANEL; }
-
-    template <int M, typename Y>
-    void rows(int64_t panel, int64_t row, int64_t width, const Output<Y>& out, Ahead ahead) const {
-        Ints sums[M][2] = {};
-        tile<M, true>(x + row * k, k, packed + panel * k * PANEL, k, sums, ahead);
-        Floats c[M][2];
-        for (int h = 0; h < 2; ++h) {
-            const int64_t column = panel * PANEL + h * LANES;
-            const Ints offset = load_as<Ints>(column_sums + column) * 128;
-            const Floats scale = load(column_scales + column);
-            for (int m = 0; m < M; ++m) c[m][h] = __builtin_convertvector(sums[m][h] - offset, Floats) * (scale * row_scales[row + m]);
-        }
-        out.template write<M>(c, row, panel * PANEL, width);
-    }
-};
-
-// One panel with all rows, in tiles as even as can be: a lone row at the end would wait for memory, not compute. Each tile fetches
-// its share of the next panel.
-template <typename Weights, typename Y>
-void multiply_panel(const Weights& w, const Output<Y>& out, int64_t panel, int64_t m, int64_t n) {
-    const int64_t width = std::min<int64_t>(PANEL, n - panel * PANEL);
-    const int64_t tiles = (m + TILE_ROWS - 1) / TILE_ROWS, bytes = w.panel_bytes();
-    const char* next = reinterpret_cast<const char*>(w.packed) + (panel + 1) * bytes;
-    for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t row = m * i / tiles;
-        const Ahead ahead{next + bytes * i / tiles, 128 / tiles};
-        switch (m * (i + 1) / tiles - row) {
-            case 8: w.template rows<8>(panel, row, width, out, ahead); break;
-            case 7: w.template rows<7>(panel, row, width, out, ahead); break;
-            case 6: w.template rows<6>(panel, row, width, out, ahead); break;
-            case 5: w.template rows<5>(panel, row, width, out, ahead); break;
-            case 4: w.template rows<4>(panel, row, width, out, ahead); break;
-            case 3: w.template rows<3>(panel, row, width, out, ahead); break;
-            case 2: w.template rows<2>(panel, row, width, out, ahead); break;
-            case 1: w.template rows<1>(panel, row, width, out, ahead); break;
-        }
-    }
-}
-
-template <typename Weights, typename Y>
-void multiply(const Weights& w, const Output<Y>& out, int64_t m, int64_t n) {
-#pragma omp for schedule(static)
-    for (int64_t panel = 0; panel < (n + PANEL - 1) / PANEL; ++panel) multiply_panel(w, out, panel, m, n);
-}
 
 // One row to bytes; returns its scale.
 template <typename T>
@@ -132,8 +29,10 @@ float quantize(const T* x, uint8_t* bytes, int64_t k) {
 }  // namespace
 
 // The arguments of a product, as ctypes fills them in: x [m, k] with rows ldx apart, w in n/32 panels, y [m, n] with rows ldy apart
-// (half of n with SILU_MUL). bias is of the padded columns, or null. For int8 only: scales and sums, of the padded columns too, and
-// memory for the quantized x, bytes [m, k] and row_scales [m]. k is a multiple of 2 for bfloat16, of 16 for int8.
+// (half of n with SILU_MUL). bias is of the padded columns, or null. k is a multiple of 2 for bfloat16, of 16 for int8.
+// For int8 only: scales and sums, of the padded columns too, and memory for the quantized x, bytes [m, k] and row_scales [m].
+// For int4 only: group, the columns that share a scale, and memory for the sums of x, row_scales [m, groups]; where the columns are
+// in another order than those of x, that order [k] and memory for x in it, bytes [m, k] of x's type.
 extern "C" struct Linear {
     int64_t m;
     const void *x, *w;
@@ -143,7 +42,8 @@ extern "C" struct Linear {
     void* y;
     uint8_t* bytes;
     float* row_scales;
-    int64_t ldx, ldy, n, k, epilogue;
+    const int32_t* order;
+    int64_t ldx, ldy, n, k, epilogue, group;
 };
 
 namespace {
@@ -170,6 +70,22 @@ void linear_int8(const Linear& a) {
     });
 }
 
+template <typename T>
+void linear_int4(const Linear& a) {
+    const T* x = static_cast<const T*>(a.x);
+    T* ordered = reinterpret_cast<T*>(a.bytes);
+    const Int4<T> weights{a.order ? ordered : x, a.order ? a.k : a.ldx, a.k, a.group, static_cast<const uint8_t*>(a.w), a.row_scales};
+    on_all_threads([&] {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < a.m; ++row) {
+            if (a.order)
+                for (int64_t i = 0; i < a.k; ++i) ordered[row * a.k + i] = x[row * a.ldx + a.order[i]];
+            weights.sum_groups(row, a.row_scales + row * weights.groups());
+        }
+        multiply(weights, output<T>(a), a.m, a.n);
+    });
+}
+
 }  // namespace
 
 extern "C" {
@@ -177,4 +93,6 @@ void linear_f32(const Linear* a) { linear<float>(*a); }
 void linear_bf16(const Linear* a) { linear<bf16>(*a); }
 void linear_int8_f32(const Linear* a) { linear_int8<float>(*a); }
 void linear_int8_bf16(const Linear* a) { linear_int8<bf16>(*a); }
+void linear_int4_f32(const Linear* a) { linear_int4<float>(*a); }
+void linear_int4_bf16(const Linear* a) { linear_int4<bf16>(*a); }
 }

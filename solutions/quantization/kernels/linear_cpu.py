@@ -1,7 +1,10 @@
-"""Matrix products with packed weights on a CPU, computed by ``linear_cpu.cpp``: in the weights' own type, or in int8.
+"""Matrix products with packed weights on a CPU, computed by ``linear_cpu.cpp``: in the weights' own type, in int8 or in int4.
 
 int8 quantizes each output channel of the weights when they are packed, and each token's activations as they come (W8A8, dynamic
 per token and per channel; Dettmers et al., "LLM.int8()", NeurIPS 2022, §2.1). A scale is the largest magnitude over 127.
+
+int4 leaves the activations as they are (W4A16) and quantizes groups of `INT4_GROUP` weights to nearest, unless they come
+quantized from a checkpoint. Decoding waits for memory, which has less than a third of the bytes to deliver.
 """
 
 from __future__ import annotations
@@ -13,9 +16,12 @@ from torch import Tensor
 
 from ...core import native
 from ...core.huge_pages import empty_in_huge_pages
+from ..groups import GroupQuantized, quantize_groups
 
 PANEL = 32
 """Columns of a panel, as in core/native.h."""
+INT4_GROUP = 32
+"""Columns that share a scale where the engine itself quantizes to int4: as in a Q4_1 file, whose weights so stay exact."""
 STORE, ADD, SILU_MUL = 0, 1, 2
 
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -24,9 +30,9 @@ _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 class _Linear(native.Arguments):
     """`Linear` of the C++ file."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "w", "scales", "sums", "bias", "y", "bytes", "row_scales")] + [
-        (name, ctypes.c_int64) for name in ("ldx", "ldy", "n", "k", "epilogue")
-    ]
+    _fields_ = [
+        (name, ctypes.c_void_p) for name in ("x", "w", "scales", "sums", "bias", "y", "bytes", "row_scales", "order")
+    ] + [(name, ctypes.c_int64) for name in ("ldx", "ldy", "n", "k", "epilogue", "group")]
 
 
 def supports(dtype: torch.dtype, in_features: int, quantization: str | None = None) -> bool:
@@ -38,35 +44,53 @@ class PackedLinear:
     """One matrix of [N, K], packed.
 
     Args:
-        weight: [N, K], float32 or bfloat16. With `gated` the first half of the rows is the gate, the second is up.
+        weight: [N, K], float32 or bfloat16, or quantized to 4 bits in groups of an even number of columns. With `gated` the
+            first half of the rows is the gate, the second is up.
         bias: [N] or None.
-        quantization: None or "int8".
+        quantization: None, "int8" or "int4"; of a quantized weight it says nothing.
         gated: the product is followed by ``silu(gate) · up``, so the result has N / 2 columns.
+        dtype: of the activations; default: that of `weight`.
 
     Attributes:
-        weight: the packed weights, [P, K, 32] for P panels in the kernel's order (for int8 beside `scales` and `sums`).
+        weight: the packed weights in the kernel's order: [P, K, 32] for P panels (for int8 beside `scales` and `sums`), of int4
+            the bytes of a panel, scales and zeros among them, [P, B].
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, quantization: str | None = None, gated: bool = False) -> None:
+    def __init__(
+        self, weight: Tensor | GroupQuantized, bias: Tensor | None, quantization: str | None = None, gated: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         self.num_rows, self.num_columns = weight.shape
         self.out_features = self.num_rows // 2 if gated else self.num_rows
         self.epilogue = SILU_MUL if gated else STORE
-        order = gate_and_up_order(self.num_rows) if gated else None
-        dtype, name = weight.dtype, _NAMES[weight.dtype]
-        self.scales = self.sums = None
-        if quantization == "int8":
+        rows = gate_and_up_order(self.num_rows) if gated else slice(None)
+        self._dtype = dtype or weight.dtype
+        if quantization == "int4" and not isinstance(weight, GroupQuantized):
+            weight = quantize_groups(weight, 4, INT4_GROUP, whole_zeros=False)
+        self.scales = self.sums = self.order = None
+        self._scratch: tuple[int, torch.dtype, int] | None = None
+        """Memory that the kernel needs a row of x: of what type for x in another form, and how many floats."""
+        if isinstance(weight, GroupQuantized):
+            kind = "int4_"
+            self._scratch = (0 if weight.order is None else self.num_columns, self._dtype, weight.scales.shape[1])
+            self.weight = pack_groups(weight, rows)
+            self.order = None if weight.order is None else weight.order.to(torch.int32).contiguous()
+        elif quantization == "int8":
+            kind, self._scratch = "int8_", (self.num_columns, torch.uint8, 1)
             weight, self.scales, self.sums = quantize_channels(weight)
-            if order is not None:
-                self.scales, self.sums = self.scales[order], self.sums[order]
-            self.scales, self.sums = _padded(self.scales), _padded(self.sums)
-        self.weight = pack(weight if order is None else weight[order])
-        self.bias = None if bias is None else _padded((bias if order is None else bias[order]).float())
-        self._dtype = dtype
+            self.scales, self.sums = _padded(self.scales[rows]), _padded(self.sums[rows])
+            self.weight = pack(weight[rows])
+        else:
+            kind = ""
+            self.weight = pack(weight[rows])
+        self.bias = None if bias is None else _padded(bias[rows].float())
         self._arguments = _Linear(n=self.num_rows, k=self.num_columns, w=self.weight.data_ptr())
-        for field in ("scales", "sums", "bias"):
+        if isinstance(weight, GroupQuantized):
+            self._arguments.group = weight.group_size
+        for field in ("scales", "sums", "bias", "order"):
             tensor = getattr(self, field)
             setattr(self._arguments, field, None if tensor is None else tensor.data_ptr())
-        self._kernel = native.Kernel(f"linear_{'int8_' if quantization else ''}{name}", self._arguments)
+        self._kernel = native.Kernel(f"linear_{kind}{_NAMES[self._dtype]}", self._arguments)
 
     def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
         """``x · weightᵀ + bias``.
@@ -83,10 +107,11 @@ class PackedLinear:
         arguments.x, arguments.ldx, arguments.rows = x.data_ptr(), x.stride(0), rows
         arguments.y, arguments.ldy = y.data_ptr(), y.stride(0)
         arguments.epilogue = self.epilogue if add_to is None else ADD
-        if self.scales is not None:
-            quantized = native.result("quantized", rows, self.num_columns, torch.uint8)
-            row_scales = native.result("row_scales", rows, 1, torch.float32)
-            arguments.bytes, arguments.row_scales = quantized.data_ptr(), row_scales.data_ptr()
+        if self._scratch is not None:
+            columns, dtype, per_row = self._scratch
+            other_x = native.result("other_x", rows, columns, dtype)
+            of_rows = native.result("of_rows", rows, per_row, torch.float32)
+            arguments.bytes, arguments.row_scales = other_x.data_ptr(), of_rows.data_ptr()
         self._kernel()
         return y
 
@@ -121,6 +146,38 @@ def pack(weight: Tensor) -> Tensor:
         weight = torch.cat((weight, weight.new_zeros(panels * PANEL - rows, columns)))
     in_order = weight.view(panels, PANEL, columns // group, group).transpose(1, 2)
     return empty_in_huge_pages(tuple(in_order.shape), weight.dtype).copy_(in_order)
+
+
+def pack_groups(weight: GroupQuantized, rows: slice | Tensor = slice(None)) -> Tensor:
+    """4-bit codes with their scales and zeros, as ``linear_int4_cpu.h`` reads them: bytes [P, B] for panels of 32 rows.
+
+    Args:
+        rows: which, in which order.
+
+    Raises:
+        ValueError: not 4 bits, or columns or groups are no even numbers.
+    """
+    columns, size = weight.shape[1], weight.group_size
+    if weight.bits != 4 or columns % 2 or size % 2:
+        raise ValueError(
+            f"int4 needs 4 bits and even numbers of columns, got {weight.bits} bits, {columns} in groups of {size}"
+        )
+
+    def panels(values: Tensor) -> Tensor:  # [N, x] -> [P, 32, x]
+        values = values[rows]
+        missing = values.new_zeros(-len(values) % PANEL, values.shape[1])
+        return torch.cat((values, missing)).unflatten(0, (-1, PANEL))
+
+    halves = panels(weight.codes).unflatten(1, (2, 16)).unflatten(3, (-1, 2))  # [P, 2, 16, K / 2, 2]
+    low, high = halves.transpose(2, 3).unbind(1)
+    codes = (low | high << 4).flatten(2)  # [P, K / 2, 32]
+    head = torch.stack((panels(weight.scales), panels(weight.zeros - 8)), dim=1)  # [P, 2, 32, G]
+    head = head.permute(0, 3, 1, 2).to(torch.float16).contiguous().view(torch.uint8).flatten(2)  # [P, G, 128]
+    pieces = []
+    for group in range(head.shape[1]):
+        pieces += head[:, group], codes[:, group * size // 2 : (group + 1) * size // 2].flatten(1)
+    packed = torch.cat(pieces, dim=1)
+    return empty_in_huge_pages(tuple(packed.shape), torch.uint8).copy_(packed)
 
 
 def unpack(packed: Tensor, rows: int) -> Tensor:

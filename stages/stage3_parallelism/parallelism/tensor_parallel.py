@@ -266,6 +266,8 @@ class ParallelLMHead(WeightLayer):
         load_vocabulary(param, loaded, self.rows)
 
     def pack(self, quantization: str | None) -> None:
+        """Bring the weight into the kernels' order. With int4 too it becomes int8: logits are touchier than hidden states."""
+        quantization = "int8" if quantization == "int4" else quantization
         if linear_cpu.supports(self.weight.dtype, self.weight.shape[1], quantization):
             self.packed = PackedLinear(self.weight, None, quantization)
             self.weight = nn.Parameter(self.packed.weight, requires_grad=False)  # a tied embedding keeps its own

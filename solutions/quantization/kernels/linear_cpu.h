@@ -1,0 +1,114 @@
+// What all packed matrix products share: epilogues, and how a panel is multiplied with all rows.
+#pragma once
+
+#include <algorithm>
+
+#include "core/native.h"
+
+namespace native {
+
+enum Epilogue { STORE = 0, ADD = 1, SILU_MUL = 2 };
+
+// What becomes of a tile's sums. With SILU_MUL a panel's columns are 16 of the gate, then the same 16 of up, and y has half of them.
+template <typename T>
+struct Output {
+    T* y;
+    int64_t ldy;
+    const float* bias;  // of the padded columns, or null
+    int epilogue;
+
+    template <int M>
+    void write(Floats (&c)[M][2], int64_t row, int64_t column, int64_t width) const {
+        for (int m = 0; m < M; ++m) {
+            if (bias)
+                for (int h = 0; h < 2; ++h) c[m][h] += load(bias + column + h * LANES);
+            if (epilogue == SILU_MUL) {
+                store(y + (row + m) * ldy + column / 2, silu(c[m][0]) * c[m][1]);
+                continue;
+            }
+            T* to = y + (row + m) * ldy + column;
+            if (width == PANEL) {
+                for (int h = 0; h < 2; ++h) store(to + h * LANES, epilogue == ADD ? c[m][h] + load(to + h * LANES) : c[m][h]);
+            } else {
+                for (int64_t j = 0; j < width; ++j)
+                    to[j] = from_float<T>(epilogue == ADD ? c[m][j / LANES][j % LANES] + to_float(to[j]) : c[m][j / LANES][j % LANES]);
+            }
+        }
+    }
+};
+
+// Weights in the type of the activations: float32 or bfloat16.
+template <typename T>
+struct Plain {
+    const T *x, *packed;
+    int64_t ldx, k;
+
+    int64_t panel_bytes() const { return k * PANEL * sizeof(T); }
+    int64_t bytes_a_step() const { return 128; }
+
+    template <int M, typename Y>
+    void rows(int64_t panel, int64_t row, int64_t width, const Output<Y>& out, Ahead ahead) const {
+        Floats c[M][2] = {};
+        tile<M, true>(x + row * ldx, ldx, packed + panel * k * PANEL, PANEL, k, c, ahead);
+        out.template write<M>(c, row, panel * PANEL, width);
+    }
+};
+
+// int8 weights with a scale for each column. Activations are quantized to unsigned bytes around 128, with a scale for each row; what
+// the 128 adds, 128 times the sum of the column, is taken off again.
+struct Int8 {
+    const uint8_t* x;
+    const float* row_scales;
+    const int8_t* packed;
+    const float* column_scales;
+    const int32_t* column_sums;
+    int64_t k;
+
+    int64_t panel_bytes() const { return k * PANEL; }
+    int64_t bytes_a_step() const { return 128; }
+
+    template <int M, typename Y>
+    void rows(int64_t panel, int64_t row, int64_t width, const Output<Y>& out, Ahead ahead) const {
+        Ints sums[M][2] = {};
+        tile<M, true>(x + row * k, k, packed + panel * k * PANEL, k, sums, ahead);
+        Floats c[M][2];
+        for (int h = 0; h < 2; ++h) {
+            const int64_t column = panel * PANEL + h * LANES;
+            const Ints offset = load_as<Ints>(column_sums + column) * 128;
+            const Floats scale = load(column_scales + column);
+            for (int m = 0; m < M; ++m) c[m][h] = __builtin_convertvector(sums[m][h] - offset, Floats) * (scale * row_scales[row + m]);
+        }
+        out.template write<M>(c, row, panel * PANEL, width);
+    }
+};
+
+// One panel with all rows, in tiles as even as can be: a lone row at the end would wait for memory, not compute. Each tile fetches
+// its share of the next panel.
+template <typename Weights, typename Y>
+void multiply_panel(const Weights& w, const Output<Y>& out, int64_t panel, int64_t m, int64_t n) {
+    const int64_t width = std::min<int64_t>(PANEL, n - panel * PANEL);
+    const int64_t tiles = (m + TILE_ROWS - 1) / TILE_ROWS, bytes = w.panel_bytes();
+    const char* next = reinterpret_cast<const char*>(w.packed) + (panel + 1) * bytes;
+    for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t row = m * i / tiles;
+        const Ahead ahead{next + bytes * i / tiles, (w.bytes_a_step() + tiles - 1) / tiles};
+        switch (m * (i + 1) / tiles - row) {
+            case 8: w.template rows<8>(panel, row, width, out, ahead); break;
+            case 7: w.template rows<7>(panel, row, width, out, ahead); break;
+            case 6: w.template rows<6>(panel, row, width, out, ahead); break;
+            case 5: w.template rows<5>(panel, row, width, out, ahead); break;
+            case 4: w.template rows<4>(panel, row, width, out, ahead); break;
+            case 3: w.template rows<3>(panel, row, width, out, ahead); break;
+            case 2: w.template rows<2>(panel, row, width, out, ahead); break;
+            case 1: w.template rows<1>(panel, row, width, out, ahead); break;
+        }
+    }
+}
+
+template <typename Weights, typename Y>
+void multiply(const Weights& w, const Output<Y>& out, int64_t m, int64_t n) {
+#pragma omp for schedule(static)
+    for (int64_t panel = 0; panel < (n + PANEL - 1) / PANEL; ++panel) multiply_panel(w, out, panel, m, n);
+}
+
+}  // namespace native

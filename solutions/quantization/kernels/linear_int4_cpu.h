@@ -1,0 +1,96 @@
+// 4-bit weights with a scale and a zero for each group of columns, activations as they are (W4A16): codes become bfloat16 or float in
+// registers, so that memory delivers a quarter of the bytes and the rest runs as with whole weights.
+#pragma once
+
+#include "quantization/kernels/linear_cpu.h"
+
+namespace native {
+
+// Sixteen floats from IEEE halves: shifted into place, and the exponent's bias put right by a product. Not for infinity.
+inline Floats load_half(const uint16_t* p) {
+    const Bits bits = __builtin_convertvector(load_as<Halves>(p), Bits);
+    const Floats magnitude = (Floats)((bits & 0x7fff) << 13) * 0x1p112f;
+    return (Floats)((Bits)magnitude | (bits & 0x8000) << 16);
+}
+
+// What 32 bytes say: of two neighbouring inputs, the codes of columns 0-15 in the low halves of the bytes and of 16-31 in the high
+// ones. Codes are 8 less than written, which keeps sums small.
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+// As pairs of bfloat16. A permutation looks at 5 bits of an index, of which the table ignores the highest, so nothing need be masked.
+inline void codes_as_pairs(const uint8_t* at, Bits (&pairs)[2]) {
+    alignas(64) static constexpr uint16_t VALUES[32] = {
+        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+    const __m512i table = _mm512_load_si512(VALUES);
+    const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+    pairs[0] = (Bits)_mm512_permutexvar_epi16(index, table);
+    pairs[1] = (Bits)_mm512_permutexvar_epi16(_mm512_srli_epi16(index, 4), table);
+}
+
+template <int M>
+inline void add_codes(const bf16* x, int64_t ldx, const uint8_t* at, Floats (&c)[M][2]) {
+    Bits pairs[2];
+    codes_as_pairs(at, pairs);
+    for (int m = 0; m < M; ++m) {
+        uint32_t pair;
+        std::memcpy(&pair, x + m * ldx, 4);
+        for (int h = 0; h < 2; ++h) c[m][h] = dot_pairs(c[m][h], Bits{} + pair, pairs[h]);
+    }
+}
+#endif
+
+template <int M, typename T>
+inline void add_codes(const T* x, int64_t ldx, const uint8_t* at, Floats (&c)[M][2]) {
+    typedef uint8_t Bytes __attribute__((vector_size(32)));
+    const Words both = __builtin_convertvector(load_as<Bytes>(at), Words);
+    for (int h = 0; h < 2; ++h) {
+        const Ints pairs = (Ints)(h ? both >> 4 : both & 15);
+        const Floats even = __builtin_convertvector((pairs & 15) - 8, Floats), odd = __builtin_convertvector((pairs >> 16) - 8, Floats);
+        for (int m = 0; m < M; ++m) c[m][h] += to_float(x[m * ldx]) * even + to_float(x[m * ldx + 1]) * odd;
+    }
+}
+
+// A panel holds for each group 32 scales and 32 zeros as halves, then 32 bytes of codes for every two inputs.
+template <typename T>
+struct Int4 {
+    static constexpr int64_t HEAD = 4 * PANEL;
+    const T* x;
+    int64_t ldx, k, group;
+    const uint8_t* packed;
+    const float* sums;  // of x in each group, [m, groups]
+
+    int64_t groups() const { return (k + group - 1) / group; }
+    int64_t panel_bytes() const { return groups() * HEAD + k * PANEL / 2; }
+    int64_t bytes_a_step() const { return (4 * panel_bytes() + k - 1) / k; }
+
+    void sum_groups(int64_t row, float* to) const {
+        for (int64_t g = 0; g < groups(); ++g) {
+            float total = 0;
+            for (int64_t i = g * group; i < std::min(k, (g + 1) * group); ++i) total += to_float(x[row * ldx + i]);
+            to[g] = total;
+        }
+    }
+
+    template <int M, typename Y>
+    void rows(int64_t panel, int64_t row, int64_t width, const Output<Y>& out, Ahead ahead) const {
+        Floats c[M][2] = {};
+        const uint8_t* at = packed + panel * panel_bytes();
+        for (int64_t g = 0; g < groups(); ++g) {
+            const uint16_t* head = reinterpret_cast<const uint16_t*>(at);
+            const int64_t begin = g * group, count = std::min(group, k - begin);
+            Floats part[M][2] = {};
+            at += HEAD;
+            for (int64_t i = 0; i < count; i += 2, at += PANEL) {
+                if (i % 4 == 0) ahead.step();
+                add_codes<M>(x + row * ldx + begin + i, ldx, at, part);
+            }
+            for (int h = 0; h < 2; ++h) {
+                const Floats scale = load_half(head + h * LANES), zero = load_half(head + PANEL + h * LANES);
+                for (int m = 0; m < M; ++m) c[m][h] += scale * (part[m][h] - zero * sums[(row + m) * groups() + g]);
+            }
+        }
+        out.template write<M>(c, row, panel * PANEL, width);
+    }
+};
+
+}  // namespace native
