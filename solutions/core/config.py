@@ -87,7 +87,9 @@ class EngineConfig:
         False, "call every kernel from Python instead of recording steps (on a GPU: CUDA graphs) and replaying them"
     )
     quantization: str | None = _flag(
-        None, "on a CPU; int8: weights and activations in 8 bits; int4: weights in 4 bits, groups of 32", ("int8", "int4")
+        None,
+        "on a CPU; int8: weights and activations in 8 bits; int4: weights in 4 bits, groups of 32",
+        ("int8", "int4", "gptq", "awq"),
     )
     batch_invariant: bool = _flag(
         False, "on a CPU: compute a token bit for bit the same alone and in any batch; attention is slower for it"

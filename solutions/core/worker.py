@@ -80,7 +80,7 @@ def use_cpu_kernels(config: EngineConfig, device: torch.device, dtype: torch.dty
     library = native.load() if wanted else None
     if library is not None:
         native.set_threads(torch.get_num_threads())
-    elif config.quantization is not None:
+    elif config.quantization in ("int8", "int4"):
         reason = native.why_not if wanted else "they run on a CPU" if config.enable_cpu_kernels else "they are switched off"
         raise ValueError(f"--quantization {config.quantization} needs the CPU kernels: {reason}")
     return library is not None

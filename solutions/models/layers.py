@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention.paged_attention import AttentionMetadata
+from ..quantization.checkpoint import QuantizedFormat
+from ..quantization.groups import GroupQuantized
 from ..quantization.kernels import linear_cpu
 from ..quantization.kernels.linear_cpu import PackedLinear
 from . import layers_cpu
@@ -119,10 +121,44 @@ class Linear(WeightLayer):
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__()
-        self.weight = parameter(out_features, in_features)
+        self.weight: nn.Parameter | None = parameter(out_features, in_features)
         self.bias = parameter(out_features) if bias else None
+        for name in ("codes", "scales", "zeros", "order"):  # of a quantized checkpoint, until they are packed
+            self.register_parameter(name, None)
+        self.bits = self.group_size = 0
         self.packed: PackedLinear | None = None
         self.adds_inside = False
+
+    def expect_quantized(self, form: QuantizedFormat) -> None:
+        """Make room for codes, scales and zeros in the place of the weight (see `GroupQuantized`)."""
+        self._make_room(form, self.weight.shape[1] if form.group_size == -1 else form.group_size)
+
+    def _make_room(self, form: QuantizedFormat, group_size: int) -> None:
+        rows, columns = self.weight.shape
+        groups = -(-columns // group_size)
+        self.weight, self.bits, self.group_size = None, form.bits, group_size
+        self.codes = nn.Parameter(torch.empty(rows, columns, dtype=torch.uint8), requires_grad=False)
+        self.scales = nn.Parameter(torch.empty(rows, groups, dtype=torch.float32), requires_grad=False)
+        self.zeros = nn.Parameter(torch.empty(rows, groups, dtype=torch.float32), requires_grad=False)
+        if form.act_order:
+            self.order = nn.Parameter(torch.full((columns,), -1, dtype=torch.int64), requires_grad=False)
+
+    def take_quantized(self) -> GroupQuantized | None:
+        """Hand over what `expect_quantized` made room for, once it is loaded; None if the weight is a plain one."""
+        if self.codes is None:
+            return None
+        order = self.order
+        if order is not None and torch.equal(order, torch.arange(len(order), device=order.device)):
+            order = None
+        tensors = (None if t is None else t.data for t in (self.codes, self.scales, self.zeros))
+        quantized = GroupQuantized(*tensors, self.bits, self.group_size, None if order is None else order.data)
+        self.codes = self.scales = self.zeros = self.order = None
+        return quantized
+
+    def dequantize(self) -> None:
+        """Where no kernel takes quantized weights: make a plain weight of them, in the type that is computed in."""
+        if (quantized := self.take_quantized()) is not None:
+            self.weight = nn.Parameter(quantized.dequantize().to(torch.get_default_dtype()), requires_grad=False)
 
     def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
         """[T, in] -> [T, out]; with `add_to` [T, out] the result is added to that in place."""
@@ -139,10 +175,18 @@ class Linear(WeightLayer):
         self.adds_inside = self.bias is None
 
     def pack(self, quantization: str | None, gated: bool = False) -> None:
-        if linear_cpu.supports(self.weight.dtype, self.weight.shape[1], quantization):
-            self.packed = PackedLinear(self.weight, self.bias, quantization, gated)
-            self.weight = nn.Parameter(self.packed.weight, requires_grad=False)
-            self.is_native = True
+        dtype = torch.get_default_dtype() if self.weight is None else self.weight.dtype
+        if self.codes is not None and linear_cpu.supports_groups(dtype, self.codes.shape[1], self.bits, self.group_size):
+            self._use(PackedLinear(self.take_quantized(), self.bias, None, gated, dtype))
+            return
+        self.dequantize()
+        if linear_cpu.supports(dtype, self.weight.shape[1], quantization):
+            self._use(PackedLinear(self.weight, self.bias, quantization, gated))
+
+    def _use(self, packed: PackedLinear) -> None:
+        self.packed = packed
+        self.weight = nn.Parameter(packed.weight, requires_grad=False)
+        self.is_native = True
 
 
 class Embedding(WeightLayer):

@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..parallelism.tensor_parallel import SINGLE, TensorParallel
+from ..quantization.checkpoint import METHODS, CheckpointError, QuantizedFormat, Unpacker
 from .gpt import GPT2LMHeadModel
-from .layers import Attention, CausalLM, WeightLayer
+from .layers import Attention, CausalLM, Linear, WeightLayer
 from .llama import LlamaForCausalLM
 from .mistral import MistralForCausalLM
 from .model_config import ALIASES, Alias, ModelConfig, ModelError
@@ -171,7 +172,8 @@ def load_model(
         load_format: "auto", or "dummy" for small random weights.
         seed: of the random weights.
         max_model_len: longest sequence that will be served, see `ModelConfig`.
-        cpu_kernels: pack the weights for the CPU's own kernels. quantization: "int8" makes that int8; needs `cpu_kernels`.
+        cpu_kernels: pack the weights for the CPU's own kernels.
+        quantization: "int8" or "int4" makes them that, which needs `cpu_kernels`; "gptq" or "awq" must be the checkpoint's own.
         triton_layers: compute norms and gates with Triton. parallel: the ranks that share the model, of which this is one.
 
     Raises:
@@ -179,11 +181,19 @@ def load_model(
     """
     with _defaults(dtype, device), torch.inference_mode(False), torch.no_grad():
         config = replace(source.config, max_model_len=max_model_len) if max_model_len else source.config
+        check_quantization(source, load_format, quantization)
         model = MODEL_CLASSES[config.architecture](config, parallel).eval()
+        linears = [layer for layer in model.modules() if isinstance(layer, Linear)]
+        if config.quantization is not None:
+            expect_quantized(linears, config.quantization)
+            quantization = None
         if load_format == "dummy" or source.path is None:
             _fill_randomly(model, device, seed, progress and parallel.rank == 0)
         else:
-            _load_weights(model, _weight_files(source.path), progress and parallel.rank == 0)
+            try:
+                _load_weights(model, _weight_files(source.path), progress and parallel.rank == 0)
+            except CheckpointError as error:
+                raise ModelError(f"{source.path}: {error}") from None
         if cpu_kernels:
             for layer in model.modules():
                 if isinstance(layer, WeightLayer | Attention):
@@ -192,7 +202,40 @@ def load_model(
             for layer in model.modules():
                 if isinstance(layer, WeightLayer):
                     layer.use_triton()
+        for layer in linears:
+            layer.dequantize()
     return model
+
+
+def check_quantization(source: ModelSource, load_format: str, wanted: str | None) -> None:
+    """See that what the checkpoint is and what is asked for agree.
+
+    Raises:
+        ModelError: they do not; the message says what to do.
+    """
+    form = source.config.quantization
+    if form is None and wanted in METHODS:
+        raise ModelError(
+            f"--quantization {wanted}: {source.name} is no {wanted} checkpoint; make one with "
+            f"python -m solutions.quantization.{wanted} --help"
+        )
+    if form is not None and wanted not in (None, form.method):
+        raise ModelError(f"--quantization {wanted}: {source.name} is quantized already, with {form.method}; leave the flag out")
+    if form is not None and load_format == "dummy":
+        raise ModelError(f"--load-format dummy makes plain weights, and {source.name} is quantized with {form.method}")
+
+
+def expect_quantized(linears: list[Linear], form: QuantizedFormat) -> None:
+    """Make room for quantized weights in all linear layers.
+
+    Raises:
+        ModelError: they cannot be cut for so many ranks.
+    """
+    try:
+        for layer in linears:
+            layer.expect_quantized(form)
+    except ValueError as error:
+        raise ModelError(str(error)) from None
 
 
 @contextmanager
@@ -218,9 +261,9 @@ def _load_weights(model: CausalLM, files: list[Path], progress: bool) -> None:
     weights = _weights(model)
     awaited = {(name, shard): None for name, (layer, _) in weights.items() for shard in layer.shard_ids}  # ordered set
     with LateBar("loading weights", sum(file.stat().st_size for file in files), progress) as bar:
+        unpack = Unpacker(model.config.quantization) if model.config.quantization else iter
         for file in files:
-            for name, tensor in _read_tensors(file):
-                bar.advance(tensor.nbytes)
+            for name, tensor in unpack(_read_tensors(file, bar)):
                 placed = model.place(name, tensor)
                 if placed is None:
                     continue
@@ -240,7 +283,7 @@ def _load_weights(model: CausalLM, files: list[Path], progress: bool) -> None:
         raise ModelError(f"{files[0].parent} lacks weights of the model: {', '.join(names)}{more}")
 
 
-def _read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _read_tensors(file: Path, bar: LateBar) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of a safetensors file; the tensors are the mapped file itself.
 
     The file is mapped anew for each, because what has been read of a mapping counts as memory of the process until it is gone.
@@ -251,6 +294,7 @@ def _read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
         for name in names:
             with safe_open(file, framework="pt", device="cpu") as reader:
                 tensor = reader.get_tensor(name)
+            bar.advance(tensor.nbytes)
             yield name, tensor
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file} is damaged or incomplete ({error}); fetch or convert it again") from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..quantization.checkpoint import QuantizedFormat
+
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "gpt2": "GPT2LMHeadModel"}
 """Supported architectures by Hugging Face's ``model_type``."""
 
@@ -41,6 +43,7 @@ class ModelConfig:
         torch_dtype: precision that the checkpoint was saved in, such as "bfloat16", if it says so.
         max_model_len: longest sequence that will be served, if that is known to differ from the context. Only dynamic
             RoPE scaling computes with it.
+        quantization: how the linear layers' weights are kept in the checkpoint, if they are quantized.
     """
 
     architecture: str
@@ -64,6 +67,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     torch_dtype: str | None = None
     max_model_len: int | None = None
+    quantization: QuantizedFormat | None = None
 
     @property
     def max_context(self) -> int:
@@ -80,12 +84,14 @@ class ModelConfig:
             ModelError: the architecture, or something that it asks for, is not supported, or a number is missing.
         """
         architecture = _architecture(hf)
-        if hf.get("quantization_config"):
-            method = hf["quantization_config"].get("quant_method", "unknown")
-            raise ModelError(f"quantized checkpoints ({method}) are not supported; use the unquantized model or a .gguf")
+        quantized = hf.get("quantization_config")
+        try:
+            quantization = QuantizedFormat.parse(quantized) if quantized else None
+        except ValueError as error:
+            raise ModelError(str(error)) from None
         try:
             fields = _gpt2_fields(hf) if architecture == "GPT2LMHeadModel" else _llama_fields(hf, architecture)
-            config = cls(architecture=architecture, **fields)
+            config = cls(architecture=architecture, quantization=quantization, **fields)
         except KeyError as missing:
             raise ModelError(f"config.json of a {architecture} has no entry {missing}") from None
         config._check()

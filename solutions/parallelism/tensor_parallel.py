@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..models.layers import ACTIVATION_FUNCTIONS, Embedding, Linear, WeightLayer, copy_weight, parameter
 from ..models.model_config import ModelConfig
+from ..quantization.checkpoint import QuantizedFormat
 from ..quantization.kernels import linear_cpu
 from ..quantization.kernels.linear_cpu import PackedLinear
 from .communication import Communicator
@@ -151,11 +152,14 @@ class ColumnParallelLinear(Linear):
 
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
         """Take this rank's rows of one piece's weight or bias; without `shard_id`, of all pieces in order (GPT-2 keeps QKV
-        so).
+        so). The order of columns that act-order brings is one for all pieces, for they have the same input.
 
         Raises:
-            ValueError: the checkpoint's tensor has another shape.
+            ValueError: the checkpoint's tensor has another shape, or another order.
         """
+        if param is self.order:
+            load_order(param, loaded)
+            return
         if shard_id is None:
             sizes = [piece.full for piece in self.pieces.values()]
             check_size(loaded, 0, sum(sizes))
@@ -227,6 +231,19 @@ class RowParallelLinear(Linear):
         """
         return self.parallel.all_reduce(super().forward(x, add_to if self.parallel.rank == 0 else None))
 
+    def expect_quantized(self, form: QuantizedFormat) -> None:
+        """Groups that a border between ranks cuts become smaller ones, each with the whole group's scale and zero.
+
+        Raises:
+            ValueError: with act-order a rank's columns are of all groups; that is not supported.
+        """
+        if form.act_order and self.parallel.size > 1:
+            raise ValueError("desc_act (act-order) with --tensor-parallel-size above 1 is not supported; quantize without it")
+        inputs, size = self.inputs, self.inputs.full if form.group_size == -1 else form.group_size
+        self.file_group_size = size
+        whole = inputs.start % size == 0 and (inputs.stop % size == 0 or inputs.stop == inputs.full)
+        self._make_room(form, size if whole else math.gcd(size, inputs.start, inputs.stop))
+
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
         """Take this rank's columns of the weight [out, in]; of the bias [out] all on rank 0 and zeros on the others.
 
@@ -235,6 +252,12 @@ class RowParallelLinear(Linear):
         """
         if param is self.bias:
             copy_weight(param, loaded if self.parallel.rank == 0 else torch.zeros_like(loaded))
+        elif param is self.order:
+            load_order(param, loaded)
+        elif param is self.scales or param is self.zeros:
+            check_size(loaded, 1, -(-self.inputs.full // self.file_group_size))
+            finer = loaded.repeat_interleave(self.file_group_size // self.group_size, dim=1)
+            copy_weight(param, finer.narrow(1, self.inputs.start // self.group_size, param.shape[1]))
         else:
             copy_weight(param, self.inputs.of(loaded, dim=1))
 
@@ -258,6 +281,17 @@ class VocabParallelEmbedding(Embedding):
 
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
         load_vocabulary(param, loaded, self.rows)
+
+
+def load_order(param: nn.Parameter, loaded: Tensor) -> None:
+    """Keep the order of a layer's columns, or see that it is the one kept already.
+
+    Raises:
+        ValueError: it has another length, or is another one.
+    """
+    if len(param) == len(loaded) and int(param[0]) != -1 and not torch.equal(param.data, loaded):
+        raise ValueError("act-order has sorted the inputs of layers that are merged here in different ways")
+    copy_weight(param, loaded)
 
 
 def load_vocabulary(param: nn.Parameter, loaded: Tensor, rows: Shard) -> None:

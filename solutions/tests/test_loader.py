@@ -265,7 +265,7 @@ LLAMA = {
         ({"rope_scaling": {"type": "linear"}}, "no entry 'factor'"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"hidden_act": "swish2"}, "'swish2' is not supported; supported are silu"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"\(gptq\) are not supported"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized with fp8 are not supported"),
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3 KV heads"),
         ({"hidden_size": None, "num_attention_heads": None}, "no entry"),
     ],

@@ -40,6 +40,11 @@ def supports(dtype: torch.dtype, in_features: int, quantization: str | None = No
     return dtype in _NAMES and in_features % (16 if quantization == "int8" else 2) == 0 and native.load() is not None
 
 
+def supports_groups(dtype: torch.dtype, in_features: int, bits: int, group_size: int) -> bool:
+    """Whether a `GroupQuantized` matrix can be packed."""
+    return bits == 4 and group_size % 2 == 0 and supports(dtype, in_features)
+
+
 class PackedLinear:
     """One matrix of [N, K], packed.
 

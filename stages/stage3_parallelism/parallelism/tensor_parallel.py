@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..models.layers import ACTIVATION_FUNCTIONS, Embedding, Linear, WeightLayer, copy_weight, parameter
 from ..models.model_config import ModelConfig
+from ..quantization.checkpoint import QuantizedFormat
 from ..quantization.kernels import linear_cpu
 from ..quantization.kernels.linear_cpu import PackedLinear
 from .communication import Communicator
@@ -143,10 +144,10 @@ class ColumnParallelLinear(Linear):
 
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
         """Take this rank's rows of one piece's weight or bias; without `shard_id`, of all pieces in order (GPT-2 keeps QKV
-        so).
+        so). The order of columns that act-order brings is one for all pieces, for they have the same input.
 
         Raises:
-            ValueError: the checkpoint's tensor has another shape.
+            ValueError: the checkpoint's tensor has another shape, or another order.
         """
         raise NotImplementedError(
             "Stage 3 · Task 3.3: ColumnParallelLinear.weight_loader, see IMPLEMENTATION_GUIDE.md#task-3-3"
@@ -214,6 +215,19 @@ class RowParallelLinear(Linear):
         # would it be in that sum?
         raise NotImplementedError("Stage 3 · Task 3.4: RowParallelLinear.forward, see IMPLEMENTATION_GUIDE.md#task-3-4")
 
+    def expect_quantized(self, form: QuantizedFormat) -> None:
+        """Groups that a border between ranks cuts become smaller ones, each with the whole group's scale and zero.
+
+        Raises:
+            ValueError: with act-order a rank's columns are of all groups; that is not supported.
+        """
+        if form.act_order and self.parallel.size > 1:
+            raise ValueError("desc_act (act-order) with --tensor-parallel-size above 1 is not supported; quantize without it")
+        inputs, size = self.inputs, self.inputs.full if form.group_size == -1 else form.group_size
+        self.file_group_size = size
+        whole = inputs.start % size == 0 and (inputs.stop % size == 0 or inputs.stop == inputs.full)
+        self._make_room(form, size if whole else math.gcd(size, inputs.start, inputs.stop))
+
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
         """Take this rank's columns of the weight [out, in]; of the bias [out] all on rank 0 and zeros on the others.
 
@@ -237,6 +251,17 @@ class VocabParallelEmbedding(Embedding):
 
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
         load_vocabulary(param, loaded, self.rows)
+
+
+def load_order(param: nn.Parameter, loaded: Tensor) -> None:
+    """Keep the order of a layer's columns, or see that it is the one kept already.
+
+    Raises:
+        ValueError: it has another length, or is another one.
+    """
+    if len(param) == len(loaded) and int(param[0]) != -1 and not torch.equal(param.data, loaded):
+        raise ValueError("act-order has sorted the inputs of layers that are merged here in different ways")
+    copy_weight(param, loaded)
 
 
 def load_vocabulary(param: nn.Parameter, loaded: Tensor, rows: Shard) -> None:

@@ -1,0 +1,243 @@
+"""Quantized weights in files: the layouts of GPTQ and AWQ, as AutoGPTQ, GPTQModel and AutoAWQ write them.
+
+A linear layer of [out, in] weights is kept as ``qweight``, ``qzeros`` and ``scales``, all with the inputs first:
+
+- GPTQ packs along the inputs: qweight [in / n, out] for n = 32 / bits codes to a word, the first in the lowest bits; qzeros
+  [G, out / n]; scales [G, out] in float16; g_idx [in], each input's group. Files of the first format store each zero less 1.
+- AWQ packs along the outputs: qweight [in, out / 8], qzeros [G, out / 8], where a word holds outputs 0, 2, 4, 6, 1, 3, 5, 7.
+
+Act-order sorts the inputs before it groups them, so a group's inputs lie anywhere: then g_idx is not in order.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .groups import BITS, GroupQuantized, pack_int32, unpack_int32
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+METHODS = ("gptq", "awq")
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+class CheckpointError(ValueError):
+    """A file does not hold what its description says."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedFormat:
+    """What a checkpoint's ``quantization_config`` says.
+
+    Attributes:
+        method: "gptq" or "awq". bits: 4 or 8. group_size: inputs that share a scale; −1: all.
+        act_order: GPTQ's inputs were sorted before they were grouped (``desc_act``).
+        zeros_less_one: GPTQ's first format.
+    """
+
+    method: str
+    bits: int
+    group_size: int
+    act_order: bool = False
+    zeros_less_one: bool = False
+
+    @classmethod
+    def parse(cls, config: dict[str, Any]) -> QuantizedFormat:
+        """From the ``quantization_config`` of a config.json.
+
+        Raises:
+            ValueError: it names a method or a layout that cannot be read here.
+        """
+        method = config.get("quant_method", "unknown")
+        if method not in METHODS:
+            known = " and ".join(METHODS)
+            raise ValueError(f"checkpoints quantized with {method} are not supported, {known} are; use the unquantized model")
+        bits, size = config.get("bits"), config.get("group_size")
+        if bits not in (BITS if method == "gptq" else (4,)) or type(size) is not int or (size < 1 and size != -1):
+            raise ValueError(f"quantization_config: {method} with {bits} bits in groups of {size} is not supported")
+        if method == "awq" and str(config.get("version", "gemm")).lower() != "gemm":
+            raise ValueError(f"quantization_config: AWQ layout {config['version']!r} is not supported, gemm is")
+        first = method == "gptq" and config.get("checkpoint_format", "gptq") == "gptq"
+        return cls(method, bits, size, bool(config.get("desc_act", False)), first)
+
+    def to_config(self, symmetric: bool) -> dict[str, Any]:
+        """The ``quantization_config`` to write."""
+        shared = {"quant_method": self.method, "bits": self.bits, "group_size": self.group_size}
+        if self.method == "awq":
+            return shared | {"version": "gemm", "zero_point": not symmetric, "modules_to_not_convert": None}
+        layout = "gptq" if self.zeros_less_one else "gptq_v2"
+        return shared | {"desc_act": self.act_order, "sym": symmetric, "checkpoint_format": layout, "lm_head": False}
+
+    def pack(self, weight: GroupQuantized) -> dict[str, Tensor]:
+        """The tensors that stand for one layer in a file.
+
+        Raises:
+            ValueError: codes do not fill whole words, or their columns are sorted and the format has no place to say so.
+        """
+        scales = weight.scales.t().to(torch.float16).contiguous()
+        if self.method == "awq":
+            if weight.order is not None:
+                raise ValueError("AWQ files have no place for an order of columns")
+            return {
+                "qweight": pack_awq(weight.codes.t()),
+                "qzeros": pack_awq(weight.zeros.t()),
+                "scales": scales,
+            }
+        columns = weight.codes.shape[1]
+        groups = torch.arange(columns) // weight.group_size
+        codes = weight.codes
+        if weight.order is not None:
+            codes = torch.empty_like(codes).index_copy_(1, weight.order, codes)
+            groups = torch.empty_like(groups).index_copy_(0, weight.order, groups)
+        zeros = weight.zeros.t() - 1 if self.zeros_less_one else weight.zeros.t()
+        return {
+            "qweight": pack_int32(codes, self.bits).t().contiguous(),
+            "qzeros": pack_int32(zeros.to(torch.int64) & (2**self.bits - 1), self.bits),
+            "scales": scales,
+            "g_idx": groups.to(torch.int32),
+        }
+
+    def unpack(self, parts: dict[str, Tensor]) -> GroupQuantized:
+        """What `pack` was given.
+
+        Raises:
+            ValueError: the tensors' shapes do not fit each other, or groups are of uneven sizes.
+        """
+        scales = parts["scales"].t().float().contiguous()
+        if self.method == "awq":
+            codes, zeros, order = unpack_awq(parts["qweight"]).t(), unpack_awq(parts["qzeros"]).t(), None
+        else:
+            codes = unpack_int32(parts["qweight"].t().contiguous(), self.bits)
+            zeros = unpack_int32(parts["qzeros"], self.bits).t()
+            if self.zeros_less_one:  # a zero of 0 was stored as the largest code
+                zeros = (zeros + 1) & (2**self.bits - 1)
+        size = codes.shape[1] if self.group_size == -1 else self.group_size
+        expected = [codes.shape[0], -(-codes.shape[1] // size)]
+        if list(scales.shape) != expected or list(zeros.shape) != expected:
+            raise ValueError(f"scales {list(scales.shape)} and zeros {list(zeros.shape)} should be {expected}")
+        if self.method == "gptq":
+            order = column_order(parts["g_idx"], size) if "g_idx" in parts else None
+            if order is not None:
+                codes = codes[:, order]
+        return GroupQuantized(codes.contiguous(), scales, zeros.float().contiguous(), self.bits, size, order)
+
+
+def column_order(groups: Tensor, size: int) -> Tensor | None:
+    """The columns sorted by their group, `groups` [in]; None if they are already.
+
+    Raises:
+        ValueError: a group before the last has not `size` columns.
+    """
+    in_order = torch.arange(len(groups)) // size
+    if torch.equal(groups.long(), in_order):
+        return None
+    order = torch.argsort(groups, stable=True)
+    if not torch.equal(groups[order].long(), in_order):
+        raise ValueError(f"g_idx does not put {size} columns in each group")
+    return order
+
+
+def pack_awq(values: Tensor) -> Tensor:
+    """[r, n] codes below 16 → [r, n / 8] int32 in AWQ's order of nibbles.
+
+    Raises:
+        ValueError: n is no multiple of 8.
+    """
+    if values.shape[1] % 8:
+        raise ValueError(f"AWQ packs 8 outputs to a word, and the layer has {values.shape[1]}")
+    return pack_int32(values.unflatten(1, (-1, 8))[:, :, list(AWQ_ORDER)].flatten(1), 4)
+
+
+def unpack_awq(packed: Tensor) -> Tensor:
+    """What `pack_awq` was given, as uint8."""
+    words = unpack_int32(packed, 4).unflatten(1, (-1, 8))
+    return torch.empty_like(words).index_copy_(2, torch.tensor(AWQ_ORDER), words).flatten(1)
+
+
+@dataclass(slots=True)
+class Unpacker:
+    """Turns the tensors of a quantized checkpoint, as they are read, into those of `GroupQuantized`: `<layer>.codes`,
+    `.scales`, `.zeros` and, where columns are sorted, `.order`. Others pass.
+
+    Attributes:
+        pending: what is read of layers that are not complete yet, which may go on in another file.
+    """
+
+    format: QuantizedFormat
+    pending: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def __call__(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        needed = PARTS if self.format.method == "gptq" else PARTS[:3]
+        for name, tensor in tensors:
+            layer, _, part = name.rpartition(".")
+            if part == "bias" and not tensor.any():  # some tools write biases of zeros for layers that have none
+                continue
+            if part not in needed:
+                yield name, tensor
+                continue
+            parts = self.pending.setdefault(layer, {})
+            parts[part] = tensor
+            if len(parts) == len(needed):
+                yield from self._convert(layer, self.pending.pop(layer))
+
+    def _convert(self, layer: str, parts: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        try:
+            weight = self.format.unpack(parts)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise CheckpointError(f"the quantized layer {layer} cannot be read: {error}") from None
+        if weight.order is not None and not self.format.act_order:
+            raise CheckpointError(f"{layer}.g_idx is not in order although quantization_config says that desc_act is false")
+        yield f"{layer}.codes", weight.codes
+        yield f"{layer}.scales", weight.scales
+        yield f"{layer}.zeros", weight.zeros
+        if self.format.act_order:
+            yield f"{layer}.order", torch.arange(weight.shape[1]) if weight.order is None else weight.order
+
+
+def write_model(
+    folder: Path, source: Path, layers: dict[str, GroupQuantized], form: QuantizedFormat, symmetric: bool,
+    changed: dict[str, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Write a model in Hugging Face's format with some of its layers quantized.
+
+    Args:
+        folder: to write to. source: the whole model's folder, from which everything else is copied.
+        layers: by name, such as "model.layers.0.mlp.up_proj".
+        form: the layout. symmetric: how it was quantized, which the file says.
+        changed: other tensors that differ from the source's.
+
+    Raises:
+        ValueError: a layer cannot be packed; the message names it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(source.glob("*.safetensors")):
+        with safe_open(file, framework="pt", device="cpu") as reader:
+            for name in reader.keys():  # noqa: SIM118 - not a dictionary
+                if name.removesuffix(".weight") not in layers:
+                    tensors[name] = changed[name] if changed and name in changed else reader.get_tensor(name)
+    for name, weight in layers.items():
+        try:
+            tensors |= {f"{name}.{part}": tensor for part, tensor in form.pack(weight).items()}
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = form.to_config(symmetric)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file in source.iterdir():
+        if (
+            file.is_file()
+            and file.suffix != ".safetensors"
+            and file.name not in ("config.json", "model.safetensors.index.json")
+        ):
+            shutil.copy2(file, folder / file.name)
