@@ -16,9 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .calibration import LayerInputs, Recipe, Statistics, run_command
+from .calibration import LayerInputs, Statistics
 from .checkpoint import QuantizedFormat
 from .groups import GroupQuantized, group_parameters, quantize_columns, quantize_groups
+from .layerwise import Recipe, run_command
 
 GRID = 20
 """Exponents that are tried: 0, 1 / 20, ..., 19 / 20."""

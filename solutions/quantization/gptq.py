@@ -14,9 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .calibration import LayerInputs, Recipe, run_command
+from .calibration import LayerInputs
 from .checkpoint import QuantizedFormat
 from .groups import GroupQuantized, group_parameters, quantize_columns
+from .layerwise import Recipe, run_command
 
 BLOCK = 128
 """Columns whose errors are gathered before the columns behind them are updated, in one matrix product."""

@@ -1,0 +1,217 @@
+"""A model quantized layer by layer: the recipe, the run that can be continued, and the command that GPTQ and AWQ share.
+
+A finished layer is written to the output folder at once, so a run that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..batching.sequence import SamplingParams
+from ..models.layers import Linear
+from ..models.llama import MERGED_LAYERS
+from ..models.loader import ModelSource, load_tokenizer, resolve_model
+from .calibration import MATRICES, Calibration, LayerInputs, pieces_of
+from .checkpoint import QuantizedFormat, write_model
+from .groups import BITS, GroupQuantized
+
+WORK = "layers-so-far"
+"""Folder in the output folder with the finished layers of a run that is not through."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a model is quantized; a run can only be continued with the same.
+
+    Attributes:
+        num_samples, sequence_length: of the calibration text, in tokens. seed: of the text, if the model makes it itself.
+        damping, act_order: of GPTQ alone.
+    """
+
+    method: str
+    model: str
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = False
+    act_order: bool = False
+    damping: float = 0.01
+    num_samples: int = 64
+    sequence_length: int = 512
+    seed: int = 0
+    calibration_file: str | None = None
+
+
+QuantizeLayer = Callable[[LayerInputs, Recipe], dict[str, GroupQuantized]]
+"""What a method does: all matrices of a layer, from the statistics of their inputs."""
+
+
+def calibration_tokens(recipe: Recipe, source: ModelSource) -> Tensor:
+    """[B, L] int64: from the file, or from what the model itself says.
+
+    Raises:
+        ValueError: the text is too short, or there is no tokenizer to read it with.
+    """
+    wanted, length = recipe.num_samples, recipe.sequence_length
+    if recipe.calibration_file is not None:
+        tokenizer = load_tokenizer(source)
+        if tokenizer is None:
+            raise ValueError(f"{source.name} has no tokenizer to read {recipe.calibration_file} with")
+        ids = tokenizer.encode(Path(recipe.calibration_file).read_text(), add_special_tokens=False)
+        samples = len(ids) // length
+        if samples < 1:
+            raise ValueError(f"{recipe.calibration_file} has {len(ids)} tokens and a sample takes {length}; give more text")
+        return torch.tensor(ids[: min(samples, wanted) * length]).view(-1, length)
+    from ..core.engine import LLM  # which builds on this package's kernels
+
+    llm = LLM(recipe.model, max_model_len=length + 1, enable_prefix_caching=False)
+    first = source.config.bos_token_id if source.config.bos_token_id is not None else 0
+    params = [
+        SamplingParams(seed=recipe.seed * 100_003 + i, max_tokens=length - 1, ignore_eos=True, detokenize=False)
+        for i in range(wanted)
+    ]
+    outputs = llm.generate([{"prompt_token_ids": [first]}] * wanted, params)
+    return torch.tensor([[first, *output.outputs[0].token_ids] for output in outputs])
+
+
+def quantize_model(
+    recipe: Recipe, output: Path, quantize_layer: QuantizeLayer, form: QuantizedFormat, progress: bool = True
+) -> None:
+    """Quantize a model layer by layer and write it; a run that was interrupted is continued.
+
+    Raises:
+        ValueError: the model is of another kind, or the folder holds a run with other settings.
+    """
+    source = resolve_model(recipe.model)
+    if source.config.architecture not in ("LlamaForCausalLM", "MistralForCausalLM") or source.path is None:
+        raise ValueError(f"{recipe.model}: LLaMA and Mistral models with weights can be quantized, not this one")
+    if source.config.quantization is not None:
+        raise ValueError(f"{recipe.model} is quantized already; start from the whole model")
+    work = output / WORK
+    done = open_work(recipe, output, work)
+    calibration = Calibration(source, calibration_tokens(recipe, source))
+    layers: dict[str, GroupQuantized] = {}
+    changed: dict[str, Tensor] = {}
+    for index in track(range(len(calibration.layers)), "layers", console=Console(file=sys.stderr), disable=not progress):
+        file = work / f"{index:04}.safetensors"
+        if file in done:
+            quantized, new = read_layer(file, recipe)
+        else:
+            layer = calibration.inputs_of(index)
+            quantized = quantize_layer(layer, recipe)
+            new = layer.changed
+            write_layer(file, quantized, new)
+        calibration.advance(index, quantized, new)
+        prefix = f"model.layers.{index}"
+        for name, weight in quantized.items():
+            layers |= split_pieces(calibration.layers[index].get_submodule(name), f"{prefix}.{name}", weight)
+        changed |= {f"{prefix}.{name}": tensor for name, tensor in new.items()}
+    write_model(output, source.path, layers, form, recipe.symmetric, changed)
+    shutil.rmtree(work)
+
+
+def split_pieces(matrix: Linear, name: str, weight: GroupQuantized) -> dict[str, GroupQuantized]:
+    """A merged matrix as the layers that a checkpoint has, by name."""
+    parent = name.rpartition(".")[0]
+    names = {piece: f"{parent}.{layer}" for layer, (merged, piece) in MERGED_LAYERS.items() if name.endswith(merged)}
+    parts = [pieces_of(matrix, tensor) for tensor in (weight.codes, weight.scales, weight.zeros)]
+    return {
+        names.get(piece, name): GroupQuantized(*(part[piece] for part in parts), weight.bits, weight.group_size, weight.order)
+        for piece in parts[0]
+    }
+
+
+def open_work(recipe: Recipe, output: Path, work: Path) -> set[Path]:
+    """The finished layers of an interrupted run, or a new folder for them.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    manifest = work / "recipe.json"
+    if manifest.is_file():
+        before = json.loads(manifest.read_text())
+        if before != asdict(recipe):
+            differing = [name for name, value in asdict(recipe).items() if before.get(name) != value]
+            raise ValueError(
+                f"{output} holds a run with another {', '.join(differing)}; delete {work} or choose another folder"
+            )
+        done = set(work.glob("*.safetensors"))
+        print(f"going on in {output}: {len(done)} layers are done", file=sys.stderr)
+        return done
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty; choose another folder")
+    work.mkdir(parents=True)
+    manifest.write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    return set()
+
+
+def write_layer(file: Path, quantized: dict[str, GroupQuantized], changed: dict[str, Tensor]) -> None:
+    """Keep a finished layer; the file is there as a whole or not at all."""
+    tensors = {f"changed.{name}": tensor for name, tensor in changed.items()}
+    for name, weight in quantized.items():
+        for part in ("codes", "scales", "zeros", "order"):
+            if (tensor := getattr(weight, part)) is not None:
+                tensors[f"{part}.{name}"] = tensor
+    partial = file.with_suffix(".part")
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, partial)
+    partial.rename(file)
+
+
+def read_layer(file: Path, recipe: Recipe) -> tuple[dict[str, GroupQuantized], dict[str, Tensor]]:
+    """What `write_layer` was given."""
+    tensors = load_file(file)
+    quantized = {}
+    for name in MATRICES:
+        codes = tensors[f"codes.{name}"]
+        size = codes.shape[1] if recipe.group_size == -1 else recipe.group_size
+        parts = tensors[f"scales.{name}"], tensors[f"zeros.{name}"]
+        quantized[name] = GroupQuantized(codes, *parts, recipe.bits, size, tensors.get(f"order.{name}"))
+    prefix = "changed."
+    return quantized, {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def run_command(
+    method: str, text: str, quantize_layer: QuantizeLayer, form: Callable[[Recipe], QuantizedFormat], argv: list[str] | None
+) -> None:
+    """The command line of a method; exits with 1 and one line on a problem."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m solutions.quantization.{method}", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=text.split("\n\n")[0] + "\n\nThe result is a folder in Hugging Face's format that --model takes.",
+        epilog=f"example:\n  python -m solutions.quantization.{method} --model smollm2-135m --group-size 64 --output quantized\n"
+        "  make serve MODEL=quantized",
+    )  # fmt: skip
+    parser.add_argument("--model", required=True, help="alias, folder, .gguf file or hub id of a whole model")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write; an interrupted run goes on")
+    parser.add_argument("--group-size", type=int, default=64, help="weights that share a scale; -1: rows (default: 64)")
+    parser.add_argument("--symmetric", action="store_true", help="zero in the middle of the codes")
+    if method == "gptq":
+        parser.add_argument("--bits", type=int, default=4, choices=BITS, help="of a weight (default: 4)")
+        parser.add_argument("--act-order", "--desc-act", action="store_true", help="fix columns with large inputs first")
+        parser.add_argument("--damping", type=float, default=0.01, help="added to the Hessian's diagonal (default: 0.01)")
+    else:
+        parser.add_argument("--bits", type=int, default=4, choices=(4,), help="of a weight (default: 4)")
+    parser.add_argument("--calibration-file", metavar="FILE", help="text; default: what the model itself says")
+    parser.add_argument("--num-samples", type=int, default=64, help="of calibration text (default: 64)")
+    parser.add_argument("--sequence-length", type=int, default=512, help="tokens of a sample (default: 512)")
+    parser.add_argument("--seed", type=int, default=0, help="of the text that the model makes (default: 0)")
+    args = vars(parser.parse_args(argv))
+    output = args.pop("output")
+    try:
+        recipe = Recipe(method=method, **args)
+        if min(recipe.num_samples, recipe.sequence_length - 1) < 1 or not (recipe.group_size == -1 or recipe.group_size > 0):
+            raise ValueError("--num-samples must be at least 1, --sequence-length at least 2, --group-size at least 1 or -1")
+        quantize_model(recipe, output, quantize_layer, form(recipe))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{output} is ready; try: make serve MODEL={output}")
