@@ -9,7 +9,7 @@ using namespace native;
 
 namespace {
 
-// One row to bytes; returns its scale.
+// Part of a row to bytes; returns its scale.
 template <typename T>
 float quantize(const T* x, uint8_t* bytes, int64_t k) {
     Floats most{};
@@ -30,18 +30,15 @@ float quantize(const T* x, uint8_t* bytes, int64_t k) {
 
 // The arguments of a product, as ctypes fills them in: x [m, k] with rows ldx apart, w in n/32 panels, y [m, n] with rows ldy apart
 // (half of n with SILU_MUL). bias is of the padded columns, or null. k is a multiple of 2 for bfloat16, of 16 for int8.
-// For int8 only: scales and sums, of the padded columns too, and memory for the quantized x, bytes [m, k] and row_scales [m].
-// For int4 only: group, the columns that share a scale, and memory for the sums of x, row_scales [m, groups]; where the columns are
-// in another order than those of x, that order [k] and memory for x in it, bytes [m, k] of x's type.
+// group: of int8 the elements of x that share a scale, of int4 the weights; then there is memory for a number for each row and group.
+// For int8 only: scales of the padded columns, and memory for the quantized x, other_x [m, k] bytes.
+// For int4 only: where the columns are in another order than those of x, that order [k] and memory for x in it, other_x [m, k].
 extern "C" struct Linear {
     int64_t m;
     const void *x, *w;
-    const float* scales;
-    const int32_t* sums;
-    const float* bias;
-    void* y;
-    uint8_t* bytes;
-    float* row_scales;
+    const float *scales, *bias;
+    void *y, *other_x;
+    float* of_groups;
     const int32_t* order;
     int64_t ldx, ldy, n, k, epilogue, group;
 };
@@ -61,11 +58,15 @@ void linear(const Linear& a) {
 
 template <typename T>
 void linear_int8(const Linear& a) {
-    const Int8 weights{a.bytes, a.row_scales, static_cast<const int8_t*>(a.w), a.scales, a.sums, a.k};
+    uint8_t* bytes = static_cast<uint8_t*>(a.other_x);
+    const Int8 weights{bytes, a.of_groups, static_cast<const uint8_t*>(a.w), a.scales, a.k, a.group};
+    const int64_t groups = weights.groups();
     on_all_threads([&] {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < a.m; ++row)
-            a.row_scales[row] = quantize(static_cast<const T*>(a.x) + row * a.ldx, a.bytes + row * a.k, a.k);
+            for (int64_t g = 0, i = 0; g < groups; ++g, i += a.group)
+                a.of_groups[row * groups + g] =
+                    quantize(static_cast<const T*>(a.x) + row * a.ldx + i, bytes + row * a.k + i, std::min(a.group, a.k - i));
         multiply(weights, output<T>(a), a.m, a.n);
     });
 }
@@ -73,14 +74,14 @@ void linear_int8(const Linear& a) {
 template <typename T>
 void linear_int4(const Linear& a) {
     const T* x = static_cast<const T*>(a.x);
-    T* ordered = reinterpret_cast<T*>(a.bytes);
-    const Int4<T> weights{a.order ? ordered : x, a.order ? a.k : a.ldx, a.k, a.group, static_cast<const uint8_t*>(a.w), a.row_scales};
+    T* ordered = static_cast<T*>(a.other_x);
+    const Int4<T> weights{a.order ? ordered : x, a.order ? a.k : a.ldx, a.k, a.group, static_cast<const uint8_t*>(a.w), a.of_groups};
     on_all_threads([&] {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < a.m; ++row) {
             if (a.order)
                 for (int64_t i = 0; i < a.k; ++i) ordered[row * a.k + i] = x[row * a.ldx + a.order[i]];
-            weights.sum_groups(row, a.row_scales + row * weights.groups());
+            weights.sum_groups(row, a.of_groups + row * weights.groups());
         }
         multiply(weights, output<T>(a), a.m, a.n);
     });

@@ -54,29 +54,45 @@ struct Plain {
     }
 };
 
-// int8 weights with a scale for each column. Activations are quantized to unsigned bytes around 128, with a scale for each row; what
-// the 128 adds, 128 times the sum of the column, is taken off again.
+// int8 weights with a scale for each column; activations as unsigned bytes around 128, with a scale for each group of a row's. What
+// the 128 adds, 128 times the sum of the group's weights, is where the sums begin.
+// A panel holds for each group 32 such sums, less the factor, in 16 bits, then the weights of the group as native.h wants them.
 struct Int8 {
+    static constexpr int64_t HEAD = 2 * PANEL;
     const uint8_t* x;
-    const float* row_scales;
-    const int8_t* packed;
+    const float* row_scales;  // [m, groups]
+    const uint8_t* packed;
     const float* column_scales;
-    const int32_t* column_sums;
-    int64_t k;
+    int64_t k, group;
 
-    int64_t panel_bytes() const { return k * PANEL; }
-    int64_t bytes_a_step() const { return 128; }
+    int64_t groups() const { return (k + group - 1) / group; }
+    int64_t panel_bytes() const { return groups() * HEAD + k * PANEL; }
+    int64_t bytes_a_step() const { return (4 * panel_bytes() + k - 1) / k; }
 
     template <int M, typename Y>
     void rows(int64_t panel, int64_t row, int64_t width, const Output<Y>& out, Ahead ahead) const {
-        Ints sums[M][2] = {};
-        tile<M, true>(x + row * k, k, packed + panel * k * PANEL, k, sums, ahead);
-        Floats c[M][2];
+        Floats c[M][2] = {};
+        const uint8_t* at = packed + panel * panel_bytes();
+        for (int64_t g = 0; g < groups(); ++g) {
+            const int64_t begin = g * group, count = std::min(group, k - begin);
+            Ints sums[M][2];
+            for (int h = 0; h < 2; ++h) {
+                typedef int16_t Shorts __attribute__((vector_size(32)));
+                const Ints start = __builtin_convertvector(load_as<Shorts>(at + h * PANEL), Ints) * -128;
+                for (int m = 0; m < M; ++m) sums[m][h] = start;
+            }
+            at += HEAD;
+            tile<M, true>(x + row * k + begin, k, reinterpret_cast<const int8_t*>(at), count, sums, ahead);
+            at += count * PANEL;
+            ahead.next += count / 4 * ahead.stride;
+            for (int m = 0; m < M; ++m) {
+                const Floats scale = broadcast(row_scales[(row + m) * groups() + g]);
+                for (int h = 0; h < 2; ++h) c[m][h] += __builtin_convertvector(sums[m][h], Floats) * scale;
+            }
+        }
         for (int h = 0; h < 2; ++h) {
-            const int64_t column = panel * PANEL + h * LANES;
-            const Ints offset = load_as<Ints>(column_sums + column) * 128;
-            const Floats scale = load(column_scales + column);
-            for (int m = 0; m < M; ++m) c[m][h] = __builtin_convertvector(sums[m][h] - offset, Floats) * (scale * row_scales[row + m]);
+            const Floats scale = load(column_scales + panel * PANEL + h * LANES);
+            for (int m = 0; m < M; ++m) c[m][h] *= scale;
         }
         out.template write<M>(c, row, panel * PANEL, width);
     }

@@ -1,7 +1,8 @@
-"""Matrix products with packed weights on a CPU, computed by ``linear_cpu.cpp``: in the weights' own type, in int8 or in int4.
+"""Matrix products with packed weights on a CPU, by ``linear_cpu.cpp``: in the weights' own type, in int8 or in int4.
 
-int8 quantizes each output channel of the weights when they are packed, and each token's activations as they come (W8A8, dynamic
-per token and per channel; Dettmers et al., "LLM.int8()", NeurIPS 2022, §2.1). A scale is the largest magnitude over 127.
+int8 quantizes each output channel of the weights when they are packed, and groups of `INT8_GROUP` activations of a token as they
+come (W8A8; Dettmers et al., "LLM.int8()", NeurIPS 2022, §2.1). A scale is the largest magnitude over 127. One scale for a whole
+token would do for most, but a few channels are so large that the others would have hardly any steps left.
 
 int4 leaves the activations as they are (W4A16) and quantizes groups of `INT4_GROUP` weights to nearest, unless they come
 quantized from a checkpoint. Decoding waits for memory, which has less than a third of the bytes to deliver.
@@ -20,6 +21,8 @@ from ..groups import GroupQuantized, quantize_groups
 
 PANEL = 32
 """Columns of a panel, as in core/native.h."""
+INT8_GROUP = 96
+"""Activations of a token that share a scale: of the default model's widths a divisor."""
 INT4_GROUP = 32
 """Columns that share a scale where the engine itself quantizes to int4: as in a Q4_1 file, whose weights so stay exact."""
 STORE, ADD, SILU_MUL = 0, 1, 2
@@ -30,9 +33,9 @@ _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 class _Linear(native.Arguments):
     """`Linear` of the C++ file."""
 
-    _fields_ = [
-        (name, ctypes.c_void_p) for name in ("x", "w", "scales", "sums", "bias", "y", "bytes", "row_scales", "order")
-    ] + [(name, ctypes.c_int64) for name in ("ldx", "ldy", "n", "k", "epilogue", "group")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "w", "scales", "bias", "y", "other_x", "of_groups", "order")] + [
+        (name, ctypes.c_int64) for name in ("ldx", "ldy", "n", "k", "epilogue", "group")
+    ]
 
 
 def supports(dtype: torch.dtype, in_features: int, quantization: str | None = None) -> bool:
@@ -57,8 +60,8 @@ class PackedLinear:
         dtype: of the activations; default: that of `weight`.
 
     Attributes:
-        weight: the packed weights in the kernel's order: [P, K, 32] for P panels (for int8 beside `scales` and `sums`), of int4
-            the bytes of a panel, scales and zeros among them, [P, B].
+        weight: the packed weights in the kernel's order: [P, K, 32] for P panels in the weights' own type; of int8 and
+            int4 the bytes of each, sums, scales and zeros among them, [P, B].
     """
 
     def __init__(
@@ -72,27 +75,27 @@ class PackedLinear:
         self._dtype = dtype or weight.dtype
         if quantization == "int4" and not isinstance(weight, GroupQuantized):
             weight = quantize_groups(weight, 4, INT4_GROUP, whole_zeros=False)
-        self.scales = self.sums = self.order = None
+        self.scales = self.order = None
         self._scratch: tuple[int, torch.dtype, int] | None = None
-        """Memory that the kernel needs a row of x: of what type for x in another form, and how many floats."""
+        """Memory that the kernel needs for a row of x: in another form, of what type, and how many groups."""
+        group = 0
         if isinstance(weight, GroupQuantized):
-            kind = "int4_"
+            kind, group = "int4_", weight.group_size
             self._scratch = (0 if weight.order is None else self.num_columns, self._dtype, weight.scales.shape[1])
             self.weight = pack_groups(weight, rows)
             self.order = None if weight.order is None else weight.order.to(torch.int32).contiguous()
         elif quantization == "int8":
-            kind, self._scratch = "int8_", (self.num_columns, torch.uint8, 1)
-            weight, self.scales, self.sums = quantize_channels(weight)
-            self.scales, self.sums = _padded(self.scales[rows]), _padded(self.sums[rows])
-            self.weight = pack(weight[rows])
+            kind, group = "int8_", INT8_GROUP
+            self._scratch = (self.num_columns, torch.uint8, -(-self.num_columns // INT8_GROUP))
+            codes, scales = quantize_channels(weight)
+            self.scales = _padded(scales[rows])
+            self.weight = pack_int8(codes[rows])
         else:
             kind = ""
             self.weight = pack(weight[rows])
         self.bias = None if bias is None else _padded(bias[rows].float())
-        self._arguments = _Linear(n=self.num_rows, k=self.num_columns, w=self.weight.data_ptr())
-        if isinstance(weight, GroupQuantized):
-            self._arguments.group = weight.group_size
-        for field in ("scales", "sums", "bias", "order"):
+        self._arguments = _Linear(n=self.num_rows, k=self.num_columns, w=self.weight.data_ptr(), group=group)
+        for field in ("scales", "bias", "order"):
             tensor = getattr(self, field)
             setattr(self._arguments, field, None if tensor is None else tensor.data_ptr())
         self._kernel = native.Kernel(f"linear_{kind}{_NAMES[self._dtype]}", self._arguments)
@@ -113,10 +116,10 @@ class PackedLinear:
         arguments.y, arguments.ldy = y.data_ptr(), y.stride(0)
         arguments.epilogue = self.epilogue if add_to is None else ADD
         if self._scratch is not None:
-            columns, dtype, per_row = self._scratch
+            columns, dtype, groups = self._scratch
             other_x = native.result("other_x", rows, columns, dtype)
-            of_rows = native.result("of_rows", rows, per_row, torch.float32)
-            arguments.bytes, arguments.row_scales = other_x.data_ptr(), of_rows.data_ptr()
+            of_groups = native.result("of_groups", rows, groups, torch.float32)
+            arguments.other_x, arguments.of_groups = other_x.data_ptr(), of_groups.data_ptr()
         self._kernel()
         return y
 
@@ -134,12 +137,11 @@ def gate_and_up_order(rows: int) -> Tensor:
     return torch.cat((gate, gate + half), dim=1).flatten()
 
 
-def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 weights [N, K] with a scale [N] float32 and the sum [N] int32 of each row."""
+def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 weights [N, K] with a scale [N] float32 for each row."""
     weight = weight.float()
     scales = weight.abs().amax(dim=1) / 127
-    quantized = (weight / scales.clamp_min(1e-30)[:, None]).round_().to(torch.int8)
-    return quantized, scales, quantized.sum(dim=1, dtype=torch.int32)
+    return (weight / scales.clamp_min(1e-30)[:, None]).round_().to(torch.int8), scales
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -151,6 +153,25 @@ def pack(weight: Tensor) -> Tensor:
         weight = torch.cat((weight, weight.new_zeros(panels * PANEL - rows, columns)))
     in_order = weight.view(panels, PANEL, columns // group, group).transpose(1, 2)
     return empty_in_huge_pages(tuple(in_order.shape), weight.dtype).copy_(in_order)
+
+
+def pack_int8(weight: Tensor) -> Tensor:
+    """int8 weights [N, K] as ``Int8`` in ``linear_cpu.h`` reads them: bytes [P, B] for panels of 32 rows, before each group's
+    weights the sums of the group."""
+    sums = weight.new_zeros(-(-len(weight) // PANEL) * PANEL, -(-weight.shape[1] // INT8_GROUP), dtype=torch.int16)
+    for group, part in enumerate(weight.split(INT8_GROUP, dim=1)):
+        sums[: len(weight), group] = part.sum(dim=1, dtype=torch.int16)
+    heads = sums.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous().view(torch.uint8)  # [P, G, 64]
+    return _with_heads(heads, pack(weight).view(torch.uint8).flatten(2), INT8_GROUP // 4)
+
+
+def _with_heads(heads: Tensor, body: Tensor, length: int) -> Tensor:
+    """[P, B]: each panel's groups one behind the other, a head [P, G, ...] before `length` rows of the body [P, R, ...]."""
+    pieces = []
+    for group in range(heads.shape[1]):
+        pieces += heads[:, group], body[:, group * length : (group + 1) * length].flatten(1)
+    packed = torch.cat(pieces, dim=1)
+    return empty_in_huge_pages(tuple(packed.shape), torch.uint8).copy_(packed)
 
 
 def pack_groups(weight: GroupQuantized, rows: slice | Tensor = slice(None)) -> Tensor:
@@ -178,11 +199,7 @@ def pack_groups(weight: GroupQuantized, rows: slice | Tensor = slice(None)) -> T
     codes = (low | high << 4).flatten(2)  # [P, K / 2, 32]
     head = torch.stack((panels(weight.scales), panels(weight.zeros - 8)), dim=1)  # [P, 2, 32, G]
     head = head.permute(0, 3, 1, 2).to(torch.float16).contiguous().view(torch.uint8).flatten(2)  # [P, G, 128]
-    pieces = []
-    for group in range(head.shape[1]):
-        pieces += head[:, group], codes[:, group * size // 2 : (group + 1) * size // 2].flatten(1)
-    packed = torch.cat(pieces, dim=1)
-    return empty_in_huge_pages(tuple(packed.shape), torch.uint8).copy_(packed)
+    return _with_heads(head, codes, size // 2)
 
 
 def unpack(packed: Tensor, rows: int) -> Tensor:
