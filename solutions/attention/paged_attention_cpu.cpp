@@ -15,11 +15,36 @@ using namespace native;
 
 namespace {
 
+// A layer's cache: of T, or of int8 with scales.
 template <typename T>
-Work<T> prepare(const Step& step, const Item& item, int64_t kv_head, const T* query, int64_t ldq, const T* cache, Arena& arena) {
+struct Cache {
+    T* vectors;
+    int8_t* bytes;
+    uint16_t* scales;   // [2, num_blocks, block_size, H_kv], or null
+    int64_t num_heads;  // in all slots: where values begin
+
+    void write(int64_t slot_head, int64_t dim, const T* key, const T* value) const {
+        if (scales) {
+            quantize(key, dim, bytes + slot_head * dim, scales + slot_head);
+            quantize(value, dim, bytes + (num_heads + slot_head) * dim, scales + num_heads + slot_head);
+        } else {
+            std::memcpy(vectors + slot_head * dim, key, dim * sizeof(T));
+            std::memcpy(vectors + (num_heads + slot_head) * dim, value, dim * sizeof(T));
+        }
+    }
+    QuantizedHead head(int64_t kv_head, int64_t dim) const {
+        if (!scales) return {};
+        const int8_t* keys = bytes + kv_head * dim;
+        return {keys, keys + num_heads * dim, scales + kv_head, scales + num_heads + kv_head};
+    }
+};
+
+template <typename T>
+Work<T> prepare(const Step& step, const Item& item, int64_t kv_head, const T* query, int64_t ldq, const Cache<T>& cache, Arena& arena) {
     const int64_t dim = step.head_dim, group = step.num_heads / step.num_kv_heads, rows = item.queries * group;
-    const T* keys = cache + kv_head * dim;
-    Work<T> work{step, item, kv_head, group, rows, dim, keys, keys + step.num_blocks * step.block_size * step.num_kv_heads * dim,
+    T* chunk = cache.scales ? arena.take<T>(2 * KEYS * dim) : nullptr;
+    const T *keys = chunk ? chunk : cache.vectors + kv_head * dim, *values = keys + (chunk ? KEYS : cache.num_heads) * dim;
+    Work<T> work{step, item, kv_head, group, rows, dim, keys, values, cache.head(kv_head, dim), chunk,
                  arena.take<T>(rows * dim), arena.take<float>(rows * KEYS), arena.take<float>(rows), arena.take<float>(rows),
                  arena.take<float>(rows * dim)};
     for (int64_t r = 0; r < rows; ++r) {
@@ -74,12 +99,13 @@ struct Units {
 };
 
 template <typename T>
-void attend_unit(const Units& units, int64_t unit, int64_t upcoming, const T* query, int64_t ldq, const T* cache, T* output, Arena& arena) {
+void attend_unit(const Units& units, int64_t unit, int64_t upcoming, const T* query, int64_t ldq, const Cache<T>& cache, T* output, Arena& arena) {
     const Step& step = units.step;
     const Item& item = units.item(unit);
     const int64_t dim = step.head_dim, heads = units.heads(unit), rows = item.queries * units.group;
     const int64_t for_columns = units.is_few(unit) ? 0 : (rows + PANEL) * 2 * dim + KEYS * (2 * dim + 2 * PANEL);
-    arena.reset(heads * (rows * (KEYS + 2 * dim + 2) + 128) + for_columns + 512);
+    const int64_t for_chunk = cache.scales ? 2 * KEYS * dim : 0;
+    arena.reset(heads * (rows * (KEYS + 2 * dim + 2) + for_chunk + 144) + for_columns + 512);
     if (units.is_few(unit)) {
         static thread_local std::vector<Work<T>> works;
         works.clear();
@@ -119,12 +145,13 @@ void merge(const Step& step, const Merge& merge, int64_t head, T* output) {
 }  // namespace
 
 // One layer's arguments: query [m, H, D] with rows ldq apart, key and value [m, H_kv, D] with rows ldkv apart, cache [2, num_blocks,
-// block_size, H_kv, D], output [m, H, D]. D is a multiple of 16.
+// block_size, H_kv, D], of the queries' type or with scales [2, num_blocks, block_size, H_kv] of int8, output [m, H, D]. D is a
+// multiple of 16.
 extern "C" struct Attend {
     int64_t m;
     const Step* step;
     const void *query, *key, *value;
-    void *cache, *output;
+    void *cache, *output, *scales;
     int64_t ldq, ldkv;
     int64_t claimed;  // units of work that threads have taken
 };
@@ -135,17 +162,18 @@ template <typename T>
 void attend(Attend& a) {
     const Step& step = *a.step;
     const T *query = static_cast<const T*>(a.query), *key = static_cast<const T*>(a.key), *value = static_cast<const T*>(a.value);
-    T *cache = static_cast<T*>(a.cache), *output = static_cast<T*>(a.output);
-    const int64_t row = step.num_kv_heads * step.head_dim, size = step.num_blocks * step.block_size * row;
+    const int64_t dim = step.head_dim, kv_heads = step.num_kv_heads;
+    const Cache<T> cache{static_cast<T*>(a.cache), static_cast<int8_t*>(a.cache), static_cast<uint16_t*>(a.scales),
+                         step.num_blocks * step.block_size * kv_heads};
+    T* output = static_cast<T*>(a.output);
     const Units units(step);
     on_all_threads([&] {
         // All keys and values of the step are written before any is read: a sequence may read blocks that another one fills.
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < a.m; ++t) {
             if (t == 0) a.claimed = 0;
-            const int64_t slot = step.slot_mapping[t];
-            std::memcpy(cache + slot * row, key + t * a.ldkv, row * sizeof(T));
-            std::memcpy(cache + size + slot * row, value + t * a.ldkv, row * sizeof(T));
+            for (int64_t h = 0; h < kv_heads; ++h)
+                cache.write(step.slot_mapping[t] * kv_heads + h, dim, key + t * a.ldkv + h * dim, value + t * a.ldkv + h * dim);
         }
         static thread_local Arena arena;
         int64_t unit = units.claim(a.claimed);

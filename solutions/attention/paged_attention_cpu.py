@@ -42,9 +42,9 @@ def new_step() -> _Step:
 class _Attend(native.Arguments):
     """`Attend` of the C++ file."""
 
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("step", "query", "key", "value", "cache", "output")) + tuple(
-        (name, ctypes.c_int64) for name in ("ldq", "ldkv", "claimed")
-    )
+    _fields_ = tuple(
+        (name, ctypes.c_void_p) for name in ("step", "query", "key", "value", "cache", "output", "scales")
+    ) + tuple((name, ctypes.c_int64) for name in ("ldq", "ldkv", "claimed"))
 
 
 @dataclass(slots=True)
@@ -143,6 +143,7 @@ class CpuBackend(AttentionBackend):
         arguments = self._arguments
         arguments.rows = tokens
         arguments.step, arguments.cache = plan.address, metadata.kv_caches[layer].data_ptr()
+        arguments.scales = None if metadata.kv_scales is None else metadata.kv_scales[layer].data_ptr()
         arguments.query, arguments.ldq = query.data_ptr(), query.stride(0)
         arguments.key, arguments.value, arguments.ldkv = key.data_ptr(), value.data_ptr(), key.stride(0)
         arguments.output = output.data_ptr()

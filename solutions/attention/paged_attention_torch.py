@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..memory.cache_engine import write_kv
+from ..memory.cache_engine import write_kv, write_quantized
 from .paged_attention import AttentionBackend, AttentionMetadata
 
 PIECE = 64
@@ -90,18 +90,27 @@ class TorchBackend(AttentionBackend):
         scale: float, sliding_window: int | None = None,
     ) -> Tensor:  # fmt: skip
         kv_cache = metadata.kv_caches[layer]
-        write_kv(key, value, kv_cache, metadata.slot_mapping)
+        scales = None if metadata.kv_scales is None else metadata.kv_scales[layer]
+        if scales is None:
+            write_kv(key, value, kv_cache, metadata.slot_mapping)
+        else:
+            write_quantized(key, value, kv_cache, scales, metadata.slot_mapping)
         if metadata.plan is None or metadata.plan.sliding_window != sliding_window:
             metadata.plan = self.plan(metadata, sliding_window)
         keys, values = kv_cache.flatten(1, 3)  # [num_slots * H_kv, D] each
+        key_scales, value_scales = (None, None) if scales is None else scales.flatten(1, 3)[..., None]  # [num_slots * H_kv, 1]
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         query = query.float() * scale
         for group in metadata.plan.groups:
-            output.index_copy_(0, group.tokens, self._attend_group(query, keys, values, group))
+            out = self._attend_group(query, keys, values, group, key_scales, value_scales)
+            output.index_copy_(0, group.tokens, out.to(output.dtype))
         return output
 
-    def _attend_group(self, query: Tensor, keys: Tensor, values: Tensor, group: Group) -> Tensor:
-        """The outputs of one group, [S * Q, H, D], in the dtype of `values`. `query` is scaled float32, [T, H, D]."""
+    def _attend_group(
+        self, query: Tensor, keys: Tensor, values: Tensor, group: Group, key_scales: Tensor | None, value_scales: Tensor | None
+    ) -> Tensor:
+        """The outputs of one group, [S * Q, H, D], in the dtype of `values`, or float32 where these are int8. `query` is scaled
+        float32, [T, H, D]."""
         heads, dim = query.shape[1:]
         size, kv_heads, length = group.rows.shape
         queries = group.mask.shape[2]
@@ -113,10 +122,21 @@ class TorchBackend(AttentionBackend):
         k = self._gather("k", keys, group.rows)
         if k.dtype != torch.float32:
             k = self._buffer("k", k.shape, torch.float32, k.device).copy_(k)
+        if key_scales is not None:
+            k.mul_(self._gather("k_scales", key_scales, group.rows))
         scores = self._buffer("scores", (batch, width, length), torch.float32, k.device)
         torch.bmm(q, k.view(batch, length, dim).transpose(1, 2), out=scores)
         scores.view(size, kv_heads, queries, shared, length).add_(group.mask)
         weights = torch.softmax(scores, -1, out=scores)
+        if value_scales is not None:
+            v = self._gather("v", values, group.rows)
+            v = (
+                self._buffer("v", v.shape, torch.float32, v.device)
+                .copy_(v)
+                .mul_(self._gather("v_scales", value_scales, group.rows))
+            )
+            out = torch.bmm(weights, v.view(batch, length, dim)).view(size, kv_heads, queries, shared * dim)
+            return out.transpose(1, 2).reshape(size * queries, heads, dim)
         if values.dtype != torch.float32:
             weights = self._buffer("weights", scores.shape, values.dtype, k.device).copy_(weights)
 

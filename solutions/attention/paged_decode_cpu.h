@@ -172,7 +172,8 @@ template <typename T>
 void few_rows(const Work<T>* heads, int64_t num_heads, const Item* upcoming) {
     const Step& step = heads->step;
     const Item& item = heads->item;
-    int64_t offsets[KEYS], ahead[KEYS];
+    int64_t offsets[KEYS], ahead[KEYS], in_chunk[KEYS];
+    for (int64_t i = 0; i < KEYS; ++i) in_chunk[i] = i * step.head_dim;
     int64_t count = find(step, item, item.left, offsets);
     for (int64_t first = item.left; first < item.right; first += KEYS) {
         int64_t next_count = 0;
@@ -183,12 +184,17 @@ void few_rows(const Work<T>* heads, int64_t num_heads, const Item* upcoming) {
         else
             std::copy(offsets, offsets + KEYS, ahead);
         for (const Work<T>* work = heads; work < heads + num_heads; ++work) {
+            const int64_t *at = offsets, *next = ahead;
+            if (work->int8.keys) {
+                work->load_chunk(count, offsets, ahead);
+                at = next = in_chunk;
+            }
             int64_t row = 0;
-            for (; row + 4 <= work->rows; row += 4) attend_rows<4>(*work, row, first, count, offsets, ahead);
+            for (; row + 4 <= work->rows; row += 4) attend_rows<4>(*work, row, first, count, at, next);
             switch (work->rows - row) {
-                case 3: attend_rows<3>(*work, row, first, count, offsets, ahead); break;
-                case 2: attend_rows<2>(*work, row, first, count, offsets, ahead); break;
-                case 1: attend_rows<1>(*work, row, first, count, offsets, ahead); break;
+                case 3: attend_rows<3>(*work, row, first, count, at, next); break;
+                case 2: attend_rows<2>(*work, row, first, count, at, next); break;
+                case 1: attend_rows<1>(*work, row, first, count, at, next); break;
             }
         }
         std::copy(ahead, ahead + KEYS, offsets);

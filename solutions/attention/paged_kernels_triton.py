@@ -78,8 +78,10 @@ def store_pairs(to, scales, at, pair, low, high, is_head, is_pair, D: tl.constex
     kind: tl.constexpr = to.dtype.element_ty
     if scales is not None:
         largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))[:, None]
-        tl.store(scales + at, largest / 127.0, is_head)
-        factor = 127.0 / tl.where(largest > 0, largest, 1.0)
+        scale = cast(tl.minimum(largest * (1.001 / 127.0), 65504.0), scales.dtype.element_ty)  # a little larger: nothing clips
+        tl.store(scales + at, scale, is_head)
+        step = scale.to(tl.float32)
+        factor = tl.where(step > 0, 1.0 / tl.where(step > 0, step, 1.0), 0.0)
         low, high = tl.floor(low * factor + 0.5), tl.floor(high * factor + 0.5)
     if kind == tl.float8e4nv:
         low, high = tl.clamp(low, -448.0, 448.0), tl.clamp(high, -448.0, 448.0)  # the type's largest; beyond it lies NaN
@@ -195,7 +197,7 @@ def gather(cache, scales, at, mask, D: tl.constexpr, D_PADDED: tl.constexpr, KIN
     dim = tl.arange(0, D_PADDED)[None, :]
     vectors = tl.load(cache + at[:, None] * D + dim, mask[:, None] & (dim < D), other=0.0)
     if scales is not None:
-        vectors = vectors.to(tl.float32) * tl.load(scales + at, mask, other=0.0)[:, None]
+        vectors = vectors.to(tl.float32) * tl.load(scales + at, mask, other=0.0).to(tl.float32)[:, None]
     return vectors.to(KIND)
 
 

@@ -144,7 +144,11 @@ void many_rows(const Work<T>& work, Arena& arena) {
     const Chunk<T> chunk{arena.take<T>(KEYS * dim), arena.take<T>(KEYS * dim), arena.take<T>(KEYS * PANEL), arena.take<float>(KEYS * PANEL)};
     int64_t offsets[KEYS];
     for (int64_t first = work.item.left; first < work.item.right; first += KEYS) {
-        find(work.step, work.item, first, offsets);
+        const int64_t count = find(work.step, work.item, first, offsets);
+        if (work.int8.keys) {
+            work.load_chunk(count, offsets, offsets);
+            for (int64_t i = 0; i < KEYS; ++i) offsets[i] = i * dim;
+        }
         for (int64_t i = 0; i < KEYS; ++i) std::memcpy(chunk.keys + i * dim, work.keys + offsets[i], dim * sizeof(T));
         for (int64_t i = 0; i < KEYS; i += 2) pack_values(work.values + offsets[i], work.values + offsets[i + 1], dim, chunk.values + i * dim);
         for (Columns<T>& columns : all) attend_columns(work, columns, first, chunk);

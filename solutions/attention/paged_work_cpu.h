@@ -40,6 +40,37 @@ struct Step {
     float scale;
 };
 
+// The keys and values of one head in an int8 cache, with a scale for each vector; keys is null for a cache of another type.
+struct QuantizedHead {
+    const int8_t *keys, *values;            // [num_blocks, block_size, H_kv, D] from this head on
+    const uint16_t *key_scales, *value_scales;  // [num_blocks, block_size, H_kv] from this head on, halves
+};
+
+// One vector of an int8 cache in the type that is computed in; `offset` is that of its first element.
+template <typename T>
+inline void dequantize(const int8_t* vectors, const uint16_t* scales, int64_t offset, int64_t dim, T* to) {
+    typedef int8_t Bytes __attribute__((vector_size(16)));
+    const Floats scale = broadcast(half_to_float(scales[offset / dim]));
+    for (int64_t i = 0; i < dim; i += LANES) store(to + i, __builtin_convertvector(load_as<Bytes>(vectors + offset + i), Floats) * scale);
+}
+
+// Store one vector of int8 numbers and its scale: the largest magnitude / 127, rounded up, so that nothing exceeds 127.
+template <typename T>
+inline void quantize(const T* vector, int64_t dim, int8_t* to, uint16_t* scale) {
+    typedef int8_t Bytes __attribute__((vector_size(16)));
+    Floats most{};
+    for (int64_t i = 0; i < dim; i += LANES) {
+        const Floats v = load(vector + i);
+        most = maximum(most, maximum(v, -v));
+    }
+    *scale = half_above(std::min(largest(most) / 127.0f, 65504.0f));
+    const float step = half_to_float(*scale), inverse = step > 0 ? 1.0f / step : 0.0f;
+    for (int64_t i = 0; i < dim; i += LANES) {
+        const Floats rounded = load(vector + i) * inverse + 12582912.0f;  // 1.5 * 2^23 leaves the integer in the low bits
+        store_as(to + i, __builtin_convertvector((Ints)rounded, Bytes));
+    }
+}
+
 // Rows of one item for one KV head: row r is query r / group, head first_head + r % group.
 template <typename T>
 struct Work {
@@ -47,8 +78,25 @@ struct Work {
     const Item& item;
     int64_t kv_head, group, rows, dim;
     const T *keys, *values;  // the layer's cache from this head on, [num_blocks, block_size, H_kv, D] each
+    QuantizedHead int8;      // or this
+    T* chunk;                // [2, KEYS, D]: keys and values of an int8 cache in T, as many as are looked at together
     T* q;                    // [rows, D], gathered
     float *scores, *sum, *top, *out;  // [rows, KEYS], [rows], [rows], [rows, D]
+
+    // Keys and values that lie at `offsets` of an int8 cache, one behind the other in `chunk`, and those at `ahead` fetched.
+    void load_chunk(int64_t count, const int64_t* offsets, const int64_t* ahead) const {
+        for (int64_t i = 0; i < count; ++i) {
+            dequantize(int8.keys, int8.key_scales, offsets[i], dim, chunk + i * dim);
+            dequantize(int8.values, int8.value_scales, offsets[i], dim, chunk + (KEYS + i) * dim);
+            for (int64_t j = 0; j < dim; j += 64) {
+                fetch(int8.keys + ahead[i] + j);
+                fetch(int8.values + ahead[i] + j);
+            }
+        }
+        const int64_t rest = (KEYS - count) * dim;  // masked, but read
+        std::fill(chunk + count * dim, chunk + count * dim + rest, T{});
+        std::fill(chunk + (KEYS + count) * dim, chunk + (KEYS + count) * dim + rest, T{});
+    }
 
     int64_t position(int64_t row) const { return item.position + row / group; }
     int64_t first_visible(int64_t row) const { return step.window ? position(row) - step.window + 1 : 0; }

@@ -51,6 +51,11 @@ class EngineConfig:
         "memory for KV blocks, such as 2GiB; default: a quarter of the free memory, at most 4GiB",
         kind=parse_bytes,
     )
+    kv_cache_dtype: str = _flag(
+        "auto",
+        "auto: that of the model; int8: half of 16 bits, with a scale for each head of a token; fp8: on a GPU",
+        ("auto", "int8", "fp8"),
+    )
     touch_kv_cache: bool = _flag(
         False, "on a CPU: write the KV cache once at start, a second a GB or so, which its first users would wait for"
     )

@@ -81,7 +81,7 @@ class DecodeGraphs:
 
     Args:
         model: whose `forward` is recorded. backend: its attention; must be `capturable`.
-        kv_caches: for each layer, as in `AttentionMetadata`.
+        kv_caches, kv_scales: for each layer, as in `AttentionMetadata`.
         sizes: of the batches, ascending. max_model_len, block_size: how long a sequence and its block table can get.
         sliding_window: of the model.
         record: turns a step into its recording; `CudaGraphRecorder()` on a card.
@@ -89,7 +89,7 @@ class DecodeGraphs:
 
     def __init__(
         self, model: CausalLM, backend: AttentionBackend, kv_caches: list[Tensor], sizes: list[int], max_model_len: int,
-        block_size: int, sliding_window: int | None, record: Callable[[Step], Step],
+        block_size: int, sliding_window: int | None, record: Callable[[Step], Step], kv_scales: list[Tensor] | None = None,
     ) -> None:  # fmt: skip
         device, largest = kv_caches[0].device, sizes[-1]
         self.sizes = sizes
@@ -104,6 +104,7 @@ class DecodeGraphs:
         self._steps: dict[int, Step] = {}
         for size in reversed(sizes):
             inputs, metadata = self._inputs(size, backend, kv_caches, max_model_len)
+            metadata.kv_scales = kv_scales
             metadata.plan = backend.plan(metadata, sliding_window)
             self._steps[size] = record(lambda inputs=inputs, metadata=metadata: model(*inputs, metadata))
 

@@ -55,6 +55,26 @@ inline Halves narrow(Floats v) {
 }
 inline void store(bf16* p, Floats v) { store_as(p, narrow(v)); }
 
+// IEEE halves, not for infinity: to floats by shifting them into place and putting the exponent's bias right with a product.
+inline Floats load_half(const uint16_t* p) {
+    const Bits bits = __builtin_convertvector(load_as<Halves>(p), Bits);
+    const Floats magnitude = (Floats)((bits & 0x7fff) << 13) * 0x1p112f;
+    return (Floats)((Bits)magnitude | (bits & 0x8000) << 16);
+}
+inline float half_to_float(uint16_t half) {
+    const uint32_t bits = uint32_t{half} << 13;  // of a number that is not negative
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x * 0x1p112f;
+}
+// The least half that is no less than x, for 0 <= x <= 65504.
+inline uint16_t half_above(float x) {
+    x *= 0x1p-112f;
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return static_cast<uint16_t>((bits + 0x1fff) >> 13);
+}
+
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
     uint32_t bits = (uint32_t)x.bits << 16;

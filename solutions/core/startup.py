@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..memory.cache_engine import block_bytes
+from ..memory.cache_engine import block_bytes, scale_bytes
 from ..models.model_config import ModelConfig
 from . import native
 from .config import EngineConfig
@@ -56,9 +56,9 @@ def resolve_limits(
     budget = config.max_num_batched_tokens or (CPU_TOKEN_BUDGET if device.type == "cpu" else GPU_TOKEN_BUDGET)
     if not config.enable_chunked_prefill and config.max_num_batched_tokens is None:
         budget = max(budget, max_model_len)
-    bytes_per_block = block_bytes(model.num_layers, config.block_size, model.num_kv_heads, model.head_dim, dtype)
+    bytes_per_block = kv_bytes_per_block(config, model, dtype)
     if draft is not None:
-        bytes_per_block += block_bytes(draft.num_layers, config.block_size, draft.num_kv_heads, draft.head_dim, dtype)
+        bytes_per_block += kv_bytes_per_block(config, draft, dtype)
     activation_bytes = _activation_bytes(model, budget, config.max_num_seqs, dtype)
     free_bytes = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     num_blocks = config.num_gpu_blocks_override
@@ -73,6 +73,13 @@ def resolve_limits(
     if num_blocks * config.block_size < max_model_len or kv_bytes + activation_bytes > free_bytes:
         raise ValueError(_too_small(limits, config.block_size, bytes_per_block))
     return limits
+
+
+def kv_bytes_per_block(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of one block in all layers of a model, scales included."""
+    kind = {"auto": dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[config.kv_cache_dtype]
+    sizes = model.num_layers, config.block_size, model.num_kv_heads
+    return block_bytes(*sizes, model.head_dim, kind) + scale_bytes(*sizes, kind)
 
 
 def _kv_budget(config: EngineConfig, device: torch.device, free_bytes: int, activation_bytes: int) -> int:

@@ -6,13 +6,6 @@
 
 namespace native {
 
-// Sixteen floats from IEEE halves: shifted into place, and the exponent's bias put right by a product. Not for infinity.
-inline Floats load_half(const uint16_t* p) {
-    const Bits bits = __builtin_convertvector(load_as<Halves>(p), Bits);
-    const Floats magnitude = (Floats)((bits & 0x7fff) << 13) * 0x1p112f;
-    return (Floats)((Bits)magnitude | (bits & 0x8000) << 16);
-}
-
 // What 32 bytes say: of two neighbouring inputs, the codes of columns 0-15 in the low halves of the bytes and of 16-31 in the high
 // ones. Codes are 8 less than written, which keeps sums small.
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
