@@ -107,23 +107,25 @@ class Oracle:
 
 
 @torch.inference_mode()
-def greedy(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], list[list[int]], float]:
+def greedy(model: PreTrainedModel, prompt: list[int], guess: list[int]) -> tuple[list[int], list[list[int]], float]:
     """Continue one prompt by itself.
+
+    A guess of the answer, wherever it comes from, spares most of the time: the model looks at all of it in one pass, and what
+    it would have said up to the first wrong token is known then. A wrong token is put right, what is behind it guessed anew.
 
     Returns:
         64 tokens, the five best at each of their positions, and the smallest distance between the two best logits.
     """
-    tokens, top5, margin, past = [], [], float("inf"), None
-    step = torch.tensor([prompt])
-    for _ in range(NUM_TOKENS):
-        out = model(step, past_key_values=past, use_cache=True)
-        past = out.past_key_values
-        best = out.logits[0, -1].float().topk(5)
-        margin = min(margin, float(best.values[0] - best.values[1]))
-        top5.append(best.indices.tolist())
-        tokens.append(top5[-1][0])
-        step = torch.tensor([tokens[-1:]])
-    return tokens, top5, margin
+    answer = list(guess)
+    known = 0
+    while True:
+        logits = model(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :].float()
+        best = logits.topk(5)
+        tokens = best.indices[:, 0].tolist()
+        known = next((i for i in range(known, NUM_TOKENS) if tokens[i] != answer[i]), NUM_TOKENS)
+        if known == NUM_TOKENS:
+            return tokens, best.indices.tolist(), float((best.values[:, 0] - best.values[:, 1]).min())
+        answer[known:] = tokens[known:]
 
 
 def make_oracle(path: Path, text_ids: list[int], count: int = NUM_PROMPTS, dtype: torch.dtype = torch.float32) -> Oracle:
@@ -132,6 +134,8 @@ def make_oracle(path: Path, text_ids: list[int], count: int = NUM_PROMPTS, dtype
     A prompt on whose way two logits nearly tie is moved on through the text by a token until its answer is defined.
     """
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    guesser = LLM(str(path), dtype="float32", max_model_len=MAX_PROMPT + NUM_TOKENS)
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     text_ids = text_ids * (1 + 2 * MAX_PROMPT // len(text_ids))
     prompts, tokens, top5 = [], [], []
     for index, length in enumerate(prompt_lengths(count)):
@@ -139,7 +143,8 @@ def make_oracle(path: Path, text_ids: list[int], count: int = NUM_PROMPTS, dtype
         start = 0 if index % 3 == 0 and length > 1 else 11 * index
         while True:
             prompt = text_ids[start : start + length]
-            continuation, best, margin = greedy(model, prompt)
+            (guess,) = guesser.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
+            continuation, best, margin = greedy(model, prompt, guess.outputs[0].token_ids)
             if margin > TIE or dtype is not torch.float32:
                 break
             start += 1

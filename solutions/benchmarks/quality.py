@@ -1,7 +1,7 @@
-"""What quantization costs in quality: perplexity of one model in several precisions, on text that none of them has seen.
+"""What quantization costs in quality: perplexity of one model in several precisions, on text that calibration has not seen.
 
-The text is made by the model itself in bfloat16, at temperature 1, from seeds that calibration does not use: nothing needs to be
-downloaded, and the model in full precision is as good at it as can be, so every loss shows.
+The text is the language reference that comes with Python, as `help()` shows it (the topics of ``pydoc_data``, PSF licence):
+natural English on every machine, nothing to download. It is cut into pieces; every sixth is held out, the others calibrate.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 from ..batching.sequence import SamplingParams
 from ..core.engine import LLM
-from ..models.loader import resolve_model
+from ..models.loader import load_tokenizer, resolve_model
 from ..quantization.calibration import MATRICES, Calibration
 from ..quantization.checkpoint import QuantizedFormat, write_model
 from ..quantization.groups import GroupQuantized, quantize_groups
 from ..quantization.layerwise import split_pieces
 
-TEXT_SEED = 900_000_007
-"""Far from the seeds of `calibration_tokens`."""
+HELD_OUT = 6
+"""Every so many pieces, one is kept from calibration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Quality:
     """One precision.
 
     Attributes:
-        name: such as "GPTQ, groups of 64". perplexity: of all tokens but each text's first.
+        name: such as "GPTQ, groups of 64". perplexity: of all tokens but each piece's first.
         weight_bytes: of the whole model as loaded.
     """
 
@@ -38,15 +38,27 @@ class Quality:
     weight_bytes: int
 
 
-def make_text(model: str, num_samples: int, length: int) -> list[list[int]]:
-    """Token ids of `num_samples` texts of `length` tokens."""
-    llm = LLM(model, max_model_len=length + 1, enable_prefix_caching=False)
-    first = llm.llm_engine.model_config.bos_token_id or 0
-    params = [
-        SamplingParams(seed=TEXT_SEED + i, max_tokens=length - 1, ignore_eos=True, detokenize=False) for i in range(num_samples)
-    ]
-    outputs = llm.generate([{"prompt_token_ids": [first]}] * num_samples, params, use_tqdm=False)
-    return [[first, *output.outputs[0].token_ids] for output in outputs]
+def python_topics() -> str:
+    """Python's own documentation of its language."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def cut_text(model: str, length: int, num_held_out: int) -> tuple[list[list[int]], str]:
+    """Held-out pieces of `length` tokens, and the rest of the text for calibration.
+
+    Raises:
+        ValueError: the text has not so many pieces.
+    """
+    tokenizer = load_tokenizer(resolve_model(model))
+    ids = tokenizer.encode(python_topics(), add_special_tokens=False, verbose=False)
+    pieces = [ids[start : start + length] for start in range(0, len(ids) - length, length)]
+    held_out = pieces[1::HELD_OUT][:num_held_out]
+    if len(held_out) < num_held_out:
+        raise ValueError(f"the text gives {len(held_out)} pieces of {length} tokens, not {num_held_out}")
+    rest = [piece for index, piece in enumerate(pieces) if index % HELD_OUT != 1]
+    return held_out, tokenizer.decode([token for piece in rest for token in piece])
 
 
 def perplexity(llm: LLM, texts: list[list[int]]) -> float:

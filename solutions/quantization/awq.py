@@ -1,12 +1,12 @@
 """AWQ: before rounding to nearest, make the weights larger that meet large activations.
 
-Rounding makes an error of about half a step in every weight, and a step is set by the largest weight of a group. Multiply an input
-channel's weights by s > 1, divide the activations by s, and the product is the same, while the error that the rounding of these
-weights makes is smaller by s; as long as the group's largest weight hardly grows, nobody else pays. Which channels: those with
-large activations, s = (mean |x|)^α, with the one α of a few that makes the smallest error. The division is folded into whatever
-comes before: a norm's weights, or the rows of the matrix that made the activations.
+Rounding makes an error of about half a step in every weight, and a step is set by the largest weight of a group. Multiply
+an input channel's weights by s > 1, divide the activations by s, and the product is the same, while the error that rounding
+makes in these weights is smaller by s; as long as the group's largest weight hardly grows, nobody else pays. Which channels:
+those with large activations, s = (mean |x|)^α, with the one α of a few that makes the smallest error. The division is folded
+into whatever comes before: a norm's weights, or the rows of the matrix that made the activations.
 Source: Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", MLSys 2024, §3.2; clipping,
-§4.1 and its code.
+§4.1, and its code.
 
 Run it: ``python -m solutions.quantization.awq --help``.
 """
@@ -23,6 +23,8 @@ from .layerwise import Recipe, run_command
 
 GRID = 20
 """Exponents that are tried: 0, 1 / 20, ..., 19 / 20."""
+SEARCH_ROWS = 512
+"""Outputs on which exponents are compared, evenly spread; they all agree on what is large among the inputs."""
 SHRINK = tuple(1 - i / 20 for i in range(10))
 """Shares of a group's range that are tried when it is clipped, down to 55 %."""
 
@@ -59,8 +61,8 @@ def search_scale(weight: Tensor, magnitude: Tensor, covariance: Tensor, bits: in
 def quantize_clipped(weight: Tensor, covariance: Tensor, bits: int, group_size: int, symmetric: bool) -> GroupQuantized:
     """Round to nearest within a range that is cut a little where that makes the outputs' error smaller.
 
-    Of each row's group the share of its range that makes the least error is found from `SHRINK`. The error of a group is taken by
-    itself: what it shares with other groups would not let them be searched one by one.
+    Of each row's group the share of its range that makes the least error is found from `SHRINK`. The error of a group is taken
+    by itself: what it shares with other groups would not let them be searched one by one.
 
     Args:
         weight: [N, K] float32. covariance: [K, K] of the inputs.
@@ -93,7 +95,9 @@ def quantize_layer(layer: LayerInputs, recipe: Recipe) -> dict[str, GroupQuantiz
         if not layer.can_fold(name):  # with grouped-query attention several inputs of o_proj come from one row of v_proj
             scaled[name] = inputs
             continue
-        scale = search_scale(layer.weight(name), inputs.magnitude, inputs.covariance, *arguments)
+        weight = layer.weight(name)
+        some = weight[:: -(-len(weight) // SEARCH_ROWS)]
+        scale = search_scale(some, inputs.magnitude, inputs.covariance, *arguments)
         layer.fold(name, scale)
         scaled[name] = inputs.divided_by(scale)
     return {name: quantize_clipped(layer.weight(name), inputs.covariance, *arguments) for name, inputs in scaled.items()}

@@ -2,8 +2,8 @@
 
 Rounding to nearest looks at weights alone. What counts is the output: for inputs X the error of a row w is
 ``(w − q) H (w − q)ᵀ`` with H = X Xᵀ, the same for all rows. The *optimal brain surgeon* says how the other weights should move
-when one is fixed at a value: by ``−(w_j − q_j) / [H⁻¹]_jj · H⁻¹_j``. Fixing the columns in one order for all rows, the inverses of
-all the shrinking H are the rows of one Cholesky factor, and so a matrix takes K steps of O(N · K).
+when one is fixed at a value: by ``−(w_j − q_j) / [H⁻¹]_jj · H⁻¹_j``. Fixing the columns in one order for all rows, the inverses
+of all the shrinking H are the rows of one Cholesky factor, and so a matrix takes K steps of O(N · K).
 Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023, §3.
 
 Run it: ``python -m solutions.quantization.gptq --help``.
@@ -73,8 +73,8 @@ def fix_columns(weight: Tensor, factor: Tensor, bits: int, group_size: int, symm
     """GPTQ's loop over columns (algorithm 1).
 
     A group's scale and zero are worked out when its first column is reached, from its weights as they are by then. The error of
-    column j, over U_jj, goes to the columns behind it at once within a block, and to those behind the block when that is done: a
-    column needs nothing but its own sum of errors before it is fixed.
+    column j, over U_jj, goes to the columns behind it at once within a block, and to those behind the block when that is done:
+    a column needs nothing but its own sum of errors before it is fixed.
 
     Args:
         weight: [N, K] float32, overwritten. factor: U of `inverse_factor`. group_size: at least 1.

@@ -188,8 +188,8 @@ def run_command(
     parser = argparse.ArgumentParser(
         prog=f"python -m solutions.quantization.{method}", formatter_class=argparse.RawDescriptionHelpFormatter,
         description=text.split("\n\n")[0] + "\n\nThe result is a folder in Hugging Face's format that --model takes.",
-        epilog=f"example:\n  python -m solutions.quantization.{method} --model smollm2-135m --group-size 64 --output quantized\n"
-        "  make serve MODEL=quantized",
+        epilog=f"example:\n  python -m solutions.quantization.{method} --model smollm2-135m --group-size 64 --output small\n"
+        "  make serve MODEL=small",
     )  # fmt: skip
     parser.add_argument("--model", required=True, help="alias, folder, .gguf file or hub id of a whole model")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write; an interrupted run goes on")

@@ -1,8 +1,8 @@
 """Matrix products with packed weights on a CPU, by ``linear_cpu.cpp``: in the weights' own type, in int8 or in int4.
 
-int8 quantizes each output channel of the weights when they are packed, and groups of `INT8_GROUP` activations of a token as they
-come (W8A8; Dettmers et al., "LLM.int8()", NeurIPS 2022, §2.1). A scale is the largest magnitude over 127. One scale for a whole
-token would do for most, but a few channels are so large that the others would have hardly any steps left.
+int8 quantizes each output channel of the weights when they are packed, and groups of `INT8_GROUP` activations of a token as
+they come (W8A8; Dettmers et al., "LLM.int8()", NeurIPS 2022, §2.1). A scale is the largest magnitude over 127. One scale for
+a whole token would do for most, but a few channels are so large that the others would have hardly any steps left.
 
 int4 leaves the activations as they are (W4A16) and quantizes groups of `INT4_GROUP` weights to nearest, unless they come
 quantized from a checkpoint. Decoding waits for memory, which has less than a third of the bytes to deliver.
