@@ -5,8 +5,8 @@ an input channel's weights by s > 1, divide the activations by s, and the produc
 makes in these weights is smaller by s; as long as the group's largest weight hardly grows, nobody else pays. Which channels:
 those with large activations, s = (mean |x|)^α, with the one α of a few that makes the smallest error. The division is folded
 into whatever comes before: a norm's weights, or the rows of the matrix that made the activations.
-Source: Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", MLSys 2024, §3.2; clipping,
-§4.1, and its code.
+Source: Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", MLSys 2024, §3.2; the
+clipping is in its code.
 
 Run it: ``python -m solutions.quantization.awq --help``.
 """

@@ -29,6 +29,7 @@ from .groups import BITS, GroupQuantized
 
 WORK = "layers-so-far"
 """Folder in the output folder with the finished layers of a run that is not through."""
+MANIFEST = "recipe.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +100,10 @@ def quantize_model(
     if source.config.quantization is not None:
         raise ValueError(f"{recipe.model} is quantized already; start from the whole model")
     work = output / WORK
-    done = open_work(recipe, output, work)
+    done = finished_layers(recipe, output, work)
     calibration = Calibration(source, calibration_tokens(recipe, source))
+    work.mkdir(parents=True, exist_ok=True)
+    (work / MANIFEST).write_text(json.dumps(asdict(recipe), indent=2) + "\n")
     layers: dict[str, GroupQuantized] = {}
     changed: dict[str, Tensor] = {}
     for index in track(range(len(calibration.layers)), "layers", console=Console(file=sys.stderr), disable=not progress):
@@ -132,13 +135,13 @@ def split_pieces(matrix: Linear, name: str, weight: GroupQuantized) -> dict[str,
     }
 
 
-def open_work(recipe: Recipe, output: Path, work: Path) -> set[Path]:
-    """The finished layers of an interrupted run, or a new folder for them.
+def finished_layers(recipe: Recipe, output: Path, work: Path) -> set[Path]:
+    """Files of the layers that an interrupted run has finished.
 
     Raises:
-        ValueError: the folder holds something else.
+        ValueError: the folder holds something else, or a run with other settings.
     """
-    manifest = work / "recipe.json"
+    manifest = work / MANIFEST
     if manifest.is_file():
         before = json.loads(manifest.read_text())
         if before != asdict(recipe):
@@ -151,8 +154,6 @@ def open_work(recipe: Recipe, output: Path, work: Path) -> set[Path]:
         return done
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; choose another folder")
-    work.mkdir(parents=True)
-    manifest.write_text(json.dumps(asdict(recipe), indent=2) + "\n")
     return set()
 
 

@@ -167,3 +167,19 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     """Largest error of any token's head, relative to the length of that head's vector. Not a number if anything is."""
     difference = (got.double() - expected).norm(dim=-1)
     return (difference / expected.norm(dim=-1)).max().item()
+
+
+def quantize_int8(cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Each vector of [..., D] as int8 multiples of about its largest magnitude / 127, which float16 must hold. Vectors of NaN
+    become 77s of scale NaN."""
+    scales = (cache.float().abs().amax(dim=-1) * (1.001 / 127)).half()
+    return (cache.float() / scales.float()[..., None]).round().nan_to_num(77).to(torch.int8), scales
+
+
+def contexts(vectors: Tensor, case: AttentionCase) -> list[Tensor]:
+    """What [num_blocks, block_size, H_kv, D] holds of each sequence, [context_len, H_kv, D]."""
+    size = vectors.shape[1]
+    return [
+        torch.stack([vectors[table[p // size], p % size] for p in range(length)])
+        for table, length in zip(case.block_tables.tolist(), case.context_lens, strict=True)
+    ]

@@ -12,7 +12,6 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from solutions.attention import paged_attention_triton
 from solutions.attention.paged_attention_triton import (
@@ -29,9 +28,11 @@ from solutions.tests.attention_cases import (
     HEAD_DIMS,
     HEADS,
     WINDOWS,
+    contexts,
     AttentionCase,
     make_case,
     mixed_lens,
+    quantize_int8,
     relative_error,
 )
 
@@ -208,21 +209,6 @@ def test_rotates_on_the_way(head_dim: int, dtype: torch.dtype) -> None:
         assert relative_error(out, case.expected()) < TOLERANCE[dtype]
 
 
-def quantize_int8(cache: Tensor) -> tuple[Tensor, Tensor]:
-    """Each vector of [..., D] as multiples of its largest magnitude / 127. Vectors of NaN become 77s of scale NaN."""
-    scales = cache.abs().amax(dim=-1) / 127
-    return (cache / scales[..., None]).round().nan_to_num(77).to(torch.int8), scales
-
-
-def contexts(vectors: Tensor, case: AttentionCase) -> list[Tensor]:
-    """What [num_blocks, block_size, H_kv, D] holds of each sequence, [context_len, H_kv, D]."""
-    size = vectors.shape[1]
-    return [
-        torch.stack([vectors[table[p // size], p % size] for p in range(length)])
-        for table, length in zip(case.block_tables.tolist(), case.context_lens, strict=True)
-    ]
-
-
 @pytest.mark.parametrize("num_splits", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("kind", "distance"), [(torch.int8, 0.02), (torch.float8_e4m3fn, 0.1)], ids=str)
@@ -246,7 +232,7 @@ def test_quantized_cache(kind: torch.dtype, distance: float, dtype: torch.dtype,
         stored = cache.flatten(1, 2)[:, case.slot_mapping]
         new = torch.stack([case.key, case.value]).double()
         half_step = new.abs().amax(dim=-1, keepdim=True) / 127 / 2
-        assert ((stored - new).abs() <= half_step * 1.001).all()
+        assert ((stored - new).abs() <= half_step * 1.003).all()
     else:
         stored = metadata.kv_caches[0].flatten(1, 2)[:, case.slot_mapping]
         wanted = torch.stack([case.key, case.value]).to(kind)
@@ -274,7 +260,7 @@ def test_what_a_quantized_cache_does_at_its_ends() -> None:
     backend.attend(0, case.query, case.key, case.value, metadata, case.scale)
     assert metadata.kv_caches[0].flatten(1, 2)[:, case.slot_mapping, 0, 5].tolist() == [[0, 127], [-127, 0]]
     scales = metadata.kv_scales[0].flatten(1, 2)[:, case.slot_mapping, 0]
-    torch.testing.assert_close(scales.cpu(), torch.tensor([[0, 1e6 / 127], [1e6 / 127, 0]]))
+    torch.testing.assert_close(scales.float().cpu(), torch.tensor([[0, 1e6 / 127], [1e6 / 127, 0]]), rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *TOLERANCE], ids=str)

@@ -1,0 +1,245 @@
+"""GPTQ and AWQ: the algorithms against slow ones written from the papers, and the commands on a tiny model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from solutions.batching.sequence import SamplingParams
+from solutions.core.engine import LLM
+from solutions.models.loader import resolve_model
+from solutions.quantization import awq, gptq, layerwise
+from solutions.quantization.awq import output_error, quantize_clipped, search_scale
+from solutions.quantization.calibration import MATRICES, Calibration, Statistics
+from solutions.quantization.gptq import gptq_quantize
+from solutions.quantization.groups import quantize_groups
+from solutions.tests.tiny_models import make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
+
+
+def correlated(count: int, size: int, seed: int = 0) -> Tensor:
+    """Inputs [count, size] that go together, some channels much larger than others."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(size, size, generator=generator) / size**0.5
+    loud = torch.exp(1.2 * torch.randn(size, generator=generator))
+    return (torch.randn(count, size, generator=generator) @ mix + 0.3 * torch.randn(count, 1, generator=generator)) * loud
+
+
+def random_weight(rows: int, columns: int, seed: int = 1) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def optimal_brain_quantization(weight, hessian, bits, size, damping) -> np.ndarray:
+    """A column at a time, in order: round it, move the columns behind it by the rule of the optimal brain surgeon, and take it
+    out of the inverse Hessian by elimination. Scales are made of a group's weights as they are when it begins."""
+    weight, hessian = weight.astype(np.float64), hessian.astype(np.float64)
+    hessian = hessian + damping * np.mean(np.diag(hessian)) * np.eye(len(hessian))
+    inverse, result = np.linalg.inv(hessian), np.zeros_like(weight)
+    for j in range(weight.shape[1]):
+        if j % size == 0:
+            group = weight[:, j : j + size]
+            low, high = np.minimum(group.min(1), 0), np.maximum(group.max(1), 0)
+            scale = (high - low) / (2**bits - 1)
+            zero = np.clip(np.round(-low / scale), 0, 2**bits - 1)
+        result[:, j] = (np.clip(np.round(weight[:, j] / scale + zero), 0, 2**bits - 1) - zero) * scale
+        error = (weight[:, j] - result[:, j]) / inverse[j, j]
+        weight -= np.outer(error, inverse[j])
+        inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return result
+
+
+@pytest.mark.parametrize(("columns", "size"), [(48, 16), (40, 16), (300, 32), (150, 150), (160, 40)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_is_optimal_brain_quantization_in_a_fixed_order(columns, size, bits):
+    weight, x = random_weight(5, columns), correlated(4 * columns, columns)
+    hessian = x.T @ x
+    expected = optimal_brain_quantization(weight.numpy(), hessian.numpy(), bits, size, 0.01)
+    got = gptq_quantize(weight, hessian, bits, size).dequantize().double().numpy()
+    step = (weight.max() - weight.min()).item() / (2**bits - 1)
+    # where a weight lies between two codes rounding may fall either way in float32, and move what is behind it
+    assert (np.abs(got - expected) < 0.05 * step).mean() > 0.97
+    wrong = ((got - weight.numpy()) @ x.numpy().T) ** 2
+    right = ((expected - weight.numpy()) @ x.numpy().T) ** 2
+    assert wrong.sum() == pytest.approx(right.sum(), rel=0.05)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("size", [32, -1])
+def test_gptq_makes_a_smaller_error_than_rounding(symmetric, act_order, size):
+    weight, x = random_weight(16, 96), correlated(400, 96)
+    hessian = x.T @ x
+    rounded = quantize_groups(weight, 4, size, symmetric)
+    quantized = gptq_quantize(weight, hessian, 4, size, symmetric, act_order)
+    errors = [output_error(q.dequantize() - weight, hessian).sum() for q in (quantized, rounded)]
+    assert errors[0] < 0.6 * errors[1]
+    assert (quantized.order is not None) == act_order
+    if act_order:
+        diagonal = hessian.diagonal()[quantized.order]
+        assert torch.all(diagonal[:-1] >= diagonal[1:])
+
+
+def test_gptq_with_inputs_that_are_always_zero():
+    weight, x = random_weight(4, 32), correlated(100, 32)
+    x[:, [3, 17]] = 0
+    quantized = gptq_quantize(weight, x.T @ x, 4, 16).dequantize()
+    assert torch.all(quantized[:, [3, 17]] == 0)
+    assert bool(quantized.isfinite().all())
+
+
+def test_a_hessian_that_cannot_be_inverted_is_one_clear_error():
+    with pytest.raises(ValueError, match="use more calibration samples or a larger --damping"):
+        gptq_quantize(random_weight(4, 8), torch.full((8, 8), torch.nan), 4, 8)
+
+
+def test_statistics_of_many_parts_are_those_of_the_whole():
+    x = correlated(100, 12)
+    parts = Statistics.empty(12)
+    for piece in x.split([1, 40, 59]):
+        parts.add(piece)
+    torch.testing.assert_close(parts.covariance, x.T @ x / 100, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(parts.magnitude, x.abs().mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_the_searched_scale_is_the_best_of_the_grid():
+    weight, x = random_weight(8, 64), correlated(300, 64)
+    magnitude = x.abs().mean(0)
+    scale = search_scale(weight, magnitude, x.T @ x / len(x), 4, 16, False)
+    errors = []
+    for step in range(20):
+        candidate = magnitude ** (step / 20)
+        candidate = candidate / (candidate.max() * candidate.min()).sqrt()
+        rounded = quantize_groups(weight * candidate, 4, 16).dequantize() / candidate
+        errors.append(float(((x @ (rounded - weight).T) ** 2).mean()))
+    best = magnitude ** (errors.index(min(errors)) / 20)
+    torch.testing.assert_close(scale, best / (best.max() * best.min()).sqrt())
+    assert min(errors) < 0.9 * errors[0]
+
+
+def test_where_all_inputs_are_alike_nothing_is_scaled():
+    weight = random_weight(8, 64)
+    assert torch.equal(search_scale(weight, torch.ones(64), torch.eye(64), 4, 16, False), torch.ones(64))
+
+
+def test_clipping_never_makes_a_groups_error_larger():
+    weight, x = random_weight(8, 40), correlated(300, 40)
+    weight[0, 5] = 9.0  # an outlier that is worth its steps, or not
+    covariance = x.T @ x / len(x)
+    for size in (16, -1):
+        clipped, rounded = quantize_clipped(weight, covariance, 4, size, False), quantize_groups(weight, 4, size)
+        for start in range(0, 40, clipped.group_size):
+            part = slice(start, start + clipped.group_size)
+            errors = [output_error((q.dequantize() - weight)[:, part], covariance[part, part]) for q in (clipped, rounded)]
+            assert torch.all(errors[0] <= errors[1] * 1.0001)
+
+
+def texts(count: int = 6, length: int = 40) -> Tensor:
+    return torch.randint(0, 250, (count, length), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    ("make", "sizes"), [(make_tiny_llama, {}), (make_tiny_llama, {"num_key_value_heads": 4}), (make_tiny_mistral, {})]
+)
+def test_folding_scales_leaves_the_models_outputs_as_they_were(tmp_path, make, sizes):
+    make(tmp_path, **sizes)
+    source = resolve_model(str(tmp_path))
+    plain, folded = Calibration(source, texts()), Calibration(source, texts())
+    for index in range(len(plain.layers)):
+        layer = folded.inputs_of(index)
+        for name in MATRICES:
+            if layer.can_fold(name):
+                scale = torch.rand(layer.weight(name).shape[1], generator=torch.Generator().manual_seed(index)) + 0.5
+                with torch.inference_mode():
+                    layer.fold(name, scale)
+        assert layer.can_fold("self_attn.o_proj") == (sizes.get("num_key_value_heads") == 4)
+        assert set(layer.changed) == {"input_layernorm.weight", "post_attention_layernorm.weight"}
+        plain.advance(index, {}, {})
+        folded.advance(index, {}, {})
+        torch.testing.assert_close(folded.hidden, plain.hidden, rtol=1e-3, atol=1e-3)
+
+
+def command(method: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"solutions.quantization.{method}", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_the_command_makes_a_model_that_loads(tmp_path, method):
+    make_tiny_llama(tmp_path / "whole")
+    (tmp_path / "text").write_text("Alice was beginning to get very tired of sitting by her sister on the bank. " * 20)
+    flags = ["--model", str(tmp_path / "whole"), "--output", str(tmp_path / "small"), "--group-size", "16"]
+    flags += ["--calibration-file", str(tmp_path / "text"), "--num-samples", "8", "--sequence-length", "64"]
+    run = command(method, *flags)
+    assert run.returncode == 0, run.stderr
+    assert "is ready; try: make serve MODEL=" in run.stdout
+    config = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["bits"], config["group_size"]) == (method, 4, 16)
+    assert not (tmp_path / "small" / layerwise.WORK).exists()
+    settings = {"dtype": "float32", "max_model_len": 64, "num_gpu_blocks_override": 32}
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    totals = []
+    for folder in ("whole", "small"):
+        output = LLM(str(tmp_path / folder), **settings).generate("Alice was very tired of her sister.", params)[0]
+        totals.append(sum(next(iter(entry.values())).logprob for entry in output.prompt_logprobs[1:]))
+    assert totals[0] != totals[1]
+    assert totals[1] == pytest.approx(totals[0], rel=0.15)  # random weights: 4 bits are felt, a wrong layout would be far off
+    assert "is not empty; choose another folder" in command(method, *flags).stderr
+
+
+def recipe(folder: Path, **changes) -> layerwise.Recipe:
+    return layerwise.Recipe("gptq", str(folder), 4, 16, num_samples=4, sequence_length=24, **changes)
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same_files(tmp_path, capsys):
+    make_tiny_llama(tmp_path / "whole")
+    form = gptq.QuantizedFormat("gptq", 4, 16, zeros_less_one=True)
+
+    def quantize(output: str, stop_at: int | None = None, settings: layerwise.Recipe | None = None) -> list[int]:
+        done = []
+
+        def layer(inputs, what):
+            if len(done) == stop_at:
+                raise KeyboardInterrupt
+            done.append(1)
+            return gptq.quantize_layer(inputs, what)
+
+        with contextlib.suppress(KeyboardInterrupt):
+            layerwise.quantize_model(settings or recipe(tmp_path / "whole"), tmp_path / output, layer, form, progress=False)
+        return done
+
+    assert len(quantize("at-once")) == 3
+    assert len(quantize("in-two", stop_at=2)) == 2
+    assert not (tmp_path / "in-two" / "config.json").exists()
+    with pytest.raises(ValueError, match="holds a run with another seed; delete"):
+        quantize("in-two", settings=recipe(tmp_path / "whole", seed=5))
+    assert len(quantize("in-two")) == 1
+    assert "2 layers are done" in capsys.readouterr().err
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("at-once", "in-two"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_cannot_be_quantized_is_one_clear_error(tmp_path):
+    make_tiny_gpt2(tmp_path / "gpt2")
+    make_tiny_llama(tmp_path / "llama")
+    (tmp_path / "short").write_text("too short")
+    for flags, message in [
+        (["--model", str(tmp_path / "gpt2")], "LLaMA and Mistral models with weights can be quantized, not this one"),
+        (
+            ["--model", str(tmp_path / "llama"), "--calibration-file", str(tmp_path / "short")],
+            "has 9 tokens and a sample takes 512",
+        ),
+        (["--model", str(tmp_path / "llama"), "--group-size", "0"], "--group-size at least 1 or -1"),
+    ]:
+        for method in (gptq, awq):
+            with pytest.raises(SystemExit, match=f"error: .*{message}"):
+                method.main([*flags, "--output", str(tmp_path / "out")])
