@@ -46,6 +46,9 @@ examples:
 BACKENDS: dict[str, dict[str, Any]] = {
     "bf16": {"dtype": "auto"},
     "int8": {"quantization": "int8"},
+    "int4": {"quantization": "int4"},
+    "int8-kv": {"kv_cache_dtype": "int8"},
+    "invariant": {"batch_invariant": True},
     "eager": {"enforce_eager": True},
     "portable": {"enable_cpu_kernels": False, "attention_backend": "torch"},
     "float32": {"dtype": "float32"},

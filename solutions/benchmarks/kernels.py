@@ -111,7 +111,8 @@ def measure_ceilings(repeats: int) -> Ceilings:
 
 def floor(ceilings: Ceilings, precision: str, num_bytes: int, operations: int) -> float:
     """Seconds that the machine needs at least."""
-    return max(num_bytes / ceilings.read_bytes, operations / ceilings.operations[precision])
+    computed_in = "bfloat16" if precision == "int4" else precision
+    return max(num_bytes / ceilings.read_bytes, operations / ceilings.operations[computed_in])
 
 
 def measure_linear(ceilings: Ceilings, name: str, rows: int, precision: str, repeats: int) -> Timing:
@@ -119,9 +120,10 @@ def measure_linear(ceilings: Ceilings, name: str, rows: int, precision: str, rep
     k, n = MATRICES[name]
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     weight = torch.randn(n, k).mul_(0.05).to(dtype)
-    packed = PackedLinear(weight, None, "int8" if precision == "int8" else None)
+    quantization = precision if precision in ("int8", "int4") else None
+    packed = PackedLinear(weight, None, quantization)
     copies = -(-CACHE_BYTES // packed.weight.nbytes)
-    runs = [PackedLinear(weight, None, "int8" if precision == "int8" else None) for _ in range(copies)]
+    runs = [PackedLinear(weight, None, quantization) for _ in range(copies)]
     x = torch.randn(rows, k).to(dtype)
     seconds = replayed_seconds(lambda i: runs[i](x), rows, copies, repeats)
     plain = [weight.clone() for _ in range(copies)]
@@ -201,7 +203,7 @@ def all_kernels(ceilings: Ceilings, repeats: int) -> list[Callable[[], Timing]]:
     linear = partial(measure_linear, ceilings, repeats=repeats)
     attention = partial(measure_attention, ceilings, repeats=repeats)
     todo: list[Callable[[], Timing]] = []
-    for precision in ("bfloat16", "int8", "float32"):
+    for precision in ("bfloat16", "int8", "int4", "float32"):
         for name in MATRICES:
             todo += [partial(linear, name, rows, precision) for rows in (ROWS[:3] if name == "head" else ROWS)]
     for precision in ("bfloat16", "float32"):

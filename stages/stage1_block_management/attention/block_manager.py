@@ -157,7 +157,7 @@ class BlockManager:
         if not self._fits(num_new, keep_watermark=True):
             return False
         if num_new:
-            table += self._new_blocks(num_new)
+            table.extend(self._new_blocks(num_new))
             self._changed.add(seq.seq_id)
         return True
 

@@ -33,7 +33,7 @@ class AttentionMetadata:
         max_query_len, max_context_len: maxima over the batch, as Python numbers so that nobody waits for the device.
         backend: computes `attend` for every layer.
         plan: what the backend worked out once for this step in `AttentionBackend.plan`.
-        kv_scales: of an int8 cache, for each layer the factor of each stored vector, [2, num_blocks, block_size, H_kv] float32.
+        kv_scales: of an int8 cache, for each layer the factor of each stored vector, [2, num_blocks, block_size, H_kv] float16.
     """
 
     kv_caches: list[Tensor]

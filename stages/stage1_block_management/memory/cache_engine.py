@@ -42,6 +42,29 @@ def write_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor)
     raise NotImplementedError("Stage 1 · Task 1.5: write_kv, see IMPLEMENTATION_GUIDE.md#task-1-5")
 
 
+def quantize_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each vector of x [..., D] as whole numbers of −127 to 127, int8, and what they are multiples of, float16 [...].
+
+    The scale is the largest magnitude / 127; it is made a little larger before float16 rounds it, so that nothing exceeds 127.
+    """
+    x = x.float()
+    scales = (x.abs().amax(dim=-1) * (1.001 / 127)).clamp_(max=65504).to(torch.float16)
+    steps = scales.float().unsqueeze(-1)
+    return (x / steps.masked_fill(steps == 0, 1.0)).round_().clamp_(-127, 127).to(torch.int8), scales
+
+
+def write_quantized(key: Tensor, value: Tensor, kv_cache: Tensor, kv_scales: Tensor, slot_mapping: Tensor) -> None:
+    """`write_kv` into an int8 cache with `kv_scales` [2, num_blocks, block_size, H_kv]."""
+    (key, key_scales), (value, value_scales) = quantize_vectors(key), quantize_vectors(value)
+    write_kv(key, value, kv_cache, slot_mapping)
+    write_kv(key_scales, value_scales, kv_scales, slot_mapping)
+
+
+def scale_bytes(num_layers: int, block_size: int, num_kv_heads: int, dtype: torch.dtype) -> int:
+    """What the scales of a block take beside `block_bytes`: two bytes for each vector of an int8 cache."""
+    return 2 * num_layers * block_size * num_kv_heads * 2 if dtype == torch.int8 else 0
+
+
 def move_blocks(source: list[Tensor], target: list[Tensor], pairs: BlockPairs) -> None:
     """Copy whole blocks in every layer. All sources are read before any destination is written.
 
@@ -61,8 +84,9 @@ class CacheEngine:
 
     Attributes:
         kv_caches: for each layer [2, num_blocks, block_size, H_kv, D]; index 0 holds keys, 1 values.
-        host_caches: the same with `num_host_blocks` blocks in host memory, pinned where the device is a GPU; empty if there
-            are none.
+        kv_scales: of an int8 cache, for each layer [2, num_blocks, block_size, H_kv] float16; else empty.
+        host_caches: the same as `kv_caches` with `num_host_blocks` blocks in host memory, pinned where the device is a GPU;
+            empty if there are none. host_scales: likewise.
     """
 
     def __init__(
@@ -78,15 +102,17 @@ class CacheEngine:
             raise ValueError(f"the KV cache needs at least one block, got {num_blocks} and {num_host_blocks} on the host")
         self.device = torch.device(device)
         layout = (block_size, num_kv_heads, head_dim)
+        quantized = dtype == torch.int8
         self.kv_caches = [_zeros((2, num_blocks, *layout), dtype, self.device) for _ in range(num_layers)]
+        self.kv_scales = [
+            _zeros((2, num_blocks, *layout[:2]), torch.float16, self.device) for _ in range(num_layers * quantized)
+        ]
         self.host_caches: list[Tensor] = []
+        self.host_scales: list[Tensor] = []
         if num_host_blocks:
-            shape = (2, num_host_blocks, *layout)
             pinned = self.device.type == "cuda"  # the GPU copies from and to pinned memory at full speed
-            self.host_caches = [
-                torch.zeros(shape, dtype=dtype, pin_memory=True) if pinned else _zeros(shape, dtype, torch.device("cpu"))
-                for _ in range(num_layers)
-            ]
+            self.host_caches = [_host_zeros((2, num_host_blocks, *layout), dtype, pinned) for _ in self.kv_caches]
+            self.host_scales = [_host_zeros((2, num_host_blocks, *layout[:2]), torch.float16, pinned) for _ in self.kv_scales]
 
     def copy_blocks(self, pairs: BlockPairs) -> None:
         """Copy blocks within the device (copy-on-write). All sources are read before any destination is written.
@@ -95,19 +121,29 @@ class CacheEngine:
             ValueError: a destination appears twice.
             IndexError: there is no such block.
         """
-        move_blocks(self.kv_caches, self.kv_caches, pairs)
+        self._move(self.kv_caches, self.kv_caches, self.kv_scales, self.kv_scales, pairs)
 
     def swap_out(self, pairs: BlockPairs) -> None:
         """Copy (device block, host block) pairs to the host; done when it returns. Raises as `copy_blocks` does."""
-        move_blocks(self.kv_caches, self.host_caches, pairs)
+        self._move(self.kv_caches, self.host_caches, self.kv_scales, self.host_scales, pairs)
 
     def swap_in(self, pairs: BlockPairs) -> None:
         """Copy (host block, device block) pairs back to the device. Raises as `copy_blocks` does."""
-        move_blocks(self.host_caches, self.kv_caches, pairs)
+        self._move(self.host_caches, self.kv_caches, self.host_scales, self.kv_scales, pairs)
+
+    @staticmethod
+    def _move(source: list[Tensor], target: list[Tensor], scales: list[Tensor], to: list[Tensor], pairs: BlockPairs) -> None:
+        move_blocks(source, target, pairs)
+        if scales:
+            move_blocks(scales, to, pairs)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return zeros_in_huge_pages(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _host_zeros(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, pin_memory=True) if pinned else _zeros(shape, dtype, torch.device("cpu"))
 
 
 def check_blocks(blocks: Iterable[int], caches: list[Tensor]) -> None:

@@ -101,9 +101,9 @@ class Scheduler:
         """
         output = SchedulerOutput()
         budget = self.schedule_running(output)
+        if self.config.policy == "lpm" and not output.preempted:
+            self.sort_by_prefix()
         if not output.preempted:
-            if self.config.policy == "lpm":
-                self.sort_by_prefix()
             self.admit_waiting(output, budget)
         # A sequence that is alone always fits, so a step that preempts has something to run.
         assert output.scheduled or not output.preempted, "the KV cache holds less than max_model_len tokens"

@@ -70,6 +70,23 @@ def pick_dtype(name: str, device: torch.device, model_dtype: str | None) -> torc
     return torch.float16 if model_dtype == "float16" else torch.bfloat16
 
 
+def kv_cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device, attention: str) -> torch.dtype:
+    """The type of the KV cache's elements.
+
+    Args:
+        dtype: of the model. attention: name of the backend.
+
+    Raises:
+        ValueError: the device or the backend has no such cache; the message says which do.
+    """
+    name = config.kv_cache_dtype
+    able = {"auto": (attention,), "int8": ("torch", "cpu", "triton"), "fp8": ("triton",)}[name]
+    if attention not in able or (name == "fp8" and device.type == "cpu"):
+        where = "a GPU" if name == "fp8" else "attention backend " + ", ".join(able)
+        raise ValueError(f"--kv-cache-dtype {name} needs {where}, and attention runs on {attention} on {device.type}")
+    return {"auto": dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[name]
+
+
 def use_cpu_kernels(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the model's layers run on the C++ kernels: on a CPU where they are built and wanted.
 
@@ -157,12 +174,12 @@ class Worker:
             block_size,
             self.num_kv_heads,
             model.head_dim,
-            self.dtype,
+            kv_cache_dtype(self.config, self.dtype, self.device, self.backend.name),
             self.device,
             num_host_blocks,
         )
         if self.config.touch_kv_cache:
-            for kv_cache in self.cache.kv_caches:
+            for kv_cache in (*self.cache.kv_caches, *self.cache.kv_scales):
                 kv_cache.zero_()  # zero already, but the system provides memory only when it is written
         if self.device.type == "cuda" and self.backend.capturable and not self.config.enforce_eager:
             self.capture_graphs(graph_sizes(self.config.max_num_seqs), CudaGraphRecorder())
@@ -173,7 +190,7 @@ class Worker:
         model = self.model_config
         self.graphs = DecodeGraphs(
             self.model, self.backend, self.cache.kv_caches, sizes, self.config.max_model_len or model.max_position_embeddings,
-            self.config.block_size, model.sliding_window, record,
+            self.config.block_size, model.sliding_window, record, self.cache.kv_scales or None,
         )  # fmt: skip
 
     @torch.inference_mode()
@@ -222,6 +239,7 @@ class Worker:
             max_query_len=int((batch.query_start_loc[1:] - batch.query_start_loc[:-1]).max()),
             max_context_len=int(batch.context_lens.max()),
             backend=self.backend,
+            kv_scales=self.cache.kv_scales or None,
         )
         metadata.plan = self.backend.plan(metadata, self.model_config.sliding_window)
         input_ids = torch.from_numpy(batch.input_ids).to(self.device)
