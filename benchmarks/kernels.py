@@ -24,7 +24,7 @@ DESCRIPTION = """\
 What the C++ kernels reach on this machine. A kernel's floor is its bytes over the measured read bandwidth or its operations
 over the best measured matrix product, whichever takes longer; the share says how near it comes.
 
-  linear     the matrix products of SmolLM2-135M, packed; beside PyTorch's on plain weights of the same type (int8, int4: bfloat16)
+  linear     the matrix products of SmolLM2-135M, packed; beside PyTorch's on plain weights of the same type (int8, int4: bf16)
   attention  one layer over shuffled blocks of 16; beside the batched PyTorch path, and PyTorch's own on contiguous K and V
   rms_norm   between two products
 """
