@@ -203,6 +203,7 @@ class GateUpParallelLinear(ColumnParallelLinear):
         self.is_native = self.is_native and self.can_fuse
 
     def use_triton(self) -> None:
+        super().use_triton()
         if self.activation is F.silu:
             from ..models.layers_triton import silu_mul
 

@@ -26,10 +26,11 @@ from triton.compiler import ASTSource
 from solutions.attention import paged_kernels_triton as kernels
 from solutions.attention.paged_attention_triton import DECODE_CONFIGS, DOT, MAX_SPLITS, PREFILL_CONFIGS, Config, padded
 from solutions.core.triton_mode import triton
+from solutions.quantization.kernels import w4a16_triton
 
 POINTERS = {
     "slot_mapping": "*i64", "block_tables": "*i32", "query_start_loc": "*i32", "context_lens": "*i32",
-    "key_scales": "*fp32", "value_scales": "*fp32", "partial_sums": "*fp32", "partial_stats": "*fp32",
+    "key_scales": "*fp16", "value_scales": "*fp16", "partial_sums": "*fp32", "partial_stats": "*fp32",
 }  # fmt: skip
 """Types of the arguments that are not of the model's type or numbers."""
 
@@ -81,6 +82,18 @@ def kind(name: str, cache: str) -> str:
     return "fp32" if name == "scale_log2" else "*bf16"
 
 
+def compile_w4a16(capability: int, block_m: int) -> Report:
+    """Compile the 4-bit product for bfloat16 activations."""
+    function = w4a16_triton.w4a16_kernel
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": w4a16_triton.BLOCK_N, "BLOCK_K": w4a16_triton.BLOCK_K}
+    kinds = {"x": "*bf16", "packed": "*i32", "scales": "*fp16", "zeros": "*fp16", "out": "*bf16"}
+    signature = {name: "constexpr" if name in blocks else kinds.get(name, "i32") for name in function.arg_names}
+    source = ASTSource(function, signature, blocks, {(i,): [["tt.divisibility", 16]] for i in range(len(kinds))})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    registers, spilled = assemble(compiled.asm["ptx"], capability)
+    return Report("w4a16", capability, 0, f"BLOCK_M {block_m}", registers, spilled, compiled.metadata.shared)
+
+
 def is_fixed_stride(name: str) -> bool:
     return name.endswith("_stride") and name != "table_stride"
 
@@ -99,6 +112,7 @@ def assemble(ptx: str, capability: int) -> tuple[int, int]:
 def reports(head_dims: list[int], configs: list[Config]) -> Iterator[Report]:
     """All kernels with each configuration, for compute capability 8.0 and 9.0."""
     for capability in (80, 90):
+        yield from (compile_w4a16(capability, block_m) for block_m in (16, 64))
         for dim in head_dims:
             heads = {"H": GROUP * H_KV, "H_KV": H_KV, "D": dim}
             half = {"H_PADDED": GROUP * H_KV, "H_KV_PADDED": H_KV, "HALF_PADDED": padded(dim // 2)}

@@ -155,6 +155,15 @@ def test_two_ranks_cut_groups(tmp_path, case):
     check_against_transformers(tmp_path / "plain", tmp_path / "packed", tensor_parallel_size=2)
 
 
+@pytest.mark.parametrize("case", ["gptq with a short last group", "gptq in whole rows"])
+def test_through_the_triton_kernel(tmp_path, case):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    make_tiny_llama(tmp_path / "plain", num_hidden_layers=1)
+    quantize_folder(tmp_path / "plain", tmp_path / "packed", **CASES[case])
+    settings = {"attention_backend": "triton", "enable_cpu_kernels": False}
+    check_against_transformers(tmp_path / "plain", tmp_path / "packed", **settings)
+
+
 def test_four_bits_are_kept_in_four_bits(tmp_path):
     """2 hidden and 3 MLP matrices a layer, in panels of 32 rows, with 4 bytes of scale and zero for 64 weights at most."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}

@@ -392,7 +392,7 @@ def test_compiles_for_cards_that_are_not_here() -> None:
         for kernel in ("write_kv", "attend", "merge_splits")
         for capability in (80, 90)
         for dim in (64, 128)
-    }
+    } | {("w4a16", 80, 0), ("w4a16", 90, 0)}
     for report in reports:
         assert report["shared"] <= SHARED_MEMORY, report
         assert report["spilled"] == 0 or "i8 cache" in report["variant"], report

@@ -1,0 +1,112 @@
+"""Matrix products with 4-bit weights in Triton: weights become numbers in registers, activations are as they are (W4A16).
+
+With few rows the product waits for memory, which delivers a quarter of the bytes; then there are also too few tiles of outputs
+to keep a card busy, so the inputs are cut into several parts (split-K), whose sums are added afterwards, always in one order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...core.triton_mode import INTERPRETED, cast, tl, triton
+from ..groups import GroupQuantized, pack_int32
+
+BLOCK_K = 32
+"""Inputs of a tile; all of one group, so groups must be whole tiles."""
+BLOCK_N = 64
+MAX_ROWS = 64
+"""Rows of a tile at most; at least 16, as tensor cores want."""
+FEW_ROWS = 32
+"""Up to so many rows the inputs are cut."""
+PROGRAMS = 256
+"""About so many programs keep a large card busy."""
+MIN_SPLIT = 4
+"""Tiles of inputs that a part has at least."""
+
+
+def supports(weight: GroupQuantized) -> bool:
+    """Whether the kernel can take these weights."""
+    whole_rows = weight.group_size >= weight.shape[1]
+    return weight.bits == 4 and weight.shape[1] % 8 == 0 and (whole_rows or weight.group_size % BLOCK_K == 0)
+
+
+class TritonLinear:
+    """One matrix of [N, K] in 4 bits.
+
+    Args:
+        weight: codes in their own order or another, see `GroupQuantized`. num_splits: parts of K; None: as many as help.
+
+    Attributes:
+        packed: [K / 8, N] int32, the first of 8 inputs in the lowest bits. scales, zeros: [G, N] float16.
+    """
+
+    def __init__(self, weight: GroupQuantized, num_splits: int | None = None) -> None:
+        self.num_rows, self.num_columns = weight.shape
+        self.group_size = min(weight.group_size, self.num_columns)
+        self.packed = pack_int32(weight.codes, 4).t().contiguous()
+        self.scales = weight.scales.t().to(torch.float16).contiguous()
+        self.zeros = weight.zeros.t().to(torch.float16).contiguous()
+        self.order = weight.order
+        self.num_splits = num_splits
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x · weightᵀ``: [T, K] -> [T, N] in the type of `x`; the sums are float32."""
+        if self.order is not None:
+            x = x[:, self.order]
+        rows = x.shape[0]
+        block_m = min(MAX_ROWS, max(16, triton.next_power_of_2(rows)))
+        tiles = triton.cdiv(rows, block_m) * triton.cdiv(self.num_rows, BLOCK_N)
+        splits = self._splits(rows, tiles)
+        out = x.new_empty(splits, rows, self.num_rows, dtype=x.dtype if splits == 1 else torch.float32)
+        grid = (triton.cdiv(rows, block_m), triton.cdiv(self.num_rows, BLOCK_N), splits)
+        w4a16_kernel[grid](
+            x, self.packed, self.scales, self.zeros, out, rows, self.num_rows, self.num_columns, x.stride(0), self.group_size,
+            triton.cdiv(triton.cdiv(self.num_columns, BLOCK_K), splits) * BLOCK_K,
+            BLOCK_M=block_m, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+        )  # fmt: skip
+        return out[0] if splits == 1 else out.sum(dim=0).to(x.dtype)
+
+    def _splits(self, rows: int, tiles: int) -> int:
+        if self.num_splits is not None:
+            return self.num_splits
+        if rows > FEW_ROWS:
+            return 1
+        return max(1, min(PROGRAMS // tiles, triton.cdiv(self.num_columns, BLOCK_K) // MIN_SPLIT))
+
+
+@triton.jit
+def w4a16_kernel(
+    x, packed, scales, zeros, out, num_rows, num_outputs, num_inputs, x_stride, group_size, inputs_a_split,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of outputs over one part of the inputs.
+
+    Args:
+        x: [T, K], rows `x_stride` apart. packed: [K / 8, N] int32. scales, zeros: [G, N].
+        out: [splits, T, N], of which this program writes its part's sums.
+        group_size, inputs_a_split: inputs of a group and of a part, multiples of BLOCK_K (or at least K).
+    """
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(2) * inputs_a_split
+    last = tl.minimum(first + inputs_a_split, num_inputs)
+    is_row, is_output = row < num_rows, output < num_outputs
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(first, last, BLOCK_K):
+        place = start + tl.arange(0, BLOCK_K)
+        is_input = place < last
+        is_both = is_row[:, None] & is_input[None, :]
+        a = tl.load(x + row[:, None].to(tl.int64) * x_stride + place[None, :], is_both, other=0.0)  # [BLOCK_M, BLOCK_K]
+        if INTERPRETED:
+            a = a.to(tl.float32)  # and with it the weights: the interpreter would multiply the bits of bfloat16 as integers
+        words = packed + (place // 8)[:, None] * num_outputs + output[None, :]
+        word = tl.load(words, is_input[:, None] & is_output[None, :], other=0)
+        code = (word >> ((place % 8) * 4)[:, None]) & 15  # eight inputs share a word, which the cache gives eight times
+        group = start // group_size * num_outputs + output
+        scale = tl.load(scales + group, is_output, other=0.0).to(tl.float32)
+        zero = tl.load(zeros + group, is_output, other=0.0).to(tl.float32)
+        weight = (code.to(tl.float32) - zero[None, :]) * scale[None, :]  # [BLOCK_K, BLOCK_N]
+        total += tl.dot(a, cast(weight, a.dtype), input_precision="ieee")
+    at = (tl.program_id(2) * num_rows + row[:, None]).to(tl.int64) * num_outputs + output[None, :]
+    tl.store(out + at, cast(total, out.dtype.element_ty), is_row[:, None] & is_output[None, :])
