@@ -180,6 +180,9 @@ bench-scaling: $(STAMP) ## One model on 1, 2, 4 and 8 GPUs, or on as many cores,
 bench-speculative: $(STAMP) ## Speculative decoding against plain decoding, by kind of text and batch size
 	@$(RUN) benchmarks/speculative.py --model $(MODEL) $(ARGS)
 
+bench-prefix: $(STAMP) ## What the prefix cache gains on a common beginning and a chat, and costs without hits
+	@$(RUN) benchmarks/prefix_cache.py --model $(MODEL) $(ARGS)
+
 bench-quality: $(STAMP) ## Perplexity in 16 bits, int8, int4, and 4 bits by RTN, GPTQ and AWQ; takes half an hour
 	@$(RUN) benchmarks/quality.py --model $(MODEL) $(ARGS)
 
@@ -188,7 +191,7 @@ clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: bench-speculative bench-quality serve-replicas bench-replicas bench-scaling bench-gpu test-gpu bench-cpu bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-scaling bench-gpu test-gpu bench-cpu bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"

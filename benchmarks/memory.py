@@ -32,7 +32,7 @@ from solutions.benchmarks.memory import (
 )
 from solutions.benchmarks.report import Parser, record, show_table, write_json
 from solutions.core.config import parse_bytes
-from solutions.memory.cache_engine import block_bytes
+from solutions.memory.cache_engine import block_bytes, scale_bytes
 from solutions.models.loader import resolve_model
 
 DESCRIPTION = """\
@@ -97,17 +97,18 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def token_bytes(model: str) -> int:
-    """Bytes of keys and values for one token, in bfloat16.
+def token_bytes(model: str, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes of keys and values for one token, with their scales if they are int8.
 
     Raises:
         ValueError: the model is not known.
     """
     config = resolve_model(model, "dummy").config
-    return block_bytes(config.num_layers, 1, config.num_kv_heads, config.head_dim, torch.bfloat16)
+    sizes = config.num_layers, 1, config.num_kv_heads
+    return block_bytes(*sizes, config.head_dim, dtype) + scale_bytes(*sizes, dtype)
 
 
-def systems(args: argparse.Namespace, capacity: int, lengths: Lengths) -> list[Callable[[], Usage]]:
+def systems(args: argparse.Namespace, capacity: int, int8_capacity: int, lengths: Lengths) -> list[Callable[[], Usage]]:
     """One simulation each."""
 
     def contiguous(name: str, reserve: Callable[[int, int], int], memory: type[FirstFit | Buddy]) -> Callable[[], Usage]:
@@ -122,6 +123,7 @@ def systems(args: argparse.Namespace, capacity: int, lengths: Lengths) -> list[C
         contiguous("oracle (buddy)", reserve_exactly, Buddy),
         contiguous("oracle (first fit)", reserve_exactly, FirstFit),
         *(paged(size) for size in sorted(args.block_sizes, reverse=True)),
+        lambda: simulate_paged("paged, 16, int8", int8_capacity, lengths, 16),
     ]
 
 
@@ -182,8 +184,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         capacity = args.kv_cache_memory_bytes // token_bytes(args.model)
         lengths = draw_lengths(args.num_requests, random.Random(args.data_seed))
+        int8_capacity = args.kv_cache_memory_bytes // token_bytes(args.model, torch.int8)
         with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-            usages = [run() for run in bar.track(systems(args, capacity, lengths), description="simulating")]
+            usages = [run() for run in bar.track(systems(args, capacity, int8_capacity, lengths), description="simulating")]
     except ValueError as error:
         sys.exit(f"error: {error}")
     show(args, capacity, usages)

@@ -1,0 +1,99 @@
+"""The benchmarks of quantization, the prefix cache and speculation measure what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import prefix_cache as prefix_command
+from benchmarks import quality as quality_command
+from benchmarks import speculative as speculative_command
+from solutions.benchmarks.prefix_cache import chat, hits_by_policy
+from solutions.benchmarks.quality import cut_text, perplexity, python_topics
+from solutions.benchmarks.speculative import PLAIN, Row
+from solutions.core.engine import LLM
+from solutions.tests.tiny_models import make_tiny_llama
+
+
+def test_a_chat_computes_its_new_turn_and_no_more_than_a_block_beside_it():
+    """All that was said but its last token has keys and values; of these whole blocks of 16 are found again."""
+    said = 0
+    for turn in chat("smollm2-135m", 4, message_len=21, answer_len=9, seed=1):
+        expected = (said - 1) // 16 * 16 if said else 0
+        assert (turn.prompt, turn.cached) == (said + 21, expected)
+        assert turn.prompt - turn.cached <= turn.new + 16
+        said = turn.prompt + 9
+
+
+def test_longest_prefix_match_finds_more_where_groups_come_in_turns():
+    shares = hits_by_policy("smollm2-135m", num_groups=4, group_size=3, prefix_len=64, own_len=8, seed=0)
+    assert shares["fcfs"] < 0.2
+    assert shares["lpm"] > 0.4
+
+
+def test_perplexity_is_that_of_transformers(tmp_path):
+    model = make_tiny_llama(tmp_path)
+    texts = [[(i * j) % 250 for j in range(40)] for i in (3, 7)]
+    losses = []
+    for tokens in texts:
+        with torch.inference_mode():
+            losses.append(float(model(torch.tensor([tokens]), labels=torch.tensor([tokens])).loss))
+    expected = float(torch.tensor(losses).mean().exp())
+    assert perplexity(LLM(str(tmp_path), dtype="float32", max_model_len=64), texts) == pytest.approx(expected, rel=1e-4)
+
+
+def test_every_sixth_piece_is_held_out():
+    held_out, rest = cut_text("smollm2-135m", 128, 3)
+    tokenizer = LLM("smollm2-135m", load_format="dummy", max_model_len=64).get_tokenizer()
+    ids = tokenizer.encode(python_topics(), add_special_tokens=False, verbose=False)
+    assert held_out == [ids[128 * n : 128 * (n + 1)] for n in (1, 7, 13)]
+    assert rest.startswith(tokenizer.decode(ids[:128] + ids[256 : 7 * 128] + ids[8 * 128 : 9 * 128]))
+    with pytest.raises(ValueError, match=r"the text gives \d+ pieces of 128 tokens, not 100000"):
+        cut_text("smollm2-135m", 128, 100_000)
+
+
+def test_speedups_are_taken_within_a_round():
+    rows = []
+    for plain, faster in ((100.0, 150.0), (50.0, 100.0), (200.0, 220.0)):
+        rows += [Row(PLAIN, "random", 1, plain, 1.0, None), Row("ngram", "random", 1, faster, 2.0, 0.5)]
+    base, gain = speculative_command.summarize(rows)
+    assert (base["speedup"], base["tokens_per_second"], base["acceptance"]) == (1.0, 100.0, None)
+    assert (gain["speedup"], gain["speedup_range"]) == (1.5, [1.1, 2.0])
+    assert (gain["tokens_per_step"], gain["acceptance"]) == (2.0, 0.5)
+
+
+def test_speculation_is_measured_and_kept(tmp_path: Path, capsys):
+    folder, out = tmp_path / "model", tmp_path / "result.json"
+    make_tiny_llama(folder, max_position_embeddings=1024)
+    speculative_command.TEXTS.pop("ordinary", None)
+    flags = ["--model", str(folder), "--batches", "1", "2", "--repeats", "1", "--output-len", "12", "--dtype", "float32"]
+    speculative_command.main([*flags, "--draft-quantization", "none", "--output-json", str(out)])
+    cases = json.loads(out.read_text())["results"]["cases"]
+    assert len(cases) == 2 * 2 * 3
+    for case in cases:
+        if case["method"] == PLAIN:
+            assert (case["tokens_per_step"], case["acceptance"]) == (1.0, None)
+        if case["method"] == "draft model" and case["text"] == "repetitive":
+            assert case["acceptance"] == 1.0  # the model itself
+    assert "as fast as plain" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "message"),
+    [
+        (speculative_command, ["--repeats", "0"], "all counts must be at least 1"),
+        (speculative_command, ["--model", "no-such-model"], "there is no model"),
+        (quality_command, ["--groups", "0"], "all counts must be at least 1"),
+        (quality_command, ["--model", "no-such-model"], "there is no model"),
+        (prefix_command, ["--num-requests", "1"], "--num-requests at least 2"),
+        (prefix_command, ["--prefix-len", "1000"], "1,000 tokens together at most"),
+        (prefix_command, ["--model", "no-such-model"], "there is no model"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(command, flags, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        command.main(flags)
+    assert message in (capsys.readouterr().err if error.value.code == 2 else str(error.value))
