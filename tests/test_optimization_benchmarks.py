@@ -65,10 +65,10 @@ def test_speedups_are_taken_within_a_round():
     assert (gain["tokens_per_step"], gain["acceptance"]) == (2.0, 0.5)
 
 
-def test_speculation_is_measured_and_kept(tmp_path: Path, capsys):
+def test_speculation_is_measured_and_kept(tmp_path: Path, capsys, monkeypatch):
     folder, out = tmp_path / "model", tmp_path / "result.json"
     make_tiny_llama(folder, max_position_embeddings=1024)
-    speculative_command.TEXTS.pop("ordinary", None)
+    monkeypatch.delitem(speculative_command.TEXTS, "ordinary")
     flags = ["--model", str(folder), "--batches", "1", "2", "--repeats", "1", "--output-len", "12", "--dtype", "float32"]
     speculative_command.main([*flags, "--draft-quantization", "none", "--output-json", str(out)])
     cases = json.loads(out.read_text())["results"]["cases"]

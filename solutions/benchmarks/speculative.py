@@ -80,7 +80,7 @@ def measure(
     engines |= {name: LLM(model, speculative_config=config, **engine) for name, config in settings.items()}
     batches = list(batches)
     for llm in engines.values():
-        run(llm, "", "ordinary", 1, output_len)  # warm-up
+        run(llm, "", next(iter(TEXTS)), 1, output_len)  # warm-up
     for _ in range(repeats):
         for text in TEXTS:
             for batch in batches:
