@@ -344,7 +344,7 @@ def test_the_model_answers_through_the_learners_stages(room: Classroom, stages: 
 
 def test_other_ranks_run_the_learners_files_too(room: Classroom) -> None:
     room.solve(3)
-    forward = "        hidden = self._forward(step)\n"
+    forward = "        hidden = self.forward(step)\n"
     room.edit(room.path(3, "core/worker.py"), forward, forward.replace("step)", "step / 0)"))
     ended = course(room, "run-mine", STAGES="3")
     assert ended.code == 1
