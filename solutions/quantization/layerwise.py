@@ -69,7 +69,8 @@ def calibration_tokens(recipe: Recipe, source: ModelSource) -> Tensor:
         tokenizer = load_tokenizer(source)
         if tokenizer is None:
             raise ValueError(f"{source.name} has no tokenizer to read {recipe.calibration_file} with")
-        ids = tokenizer.encode(Path(recipe.calibration_file).read_text(), add_special_tokens=False)
+        text = Path(recipe.calibration_file).read_text(encoding="utf-8")
+        ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
         samples = len(ids) // length
         if samples < 1:
             raise ValueError(f"{recipe.calibration_file} has {len(ids)} tokens and a sample takes {length}; give more text")
