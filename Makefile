@@ -80,6 +80,9 @@ test-stage-2: $(STAMP) ## Test your stage 2, scheduler
 test-stage-3: $(STAMP) ## Test your stage 3, parallelism
 	@$(COURSE) test --stage 3 $(TEST_STAGE)
 
+test-stage-4: $(STAMP) ## Test your stage 4, optimization
+	@$(COURSE) test --stage 4 $(TEST_STAGE)
+
 progress: $(STAMP) ## How far you are in all stages, and which file to open next
 	@$(COURSE) progress
 
@@ -106,6 +109,9 @@ reset-stage-2: $(STAMP) ## Start stage 2 over, likewise
 
 reset-stage-3: $(STAMP) ## Start stage 3 over, likewise
 	@$(COURSE) reset --stage 3 $(if $(YES),--yes)
+
+reset-stage-4: $(STAMP) ## Start stage 4 over, likewise
+	@$(COURSE) reset --stage 4 $(if $(YES),--yes)
 
 lab: $(LAB_STAMP) ## Open the notebooks in Jupyter
 	@$(RUN) -m jupyterlab notebooks
@@ -191,7 +197,7 @@ clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-scaling bench-gpu test-gpu bench-cpu bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-scaling bench-gpu test-gpu bench-cpu bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"
