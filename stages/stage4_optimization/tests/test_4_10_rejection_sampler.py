@@ -104,5 +104,5 @@ def test_the_distribution_is_the_targets_and_as_much_as_possible_is_accepted() -
 def test_without_a_distribution_drafts_stay_while_they_are_the_targets_own(
     draft: list[int], own: list[int], expected: list[int]
 ) -> None:
-    """The target's tokens up to the first that differs from the draft, that one included: what plain decoding would have said."""
+    """The target's tokens up to the first that differs from the draft, that one included: as plain decoding would have it."""
     check_equal(_while_equal(draft, own), expected, f"tokens of draft {draft} and own {own}")
