@@ -374,6 +374,7 @@ def test_memory_writes_its_record_and_plot(tmp_path: Path, capsys: pytest.Captur
     assert contents["results"]["capacity_tokens"] == (2 << 30) // (512 << 10)
     assert [system["system"] for system in contents["results"]["systems"]] == [
         "contiguous, max 1024", "contiguous, pow2", "contiguous, oracle (buddy)", "contiguous, oracle (first fit)", "paged, 16",
+        "paged, 16, int8",
     ]  # fmt: skip
     assert contents["results"]["systems"][0]["running"] == 4
     assert plot.read_bytes().startswith(b"\x89PNG")
