@@ -17,14 +17,20 @@ SAMPLES = 6_000
 
 
 def test_what_the_target_likes_better_always_stays() -> None:
-    """A token with p >= q is accepted whatever the number."""
+    """A token with p >= q is accepted whatever the number.
+
+    Why: such tokens come too seldom from the draft as it is; to drop any makes them rarer still.
+    """
     check_equal(rejection_sample([0, 3], Q, P, [0.999, 0.999, 0.6])[:2], [0, 3], "accepted tokens")
     check_equal(rejection_sample([1], Q, P, [0.999, 0.0])[0], 1, "a token that both find equally likely")
 
 
 @pytest.mark.parametrize(("u", "stays"), [(0.0, True), (0.24, True), (0.26, False), (0.9, False)])
 def test_what_the_draft_likes_better_stays_in_proportion(u: float, stays: bool) -> None:
-    """Token 0 at the second place has p = 0.1 and q = 0.4: a quarter of the numbers accept it."""
+    """Token 0 at the second place has p = 0.1 and q = 0.4: a quarter of the numbers accept it.
+
+    Why: it must come out as often as the target says, and the draft proposes it four times as often.
+    """
     new = rejection_sample([0, 0], Q, P, [0.0, u, 0.5])
     check_equal(new[0], 0, "the first token, accepted")
     check_equal(len(new) == 3, stays, f"the second is accepted at {u}")
@@ -41,18 +47,27 @@ def test_a_rejected_token_is_replaced_from_what_is_missing(last: float, expected
 
 
 def test_a_full_acceptance_gives_one_token_more() -> None:
-    """Behind the last accepted draft the target's next row says what comes: a step of k drafts can give k + 1 tokens."""
+    """Behind the last accepted draft the target's next row says what comes: a step of k drafts can give k + 1 tokens.
+
+    Why: the target has computed that row anyway.
+    """
     for last, token in ((0.1, 0), (0.3, 1), (0.6, 2), (0.9, 3)):
         check_equal(rejection_sample([0, 3], Q, P, [0.0, 0.0, last]), [0, 3, token], f"tokens with a last number of {last}")
 
 
 def test_nothing_behind_a_rejection_counts() -> None:
-    """Drafts behind the first rejected one were made for another text."""
+    """Drafts behind the first rejected one were made for another text.
+
+    Why: kept, they would be the answer to a sentence that nobody said.
+    """
     check_equal(len(rejection_sample([3, 3], Q, P, [0.5, 0.0, 0.0])), 1, "tokens when the first is rejected")
 
 
 def test_where_rounding_leaves_nothing_the_target_decides() -> None:
-    """p and q that differ in the last digit only: the residual is all zeros, and a draw from zeros is no token."""
+    """p and q that differ in the last digit only: the residual is all zeros, and a draw from zeros is no token.
+
+    Why: a copy of the target as draft model meets this within minutes, and a crash ends everybody's request.
+    """
     p, q = torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([[0.50000006, 0.5]])
     check_equal(rejection_sample([0], q, p, [0.9999999999, 0.7]), [1], "token drawn from p")
 
@@ -104,5 +119,8 @@ def test_the_distribution_is_the_targets_and_as_much_as_possible_is_accepted() -
 def test_without_a_distribution_drafts_stay_while_they_are_the_targets_own(
     draft: list[int], own: list[int], expected: list[int]
 ) -> None:
-    """The target's tokens up to the first that differs from the draft, that one included: as plain decoding would have it."""
+    """The target's tokens up to the first that differs from the draft, that one included: as plain decoding would have it.
+
+    Why: with greedy requests, speculation then changes no token at all.
+    """
     check_equal(_while_equal(draft, own), expected, f"tokens of draft {draft} and own {own}")

@@ -61,7 +61,10 @@ def test_tenants_with_different_salts_share_nothing() -> None:
 
 
 def test_only_the_first_block_carries_the_salt() -> None:
-    """Later blocks are salted by their parents alone."""
+    """Later blocks are salted by their parents alone.
+
+    Why: the first hash is in every later one already; a salt in each would fit no other engine's hashes.
+    """
     tokens = list(range(6))
     check_equal(PrefixCache(2).block_hashes(make(tokens, "s"), 3), chain(tokens, 2, "s"), "hashes of three blocks")
 
@@ -97,7 +100,10 @@ def test_a_match_leaves_one_token_to_compute(length: int, expected: int) -> None
 
 
 def test_a_match_ends_at_the_first_miss() -> None:
-    """Blocks behind one that is missing are of no use, cached or not."""
+    """Blocks behind one that is missing are of no use, cached or not.
+
+    Why: a block table has no gaps: a block behind a missing one would stand at the wrong positions.
+    """
     tokens = list(range(17))
     cache = PrefixCache(4)
     for index, value in enumerate(chain(tokens, 4)):
@@ -115,7 +121,10 @@ def test_a_match_ends_at_the_first_miss() -> None:
     asked=st.lists(st.integers(0, 1), min_size=1, max_size=14), size=st.integers(1, 4),
 )  # fmt: skip
 def test_a_match_is_the_longest_common_beginning(stored: list[list[int]], asked: list[int], size: int) -> None:
-    """In whole blocks; against comparing token by token with everything that is stored."""
+    """In whole blocks; against comparing token by token with everything that is stored.
+
+    Why: a block too few is computed in vain, a block too many is another prompt's.
+    """
     cache = PrefixCache(size)
     for tokens in stored:
         for value in chain(tokens, size):

@@ -18,7 +18,10 @@ def cached(cache: PrefixCache) -> dict[bytes, int]:
 
 
 def test_what_is_inserted_is_found_both_ways() -> None:
-    """A hash has a block and the block has an entry, until it is forgotten."""
+    """A hash has a block and the block has an entry, until it is forgotten.
+
+    Why: a prompt asks by hash, eviction by block; an entry in one direction only cannot be taken out again.
+    """
     cache = PrefixCache(4)
     cache.insert(A, 3)
     cache.insert(B, 5)
@@ -29,7 +32,10 @@ def test_what_is_inserted_is_found_both_ways() -> None:
 
 
 def test_forgetting_what_is_not_there_changes_nothing() -> None:
-    """Every block that is handed out is forgotten first, and most of them hold nothing."""
+    """Every block that is handed out is forgotten first, and most of them hold nothing.
+
+    Why: if it failed for them, no sequence could start.
+    """
     cache = PrefixCache(4)
     cache.insert(A, 0)
     cache.forget(7)
@@ -56,7 +62,10 @@ def test_a_later_twin_stays_uncached() -> None:
 
 
 def test_a_block_keeps_the_hash_it_has() -> None:
-    """One block, one content: a second hash for it is not taken in."""
+    """One block, one content: a second hash for it is not taken in.
+
+    Why: the first hash would stay behind, and lead to a block that holds something else.
+    """
     cache = PrefixCache(4)
     cache.insert(A, 1)
     cache.insert(B, 1)
@@ -64,7 +73,10 @@ def test_a_block_keeps_the_hash_it_has() -> None:
 
 
 def test_hits_are_counted_in_tokens() -> None:
-    """`record` adds up what was asked and what was found, over all prompts."""
+    """`record` adds up what was asked and what was found, over all prompts.
+
+    Why: the hit rate says whether the cache is worth its memory, and prompts are of all lengths.
+    """
     cache = PrefixCache(4)
     for asked, found in ((10, 0), (7, 4), (20, 16)):
         cache.record(asked, found)
@@ -99,7 +111,10 @@ def test_a_reused_block_is_not_found_under_its_old_hash() -> None:
 
 
 def test_the_least_recently_used_prompt_goes_first_and_its_end_before_its_beginning() -> None:
-    """With room for three prompts of two blocks, using the first again saves it, and the second is evicted, from its end."""
+    """With room for three prompts of two blocks, using the first again saves it, and the second is evicted, from its end.
+
+    Why: a beginning is of use without its end; an end without its beginning is never found.
+    """
     manager = BlockManager(num_blocks=6, block_size=2, watermark=0)
     prompts = {name: [10 * i + j for j in range(4)] for i, name in enumerate("abcd", 1)}
     for number, name in enumerate("abc"):
@@ -110,7 +125,10 @@ def test_the_least_recently_used_prompt_goes_first_and_its_end_before_its_beginn
 
 
 def test_random_traffic_never_finds_what_is_not_there() -> None:
-    """Prompts over two tokens come and go; every hit is checked against what was last written into the block."""
+    """Prompts over two tokens come and go; every hit is checked against what was last written into the block.
+
+    Why: the mistakes that matter here show after thousands of requests, as somebody else's answer.
+    """
     numbers = random.Random(4)
     manager = BlockManager(num_blocks=7, block_size=2, watermark=0)
     content: dict[int, tuple[int, ...]] = {}

@@ -22,6 +22,7 @@ from stages.quantization.groups import (
     ("weights", "bits", "symmetric", "scale", "zero"),
     [
         ([-1.0, 0.0, 2.0], 4, False, 3 / 15, 5),
+        ([-1.0, 1.2], 4, False, 2.2 / 15, 7),  # the zero would be 6.8
         ([1.0, 3.0], 4, False, 3 / 15, 0),  # the range is made to hold 0
         ([-3.0, -1.0], 4, False, 3 / 15, 15),
         ([-1.0, 0.5], 4, True, 1 / 7, 8),
@@ -44,7 +45,10 @@ def test_scale_and_zero_of_a_group(weights: list[float], bits: int, symmetric: b
 
 
 def test_zeros_that_need_not_be_whole_fit_the_range_exactly() -> None:
-    """Without whole zeros the least weight is code 0 and the largest the last, whether 0 lies between them or not."""
+    """Without whole zeros the least weight is code 0 and the largest the last, whether 0 lies between them or not.
+
+    Why: weights that came in 4 bits, as in the default model's file, then stay what they were.
+    """
     weight = torch.tensor([[1.0, 1.5, 4.0], [-2.0, -1.0, 1.0]])
     scales, zeros = group_parameters(weight, 4, symmetric=False, whole_zeros=False)
     check_close((0 - zeros) * scales, torch.tensor([1.0, -2.0]), "value of code 0")
@@ -52,7 +56,10 @@ def test_zeros_that_need_not_be_whole_fit_the_range_exactly() -> None:
 
 
 def test_codes_are_the_nearest_and_never_out_of_range() -> None:
-    """Each row has its scale and zero; what lies outside gets the first or the last code."""
+    """Each row has its scale and zero; what lies outside gets the first or the last code.
+
+    Why: a code of 16 does not fit 4 bits, and spills into its neighbour.
+    """
     codes = quantize_columns(torch.tensor([[0.24, 0.26, -9.0, 9.0], [2.4, 2.6, -90.0, 90.0]]),
                              torch.tensor([0.1, 1.0]), torch.tensor([5.0, 5.0]), 4)  # fmt: skip
     check_equal(codes.tolist(), [[7, 8, 0, 15], [7, 8, 0, 15]], "codes")
@@ -74,7 +81,10 @@ def test_dequantizing_undoes_groups_and_order() -> None:
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(seed=st.integers(0, 999), size=st.sampled_from([-1, 1, 3, 8]), columns=st.integers(1, 20), symmetric=st.booleans())
 def test_rounding_to_nearest_is_within_half_a_step(seed: int, size: int, columns: int, symmetric: bool) -> None:
-    """Whole: quantize and dequantize. No weight is further than half a step from its value, but for the rounded zero."""
+    """Whole: quantize and dequantize. No weight is further than half a step from its value, but for the rounded zero.
+
+    Why: this is all that rounding promises; what is worse has a mistake in a scale or a group.
+    """
     weight = torch.randn(2, columns, generator=torch.Generator().manual_seed(seed))
     quantized = quantize_groups(weight, 4, size, symmetric)
     width = columns if size == -1 else size
@@ -108,7 +118,10 @@ def test_the_first_code_lies_in_the_lowest_bits(codes: list[int], bits: int, wor
 
 
 def test_packing_works_along_the_last_dimension() -> None:
-    """[2, 3, 16] codes are [2, 3, 2] words, and back."""
+    """[2, 3, 16] codes are [2, 3, 2] words, and back.
+
+    Why: files pack matrices, kernels pack panels.
+    """
     codes = torch.randint(0, 16, (2, 3, 16), generator=torch.Generator().manual_seed(0))
     packed = pack_int32(codes, 4)
     check_equal(list(packed.shape), [2, 3, 2], "shape")
@@ -116,6 +129,9 @@ def test_packing_works_along_the_last_dimension() -> None:
 
 
 def test_codes_that_do_not_fill_a_word_are_refused() -> None:
-    """9 codes of 4 bits are a ValueError that says so."""
+    """9 codes of 4 bits are a ValueError that says so.
+
+    Why: padding without a word would shift every row behind the first.
+    """
     with pytest.raises(ValueError, match="whole 32-bit words"):
         pack_int32(torch.zeros(9, dtype=torch.int64), 4)

@@ -37,7 +37,10 @@ def test_the_longest_and_then_the_latest_occurrence(tokens: list[int], expected:
 
 
 def test_the_end_does_not_find_itself() -> None:
-    """The last tokens are always in the text: at its end. That is no earlier occurrence, and nothing follows it."""
+    """The last tokens are always in the text: at its end. That is no earlier occurrence, and nothing follows it.
+
+    Why: a draft of nothing, each time, is speculation that never happens.
+    """
     check_equal(propose([4, 5, 6], 2), [], "draft")
     check_equal(propose([4, 5, 6, 7, 4, 5, 6], 2), [7, 4], "draft behind the second 4 5 6")
 
@@ -54,7 +57,10 @@ def test_a_copy_that_reaches_the_end_goes_on_with_itself(period: int, count: int
 
 
 def test_shortest_and_longest_are_kept_to() -> None:
-    """n-grams shorter than `min_n` say nothing; those longer than `max_n` are not looked for."""
+    """n-grams shorter than `min_n` say nothing; those longer than `max_n` are not looked for.
+
+    Why: one token that agrees says little; the settings are what a user has to choose by.
+    """
     text = [1, 2, 3, 9, 9, 3]
     check_equal(propose(text, 1, min_n=2), [], "draft when one token alone is too little")
     check_equal(propose(text, 1, min_n=1), [9], "draft from one token")
@@ -64,7 +70,10 @@ def test_shortest_and_longest_are_kept_to() -> None:
 
 
 def test_reading_in_pieces_is_reading_at_once() -> None:
-    """`update` goes on where it stopped, token by token or many at a time, and a repeated call changes nothing."""
+    """`update` goes on where it stopped, token by token or many at a time, and a repeated call changes nothing.
+
+    Why: the engine reads a prompt at once and then a token or five at a step.
+    """
     text = [1, 2, 3, 1, 2, 4, 1, 2, 3, 3, 1, 2]
     whole = NgramIndex(1, 3)
     whole.update(text)
@@ -80,7 +89,10 @@ def test_reading_in_pieces_is_reading_at_once() -> None:
     tokens=st.lists(st.integers(0, 2), max_size=24), count=st.integers(1, 6), min_n=st.integers(1, 2), more=st.integers(0, 2)
 )
 def test_as_a_search_through_the_whole_text_finds_it(tokens: list[int], count: int, min_n: int, more: int) -> None:
-    """Against looking through all of it, from the back, for the longest first."""
+    """Against looking through all of it, from the back, for the longest first.
+
+    Why: the dictionary is there for speed, not for other answers.
+    """
 
     def search() -> list[int]:
         for n in range(min_n + more, min_n - 1, -1):
