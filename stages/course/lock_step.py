@@ -145,7 +145,7 @@ def bare_worker(log: Log, num_tokens: int) -> Worker:
         log.events.append(("model", "forward", (step,)))
         return torch.arange(num_tokens)[:, None]
 
-    worker._forward = forward
+    worker.forward = forward
     return worker
 
 
