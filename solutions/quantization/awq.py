@@ -72,8 +72,8 @@ def quantize_clipped(weight: Tensor, covariance: Tensor, bits: int, group_size: 
     for start in range(0, weight.shape[1], size):
         group = weight[:, start : start + size]
         block = covariance[start : start + size, start : start + size]
+        best_scale, best_zero = group_parameters(group, bits, symmetric)
         least = torch.full((len(weight),), float("inf"))
-        best_scale, best_zero = torch.empty(len(weight)), torch.empty(len(weight))
         for share in SHRINK:
             scale, zero = group_parameters(group * share, bits, symmetric)
             code = quantize_columns(group, scale, zero, bits)

@@ -133,7 +133,11 @@ class Calibration:
 
     @torch.inference_mode()
     def inputs_of(self, index: int) -> LayerInputs:
-        """Run a layer, without moving on, and gather the statistics of its matrices' inputs."""
+        """Run a layer, without moving on, and gather the statistics of its matrices' inputs.
+
+        Raises:
+            ValueError: the model computes NaN or infinity on this text.
+        """
         layer = self.layers[index]
         statistics = {name: Statistics.empty(layer.get_submodule(name).weight.shape[1]) for name in MATRICES}
         hooks = [
@@ -144,6 +148,9 @@ class Calibration:
             layer(sample.clone(), self._rope, self._metadata)
         for hook in hooks:
             hook.remove()
+        for name, inputs in statistics.items():
+            if not bool(inputs.covariance.isfinite().all()):
+                raise ValueError(f"layer {index}, {name}: the model computes NaN or infinity on the calibration text")
         return LayerInputs(layer, statistics)
 
     @torch.inference_mode()

@@ -6,6 +6,7 @@ A finished layer is written to the output folder at once, so a run that was inte
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -52,6 +53,15 @@ class Recipe:
     sequence_length: int = 512
     seed: int = 0
     calibration_file: str | None = None
+
+    def identity(self) -> dict[str, object]:
+        """All that decides the result, the calibration file by its content; what `MANIFEST` holds.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        text = None if self.calibration_file is None else Path(self.calibration_file).read_bytes()
+        return asdict(self) | {"calibration text": None if text is None else hashlib.sha256(text).hexdigest()}
 
 
 QuantizeLayer = Callable[[LayerInputs, Recipe], dict[str, GroupQuantized]]
@@ -103,8 +113,10 @@ def quantize_model(
     work = output / WORK
     done = finished_layers(recipe, output, work)
     calibration = Calibration(source, calibration_tokens(recipe, source))
+    if done:
+        print(f"going on in {output}: {len(done)} layers are done", file=sys.stderr)
     work.mkdir(parents=True, exist_ok=True)
-    (work / MANIFEST).write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    (work / MANIFEST).write_text(json.dumps(recipe.identity(), indent=2) + "\n")
     layers: dict[str, GroupQuantized] = {}
     changed: dict[str, Tensor] = {}
     for index in track(range(len(calibration.layers)), "layers", console=Console(file=sys.stderr), disable=not progress):
@@ -144,15 +156,13 @@ def finished_layers(recipe: Recipe, output: Path, work: Path) -> set[Path]:
     """
     manifest = work / MANIFEST
     if manifest.is_file():
-        before = json.loads(manifest.read_text())
-        if before != asdict(recipe):
-            differing = [name for name, value in asdict(recipe).items() if before.get(name) != value]
+        before, now = json.loads(manifest.read_text()), recipe.identity()
+        if before != now:
+            differing = [name for name, value in now.items() if before.get(name) != value]
             raise ValueError(
                 f"{output} holds a run with another {', '.join(differing)}; delete {work} or choose another folder"
             )
-        done = set(work.glob("*.safetensors"))
-        print(f"going on in {output}: {len(done)} layers are done", file=sys.stderr)
-        return done
+        return set(work.glob("*.safetensors"))
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; choose another folder")
     return set()

@@ -6,7 +6,6 @@ import contextlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,6 +68,15 @@ def test_gptq_is_optimal_brain_quantization_in_a_fixed_order(columns, size, bits
     wrong = ((got - weight.numpy()) @ x.numpy().T) ** 2
     right = ((expected - weight.numpy()) @ x.numpy().T) ** 2
     assert wrong.sum() == pytest.approx(right.sum(), rel=0.05)
+
+
+@pytest.mark.parametrize("block", [1, 16, 50, 96, 1000])
+def test_how_many_columns_are_gathered_changes_nothing(monkeypatch, block):
+    weight, x = random_weight(5, 96), correlated(400, 96)
+    expected = gptq_quantize(weight, x.T @ x, 4, 16).dequantize()
+    monkeypatch.setattr(gptq, "BLOCK", block)
+    got = gptq_quantize(weight, x.T @ x, 4, 16).dequantize()
+    assert (got - expected).abs().lt(1e-4).float().mean() > 0.97  # a tie may fall either way
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -195,13 +203,19 @@ def test_the_command_makes_a_model_that_loads(tmp_path, method):
     assert "is not empty; choose another folder" in command(method, *flags).stderr
 
 
-def recipe(folder: Path, **changes) -> layerwise.Recipe:
-    return layerwise.Recipe("gptq", str(folder), 4, 16, num_samples=4, sequence_length=24, **changes)
+METHODS = {"gptq": gptq, "awq": awq}
 
 
-def test_an_interrupted_run_goes_on_and_gives_the_same_files(tmp_path, capsys):
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupted_run_goes_on_and_gives_the_same_files(tmp_path, capsys, method):
     make_tiny_llama(tmp_path / "whole")
-    form = gptq.QuantizedFormat("gptq", 4, 16, zeros_less_one=True)
+    text = tmp_path / "text"
+    text.write_text("Alice was beginning to get very tired of sitting by her sister on the bank. " * 4)
+    form = gptq.QuantizedFormat(method, 4, 16, zeros_less_one=method == "gptq")
+
+    def recipe(**changes) -> layerwise.Recipe:
+        sizes = {"num_samples": 4, "sequence_length": 24, "calibration_file": str(text)}
+        return layerwise.Recipe(method, str(tmp_path / "whole"), 4, 16, **sizes | changes)
 
     def quantize(output: str, stop_at: int | None = None, settings: layerwise.Recipe | None = None) -> list[int]:
         done = []
@@ -210,22 +224,38 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_files(tmp_path, capsys):
             if len(done) == stop_at:
                 raise KeyboardInterrupt
             done.append(1)
-            return gptq.quantize_layer(inputs, what)
+            return METHODS[method].quantize_layer(inputs, what)
 
         with contextlib.suppress(KeyboardInterrupt):
-            layerwise.quantize_model(settings or recipe(tmp_path / "whole"), tmp_path / output, layer, form, progress=False)
+            layerwise.quantize_model(settings or recipe(), tmp_path / output, layer, form, progress=False)
         return done
 
     assert len(quantize("at-once")) == 3
     assert len(quantize("in-two", stop_at=2)) == 2
     assert not (tmp_path / "in-two" / "config.json").exists()
     with pytest.raises(ValueError, match="holds a run with another seed; delete"):
-        quantize("in-two", settings=recipe(tmp_path / "whole", seed=5))
+        quantize("in-two", settings=recipe(seed=5))
+    with pytest.raises(ValueError, match="tokens and a sample takes 999"):
+        quantize("short", settings=recipe(sequence_length=999))
+    before = text.read_text()
+    text.write_text(before.replace("Alice", "Bob"))
+    with pytest.raises(ValueError, match="holds a run with another calibration text; delete"):
+        quantize("in-two")
+    text.write_text(before)
     assert len(quantize("in-two")) == 1
     assert "2 layers are done" in capsys.readouterr().err
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("at-once", "in-two"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_model_that_computes_nan_is_one_clear_error(tmp_path):
+    make_tiny_llama(tmp_path)
+    calibration = Calibration(resolve_model(str(tmp_path)), texts())
+    calibration.layers[1].get_parameter("input_layernorm.weight").data[0] = torch.nan
+    calibration.advance(0, {}, {})
+    with pytest.raises(ValueError, match=r"layer 1, self_attn\.qkv_proj: the model computes NaN or infinity"):
+        calibration.inputs_of(1)
 
 
 def test_what_cannot_be_quantized_is_one_clear_error(tmp_path):
