@@ -91,17 +91,19 @@ def show(model: str, results: list[Quality]) -> None:
 
 
 def draw(results: list[Quality], path: Path) -> None:
-    """Perplexity against the bytes of the weights."""
+    """A row for each precision: how much its perplexity is above the first one's, and the size of its weights."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    for r in results:
-        axes.plot(r.weight_bytes / 2**20, r.perplexity, "o", color="#0072B2" if "groups" in r.name else "#D55E00")
-        beside = (6, -9) if "KV" in r.name else (6, 3)  # the same weights, hardly another perplexity
-        axes.annotate(r.name, (r.weight_bytes / 2**20, r.perplexity), xytext=beside, textcoords="offset points", fontsize=8)
-    axes.set(xlabel="MiB of weights in memory", ylabel="perplexity, lower is better")
-    axes.margins(x=0.2)
-    axes.grid(alpha=0.3)
+    figure, axes = plt.subplots(figsize=(7.5, 0.6 + 0.32 * len(results)), layout="constrained")
+    names = [r.name for r in results]
+    more = [100 * (r.perplexity / results[0].perplexity - 1) for r in results]
+    colors = ["#0072B2" if "groups" in name else "#D55E00" for name in names]
+    for bar, r in zip(axes.barh(names, more, color=colors), results, strict=True):
+        text = f"{r.perplexity:.2f}, {r.weight_bytes / 2**20:.0f} MiB of weights"
+        axes.annotate(text, (bar.get_width(), bar.get_y() + 0.4), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set(xlabel="perplexity more than 16 bits', in %", xlim=(0, 1.45 * max(*more, 1e-9)))
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
 

@@ -81,8 +81,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector):
-    """A test file that cannot be imported fails with what is wrong in the learner's file, if that can be told."""
+    """A test file that cannot be imported fails with what is wrong in the learner's file, if that can be told; one that says
+    itself that it cannot run here is skipped."""
     report = yield
+    task = _task_of(collector.path) if report.skipped and isinstance(collector, pytest.Module) else None
+    if task is not None:
+        text = report.longrepr[2].removeprefix("Skipped: ")
+        _write({"test": "(import)", "task": task.id, "what": "", "outcome": "skipped", "text": text})
     task = _task_of(collector.path) if report.failed and isinstance(collector, pytest.Module) else None
     if task is not None:
         stage = next(stage for stage in COURSE if stage.number == task.stage)
@@ -104,7 +109,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     if task is None or (report.passed and call.when != "call"):
         return report
     record = {"test": item.name, "task": task.id, "what": what_and_why(item.function)[0], "outcome": report.outcome, "text": ""}
-    if report.failed:
+    if report.skipped:
+        record["text"] = str(call.excinfo.value)
+    elif report.failed:
         missing = todo_task(call.excinfo.value)
         if missing is not None:
             record |= {"outcome": "todo", "missing": missing}

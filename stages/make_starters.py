@@ -7,37 +7,15 @@ becomes a NotImplementedError that names the task. Everything else in the file i
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
 import json
-import textwrap
 from collections.abc import Iterable
 
-from stages.course.catalog import GUIDE, ROOT, STAGES_FOLDER, CourseError, Stage, Task, find_stage, load_course
+from stages.course.catalog import ROOT, STAGES_FOLDER, CourseError, Stage, Task, find_stage, load_course
+from stages.course.targets import emptied
 
 MANIFEST = "starters.json"
 """In `stages/`: path of each starter → SHA-256 of what was last generated there. A file with another hash is the learner's."""
-WIDTH = 120
-LONGEST_LINE = 128
-"""What `ruff format` breaks lines at."""
-
-
-def find_function(tree: ast.Module, name: str) -> ast.FunctionDef | None:
-    """The definition of ``function`` or ``Class.function`` in a module, or None."""
-    body: list[ast.stmt] = tree.body
-    *outer, last = name.split(".")
-    for part in outer:
-        body = next((node.body for node in body if isinstance(node, ast.ClassDef) and node.name == part), [])
-    return next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == last), None)
-
-
-def placeholder(task: Task, name: str, indent: str) -> list[str]:
-    """The lines of the statement that stands where a function's body was."""
-    message = f'"{task.marker} {name}, see {GUIDE}#{task.guide}"'
-    line = f"{indent}raise NotImplementedError({message})"
-    if len(line) <= LONGEST_LINE:
-        return [line]
-    return [f"{indent}raise NotImplementedError(", f"{indent}    {message}", f"{indent})"]
 
 
 def render(source: str, file: str, tasks: Iterable[Task]) -> str:
@@ -50,23 +28,13 @@ def render(source: str, file: str, tasks: Iterable[Task]) -> str:
     Raises:
         CourseError: a function is not there, or has no docstring to stand on.
     """
-    tree = ast.parse(source)
     lines = source.splitlines()
-    cuts: list[tuple[int, int, list[str]]] = []
+    cuts: list[tuple[slice, list[str]]] = []
     for task in tasks:
         names = [target.name for target in task.targets if target.file == file]
-        for name in names:
-            node = find_function(tree, name)
-            if node is None:
-                raise CourseError(f"task {task.id}: there is no {name} in solutions/{file}")
-            if ast.get_docstring(node) is None:
-                raise CourseError(f"task {task.id}: {name} in solutions/{file} has no docstring")
-            indent = " " * node.body[0].col_offset
-            comment = textwrap.wrap(f"Hint: {task.hints[0]}", WIDTH - len(indent) - 2) if name == names[0] else []
-            text = [f"{indent}# {line}" for line in comment] + placeholder(task, name, indent)
-            cuts.append((node.body[0].end_lineno, node.end_lineno, text))
-    for docstring_end, end, text in sorted(cuts, reverse=True):
-        lines[docstring_end:end] = text
+        cuts += [emptied(source, file, task, name, task.hints[0] if name == names[0] else None) for name in names]
+    for place, text in sorted(cuts, key=lambda cut: cut[0].start, reverse=True):
+        lines[place] = text
     return "\n".join(lines) + "\n"
 
 

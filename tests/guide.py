@@ -16,7 +16,8 @@ from pathlib import Path
 from types import ModuleType
 
 from stages.course.catalog import Stage, Target, Task, load_course
-from stages.make_starters import find_function, render
+from stages.course.targets import find_function, find_lines, is_python
+from stages.make_starters import render
 
 ROOT = Path(__file__).parents[1]
 COURSE = load_course()
@@ -32,6 +33,8 @@ FOREIGN = {
     "EngineCore.step", "FreeKVCacheBlockQueue", "KVCacheManager.allocate_slots", "Request", "_preempt_request",
     "_prepare_inputs", "check_stop", "determine_available_memory", "get_new_blocks", "reshape_and_cache",
     "scheduler_reserve_full_isl", "touch",
+    # CUDA
+    "cp.async",
 }  # fmt: skip
 """Names in the tasks' sections that are not this engine's."""
 LETTERS = {"T", "S", "N", "Q", "L", "H", "H_kv", "D", "M", "V"}
@@ -106,7 +109,9 @@ def task_problems(section: str, stage: Stage, task: Task) -> list[str]:
 
 
 def parameters(target: Target) -> set[str]:
-    """Names of a function's parameters."""
+    """Names of a function's parameters; of a marked part nobody asks."""
+    if not is_python(target.file):
+        return set()
     node = find_function(ast.parse((ROOT / "solutions" / target.file).read_text(encoding="utf-8")), target.name)
     return {argument.arg for argument in node.args.args}
 
@@ -163,6 +168,9 @@ class Names:
                 if isinstance(node, ast.ClassDef):
                     bases[node.name] = [base.id for base in node.bases if isinstance(base, ast.Name)]
                     names.members.setdefault(node.name, set()).update(_members(node))
+        for path in folder.rglob("*.cu"):
+            names.functions.update(re.findall(r"\b(\w+)\(", path.read_text(encoding="utf-8")))
+        names.all |= names.functions
         for name, parents in bases.items():
             for parent in parents:
                 names.members[name] |= names.members.get(parent, set())
@@ -237,15 +245,21 @@ def unfinished_engine(folder: Path, stage: Stage, todo: Iterable[Task]) -> Itera
             del sys.modules[name]
 
 
+def body_lines(source: str, target: Target) -> list[str]:
+    """What a learner writes of a function, in the reference's words."""
+    if not is_python(target.file):
+        return source.splitlines()[find_lines(source, target.file, target.name)][1:-1]
+    node = find_function(ast.parse(source), target.name)
+    return source.splitlines()[node.body[0].end_lineno : node.end_lineno]
+
+
 def printed_answers(text: str) -> list[str]:
     """Lines of the functions that learners write which stand in the guide: it is to teach them, not to print them."""
     found = []
     for task in TASKS:
         for target in task.targets:
             source = (ROOT / "solutions" / target.file).read_text(encoding="utf-8")
-            node = find_function(ast.parse(source), target.name)
-            body = source.splitlines()[node.body[0].end_lineno : node.end_lineno]
-            lines = [line.split("#")[0].strip() for line in body]
+            lines = [line.split("#")[0].strip() for line in body_lines(source, target)]
             found += [f"{target.name}: {line}" for line in lines if len(line) > 30 and line in text]
     return found
 

@@ -32,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from stages.course.catalog import CourseError, Stage, Target, Task, find_stage, find_task
-from stages.make_starters import find_function
+from stages.course.targets import find_function, is_python
 from tests.classroom import Classroom
 from tests.mutants.bank import TEST_LIMIT
 
@@ -167,8 +167,9 @@ def function_mutants(text: str, task: Task, target: Target) -> list[Machine]:
 
 
 def machine_mutants(room: Classroom, task: Task) -> list[Machine]:
-    """All mutants of the functions that a task asks for."""
-    return [each for target in task.targets for each in function_mutants(room.reference(target.file), task, target)]
+    """All mutants of the functions that a task asks for; parts of CUDA files have the bank's alone."""
+    targets = [target for target in task.targets if is_python(target.file)]
+    return [each for target in targets for each in function_mutants(room.reference(target.file), task, target)]
 
 
 # ------------------------------------------------------------------------------------------------------------- fates

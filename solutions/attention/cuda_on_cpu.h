@@ -58,7 +58,10 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidC
 namespace cuda_on_cpu {
 
 constexpr int WARP = 32;
-constexpr std::chrono::seconds PATIENCE{60};
+#ifndef CUDA_ON_CPU_PATIENCE
+#define CUDA_ON_CPU_PATIENCE 60
+#endif
+constexpr std::chrono::seconds PATIENCE{CUDA_ON_CPU_PATIENCE};
 
 [[noreturn]] inline void fail(const std::string& text) {
     std::fprintf(stderr, "cuda_on_cpu: block (%u, %u, %u), thread (%u, %u, %u): %s\n", blockIdx.x, blockIdx.y, blockIdx.z,

@@ -12,6 +12,8 @@
 // A few sequences with long contexts do not fill a card: v2 cuts each context between several blocks and merges their results in
 // a second kernel, by the same formula (Flash-Decoding, Dao et al. 2023). The block table is that of Kwon et al., PagedAttention,
 // SOSP 2023, §4.1.
+//
+// The marks TASK say which parts the course leaves to its learners (stages/stage4_optimization).
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -72,9 +74,11 @@ __device__ inline void unpack(uint4 bytes, float (&x)[WIDTH<T>]) {
 // Adds up what LANES neighbouring lanes hold; each of them gets the sum.
 template <int LANES>
 __device__ inline float sum_over_lanes(float x) {
+    // TASK 4.8 begin: sum_over_lanes
 #pragma unroll
     for (int distance = LANES / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffff, x, distance);
     return x;
+    // TASK 4.8 end
 }
 
 // ---------------------------------------------------------------------------------------------------- which work a block has
@@ -126,6 +130,7 @@ struct Sum {
 
 // Merges rows that lie `stride` apart.
 __device__ inline Sum merge(const float* rows, int count, int stride, int dimension) {
+    // TASK 4.8 begin: merge
     Sum all{LOWEST, 0, 0};
     for (int i = 0; i < count; ++i) all.largest = fmaxf(all.largest, rows[i * stride]);
     for (int i = 0; i < count; ++i) {
@@ -135,6 +140,7 @@ __device__ inline Sum merge(const float* rows, int count, int stride, int dimens
         all.value += factor * row[2 + dimension];
     }
     return all;
+    // TASK 4.8 end
 }
 
 // The softmax's quotient; 0 for a token that sees nothing.
@@ -164,6 +170,7 @@ __device__ void attend(const Step& s, int token, Heads heads, Keys keys, float* 
     const int32_t* block_table = s.block_tables + keys.sequence * s.table_stride;
     const int block_mask = (1 << s.block_shift) - 1;
 
+    // TASK 4.8 begin: attend
     // All threads make the same number of turns, for all lanes of a warp must meet in each shuffle.
     for (int begin = keys.begin; begin < keys.end; begin += KEYS * num_groups) {
         const int mine = begin + group;  // this group's keys: mine, mine + num_groups, ...
@@ -207,6 +214,7 @@ __device__ void attend(const Step& s, int token, Heads heads, Keys keys, float* 
             }
         }
     }
+    // TASK 4.8 end
 #pragma unroll
     for (int h = 0; h < HEADS; ++h) {
         float* row = rows + (group * HEADS + h) * (2 + s.head_dim);

@@ -140,13 +140,45 @@ def attend(
     left += split * share
     right = tl.minimum(right, left + share)
 
+    top, total, acc = visit_keys(
+        q, keys, values, key_scales, value_scales, block_tables + seq.to(tl.int64) * table_stride, left, right, position,
+        kv_head, scale_log2, H_KV, D, D_PADDED, BLOCK_SIZE, WINDOW, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+    if partial_sums is None:
+        out = acc / tl.where(total > 0, total, 1.0)[:, None]  # a padding sequence has no key: zeros
+        tl.store(output + head_row[:, None] * D + dim[None, :], cast(out, output.dtype.element_ty), is_element)
+    else:
+        head_row += split.to(tl.int64) * num_tokens * (GROUP * H_KV)
+        tl.store(partial_sums + head_row[:, None] * D + dim[None, :], acc, is_element)
+        tl.store(partial_stats + head_row * 2, top, is_row)
+        tl.store(partial_stats + head_row * 2 + 1, total, is_row)
+
+
+@triton.jit
+def visit_keys(
+    q, keys, values, key_scales, value_scales, block_table, left, right, position, kv_head, scale_log2,
+    H_KV: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Attend over the keys at positions left..right-1 of one sequence, BLOCK_N at a time, and keep the softmax up to date.
+
+    Args:
+        q: [BLOCK_M, D_PADDED] queries of one KV head. position: [BLOCK_M], where each stands; it sees keys up to there, with a
+            WINDOW only the last so many.
+        keys, values, key_scales, value_scales: as in `attend`. block_table: where the sequence's row begins.
+
+    Returns:
+        Of each row the largest score, -inf if it saw no key; the sum of weights exp2(score - largest), [BLOCK_M] each; and the
+        sum of values by these weights, [BLOCK_M, D_PADDED]; all float32.
+    """
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)  # largest score so far
     total = tl.full([BLOCK_M], 0, tl.float32)  # sum of weights exp2(score - top)
     acc = tl.full([BLOCK_M, D_PADDED], 0, tl.float32)  # sum of weight · value
     for start in range(left, right, BLOCK_N):
         key_position = start + tl.arange(0, BLOCK_N)
         is_key = key_position < right
-        block = tl.load(block_tables + seq.to(tl.int64) * table_stride + key_position // BLOCK_SIZE, is_key, other=0)
+        block = tl.load(block_table + key_position // BLOCK_SIZE, is_key, other=0)
         at = (block.to(tl.int64) * BLOCK_SIZE + key_position % BLOCK_SIZE) * H_KV + kv_head  # in [num_slots · H_kv, D]
         k = gather(keys, key_scales, at, is_key, D, D_PADDED, q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
@@ -163,15 +195,7 @@ def attend(
         v = gather(values, value_scales, at, is_key, D, D_PADDED, q.dtype)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = new_top
-
-    if partial_sums is None:
-        out = acc / tl.where(total > 0, total, 1.0)[:, None]  # a padding sequence has no key: zeros
-        tl.store(output + head_row[:, None] * D + dim[None, :], cast(out, output.dtype.element_ty), is_element)
-    else:
-        head_row += split.to(tl.int64) * num_tokens * (GROUP * H_KV)
-        tl.store(partial_sums + head_row[:, None] * D + dim[None, :], acc, is_element)
-        tl.store(partial_stats + head_row * 2, top, is_row)
-        tl.store(partial_stats + head_row * 2 + 1, total, is_row)
+    return top, total, acc
 
 
 @triton.jit

@@ -209,7 +209,12 @@ def run_command(
     parser.add_argument("--symmetric", action="store_true", help="zero in the middle of the codes")
     if method == "gptq":
         parser.add_argument("--bits", type=int, default=4, choices=BITS, help="of a weight (default: 4)")
-        parser.add_argument("--act-order", "--desc-act", action="store_true", help="fix columns with large inputs first")
+        parser.add_argument(
+            "--act-order",
+            "--desc-act",
+            action="store_true",
+            help="fix columns with large inputs first: loses far less; for one rank",
+        )
         parser.add_argument("--damping", type=float, default=0.01, help="added to the Hessian's diagonal (default: 0.01)")
     else:
         parser.add_argument("--bits", type=int, default=4, choices=(4,), help="of a weight (default: 4)")

@@ -14,8 +14,15 @@ TODO = re.compile(r"Stage \d+ · Task (\d+\.\d+):")
 
 
 def todo_task(error: BaseException) -> str | None:
-    """The id of the task whose function is not written yet, if that is what an exception says."""
-    match = TODO.match(str(error)) if isinstance(error, NotImplementedError) else None
+    """The id of the task whose function is not written yet, if that is what an exception says, or one that it came from.
+
+    In a kernel that is what Triton's interpreter or the compiler reports.
+    """
+    if isinstance(error, AssertionError):
+        return None
+    match = TODO.search(str(error))
+    if match is None and (error.__cause__ or error.__context__) is not None:
+        return todo_task(error.__cause__ or error.__context__)
     return match[1] if match else None
 
 

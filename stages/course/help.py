@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 
 from rich.console import Console
@@ -16,7 +15,8 @@ from stages.course.page import labelled, places
 from stages.course.preflight import inspect_stage
 from stages.course.runner import PASSED, run_stage
 from stages.course.state import back_up
-from stages.make_starters import digest, find_function, read_manifest, starters, write_starters
+from stages.course.targets import find_lines, function_source, is_python
+from stages.make_starters import digest, read_manifest, starters, write_starters
 
 SIDE_BY_SIDE = 150
 """Columns of a terminal from which on two versions stand beside each other."""
@@ -38,20 +38,6 @@ def show_hint(console: Console, stage: Stage, task: Task, level: int) -> None:
     console.print(Panel(labelled(rows), title=f"task {task.id}, {task.title}", border_style="cyan", title_align="left"))
 
 
-def function_lines(text: str, name: str) -> tuple[int, int] | None:
-    """Where a function stands in a file, decorators included, as a slice of its lines; None when it is not there."""
-    node = find_function(ast.parse(text), name)
-    if node is None:
-        return None
-    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1, node.end_lineno
-
-
-def function_source(text: str, name: str) -> str:
-    """A function's own lines, or nothing when it is not there."""
-    place = function_lines(text, name)
-    return "" if place is None else "\n".join(text.splitlines()[slice(*place)])
-
-
 def show_diff(console: Console, stage: Stage, task: Task, force: bool) -> None:
     """Print the reference's functions beside the learner's, once the task's tests pass.
 
@@ -71,8 +57,9 @@ def show_diff(console: Console, stage: Stage, task: Task, force: bool) -> None:
 
 
 def _print_versions(console: Console, stage: Stage, target: Target) -> None:
-    mine = function_source((stage.path / target.file).read_text(encoding="utf-8"), target.name)
-    reference = function_source((ROOT / "solutions" / target.file).read_text(encoding="utf-8"), target.name)
+    mine = function_source((stage.path / target.file).read_text(encoding="utf-8"), target.file, target.name)
+    reference = function_source((ROOT / "solutions" / target.file).read_text(encoding="utf-8"), target.file, target.name)
+    language = "python" if is_python(target.file) else "cuda"
     title = f"{target.file}: {target.name}"
     if mine == reference:
         console.print(f"[green]{escape(title)} is the same as the reference[/]")
@@ -80,7 +67,7 @@ def _print_versions(console: Console, stage: Stage, target: Target) -> None:
         table = Table(title=escape(title), title_justify="left", expand=True)
         table.add_column("yours", ratio=1)
         table.add_column("reference", ratio=1)
-        table.add_row(*(Syntax(text, "python", word_wrap=True, background_color="default") for text in (mine, reference)))
+        table.add_row(*(Syntax(text, language, word_wrap=True, background_color="default") for text in (mine, reference)))
         console.print(table)
     else:
         lines = difflib.unified_diff(mine.splitlines(), reference.splitlines(), "yours", "reference", lineterm="", n=100)
@@ -128,13 +115,13 @@ def _with_functions_reset(stage: Stage, task: Task, file: str) -> str:
     text = path.read_text(encoding="utf-8")
     try:
         for name in [target.name for target in task.targets if target.file == file]:
-            place = function_lines(text, name)
+            place = find_lines(text, file, name)
             if place is None:
                 raise CourseError(
                     f"{name} is gone from stages/{stage.folder}/{file}; make reset-stage-{stage.number} starts over"
                 )
             lines = text.splitlines()
-            lines[slice(*place)] = function_source(starter, name).splitlines()
+            lines[place] = function_source(starter, file, name).splitlines()
             text = "\n".join(lines) + "\n"
     except SyntaxError as error:
         raise CourseError(

@@ -10,9 +10,9 @@ from rich.table import Table
 
 from stages.course.catalog import GUIDE, Stage, Target, Task
 from stages.course.preflight import Inspection, Problem
-from stages.course.runner import FAILED, PASSED, TODO, StageResult, TaskResult, TestResult, run_stage
+from stages.course.runner import FAILED, PASSED, SKIPPED, TODO, StageResult, TaskResult, TestResult, run_stage
 
-MARKS = {PASSED: "[green]✓ passed[/]", FAILED: "[red]✗ failed[/]", TODO: "[dim]☐ to do[/]"}
+MARKS = {PASSED: "[green]✓ passed[/]", FAILED: "[red]✗ failed[/]", TODO: "[dim]☐ to do[/]", SKIPPED: "[yellow]– skipped[/]"}
 SHOWN_FAILURES = 2
 """Failed tests of one task that are shown in full; the others are named."""
 
@@ -47,9 +47,13 @@ def print_stage(console: Console, result: StageResult, inspection: Inspection, w
         if item.task.id not in shadowed:
             console.print(failure_panel(item))
             break
-    still_open = next((item for item in result.tasks if item.state != PASSED), None)
+    skipped = [item for item in result.tasks if item.state == SKIPPED]
+    for item in skipped:
+        console.print(f"[yellow]Task {item.task.id} cannot be tested on this machine: {escape(item.tests[0].text)}[/]")
+    still_open = next((item for item in result.tasks if item.state not in (PASSED, SKIPPED)), None)
     if still_open is None:
-        console.print(f"[green]All {len(result.tasks)} tasks pass.[/]")
+        count = len(result.tasks) - len(skipped)
+        console.print(f"[green]All {count} tasks{' that can be tested here' if skipped else ''} pass.[/]")
     else:
         console.print(next_panel(result.stage, still_open, inspection))
     if not any(item.tests for item in result.tasks):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages.course.catalog import ROOT, Stage, Target, Task
-from stages.make_starters import find_function
+from stages.course.targets import find_function, find_lines, is_python
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,11 @@ def _inspect_file(stage: Stage, file: str, result: Inspection) -> None:
         result.problems.append(Problem(name, 0, f"the file is gone; make reset TASK={ids[0]} brings it back", ids))
         return
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if not is_python(file):
+            _inspect_marked(stage, file, text, result)
+            return
+        tree = ast.parse(text)
     except SyntaxError as error:
         mark = f"\n    {error.text.rstrip()}\n    {' ' * ((error.offset or 1) - 1)}^" if error.text else ""
         result.problems.append(Problem(name, error.lineno or 0, f"Python cannot read this: {error.msg}{mark}", ids))
@@ -83,6 +87,22 @@ def _inspect_file(stage: Stage, file: str, result: Inspection) -> None:
         for target in task.targets:
             if target.file == file:
                 _inspect_target(task, target, name, find_function(tree, target.name), reference, result)
+
+
+def _inspect_marked(stage: Stage, file: str, text: str, result: Inspection) -> None:
+    """Look at the marked parts of a file that is not Python; what is between them the compiler will tell."""
+    for task in stage.tasks:
+        for target in task.targets:
+            if target.file != file:
+                continue
+            place = find_lines(text, file, target.name)
+            if place is None:
+                message = f"the markers of {target.name} are gone; make reset-stage-{stage.number} brings them back"
+                result.problems.append(Problem(relative(stage.path / file), 0, message, (task.id,)))
+                continue
+            result.lines[target] = place.start + 1
+            if any(line.startswith(f'#error "{task.marker}') for line in text.splitlines()[place]):
+                result.todo.add(target)
 
 
 def _inspect_target(

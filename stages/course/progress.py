@@ -9,7 +9,7 @@ from rich.table import Table
 from stages.course.catalog import Stage
 from stages.course.page import MARKS, places, run_with_bar
 from stages.course.preflight import inspect_stage
-from stages.course.runner import PASSED
+from stages.course.runner import PASSED, SKIPPED
 from stages.course.state import remember, remembered
 
 
@@ -29,8 +29,9 @@ def show_progress(console: Console, course: list[Stage]) -> None:
         bar = ProgressBar(total=len(stage.tasks), completed=len(done), width=20)
         points = f"{sum(task.points for task in done)}/{stage.points}"
         table.add_row(f"{stage.number} {stage.title}", marks, bar, points)
-        if next_task is None and len(done) < len(stage.tasks):
-            next_task = next((stage, task) for task in stage.tasks if task not in done)
+        left = [task for task in stage.tasks if states[task.id]["state"] not in (PASSED, SKIPPED)]
+        if next_task is None and left:
+            next_task = stage, left[0]
     console.print(table)
     if next_task is None:
         console.print("[green]All stages pass.[/]")

@@ -17,12 +17,15 @@ from stages.course.catalog import ROOT, CourseError, Stage, Task
 STAGE_TIME_LIMIT = 600
 """Seconds for all tests of a stage, should one hang where its own time limit cannot reach it."""
 
-PASSED, FAILED, TODO = "passed", "failed", "todo"
+PASSED, FAILED, TODO, SKIPPED = "passed", "failed", "todo", "skipped"
 
 
 @dataclass(slots=True)
 class TestResult:
-    """One test. `outcome` is passed, failed or todo; todo means that it met the placeholder of task `missing`."""
+    """One test. `outcome` is passed, failed, todo or skipped.
+
+    Todo means that it met the placeholder of task `missing`, skipped that this machine cannot run it; `text` says why.
+    """
 
     name: str
     task: str
@@ -45,7 +48,10 @@ class TaskResult:
 
     @property
     def state(self) -> str:
-        """Passed when every test is; todo when all that keeps it from passing is code that is not written yet."""
+        """Passed when every test is; skipped when this machine can run none; todo when all that keeps it from passing is code
+        that is not written yet."""
+        if self.tests and all(test.outcome == SKIPPED for test in self.tests):
+            return SKIPPED
         if self.tests and self.num_passed == len(self.tests):
             return PASSED
         return FAILED if any(test.outcome == FAILED for test in self.tests) else TODO
@@ -66,7 +72,7 @@ class StageResult:
 
     @property
     def passed(self) -> bool:
-        return all(result.state == PASSED for result in self.tasks)
+        return all(result.state in (PASSED, SKIPPED) for result in self.tasks)
 
 
 def run_stage(
@@ -100,7 +106,7 @@ def run_stage(
     results = {task.id: TaskResult(task) for task in tasks}
     for record in records:
         if "task" in record and record["task"] in results:
-            outcome = record["outcome"] if record["outcome"] in (PASSED, TODO) else FAILED
+            outcome = record["outcome"] if record["outcome"] in (PASSED, TODO, SKIPPED) else FAILED
             results[record["task"]].tests.append(
                 TestResult(record["test"], record["task"], record["what"], outcome, record["text"], record.get("missing", ""))
             )

@@ -13,13 +13,15 @@ from stages.course.runner import StageResult
 
 FOLDER = ROOT / ".course"
 RESULTS = FOLDER / "results.json"
+CODE = (".py", ".cu", ".cpp", ".h")
 
 
 def fingerprint(stage: Stage) -> str:
     """Changes when a file that can change the stage's results does: the learner's, the tests, the course or the reference."""
     digest = hashlib.sha256()
     folders = (stage.path, ROOT / "solutions", ROOT / "stages" / "course")
-    files = [path for folder in folders for path in folder.rglob("*.py")] + [ROOT / "stages" / "course.toml"]
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in CODE]
+    files.append(ROOT / "stages" / "course.toml")
     for path in sorted(files):
         digest.update(str(path.relative_to(ROOT)).encode())
         digest.update(path.read_bytes())

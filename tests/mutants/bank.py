@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 from stages.course.catalog import CourseError, Stage
 from stages.course.runner import TestResult
+from stages.course.targets import is_python
 from tests.classroom import Classroom
 
 TEST_LIMIT = 10
@@ -52,12 +53,14 @@ def mutate(mutant: Mutant, text: str) -> str:
     """The wrong version of a file.
 
     Raises:
-        CourseError: the old text is not there exactly once, or the new one is no Python.
+        CourseError: the old text is not there exactly once, or the new one is no Python where it should be.
     """
     count = text.count(mutant.old)
     if count != 1:
         raise CourseError(f"mutant {mutant.name}: its old text stands {count} times in solutions/{mutant.file}, not once")
     wrong = text.replace(mutant.old, mutant.new)
+    if not is_python(mutant.file):
+        return wrong
     try:
         compile(wrong, mutant.file, "exec")
     except SyntaxError as error:

@@ -1,0 +1,110 @@
+"""AWQ: before rounding to nearest, make the weights larger that meet large activations.
+
+Rounding makes an error of about half a step in every weight, and a step is set by the largest weight of a group. Multiply
+an input channel's weights by s > 1, divide the activations by s, and the product is the same, while the error that rounding
+makes in these weights is smaller by s; as long as the group's largest weight hardly grows, nobody else pays. Which channels:
+those with large activations, s = (mean |x|)^α, with the one α of a few that makes the smallest error. The division is folded
+into whatever comes before: a norm's weights, or the rows of the matrix that made the activations.
+Source: Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", MLSys 2024, §3.2; the
+clipping is in its code.
+
+Run it: ``python -m solutions.quantization.awq --help``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .calibration import LayerInputs, Statistics
+from .checkpoint import QuantizedFormat
+from .groups import GroupQuantized, group_parameters, quantize_columns, quantize_groups
+from .layerwise import Recipe, run_command
+
+GRID = 20
+"""Exponents that are tried: 0, 1 / 20, ..., 19 / 20."""
+SEARCH_ROWS = 512
+"""Outputs on which exponents are compared, evenly spread; they all agree on what is large among the inputs."""
+SHRINK = tuple(1 - i / 20 for i in range(10))
+"""Shares of a group's range that are tried when it is clipped, down to 55 %."""
+
+
+def output_error(difference: Tensor, covariance: Tensor) -> Tensor:
+    """Mean squared change of each output when the weights change by `difference` [N, K]: ``d C dᵀ`` for C the mean of x xᵀ,
+    [K, K]. Returns [N]."""
+    # Hint: Multiplying a column by 2 and its input by 1/2 changes nothing, until you round: which of the two matrices
+    # lies closer to its rounded version?
+    raise NotImplementedError("Stage 4 · Task 4.5: output_error, see IMPLEMENTATION_GUIDE.md#task-4-5")
+
+
+def search_scale(weight: Tensor, magnitude: Tensor, covariance: Tensor, bits: int, group_size: int, symmetric: bool) -> Tensor:
+    """The factor of each input channel with which rounding to nearest changes the outputs least.
+
+    Candidates are ``magnitude ** alpha`` for `GRID` values of alpha from 0, each divided by the geometric mean of its least and
+    largest so that weights stay where they were. A candidate's error is that of ``Q(W s) / s`` against W.
+
+    Args:
+        weight: [N, K] float32. magnitude: [K], mean |x| of each channel. covariance: [K, K], mean of x xᵀ.
+
+    Returns:
+        s, [K] float32; ones where alpha = 0 is best.
+    """
+    raise NotImplementedError("Stage 4 · Task 4.5: search_scale, see IMPLEMENTATION_GUIDE.md#task-4-5")
+
+
+def quantize_clipped(weight: Tensor, covariance: Tensor, bits: int, group_size: int, symmetric: bool) -> GroupQuantized:
+    """Round to nearest within a range that is cut a little where that makes the outputs' error smaller.
+
+    Of each row's group the share of its range that makes the least error is found from `SHRINK`. The error of a group is taken
+    by itself: what it shares with other groups would not let them be searched one by one.
+
+    Args:
+        weight: [N, K] float32. covariance: [K, K] of the inputs.
+    """
+    size = weight.shape[1] if group_size == -1 else group_size
+    codes, scales, zeros = torch.empty_like(weight, dtype=torch.uint8), [], []
+    for start in range(0, weight.shape[1], size):
+        group = weight[:, start : start + size]
+        block = covariance[start : start + size, start : start + size]
+        best_scale, best_zero = group_parameters(group, bits, symmetric)
+        least = torch.full((len(weight),), float("inf"))
+        for share in SHRINK:
+            scale, zero = group_parameters(group * share, bits, symmetric)
+            code = quantize_columns(group, scale, zero, bits)
+            error = output_error((code - zero[:, None]) * scale[:, None] - group, block)
+            better = error < least
+            least = torch.where(better, error, least)
+            best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+        codes[:, start : start + size] = quantize_columns(group, best_scale, best_zero, bits)
+        scales.append(best_scale)
+        zeros.append(best_zero)
+    return GroupQuantized(codes, torch.stack(scales, dim=1), torch.stack(zeros, dim=1), bits, size)
+
+
+def quantize_layer(layer: LayerInputs, recipe: Recipe) -> dict[str, GroupQuantized]:
+    """Scale and quantize all matrices of a decoder layer; what is folded into norms is noted in ``layer.changed``."""
+    arguments = recipe.bits, recipe.group_size, recipe.symmetric
+    scaled: dict[str, Statistics] = {}
+    for name, inputs in layer.inputs.items():
+        if not layer.can_fold(name):  # with grouped-query attention several inputs of o_proj come from one row of v_proj
+            scaled[name] = inputs
+            continue
+        weight = layer.weight(name)
+        some = weight[:: -(-len(weight) // SEARCH_ROWS)]
+        scale = search_scale(some, inputs.magnitude, inputs.covariance, *arguments)
+        layer.fold(name, scale)
+        scaled[name] = inputs.divided_by(scale)
+    return {name: quantize_clipped(layer.weight(name), inputs.covariance, *arguments) for name, inputs in scaled.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``python -m solutions.quantization.awq``; exits with 1 and one line on a problem."""
+
+    def form(recipe: Recipe) -> QuantizedFormat:
+        return QuantizedFormat("awq", recipe.bits, recipe.group_size)
+
+    run_command("awq", __doc__, quantize_layer, form, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Task 4.6: words of eight weights become numbers in registers, and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed; there is one for Linux: pip install triton")
+from stages.course.checks import check_close, check_equal
+from stages.course.kernels import DEVICE, contained
+from stages.quantization.groups import GroupQuantized
+from stages.quantization.kernels.w4a16_triton import TritonLinear
+
+
+def quantized(outputs: int, inputs: int, size: int, *, scale: float | None = None, zero: float | None = None) -> GroupQuantized:
+    """Random codes; scales and zeros random too, or all the same."""
+    generator = torch.Generator().manual_seed(outputs + inputs)
+    groups = -(-inputs // size)
+    codes = torch.randint(0, 16, (outputs, inputs), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(outputs, groups, generator=generator) * 0.1 + 0.01).half().float()
+    zeros = torch.randint(0, 16, (outputs, groups), generator=generator).float()
+    scales = scales if scale is None else torch.full_like(scales, scale)
+    zeros = zeros if zero is None else torch.full_like(zeros, zero)
+    return GroupQuantized(codes.to(DEVICE), scales.to(DEVICE), zeros.to(DEVICE), 4, size)
+
+
+def dense(weight: GroupQuantized) -> Tensor:
+    """The matrix in float64, a weight at a time."""
+    outputs, inputs = weight.shape
+    codes, scales, zeros = weight.codes.tolist(), weight.scales.tolist(), weight.zeros.tolist()
+    rows = [
+        [(codes[o][k] - zeros[o][k // weight.group_size]) * scales[o][k // weight.group_size] for k in range(inputs)]
+        for o in range(outputs)
+    ]
+    return torch.tensor(rows, dtype=torch.float64, device=DEVICE)
+
+
+def product(weight: GroupQuantized, x: Tensor, splits: int = 1) -> Tensor:
+    """What the kernel gives for x, which has to be of x's type."""
+    linear = TritonLinear(weight, splits)
+
+    def compute() -> Tensor:
+        out = linear(x)
+        assert out.dtype == x.dtype, f"the outputs are {out.dtype}, the inputs {x.dtype}"
+        return out
+
+    return contained(compute, len(x), weight.shape[0], device=DEVICE)
+
+
+def exact(weight: GroupQuantized, x: Tensor) -> Tensor:
+    return (x.double() @ dense(weight).T).float().cpu()
+
+
+def random(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(DEVICE)
+
+
+def test_every_input_meets_its_own_code() -> None:
+    """Inputs that are 1 at one place and 0 elsewhere give the codes back, a column at a time.
+
+    Why: with the eight codes of a word in another order every product is wrong, and no number looks odd.
+    """
+    weight = quantized(64, 32, 32, scale=1.0, zero=0.0)
+    got = product(weight, torch.eye(32, device=DEVICE))
+    check_equal(got.long().tolist(), weight.codes.long().t().tolist(), "weights, [K, N]")
+
+
+def test_a_code_stands_for_a_number() -> None:
+    """(code - zero) * scale, each output with its own scale and zero, also where the number is negative.
+
+    Why: without the zero all weights are positive, and every output is off by the sum of the inputs.
+    """
+    weight = quantized(64, 32, 32)
+    got = product(weight, torch.eye(32, device=DEVICE))
+    check_close(got, dense(weight).t().float().cpu(), "weights, [K, N]")
+
+
+@pytest.mark.parametrize(("inputs", "size"), [(64, 32), (192, 64), (96, 96)])
+def test_every_group_has_its_own_scale(inputs: int, size: int) -> None:
+    """Groups of one tile, of two, and one for the whole row.
+
+    Why: a group may be larger than a tile: the tile's number is not the group's.
+    """
+    weight = quantized(64, inputs, size)
+    x = random(3, inputs)
+    check_close(product(weight, x), exact(weight, x), "outputs")
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 65])
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 64), (63, 40), (65, 72), (8, 8)])
+def test_rows_outputs_and_inputs_end_where_they_like(rows: int, outputs: int, inputs: int) -> None:
+    """No size is a multiple of its tile; what lies behind x is NaN.
+
+    Why: a load without its mask brings in a stranger's numbers, and a store without its mask overwrites them.
+    """
+    weight = quantized(outputs, inputs, inputs)
+    wide = torch.full((rows + 1, inputs + 40), torch.nan, device=DEVICE)
+    wide[:rows, :inputs] = random(rows, inputs)
+    x = wide[:rows, :inputs]
+    check_close(product(weight, x), exact(weight, x), "outputs", 1e-4)
+
+
+@pytest.mark.parametrize(("inputs", "splits"), [(128, 2), (128, 4), (96, 2), (104, 3), (64, 4)])
+def test_parts_of_the_inputs_add_up(inputs: int, splits: int) -> None:
+    """Each part is a program's own; the last may be short, or have no inputs at all.
+
+    Why: a decode step has one row, too few tiles of outputs to keep a card busy; parts of the inputs do.
+    """
+    weight = quantized(64, inputs, 32)
+    x = random(2, inputs)
+    check_close(product(weight, x, splits), exact(weight, x), "outputs", 1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str)
+def test_half_precision(dtype: torch.dtype, tolerance: float) -> None:
+    """Inputs and outputs in 16 bits, sums in 32.
+
+    Why: a sum of a thousand products in 16 bits stops growing, because what is added is smaller than its last bit.
+    """
+    weight = quantized(64, 256, 64)
+    x = random(4, 256).to(dtype)
+    expected = exact(weight, x)
+    largest = expected.abs().max()
+    check_close(product(weight, x) / largest, expected / largest, "outputs, by the largest", tolerance)
+
+
+def test_sums_are_float32() -> None:
+    """4,096 products of 1 and 1 are 4,096 in bfloat16 too.
+
+    Why: kept in bfloat16 the sum stands still at 256.
+    """
+    weight = quantized(16, 4096, 4096, scale=1.0, zero=0.0)
+    weight.codes.fill_(1)
+    got = product(weight, torch.ones(1, 4096, dtype=torch.bfloat16, device=DEVICE))
+    check_equal(got.tolist(), [[4096.0] * 16], "outputs")

@@ -1,0 +1,210 @@
+"""Task 4.7: attention over blocks in one pass, in Triton; compiled where there is a GPU, else interpreted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed; there is one for Linux: pip install triton")
+from stages.attention.paged_attention_triton import Config, TritonBackend
+from stages.attention.paged_kernels_triton import gather, merge_splits
+from stages.core.triton_mode import tl, triton
+from stages.course.checks import check_close
+from stages.course.kernels import DEVICE, contained
+from stages.tests.attention_cases import AttentionCase, make_case, quantize_int8
+
+TILE = Config(16, 16, 1, 1)
+"""Sixteen rows and sixteen keys at a time: small contexts have several tiles."""
+
+
+def attend(case: AttentionCase, splits: int = 1, config: Config = TILE) -> Tensor:
+    backend = TritonBackend(num_splits=splits, config=config)
+    return contained(lambda: case.run(backend), *case.query.shape, device=DEVICE).double()
+
+
+def expected(case: AttentionCase) -> Tensor:
+    return case.expected().cpu()
+
+
+@triton.jit
+def gathering(cache, scales, at, out, count, N: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
+    n = tl.arange(0, N)
+    vectors = gather(cache, scales, tl.load(at + n), n < count, D, D_PADDED, tl.float32)
+    tl.store(out + n[:, None] * D_PADDED + tl.arange(0, D_PADDED)[None, :], vectors)
+
+
+def gathered(cache: Tensor, at: list[int], count: int, scales: Tensor | None = None) -> Tensor:
+    """[len(at), 8], of vectors of 6."""
+    out = torch.full((len(at), 8), torch.nan, device=DEVICE)
+    cache, scales = cache.to(DEVICE), None if scales is None else scales.to(DEVICE)
+
+    def compute() -> Tensor:
+        gathering[(1,)](cache, scales, torch.tensor(at, device=DEVICE), out, count, N=len(at), D=6, D_PADDED=8)
+        return out
+
+    return contained(compute, len(at), 8, device=DEVICE)
+
+
+def test_vectors_are_gathered_by_their_number() -> None:
+    """Vector number n begins at n * D, in whatever order they are asked for; the padding up to a power of two is 0.
+
+    Why: this is all that a block table comes down to in a kernel. What pads a vector is multiplied and added like the rest.
+    """
+    cache = torch.arange(60.0).view(10, 6)
+    wanted = torch.zeros(4, 8)
+    wanted[:, :6] = cache[[7, 0, 9, 7]]
+    check_close(gathered(cache, [7, 0, 9, 7], 4), wanted, "vectors")
+
+
+def test_masked_vectors_are_zeros_and_are_not_read() -> None:
+    """Where the mask is false the number may be anything; zeros come.
+
+    Why: the end of a block table holds whatever it held before. 0 times NaN is NaN: what is masked must not be loaded at all.
+    """
+    cache = torch.full((4, 6), torch.nan)
+    cache[1] = 1.0
+    wanted = torch.zeros(4, 8)
+    wanted[0, :6] = 1.0
+    check_close(gathered(cache, [1, 2, 2**40, -(2**40)], 1), wanted, "vectors")
+
+
+def test_int8_vectors_are_multiplied_by_their_scales() -> None:
+    """Each vector has a scale of its own.
+
+    Why: with `--kv-cache-dtype int8` the cache holds whole numbers up to 127, which are no keys.
+    """
+    cache = torch.arange(-30, 30, dtype=torch.int8).view(10, 6)
+    scales = torch.arange(10).half() / 4
+    wanted = torch.zeros(2, 8)
+    wanted[:, :6] = cache[[3, 8]].float() * scales[[3, 8], None].float()
+    check_close(gathered(cache, [3, 8], 2, scales), wanted, "vectors")
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 16])
+def test_a_decode_at_every_border(block_size: int) -> None:
+    """One query a sequence, contexts at and beside multiples of the block size and of the tile, blocks in shuffled order, NaN
+    and impossible block numbers wherever nothing may be read.
+
+    Why: an attention that sees one key too many or too few writes fluent text that is not the model's.
+    """
+    near = sorted({n + d for n in (block_size, 2 * block_size, 16, 32) for d in (-1, 0, 1)} - {0})
+    case = make_case([1] * len(near), near, heads=(4, 2), head_dim=16, block_size=block_size, device=DEVICE)
+    check_close(attend(case), expected(case), "attention")
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (9, 3), (8, 1)])
+def test_heads_that_share_keys(heads: tuple[int, int]) -> None:
+    """Multi-head, grouped-query and multi-query attention.
+
+    Why: each KV head's vectors lie between those of the others in the cache.
+    """
+    case = make_case([1, 1], [5, 37], heads=heads, head_dim=24, block_size=8, device=DEVICE)
+    check_close(attend(case), expected(case), "attention")
+
+
+def test_rows_that_see_nothing_in_a_tile() -> None:
+    """A prompt of 40 with a window of 7, many queries a tile: of the last ones whole tiles of keys are hidden, the first too.
+
+    Why: minus infinity minus minus infinity is not a number, and one NaN row makes NaN of all that comes after it.
+    """
+    case = make_case([40, 3], [40, 50], heads=(4, 2), head_dim=16, block_size=8, window=7, device=DEVICE)
+    check_close(attend(case, config=Config(64, 16, 1, 1)), expected(case), "attention")
+
+
+@pytest.mark.parametrize("window", [None, 5, 16, 17])
+def test_prompts_in_chunks(window: int | None) -> None:
+    """Queries in the middle of a context see what is before them, themselves included, and with a window only the last of it.
+
+    Why: a query that sees the next token has the answer before the question.
+    """
+    case = make_case([1, 7, 20], [1, 30, 20], heads=(4, 2), head_dim=16, block_size=8, window=window, device=DEVICE)
+    check_close(attend(case), expected(case), "attention")
+
+
+@pytest.mark.parametrize("factor", [1000.0, -1000.0])
+def test_large_scores(factor: float) -> None:
+    """Scores in the thousands, of either sign.
+
+    Why: exp of a thousand is infinite, and of minus a thousand all weights are 0. Relative to the largest neither happens.
+    """
+    case = make_case([1, 1], [33, 20], heads=(4, 2), head_dim=16, block_size=8, device=DEVICE)
+    case.query.abs_().mul_(factor)
+    case.kv_cache[0].abs_()
+    case.key.abs_()
+    for keys in case.keys:
+        keys.abs_()
+    check_close(attend(case), expected(case), "attention", 1e-3)
+
+
+@pytest.mark.parametrize("splits", [2, 3, 8])
+def test_a_context_in_parts(splits: int) -> None:
+    """Contexts of 1 to 100 keys, cut in parts of whole tiles, of which some are empty.
+
+    Why: one user with a long context is one program a head on a card that has room for a thousand.
+    """
+    lens = [1, 16, 17, 33, 100]
+    case = make_case([1] * len(lens), lens, heads=(4, 2), head_dim=16, block_size=8, device=DEVICE)
+    check_close(attend(case, splits), expected(case), "attention")
+
+
+def merged(sums: list[list[float]], tops: list[float], totals: list[float]) -> Tensor:
+    """Of one head with 3 dimensions."""
+    out = torch.full((3,), torch.nan, device=DEVICE)
+    stats = torch.tensor([[top, total] for top, total in zip(tops, totals, strict=True)], device=DEVICE)
+
+    def compute() -> Tensor:
+        parts = torch.tensor(sums, device=DEVICE)
+        merge_splits[(1,)](parts, stats, out, len(tops), 1, D=3, D_PADDED=4, SPLITS_PADDED=4)
+        return out
+
+    return contained(compute, 3, device=DEVICE)
+
+
+def test_parts_are_merged_relative_to_the_largest() -> None:
+    """Tops 1 and 3, sums (4, 0, 4) and (1, 1, 1), weights 4 and 1: the first counts 2^-2, so (2, 1, 2) / 2.
+
+    Why: each part's sums are relative to its own largest score, and mean nothing beside another's.
+    """
+    got = merged([[4.0, 0.0, 4.0], [1.0, 1.0, 1.0]], [1.0, 3.0], [4.0, 1.0])
+    check_close(got, torch.tensor([1.0, 0.5, 1.0]), "attention")
+    shifted = merged([[4.0, 0.0, 4.0], [1.0, 1.0, 1.0]], [5001.0, 5003.0], [4.0, 1.0])
+    check_close(shifted, torch.tensor([1.0, 0.5, 1.0]), "attention with both tops 5,000 higher")
+
+
+def test_empty_parts_count_nothing() -> None:
+    """A part without keys has a top of -inf; when all are empty, as of a padding token, the result is 0.
+
+    Why: a batch is padded to the size of a recorded graph, and NaN in a padding row spreads through the next layer's sums.
+    """
+    inf = float("inf")
+    got = merged([[0.0] * 3, [2.0, 4.0, 6.0], [0.0] * 3], [-inf, 7.0, -inf], [0.0, 2.0, 0.0])
+    check_close(got, torch.tensor([1.0, 2.0, 3.0]), "attention")
+    check_close(merged([[0.0] * 3] * 2, [-inf, -inf], [0.0, 0.0]), torch.zeros(3), "attention without any key")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype: torch.dtype) -> None:
+    """Queries, keys and values in 16 bits; scores and sums in 32.
+
+    Why: it is what models are served in.
+    """
+    case = make_case([1, 5], [40, 21], heads=(4, 2), head_dim=16, block_size=8, dtype=dtype, device=DEVICE)
+    check_close(attend(case), expected(case), "attention", 2e-2)
+
+
+def test_a_cache_of_int8() -> None:
+    """The whole way with keys and values that are whole numbers with scales.
+
+    Why: it holds nearly twice the tokens.
+    """
+    case = make_case([1, 1], [40, 21], heads=(4, 2), head_dim=16, block_size=8, device=DEVICE)
+    backend = TritonBackend(num_splits=1, config=TILE)
+    metadata = case.metadata(backend)
+    metadata.kv_caches, metadata.kv_scales = ([x] for x in quantize_int8(case.kv_cache))
+    metadata.plan = backend.plan(metadata, None)
+
+    def compute() -> Tensor:
+        return backend.attend(0, case.query, case.key, case.value, metadata, case.scale, None)
+
+    check_close(contained(compute, *case.query.shape, device=DEVICE).double(), expected(case), "attention", 3e-2)
