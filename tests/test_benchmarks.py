@@ -332,8 +332,8 @@ def test_the_server_settles_its_heap_as_the_benchmark_does(monkeypatch: pytest.M
     engine = SimpleNamespace(startup_summary=list, config=EngineConfig(), close=lambda: order.append("closed"))
     monkeypatch.setattr("solutions.core.engine.LLMEngine", lambda config: order.append("engine") or engine)
     monkeypatch.setattr(api_server, "settle_heap", lambda: order.append("settled"))
-    monkeypatch.setattr(api_server, "create_app", lambda *_: None)
-    monkeypatch.setattr(api_server, "AsyncEngine", lambda engine: engine)
+    monkeypatch.setattr(api_server, "create_app", lambda *_, **__: None)
+    monkeypatch.setattr(api_server, "AsyncEngine", lambda engine, *_: engine)
     monkeypatch.setattr(api_server.uvicorn.Server, "run", lambda self, sockets: [order.append("served"), sockets[0].close()])
     assert api_server.main(["--host", "127.0.0.1", "--port", "0"]) == 0
     assert order == ["engine", "settled", "served", "closed"]

@@ -61,7 +61,7 @@ def imported(code: str) -> set[str]:
 
 
 def test_there_is_something_to_check() -> None:
-    assert {"1_block_management", "2_scheduler", "3_parallelism"} <= {path.stem for path in NOTEBOOKS}
+    assert {"1_block_management", "2_scheduler", "3_parallelism", "4_optimization"} <= {path.stem for path in NOTEBOOKS}
 
 
 @each_notebook

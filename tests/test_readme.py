@@ -11,7 +11,9 @@ import pytest
 from solutions.core.config import add_engine_flags
 
 ROOT = Path(__file__).parents[1]
-PROGRAM_FLAGS = {"--host", "--port", "--prompt", "--prompts-file", "--api-key", "--served-model-name"}
+PROGRAM_FLAGS = {
+    "--host", "--port", "--prompt", "--prompts-file", "--api-key", "--served-model-name", "--max-waiting-tokens"
+}  # fmt: skip
 """Flags of the command line and of the server besides those of the engine."""
 DOCUMENTS = [
     "README.md",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from ..attention.block_manager import BlockManager
 from ..batching.continuous_batch import ContinuousBatch
@@ -21,7 +21,7 @@ from .executor import local_model, make_executor
 from .input import EngineRequest, InputProcessor, Prompt
 from .output import OutputProcessor, RequestOutput
 from .progress import GenerationProgress
-from .scheduler import Scheduler
+from .scheduler import Scheduler, SchedulerOutput
 from .speculative import SpeculativeScheduler
 from .startup import resolve_limits, startup_report
 from .worker import pick_device, pick_dtype
@@ -46,6 +46,18 @@ class EngineStats:
     spec_decode_num_accepted_tokens: int = 0
 
 
+class EngineObserver(Protocol):
+    """Is told what the engine does, on the thread that steps it; times are those of `time.monotonic`."""
+
+    def on_step(self, decision: SchedulerOutput, now: float) -> None:
+        """A step has ended, and at `now` the sequences of ``decision.sampled`` got their tokens."""
+        ...
+
+    def on_abort(self, sequences: list[Sequence], now: float) -> None:
+        """A request was aborted; those of its sequences that had not finished have the reason "abort"."""
+        ...
+
+
 class LLMEngine:
     """Continuous batching over one model.
 
@@ -54,6 +66,9 @@ class LLMEngine:
 
     Raises:
         ValueError: the model cannot be had, a setting is wrong, or memory is short; one line that says what to do.
+
+    Attributes:
+        observers: are told of every step.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -93,6 +108,7 @@ class LLMEngine:
         self.batch = ContinuousBatch(config.max_num_seqs, limits.max_model_len, config.block_size)
         self.input = InputProcessor(self.tokenizer, model, limits.max_model_len, config.max_num_seqs)
         self.outputs = OutputProcessor(self.tokenizer, self._stop_at_string)
+        self.observers: list[EngineObserver] = []
         self._sequences: dict[str, list[Sequence]] = {}
         self._next_seq_id = 0
         self._counters = {"prompt": 0, "generation": 0, "steps": 0}
@@ -138,18 +154,26 @@ class LLMEngine:
             return None
         for seq in sequences:
             self.scheduler.finish(seq, "abort")
+        for observer in self.observers:
+            observer.on_abort(sequences, time.monotonic())
         return self.outputs.abort(request_id)
 
     def has_unfinished_requests(self) -> bool:
         """Whether another `step` has work to do."""
         return self.scheduler.has_unfinished()
 
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens that sequences in the queue have left to compute."""
+        return sum(seq.num_uncomputed_tokens for seq in self.scheduler.waiting)
+
     def step(self) -> list[RequestOutput]:
         """Run one iteration: schedule, execute, update, emit.
 
         `batch` lays out what `scheduler` decided, `executor` runs it, `outputs` emits. Without anything to run that is all.
         The counters "steps" and "generation" (tokens sampled) and the peak of the blocks' usage are kept; prompt logprobs go to
-        `outputs` before it emits; a request that has finished leaves `_sequences`.
+        `outputs` before it emits; a request that has finished leaves `_sequences`. Last, each of `observers` is told of the
+        decision, by `on_step`, with the time that `outputs` was given.
 
         Returns:
             Outputs of the requests that advanced, as their ``output_kind`` asks.
@@ -165,10 +189,13 @@ class LLMEngine:
         self._counters["generation"] += len(result.token_ids)
         for request_id, position, entries in result.prompt_logprobs:
             self.outputs.set_prompt_logprobs(request_id, position, entries)
-        outputs = self.outputs.emit(decision.sampled, result.logprobs, time.monotonic())
+        now = time.monotonic()
+        outputs = self.outputs.emit(decision.sampled, result.logprobs, now)
         for output in outputs:
             if output.finished:
                 del self._sequences[output.request_id]
+        for observer in self.observers:
+            observer.on_step(decision, now)
         return outputs
 
     def stats(self) -> EngineStats:

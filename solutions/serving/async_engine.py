@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ INLINE_LIMIT = 2048
 
 
 HEALTH_SECONDS = 1.0
-"""How often an engine with nothing to do sees whether all its ranks live."""
+"""How often an engine with nothing to do sees whether all its ranks live, and somebody whether a step hangs."""
 
 
 class EngineDeadError(RuntimeError):
@@ -94,13 +95,24 @@ class AsyncEngine:
 
     All methods are called on the loop, except `shutdown`, which may be called from any thread but the engine's.
 
+    Args:
+        max_waiting_tokens: of prompts that wait; requests beyond it are refused. None: no limit.
+        stall_seconds: a step that takes longer counts as a failure of the engine.
+
     Attributes:
         on_death: called on the loop when the engine has failed, once all its requests have been told.
+        on_rejection: called on the engine's thread with the reason, "requests" or "tokens", when the queue is full.
+        is_draining: set by who wants no new requests; nothing here changes by it.
     """
 
-    def __init__(self, engine: LLMEngine) -> None:
+    def __init__(self, engine: LLMEngine, max_waiting_tokens: int | None = None, stall_seconds: float = 300.0) -> None:
         self.engine = engine
+        self.max_waiting_tokens = max_waiting_tokens
+        self.stall_seconds = stall_seconds
         self.on_death: Callable[[], None] | None = None
+        self.on_rejection: Callable[[str], None] | None = None
+        self.is_draining = False
+        self._step_since: float | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._streams: dict[str, OutputStream] = {}  # touched by the event loop only
@@ -113,14 +125,16 @@ class AsyncEngine:
         """Bind to the running event loop and start the engine thread."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        self._loop.call_later(HEALTH_SECONDS, self._watch)
 
     def shutdown(self) -> None:
-        """Stop after the step that is running, fail what is unfinished with `EngineDeadError`, join the thread."""
+        """Stop after the step that is running, fail what is unfinished with `EngineDeadError`, join the thread if it comes."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
         if self._thread.ident is not None:
-            self._thread.join()
+            while self._thread.is_alive() and not self._is_stalled():
+                self._thread.join(HEALTH_SECONDS)
 
     @property
     def is_running(self) -> bool:
@@ -173,6 +187,18 @@ class AsyncEngine:
 
     # ------------------------------------------------------------------------------------------- on the event loop
 
+    def _watch(self) -> None:
+        """Every second, see whether a step hangs."""
+        if self._death is None and self._is_stalled():
+            logger.error("A step of the engine has taken more than %g seconds", self.stall_seconds)
+            self._fail("the engine hangs; the server's log has more")
+        if self._death is None:
+            self._loop.call_later(HEALTH_SECONDS, self._watch)
+
+    def _is_stalled(self) -> bool:
+        since = self._step_since
+        return since is not None and time.monotonic() - since > self.stall_seconds
+
     def _send(self, command: Callable[[], None]) -> None:
         with self._wake:
             self._commands.append(command)
@@ -193,6 +219,8 @@ class AsyncEngine:
                 del self._streams[output.request_id]
 
     def _fail(self, reason: str) -> None:
+        if self._death is not None:  # a thread that was given up has ended after all
+            return
         self._death = reason
         streams, self._streams = set(self._streams.values()), {}
         for stream in streams:
@@ -209,7 +237,9 @@ class AsyncEngine:
                 for command in commands:
                     command()
                 if self.engine.has_unfinished_requests():
+                    self._step_since = time.monotonic()
                     outputs = self.engine.step()
+                    self._step_since = None
                     if outputs:
                         self._post(self._deliver, outputs)
         except Exception:
@@ -231,12 +261,21 @@ class AsyncEngine:
     def _accept(self, requests: list[EngineRequest], stream: OutputStream) -> None:
         for done, request in enumerate(requests):
             try:
+                self._admit(request)
                 self.engine.submit(request)
             except (QueueFullError, ValueError) as error:
                 self._abort_now([earlier.request_id for earlier in requests[:done]])
+                if self.on_rejection is not None and isinstance(error, QueueFullError):
+                    self.on_rejection(error.reason)
                 self._post(stream.fail, error)
                 return
         self._post(stream.accept)
+
+    def _admit(self, request: EngineRequest) -> None:
+        """Raises QueueFullError when the prompt would make the queue too long; an empty queue takes any."""
+        limit, waiting = self.max_waiting_tokens, self.engine.num_waiting_tokens
+        if limit is not None and waiting and waiting + len(request.prompt_token_ids) > limit:
+            raise QueueFullError(f"{waiting} tokens of prompts are waiting, at most {limit} may; try again later", "tokens")
 
     def _abort_now(self, request_ids: list[str]) -> None:
         for request_id in request_ids:

@@ -1,4 +1,4 @@
-"""The OpenAI API as data: requests checked field by field, answers, stream chunks and the error body.
+"""The OpenAI API as data: requests, checked field by field, and the error body. Answers are in `openai_answers.py`.
 
 A field that this server cannot honour is refused by name, never ignored. Only a value that means "not set" passes:
 ``null``, or the default that OpenAI documents (see `UNSUPPORTED`).
@@ -9,7 +9,6 @@ Source: https://platform.openai.com/docs/api-reference (completions, chat, model
 from __future__ import annotations
 
 import re
-import time
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -123,6 +122,8 @@ def describe_validation_error(error: dict[str, Any]) -> tuple[str, str | None]:
     for part in loc:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
     if not path:
+        if kind == "value_error":
+            return error["msg"].removeprefix("Value error, "), None
         return "the body must be a JSON object, sent with Content-Type: application/json", None
     if kind == "extra_forbidden":
         known = loc[-1] in UNSUPPORTED
@@ -343,124 +344,24 @@ class ChatCompletionRequest(GenerationRequest):
         return super().sampling_fields() | {"max_tokens": self.token_limit[1], "logprobs": logprobs}
 
 
-# ---------------------------------------------------------------------------------------------------------- answers
+class TokenizeRequest(Request):
+    """Body of ``POST /tokenize``, as vLLM has it: a text or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    add_special_tokens: Bool = True
+    """Of a text; a conversation's are in its template."""
+
+    @model_validator(mode="after")
+    def _check_source(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
 
 
-class ModelCard(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int = Field(default_factory=lambda: int(time.time()))
-    owned_by: str = "local"
-    max_model_len: int
-    """Longest sequence, prompt and output together, in tokens."""
+class DetokenizeRequest(Request):
+    """Body of ``POST /detokenize``."""
 
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-class PromptTokensDetails(BaseModel):
-    cached_tokens: int = 0
-    """Prompt tokens that the prefix cache spared."""
-
-
-class Usage(BaseModel):
-    prompt_tokens: int = 0
-    """Each prompt counts once, whatever `n`."""
-    completion_tokens: int = 0
-    total_tokens: int = 0
-    prompt_tokens_details: PromptTokensDetails = Field(default_factory=PromptTokensDetails)
-
-
-class Answer(BaseModel):
-    """Base of answers and of stream chunks."""
-
-    id: str
-    created: int
-    """Seconds since 1970."""
-    model: str
-
-
-FinishReason = Literal["stop", "length", "abort"]
-
-
-class CompletionLogprobs(BaseModel):
-    """Lists of equal length, an entry a token."""
-
-    tokens: list[str] = []
-    token_logprobs: list[float] = []
-    top_logprobs: list[dict[str, float]] = []
-    """The most likely tokens and the sampled one."""
-    text_offset: list[int] = []
-    """Where each token begins in the choice's text, in characters."""
-
-
-class CompletionChoice(BaseModel):
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-    """vLLM's: the stop string or stop token that ended the text; null for end of sequence."""
-
-
-class CompletionResponse(Answer):
-    object: Literal["text_completion"] = "text_completion"
-    choices: list[CompletionChoice]
-    usage: Usage | None = Field(None, exclude_if=lambda usage: usage is None)
-
-
-class TopLogprob(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int]
-    """The token's bytes: a token may hold a part of a character."""
-
-
-class TokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
-class AssistantMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: AssistantMessage
-    logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-
-
-class ChatCompletionResponse(Answer):
-    object: Literal["chat.completion"] = "chat.completion"
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class Delta(BaseModel):
-    role: Literal["assistant"] | None = Field(None, exclude_if=lambda role: role is None)
-    content: str | None = Field(None, exclude_if=lambda content: content is None)
-
-
-class ChatChunkChoice(BaseModel):
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-
-
-class ChatCompletionChunk(Answer):
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    choices: list[ChatChunkChoice]
-    usage: Usage | None = Field(None, exclude_if=lambda usage: usage is None)
+    model: str | None = None
+    tokens: list[Int]

@@ -31,8 +31,10 @@ from ..core.config import EngineConfig
 from ..core.machine import available_cores, settle_heap
 from ..core.ray_executor import NO_RAY, actor_environment, connect
 from ..models.loader import resolve_model
-from .api_server import MAX_NUM_WAITING, bind, create_app, error_response
+from .api_server import MAX_NUM_WAITING, bind
+from .app import create_app
 from .async_engine import AsyncEngine
+from .guards import error_response
 from .prefix_router import Policy, PrefixAffinity, RoundRobin, request_keys
 from .replica_settings import parse_settings
 

@@ -14,24 +14,26 @@ from pydantic import BaseModel
 
 from ..core.output import CompletionOutput, Logprob, RequestOutput
 from .async_engine import EngineDeadError, OutputStream
-from .openai_protocol import (
+from .openai_answers import (
     AssistantMessage,
     ChatChoice,
     ChatChunkChoice,
     ChatCompletionChunk,
-    ChatCompletionRequest,
     ChatCompletionResponse,
     ChatLogprobs,
     CompletionChoice,
     CompletionLogprobs,
-    CompletionRequest,
     CompletionResponse,
     Delta,
-    GenerationRequest,
     PromptTokensDetails,
     TokenLogprob,
     TopLogprob,
     Usage,
+)
+from .openai_protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
     error_body,
 )
 

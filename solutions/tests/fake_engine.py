@@ -13,6 +13,7 @@ from typing import Any
 
 from solutions.batching.sequence import RequestOutputKind, SamplingParams
 from solutions.core.config import EngineConfig
+from solutions.core.engine import EngineStats
 from solutions.core.input import EngineRequest, InputProcessor, Prompt
 from solutions.core.output import CompletionOutput, Logprob, RequestOutput
 from solutions.core.scheduler import QueueFullError
@@ -57,7 +58,9 @@ class FakeEngine:
         self.config = EngineConfig()
         self.limits = SimpleNamespace(max_model_len=MAX_MODEL_LEN)
         self.tokenizer = ByteTokenizer()
-        model = SimpleNamespace(vocab_size=256, eos_token_ids=())
+        self.observers: list[Any] = []
+        self.num_waiting_tokens = 0
+        self.model_config = model = SimpleNamespace(vocab_size=256, eos_token_ids=())
         self.input = InputProcessor(self.tokenizer, model, MAX_MODEL_LEN, max_num_seqs=256)
         self.max_waiting, self.fail_at, self.gate = max_waiting, fail_at, gate
         self.running: dict[str, tuple[EngineRequest, int]] = {}  # request and its tokens so far
@@ -71,6 +74,9 @@ class FakeEngine:
     def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> EngineRequest:
         self.prepared_in.append(threading.current_thread().name)
         return self.input.prepare(request_id, prompt, params, priority)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(len(self.running), 0, 0.0, 0.0, 0, 0, 0, 0, 0, self.num_steps)
 
     def startup_summary(self) -> list[str]:
         return ["a fake engine"]

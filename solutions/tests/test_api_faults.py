@@ -22,7 +22,8 @@ import openai
 import pytest
 import uvicorn
 
-from solutions.serving.api_server import bind, create_app
+from solutions.serving.api_server import bind
+from solutions.serving.app import create_app
 from solutions.serving.async_engine import AsyncEngine
 from solutions.tests.fake_engine import FakeEngine, letter
 

@@ -22,7 +22,8 @@ import psutil
 import pytest
 
 from solutions.core.ray_executor import NO_RAY
-from solutions.serving.api_server import MAX_NUM_WAITING, create_app
+from solutions.serving.api_server import MAX_NUM_WAITING
+from solutions.serving.app import create_app
 from solutions.serving.async_engine import AsyncEngine
 from solutions.serving.replica_settings import parse_settings
 from solutions.tests.fake_engine import FakeEngine

@@ -52,13 +52,20 @@ class Recorder:
         assert logprobs is self.result.logprobs, "emit takes the logprobs of the result"
         check_equal(type(now), float, "type of the time that emit takes")
         self.calls.append("emit")
+        self.emitted_at = now
         return self.given
+
+    def on_step(self, decision: SchedulerOutput, now: float) -> None:
+        assert decision is self.decision, "on_step takes the decision of this step"
+        check_equal(now, self.emitted_at, "the time that on_step takes: the one that emit took")
+        self.calls.append("on_step")
 
 
 def bare_engine(parts: Recorder, names: tuple[str, ...] = ()) -> LLMEngine:
     """An engine without a model, made of a recorder."""
     engine = LLMEngine.__new__(LLMEngine)
     engine.scheduler = engine.batch = engine.executor = engine.outputs = engine.block_manager = parts
+    engine.observers = [parts]
     engine._sequences = {name: [] for name in names}
     engine._counters = {"prompt": 0, "generation": 0, "steps": 0}
     engine._peak_usage = 0.0

@@ -26,7 +26,11 @@ LPM_PATIENCE = 10.0
 
 
 class QueueFullError(RuntimeError):
-    """As many sequences are waiting as may wait; try again later."""
+    """As much is waiting as may wait, counted in "requests" or "tokens" (`reason`); try again later."""
+
+    def __init__(self, message: str, reason: str = "requests") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(slots=True)

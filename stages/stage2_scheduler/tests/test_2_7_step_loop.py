@@ -72,16 +72,18 @@ def answer(engine: LLMEngine, prompt: list[int], params: SamplingParams) -> Requ
 
 
 def test_step_is_schedule_execute_update_emit() -> None:
-    """A step schedules, builds the batch, executes it, updates the scheduler and emits, in this order, each with its arguments.
+    """A step schedules, builds the batch, executes it, updates the scheduler, emits, and tells the observers, in this order,
+    each with its arguments.
 
     Why: each word needs what the one before it made. Emitting before updating would show callers a step too late who has
-    finished.
+    finished, and metrics with another clock than the outputs' disagree with what clients see.
     """
     seq = Sequence(3, [1, 2], SamplingParams())
     decision = SchedulerOutput(scheduled={seq: 2}, sampled=[seq])
     parts = Recorder(decision, StepResult([9], [None], [("a", 1, [])]), [request_output("a", False)])
     check_equal(bare_engine(parts, ("a",)).step(), parts.given, "what step returns: what emit gave")
-    check_equal(parts.calls, ["schedule", "build", "execute", "update", "prompt logprobs", "emit"], "calls of one step")
+    in_order = ["schedule", "build", "execute", "update", "prompt logprobs", "emit", "on_step"]
+    check_equal(parts.calls, in_order, "calls of one step")
 
 
 def test_step_without_work_is_empty() -> None:

@@ -1,0 +1,194 @@
+"""What stands between the network and the app: API keys, sizes of bodies, ids of requests, and errors as OpenAI has them.
+
+The guards are plain ASGI middleware, so that a stream passes through them untouched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..core.scheduler import QueueFullError
+from .async_engine import EngineDeadError
+from .openai_protocol import RequestError, describe_validation_error, error_body
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = ("/health", "/ready")
+"""What needs no key: load balancers have none."""
+RETRY_AFTER_SECONDS = 1
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+"""What a client may call its request; anything else is replaced."""
+API_KEY_VARIABLE = "BYOV_API_KEY"
+
+
+def error_response(message: str, status: int, param: str | None = None, headers: Any = None) -> JSONResponse:
+    """An OpenAI error body."""
+    return JSONResponse(error_body(message, status, param).model_dump(), status, headers=headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every failure with an OpenAI error body that holds no stack trace and no path."""
+
+    @app.exception_handler(RequestError)
+    async def refused(_: Request, error: RequestError) -> Response:
+        return error_response(str(error), error.status, error.param)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        message, param = describe_validation_error(error.errors()[0])
+        return error_response(message, 400, param)
+
+    @app.exception_handler(QueueFullError)
+    async def queue_full(_: Request, error: QueueFullError) -> Response:
+        return error_response(str(error), 429, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+
+    @app.exception_handler(EngineDeadError)
+    async def engine_dead(_: Request, error: EngineDeadError) -> Response:
+        return error_response(str(error), 503)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(http: Request, error: HTTPException) -> Response:
+        message = f"{http.method} {http.url.path}: {error.detail}"
+        return error_response(message, error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def bug(_: Request, __: Exception) -> Response:
+        return error_response("internal server error", 500)
+
+
+def read_api_keys(given: Iterable[str], file: Path | None) -> list[str]:
+    """The keys from the command line, a file with one a line (``#`` begins a comment), and the environment.
+
+    Raises:
+        ValueError: one is empty or not printable ASCII, or the file holds none. OSError: it cannot be read.
+    """
+    keys = list(given)
+    if file is not None:
+        lines = (line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines())
+        found = [line for line in lines if line]
+        if not found:
+            raise ValueError(f"{file} holds no API key; write one a line")
+        keys += found
+    keys += os.environ.get(API_KEY_VARIABLE, "").split()
+    for key in keys:
+        if not REQUEST_ID.fullmatch(key):
+            raise ValueError("an API key has 1 to 128 printable ASCII characters and no space")
+    return list(dict.fromkeys(keys))
+
+
+class KeyGuard:
+    """Everything but `OPEN_PATHS` needs one of the API keys as ``Authorization: Bearer …``.
+
+    What a key may find in the prefix cache is kept apart from what others computed: ``scope["state"]["tenant"]`` is a name for
+    it, which becomes a part of the cache's salt.
+    """
+
+    def __init__(self, app: ASGIApp, api_keys: Iterable[str]) -> None:
+        self.app = app
+        self.tenants = {key.encode(): hashlib.sha256(key.encode()).hexdigest()[:32] for key in api_keys}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            tenant = self.tenant(scope)
+            if tenant is None:
+                headers = {"WWW-Authenticate": "Bearer"}
+                await error_response("missing or wrong API key", 401, headers=headers)(scope, receive, send)
+                return
+            scope.setdefault("state", {})["tenant"] = tenant
+        await self.app(scope, receive, send)
+
+    def tenant(self, scope: Scope) -> str | None:
+        """Whose key the request carries; takes equally long for each wrong one."""
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        matches = [name for key, name in self.tenants.items() if secrets.compare_digest(given.strip(), key)]
+        return matches[0] if matches and scheme.lower() == b"bearer" else None
+
+
+class BodyLimit:
+    """Refuses a body of more than `max_bytes` with 413, as soon as that is known."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and int(declared) > self.max_bytes:
+            await self._refusal()(scope, receive, send)
+            return
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.max_bytes:
+                raise HTTPException(413, f"the body has more than {self.max_bytes} bytes")
+            return message
+
+        await self.app(scope, counted, send)
+
+    def _refusal(self) -> Response:
+        # the client is still sending: it learns from the closed connection that nobody listens
+        return error_response(f"the body has more than {self.max_bytes} bytes", 413, headers={"Connection": "close"})
+
+
+class JsonLines(logging.Formatter):
+    """A log record as one line of JSON: time, level, message, and the fields that it carries."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": round(record.created, 3), "level": record.levelname, "message": record.getMessage()}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line | getattr(record, "fields", {}), ensure_ascii=False)
+
+
+def log_as_json() -> None:
+    """Log in lines of JSON to standard error, a line for each request among them."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logger.setLevel(logging.INFO)
+
+
+class RequestIds:
+    """Gives every answer an ``X-Request-Id``, the client's own if it sent one, and writes a line to the log for each."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                fields = {"request_id": request_id, "method": scope["method"], "path": scope["path"]}
+                logger.info("request", extra={"fields": fields | {"status": message["status"]}})
+            await send(message)
+
+        await self.app(scope, receive, marked)

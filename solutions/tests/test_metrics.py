@@ -1,0 +1,237 @@
+"""Metrics: times of hand-made steps, counts against what a real engine did, and the text that Prometheus reads."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from solutions.batching.sequence import SamplingParams, Sequence, SequenceStatus
+from solutions.core.engine import LLM, EngineStats
+from solutions.core.scheduler import SchedulerOutput
+from solutions.serving import metrics as metrics_module
+from solutions.serving.metrics import EngineMetrics, Histogram, one_two_five
+from solutions.tests.tiny_models import make_tiny_llama
+
+STATS = EngineStats(2, 3, 0.25, 0.5, 40, 30, 1, 50, 60, 7, 8, 32, 24)
+NAMES = {
+    "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "vllm:prefix_cache_queries",
+    "vllm:prefix_cache_hits", "vllm:num_preemptions", "vllm:prompt_tokens", "vllm:generation_tokens", "vllm:request_success",
+    "vllm:admission_rejections", "vllm:spec_decode_num_drafts", "vllm:spec_decode_num_draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens", "vllm:time_to_first_token_seconds", "vllm:inter_token_latency_seconds",
+    "vllm:request_time_per_output_token_seconds", "vllm:e2e_request_latency_seconds", "vllm:request_queue_time_seconds",
+    "vllm:request_prefill_time_seconds", "vllm:request_decode_time_seconds", "vllm:request_prompt_tokens",
+    "vllm:request_generation_tokens", "vllm:iteration_tokens_total",
+}  # fmt: skip
+
+
+def make() -> EngineMetrics:
+    return EngineMetrics("m", lambda: STATS, 4096)
+
+
+def samples(metrics: EngineMetrics) -> dict[tuple[str, str], float]:
+    """(name, label beside the model's) → value, as a reader of the text finds them."""
+    found = {}
+    for family in text_string_to_metric_families(metrics.text().decode()):
+        for sample in family.samples:
+            assert sample.labels.pop("model_name") == "m"
+            found[sample.name, "".join(sample.labels.values())] = sample.value
+    return found
+
+
+def step(metrics: EngineMetrics, now: float, *sequences: Sequence, tokens: int = 1) -> None:
+    """A step in which each sequence gets a token."""
+    for seq in sequences:
+        seq.tokens += [7] * tokens
+    metrics.on_step(SchedulerOutput(dict.fromkeys(sequences, tokens), list(sequences)), now)
+
+
+def sequence(seq_id: int, arrival: float, scheduled: float) -> Sequence:
+    seq = Sequence(seq_id, [1, 2, 3], SamplingParams(), arrival_time=arrival)
+    seq.first_scheduled_time = scheduled
+    return seq
+
+
+def finish(seq: Sequence, reason: str) -> None:
+    seq.status, seq.finish_reason = SequenceStatus.FINISHED, reason
+
+
+def test_a_value_at_a_bound_is_within_it() -> None:
+    histogram = Histogram("h", "text", (1.0, 2.0))
+    for value, count in ((0.5, 1), (1.0, 2), (1.5, 3), (2.0, 4), (2.1, 5)):
+        histogram.observe(value, count)
+    family = histogram.family({"model_name": "m"})
+    values = {(s.name, s.labels.get("le")): s.value for s in family.samples}
+    assert values == {
+        ("h_bucket", "1.0"): 3, ("h_bucket", "2.0"): 10, ("h_bucket", "+Inf"): 15, ("h_count", None): 15,
+        ("h_sum", None): pytest.approx(0.5 + 2 + 4.5 + 8 + 10.5),
+    }  # fmt: skip
+
+
+def test_buckets_of_lengths() -> None:
+    assert one_two_five(1) == (1,)
+    assert one_two_five(512) == (1, 2, 5, 10, 20, 50, 100, 200, 500)
+    assert one_two_five(1000)[-1] == 1000
+
+
+def test_times_are_those_of_the_steps() -> None:
+    metrics, seq = make(), sequence(0, arrival=10.0, scheduled=10.5)
+    step(metrics, 11.0, seq)
+    step(metrics, 11.25, seq)
+    finish(seq, "length")
+    step(metrics, 11.75, seq)
+    for histogram, count, total in (
+        (metrics.first_token, 1, 1.0),  # from the arrival, not from when it was scheduled
+        (metrics.between, 2, 0.75),
+        (metrics.per_token, 1, 0.375),  # the first token is not counted
+        (metrics.whole, 1, 1.75),
+        (metrics.queue, 1, 0.5),
+        (metrics.prefill, 1, 0.5),
+        (metrics.decode, 1, 0.75),
+        (metrics.prompt_len, 1, 3),
+        (metrics.output_len, 1, 3),
+        (metrics.step_size, 3, 3),
+    ):
+        assert (sum(histogram.counts), histogram.sum) == (count, pytest.approx(total)), histogram.name
+    assert metrics.finished == {"length": 1}
+
+
+def test_sequences_that_waited_differently_are_told_apart() -> None:
+    metrics = make()
+    first, second, third = (sequence(i, 0.0, 0.0) for i in range(3))
+    step(metrics, 1.0, first, second)
+    step(metrics, 1.0625, first, third)
+    step(metrics, 1.1875, first, second, third)
+    assert metrics.between.sum == 0.0625 + 0.125 + 0.1875 + 0.125
+    assert metrics.between.counts[3:7] == [1, 0, 2, 1]  # up to 75, 100, 150 and 200 ms
+    assert metrics.step_size.sum == 7
+
+
+def test_several_tokens_of_a_step_are_one_wait() -> None:
+    """As vLLM counts: what speculation brings comes at once; the time per token knows of all of them."""
+    metrics, seq = make(), sequence(0, 0.0, 0.0)
+    step(metrics, 1.0, seq)
+    finish(seq, "stop")
+    step(metrics, 1.5, seq, tokens=5)
+    assert (sum(metrics.between.counts), metrics.between.sum) == (1, 0.5)
+    assert metrics.per_token.sum == pytest.approx(0.1)
+
+
+def test_what_is_aborted_counts_as_ended() -> None:
+    metrics = make()
+    waiting, running, done = (Sequence(i, [1, 2], SamplingParams(), arrival_time=0.0) for i in range(3))
+    running.first_scheduled_time = done.first_scheduled_time = 0.5
+    finish(done, "stop")
+    step(metrics, 1.0, running, done)
+    for seq in (waiting, running):
+        finish(seq, "abort")
+    metrics.on_abort([waiting, running, done], 3.0)
+    assert metrics.finished == {"stop": 1, "abort": 2}
+    assert (sum(metrics.queue.counts), metrics.queue.sum) == (3, 4.0)  # one has waited all the time
+    assert sum(metrics.prefill.counts) == 2
+    assert metrics._times == {}
+
+
+def test_the_text_has_every_name_once_and_the_engines_numbers() -> None:
+    metrics = make()
+    metrics.on_rejection("tokens")
+    finish(seq := sequence(0, 0.0, 0.0), "stop")
+    step(metrics, 1.0, seq)
+    families = list(text_string_to_metric_families(metrics.text().decode()))
+    assert {family.name for family in families} == NAMES
+    assert len(families) == len(NAMES)
+    found = samples(metrics)
+    expected = {
+        "num_requests_running": 2, "num_requests_waiting": 3, "kv_cache_usage_perc": 0.25, "prefix_cache_queries_total": 40,
+        "prefix_cache_hits_total": 30, "num_preemptions_total": 1, "prompt_tokens_total": 50, "generation_tokens_total": 60,
+        "spec_decode_num_drafts_total": 8, "spec_decode_num_draft_tokens_total": 32,
+        "spec_decode_num_accepted_tokens_total": 24,
+    }  # fmt: skip
+    assert {name: found[f"vllm:{name}", ""] for name in expected} == expected
+    assert found["vllm:request_success_total", "stop"] == found["vllm:admission_rejections_total", "tokens"] == 1
+    assert found["vllm:time_to_first_token_seconds_bucket", "0.75"] == 0
+    assert found["vllm:time_to_first_token_seconds_bucket", "1.0"] == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"speculative_config": {"method": "ngram"}}], ids=["plain", "ngram"])
+def test_counts_of_a_real_engine_are_the_truth(tmp_path, settings) -> None:
+    """With a queue, preemptions, several samples, cached prefixes and an abort."""
+    make_tiny_llama(tmp_path)
+    llm = LLM(str(tmp_path), dtype="float32", max_model_len=96, num_gpu_blocks_override=7, max_num_seqs=4, **settings)
+    engine = llm.llm_engine
+    metrics = EngineMetrics("m", engine.stats, 96)
+    engine.observers.append(metrics)
+    prompts = [[5, 6, 7, 8] * 6, [9] * 20, [5, 6, 7, 8] * 6 + [1], [3, 4]]
+    params = [SamplingParams(n=n, temperature=0, max_tokens=k, ignore_eos=True) for n, k in ((1, 20), (2, 30), (1, 1), (1, 40))]
+    for number, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
+        engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
+    engine.add_request("left", {"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=50, ignore_eos=True))
+    lengths = {}
+    for number in range(10_000):
+        if number == 8:
+            engine.abort_request("left")
+        if not engine.has_unfinished_requests():
+            break
+        for output in engine.step():
+            lengths |= {(output.request_id, one.index): len(one.token_ids) for one in output.outputs}
+    lengths = {name: length for name, length in lengths.items() if name[0] != "left"}
+    found = samples(metrics)
+    assert found["vllm:request_success_total", "length"] == len(lengths) == 5
+    assert found["vllm:request_success_total", "abort"] == 1
+    assert found["vllm:prompt_tokens_total", ""] == sum(map(len, prompts)) + 3
+    assert found["vllm:request_generation_tokens_count", ""] == 6
+    assert found["vllm:request_generation_tokens_sum", ""] == found["vllm:generation_tokens_total", ""]
+    assert found["vllm:request_generation_tokens_sum", ""] - sum(lengths.values()) < 50
+    assert found["vllm:iteration_tokens_total_count", ""] == engine.stats().num_steps
+    tokens, waits = found["vllm:generation_tokens_total", ""], found["vllm:inter_token_latency_seconds_count", ""]
+    first = found["vllm:time_to_first_token_seconds_count", ""]
+    extra = found["vllm:spec_decode_num_accepted_tokens_total", ""]
+    assert first + waits + extra == tokens
+    assert (extra > 0) == bool(settings)
+    assert found["vllm:num_preemptions_total", ""] > 0
+    assert metrics._times == {}
+    parts = [found[f"vllm:request_{name}_time_seconds_sum", ""] for name in ("queue", "prefill", "decode")]
+    assert sum(parts) <= found["vllm:e2e_request_latency_seconds_sum", ""] + 1e-6
+
+
+def test_the_dashboard_and_the_configuration_fit() -> None:
+    """Every metric that the dashboard asks for is there, with the labels that it uses, and none of the times is left out."""
+    folder = Path(metrics_module.__file__).parent
+    dashboard = json.loads((folder / "grafana_dashboard.json").read_text())
+    text = json.dumps([target["expr"] for panel in dashboard["panels"] for target in panel["targets"]])
+    asked = set(re.findall(r"vllm:\w+", text))
+    metrics = make()
+    metrics.on_rejection("tokens")
+    finish(seq := sequence(0, 0.0, 0.0), "stop")
+    step(metrics, 1.0, seq)
+    assert asked <= {name for name, _ in samples(metrics)}
+    assert {re.sub("_(total|bucket)$", "", name) for name in asked} >= {
+        "vllm:time_to_first_token_seconds", "vllm:inter_token_latency_seconds", "vllm:e2e_request_latency_seconds",
+        "vllm:request_queue_time_seconds", "vllm:kv_cache_usage_perc", "vllm:admission_rejections",
+    }  # fmt: skip
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len({tuple(panel["gridPos"].values()) for panel in panels}) == len(panels)
+    configuration = yaml.safe_load((folder / "prometheus.yml").read_text())
+    assert configuration["scrape_configs"][0]["static_configs"] == [{"targets": ["localhost:8000"]}]
+
+
+def test_a_scrape_does_not_disturb_the_engine() -> None:
+    metrics, stop = make(), threading.Event()
+
+    def scrape() -> None:
+        while not stop.is_set():
+            samples(metrics)
+
+    reader = threading.Thread(target=scrape)
+    reader.start()
+    sequences = [sequence(i, 0.0, 0.0) for i in range(50)]
+    for now in range(300):
+        step(metrics, float(now), *sequences)
+    stop.set()
+    reader.join()
+    assert sum(metrics.between.counts) == 299 * 50

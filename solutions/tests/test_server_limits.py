@@ -1,0 +1,269 @@
+"""What the server bounds: bodies, queues, keys, pages in browsers, a hanging step, and the time after SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from solutions.serving.api_server import bind
+from solutions.serving.app import create_app
+from solutions.serving.async_engine import AsyncEngine
+from solutions.serving.guards import API_KEY_VARIABLE, read_api_keys
+from solutions.tests.fake_engine import FakeEngine
+from solutions.tests.test_api_faults import FOREVER, PROGRAM, ROOT, body, until
+
+
+@contextmanager
+def serve(engine: AsyncEngine, keys: list[str] | None = None, **settings: Any) -> Iterator[str]:
+    """A server over an engine; gives its address."""
+    sock = bind("127.0.0.1", 0)
+    app = create_app(engine, ["fake"], keys, **settings)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="server")
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+# ------------------------------------------------------------------------------------------------------------ bodies
+
+
+def test_a_large_body_is_413_and_is_not_read_to_its_end() -> None:
+    with serve(AsyncEngine(FakeEngine()), max_body_bytes=1000) as url:
+        for size, status in ((1000, 200), (1001, 413)):
+            content = json.dumps(body(max_tokens=1, prompt="x"))
+            padded = content + " " * (size - len(content))
+            response = httpx.post(f"{url}/v1/completions", content=padded, headers={"Content-Type": "application/json"})
+            assert response.status_code == status
+        assert response.json()["error"]["message"] == "the body has more than 1000 bytes"
+        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as raw:
+            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000000\r\n\r\n{")
+            assert raw.recv(1000).startswith(b"HTTP/1.1 413")
+
+
+def test_a_body_that_does_not_say_its_size_is_counted() -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b'{"model": "fake", "prompt": "'
+        for _ in range(100):
+            yield b"x" * 100
+
+    with serve(AsyncEngine(FakeEngine()), max_body_bytes=1000) as url:
+        response = httpx.post(f"{url}/v1/completions", content=pieces(), headers={"Content-Type": "application/json"})
+        assert response.status_code == 413
+        assert "the body has more than 1000 bytes" in response.json()["error"]["message"]
+        assert httpx.post(f"{url}/v1/completions", json=body()).status_code == 200
+
+
+# -------------------------------------------------------------------------------------------------------------- keys
+
+
+def test_keys_come_from_the_command_line_a_file_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# of the team\nin-file\n\n  another  # Ann's\nin-file\n")
+    monkeypatch.setenv(API_KEY_VARIABLE, "of-env and-more")
+    assert read_api_keys(["given"], file) == ["given", "in-file", "another", "of-env", "and-more"]
+    monkeypatch.delenv(API_KEY_VARIABLE)
+    assert read_api_keys([], None) == []
+    file.write_text("# nothing\n")
+    with pytest.raises(ValueError, match="holds no API key"):
+        read_api_keys([], file)
+    for wrong in ("", "two words", "schlüssel", "x" * 129):
+        with pytest.raises(ValueError, match="printable ASCII"):
+            read_api_keys([wrong], None)
+
+
+def recorder(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeEngine, list[str | None]]:
+    """An engine, and the salts of the prompts that come to it."""
+    fake, salts = FakeEngine(), []
+    prepare = fake.prepare
+
+    def record(name: str, prompt: dict[str, Any], *rest: Any) -> Any:
+        salts.append(prompt.get("cache_salt"))
+        return prepare(name, prompt, *rest)
+
+    monkeypatch.setattr(fake, "prepare", record)
+    return fake, salts
+
+
+def test_what_a_key_has_cached_no_other_key_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, salts = recorder(monkeypatch)
+    with serve(AsyncEngine(fake), ["one", "two"]) as url:
+        for key in ("one", "two", "one"):
+            for salt in (None, "mine"):
+                headers = {"Authorization": f"Bearer {key}"}
+                assert httpx.post(f"{url}/v1/completions", json=body(cache_salt=salt), headers=headers).status_code == 200
+    assert salts[:2] == salts[4:]
+    assert len(set(salts[:4])) == 4
+    assert all(salt and "one" not in salt and "two" not in salt for salt in salts)  # a log of salts gives no key away
+
+
+def test_without_keys_a_salt_is_the_clients_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, salts = recorder(monkeypatch)
+    with serve(AsyncEngine(fake)) as url:
+        for salt in (None, "mine"):
+            assert httpx.post(f"{url}/v1/completions", json=body(cache_salt=salt)).status_code == 200
+    assert salts == [None, "mine"]
+
+
+def test_load_balancers_need_no_key_and_prometheus_does() -> None:
+    with serve(AsyncEngine(FakeEngine()), ["one"]) as url:
+        statuses = {path: httpx.get(url + path).status_code for path in ("/health", "/ready", "/metrics", "/version")}
+    assert statuses == {"/health": 200, "/ready": 200, "/metrics": 401, "/version": 401}
+
+
+# ------------------------------------------------------------------------------------------------- pages and ids
+
+
+def test_pages_of_other_origins_are_let_in_by_name_only() -> None:
+    ask = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    ask |= {"Access-Control-Request-Headers": "authorization"}
+    with serve(AsyncEngine(FakeEngine()), ["key"], allowed_origins=["https://a.example"]) as url:
+        answer = httpx.options(f"{url}/v1/completions", headers=ask)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "https://a.example")
+        assert httpx.options(f"{url}/v1/completions", headers=ask | {"Origin": "https://b.example"}).status_code == 400
+    with serve(AsyncEngine(FakeEngine())) as url:
+        answer = httpx.post(f"{url}/v1/completions", json=body(), headers={"Origin": "https://a.example"})
+        assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize(("given", "kept"), [("abc-1", True), ("x" * 129, False), ("two words", False), (None, False)])
+def test_every_answer_has_a_request_id(given: str | None, kept: bool) -> None:
+    with serve(AsyncEngine(FakeEngine()), ["key"]) as url:
+        for path, status in (("/health", 200), ("/v1/models", 401)):
+            answer = httpx.get(url + path, headers={} if given is None else {"X-Request-Id": given})
+            assert answer.status_code == status
+            assert (answer.headers["x-request-id"] == given) == kept
+            assert len(answer.headers["x-request-id"]) <= 128
+
+
+# ------------------------------------------------------------------------------------------------------------- queue
+
+
+def test_a_queue_that_is_full_of_tokens_is_429_and_is_counted() -> None:
+    fake = FakeEngine()
+    with serve(AsyncEngine(fake, max_waiting_tokens=100)) as url:
+        fake.num_waiting_tokens = 90
+        assert httpx.post(f"{url}/v1/completions", json=body(prompt="x" * 10)).status_code == 200
+        refused = httpx.post(f"{url}/v1/completions", json=body(prompt="x" * 11))
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert "90 tokens of prompts are waiting, at most 100 may" in refused.json()["error"]["message"]
+        several = httpx.post(f"{url}/v1/completions", json=body(prompt=["x", "x" * 11]))
+        assert several.status_code == 429
+        until(lambda: not fake.running)  # the first of the two was taken back
+        fake.num_waiting_tokens = 0
+        assert httpx.post(f"{url}/v1/completions", json=body(prompt="x" * 500)).status_code == 200
+        assert 'vllm:admission_rejections_total{model_name="fake",reason="tokens"} 2.0' in httpx.get(f"{url}/metrics").text
+
+
+def test_a_queue_that_is_full_of_requests_is_counted() -> None:
+    fake = FakeEngine(max_waiting=0)
+    with serve(AsyncEngine(fake)) as url:
+        assert httpx.post(f"{url}/v1/completions", json=body()).status_code == 429
+        assert 'reason="requests"} 1.0' in httpx.get(f"{url}/metrics").text
+
+
+# --------------------------------------------------------------------------------------------------------- life cycle
+
+
+def test_a_step_that_hangs_ends_the_engine() -> None:
+    fake = FakeEngine(gate=threading.Event())
+    engine = AsyncEngine(fake, stall_seconds=0.2)
+    deaths: list[bool] = []
+    engine.on_death = lambda: deaths.append(True)
+    with serve(engine) as url:
+        answer = httpx.post(f"{url}/v1/completions", json=body(), timeout=10)
+        assert (answer.status_code, answer.json()["error"]["message"]) == (503, "the engine hangs; the server's log has more")
+        assert deaths == [True]
+        assert [httpx.get(url + path).status_code for path in ("/health", "/ready")] == [503, 503]
+    fake.gate.set()  # the thread that was given up ends after all, and nobody is told twice
+    until(lambda: not engine._thread.is_alive())
+    assert deaths == [True]
+
+
+def test_a_long_wait_is_no_stall() -> None:
+    async def main() -> None:
+        engine = AsyncEngine(FakeEngine(), stall_seconds=0.05)
+        engine.start()
+        await asyncio.sleep(1.3)  # longer than the watch's turn
+        assert engine.is_running
+        await asyncio.to_thread(engine.shutdown)
+
+    asyncio.run(main())
+
+
+@contextmanager
+def program(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The server as a program over a fake engine, and its address."""
+    command = [sys.executable, "-c", PROGRAM, *flags]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        line = next(line for line in process.stdout if "http://" in line)
+        try:
+            yield process, line.split(" at ")[1].split(",")[0]
+        finally:
+            process.kill()
+
+
+def test_a_draining_server_finishes_and_is_not_ready_and_a_second_signal_aborts() -> None:
+    with program("--shutdown-timeout", "30") as (process, url):
+        with (
+            httpx.Client(base_url=url.removesuffix("/v1")) as kept,
+            openai.OpenAI(base_url=url, api_key="-", max_retries=0, timeout=20) as client,
+        ):
+            assert kept.get("/ready").status_code == 200
+            stream = client.completions.create(model="fake", prompt="hi", max_tokens=FOREVER, stream=True)
+            assert next(stream).choices[0].text == "a"
+            process.send_signal(signal.SIGTERM)
+            for _ in range(100):
+                next(stream)  # it goes on
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(f"{url}/models")  # nobody new comes in
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises((httpx.HTTPError, openai.APIError)):
+                list(stream)
+        process.wait(5)
+
+
+def test_the_log_in_json_has_a_line_for_each_request() -> None:
+    with program("--log-format", "json") as (process, url):
+        httpx.get(f"{url}/models", headers={"X-Request-Id": "mine"})
+        httpx.get(f"{url}/nowhere", headers={"X-Request-Id": "lost"})
+        process.send_signal(signal.SIGTERM)
+        lines = [json.loads(line) for line in process.stderr]
+    told = [(line["request_id"], line["path"], line["status"]) for line in lines if line["message"] == "request"]
+    assert told == [("mine", "/v1/models", 200), ("lost", "/v1/nowhere", 404)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max-body-bytes", "0"], "--max-body-bytes must be more than 0"),
+        (["--max-waiting-tokens", "-1"], "--max-waiting-tokens must be more than 0"),
+        (["--stall-timeout", "0"], "--stall-timeout must be more than 0"),
+        (["--api-key", ""], "an API key has 1 to 128 printable ASCII characters"),
+        (["--api-key-file", "/no/such/file"], "/no/such/file"),
+    ],
+)
+def test_a_wrong_flag_is_one_clear_error(flags: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "solutions.serving.api_server", "--port", "0", "--model", "no-such-model", *flags]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode != 0
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
