@@ -17,8 +17,6 @@ STAGE    := 1
 PROMPT   := What is the capital of France?
 YES      :=
 FORCE    :=
-# for make test
-JOBS     := 2
 # for make test-cpu-kernels (1) and make test-cuda-on-cpu (address or thread)
 SANITIZE :=
 
@@ -122,8 +120,8 @@ notebooks: $(LAB_STAMP) ## Run all notebooks from top to bottom and see that non
 	@$(RUN) -m pytest --nbmake --nbmake-timeout=300 $(ARGS) notebooks
 
 ##@ Test
-test: $(STAMP) ## Run the test suite, two files at a time (JOBS=1: one; ARGS="-k scheduler" for a part of it)
-	@$(RUN) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+test: $(STAMP) ## Run the test suite (ARGS="-k scheduler" for a part of it)
+	@$(RUN) -m pytest $(ARGS)
 
 test-parity: $(STAMP) ## Compare with transformers over the whole grid of settings; takes more than an hour
 	@$(RUN) -m pytest -m parity $(ARGS)

@@ -12,6 +12,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from stages.course.catalog import CourseError, Stage, find_stage
-from tests.classroom import Classroom
+from stages.course.catalog import CourseError, Stage, find_stage, load_course
+from tests.classroom import ROOT, Classroom
 from tests.gate_runs import earlier_tasks_suffice, reference_passes, stages_pass_together, starters_say_what_is_missing
 from tests.gate_texts import (
     files_have_one_owner,
@@ -34,6 +35,8 @@ from tests.gate_texts import (
 from tests.mutants.bank import Mutant, killer, load_mutants
 
 MUTANTS_PER_STAGE = 13
+JOBS = 2
+"""Stages that are checked at once."""
 
 Rule = Callable[[Classroom, Stage], list[str]]
 
@@ -141,6 +144,38 @@ def check(
     return report
 
 
+def check_stages(folder: Path, numbers: list[int], mutants: bool, progress: Progress) -> Report:
+    """`check` several stages, `JOBS` at a time, each in a classroom of its own: most of the time a gate waits for tests.
+
+    Raises:
+        CourseError: starters cannot be made.
+    """
+    rooms: list[Classroom] = []
+
+    def check_one(number: int) -> Report:
+        bar = progress.add_task(f"stage {number}: copying the course", total=None)
+        room = Classroom(folder / f"course-{number}")
+        rooms.append(room)
+
+        def show(done: int, total: int, what: str) -> None:
+            progress.update(bar, completed=done, total=total, description=what)
+
+        report = check(room, [find_stage(room.course, number)], mutants=mutants, on_step=show)
+        progress.remove_task(bar)
+        return report
+
+    pool = ThreadPoolExecutor(JOBS)
+    try:
+        # the last stages have the most mutants, and would run alone at the end
+        futures = {number: pool.submit(check_one, number) for number in sorted(numbers, reverse=True)}
+        parts = [futures[number].result() for number in numbers]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for room in rooms:
+            room.close()
+    return Report([v for part in parts for v in part.verdicts], [k for part in parts for k in part.kills])
+
+
 def title(name: str) -> str:
     """A rule's name as a person reads it."""
     return name.replace("_", " ")
@@ -178,23 +213,14 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("copying the course", total=None)
-        room = None
         try:
-            room = Classroom(Path(folder) / "course")
-            stages = room.course if args.stage is None else [find_stage(room.course, args.stage)]
-
-            def show(done: int, total: int, what: str) -> None:
-                progress.update(bar, completed=done, total=total, description=what)
-
-            report = check(room, stages, mutants=not args.no_mutants, on_step=show)
+            course = load_course(ROOT / "stages" / "course.toml")
+            stages = course if args.stage is None else [find_stage(course, args.stage)]
+            report = check_stages(Path(folder), [stage.number for stage in stages], not args.no_mutants, progress)
         except CourseError as error:
             parser.exit(1, f"{error}\n")
         except KeyboardInterrupt:
             parser.exit(130, "stopped\n")
-        finally:
-            if room is not None:
-                room.close()
     print_report(console, report)
     if args.json:
         args.json.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")

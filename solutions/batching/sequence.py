@@ -6,7 +6,10 @@ import enum
 import math
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..core.structured_output import Guide
 
 
 class RequestOutputKind(enum.Enum):
@@ -22,6 +25,29 @@ class RequestOutputKind(enum.Enum):
 
 MAX_LOGPROBS = 20
 """Most alternatives a request may ask for at a position (the OpenAI limit)."""
+
+
+STRUCTURES = ("json", "json_object", "regex", "choice", "grammar")
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutput:
+    """The form that an answer must have.
+
+    Attributes:
+        kind: one of `STRUCTURES`.
+        definition: a JSON schema as text; nothing for "json_object"; a regular expression; a JSON list of texts for "choice";
+            a grammar in XGrammar's EBNF, whose first rule is ``root``.
+    """
+
+    kind: str
+    definition: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in STRUCTURES:
+            raise ValueError(f"structured_output must be one of {', '.join(STRUCTURES)}; got {self.kind!r}")
+        if not isinstance(self.definition, str) or (not self.definition and self.kind != "json_object"):
+            raise ValueError(f"structured_output: a {self.kind} must be a text that is not empty")
 
 
 @dataclass(slots=True)
@@ -60,6 +86,8 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
+    structured_output: StructuredOutput | None = None
+    """The form of the answer; where it is complete the answer ends."""
     detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -82,8 +110,18 @@ class SamplingParams:
                 raise ValueError(f"{name} must be non-empty strings, got {words!r}")
         if self.stop and not self.detokenize:
             raise ValueError("stop strings need detokenize=True")
+        if self.structured_output is not None:
+            self._check_structure()
         if not isinstance(self.output_kind, RequestOutputKind):
             raise ValueError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
+
+    def _check_structure(self) -> None:
+        """What would let the answer go on behind its end, or leave no token, cannot be asked for together with a form."""
+        if not isinstance(self.structured_output, StructuredOutput):
+            raise ValueError(f"structured_output must be a StructuredOutput, got {self.structured_output!r}")
+        for name in ("ignore_eos", "min_tokens", "allowed_token_ids", "bad_words"):
+            if getattr(self, name):
+                raise ValueError(f"{name} cannot be combined with structured_output")
 
     def _check_numbers(self) -> None:
         _require_int("n", self.n, 1, None)
@@ -186,6 +224,7 @@ class Sequence:
         parent: sequence whose prompt blocks this one shares (``n`` > 1), or None.
         block_hashes: chained hashes of the full blocks of `tokens`, filled by the prefix cache as it needs them.
         eos_token_ids, max_model_len: properties of the model that end a sequence.
+        guide: says which tokens its form allows next; None: any.
         stop_ids: every token that ends it: end of sequence unless the request ignores it, and the request's stop tokens.
         max_len: tokens, prompt and output, at which it ends; the least of what max_model_len and max_tokens allow.
     """
@@ -199,6 +238,7 @@ class Sequence:
         "eos_token_ids",
         "finish_reason",
         "first_scheduled_time",
+        "guide",
         "index",
         "max_len",
         "num_cached_tokens",
@@ -229,6 +269,7 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.params = params
+        self.guide: Guide | None = None
         self.priority = priority
         self.cache_salt = cache_salt
         self.parent = parent

@@ -154,7 +154,7 @@ class DraftModelProposer(Proposer):
         """Append a token to each sequence, drawn as the target would: at the same number for a request with a seed, so that
         its own draw is likely the same; for one without, from a distribution that is kept in `probs`."""
         sampler = self.worker.sampler
-        places = [Prefix(seq, len(seq.tokens)) for seq in sequences]
+        places = [Prefix(seq, len(seq.tokens), guided=False) for seq in sequences]  # what the form forbids is rejected later
         tokens = sampler(logits, places).token_ids
         rows = [row for row, seq in enumerate(sequences) if not seq.params.greedy and seq.params.seed is None]
         if rows:

@@ -106,7 +106,8 @@ class LLMEngine:
             self.scheduler.proposer.create_cache(limits, self.block_manager.tables)
         clock.lap("KV cache")
         self.batch = ContinuousBatch(config.max_num_seqs, limits.max_model_len, config.block_size)
-        self.input = InputProcessor(self.tokenizer, model, limits.max_model_len, config.max_num_seqs)
+        no_structure = "not with ranks that are Ray actors" if config.distributed_executor_backend == "ray" else None
+        self.input = InputProcessor(self.tokenizer, model, limits.max_model_len, config.max_num_seqs, no_structure)
         self.outputs = OutputProcessor(self.tokenizer, self._stop_at_string)
         self.observers: list[EngineObserver] = []
         self._sequences: dict[str, list[Sequence]] = {}

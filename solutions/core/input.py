@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from ..batching.sequence import SamplingParams, Sequence
+from ..batching.sequence import SamplingParams, Sequence, StructuredOutput
 from ..models.model_config import ModelConfig
+from .structured_output import GrammarCompiler, Guide
+
+if TYPE_CHECKING:
+    from xgrammar import CompiledGrammar
 
 
 class TokensPrompt(TypedDict, total=False):
@@ -23,7 +27,7 @@ Prompt = str | TokensPrompt
 
 @dataclass(slots=True)
 class EngineRequest:
-    """A validated request. `arrival_time` is on the clock of `time.monotonic`."""
+    """A validated request. `arrival_time` is on the clock of `time.monotonic`; `grammar` is the compiled form of the answer."""
 
     request_id: str
     prompt: str | None
@@ -32,6 +36,7 @@ class EngineRequest:
     priority: int = 0
     cache_salt: str | None = None
     arrival_time: float = 0.0
+    grammar: CompiledGrammar | None = None
 
 
 class InputProcessor:
@@ -42,13 +47,18 @@ class InputProcessor:
         model: gives vocabulary and end-of-sequence tokens.
         max_model_len: longest sequence, prompt and output.
         max_num_seqs: most sequences that a request may ask for with ``n``.
+        no_structure: why answers of a given form cannot be had; None: they can.
     """
 
-    def __init__(self, tokenizer: Any, model: ModelConfig, max_model_len: int, max_num_seqs: int) -> None:
+    def __init__(
+        self, tokenizer: Any, model: ModelConfig, max_model_len: int, max_num_seqs: int, no_structure: str | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.model = model
         self.max_model_len = max_model_len
         self.max_num_seqs = max_num_seqs
+        self.no_structure = "this model has no tokenizer here" if tokenizer is None else no_structure
+        self._compiler: GrammarCompiler | None = None
 
     def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> EngineRequest:
         """Make a request.
@@ -65,7 +75,9 @@ class InputProcessor:
             token_ids = self._tokenize(text)
         self._check_token_ids(token_ids)
         params = self._complete(params)
-        return EngineRequest(request_id, text, list(token_ids), params, priority, prompt.get("cache_salt"), time.monotonic())
+        grammar = None if params.structured_output is None else self._compile(params.structured_output)
+        salt = prompt.get("cache_salt")
+        return EngineRequest(request_id, text, list(token_ids), params, priority, salt, time.monotonic(), grammar)
 
     def sequences(self, request: EngineRequest, first_id: int) -> list[Sequence]:
         """The ``n`` sequences of a request; all but the first wait until the first has computed the prompt they share."""
@@ -82,7 +94,17 @@ class InputProcessor:
                 )
             )  # fmt: skip
         sequences[0].children = sequences[1:]
+        if request.grammar is not None:
+            for seq in sequences:
+                seq.guide = Guide(request.grammar)
         return sequences
+
+    def _compile(self, wanted: StructuredOutput) -> CompiledGrammar:
+        if self.no_structure is not None:
+            raise ValueError(f"structured_output: {self.no_structure}")
+        if self._compiler is None:
+            self._compiler = GrammarCompiler(self.tokenizer, self.model.vocab_size, self.model.eos_token_ids)
+        return self._compiler.compile(wanted)
 
     def _tokenize(self, text: str | None) -> list[int]:
         if not isinstance(text, str) or not text:

@@ -1,4 +1,4 @@
-"""What a request does to its logits before a token is drawn: bans, bias and penalties, each only where it is asked for.
+"""What a request does to its logits before a token is drawn: bans, bias, penalties, a form; each only where it is asked for.
 
 Everything works in place on one float32 tensor [N, W]: the logits of a step, each row padded to whole blocks of the
 vocabulary (see `selection.py`). Only rows that ask for an operation pay for it.
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..batching.sequence import Sequence
+from .structured_output import by_guide, forbid
 
 BANNED = -1e30
 """Logit of a token that may not come next. It is finite, so that where every allowed token is banned one of them comes
@@ -55,22 +56,24 @@ class TokenCounts:
 
 
 class LogitsProcessors:
-    """The operations that one batch asks for, in vLLM's order: allowed_token_ids, bad_words, min_tokens, logit_bias,
-    repetition penalty, frequency penalty, presence penalty.
+    """The operations that one batch asks for, in vLLM's order: structured_output, allowed_token_ids, bad_words, min_tokens,
+    logit_bias, repetition penalty, frequency penalty, presence penalty.
 
     Built anew when the batch changes; sequences that stay keep their token counts.
     """
 
     def __init__(
-        self, sequences: list[Sequence], width: int, device: torch.device, before: LogitsProcessors | None = None
-    ) -> None:
+        self, sequences: list[Sequence], width: int, device: torch.device, before: LogitsProcessors | None = None,
+        vocab_size: int | None = None,
+    ) -> None:  # fmt: skip
         """
         Args:
             sequences: row i of the logits belongs to ``sequences[i]``.
-            width: W, elements of a row.
+            width: W, elements of a row, of which the first `vocab_size` are tokens (None: all).
             before: the processors of the last batch.
         """
-        self._width, self._device = width, device
+        self._width, self._device, self._vocab_size = width, device, vocab_size or width
+        self._guided = by_guide(sequences)
         rows = list(enumerate(sequences))
         allowed = [(i, s.params.allowed_token_ids) for i, s in rows if s.params.allowed_token_ids is not None]
         self._allowed_rows = to_device([i for i, _ in allowed], torch.int64, device)
@@ -93,13 +96,20 @@ class LogitsProcessors:
     def wanted(sequences: list[Sequence]) -> bool:
         """Whether any of `sequences` asks for one of these operations."""
         return any(
-            p.allowed_token_ids is not None or p.bad_words_token_ids or p.min_tokens or p.logit_bias or _has_penalty(s)
+            s.guide is not None
+            or p.allowed_token_ids is not None
+            or p.bad_words_token_ids
+            or p.min_tokens
+            or p.logit_bias
+            or _has_penalty(s)
             for s in sequences
             for p in (s.params,)
         )
 
     def __call__(self, logits: Tensor) -> None:
         """Change `logits` [N, W] float32, contiguous, in place."""
+        if self._guided:
+            forbid(logits, self._guided, self._vocab_size)
         flat = logits.view(-1)
         if len(self._allowed_rows):
             kept = flat[self._allowed]

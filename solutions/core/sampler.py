@@ -252,7 +252,7 @@ class Sampler:
         before = last.processors if last else None
         self._plan = _Plan(
             sequences=list(sequences),
-            processors=LogitsProcessors(sequences, self._width, device, before) if wanted else None,
+            processors=LogitsProcessors(sequences, self._width, device, before, self.vocab_size) if wanted else None,
             greedy=rows(greedy, len(params)),
             random=rows(random_rows, len(params)),
             temperature=None if scales == [[1.0]] * len(scales) else to_device(scales, torch.float32, device),

@@ -28,6 +28,8 @@ INLINE_LIMIT = 2048
 """Characters or token ids up to which prompts are prepared on the event loop; longer ones go to a thread."""
 
 
+GRAMMAR_SECONDS = 10.0
+"""What compiling the form of an answer may take."""
 HEALTH_SECONDS = 1.0
 """How often an engine with nothing to do sees whether all its ranks live, and somebody whether a step hangs."""
 
@@ -155,6 +157,13 @@ class AsyncEngine:
         def work() -> list[EngineRequest]:
             return [self.engine.prepare(name, prompt, params, priority) for name, prompt in pairs]
 
+        if params.structured_output is not None:
+            try:
+                return await asyncio.wait_for(asyncio.to_thread(work), GRAMMAR_SECONDS)
+            except TimeoutError:
+                raise ValueError(
+                    f"structured_output takes more than {GRAMMAR_SECONDS:g} s to compile; make it simpler"
+                ) from None
         size = sum(len(prompt) if isinstance(prompt, str) else max(map(len, prompt.values())) for prompt in prompts)
         return work() if size <= INLINE_LIMIT else await asyncio.to_thread(work)
 

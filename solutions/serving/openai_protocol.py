@@ -8,6 +8,7 @@ Source: https://platform.openai.com/docs/api-reference (completions, chat, model
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -23,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..batching.sequence import MAX_LOGPROBS, RequestOutputKind, SamplingParams
+from ..batching.sequence import MAX_LOGPROBS, RequestOutputKind, SamplingParams, StructuredOutput
 
 MAX_CHOICES = 128
 """Most choices (`n`) a request may ask for, the OpenAI limit."""
@@ -46,7 +47,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt_cache_retention": (None,),
     "reasoning_effort": (None,),
     "refusal": (None,),
-    "response_format": (None, {"type": "text"}),
     "safety_identifier": (None,),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
@@ -159,6 +159,31 @@ class StreamOptions(Request):
     """Ends the stream with a chunk that has the usage and no choices."""
 
 
+class JsonSchema(Request):
+    name: str
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: Bool | None = None
+    """Accepted: an answer follows the schema always."""
+
+
+class ResponseFormat(Request):
+    """OpenAI's way to ask for a form."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if (self.json_schema is None) == (self.type == "json_schema"):
+            raise ValueError("json_schema comes with the type json_schema, and only with it")
+        return self
+
+
+FORMS = ("response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+"""Fields that ask for a form of the answer, at most one of which a request may have."""
+
+
 class GenerationRequest(Request):
     """What completions and chat completions share. None is "not set" throughout."""
 
@@ -192,6 +217,13 @@ class GenerationRequest(Request):
     """Prompts share cached prefixes only with prompts of the same salt."""
     priority: Int | None = None
     """Lower goes first, where the engine schedules by priority."""
+    response_format: ResponseFormat | None = None
+    guided_json: dict[str, Any] | str | None = None
+    """vLLM's, as the three below: a JSON schema."""
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
+    guided_grammar: str | None = None
+    """In EBNF; the first rule is ``root``."""
 
     @field_validator("logit_bias")
     @classmethod
@@ -209,6 +241,30 @@ class GenerationRequest(Request):
         return options
 
     @property
+    def form(self) -> tuple[str, StructuredOutput] | None:
+        """The field that asks for a form of the answer, and the form.
+
+        Raises:
+            RequestError: there are several, or one cannot be.
+        """
+        asked = [name for name in FORMS if (value := getattr(self, name)) is not None and getattr(value, "type", "") != "text"]
+        if not asked:
+            return None
+        name = asked[0]
+        if len(asked) > 1:
+            raise RequestError(f"{asked[1]} cannot be combined with {name}", asked[1])
+        value = getattr(self, name)
+        if isinstance(value, ResponseFormat):
+            schema = value.json_schema and json.dumps(value.json_schema.schema_)
+            kind, text = ("json_object", "") if schema is None else ("json", schema)
+        else:
+            kind, text = name.removeprefix("guided_"), value if isinstance(value, str) else json.dumps(value)
+        try:
+            return name, StructuredOutput(kind, text)
+        except ValueError as error:
+            raise RequestError(str(error).replace("structured_output", name), name) from error
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -224,6 +280,8 @@ class GenerationRequest(Request):
         values = {name: value for name in shared if (value := getattr(self, name)) is not None}
         if self.logit_bias is not None:
             values["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
+        if (form := self.form) is not None:
+            values["structured_output"] = form[1]
         values["output_kind"] = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
         return values
 
@@ -241,12 +299,15 @@ class GenerationRequest(Request):
     def refusal(self, error: ValueError) -> RequestError:
         """What the engine's complaint means to the client. The engine's messages begin with the field at fault, under
         the engine's name for it; a complaint that names no field is about the prompt."""
+        fields = {"max_tokens": self.token_limit[0]}
+        if (form := self.form) is not None:
+            fields["structured_output"] = form[0]
         message = str(error)
         name = re.match(r"\w*", message)[0]
-        field = self.token_limit[0] if name == "max_tokens" else name
-        if field in type(self).model_fields:
-            return RequestError(field + message[len(name) :], field)
-        return RequestError(message, self.prompt_field)
+        for ours, theirs in fields.items():
+            message = re.sub(rf"\b{ours}\b", theirs, message)
+        field = fields.get(name, name)
+        return RequestError(message, field if field in type(self).model_fields else self.prompt_field)
 
 
 def _parse_prompts(value: Any) -> list[str | list[int]]:

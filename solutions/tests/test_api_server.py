@@ -5,12 +5,15 @@ What needs a fault or exact timing has its tests in test_api_faults.py.
 
 from __future__ import annotations
 
+import json
+import re
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
 from solutions.tests.real_server import CHAT, CONTEXT, GREEDY, MODEL
 
@@ -251,6 +254,46 @@ def test_the_stream_on_the_wire(url: str) -> None:
     assert '"finish_reason":null' in events[0]
 
 
+class Person(BaseModel):
+    name: Annotated[str, Field(max_length=20)]
+    age: Annotated[int, Field(ge=0, le=120)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_after_a_schema_are_parsed_by_pydantic(client: openai.OpenAI, stream: bool) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": Person.model_json_schema(), "strict": True}}
+    for seed in range(3):
+        request = {"model": MODEL, "messages": CHAT, "seed": seed, "max_tokens": 80, "response_format": schema}
+        if stream:
+            chunks = client.chat.completions.create(**request, stream=True)
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        else:
+            text = client.chat.completions.create(**request).choices[0].message.content
+        assert 0 <= Person.model_validate_json(text).age <= 120
+
+
+def test_the_client_parses_a_model_by_itself(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.parse(model=MODEL, messages=CHAT, response_format=Person, max_tokens=80, seed=0)
+    assert isinstance(answer.choices[0].message.parsed, Person)
+
+
+def test_other_forms(client: openai.OpenAI) -> None:
+    def ask(**fields: Any) -> str:
+        return (
+            client.completions.create(model=MODEL, prompt="An answer:", max_tokens=40, seed=0, extra_body=fields)
+            .choices[0]
+            .text
+        )
+
+    assert isinstance(json.loads(ask(response_format={"type": "json_object"}, temperature=0)), dict)
+    assert json.loads(ask(guided_json={"enum": [1, "two"]})) in (1, "two")
+    assert json.loads(ask(guided_json='{"type": "boolean"}')) in (True, False)
+    assert re.fullmatch(r"\d{4}", ask(guided_regex=r"\d{4}"))
+    assert ask(guided_choice=["yes", "no"]) in ("yes", "no")
+    assert ask(guided_grammar='root ::= "a" ("b" | "c")') in ("ab", "ac")
+    assert ask(response_format={"type": "text"})
+
+
 def test_models(client: openai.OpenAI) -> None:
     models = client.models.list().data
     assert [(model.id, model.object, model.max_model_len) for model in models] == [(MODEL, "model", CONTEXT)]
@@ -326,7 +369,18 @@ BAD_CHATS = [
     ({"echo": True}, "echo"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ({"tool_choice": "auto"}, "tool_choice"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ({"response_format": {"type": "json_object", "json_schema": {"name": "x", "schema": {}}}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 5}}}}, "response_format"),
+    ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
+    ({"guided_regex": "(("}, "guided_regex"),
+    ({"guided_regex": ""}, "guided_regex"),
+    ({"guided_choice": []}, "guided_choice"),
+    ({"guided_grammar": "root ::= nope"}, "guided_grammar"),
+    ({"guided_json": {"$ref": "#/nope"}}, "guided_json"),
+    ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"reasoning_effort": "low"}, "reasoning_effort"),
     ({"service_tier": "flex"}, "service_tier"),

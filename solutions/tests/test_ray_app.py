@@ -201,7 +201,7 @@ def url() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=url, api_key="unused", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=url, api_key="unused", max_retries=0, timeout=120) as client:
         yield client
 
 

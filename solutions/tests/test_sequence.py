@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from solutions.batching.sequence import MAX_LOGPROBS, RequestOutputKind, SamplingParams, Sequence, SequenceStatus
+from solutions.batching.sequence import (
+    MAX_LOGPROBS,
+    RequestOutputKind,
+    SamplingParams,
+    Sequence,
+    SequenceStatus,
+    StructuredOutput,
+)
 
 EOS = 2
 NOT_INTEGERS = [1.0, 1.5, math.nan, "1", True, [1]]
@@ -34,6 +41,7 @@ BAD: dict[str, list[Any]] = {
     "prompt_logprobs": [-1, MAX_LOGPROBS + 1, *NOT_INTEGERS],
     "logit_bias": [[1], "a", 1, {-1: 0.0}, {"1": 0.0}, {1.0: 0.0}, {True: 0.0}, {1: 101}, *({1: x} for x in NOT_NUMBERS)],
     "allowed_token_ids": [[], 1, "1", [-1], *([x] for x in NOT_INTEGERS)],
+    "structured_output": [{}, "json", 1, True],
     "detokenize": [None, 1],
     "skip_special_tokens": [None, 1],
     "include_stop_str_in_output": [None, 1],
@@ -61,6 +69,7 @@ GOOD: dict[str, list[Any]] = {
     "prompt_logprobs": [None, 0, MAX_LOGPROBS],
     "logit_bias": [None, {}, {0: 100, 1: -100.0}],
     "allowed_token_ids": [None, [0], (1, 2)],
+    "structured_output": [None, StructuredOutput("regex", "a+"), StructuredOutput("json_object")],
     "detokenize": [False],
     "skip_special_tokens": [False],
     "include_stop_str_in_output": [True],

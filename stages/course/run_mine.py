@@ -116,6 +116,9 @@ def _modules_table(chosen: list[Stage]) -> Table:
         stage = next((stage for stage in chosen if str(stage.path) in file), None)
         whose = "the reference" if stage is None else f"[green]yours, stage {stage.number}[/]"
         rows.append((stage is None, relative(file), whose))
+    ran = {file for _, file, _ in rows}
+    idle = [relative(stage.path / file) for stage in chosen for file in stage.files]
+    rows += [(False, file, "[dim]yours, not needed for this answer[/]") for file in idle if file not in ran]
     for _, file, whose in sorted(rows):
         table.add_row(file, whose)
     return table

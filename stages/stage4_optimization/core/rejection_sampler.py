@@ -25,15 +25,20 @@ from .speculative import Draft
 
 
 class Prefix:
-    """The first `length` tokens of a sequence, as the sampler sees a sequence: what it was before the tokens behind."""
+    """The first `length` tokens of a sequence, as the sampler sees a sequence: what it was before the tokens behind.
 
-    __slots__ = ("eos_token_ids", "length", "num_prompt_tokens", "params", "sequence")
+    Args:
+        guided: whether the form that the answer must have is minded; the guide goes through a sequence's tokens in their order.
+    """
 
-    def __init__(self, sequence: Sequence, length: int) -> None:
+    __slots__ = ("eos_token_ids", "guide", "length", "num_prompt_tokens", "params", "sequence")
+
+    def __init__(self, sequence: Sequence, length: int, guided: bool = True) -> None:
         self.sequence, self.length = sequence, length
         self.params: SamplingParams = sequence.params
         self.num_prompt_tokens = sequence.num_prompt_tokens
         self.eos_token_ids = sequence.eos_token_ids
+        self.guide = sequence.guide if guided else None
 
     @property
     def tokens(self) -> list[int]:
