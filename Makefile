@@ -83,6 +83,9 @@ test-stage-3: $(STAMP) ## Test your stage 3, parallelism
 test-stage-4: $(STAMP) ## Test your stage 4, optimization
 	@$(COURSE) test --stage 4 $(TEST_STAGE)
 
+test-stage-5: $(STAMP) ## Test your stage 5, production
+	@$(COURSE) test --stage 5 $(TEST_STAGE)
+
 progress: $(STAMP) ## How far you are in all stages, and which file to open next
 	@$(COURSE) progress
 
@@ -112,6 +115,9 @@ reset-stage-3: $(STAMP) ## Start stage 3 over, likewise
 
 reset-stage-4: $(STAMP) ## Start stage 4 over, likewise
 	@$(COURSE) reset --stage 4 $(if $(YES),--yes)
+
+reset-stage-5: $(STAMP) ## Start stage 5 over, likewise
+	@$(COURSE) reset --stage 5 $(if $(YES),--yes)
 
 lab: $(LAB_STAMP) ## Open the notebooks in Jupyter
 	@$(RUN) -m jupyterlab notebooks
@@ -197,7 +203,7 @@ clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-scaling bench-gpu test-gpu bench-cpu bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-scaling bench-gpu test-gpu bench-cpu bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"

@@ -33,8 +33,11 @@ FOREIGN = {
     "EngineCore.step", "FreeKVCacheBlockQueue", "KVCacheManager.allocate_slots", "Request", "_preempt_request",
     "_prepare_inputs", "check_stop", "determine_available_memory", "get_new_blocks", "reshape_and_cache",
     "scheduler_reserve_full_isl", "touch",
+    "check_stop_strings", "continuous_usage_stats",
     # CUDA
     "cp.async",
+    # OpenAI
+    "best_of",
 }  # fmt: skip
 """Names in the tasks' sections that are not this engine's."""
 LETTERS = {"T", "S", "N", "Q", "L", "H", "H_kv", "D", "M", "V"}

@@ -300,6 +300,8 @@ def test_starters_are_made_again_only_where_nobody_has_written(room: Classroom) 
 
 
 def test_progress_counts_points_and_names_the_next_file(room: Classroom) -> None:
+    whole = room.read("stages/course.toml")
+    room.write("stages/course.toml", whole[: whole.index("[[stage]]\nnumber = 2")])  # the other stages' tests take their time
     room.solve(1, ["1.1"])
     first = course(room, "progress")
     assert first.code == 0
@@ -327,10 +329,10 @@ def test_the_model_does_not_answer_through_an_unfinished_stage(room: Classroom) 
 
 
 OFFLINE = {"quantization/gptq.py", "quantization/awq.py"}
-"""Files that no answer needs; and of kernels, this machine's alone."""
+"""Files that no answer needs, as those of the server; and of kernels, this machine's alone."""
 
 
-@pytest.mark.parametrize("stages", ["1", "2", "3", "4", "1,2,3,4"])
+@pytest.mark.parametrize("stages", ["1", "2", "3", "4", "1,2,3,4,5"])
 def test_the_model_answers_through_the_learners_stages(room: Classroom, stages: str) -> None:
     numbers = [int(number) for number in stages.split(",")]
     for number in numbers:
@@ -341,7 +343,7 @@ def test_the_model_answers_through_the_learners_stages(room: Classroom, stages: 
     for stage in room.course:
         for file in stage.files:
             row = f"yours, stage {stage.number}" if stage.number in numbers else "the reference"
-            if file in OFFLINE or file.endswith((".cu", "triton.py")):
+            if file in OFFLINE or file.startswith("serving/") or file.endswith((".cu", "triton.py")):
                 if stage.number not in numbers:
                     continue
                 row = "yours, not needed for this answer"

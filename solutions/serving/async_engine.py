@@ -268,6 +268,9 @@ class AsyncEngine:
             return None if self._stopping else commands
 
     def _accept(self, requests: list[EngineRequest], stream: OutputStream) -> None:
+        """Submit all requests of a stream, or none: where one is refused, by `_admit` or by the engine, those before it are
+        aborted. By `_post` the stream is told that they are taken, or the error; and `on_rejection` the reason of a full queue.
+        """
         for done, request in enumerate(requests):
             try:
                 self._admit(request)
@@ -281,7 +284,11 @@ class AsyncEngine:
         self._post(stream.accept)
 
     def _admit(self, request: EngineRequest) -> None:
-        """Raises QueueFullError when the prompt would make the queue too long; an empty queue takes any."""
+        """Let a request in, or not.
+
+        Raises:
+            QueueFullError: more than `max_waiting_tokens` (None: no limit) would wait, "tokens"; an empty queue takes any.
+        """
         limit, waiting = self.max_waiting_tokens, self.engine.num_waiting_tokens
         if limit is not None and waiting and waiting + len(request.prompt_token_ids) > limit:
             raise QueueFullError(f"{waiting} tokens of prompts are waiting, at most {limit} may; try again later", "tokens")

@@ -69,7 +69,7 @@ class Histogram:
         self.sum = 0.0
 
     def observe(self, value: float, count: int = 1) -> None:
-        """Enter a value, `count` times."""
+        """Enter a value, `count` times, into the first bucket whose bound is not below it."""
         self.counts[bisect_left(self.bounds, value)] += count
         self.sum += value * count
 
@@ -119,7 +119,8 @@ class EngineMetrics(Collector):
     # ---------------------------------------------------------------------------------------- told by the engine
 
     def on_step(self, decision: SchedulerOutput, now: float) -> None:
-        """A step has ended: `now` is the time of the tokens that it sampled."""
+        """A step has ended: `now` is the time of the tokens that it sampled. A sequence's first is timed from its arrival, each
+        other from the one before, several of a step as one; one that has finished is entered and forgotten (`_end`)."""
         with self._lock:
             self.step_size.observe(sum(decision.scheduled.values()))
             waits: Counter[float] = Counter()  # times since the last token, of which most are equal
@@ -149,6 +150,8 @@ class EngineMetrics(Collector):
             self.rejected[reason] += 1
 
     def _end(self, seq: Sequence, now: float) -> None:
+        """Enter what is known of a sequence that is over: its lengths, its reason, and how long it waited, was prefilled and
+        decoded, and lasted. One that was never scheduled has waited until now; one without a token was neither."""
         first, last = self._times.pop(seq, (None, None))
         self.finished[seq.finish_reason] += 1
         self.whole.observe(now - seq.arrival_time)

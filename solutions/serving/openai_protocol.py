@@ -275,7 +275,8 @@ class GenerationRequest(Request):
         return "max_tokens", self.max_tokens
 
     def sampling_fields(self) -> dict[str, Any]:
-        """The fields of `SamplingParams` that this request sets."""
+        """The fields of `SamplingParams` that this request sets, by the same names, token ids as numbers; among them
+        `structured_output`, if there is a `form`, and always `output_kind`: DELTA for a stream, else FINAL_ONLY."""
         shared = SamplingParams.__dataclass_fields__.keys() & type(self).model_fields.keys()
         values = {name: value for name in shared if (value := getattr(self, name)) is not None}
         if self.logit_bias is not None:
@@ -401,6 +402,8 @@ class ChatCompletionRequest(GenerationRequest):
         return "max_completion_tokens", self.max_completion_tokens
 
     def sampling_fields(self) -> dict[str, Any]:
+        """The fields of `SamplingParams` that this request sets; without a limit None, up to the model's context, and as
+        log-probabilities a number, 0 for those of the token alone."""
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return super().sampling_fields() | {"max_tokens": self.token_limit[1], "logprobs": logprobs}
 

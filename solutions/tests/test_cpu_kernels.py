@@ -378,6 +378,7 @@ def test_replayed_steps_are_the_same_bits(tmp_path: Path, make: Callable[..., ob
 
 @needs_kernels
 def test_kernels_are_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXXFLAGS", "-O0")
     first = native.build(tmp_path)
     assert first.suffix == ".so"
     time_of_build = first.stat().st_mtime_ns
@@ -396,6 +397,7 @@ def test_set_up_says_in_one_line_what_the_layers_run_on() -> None:
 
 @needs_kernels
 def test_a_source_that_does_not_compile_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXXFLAGS", "-O0")
     folder = tmp_path / "mine"
     (folder / "models").mkdir(parents=True)
     (folder / "models" / "layers_cpu.cpp").write_text("int broken( {")

@@ -97,7 +97,7 @@ def test_long_contexts(backend: AttentionBackend, window: int | None) -> None:
     torch.testing.assert_close(case.run(backend).double(), case.expected(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 64, 200])
+@pytest.mark.parametrize("batch", [1, 2, 90])
 def test_decode_batches(backend: AttentionBackend, batch: int) -> None:
     lengths = torch.randint(1, 400, (batch,), generator=torch.Generator().manual_seed(batch)).tolist()
     case = make_case([1] * batch, lengths, heads=(9, 3))

@@ -158,7 +158,8 @@ def test_branches_share_and_copy_blocks(folders):
 @pytest.mark.parametrize("kind", RequestOutputKind)
 def test_stops_inside_accepted_tokens(folders, kind):
     """Stop strings, stop tokens and lengths that come in the middle of an accepted run end the text where they should."""
-    plain = LLM(folders["llama"], **SETTINGS).generate(PROMPTS, GREEDY, use_tqdm=False)
+    alone = LLM(folders["llama"], **SETTINGS)
+    plain = alone.generate(PROMPTS, GREEDY, use_tqdm=False)
     expected = {tuple(o.prompt_token_ids): o.outputs[0].token_ids for o in plain}
     for position in (1, 6, 7, 13):
         cases = [
@@ -168,7 +169,7 @@ def test_stops_inside_accepted_tokens(folders, kind):
             [dataclasses.replace(GREEDY, stop=[(o.outputs[0].text or "?")[position:][:2] or "?"], logprobs=0) for o in plain],
         ]
         for params in cases:
-            want = LLM(folders["llama"], **SETTINGS).generate(PROMPTS, params, use_tqdm=False)
+            want = alone.generate(PROMPTS, params, use_tqdm=False)
             llm = LLM(folders["llama"], **SETTINGS)
             speculate(llm, Hindsight(expected, position, error_rate=0.1), num_speculative_tokens=7)
             got = collect(llm, params, kind)

@@ -1,0 +1,291 @@
+"""Connects the event loop to the engine: the engine steps in a thread of its own, so that HTTP stays responsive.
+
+Two queues join the worlds. Commands (submit, abort) go to the engine thread and take effect at the next step border;
+outputs come back with one hop a step, however many requests the step served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..batching.sequence import SamplingParams
+from ..core.input import EngineRequest, Prompt
+from ..core.output import RequestOutput
+from ..core.scheduler import QueueFullError
+
+if TYPE_CHECKING:
+    from ..core.engine import LLMEngine
+
+logger = logging.getLogger(__name__)
+
+INLINE_LIMIT = 2048
+"""Characters or token ids up to which prompts are prepared on the event loop; longer ones go to a thread."""
+
+
+GRAMMAR_SECONDS = 10.0
+"""What compiling the form of an answer may take."""
+HEALTH_SECONDS = 1.0
+"""How often an engine with nothing to do sees whether all its ranks live, and somebody whether a step hangs."""
+
+
+class EngineDeadError(RuntimeError):
+    """The engine failed or was shut down; no request can be served any more."""
+
+
+class OutputStream(AsyncIterator[RequestOutput]):
+    """Outputs of the requests of one submission, as the engine makes them; ends when all have finished.
+
+    `close` aborts what is unfinished; call it (or leave an ``async with``) whenever the stream is not read to its end.
+    """
+
+    def __init__(self, request_ids: list[str], abort: Callable[[list[str]], None]) -> None:
+        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._outputs: asyncio.Queue[RequestOutput | Exception | None] = asyncio.Queue()
+        self._unfinished = set(request_ids)
+        self._abort = abort
+
+    async def __anext__(self) -> RequestOutput:
+        if not self._unfinished:
+            raise StopAsyncIteration
+        output = await self._outputs.get()
+        if output is None:
+            raise StopAsyncIteration
+        if isinstance(output, Exception):
+            self._unfinished.clear()
+            raise output
+        if output.finished:
+            self._unfinished.discard(output.request_id)
+        return output
+
+    async def __aenter__(self) -> OutputStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Abort the unfinished requests; whoever waits for an output sees the end of the stream."""
+        self._abort(list(self._unfinished))
+        self._unfinished.clear()
+        self._outputs.put_nowait(None)
+
+    def accept(self) -> None:
+        """The engine took all requests."""
+        if not self.accepted.done():
+            self.accepted.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        """End the stream with an error, raised by the submission or, once that has succeeded, by the iteration."""
+        if not self.accepted.done():
+            self.accepted.set_exception(error)
+        else:
+            self._outputs.put_nowait(error)
+
+    def put(self, output: RequestOutput) -> None:
+        """Hand over one output of the engine."""
+        self._outputs.put_nowait(output)
+
+
+class AsyncEngine:
+    """An `LLMEngine` for use from one event loop.
+
+    All methods are called on the loop, except `shutdown`, which may be called from any thread but the engine's.
+
+    Args:
+        max_waiting_tokens: of prompts that wait; requests beyond it are refused. None: no limit.
+        stall_seconds: a step that takes longer counts as a failure of the engine.
+
+    Attributes:
+        on_death: called on the loop when the engine has failed, once all its requests have been told.
+        on_rejection: called on the engine's thread with the reason, "requests" or "tokens", when the queue is full.
+        is_draining: set by who wants no new requests; nothing here changes by it.
+    """
+
+    def __init__(self, engine: LLMEngine, max_waiting_tokens: int | None = None, stall_seconds: float = 300.0) -> None:
+        self.engine = engine
+        self.max_waiting_tokens = max_waiting_tokens
+        self.stall_seconds = stall_seconds
+        self.on_death: Callable[[], None] | None = None
+        self.on_rejection: Callable[[str], None] | None = None
+        self.is_draining = False
+        self._step_since: float | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._streams: dict[str, OutputStream] = {}  # touched by the event loop only
+        self._death: str | None = None  # touched by the event loop only
+        self._wake = threading.Condition()  # guards the two below
+        self._commands: list[Callable[[], None]] = []
+        self._stopping = False
+
+    def start(self) -> None:
+        """Bind to the running event loop and start the engine thread."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+        self._loop.call_later(HEALTH_SECONDS, self._watch)
+
+    def shutdown(self) -> None:
+        """Stop after the step that is running, fail what is unfinished with `EngineDeadError`, join the thread if it comes."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.ident is not None:
+            while self._thread.is_alive() and not self._is_stalled():
+                self._thread.join(HEALTH_SECONDS)
+
+    @property
+    def is_running(self) -> bool:
+        """False once the engine has failed or was shut down."""
+        return self._death is None and self._thread.is_alive()
+
+    async def prepare(
+        self, request_id: str, prompts: list[Prompt], params: SamplingParams, priority: int = 0
+    ) -> list[EngineRequest]:
+        """Tokenize and validate prompts, without bothering the engine thread; several get ids ``request_id-0``, …
+
+        Raises:
+            ValueError: a prompt or a parameter is not valid.
+        """
+        names = [request_id] if len(prompts) == 1 else [f"{request_id}-{i}" for i in range(len(prompts))]
+        pairs = list(zip(names, prompts, strict=True))
+
+        def work() -> list[EngineRequest]:
+            return [self.engine.prepare(name, prompt, params, priority) for name, prompt in pairs]
+
+        if params.structured_output is not None:
+            try:
+                return await asyncio.wait_for(asyncio.to_thread(work), GRAMMAR_SECONDS)
+            except TimeoutError:
+                raise ValueError(
+                    f"structured_output takes more than {GRAMMAR_SECONDS:g} s to compile; make it simpler"
+                ) from None
+        size = sum(len(prompt) if isinstance(prompt, str) else max(map(len, prompt.values())) for prompt in prompts)
+        return work() if size <= INLINE_LIMIT else await asyncio.to_thread(work)
+
+    async def submit(self, requests: list[EngineRequest]) -> OutputStream:
+        """Hand requests to the engine, all or none; returns when it has taken them.
+
+        Raises:
+            QueueFullError: too many requests wait.
+            EngineDeadError: the engine failed or was shut down.
+            ValueError: a request id is in use.
+        """
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+        for request in requests:
+            if request.request_id in self._streams:
+                raise ValueError(f"request id {request.request_id!r} is in use")
+        stream = OutputStream([request.request_id for request in requests], self._abort)
+        self._streams.update((request.request_id, stream) for request in requests)
+        self._send(partial(self._accept, requests, stream))
+        try:
+            await stream.accepted
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    async def generate(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> OutputStream:
+        """`prepare` and `submit` one prompt: ``async for output in await engine.generate(…)``."""
+        return await self.submit(await self.prepare(request_id, [prompt], params, priority))
+
+    # ------------------------------------------------------------------------------------------- on the event loop
+
+    def _watch(self) -> None:
+        """Every second, see whether a step hangs."""
+        if self._death is None and self._is_stalled():
+            logger.error("A step of the engine has taken more than %g seconds", self.stall_seconds)
+            self._fail("the engine hangs; the server's log has more")
+        if self._death is None:
+            self._loop.call_later(HEALTH_SECONDS, self._watch)
+
+    def _is_stalled(self) -> bool:
+        since = self._step_since
+        return since is not None and time.monotonic() - since > self.stall_seconds
+
+    def _send(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+
+    def _abort(self, request_ids: list[str]) -> None:
+        running = [request_id for request_id in request_ids if self._streams.pop(request_id, None) is not None]
+        if running:
+            self._send(partial(self._abort_now, running))
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is None:  # aborted while the step was running
+                continue
+            stream.put(output)
+            if output.finished:
+                del self._streams[output.request_id]
+
+    def _fail(self, reason: str) -> None:
+        if self._death is not None:  # a thread that was given up has ended after all
+            return
+        self._death = reason
+        streams, self._streams = set(self._streams.values()), {}
+        for stream in streams:
+            stream.fail(EngineDeadError(reason))
+        if self.on_death is not None and not self._stopping:
+            self.on_death()
+
+    # -------------------------------------------------------------------------------------------- on the engine thread
+
+    def _run(self) -> None:
+        reason = "the server is shutting down"
+        try:
+            while (commands := self._next_commands()) is not None:
+                for command in commands:
+                    command()
+                if self.engine.has_unfinished_requests():
+                    self._step_since = time.monotonic()
+                    outputs = self.engine.step()
+                    self._step_since = None
+                    if outputs:
+                        self._post(self._deliver, outputs)
+        except Exception:
+            reason = "the engine has failed; the server's log has the cause"
+            logger.exception("The engine has failed")
+        finally:
+            self._post(self._fail, reason)
+
+    def _next_commands(self) -> list[Callable[[], None]] | None:
+        """Sleep until there is something to do; None when the thread has to end."""
+        with self._wake:
+            while not self._wake.wait_for(
+                lambda: self._stopping or self._commands or self.engine.has_unfinished_requests(), HEALTH_SECONDS
+            ):
+                self.engine.check_health()
+            commands, self._commands = self._commands, []
+            return None if self._stopping else commands
+
+    def _accept(self, requests: list[EngineRequest], stream: OutputStream) -> None:
+        """Submit all requests of a stream, or none: where one is refused, by `_admit` or by the engine, those before it are
+        aborted. By `_post` the stream is told that they are taken, or the error; and `on_rejection` the reason of a full queue.
+        """
+        raise NotImplementedError("Stage 5 · Task 5.7: AsyncEngine._accept, see IMPLEMENTATION_GUIDE.md#task-5-7")
+
+    def _admit(self, request: EngineRequest) -> None:
+        """Let a request in, or not.
+
+        Raises:
+            QueueFullError: more than `max_waiting_tokens` (None: no limit) would wait, "tokens"; an empty queue takes any.
+        """
+        # Hint: A request may be a list of prompts. What has to be undone when the third of them finds no room?
+        raise NotImplementedError("Stage 5 · Task 5.7: AsyncEngine._admit, see IMPLEMENTATION_GUIDE.md#task-5-7")
+
+    def _abort_now(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self.engine.abort_request(request_id)
+
+    def _post(self, callback: Callable[..., None], *args: Any) -> None:
+        if not self._loop.is_closed():  # a closed loop has nobody left to tell
+            self._loop.call_soon_threadsafe(callback, *args)

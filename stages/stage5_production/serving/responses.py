@@ -1,0 +1,281 @@
+"""Turns what the engine puts out into OpenAI answers: whole ones, and streams of server-sent events."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterable
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel
+
+from ..core.output import CompletionOutput, Logprob, RequestOutput
+from .async_engine import EngineDeadError, OutputStream
+from .openai_answers import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletionChunk,
+    ChatCompletionResponse,
+    ChatLogprobs,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionResponse,
+    Delta,
+    PromptTokensDetails,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
+from .openai_protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+    error_body,
+)
+
+logger = logging.getLogger(__name__)
+
+MIN_LOGPROB = -9999.0
+"""What OpenAI reports for a token that is all but impossible; JSON has no -inf."""
+
+
+class Reply(ABC):
+    """The answer to one HTTP request, which is one engine request a prompt with `n` sequences each.
+
+    Sequence j of prompt i is choice ``i * n + j``.
+
+    Args:
+        prompts: engine request id → the prompt's token ids, in the order of the prompts.
+        tokenizer: the engine's, or None where token ids have no text.
+    """
+
+    def __init__(self, reply_id: str, request: GenerationRequest, prompts: dict[str, list[int]], tokenizer: Any) -> None:
+        self.head = {"id": reply_id, "created": int(time.time()), "model": request.model}
+        self.request = request
+        self.n = request.n or 1
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self._first_choice = {request_id: i * self.n for i, request_id in enumerate(prompts)}
+        self._cached: dict[str, int] = {}
+        self._completion_tokens = 0
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens of everything that went through `choices` so far; a prompt counts once."""
+        # Hint: `_first_choice` knows where a prompt's choices begin. And what a prompt found in the cache is said again
+        # with every output.
+        raise NotImplementedError("Stage 5 · Task 5.2: Reply.usage, see IMPLEMENTATION_GUIDE.md#task-5-2")
+
+    def choices(self, output: RequestOutput) -> Iterable[tuple[int, CompletionOutput]]:
+        """The sequences in an output with the index of their choice; counts their tokens."""
+        raise NotImplementedError("Stage 5 · Task 5.2: Reply.choices, see IMPLEMENTATION_GUIDE.md#task-5-2")
+
+    @abstractmethod
+    def whole(self, outputs: list[RequestOutput]) -> BaseModel:
+        """The answer, from the final output of every engine request."""
+        ...
+
+    @abstractmethod
+    def opening(self) -> Iterable[BaseModel]:
+        """Chunks that come before any token."""
+        ...
+
+    @abstractmethod
+    def chunk(self, index: int, sequence: CompletionOutput) -> BaseModel:
+        """The chunk that carries what is new in a choice."""
+        ...
+
+    @abstractmethod
+    def closing(self) -> BaseModel:
+        """The chunk with the usage and no choices."""
+        ...
+
+
+class CompletionReply(Reply):
+    """``/v1/completions``."""
+
+    request: CompletionRequest
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._offsets: dict[int, int] = {}  # choice → characters of its tokens so far
+
+    def whole(self, outputs: list[RequestOutput]) -> CompletionResponse:
+        choices = [self._choice(i, sequence) for output in outputs for i, sequence in self.choices(output)]
+        choices.sort(key=lambda choice: choice.index)
+        for choice in choices:
+            choice.text = self._echo(choice.index) + choice.text
+        return CompletionResponse(**self.head, choices=choices, usage=self.usage)
+
+    def opening(self) -> Iterable[CompletionResponse]:
+        for index in range(len(self.prompts) * self.n) if self.request.echo else ():
+            yield CompletionResponse(**self.head, choices=[CompletionChoice(index=index, text=self._echo(index))])
+
+    def chunk(self, index: int, sequence: CompletionOutput) -> CompletionResponse:
+        return CompletionResponse(**self.head, choices=[self._choice(index, sequence)])
+
+    def closing(self) -> CompletionResponse:
+        return CompletionResponse(**self.head, choices=[], usage=self.usage)
+
+    def _choice(self, index: int, sequence: CompletionOutput) -> CompletionChoice:
+        return CompletionChoice(
+            index=index,
+            text=sequence.text,
+            logprobs=self._logprobs(index, sequence),
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
+        )
+
+    def _echo(self, index: int) -> str:
+        if not self.request.echo:
+            return ""
+        prompt = self.request.prompt[index // self.n]
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+
+    def _logprobs(self, index: int, sequence: CompletionOutput) -> CompletionLogprobs | None:
+        if self.request.logprobs is None or sequence.logprobs is None:
+            return None
+        result = CompletionLogprobs()
+        for token_id, position in zip(sequence.token_ids, sequence.logprobs, strict=True):
+            text = token_text(token_id, position[token_id])
+            top: dict[str, float] = {}
+            for other, entry in _by_rank(position):
+                top.setdefault(token_text(other, entry), finite(entry.logprob))  # of equal texts the likelier
+            result.tokens.append(text)
+            result.token_logprobs.append(finite(position[token_id].logprob))
+            result.top_logprobs.append(top)
+            offset = self._offsets.get(index, 0)
+            result.text_offset.append(offset)
+            self._offsets[index] = offset + len(text)
+        return result
+
+
+class ChatReply(Reply):
+    """``/v1/chat/completions``."""
+
+    request: ChatCompletionRequest
+
+    def whole(self, outputs: list[RequestOutput]) -> ChatCompletionResponse:
+        choices = [
+            ChatChoice(
+                index=index,
+                message=AssistantMessage(content=sequence.text),
+                logprobs=self._logprobs(sequence),
+                finish_reason=sequence.finish_reason,
+                stop_reason=sequence.stop_reason,
+            )
+            for output in outputs
+            for index, sequence in self.choices(output)
+        ]
+        choices.sort(key=lambda choice: choice.index)
+        return ChatCompletionResponse(**self.head, choices=choices, usage=self.usage)
+
+    def opening(self) -> Iterable[ChatCompletionChunk]:
+        for index in range(self.n):
+            delta = Delta(role="assistant", content="")
+            yield ChatCompletionChunk(**self.head, choices=[ChatChunkChoice(index=index, delta=delta)])
+
+    def chunk(self, index: int, sequence: CompletionOutput) -> ChatCompletionChunk:
+        choice = ChatChunkChoice(
+            index=index,
+            delta=Delta(content=sequence.text),
+            logprobs=self._logprobs(sequence),
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
+        )
+        return ChatCompletionChunk(**self.head, choices=[choice])
+
+    def closing(self) -> ChatCompletionChunk:
+        return ChatCompletionChunk(**self.head, choices=[], usage=self.usage)
+
+    def _logprobs(self, sequence: CompletionOutput) -> ChatLogprobs | None:
+        if not self.request.logprobs or sequence.logprobs is None:
+            return None
+        content = []
+        for token_id, position in zip(sequence.token_ids, sequence.logprobs, strict=True):
+            top = [entry for entry in _by_rank(position) if entry[1].rank <= (self.request.top_logprobs or 0)]
+            content.append(
+                TokenLogprob(
+                    **self._token(token_id, position[token_id]),
+                    top_logprobs=[TopLogprob(**self._token(*entry)) for entry in top],
+                )
+            )
+        return ChatLogprobs(content=content)
+
+    def _token(self, token_id: int, entry: Logprob) -> dict[str, Any]:
+        text = token_text(token_id, entry)
+        raw = token_bytes(self.tokenizer, token_id, text)
+        return {"token": text, "logprob": finite(entry.logprob), "bytes": list(raw)}
+
+
+async def server_sent_events(reply: Reply, stream: OutputStream) -> AsyncIterator[str]:
+    """The answer as server-sent events: opening chunks, a chunk for each piece of a choice, ``[DONE]``.
+
+    After the start the HTTP status is out; an error then is one more data object.
+    """
+    try:
+        for chunk in reply.opening():
+            yield _event(chunk)
+        async for output in stream:
+            for index, sequence in reply.choices(output):
+                if sequence.text or sequence.logprobs or sequence.finished:  # else text is held back
+                    yield _event(reply.chunk(index, sequence))
+        if reply.request.include_usage:
+            yield _event(reply.closing())
+    except EngineDeadError as error:
+        yield _event(error_body(str(error), 503))
+    except Exception:
+        logger.exception("A stream has failed")
+        yield _event(error_body("internal server error", 500))
+    yield "data: [DONE]\n\n"
+
+
+def _event(data: BaseModel) -> str:
+    return f"data: {data.model_dump_json()}\n\n"
+
+
+# --------------------------------------------------------------------------------------------------------- logprobs
+
+
+def _by_rank(position: dict[int, Logprob]) -> list[tuple[int, Logprob]]:
+    return sorted(position.items(), key=lambda item: item[1].rank)
+
+
+def finite(logprob: float) -> float:
+    """A log-probability that JSON can hold."""
+    return max(logprob, MIN_LOGPROB)
+
+
+def token_text(token_id: int, entry: Logprob) -> str:
+    """The token as text; its id, where the engine has no tokenizer."""
+    return f"token_id:{token_id}" if entry.decoded_token is None else entry.decoded_token
+
+
+def token_bytes(tokenizer: Any, token_id: int, text: str) -> bytes:
+    """The bytes that a token stands for.
+
+    They are the text's, unless the token holds only a part of a character. Then the vocabulary has them: SentencePiece
+    writes a byte as ``<0xE2>``, byte-level BPE gives each byte a printable character.
+    """
+    if "\N{REPLACEMENT CHARACTER}" not in text or tokenizer is None:
+        return text.encode()
+    piece = tokenizer.convert_ids_to_tokens(token_id)
+    if match := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+        return bytes.fromhex(match[1])
+    alphabet = _byte_alphabet()
+    if all(character in alphabet for character in piece):
+        return bytes(alphabet[character] for character in piece)
+    return text.encode()
+
+
+@cache
+def _byte_alphabet() -> dict[str, int]:
+    """The characters of GPT-2's byte-level BPE: printable bytes stand for themselves, the others, in order, for the
+    code points from 256 on (Radford et al. 2019, `encoder.py:bytes_to_unicode`)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

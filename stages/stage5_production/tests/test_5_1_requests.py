@@ -1,0 +1,143 @@
+"""Task 5.1: a body becomes parameters of the engine, or one line that names the field at fault."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from stages.batching.sequence import RequestOutputKind, SamplingParams
+from stages.course.checks import check_equal
+from stages.serving.openai_protocol import ChatCompletionRequest, CompletionRequest, describe_validation_error
+
+DELTA, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return CompletionRequest(model="m", prompt="hi", **fields)
+
+
+def chat(**fields: Any) -> ChatCompletionRequest:
+    return ChatCompletionRequest(model="m", messages=[{"role": "user", "content": "hi"}], **fields)
+
+
+def test_what_is_not_set_is_left_to_the_engine() -> None:
+    """A bare request sets nothing but the kind of output; null is as good as absent.
+
+    Why: defaults are written down once, in SamplingParams. A second copy in the server disagrees after the next release.
+    """
+    check_equal(completion().sampling_fields(), {"output_kind": FINAL_ONLY}, "fields of a bare completion")
+    check_equal(completion(temperature=None, stop=None).sampling_fields(), {"output_kind": FINAL_ONLY}, "fields with nulls")
+
+
+def test_fields_that_both_have_go_across() -> None:
+    """Every field of SamplingParams that the request has and sets, under the same name, also a 0 and a false.
+
+    Why: who drops what is false in Python drops temperature 0, and greedy requests become random.
+    """
+    fields = completion(temperature=0.0, n=2, stop=["a"], seed=0, ignore_eos=False, min_tokens=0, top_k=5).sampling_fields()
+    expected = {"temperature": 0.0, "n": 2, "stop": ["a"], "seed": 0, "ignore_eos": False, "min_tokens": 0, "top_k": 5}
+    check_equal(fields, expected | {"output_kind": FINAL_ONLY}, "fields")
+    SamplingParams(**fields)
+
+
+def test_fields_of_the_server_stay_behind() -> None:
+    """model, prompt, user, stream, priority and their like are no parameters of the engine.
+
+    Why: SamplingParams refuses what it does not know, and the client would get an error about a field that is fine.
+    """
+    fields = completion(user="ann", priority=1, cache_salt="s", echo=True, stream=True).sampling_fields()
+    check_equal(fields, {"output_kind": DELTA}, "fields")
+
+
+@pytest.mark.parametrize(("stream", "kind"), [(True, DELTA), (False, FINAL_ONLY), (None, FINAL_ONLY)])
+def test_a_stream_wants_deltas(stream: bool | None, kind: RequestOutputKind) -> None:
+    """Streams get what is new at each step, whole answers nothing before the end.
+
+    Why: cumulative outputs of a long answer cost the square of its length, and most of them are thrown away.
+    """
+    check_equal(completion(stream=stream).sampling_fields()["output_kind"], kind, "kind of output")
+
+
+def test_the_tokens_of_a_bias_are_numbers() -> None:
+    """JSON's keys are texts, the engine's are token ids.
+
+    Why: a bias for the token "50" is none for the token 50.
+    """
+    check_equal(completion(logit_bias={"50": -1.5, "7": 3}).sampling_fields()["logit_bias"], {50: -1.5, 7: 3}, "logit_bias")
+
+
+@pytest.mark.parametrize(
+    ("fields", "limit"), [({}, None), ({"max_tokens": 5}, 5), ({"max_completion_tokens": 7}, 7),
+                          ({"max_tokens": 7, "max_completion_tokens": 7}, 7)]
+)  # fmt: skip
+def test_a_chat_has_two_names_for_its_limit_and_no_default(fields: dict[str, int], limit: int | None) -> None:
+    """max_completion_tokens is the newer name of max_tokens; without either an answer may fill the context.
+
+    Why: the engine's own default of 16 tokens is that of completions. A chat that ends after 16 tokens looks broken.
+    """
+    check_equal(chat(**fields).sampling_fields()["max_tokens"], limit, "max_tokens")
+
+
+@pytest.mark.parametrize(
+    ("fields", "logprobs"),
+    [({}, None), ({"logprobs": False}, None), ({"logprobs": True}, 0), ({"logprobs": True, "top_logprobs": 3}, 3)],
+)
+def test_a_chat_says_in_two_fields_how_many_log_probabilities(fields: dict[str, Any], logprobs: int | None) -> None:
+    """logprobs: true wants that of the token, top_logprobs so many alternatives beside it; the engine has one number.
+
+    Why: True is 1 in Python, so a careless copy asks for one alternative that nobody wanted.
+    """
+    value = chat(**fields).sampling_fields()["logprobs"]
+    check_equal((value, type(value)), (logprobs, type(logprobs)), "logprobs and its type")
+
+
+def problem(request: type[Any], body: Any) -> tuple[str, str | None]:
+    """What `describe_validation_error` says of the first thing that is wrong with a body, as FastAPI would report it."""
+    with pytest.raises(ValidationError) as caught:
+        request.model_validate(body)
+    error = caught.value.errors()[0]
+    return describe_validation_error(error | {"loc": ("body", *error["loc"])})
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "param"),
+    [
+        ({"prompt": "x"}, "model is required", "model"),
+        ({"model": "m", "prompt": "x", "nonsense": 1}, "nonsense is not a field of this request", "nonsense"),
+        ({"model": "m", "prompt": "x", "best_of": 2}, "best_of is not supported by this server", "best_of"),
+        ({"model": "m", "prompt": "x", "stop": [1]}, "stop[0]: Input should be a valid string", "stop[0]"),
+        ({"model": "m", "prompt": "x", "stream": True, "stream_options": {"more": 1}},
+         "stream_options.more is not a field of this request", "stream_options.more"),
+        ({"model": "m", "prompt": []}, "prompt: must be a string, token ids, or a list of either, and not empty", "prompt"),
+        ([1], "the body must be a JSON object, sent with Content-Type: application/json", None),
+    ],
+)  # fmt: skip
+def test_an_error_names_the_field(body: Any, message: str, param: str | None) -> None:
+    """One line, with the path of the field as a person would write it, and that path by itself.
+
+    Why: "Input should be a valid string" sends a user through all of their fields.
+    """
+    check_equal(problem(CompletionRequest, body), (message, param), "message and field")
+
+
+def test_an_error_in_a_list_has_its_place() -> None:
+    """messages[1].content[0].type: numbers in brackets, names behind dots.
+
+    Why: a conversation has hundreds of messages.
+    """
+    parts = [{"type": "image_url", "text": "x"}]
+    body = {"model": "m", "messages": [{"role": "user", "content": "a"}, {"role": "user", "content": parts}]}
+    check_equal(problem(ChatCompletionRequest, body)[1], "messages[1].content[0].type", "field")
+
+
+def test_broken_json_is_told_with_its_place() -> None:
+    """FastAPI reports it with the place in the text instead of a field.
+
+    Why: a missing bracket is no fault of any field.
+    """
+    error = {"type": "json_invalid", "loc": ("body", 17), "msg": "JSON", "ctx": {"error": "Expecting value"}}
+    check_equal(
+        describe_validation_error(error), ("the body is not valid JSON: Expecting value at character 17", None), "error"
+    )

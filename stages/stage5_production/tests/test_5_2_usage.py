@@ -1,0 +1,94 @@
+"""Task 5.2: which choice a sequence is, and what a request is billed for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from stages.core.output import CompletionOutput, RequestOutput
+from stages.course.checks import check_equal
+from stages.serving.openai_protocol import CompletionRequest
+from stages.serving.responses import CompletionReply
+
+
+def reply(n: int | None, *prompts: list[int]) -> CompletionReply:
+    """The answer to prompts "r-0", "r-1", … with n sequences each."""
+    request = CompletionRequest(model="m", prompt=["x"] * len(prompts), n=n)
+    return CompletionReply("id", request, {f"r-{i}": prompt for i, prompt in enumerate(prompts)}, None)
+
+
+def output(name: str, *sequences: tuple[int, list[int]], cached: int = 0, finished: bool = True) -> RequestOutput:
+    """Sequences as (index, new tokens)."""
+    outputs = [CompletionOutput(index, "t", tokens, finish_reason="stop" if finished else None) for index, tokens in sequences]
+    return RequestOutput(name, None, [], outputs, finished, num_cached_tokens=cached)
+
+
+def numbers(one: Any) -> tuple[int, int, int, int]:
+    usage = one.usage
+    return usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, usage.prompt_tokens_details.cached_tokens
+
+
+def test_sequence_j_of_prompt_i_is_choice_i_n_plus_j() -> None:
+    """Two prompts with three sequences each are choices 0 to 5.
+
+    Why: clients find their answers by index; with another count two prompts' answers change places.
+    """
+    one = reply(3, [1, 2], [3])
+    got = [[index for index, _ in one.choices(output(name, (0, [7]), (1, [7]), (2, [7])))] for name in ("r-0", "r-1")]
+    check_equal(got, [[0, 1, 2], [3, 4, 5]], "indices of choices")
+
+
+def test_sequences_come_with_their_choice_in_any_order() -> None:
+    """A delta may bring the third sequence alone.
+
+    Why: the place in an output is not the sequence's index.
+    """
+    one = reply(3, [1], [2])
+    pairs = list(one.choices(output("r-1", (2, [7, 8]))))
+    check_equal([(index, sequence.token_ids) for index, sequence in pairs], [(5, [7, 8])], "choice and tokens")
+
+
+def test_a_prompt_counts_once() -> None:
+    """Prompts of 2 and 3 tokens with n = 4 are 5 prompt tokens.
+
+    Why: it is computed once; to bill it four times is a well-known bug of servers.
+    """
+    check_equal(numbers(reply(4, [1, 2], [3, 4, 5]))[0], 5, "prompt tokens")
+    check_equal(numbers(reply(None, [1, 2]))[0], 2, "prompt tokens without n")
+
+
+def test_tokens_add_up_over_deltas() -> None:
+    """Each output brings new tokens; the usage is of all that came so far.
+
+    Why: a stream's last chunk must say the same as the whole answer would.
+    """
+    one = reply(2, [1, 2, 3])
+    for step in (output("r-0", (0, [5]), (1, [6]), finished=False), output("r-0", (1, [7, 8]), finished=False)):
+        list(one.choices(step))
+    check_equal(numbers(one), (3, 4, 7, 0), "usage in the middle")
+    list(one.choices(output("r-0", (0, []), (1, [9]))))
+    check_equal(numbers(one), (3, 5, 8, 0), "usage at the end")
+
+
+def test_asking_for_the_usage_changes_nothing() -> None:
+    """Twice the same.
+
+    Why: a property that counts is a trap for whoever logs it.
+    """
+    one = reply(1, [1, 2])
+    list(one.choices(output("r-0", (0, [5, 6]))))
+    check_equal([numbers(one), numbers(one)], [(2, 2, 4, 0)] * 2, "usage, asked twice")
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_cached_tokens_are_those_of_each_prompt_once(steps: int) -> None:
+    """The first prompt found 16 tokens, the second 32, and every output says so again: 48.
+
+    Why: the number comes with each delta. Added up step by step it would exceed the prompt.
+    """
+    one = reply(1, [0] * 20, [0] * 40)
+    for _ in range(steps):
+        list(one.choices(output("r-0", (0, [1]), cached=16, finished=False)))
+        list(one.choices(output("r-1", (0, [1]), cached=32, finished=False)))
+    check_equal(numbers(one), (60, 2 * steps, 60 + 2 * steps, 48), "usage")

@@ -1,0 +1,190 @@
+"""Task 5.8: histograms whose times begin and end where their names say."""
+
+from __future__ import annotations
+
+import pytest
+
+from stages.batching.sequence import SamplingParams, Sequence, SequenceStatus
+from stages.core.engine import EngineStats
+from stages.core.scheduler import SchedulerOutput
+from stages.course.checks import check_equal
+from stages.serving.metrics import EngineMetrics, Histogram
+
+
+def make() -> EngineMetrics:
+    return EngineMetrics("m", lambda: EngineStats(0, 0, 0.0, 0.0, 0, 0, 0, 0, 0, 0), 4096)
+
+
+def sequence(seq_id: int = 0, arrival: float = 0.0, scheduled: float = 0.0, prompt: int = 3) -> Sequence:
+    seq = Sequence(seq_id, [1] * prompt, SamplingParams(), arrival_time=arrival)
+    seq.first_scheduled_time = scheduled
+    return seq
+
+
+def finish(seq: Sequence, reason: str) -> Sequence:
+    seq.status, seq.finish_reason = SequenceStatus.FINISHED, reason
+    return seq
+
+
+def step(metrics: EngineMetrics, now: float, *sampled: Sequence, tokens: int = 1, beside: int = 0) -> None:
+    """A step in which sequences get tokens, and a chunk of somebody's prompt is computed beside."""
+    for seq in sampled:
+        seq.tokens += [7] * tokens
+    scheduled = dict.fromkeys(sampled, tokens)
+    if beside:
+        scheduled[sequence(99, prompt=beside)] = beside
+    metrics.on_step(SchedulerOutput(scheduled, list(sampled)), now)
+
+
+def entered(histogram: Histogram) -> tuple[int, float]:
+    """How many values, and their sum."""
+    return sum(histogram.counts), round(histogram.sum, 9)
+
+
+def test_a_value_at_a_bound_is_within_it() -> None:
+    """Bounds 1 and 2: 1 belongs to the first bucket, 2 to the second, 2.5 to the last, which has no end.
+
+    Why: "le" means less or equal. Off by one bucket, every percentile of a dashboard is too high.
+    """
+    histogram = Histogram("h", "text", (1.0, 2.0))
+    for value in (0.0, 1.0, 1.5, 2.0, 2.5):
+        histogram.observe(value)
+    check_equal(histogram.counts, [2, 2, 1], "counts")
+    check_equal(histogram.sum, 7.0, "sum")
+
+
+def test_a_value_may_count_for_many() -> None:
+    """observe(3, 10) is ten values of 3.
+
+    Why: a step of a thousand sequences enters one number, not a thousand.
+    """
+    histogram = Histogram("h", "text", (1.0, 5.0))
+    histogram.observe(3.0, 10)
+    check_equal((histogram.counts, histogram.sum), ([0, 10, 0], 30.0), "counts and sum")
+
+
+def test_the_first_token_is_timed_from_the_arrival() -> None:
+    """Arrived at 10, first scheduled at 10.5, first token at 11: 1 second.
+
+    Why: measured from when it was scheduled, a server with an hour's queue looks as fast as an empty one.
+    """
+    metrics = make()
+    step(metrics, 11.0, sequence(arrival=10.0, scheduled=10.5))
+    check_equal(entered(metrics.first_token), (1, 1.0), "time to first token: count, sum")
+    check_equal(entered(metrics.between), (0, 0.0), "between tokens, before there is a second")
+
+
+def test_times_between_tokens_begin_with_the_second() -> None:
+    """Tokens at 1, 1.25 and 2: 0.25 and 0.75.
+
+    Why: the wait for the first is another metric, and a hundred times as long.
+    """
+    metrics, seq = make(), sequence()
+    for now in (1.0, 1.25, 2.0):
+        step(metrics, now, seq)
+    check_equal(entered(metrics.between), (2, 1.0), "between tokens: count, sum")
+    check_equal(entered(metrics.first_token), (1, 1.0), "time to first token: count, sum")
+
+
+def test_each_sequence_has_its_own_last_token() -> None:
+    """One that was not in a step has waited for longer.
+
+    Why: a preempted sequence's gap is what its user sees as a stall; an average over the step hides it.
+    """
+    metrics, first, second = make(), sequence(0), sequence(1)
+    step(metrics, 1.0, first, second)
+    step(metrics, 1.5, first)
+    step(metrics, 3.0, first, second)
+    check_equal(entered(metrics.between), (3, 0.5 + 1.5 + 2.0), "between tokens: count, sum")
+
+
+def test_equal_waits_are_several() -> None:
+    """Three sequences that all waited from 1 to 2: three waits of a second.
+
+    Why: they are gathered to be entered at once, and one entry is not three.
+    """
+    metrics, sequences = make(), [sequence(i) for i in range(3)]
+    step(metrics, 1.0, *sequences)
+    step(metrics, 2.0, *sequences)
+    check_equal(entered(metrics.between), (3, 3.0), "between tokens: count, sum")
+
+
+def test_what_comes_in_one_step_is_one_wait() -> None:
+    """Speculation brings five tokens at once: one wait. The time per token knows of all five.
+
+    Why: vLLM counts so, and dashboards made for it would show zeros otherwise.
+    """
+    metrics, seq = make(), sequence()
+    step(metrics, 1.0, seq)
+    step(metrics, 1.5, finish(seq, "stop"), tokens=5)
+    check_equal(entered(metrics.between), (1, 0.5), "between tokens: count, sum")
+    check_equal(entered(metrics.per_token), (1, 0.1), "time per output token: count, sum")
+
+
+def test_the_size_of_a_step_counts_prompts_too() -> None:
+    """Two sequences that get a token and a chunk of 30 prompt tokens are 32.
+
+    Why: what a step costs depends on all of its tokens.
+    """
+    metrics = make()
+    step(metrics, 1.0, sequence(0), sequence(1), beside=30)
+    check_equal(entered(metrics.step_size), (1, 32.0), "tokens of a step: count, sum")
+
+
+def test_a_request_is_entered_when_it_ends() -> None:
+    """Arrived at 10, scheduled at 10.5, tokens at 11, 12 and 14: every histogram of requests gets one value.
+
+    Why: queue, prefill and decode add up to the whole, so an operator sees which of them grew.
+    """
+    metrics, seq = make(), sequence(arrival=10.0, scheduled=10.5)
+    step(metrics, 11.0, seq)
+    step(metrics, 12.0, seq)
+    check_equal(entered(metrics.whole), (0, 0.0), "whole requests, before the end")
+    step(metrics, 14.0, finish(seq, "length"))
+    values = {
+        "queue": 0.5, "prefill": 0.5, "decode": 3.0, "whole": 4.0, "per_token": 1.5, "prompt_len": 3.0, "output_len": 3.0
+    }  # fmt: skip
+    got = {name: entered(getattr(metrics, name)) for name in values}
+    check_equal(got, {name: (1, value) for name, value in values.items()}, "histograms: count, sum")
+    check_equal(dict(metrics.finished), {"length": 1}, "ended, by reason")
+
+
+def test_a_single_token_has_no_time_per_token() -> None:
+    """An answer of one token: decode took 0 seconds, and there is nothing to divide by.
+
+    Why: 0 / 0 ends the engine's thread. A 0 instead would make the median of short answers a lie.
+    """
+    metrics = make()
+    step(metrics, 2.0, finish(sequence(), "stop"))
+    check_equal((entered(metrics.per_token), entered(metrics.decode)), ((0, 0.0), (1, 0.0)), "per token, decode: count, sum")
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_what_is_aborted_has_ended_too(started: bool) -> None:
+    """Before its first step it has only waited; after its first token all is known but for the rest.
+
+    Why: users who leave are the first sign of a slow server, and they must not vanish from its statistics.
+    """
+    metrics, seq = make(), sequence(arrival=1.0, scheduled=1.5)
+    if started:
+        step(metrics, 2.0, seq)
+    else:
+        seq.first_scheduled_time = None
+    metrics.on_abort([finish(seq, "abort")], 4.0)
+    check_equal(dict(metrics.finished), {"abort": 1}, "ended, by reason")
+    check_equal(entered(metrics.whole), (1, 3.0), "whole requests: count, sum")
+    check_equal(entered(metrics.queue), (1, 0.5 if started else 3.0), "queue: count, sum")
+    check_equal(entered(metrics.prefill)[0], int(started), "prefill: count")
+
+
+def test_nobody_is_remembered_after_the_end() -> None:
+    """What is kept of a sequence goes with it.
+
+    Why: a server runs for months; a dictionary that only grows ends it.
+    """
+    metrics = make()
+    sequences = [sequence(i) for i in range(3)]
+    step(metrics, 1.0, *sequences)
+    step(metrics, 2.0, *(finish(seq, "stop") for seq in sequences[:2]))
+    metrics.on_abort([finish(sequences[2], "abort")], 3.0)
+    check_equal(len(metrics._times), 0, "sequences that are remembered")
