@@ -96,7 +96,9 @@ def test_an_empty_piece_changes_nothing() -> None:
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
-@given(stops=st.lists(WORDS, min_size=1, max_size=3), pieces=st.lists(st.text(alphabet="abc", max_size=3), max_size=8))
+@given(
+    stops=st.lists(WORDS, min_size=1, max_size=3), pieces=st.lists(st.text(alphabet="abc", max_size=3), min_size=1, max_size=8)
+)
 def test_as_a_search_through_the_whole_text(stops: list[str], pieces: list[str]) -> None:
     """Whole: after each piece the whole text is searched, as nobody can afford to; text and stop are the same.
 
