@@ -43,28 +43,37 @@ class GrammarCompiler:
         except ImportError:
             raise ValueError("structured_output needs XGrammar, which is not installed; run: pip install xgrammar") from None
         info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size, stop_token_ids=list(eos_token_ids))
+        self._vocab_size = vocab_size
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=CACHE_BYTES)
 
     def compile(self, wanted: StructuredOutput) -> CompiledGrammar:
         """The automaton of a form.
 
         Raises:
-            ValueError: it is not well-formed; the message says where.
+            ValueError: it is not well-formed, and the message says where; or no text has this form.
         """
         kind, text = wanted.kind, wanted.definition
         try:
             if kind in ("json", "json_object"):
                 # white space is fixed: a small model that may write any number of line breaks does
-                return self._compiler.compile_json_schema(OBJECT if kind == "json_object" else text, any_whitespace=False)
-            if kind == "regex":
-                return self._compiler.compile_regex(text)
-            if kind == "choice":
+                grammar = self._compiler.compile_json_schema(OBJECT if kind == "json_object" else text, any_whitespace=False)
+            elif kind == "regex":
+                grammar = self._compiler.compile_regex(text)
+            elif kind == "choice":
                 quoted = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
-                return self._compiler.compile_grammar(f"root ::= {' | '.join(quoted)}")
-            return self._compiler.compile_grammar(text)
+                grammar = self._compiler.compile_grammar(f"root ::= {' | '.join(quoted)}")
+            else:
+                grammar = self._compiler.compile_grammar(text)
         except RuntimeError as error:  # XGrammar's only kind of error
             message = _PLACE.sub("", str(error)).strip().splitlines()[0]
             raise ValueError(f"structured_output: the {kind} is not valid: {message}") from None
+        except UnicodeEncodeError:
+            raise ValueError(f"structured_output: the {kind} is not valid: it holds half of a surrogate pair") from None
+        first = torch.empty(1, -(-self._vocab_size // 32), dtype=torch.int32)
+        Guide(grammar).allow([[]], first)
+        if not bool(first.any()):
+            raise ValueError(f"structured_output: the {kind} is not valid: there is no text of this form")
+        return grammar
 
 
 class Guide:

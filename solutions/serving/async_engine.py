@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +116,8 @@ class AsyncEngine:
         self.on_rejection: Callable[[str], None] | None = None
         self.is_draining = False
         self._step_since: float | None = None
+        # one thread, and not of those that serve others: a form that takes long cannot be stopped
+        self._compiling = ThreadPoolExecutor(1, "grammar")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._streams: dict[str, OutputStream] = {}  # touched by the event loop only
@@ -134,6 +137,7 @@ class AsyncEngine:
         with self._wake:
             self._stopping = True
             self._wake.notify()
+        self._compiling.shutdown(wait=False, cancel_futures=True)
         if self._thread.ident is not None:
             while self._thread.is_alive() and not self._is_stalled():
                 self._thread.join(HEALTH_SECONDS)
@@ -159,7 +163,7 @@ class AsyncEngine:
 
         if params.structured_output is not None:
             try:
-                return await asyncio.wait_for(asyncio.to_thread(work), GRAMMAR_SECONDS)
+                return await asyncio.wait_for(self._loop.run_in_executor(self._compiling, work), GRAMMAR_SECONDS)
             except TimeoutError:
                 raise ValueError(
                     f"structured_output takes more than {GRAMMAR_SECONDS:g} s to compile; make it simpler"
@@ -289,8 +293,11 @@ class AsyncEngine:
         Raises:
             QueueFullError: more than `max_waiting_tokens` (None: no limit) would wait, "tokens"; an empty queue takes any.
         """
-        limit, waiting = self.max_waiting_tokens, self.engine.num_waiting_tokens
-        if limit is not None and waiting and waiting + len(request.prompt_token_ids) > limit:
+        limit = self.max_waiting_tokens
+        if limit is None:
+            return
+        waiting = self.engine.num_waiting_tokens
+        if waiting and waiting + len(request.prompt_token_ids) > limit:
             raise QueueFullError(f"{waiting} tokens of prompts are waiting, at most {limit} may; try again later", "tokens")
 
     def _abort_now(self, request_ids: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 The engine tells an `EngineMetrics` of every step, on its own thread and with one clock. Times between tokens come from there,
 not from when a client read them: a slow reader is not a slow engine. Most sequences of a step have waited for their token
-equally long, so one entry with a count stands for all of them, and 1,000 running sequences cost hardly more than 10.
+equally long, so one entry with a count stands for all of them.
 
 Names and buckets: vLLM's ``docs/usage/metrics.md`` and ``v1/metrics/loggers.py``.
 """
@@ -30,28 +30,9 @@ FIRST_TOKEN = (
 )  # fmt: skip
 TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 REQUEST = (
-    0.3,
-    0.5,
-    0.8,
-    1.0,
-    1.5,
-    2.0,
-    2.5,
-    5.0,
-    10.0,
-    15.0,
-    20.0,
-    30.0,
-    40.0,
-    50.0,
-    60.0,
-    120.0,
-    240.0,
-    480.0,
-    960.0,
-    1920.0,
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0,
     7680.0,
-)
+)  # fmt: skip
 STEP = tuple(float(1 << power) for power in range(15))
 
 
@@ -193,15 +174,16 @@ class EngineMetrics(Collector):
             counter.add_metric(values, value)
             yield counter
         with self._lock:
-            for name, text, label, counts in (
-                ("request_success", "Sequences that have ended, by reason.", "finished_reason", self.finished),
-                ("admission_rejections", "Requests refused before they were queued, by reason.", "reason", self.rejected),
-            ):
-                counter = CounterMetricFamily(f"vllm:{name}", text, labels=[*names, label])
-                for reason, count in sorted(counts.items()):
-                    counter.add_metric([*values, reason], count)
-                yield counter
+            ends, refusals = sorted(self.finished.items()), sorted(self.rejected.items())
             families = [each.family(self.labels) for each in vars(self).values() if isinstance(each, Histogram)]
+        for name, text, label, counts in (
+            ("request_success", "Sequences that have ended, by reason.", "finished_reason", ends),
+            ("admission_rejections", "Requests refused before they were queued, by reason.", "reason", refusals),
+        ):
+            counter = CounterMetricFamily(f"vllm:{name}", text, labels=[*names, label])
+            for reason, count in counts:
+                counter.add_metric([*values, reason], count)
+            yield counter
         yield from families
 
     def text(self) -> bytes:

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import openai
 import pytest
 import uvicorn
 
+from solutions.batching.sequence import SamplingParams
+from solutions.serving import async_engine
 from solutions.serving.api_server import bind
 from solutions.serving.app import create_app
 from solutions.serving.async_engine import AsyncEngine
@@ -178,6 +181,29 @@ def test_a_queue_that_is_full_of_requests_is_counted() -> None:
     with serve(AsyncEngine(fake)) as url:
         assert httpx.post(f"{url}/v1/completions", json=body()).status_code == 429
         assert 'reason="requests"} 1.0' in httpx.get(f"{url}/metrics").text
+
+
+def test_a_form_that_takes_long_is_refused_and_holds_nobody_else_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, free = FakeEngine(), threading.Event()
+    prepare = fake.prepare
+
+    def slow(name: str, prompt: Any, params: SamplingParams, *rest: Any) -> Any:
+        if params.structured_output is not None:
+            free.wait()
+        return prepare(name, prompt, replace(params, structured_output=None), *rest)  # which has no tokenizer for it
+
+    monkeypatch.setattr(fake, "prepare", slow)
+    monkeypatch.setattr(async_engine, "GRAMMAR_SECONDS", 0.2)
+    with serve(AsyncEngine(fake)) as url:
+        for _ in range(20):  # more than there are threads for long prompts
+            refused = httpx.post(f"{url}/v1/completions", json=body(guided_regex="a+"))
+            assert refused.status_code == 400
+            assert refused.json()["error"]["param"] == "guided_regex"
+            assert "takes more than 0.2 s to compile" in refused.json()["error"]["message"]
+        chat = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+        assert httpx.post(f"{url}/v1/chat/completions", json=chat, timeout=2).status_code == 200
+        free.set()
+        assert httpx.post(f"{url}/v1/completions", json=body(guided_regex="a+")).status_code == 200
 
 
 # --------------------------------------------------------------------------------------------------------- life cycle

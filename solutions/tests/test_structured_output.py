@@ -161,6 +161,8 @@ def test_drafts_on_trial_are_forgotten(compiler: GrammarCompiler) -> None:
         (StructuredOutput("regex", "(("), "the regex is not valid: Regex parsing error at position 3"),
         (StructuredOutput("grammar", "root ::= nope"), 'the grammar is not valid: .*Rule "nope" is not defined'),
         (StructuredOutput("choice", "[]"), "the choice is not valid"),
+        (StructuredOutput("choice", r'["\ud800"]'), "the choice is not valid: it holds half of a surrogate pair"),
+        (StructuredOutput("grammar", "root ::= a\na ::= root"), "the grammar is not valid: there is no text of this form"),
     ],
 )
 def test_a_form_that_is_none_is_one_clear_error(compiler: GrammarCompiler, form: StructuredOutput, message: str) -> None:
@@ -177,6 +179,9 @@ def test_what_cannot_be_combined_is_named(fields: dict[str, Any]) -> None:
 
 
 def test_wrong_kinds_are_named() -> None:
+    StructuredOutput("regex", "x" * 16_384)
+    with pytest.raises(ValueError, match="the regex has 16385 characters, and at most 16384 may be"):
+        StructuredOutput("regex", "x" * 16_385)
     with pytest.raises(ValueError, match="must be one of json, json_object, regex, choice, grammar"):
         StructuredOutput("xml", "x")
     with pytest.raises(ValueError, match="a regex must be a text that is not empty"):

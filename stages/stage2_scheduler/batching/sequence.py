@@ -28,6 +28,8 @@ MAX_LOGPROBS = 20
 
 
 STRUCTURES = ("json", "json_object", "regex", "choice", "grammar")
+MAX_DEFINITION = 16_384
+"""Characters that describe a form: compiling a schema takes time that grows with the cube of its depth, 4 s at this length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,9 @@ class StructuredOutput:
             raise ValueError(f"structured_output must be one of {', '.join(STRUCTURES)}; got {self.kind!r}")
         if not isinstance(self.definition, str) or (not self.definition and self.kind != "json_object"):
             raise ValueError(f"structured_output: a {self.kind} must be a text that is not empty")
+        if len(self.definition) > MAX_DEFINITION:
+            size = f"{len(self.definition)} characters, and at most {MAX_DEFINITION} may be"
+            raise ValueError(f"structured_output: the {self.kind} has {size}")
 
 
 @dataclass(slots=True)
