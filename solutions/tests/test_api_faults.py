@@ -12,53 +12,16 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from solutions.serving.api_server import bind
-from solutions.serving.app import create_app
-from solutions.serving.async_engine import AsyncEngine
 from solutions.tests.fake_engine import FakeEngine, letter
+from solutions.tests.fake_server import FOREVER, ROOT, body, program, serve, until
 
-ROOT = Path(__file__).parents[2]
 HI = [{"role": "user", "content": "hi"}]
-FOREVER = 4000
-
-
-@contextmanager
-def serve(fake: FakeEngine, api_keys: list[str] | None = None) -> Iterator[str]:
-    """A server over a fake engine; gives its address."""
-    sock = bind("127.0.0.1", 0)
-    app = create_app(AsyncEngine(fake), ["fake"], api_keys)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="server")
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
-    finally:
-        if fake.gate is not None:
-            fake.gate.set()
-        server.should_exit = True
-        thread.join(10)
-        assert not thread.is_alive()
-
-
-def until(condition: Callable[[], object], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.002)
-
-
-def body(**fields: object) -> dict[str, object]:
-    return {"model": "fake", "prompt": "hi", "max_tokens": 3, **fields}
 
 
 def test_the_alphabet_comes_through() -> None:
@@ -236,28 +199,13 @@ def test_only_one_of_two_servers_gets_a_port() -> None:
         bind("127.0.0.1", first.getsockname()[1])
 
 
-PROGRAM = """
-import sys
-from solutions.core import engine
-from solutions.serving import api_server
-from solutions.tests.fake_engine import FakeEngine
-engine.LLMEngine = lambda config: FakeEngine()
-sys.exit(api_server.main(["--host", "127.0.0.1", "--port", "0", "--served-model-name", "fake", *sys.argv[1:]]))
-"""
-
-
 @pytest.mark.parametrize(("max_tokens", "timeout", "finish"), [(300, "30", "length"), (FOREVER, "1", None)])
 def test_sigterm_lets_requests_finish_for_a_time(max_tokens: int, timeout: str, finish: str | None) -> None:
-    command = [sys.executable, "-c", PROGRAM, "--shutdown-timeout", timeout]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as program:
-        for line in program.stdout:
-            if "http://" in line:
-                break
-        url = line.split(" at ")[1].split(",")[0]
+    with program("--shutdown-timeout", timeout) as (process, url):
         with openai.OpenAI(base_url=url, api_key="-", max_retries=0, timeout=20) as client:
             stream = client.completions.create(model="fake", prompt="hi", max_tokens=max_tokens, stream=True)
             assert next(stream).choices[0].text == "a"
-            program.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)
             reason = None
             try:
                 for chunk in stream:
@@ -265,4 +213,4 @@ def test_sigterm_lets_requests_finish_for_a_time(max_tokens: int, timeout: str, 
             except (httpx.HTTPError, openai.APIError):
                 assert finish is None
             assert reason == finish
-        program.wait(10)
+        process.wait(10)

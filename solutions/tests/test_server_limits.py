@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,39 +17,19 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from solutions.batching.sequence import SamplingParams
 from solutions.serving import async_engine
-from solutions.serving.api_server import bind
-from solutions.serving.app import create_app
 from solutions.serving.async_engine import AsyncEngine
 from solutions.serving.guards import API_KEY_VARIABLE, read_api_keys
 from solutions.tests.fake_engine import FakeEngine
-from solutions.tests.test_api_faults import FOREVER, PROGRAM, ROOT, body, until
-
-
-@contextmanager
-def serve(engine: AsyncEngine, keys: list[str] | None = None, **settings: Any) -> Iterator[str]:
-    """A server over an engine; gives its address."""
-    sock = bind("127.0.0.1", 0)
-    app = create_app(engine, ["fake"], keys, **settings)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="server")
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
-        assert not thread.is_alive()
-
+from solutions.tests.fake_server import FOREVER, ROOT, body, program, serve, until
 
 # ------------------------------------------------------------------------------------------------------------ bodies
 
 
 def test_a_large_body_is_413_and_is_not_read_to_its_end() -> None:
-    with serve(AsyncEngine(FakeEngine()), max_body_bytes=1000) as url:
+    with serve(FakeEngine(), max_body_bytes=1000) as url:
         for size, status in ((1000, 200), (1001, 413)):
             content = json.dumps(body(max_tokens=1, prompt="x"))
             padded = content + " " * (size - len(content))
@@ -68,7 +47,7 @@ def test_a_body_that_does_not_say_its_size_is_counted() -> None:
         for _ in range(100):
             yield b"x" * 100
 
-    with serve(AsyncEngine(FakeEngine()), max_body_bytes=1000) as url:
+    with serve(FakeEngine(), max_body_bytes=1000) as url:
         response = httpx.post(f"{url}/v1/completions", content=pieces(), headers={"Content-Type": "application/json"})
         assert response.status_code == 413
         assert "the body has more than 1000 bytes" in response.json()["error"]["message"]
@@ -127,7 +106,7 @@ def test_without_keys_a_salt_is_the_clients_own(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_load_balancers_need_no_key_and_prometheus_does() -> None:
-    with serve(AsyncEngine(FakeEngine()), ["one"]) as url:
+    with serve(FakeEngine(), ["one"]) as url:
         statuses = {path: httpx.get(url + path).status_code for path in ("/health", "/ready", "/metrics", "/version")}
     assert statuses == {"/health": 200, "/ready": 200, "/metrics": 401, "/version": 401}
 
@@ -138,18 +117,18 @@ def test_load_balancers_need_no_key_and_prometheus_does() -> None:
 def test_pages_of_other_origins_are_let_in_by_name_only() -> None:
     ask = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
     ask |= {"Access-Control-Request-Headers": "authorization"}
-    with serve(AsyncEngine(FakeEngine()), ["key"], allowed_origins=["https://a.example"]) as url:
+    with serve(FakeEngine(), ["key"], allowed_origins=["https://a.example"]) as url:
         answer = httpx.options(f"{url}/v1/completions", headers=ask)
         assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "https://a.example")
         assert httpx.options(f"{url}/v1/completions", headers=ask | {"Origin": "https://b.example"}).status_code == 400
-    with serve(AsyncEngine(FakeEngine())) as url:
+    with serve(FakeEngine()) as url:
         answer = httpx.post(f"{url}/v1/completions", json=body(), headers={"Origin": "https://a.example"})
         assert "access-control-allow-origin" not in answer.headers
 
 
 @pytest.mark.parametrize(("given", "kept"), [("abc-1", True), ("x" * 129, False), ("two words", False), (None, False)])
 def test_every_answer_has_a_request_id(given: str | None, kept: bool) -> None:
-    with serve(AsyncEngine(FakeEngine()), ["key"]) as url:
+    with serve(FakeEngine(), ["key"]) as url:
         for path, status in (("/health", 200), ("/v1/models", 401)):
             answer = httpx.get(url + path, headers={} if given is None else {"X-Request-Id": given})
             assert answer.status_code == status
@@ -233,18 +212,6 @@ def test_a_long_wait_is_no_stall() -> None:
         await asyncio.to_thread(engine.shutdown)
 
     asyncio.run(main())
-
-
-@contextmanager
-def program(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The server as a program over a fake engine, and its address."""
-    command = [sys.executable, "-c", PROGRAM, *flags]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        line = next(line for line in process.stdout if "http://" in line)
-        try:
-            yield process, line.split(" at ")[1].split(",")[0]
-        finally:
-            process.kill()
 
 
 def test_a_draining_server_finishes_and_is_not_ready_and_a_second_signal_aborts() -> None:

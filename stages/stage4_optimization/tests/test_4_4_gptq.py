@@ -11,18 +11,7 @@ from stages.course.checks import check_close, check_equal
 from stages.quantization import gptq
 from stages.quantization.gptq import fix_columns, gptq_quantize, inverse_factor
 from stages.quantization.groups import GroupQuantized, quantize_groups
-
-
-def inputs(count: int, size: int, seed: int = 0) -> Tensor:
-    """[count, size] inputs that go together, some channels much larger than others."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(size, size, generator=generator) / size**0.5
-    loud = torch.exp(1.2 * torch.randn(size, generator=generator))
-    return (torch.randn(count, size, generator=generator) @ mix + 0.3 * torch.randn(count, 1, generator=generator)) * loud
-
-
-def weights(rows: int, columns: int, seed: int = 1) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+from stages.tests.quantization_cases import correlated, optimal_brain_quantization, random_weight
 
 
 def damped(x: Tensor) -> Tensor:
@@ -33,23 +22,6 @@ def damped(x: Tensor) -> Tensor:
 
 def fixed(weight: Tensor, factor: Tensor, size: int, symmetric: bool = False, bits: int = 4) -> GroupQuantized:
     return GroupQuantized(*fix_columns(weight.clone(), factor, bits, size, symmetric), bits, size)
-
-
-def brain_surgeon(weight: Tensor, hessian: Tensor, size: int) -> np.ndarray:
-    """The slow way, in numpy: round a column, move those behind it by the optimal brain surgeon's rule, and take the column out
-    of the inverse Hessian by elimination. [N, K]."""
-    w, inverse = weight.double().numpy().copy(), np.linalg.inv(hessian.numpy())
-    result = np.zeros_like(w)
-    for j in range(w.shape[1]):
-        if j % size == 0:
-            group = w[:, j : j + size]
-            low, high = np.minimum(group.min(1), 0), np.maximum(group.max(1), 0)
-            scale = (high - low) / 15
-            zero = np.clip(np.round(-low / scale), 0, 15)
-        result[:, j] = (np.clip(np.round(w[:, j] / scale + zero), 0, 15) - zero) * scale
-        w -= np.outer((w[:, j] - result[:, j]) / inverse[j, j], inverse[j])
-        inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
-    return result
 
 
 def test_the_factor_of_a_two_by_two() -> None:
@@ -68,7 +40,7 @@ def test_the_factor_gives_the_inverse(size: int) -> None:
 
     Why: every step divides by the diagonal and multiplies with a row; with another factor the error goes where it does harm.
     """
-    hessian = damped(inputs(4 * size, size))
+    hessian = damped(correlated(4 * size, size))
     factor = inverse_factor(hessian).double()
     check_equal(bool((factor.diagonal() > 0).all() and torch.equal(factor, factor.triu())), True, "upper, diagonal > 0")
     check_close(factor.T @ factor @ hessian, torch.eye(size, dtype=torch.float64), "U^T U H", 1e-4)
@@ -104,7 +76,7 @@ def test_inputs_that_have_nothing_to_do_with_each_other(columns: int, size: int,
 
     Why: GPTQ is worth its time only as far as inputs go together; whatever differs here is a mistake.
     """
-    weight = weights(3, columns)
+    weight = random_weight(3, columns)
     result, rounded = fixed(weight, torch.eye(columns), size, symmetric), quantize_groups(weight, 4, size, symmetric)
     check_equal(result.codes.tolist(), rounded.codes.tolist(), "codes")
     check_close(result.scales, rounded.scales, "scales")
@@ -117,8 +89,8 @@ def test_as_the_optimal_brain_surgeon(columns: int, size: int) -> None:
 
     Why: the Cholesky factor is only a cheaper way to the same numbers, also across groups and across whatever blocks you make.
     """
-    weight, x = weights(4, columns), inputs(4 * columns, columns)
-    expected = brain_surgeon(weight, damped(x), size)
+    weight, x = random_weight(4, columns), correlated(4 * columns, columns)
+    expected = optimal_brain_quantization(weight.numpy(), (x.T @ x).numpy(), 4, size, 0.01)
     got = fixed(weight, inverse_factor(damped(x)), size).dequantize().double().numpy()
     step = float(weight.max() - weight.min()) / 15
     same = float((np.abs(got - expected) < 0.05 * step).mean())  # a weight between two codes may fall either way
@@ -144,7 +116,7 @@ def test_the_output_is_nearer_than_with_rounding(size: int) -> None:
 
     Why: that is what the hours of calibration are for. The weights themselves are further off than rounded ones.
     """
-    weight, x = weights(16, 96), inputs(400, 96)
+    weight, x = random_weight(16, 96), correlated(400, 96)
     errors = [
         float(((quantized.dequantize() - weight) @ x.T).square().sum())
         for quantized in (gptq_quantize(weight, x.T @ x, 4, size), quantize_groups(weight, 4, size))
@@ -157,7 +129,7 @@ def test_the_number_of_columns_in_a_block_changes_nothing(monkeypatch: pytest.Mo
 
     Why: an error that is handed on twice, or not at all at a block's end, is found nowhere else.
     """
-    weight, factor = weights(4, 96), inverse_factor(damped(inputs(400, 96)))
+    weight, factor = random_weight(4, 96), inverse_factor(damped(correlated(400, 96)))
     expected = fixed(weight, factor, 16).dequantize()
     for block in (1, 40, 1000):
         monkeypatch.setattr(gptq, "BLOCK", block)

@@ -10,6 +10,7 @@ from stages.course.checks import check_close, check_equal
 from stages.quantization import awq
 from stages.quantization.awq import output_error, search_scale
 from stages.quantization.groups import quantize_groups
+from stages.tests.quantization_cases import random_weight
 
 
 def inputs(count: int, size: int, seed: int = 0) -> Tensor:
@@ -17,10 +18,6 @@ def inputs(count: int, size: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     loud = torch.exp(1.2 * torch.randn(size, generator=generator))
     return torch.randn(count, size, generator=generator) * loud
-
-
-def weights(rows: int, columns: int, seed: int = 1) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
 def candidate(magnitude: Tensor, step: int) -> Tensor:
@@ -42,7 +39,7 @@ def test_the_error_is_the_mean_over_inputs() -> None:
 
     Why: a sum over the wrong axis mixes outputs, and the search then pleases the largest of them.
     """
-    difference, x = weights(5, 12), inputs(200, 12)
+    difference, x = random_weight(5, 12), inputs(200, 12)
     expected = (x @ difference.T).square().mean(dim=0)
     got = output_error(difference, x.T @ x / len(x))
     check_close(got / expected, torch.ones(5), "errors, by those of the inputs themselves", 1e-4)
@@ -53,7 +50,7 @@ def test_the_best_of_the_grid_is_taken() -> None:
 
     Why: rounding is not smooth, so nobody knows beforehand which exponent is best; twenty are tried.
     """
-    weight, x = weights(8, 64), inputs(300, 64)
+    weight, x = random_weight(8, 64), inputs(300, 64)
     magnitude = x.abs().mean(dim=0)
     errors = []
     for step in range(20):
@@ -73,7 +70,7 @@ def test_rounding_is_that_of_the_recipe(bits: int, size: int, symmetric: bool) -
 
     Why: the best scale for groups of 16 is not the best for whole rows.
     """
-    weight, x = weights(6, 48, seed=2), inputs(200, 48, seed=3)
+    weight, x = random_weight(6, 48, seed=2), inputs(200, 48, seed=3)
     magnitude, covariance = x.abs().mean(dim=0), x.T @ x / len(x)
     errors = []
     for step in range(20):
@@ -89,7 +86,7 @@ def test_inputs_that_are_alike_need_no_scale() -> None:
 
     Why: a scale that is not needed is folded into a norm all the same, and rounds that.
     """
-    check_equal(search_scale(weights(8, 32), torch.ones(32), torch.eye(32), 4, 16, False).tolist(), [1.0] * 32, "scale")
+    check_equal(search_scale(random_weight(8, 32), torch.ones(32), torch.eye(32), 4, 16, False).tolist(), [1.0] * 32, "scale")
 
 
 def test_no_scale_is_among_the_candidates() -> None:
@@ -116,7 +113,7 @@ def test_inputs_that_are_never_there_do_no_harm() -> None:
 
     Why: 0 to any power would make its weights 0 and divide by it; one dead channel ruins the layer.
     """
-    weight, x = weights(8, 32), inputs(200, 32)
+    weight, x = random_weight(8, 32), inputs(200, 32)
     x[:, 5] = 0
     scale = search_scale(weight, x.abs().mean(dim=0), x.T @ x / len(x), 4, 16, False)
     check_equal(bool((scale.isfinite() & (scale > 0)).all()), True, "all scales finite and positive")
@@ -129,7 +126,7 @@ def test_least_and_largest_are_each_others_inverse() -> None:
 
     Why: the division ends up in 16-bit weights of a norm, which would overflow with a scale that grows without a limit.
     """
-    weight, x = weights(8, 64), inputs(300, 64)
+    weight, x = random_weight(8, 64), inputs(300, 64)
     scale = search_scale(weight, 1000 * x.abs().mean(dim=0), x.T @ x / len(x), 4, 16, False)
     assert scale.max() > 1.01, "these inputs were to need a scale"
     check_close(scale.max() * scale.min(), torch.tensor(1.0), "largest times least")
@@ -140,7 +137,7 @@ def test_the_weight_stays_as_it_is() -> None:
 
     Why: the weight is scaled by whoever asked, once, with the scale that won.
     """
-    weight, x = weights(4, 32), inputs(100, 32)
+    weight, x = random_weight(4, 32), inputs(100, 32)
     before = weight.clone()
     search_scale(weight, x.abs().mean(dim=0), x.T @ x / len(x), 4, 16, False)
     check_equal(weight.tolist(), before.tolist(), "weight")
@@ -153,5 +150,5 @@ def test_the_grid_is_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     monkeypatch.setattr(awq, "GRID", 1)
     x = inputs(100, 32)
-    scale = search_scale(weights(4, 32), x.abs().mean(dim=0), x.T @ x / len(x), 4, 16, False)
+    scale = search_scale(random_weight(4, 32), x.abs().mean(dim=0), x.T @ x / len(x), 4, 16, False)
     check_equal(scale.tolist(), [1.0] * 32, "scale")
