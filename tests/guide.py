@@ -37,7 +37,7 @@ FOREIGN = {
     # CUDA
     "cp.async",
     # OpenAI
-    "best_of",
+    "suffix",
 }  # fmt: skip
 """Names in the tasks' sections that are not this engine's."""
 LETTERS = {"T", "S", "N", "Q", "L", "H", "H_kv", "D", "M", "V"}

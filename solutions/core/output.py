@@ -47,6 +47,15 @@ class CompletionOutput:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
+    def join(self, later: CompletionOutput) -> None:
+        """Take in a later delta of the same sequence."""
+        self.text += later.text
+        self.token_ids = self.token_ids + later.token_ids
+        self.cumulative_logprob = later.cumulative_logprob
+        if later.logprobs is not None:
+            self.logprobs = [*(self.logprobs or ()), *later.logprobs]
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+
 
 @dataclass(slots=True)
 class RequestMetrics:
@@ -73,6 +82,18 @@ class RequestOutput:
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache spared."""
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+    def join(self, later: RequestOutput) -> None:
+        """Take in a later output of the same request, both of kind DELTA, as if one step had made both."""
+        known = {sequence.index: sequence for sequence in self.outputs}
+        for sequence in later.outputs:
+            if sequence.index in known:
+                known[sequence.index].join(sequence)
+            else:
+                self.outputs.append(sequence)
+        self.finished = later.finished
+        self.prompt_logprobs = later.prompt_logprobs or self.prompt_logprobs
+        self.num_cached_tokens = later.num_cached_tokens
 
 
 class Request(Protocol):

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +19,7 @@ from ..core.config import add_engine_flags, config_from_flags
 from ..core.machine import settle_heap
 from .app import MAX_BODY_BYTES, create_app
 from .async_engine import AsyncEngine
+from .connections import TimedConnection
 from .guards import API_KEY_VARIABLE, log_as_json, read_api_keys
 
 MAX_NUM_WAITING = 1024
@@ -44,6 +46,10 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
         help="time that running requests get after SIGTERM; a second one aborts them at once (default: 30)",
     )  # fmt: skip
     group.add_argument(
+        "--connection-timeout", type=float, default=30, metavar="SECONDS",
+        help="time that a request has to arrive, and a client that reads nothing before it is cut off (default: 30)",
+    )  # fmt: skip
+    group.add_argument(
         "--stall-timeout", type=float, default=300, metavar="SECONDS",
         help="a step that takes longer ends the server with an error (default: 300)",
     )  # fmt: skip
@@ -51,7 +57,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     add_engine_flags(parser)
     parser.set_defaults(max_num_waiting=MAX_NUM_WAITING)
     args = parser.parse_args(argv)
-    for name in ("max_body_bytes", "max_waiting_tokens", "stall_timeout"):
+    for name in ("max_body_bytes", "max_waiting_tokens", "connection_timeout", "stall_timeout"):
         if (value := getattr(args, name)) is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} must be more than 0")
     return args
@@ -119,7 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{seconds:.1f} s after the start ({imported - started:.1f} s of it imports)", flush=True)
     async_engine = AsyncEngine(engine, args.max_waiting_tokens, args.stall_timeout)
     app = create_app(async_engine, names, keys, max_body_bytes=args.max_body_bytes, allowed_origins=args.allowed_origins)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=args.shutdown_timeout)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=args.shutdown_timeout,
+        http=partial(TimedConnection, seconds=args.connection_timeout),
+    )  # fmt: skip
     server = Server(config, async_engine)
     deaths: list[None] = []
 

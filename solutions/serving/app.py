@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from ..core.input import EngineRequest, Prompt
-from .async_engine import AsyncEngine, OutputStream
+from .async_engine import AsyncEngine
 from .guards import BodyLimit, KeyGuard, RequestIds, add_error_handlers
 from .metrics import CONTENT_TYPE, EngineMetrics
 from .openai_answers import (
@@ -37,6 +37,7 @@ from .openai_protocol import (
     RequestError,
     TokenizeRequest,
 )
+from .output_stream import OutputStream
 from .responses import ChatReply, CompletionReply, Reply, server_sent_events
 
 CLIENT_CLOSED_REQUEST = 499

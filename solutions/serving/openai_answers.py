@@ -65,11 +65,11 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 class CompletionLogprobs(BaseModel):
-    """Lists of equal length, an entry a token."""
+    """Lists of equal length, an entry a token; null for a prompt's first, which nothing predicts."""
 
     tokens: list[str] = []
-    token_logprobs: list[float] = []
-    top_logprobs: list[dict[str, float]] = []
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] = []
     """The most likely tokens and the sampled one."""
     text_offset: list[int] = []
     """Where each token begins in the choice's text, in characters."""

@@ -31,7 +31,6 @@ MAX_CHOICES = 128
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
-    "best_of": (None,),
     "function_call": (None, "none"),
     "functions": (None, []),
     "include_obfuscation": (None, False),
@@ -301,6 +300,8 @@ class GenerationRequest(Request):
         """What the engine's complaint means to the client. The engine's messages begin with the field at fault, under
         the engine's name for it; a complaint that names no field is about the prompt."""
         fields = {"max_tokens": self.token_limit[0]}
+        if getattr(self, "best_of", None) is not None:
+            fields["n"] = "best_of"
         if (form := self.form) is not None:
             fields["structured_output"] = form[0]
         message = str(error)
@@ -339,15 +340,33 @@ class CompletionRequest(GenerationRequest):
     prompt: Prompts
     logprobs: Annotated[int, Strict(), Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Alternatives returned at each token."""
+    best_of: Annotated[int, Strict(), Field(ge=1, le=MAX_CHOICES)] | None = None
+    """So many are sampled, and the `n` with the highest log-probability per token returned."""
     echo: Bool | None = None
-    """Puts the prompt before the generated text."""
+    """Puts the prompt before the generated text, and its log-probabilities before the others."""
 
     @field_validator("echo")
     @classmethod
     def _check_echo(cls, echo: bool | None, info: ValidationInfo) -> bool | None:
-        if echo and info.data.get("logprobs") is not None:
-            raise ValueError("not supported together with logprobs")
+        if echo and info.data.get("logprobs") is not None and info.data.get("stream"):
+            raise ValueError("not supported together with logprobs in a stream")
         return echo
+
+    @field_validator("best_of")
+    @classmethod
+    def _check_best_of(cls, best_of: int | None, info: ValidationInfo) -> int | None:
+        if best_of is not None and best_of < (info.data.get("n") or 1):
+            raise ValueError("must be at least n")
+        if best_of is not None and info.data.get("stream"):
+            raise ValueError("which is best is known at the end, so it cannot be streamed")
+        return best_of
+
+    def sampling_fields(self) -> dict[str, Any]:
+        """The fields of `SamplingParams` that this request sets; to find the best, more sequences with log-probabilities."""
+        values = super().sampling_fields()
+        if self.echo and self.logprobs is not None:
+            values["prompt_logprobs"] = self.logprobs
+        return values if self.best_of is None else {"logprobs": 0, **values, "n": self.best_of}
 
 
 class TextPart(Request):

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import uvicorn
 from solutions.serving.api_server import bind
 from solutions.serving.app import create_app
 from solutions.serving.async_engine import AsyncEngine
+from solutions.serving.connections import TimedConnection
 from solutions.tests.fake_engine import FakeEngine
 
 ROOT = Path(__file__).parents[2]
@@ -32,12 +34,15 @@ sys.exit(api_server.main(["--host", "127.0.0.1", "--port", "0", "--served-model-
 
 
 @contextmanager
-def serve(engine: FakeEngine | AsyncEngine, api_keys: list[str] | None = None, **settings: Any) -> Iterator[str]:
+def serve(
+    engine: FakeEngine | AsyncEngine, api_keys: list[str] | None = None, *, connection_timeout: float = 30, **settings: Any
+) -> Iterator[str]:
     """A server over an engine; gives its address. A fake engine that waits at its gate is let go at the end."""
     sock = bind("127.0.0.1", 0)
     running = engine if isinstance(engine, AsyncEngine) else AsyncEngine(engine)
     app = create_app(running, ["fake"], api_keys, **settings)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
+    http = partial(TimedConnection, seconds=connection_timeout)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1, http=http))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="server")
     thread.start()
     try:

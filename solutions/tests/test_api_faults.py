@@ -204,7 +204,7 @@ def test_sigterm_lets_requests_finish_for_a_time(max_tokens: int, timeout: str, 
     with program("--shutdown-timeout", timeout) as (process, url):
         with openai.OpenAI(base_url=url, api_key="-", max_retries=0, timeout=20) as client:
             stream = client.completions.create(model="fake", prompt="hi", max_tokens=max_tokens, stream=True)
-            assert next(stream).choices[0].text == "a"
+            assert next(stream).choices[0].text.startswith("a")
             process.send_signal(signal.SIGTERM)
             reason = None
             try:

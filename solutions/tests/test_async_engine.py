@@ -10,8 +10,10 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from solutions.batching.sequence import RequestOutputKind, SamplingParams
+from solutions.core.output import CompletionOutput, Logprob, RequestOutput
 from solutions.core.scheduler import QueueFullError
-from solutions.serving.async_engine import INLINE_LIMIT, AsyncEngine, EngineDeadError, OutputStream
+from solutions.serving.async_engine import INLINE_LIMIT, AsyncEngine, EngineDeadError
+from solutions.serving.output_stream import OutputStream
 from solutions.tests.fake_engine import FakeEngine
 
 FOREVER = 4000
@@ -260,5 +262,71 @@ def test_shutdown_ends_the_thread_and_fails_what_runs() -> None:
         assert not engine.is_running
         with pytest.raises(EngineDeadError, match="shutting down"):
             await text_of(stream)
+
+    run(FakeEngine(), scenario)
+
+
+def piece(text: str, index: int = 0, finish: str | None = None, name: str = "r", logprob: float | None = None) -> RequestOutput:
+    """A delta of one sequence, a token a letter."""
+    tokens = [ord(letter) for letter in text]
+    logprobs = None if logprob is None else [{token: Logprob(logprob, 1)} for token in tokens]
+    return RequestOutput(name, None, [], [CompletionOutput(index, text, tokens, logprob, logprobs, finish)], finish is not None)
+
+
+def test_what_a_slow_reader_left_comes_in_one_piece() -> None:
+    async def scenario() -> None:
+        stream = OutputStream(["r", "s"], lambda ids: None, delta=True)
+        for output in (
+            piece("ab", logprob=-1.0),
+            piece("x", 1),
+            piece("c", logprob=-2.0),
+            piece("z", name="s"),
+            piece("y", 1, "stop"),
+        ):
+            stream.put(output)
+        first, second = await anext(stream), await anext(stream)
+        assert (first.request_id, second.request_id) == ("r", "s")
+        assert first.finished
+        assert not second.finished
+        a, b = first.outputs
+        assert (a.text, a.token_ids, a.cumulative_logprob, a.finish_reason) == ("abc", [97, 98, 99], -2.0, None)
+        assert [next(iter(entry.values())).logprob for entry in a.logprobs] == [-1.0, -1.0, -2.0]
+        assert (b.text, b.token_ids, b.logprobs, b.finish_reason) == ("xy", [120, 121], None, "stop")
+
+    asyncio.run(scenario())
+
+
+def test_of_outputs_that_hold_all_so_far_the_newest_stays() -> None:
+    async def scenario() -> None:
+        stream = OutputStream(["r"], lambda ids: None)
+        for text, finish in (("a", None), ("ab", None), ("abc", "stop")):
+            stream.put(piece(text, finish=finish))
+        assert [output.outputs[0].text async for output in stream] == ["abc"]
+
+    asyncio.run(scenario())
+
+
+def test_what_waits_is_read_before_an_error_and_an_error_once() -> None:
+    async def scenario() -> None:
+        stream = OutputStream(["r"], lambda ids: None, delta=True)
+        stream.accept()
+        stream.put(piece("a"))
+        stream.fail(EngineDeadError("gone"))
+        assert (await anext(stream)).outputs[0].text == "a"
+        with pytest.raises(EngineDeadError, match="gone"):
+            await anext(stream)
+        assert [output async for output in stream] == []
+
+    asyncio.run(scenario())
+
+
+def test_an_unread_stream_holds_one_output_a_request() -> None:
+    async def scenario(engine: AsyncEngine) -> None:
+        stream = await engine.generate("r", "hi", tokens(500, n=2))
+        await until(lambda: engine.engine.num_steps >= 500 and not engine.engine.running)
+        await asyncio.sleep(0.01)
+        assert len(stream._waiting) == 1
+        output = await anext(stream)
+        assert [len(sequence.text) for sequence in output.outputs] == [500, 500]
 
     run(FakeEngine(), scenario)

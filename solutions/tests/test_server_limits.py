@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +54,66 @@ def test_a_body_that_does_not_say_its_size_is_counted() -> None:
         assert response.status_code == 413
         assert "the body has more than 1000 bytes" in response.json()["error"]["message"]
         assert httpx.post(f"{url}/v1/completions", json=body()).status_code == 200
+
+
+# ------------------------------------------------------------------------------------------------------- connections
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+def connect(url: str) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=10)
+
+
+@pytest.mark.parametrize(
+    "start", [b"", b"GET /", HEAD, HEAD + b"Content-Length: 100\r\n\r\n", HEAD + b"Content-Length: 100\r\n\r\n{"]
+)
+def test_a_request_that_trickles_in_is_given_up_and_holds_nobody_up(start: bytes) -> None:
+    with serve(FakeEngine(), connection_timeout=0.3) as url, connect(url) as slow:
+        slow.sendall(start)
+        assert httpx.post(f"{url}/v1/completions", json=body()).status_code == 200
+        began = time.monotonic()
+        for byte in b"a" * 100:
+            try:
+                slow.sendall(bytes([byte]) if start else b"")
+            except OSError:
+                break
+            if select.select([slow], [], [], 0.02)[0]:
+                break
+        assert time.monotonic() - began < 1
+        answer = slow.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"] == "the request did not arrive within 0.3 s"
+        assert slow.recv(1000) == b""
+
+
+def test_a_second_request_has_the_same_limit_and_a_pause_between_them_has_none() -> None:
+    with serve(FakeEngine(), connection_timeout=0.3) as url, connect(url) as raw:
+        for _ in range(2):
+            raw.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert raw.recv(1000).startswith(b"HTTP/1.1 200")
+            time.sleep(0.5)
+        raw.sendall(b"GET /hea")
+        assert raw.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_an_answer_may_take_longer_than_a_request_may() -> None:
+    gate = threading.Event()
+    with serve(FakeEngine(gate=gate), connection_timeout=0.2) as url:
+        threading.Timer(0.6, gate.set).start()
+        assert httpx.post(f"{url}/v1/completions", json=body()).status_code == 200
+
+
+def test_a_client_that_reads_nothing_is_cut_off_and_its_request_aborted() -> None:
+    fake = FakeEngine()
+    with serve(fake, connection_timeout=0.5) as url, socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect(("127.0.0.1", int(url.rsplit(":", 1)[1])))
+        content = json.dumps(body(max_tokens=FOREVER, n=100, stream=True)).encode()
+        raw.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(content) + content)
+        until(lambda: fake.aborted)
+        assert not fake.running
+        assert httpx.get(f"{url}/health").status_code == 200
 
 
 # -------------------------------------------------------------------------------------------------------------- keys
@@ -222,7 +284,7 @@ def test_a_draining_server_finishes_and_is_not_ready_and_a_second_signal_aborts(
         ):
             assert kept.get("/ready").status_code == 200
             stream = client.completions.create(model="fake", prompt="hi", max_tokens=FOREVER, stream=True)
-            assert next(stream).choices[0].text == "a"
+            assert next(stream).choices[0].text.startswith("a")
             process.send_signal(signal.SIGTERM)
             for _ in range(100):
                 next(stream)  # it goes on
@@ -249,6 +311,7 @@ def test_the_log_in_json_has_a_line_for_each_request() -> None:
     [
         (["--max-body-bytes", "0"], "--max-body-bytes must be more than 0"),
         (["--max-waiting-tokens", "-1"], "--max-waiting-tokens must be more than 0"),
+        (["--connection-timeout", "0"], "--connection-timeout must be more than 0"),
         (["--stall-timeout", "0"], "--stall-timeout must be more than 0"),
         (["--api-key", ""], "an API key has 1 to 128 printable ASCII characters"),
         (["--api-key-file", "/no/such/file"], "/no/such/file"),

@@ -10,15 +10,16 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..batching.sequence import SamplingParams
+from ..batching.sequence import RequestOutputKind, SamplingParams
 from ..core.input import EngineRequest, Prompt
 from ..core.output import RequestOutput
 from ..core.scheduler import QueueFullError
+from .output_stream import OutputStream
 
 if TYPE_CHECKING:
     from ..core.engine import LLMEngine
@@ -27,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 INLINE_LIMIT = 2048
 """Characters or token ids up to which prompts are prepared on the event loop; longer ones go to a thread."""
-
-
 GRAMMAR_SECONDS = 10.0
 """What compiling the form of an answer may take."""
 HEALTH_SECONDS = 1.0
@@ -37,60 +36,6 @@ HEALTH_SECONDS = 1.0
 
 class EngineDeadError(RuntimeError):
     """The engine failed or was shut down; no request can be served any more."""
-
-
-class OutputStream(AsyncIterator[RequestOutput]):
-    """Outputs of the requests of one submission, as the engine makes them; ends when all have finished.
-
-    `close` aborts what is unfinished; call it (or leave an ``async with``) whenever the stream is not read to its end.
-    """
-
-    def __init__(self, request_ids: list[str], abort: Callable[[list[str]], None]) -> None:
-        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._outputs: asyncio.Queue[RequestOutput | Exception | None] = asyncio.Queue()
-        self._unfinished = set(request_ids)
-        self._abort = abort
-
-    async def __anext__(self) -> RequestOutput:
-        if not self._unfinished:
-            raise StopAsyncIteration
-        output = await self._outputs.get()
-        if output is None:
-            raise StopAsyncIteration
-        if isinstance(output, Exception):
-            self._unfinished.clear()
-            raise output
-        if output.finished:
-            self._unfinished.discard(output.request_id)
-        return output
-
-    async def __aenter__(self) -> OutputStream:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Abort the unfinished requests; whoever waits for an output sees the end of the stream."""
-        self._abort(list(self._unfinished))
-        self._unfinished.clear()
-        self._outputs.put_nowait(None)
-
-    def accept(self) -> None:
-        """The engine took all requests."""
-        if not self.accepted.done():
-            self.accepted.set_result(None)
-
-    def fail(self, error: Exception) -> None:
-        """End the stream with an error, raised by the submission or, once that has succeeded, by the iteration."""
-        if not self.accepted.done():
-            self.accepted.set_exception(error)
-        else:
-            self._outputs.put_nowait(error)
-
-    def put(self, output: RequestOutput) -> None:
-        """Hand over one output of the engine."""
-        self._outputs.put_nowait(output)
 
 
 class AsyncEngine:
@@ -184,7 +129,8 @@ class AsyncEngine:
         for request in requests:
             if request.request_id in self._streams:
                 raise ValueError(f"request id {request.request_id!r} is in use")
-        stream = OutputStream([request.request_id for request in requests], self._abort)
+        delta = all(request.params.output_kind is RequestOutputKind.DELTA for request in requests)
+        stream = OutputStream([request.request_id for request in requests], self._abort, delta)
         self._streams.update((request.request_id, stream) for request in requests)
         self._send(partial(self._accept, requests, stream))
         try:

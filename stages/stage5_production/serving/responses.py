@@ -7,13 +7,14 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
 
 from ..core.output import CompletionOutput, Logprob, RequestOutput
-from .async_engine import EngineDeadError, OutputStream
+from .async_engine import EngineDeadError
 from .openai_answers import (
     AssistantMessage,
     ChatChoice,
@@ -36,6 +37,7 @@ from .openai_protocol import (
     GenerationRequest,
     error_body,
 )
+from .output_stream import OutputStream
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +107,14 @@ class CompletionReply(Reply):
         self._offsets: dict[int, int] = {}  # choice → characters of its tokens so far
 
     def whole(self, outputs: list[RequestOutput]) -> CompletionResponse:
-        choices = [self._choice(i, sequence) for output in outputs for i, sequence in self.choices(output)]
+        if self.request.best_of is not None:
+            outputs = [self._best(output) for output in outputs]
+        choices = [
+            self._choice(index, self._with_prompt(output, index, sequence))
+            for output in outputs
+            for index, sequence in self.choices(output)
+        ]
         choices.sort(key=lambda choice: choice.index)
-        for choice in choices:
-            choice.text = self._echo(choice.index) + choice.text
         return CompletionResponse(**self.head, choices=choices, usage=self.usage)
 
     def opening(self) -> Iterable[CompletionResponse]:
@@ -121,6 +127,12 @@ class CompletionReply(Reply):
     def closing(self) -> CompletionResponse:
         return CompletionResponse(**self.head, choices=[], usage=self.usage)
 
+    def _best(self, output: RequestOutput) -> RequestOutput:
+        """The output with the `n` sequences that are likeliest per token; the others cost what they cost."""
+        ranked = sorted(output.outputs, key=lambda each: -each.cumulative_logprob / max(1, len(each.token_ids)))
+        self._completion_tokens += sum(len(each.token_ids) for each in ranked[self.n :])
+        return replace(output, outputs=[replace(each, index=i) for i, each in enumerate(ranked[: self.n])])
+
     def _choice(self, index: int, sequence: CompletionOutput) -> CompletionChoice:
         return CompletionChoice(
             index=index,
@@ -129,6 +141,14 @@ class CompletionReply(Reply):
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
         )
+
+    def _with_prompt(self, output: RequestOutput, index: int, sequence: CompletionOutput) -> CompletionOutput:
+        """A whole sequence behind the prompt, where the request asks for that."""
+        if not self.request.echo:
+            return sequence
+        logprobs = output.prompt_logprobs and [*output.prompt_logprobs, *sequence.logprobs]
+        tokens = output.prompt_token_ids + sequence.token_ids
+        return replace(sequence, text=self._echo(index) + sequence.text, token_ids=tokens, logprobs=logprobs)
 
     def _echo(self, index: int) -> str:
         if not self.request.echo:
@@ -141,17 +161,24 @@ class CompletionReply(Reply):
             return None
         result = CompletionLogprobs()
         for token_id, position in zip(sequence.token_ids, sequence.logprobs, strict=True):
+            if position is None:  # nothing predicts a prompt's first token
+                text = f"token_id:{token_id}" if self.tokenizer is None else self.tokenizer.decode([token_id])
+                self._add_logprobs(result, index, text, None, None)
+                continue
             text = token_text(token_id, position[token_id])
             top: dict[str, float] = {}
             for other, entry in _by_rank(position):
                 top.setdefault(token_text(other, entry), finite(entry.logprob))  # of equal texts the likelier
-            result.tokens.append(text)
-            result.token_logprobs.append(finite(position[token_id].logprob))
-            result.top_logprobs.append(top)
-            offset = self._offsets.get(index, 0)
-            result.text_offset.append(offset)
-            self._offsets[index] = offset + len(text)
+            self._add_logprobs(result, index, text, finite(position[token_id].logprob), top)
         return result
+
+    def _add_logprobs(self, to: CompletionLogprobs, index: int, text: str, logprob: float | None, top: Any) -> None:
+        to.tokens.append(text)
+        to.token_logprobs.append(logprob)
+        to.top_logprobs.append(top)
+        offset = self._offsets.get(index, 0)
+        to.text_offset.append(offset)
+        self._offsets[index] = offset + len(text)
 
 
 class ChatReply(Reply):

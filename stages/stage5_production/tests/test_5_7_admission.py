@@ -11,7 +11,8 @@ import pytest
 
 from stages.core.scheduler import QueueFullError
 from stages.course.checks import check_equal
-from stages.serving.async_engine import AsyncEngine, OutputStream
+from stages.serving.async_engine import AsyncEngine
+from stages.serving.output_stream import OutputStream
 
 
 class Queue:

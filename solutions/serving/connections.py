@@ -1,0 +1,66 @@
+"""How long a connection may take: requests that trickle in and answers that nobody reads hold it no longer than that."""
+
+from __future__ import annotations
+
+from asyncio import TimerHandle, Transport
+from typing import Any
+
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from .openai_protocol import error_body
+
+
+class TimedConnection(AutoHTTPProtocol):
+    """uvicorn's connection with two limits that uvicorn does not have.
+
+    - A request's head and body have to be there `seconds` after its first byte (or after the connection was made), or it is
+      answered with 408 and closed. Otherwise a few thousand clients that send a byte a minute take all connections.
+    - A client that takes nothing from a full send buffer for `seconds` is cut off, and its request aborted.
+
+    Between requests uvicorn's own limit holds, ``timeout_keep_alive``.
+    """
+
+    def __init__(self, *args: Any, seconds: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seconds = seconds
+        self._arrival: TimerHandle | None = None
+        self._departure: TimerHandle | None = None
+
+    def connection_made(self, transport: Transport) -> None:
+        super().connection_made(transport)
+        self._arrival = self.loop.call_later(self.seconds, self._give_up_request)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self._is_arriving:
+            self._arrival = _cancelled(self._arrival)
+        elif self._arrival is None:
+            self._arrival = self.loop.call_later(self.seconds, self._give_up_request)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._departure = self.loop.call_later(self.seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._departure = _cancelled(self._departure)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._arrival, self._departure = _cancelled(self._arrival), _cancelled(self._departure)
+
+    @property
+    def _is_arriving(self) -> bool:
+        """Whether bytes came whose request is not complete: those of a head, which has no cycle yet, or of a body."""
+        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+
+    def _give_up_request(self) -> None:
+        body = error_body(f"the request did not arrive within {self.seconds:g} s", 408).model_dump_json().encode()
+        head = "HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length:"
+        self.transport.write(f"{head} {len(body)}\r\n\r\n".encode() + body)
+        self.transport.close()
+
+
+def _cancelled(timer: TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

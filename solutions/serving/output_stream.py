@@ -1,0 +1,82 @@
+"""What a client reads: the outputs of its requests, from when the engine makes them until they are fetched."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from ..core.output import RequestOutput
+
+
+class OutputStream(AsyncIterator[RequestOutput]):
+    """Outputs of the requests of one submission, as the engine makes them; ends when all have finished.
+
+    At most one output a request waits here: a reader who is slower than the engine gets what has come meanwhile in one piece,
+    so that what he leaves lying is never more than the text itself.
+
+    `close` aborts what is unfinished; call it (or leave an ``async with``) whenever the stream is not read to its end.
+
+    Args:
+        abort: takes the ids of requests that nobody reads any more.
+        delta: whether an output holds what is new (outputs that wait are joined) or all so far (the newest replaces).
+    """
+
+    def __init__(self, request_ids: list[str], abort: Callable[[list[str]], None], delta: bool = False) -> None:
+        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting: dict[str, RequestOutput] = {}  # oldest request first
+        self._unfinished = set(request_ids)
+        self._error: Exception | None = None
+        self._changed = asyncio.Event()
+        self._abort = abort
+        self._delta = delta
+
+    async def __anext__(self) -> RequestOutput:
+        """The output that has waited longest, or the next one; after them the error, if the engine has failed, and the end."""
+        while not self._waiting:
+            if self._error is not None:
+                error, self._error = self._error, None
+                self._unfinished.clear()
+                raise error
+            if not self._unfinished:
+                raise StopAsyncIteration
+            self._changed.clear()
+            await self._changed.wait()
+        output = self._waiting.pop(next(iter(self._waiting)))
+        if output.finished:
+            self._unfinished.discard(output.request_id)
+        return output
+
+    async def __aenter__(self) -> OutputStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Abort the unfinished requests, drop what waits; whoever waits for an output sees the end of the stream."""
+        self._abort(list(self._unfinished))
+        self._unfinished.clear()
+        self._waiting.clear()
+        self._changed.set()
+
+    def accept(self) -> None:
+        """The engine took all requests."""
+        if not self.accepted.done():
+            self.accepted.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        """End the stream with an error, raised by the submission or, once that has succeeded, by the iteration."""
+        if not self.accepted.done():
+            self.accepted.set_exception(error)
+        else:
+            self._error = error
+            self._changed.set()
+
+    def put(self, output: RequestOutput) -> None:
+        """Take an output of the engine, for who reads next: joined to one of the same request that still waits."""
+        waiting = self._waiting.get(output.request_id)
+        if waiting is not None and self._delta:
+            waiting.join(output)
+        else:
+            self._waiting[output.request_id] = output
+        self._changed.set()
