@@ -17,6 +17,8 @@ STAGE    := 1
 PROMPT   := What is the capital of France?
 YES      :=
 FORCE    :=
+# for make test-api
+CASES    := 1250
 # for make test-cpu-kernels (1) and make test-cuda-on-cpu (address or thread)
 SANITIZE :=
 
@@ -132,6 +134,9 @@ test: $(STAMP) ## Run the test suite (ARGS="-k scheduler" for a part of it)
 test-parity: $(STAMP) ## Compare with transformers over the whole grid of settings; takes more than an hour
 	@$(RUN) -m pytest -m parity $(ARGS)
 
+test-api: $(STAMP) ## Send the server CASES=1250 made-up bodies of each of eight kinds, valid and broken
+	@CASES=$(CASES) $(RUN) -m pytest solutions/tests/test_openapi.py $(ARGS)
+
 test-cpu-kernels: $(STAMP) ## Test the C++ kernels (SANITIZE=1: watched for bad addresses and undefined behaviour)
 	@$(if $(SANITIZE),$(SANITIZED)) $(RUN) -m pytest -k cpu solutions/tests/test_cpu_kernels.py solutions/tests/test_paged_attention.py $(ARGS)
 
@@ -203,7 +208,7 @@ clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-scaling bench-gpu test-gpu bench-cpu bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 lab notebooks test test-parity check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-scaling bench-gpu test-gpu bench-cpu bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 lab notebooks test test-parity test-api check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"

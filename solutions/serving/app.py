@@ -45,6 +45,8 @@ CLIENT_CLOSED_REQUEST = 499
 MAX_BODY_BYTES = 4 << 20
 """Default size of a body: a context of 100,000 tokens is a tenth of it."""
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""With ``stream: true`` the answer is server-sent events, each with a chunk as JSON, and at last ``[DONE]``."""
 
 
 def package_version() -> str:
@@ -136,12 +138,12 @@ def add_openai_routes(
     async def get_model(name: str) -> ModelCard:
         return check_model(name)
 
-    @app.post("/v1/completions", response_model=CompletionResponse, responses=ERRORS)
+    @app.post("/v1/completions", response_model=CompletionResponse, responses=ERRORS | STREAMED)
     async def completions(body: CompletionRequest, http: Request) -> Response:
         check_model(body.model)
         return await respond(async_engine, http, body, body.prompt, CompletionReply, "cmpl")
 
-    @app.post("/v1/chat/completions", response_model=ChatCompletionResponse, responses=ERRORS)
+    @app.post("/v1/chat/completions", response_model=ChatCompletionResponse, responses=ERRORS | STREAMED)
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         check_model(body.model)
         prompt = await asyncio.to_thread(render_chat, async_engine.engine.tokenizer, body.messages)

@@ -122,8 +122,9 @@ class FakeEngine:
 
     def _completion(self, request: EngineRequest, index: int, positions: range, finished: bool) -> CompletionOutput:
         text = "".join(letter(index, position) for position in positions)
-        logprobs = None
+        logprobs = total = None
         if request.params.logprobs is not None:
             # the sampled letter comes second; the first is one half of a two-byte character
             logprobs = [{195: Logprob(-0.25, 1, "\ufffd"), ord(c): Logprob(-float("inf"), 2, c)} for c in text]
-        return CompletionOutput(index, text, list(text.encode()), None, logprobs, "length" if finished else None)
+            total = sum(each[ord(c)].logprob for each, c in zip(logprobs, text, strict=True))
+        return CompletionOutput(index, text, list(text.encode()), total, logprobs, "length" if finished else None)
