@@ -134,8 +134,8 @@ test: $(STAMP) ## Run the test suite (ARGS="-k scheduler" for a part of it)
 test-parity: $(STAMP) ## Compare with transformers over the whole grid of settings; takes more than an hour
 	@$(RUN) -m pytest -m parity $(ARGS)
 
-test-api: $(STAMP) ## Send the server CASES=1250 made-up bodies of each of eight kinds, valid and broken
-	@CASES=$(CASES) $(RUN) -m pytest solutions/tests/test_openapi.py $(ARGS)
+test-api: $(STAMP) ## Send the server CASES=1250 made-up bodies of each of eight kinds, and 500 streams
+	@CASES=$(CASES) $(RUN) -m pytest solutions/tests/test_openapi.py solutions/tests/test_streaming.py $(ARGS)
 
 test-cpu-kernels: $(STAMP) ## Test the C++ kernels (SANITIZE=1: watched for bad addresses and undefined behaviour)
 	@$(if $(SANITIZE),$(SANITIZED)) $(RUN) -m pytest -k cpu solutions/tests/test_cpu_kernels.py solutions/tests/test_paged_attention.py $(ARGS)
