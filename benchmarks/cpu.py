@@ -17,8 +17,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installed package
 
 from solutions.benchmarks.datasets import WORKLOADS, make_requests
+from solutions.benchmarks.end_to_end import first_model, run_server
 from solutions.benchmarks.report import Parser, record, show_table, spread, write_json
-from solutions.benchmarks.server import first_model, run_server
 from solutions.benchmarks.throughput import Measurement, load_hf, measure_alternately, run_engine, run_hf, warm_up_requests
 from solutions.core.config import DEFAULT_MODEL
 from solutions.core.engine import LLM

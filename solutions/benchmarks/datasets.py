@@ -18,10 +18,15 @@ SHARED_PREFIX = 512
 
 @dataclass(frozen=True, slots=True)
 class BenchRequest:
-    """One request: a prompt, and how many tokens must come back."""
+    """One request: a prompt, and how many tokens must come back.
+
+    Attributes:
+        text: what a server gets in place of the ids, when given.
+    """
 
     prompt_token_ids: list[int]
     output_len: int
+    text: str | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import random
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
-
 from .datasets import TOKEN_IDS, BenchRequest
-from .server import TIMEOUT, Stream, stream_request
+from .end_to_end import check, closed_loop
+from .latency import Stream, percentiles
 
 ROUTERS = ("prefix", "round_robin")
 
@@ -80,15 +78,18 @@ class Measured:
 
 
 def summarise(requests: Sequence[BenchRequest], streams: Sequence[Stream], seconds: float) -> Measured:
-    """Raises RuntimeError if a request came back with another number of tokens than it asked for."""
-    for request, stream in zip(requests, streams, strict=True):
-        if stream.num_tokens != request.output_len:
-            raise RuntimeError(f"a request asked for {request.output_len} tokens and got {stream.num_tokens}")
-    waits = sorted(1e3 * (stream.first - stream.start) for stream in streams)
+    """What the streams of the requests come to.
+
+    Raises:
+        ValueError: a request was refused.
+        RuntimeError: one came back with another number of tokens than it asked for.
+    """
+    check(requests, streams)
+    waits = percentiles(stream.ttft for stream in streams)
     return Measured(
         sum(stream.num_cached for stream in streams) / sum(len(request.prompt_token_ids) for request in requests),
-        statistics.median(waits),
-        waits[min(len(waits) - 1, int(0.99 * len(waits)))],
+        waits["p50"],
+        waits["p99"],
         sum(stream.num_tokens for stream in streams) / seconds,
     )
 
@@ -96,19 +97,8 @@ def summarise(requests: Sequence[BenchRequest], streams: Sequence[Stream], secon
 def measure(url: str, model: str, requests: Sequence[BenchRequest], concurrency: int) -> Measured:
     """Send requests in their order, a new one whenever one has ended."""
     start = time.perf_counter()
-    streams = asyncio.run(_send(url, model, requests, concurrency))
+    streams = asyncio.run(closed_loop(url, model, requests, concurrency))
     return summarise(requests, streams, time.perf_counter() - start)
-
-
-async def _send(url: str, model: str, requests: Sequence[BenchRequest], concurrency: int) -> list[Stream]:
-    room = asyncio.Semaphore(concurrency)
-    async with httpx.AsyncClient(timeout=TIMEOUT, limits=httpx.Limits(max_connections=None)) as client:
-
-        async def one(request: BenchRequest) -> Stream:
-            async with room:
-                return await stream_request(client, url, model, request)
-
-        return await asyncio.gather(*map(one, requests))
 
 
 @contextmanager

@@ -18,10 +18,10 @@ import httpx
 import openai
 import psutil
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
+from solutions.benchmarks.serving import running_server, totals
 from solutions.tests.fake_server import until
-from solutions.tests.real_server import CONTEXT, GREEDY, MODEL, running, stopped
+from solutions.tests.real_server import CONTEXT, GREEDY, MODEL, stopped
 
 FLAGS = ("--dtype", "float32", "--max-num-seqs", "16", "--max-model-len")
 DISCONNECTS = 1000
@@ -29,9 +29,7 @@ COUNTING = "Count: 1, 2, 3,"
 
 
 def metric(url: str, name: str) -> float:
-    text = httpx.get(url.removesuffix("/v1") + "/metrics").text
-    families = text_string_to_metric_families(text)
-    return sum(sample.value for family in families for sample in family.samples if sample.name == f"vllm:{name}")
+    return totals(httpx.get(url.removesuffix("/v1") + "/metrics").text).get(f"vllm:{name}", 0.0)
 
 
 def is_idle(url: str) -> bool:
@@ -89,7 +87,7 @@ async def read(stream: Any) -> tuple[str, str | None]:
 
 
 def test_a_thousand_clients_that_leave_hold_nothing_and_disturb_nobody() -> None:
-    with running(*FLAGS, str(CONTEXT), "--max-num-seqs", "64") as (server, url):
+    with running_server(*FLAGS, str(CONTEXT), "--max-num-seqs", "64") as (server, url):
 
         async def load() -> None:
             async with client(url) as api:
@@ -115,7 +113,7 @@ def test_a_thousand_clients_that_leave_hold_nothing_and_disturb_nobody() -> None
 
 def test_a_full_cache_preempts_and_sigterm_lets_everybody_finish() -> None:
     # blocks for little more than one sequence of the longest kind
-    with running(*FLAGS, "128", "--kv-cache-memory-bytes", "8MiB", "--no-enable-prefix-caching") as (server, url):
+    with running_server(*FLAGS, "128", "--kv-cache-memory-bytes", "8MiB", "--no-enable-prefix-caching") as (server, url):
         prompts = [f"{word} and {word} are" for word in ("Cats", "Dogs", "Trees", "Stars", "Rivers", "Birds")]
 
         async def load() -> None:
@@ -139,7 +137,7 @@ def test_a_full_cache_preempts_and_sigterm_lets_everybody_finish() -> None:
 
 @pytest.mark.parametrize("victim", ["rank", "server"])
 def test_a_kill_under_load_ends_all_processes(victim: str) -> None:
-    with running(*FLAGS, str(CONTEXT), "--tensor-parallel-size", "2") as (server, url):
+    with running_server(*FLAGS, str(CONTEXT), "--tensor-parallel-size", "2") as (server, url):
         (rank,) = psutil.Process(server.pid).children(recursive=True)
 
         async def load() -> list[Any]:
