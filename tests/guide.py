@@ -33,7 +33,9 @@ FOREIGN = {
     "EngineCore.step", "FreeKVCacheBlockQueue", "KVCacheManager.allocate_slots", "Request", "_preempt_request",
     "_prepare_inputs", "check_stop", "determine_available_memory", "get_new_blocks", "reshape_and_cache",
     "scheduler_reserve_full_isl", "touch",
-    "check_stop_strings", "continuous_usage_stats",
+    "EngineCoreProc", "OpenAIServingChat", "check_stop_strings", "continuous_usage_stats", "with_cancellation",
+    # ASGI and Kubernetes
+    "http.disconnect", "preStop",
     # CUDA
     "cp.async",
     # OpenAI

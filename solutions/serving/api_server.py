@@ -92,6 +92,8 @@ class Server(uvicorn.Server):
         self.engine = engine
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came. From the first on uvicorn takes no new connections (`should_exit`) and the engine is draining; a
+        second one, of either kind, ends what still runs (`force_exit`)."""
         again = self.should_exit
         super().handle_exit(sig, frame)
         self.engine.is_draining = True

@@ -279,7 +279,7 @@ def render_chat(tokenizer: Any, messages: list[ChatMessage]) -> list[int]:
 
 
 async def close_on_disconnect(http: Request, stream: OutputStream) -> None:
-    """End a stream as soon as the client has left."""
+    """Close a stream as soon as the client has left; other messages of ASGI say nothing of that."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
     stream.close()

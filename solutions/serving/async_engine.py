@@ -164,11 +164,14 @@ class AsyncEngine:
             self._wake.notify()
 
     def _abort(self, request_ids: list[str]) -> None:
+        """Nobody reads these requests any more: forget their streams, and let the engine drop those that it still has at its
+        next step border, by one command for all of them. Ids that are not known here have finished, and are no news."""
         running = [request_id for request_id in request_ids if self._streams.pop(request_id, None) is not None]
         if running:
             self._send(partial(self._abort_now, running))
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
+        """Put a step's outputs into their streams, and forget the streams of requests that have finished."""
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is None:  # aborted while the step was running
@@ -178,6 +181,8 @@ class AsyncEngine:
                 del self._streams[output.request_id]
 
     def _fail(self, reason: str) -> None:
+        """The engine is dead, for good and for this reason: end every stream with an `EngineDeadError`, then call `on_death`,
+        unless this is how a shutdown ends. Only the first death counts."""
         if self._death is not None:  # a thread that was given up has ended after all
             return
         self._death = reason
@@ -190,6 +195,12 @@ class AsyncEngine:
     # -------------------------------------------------------------------------------------------- on the engine thread
 
     def _run(self) -> None:
+        """What the engine's thread does until it is told to stop: take commands, step if there is work, post the outputs of
+        a step in one piece. `_step_since` is the time at which the step began that is running, None between steps.
+
+        Whatever happens, the last thing that it posts is `_fail` with a reason that may be shown to clients; of an exception
+        the log has more.
+        """
         reason = "the server is shutting down"
         try:
             while (commands := self._next_commands()) is not None:
@@ -208,7 +219,12 @@ class AsyncEngine:
             self._post(self._fail, reason)
 
     def _next_commands(self) -> list[Callable[[], None]] | None:
-        """Sleep until there is something to do; None when the thread has to end."""
+        """Sleep until there is something to do: a command, requests to step for, or the end. While it sleeps, it checks the
+        engine's health every `HEALTH_SECONDS`.
+
+        Returns:
+            All commands, oldest first, none of which comes again; None when the thread has to end.
+        """
         with self._wake:
             while not self._wake.wait_for(
                 lambda: self._stopping or self._commands or self.engine.has_unfinished_requests(), HEALTH_SECONDS

@@ -31,7 +31,12 @@ class OutputStream(AsyncIterator[RequestOutput]):
         self._delta = delta
 
     async def __anext__(self) -> RequestOutput:
-        """The output that has waited longest, or the next one; after them the error, if the engine has failed, and the end."""
+        """The output of the request that has waited longest, or the next one to come. Then the error, if the engine has failed,
+        once; and the end, when all requests have finished.
+
+        Raises:
+            StopAsyncIteration: nothing will come any more.
+        """
         while not self._waiting:
             if self._error is not None:
                 error, self._error = self._error, None
@@ -53,7 +58,8 @@ class OutputStream(AsyncIterator[RequestOutput]):
         self.close()
 
     def close(self) -> None:
-        """Abort the unfinished requests, drop what waits; whoever waits for an output sees the end of the stream."""
+        """Abort the unfinished requests, drop what waits; whoever waits for an output sees the end of the stream. A second time
+        changes nothing."""
         self._abort(list(self._unfinished))
         self._unfinished.clear()
         self._waiting.clear()

@@ -209,6 +209,7 @@ class ChatReply(Reply):
         return ChatCompletionResponse(**self.head, choices=choices, usage=self.usage)
 
     def opening(self) -> Iterable[ChatCompletionChunk]:
+        """A chunk for each choice, with the role and an empty text: who speaks is known before the first token is."""
         for index in range(self.n):
             delta = Delta(role="assistant", content="")
             yield ChatCompletionChunk(**self.head, choices=[ChatChunkChoice(index=index, delta=delta)])
@@ -247,9 +248,12 @@ class ChatReply(Reply):
 
 
 async def server_sent_events(reply: Reply, stream: OutputStream) -> AsyncIterator[str]:
-    """The answer as server-sent events: opening chunks, a chunk for each piece of a choice, ``[DONE]``.
+    """The answer as server-sent events, each given out as soon as it is known: the opening chunks, a chunk for each piece of
+    a choice, the usage if the request asks for it, ``[DONE]``. A piece without text or log-probabilities is no event, unless
+    it ends its choice: its text is held back.
 
-    After the start the HTTP status is out; an error then is one more data object.
+    After the start the HTTP status is out; an error then is one more event, before ``[DONE]``: 503 and its message when the
+    engine is dead, else 500 and nothing of what happened, which is for the log.
     """
     try:
         for chunk in reply.opening():
@@ -269,6 +273,8 @@ async def server_sent_events(reply: Reply, stream: OutputStream) -> AsyncIterato
 
 
 def _event(data: BaseModel) -> str:
+    """An event as it goes over the wire: a line that begins with ``data: `` and holds the JSON, then an empty line (WHATWG
+    HTML, §9.2)."""
     return f"data: {data.model_dump_json()}\n\n"
 
 

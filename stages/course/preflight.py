@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages.course.catalog import ROOT, Stage, Target, Task
-from stages.course.targets import find_function, find_lines, is_python
+from stages.course.targets import Function, find_function, find_lines, is_python
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ def _inspect_marked(stage: Stage, file: str, text: str, result: Inspection) -> N
 
 
 def _inspect_target(
-    task: Task, target: Target, name: str, node: ast.FunctionDef | None, reference: ast.Module, result: Inspection
+    task: Task, target: Target, name: str, node: Function | None, reference: ast.Module, result: Inspection
 ) -> None:
     if node is None:
         message = f"{target.name} is gone, and its tests call it; make reset TASK={task.id} brings the function back"
@@ -124,7 +124,7 @@ def _inspect_target(
         result.problems.append(Problem(name, node.lineno, message, (task.id,)))
 
 
-def signature(node: ast.FunctionDef) -> str:
+def signature(node: Function) -> str:
     """Names, order and defaults of a function's parameters; annotations are nobody's business but the reader's."""
     arguments = ast.parse(ast.unparse(node)).body[0].args  # a copy to take the annotations from
     for argument in ast.walk(arguments):

@@ -21,13 +21,16 @@ def is_python(file: str) -> bool:
     return file.endswith(".py")
 
 
-def find_function(tree: ast.Module, name: str) -> ast.FunctionDef | None:
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def find_function(tree: ast.Module, name: str) -> Function | None:
     """The definition of ``function`` or ``Class.function`` in a module, or None."""
     body: list[ast.stmt] = tree.body
     *outer, last = name.split(".")
     for part in outer:
         body = next((node.body for node in body if isinstance(node, ast.ClassDef) and node.name == part), [])
-    return next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == last), None)
+    return next((node for node in body if isinstance(node, Function) and node.name == last), None)
 
 
 def find_lines(text: str, file: str, name: str) -> slice | None:
@@ -87,7 +90,14 @@ def emptied(text: str, file: str, task: Task, name: str, hint: str | None) -> tu
     statement = [f'{indent}raise NotImplementedError("{message}")']
     if len(statement[0]) > LONGEST_LINE:
         statement = [f"{indent}raise NotImplementedError(", f'{indent}    "{message}"', f"{indent})"]
+    if _is_async_generator(node):
+        statement.append(f"{indent}yield  # which makes it a generator; keep a yield")
     return slice(node.body[0].end_lineno, node.end_lineno), [*_comment(hint, indent, "#"), *statement]
+
+
+def _is_async_generator(node: Function) -> bool:
+    """Whether callers say ``async for``, which asks for a generator before it runs any of it."""
+    return isinstance(node, ast.AsyncFunctionDef) and any(isinstance(part, ast.Yield) for part in ast.walk(node))
 
 
 def _comment(hint: str | None, indent: str, sign: str) -> list[str]:

@@ -79,13 +79,9 @@ class AsyncEngine:
 
     def shutdown(self) -> None:
         """Stop after the step that is running, fail what is unfinished with `EngineDeadError`, join the thread if it comes."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
-        self._compiling.shutdown(wait=False, cancel_futures=True)
-        if self._thread.ident is not None:
-            while self._thread.is_alive() and not self._is_stalled():
-                self._thread.join(HEALTH_SECONDS)
+        # Hint: Three ends: a signal that waits, a signal that does not, and an engine that is dead. What does each of
+        # them owe to those who still read?
+        raise NotImplementedError("Stage 5 · Task 5.9: AsyncEngine.shutdown, see IMPLEMENTATION_GUIDE.md#task-5-9")
 
     @property
     def is_running(self) -> bool:
@@ -164,58 +160,42 @@ class AsyncEngine:
             self._wake.notify()
 
     def _abort(self, request_ids: list[str]) -> None:
-        running = [request_id for request_id in request_ids if self._streams.pop(request_id, None) is not None]
-        if running:
-            self._send(partial(self._abort_now, running))
+        """Nobody reads these requests any more: forget their streams, and let the engine drop those that it still has at its
+        next step border, by one command for all of them. Ids that are not known here have finished, and are no news."""
+        # Hint: Follow what is held: the connection knows who left, the stream knows which requests were his, the engine
+        # has their blocks. Each tells the next.
+        raise NotImplementedError("Stage 5 · Task 5.6: AsyncEngine._abort, see IMPLEMENTATION_GUIDE.md#task-5-6")
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
-        for output in outputs:
-            stream = self._streams.get(output.request_id)
-            if stream is None:  # aborted while the step was running
-                continue
-            stream.put(output)
-            if output.finished:
-                del self._streams[output.request_id]
+        """Put a step's outputs into their streams, and forget the streams of requests that have finished."""
+        raise NotImplementedError("Stage 5 · Task 5.5: AsyncEngine._deliver, see IMPLEMENTATION_GUIDE.md#task-5-5")
 
     def _fail(self, reason: str) -> None:
-        if self._death is not None:  # a thread that was given up has ended after all
-            return
-        self._death = reason
-        streams, self._streams = set(self._streams.values()), {}
-        for stream in streams:
-            stream.fail(EngineDeadError(reason))
-        if self.on_death is not None and not self._stopping:
-            self.on_death()
+        """The engine is dead, for good and for this reason: end every stream with an `EngineDeadError`, then call `on_death`,
+        unless this is how a shutdown ends. Only the first death counts."""
+        raise NotImplementedError("Stage 5 · Task 5.9: AsyncEngine._fail, see IMPLEMENTATION_GUIDE.md#task-5-9")
 
     # -------------------------------------------------------------------------------------------- on the engine thread
 
     def _run(self) -> None:
-        reason = "the server is shutting down"
-        try:
-            while (commands := self._next_commands()) is not None:
-                for command in commands:
-                    command()
-                if self.engine.has_unfinished_requests():
-                    self._step_since = time.monotonic()
-                    outputs = self.engine.step()
-                    self._step_since = None
-                    if outputs:
-                        self._post(self._deliver, outputs)
-        except Exception:
-            reason = "the engine has failed; the server's log has the cause"
-            logger.exception("The engine has failed")
-        finally:
-            self._post(self._fail, reason)
+        """What the engine's thread does until it is told to stop: take commands, step if there is work, post the outputs of
+        a step in one piece. `_step_since` is the time at which the step began that is running, None between steps.
+
+        Whatever happens, the last thing that it posts is `_fail` with a reason that may be shown to clients; of an exception
+        the log has more.
+        """
+        # Hint: Who may touch what? The engine: only its thread. Streams: only the loop. What crosses the border is a
+        # callable, in one direction or the other.
+        raise NotImplementedError("Stage 5 · Task 5.5: AsyncEngine._run, see IMPLEMENTATION_GUIDE.md#task-5-5")
 
     def _next_commands(self) -> list[Callable[[], None]] | None:
-        """Sleep until there is something to do; None when the thread has to end."""
-        with self._wake:
-            while not self._wake.wait_for(
-                lambda: self._stopping or self._commands or self.engine.has_unfinished_requests(), HEALTH_SECONDS
-            ):
-                self.engine.check_health()
-            commands, self._commands = self._commands, []
-            return None if self._stopping else commands
+        """Sleep until there is something to do: a command, requests to step for, or the end. While it sleeps, it checks the
+        engine's health every `HEALTH_SECONDS`.
+
+        Returns:
+            All commands, oldest first, none of which comes again; None when the thread has to end.
+        """
+        raise NotImplementedError("Stage 5 · Task 5.5: AsyncEngine._next_commands, see IMPLEMENTATION_GUIDE.md#task-5-5")
 
     def _accept(self, requests: list[EngineRequest], stream: OutputStream) -> None:
         """Submit all requests of a stream, or none: where one is refused, by `_admit` or by the engine, those before it are

@@ -202,9 +202,8 @@ class ChatReply(Reply):
         return ChatCompletionResponse(**self.head, choices=choices, usage=self.usage)
 
     def opening(self) -> Iterable[ChatCompletionChunk]:
-        for index in range(self.n):
-            delta = Delta(role="assistant", content="")
-            yield ChatCompletionChunk(**self.head, choices=[ChatChunkChoice(index=index, delta=delta)])
+        """A chunk for each choice, with the role and an empty text: who speaks is known before the first token is."""
+        raise NotImplementedError("Stage 5 · Task 5.3: ChatReply.opening, see IMPLEMENTATION_GUIDE.md#task-5-3")
 
     def chunk(self, index: int, sequence: CompletionOutput) -> ChatCompletionChunk:
         choice = ChatChunkChoice(
@@ -240,29 +239,22 @@ class ChatReply(Reply):
 
 
 async def server_sent_events(reply: Reply, stream: OutputStream) -> AsyncIterator[str]:
-    """The answer as server-sent events: opening chunks, a chunk for each piece of a choice, ``[DONE]``.
+    """The answer as server-sent events, each given out as soon as it is known: the opening chunks, a chunk for each piece of
+    a choice, the usage if the request asks for it, ``[DONE]``. A piece without text or log-probabilities is no event, unless
+    it ends its choice: its text is held back.
 
-    After the start the HTTP status is out; an error then is one more data object.
+    After the start the HTTP status is out; an error then is one more event, before ``[DONE]``: 503 and its message when the
+    engine is dead, else 500 and nothing of what happened, which is for the log.
     """
-    try:
-        for chunk in reply.opening():
-            yield _event(chunk)
-        async for output in stream:
-            for index, sequence in reply.choices(output):
-                if sequence.text or sequence.logprobs or sequence.finished:  # else text is held back
-                    yield _event(reply.chunk(index, sequence))
-        if reply.request.include_usage:
-            yield _event(reply.closing())
-    except EngineDeadError as error:
-        yield _event(error_body(str(error), 503))
-    except Exception:
-        logger.exception("A stream has failed")
-        yield _event(error_body("internal server error", 500))
-    yield "data: [DONE]\n\n"
+    # Hint: An async generator: what you yield goes out at once, and between two yields the client waits with you.
+    raise NotImplementedError("Stage 5 · Task 5.3: server_sent_events, see IMPLEMENTATION_GUIDE.md#task-5-3")
+    yield  # which makes it a generator; keep a yield
 
 
 def _event(data: BaseModel) -> str:
-    return f"data: {data.model_dump_json()}\n\n"
+    """An event as it goes over the wire: a line that begins with ``data: `` and holds the JSON, then an empty line (WHATWG
+    HTML, §9.2)."""
+    raise NotImplementedError("Stage 5 · Task 5.3: _event, see IMPLEMENTATION_GUIDE.md#task-5-3")
 
 
 # --------------------------------------------------------------------------------------------------------- logprobs

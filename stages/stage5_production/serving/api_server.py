@@ -1,0 +1,147 @@
+"""The OpenAI-compatible HTTP server: ``python -m solutions.serving.api_server --model smollm2-135m --port 8000``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import errno
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from ..core.config import add_engine_flags, config_from_flags
+from ..core.machine import settle_heap
+from .app import MAX_BODY_BYTES, create_app
+from .async_engine import AsyncEngine
+from .connections import TimedConnection
+from .guards import API_KEY_VARIABLE, log_as_json, read_api_keys
+
+MAX_NUM_WAITING = 1024
+"""Default bound of the queue: a server refuses early rather than let everybody wait for long."""
+UNHEALTHY_SECONDS = 3.0
+"""How long a server whose engine has failed still answers, with 503, so that whoever watches ``/health`` learns of it."""
+
+
+def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The server's flags and the engine's."""
+    parser = argparse.ArgumentParser(prog="api_server", description="Serve a model behind the OpenAI API.")
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all)")
+    group.add_argument("--port", type=int, default=8000, help="port; 0 picks a free one (default: 8000)")
+    group.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names in the API (default: --model's)")
+    group.add_argument("--api-key", nargs="+", metavar="KEY", default=[], help="ask clients for one of these keys; "
+                       f"{API_KEY_VARIABLE} in the environment, where other users cannot see them, adds some")  # fmt: skip
+    group.add_argument("--api-key-file", type=Path, metavar="FILE", help="more keys, one a line")
+    group.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES, metavar="N", help="(default: 4 MiB)")
+    group.add_argument("--allowed-origins", nargs="+", metavar="URL", default=[], help="web pages that may call from a browser")
+    group.add_argument("--max-waiting-tokens", type=int, metavar="N", help="of prompts; more are refused (default: no limit)")
+    group.add_argument(
+        "--shutdown-timeout", type=int, default=30, metavar="SECONDS",
+        help="time that running requests get after SIGTERM; a second one aborts them at once (default: 30)",
+    )  # fmt: skip
+    group.add_argument(
+        "--connection-timeout", type=float, default=30, metavar="SECONDS",
+        help="time that a request has to arrive, and a client that reads nothing before it is cut off (default: 30)",
+    )  # fmt: skip
+    group.add_argument(
+        "--stall-timeout", type=float, default=300, metavar="SECONDS",
+        help="a step that takes longer ends the server with an error (default: 300)",
+    )  # fmt: skip
+    group.add_argument("--log-format", choices=("text", "json"), default="text", help="json: a line for each request")
+    add_engine_flags(parser)
+    parser.set_defaults(max_num_waiting=MAX_NUM_WAITING)
+    args = parser.parse_args(argv)
+    for name in ("max_body_bytes", "max_waiting_tokens", "connection_timeout", "stall_timeout"):
+        if (value := getattr(args, name)) is not None and value <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be more than 0")
+    return args
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, so that the port is known to be ours before the model is loaded.
+
+    Raises:
+        OSError: the address cannot be had; the message says what to do.
+    """
+    if not 0 <= port <= 65535:  # getaddrinfo would take it modulo 65536
+        raise OSError(f"--port must be 0 to 65535, got {port}")
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind, proto)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(2048)
+        return sock
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise OSError(f"port {port} is in use; choose another with --port or stop what listens there") from error
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}; see --host and --port") from error
+
+
+class Server(uvicorn.Server):
+    """A first SIGTERM or SIGINT lets the running answers finish, a second one aborts them."""
+
+    def __init__(self, config: uvicorn.Config, engine: AsyncEngine) -> None:
+        super().__init__(config)
+        self.engine = engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came. From the first on uvicorn takes no new connections (`should_exit`) and the engine is draining; a
+        second one, of either kind, ends what still runs (`force_exit`)."""
+        # Hint: Three ends: a signal that waits, a signal that does not, and an engine that is dead. What does each of
+        # them owe to those who still read?
+        raise NotImplementedError("Stage 5 · Task 5.9: Server.handle_exit, see IMPLEMENTATION_GUIDE.md#task-5-9")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the server until SIGTERM or SIGINT, or until the engine fails; returns the exit code."""
+    started = time.perf_counter()
+    args = parse_flags(argv)
+    try:
+        keys = read_api_keys(args.api_key, args.api_key_file)
+        sock = bind(args.host, args.port)
+        from ..core.engine import LLMEngine  # after the port is ours: torch takes seconds to import
+
+        imported = time.perf_counter()
+        engine = LLMEngine(config_from_flags(args))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    settle_heap()
+    if args.log_format == "json":
+        log_as_json()
+    for line in engine.startup_summary():
+        print(line)
+    names = args.served_model_name or [args.model]
+    host, port = sock.getsockname()[:2]
+    host = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    seconds = time.perf_counter() - started
+    print(f"Serving {', '.join(names)} at http://{host}:{port}/v1, ", end="")
+    print(f"{seconds:.1f} s after the start ({imported - started:.1f} s of it imports)", flush=True)
+    async_engine = AsyncEngine(engine, args.max_waiting_tokens, args.stall_timeout)
+    app = create_app(async_engine, names, keys, max_body_bytes=args.max_body_bytes, allowed_origins=args.allowed_origins)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=args.shutdown_timeout,
+        http=partial(TimedConnection, seconds=args.connection_timeout),
+    )  # fmt: skip
+    server = Server(config, async_engine)
+    deaths: list[None] = []
+
+    def end() -> None:
+        deaths.append(None)
+        asyncio.get_running_loop().call_later(UNHEALTHY_SECONDS, setattr, server, "should_exit", True)
+
+    async_engine.on_death = end
+    server.run(sockets=[sock])
+    engine.close()
+    return 1 if deaths else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

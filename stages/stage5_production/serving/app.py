@@ -1,0 +1,301 @@
+"""The server's HTTP application: its routes, and the way of a request from the body to the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Receive, Scope, Send
+
+from ..core.input import EngineRequest, Prompt
+from .async_engine import AsyncEngine
+from .guards import BodyLimit, KeyGuard, RequestIds, add_error_handlers
+from .metrics import CONTENT_TYPE, EngineMetrics
+from .openai_answers import (
+    ChatCompletionResponse,
+    CompletionResponse,
+    DetokenizeResponse,
+    ModelCard,
+    ModelList,
+    TokenizeResponse,
+    VersionResponse,
+)
+from .openai_protocol import (
+    ChatCompletionRequest,
+    ChatMessage,
+    CompletionRequest,
+    DetokenizeRequest,
+    ErrorBody,
+    GenerationRequest,
+    RequestError,
+    TokenizeRequest,
+)
+from .output_stream import OutputStream
+from .responses import ChatReply, CompletionReply, Reply, server_sent_events
+
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that left; nobody reads it."""
+MAX_BODY_BYTES = 4 << 20
+"""Default size of a body: a context of 100,000 tokens is a tenth of it."""
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""With ``stream: true`` the answer is server-sent events, each with a chunk as JSON, and at last ``[DONE]``."""
+
+
+def package_version() -> str:
+    """Of this project as it is installed."""
+    try:
+        return version("build-your-own-vllm")
+    except PackageNotFoundError:  # run from a folder that is only on the path
+        return "unknown"
+
+
+def create_app(
+    async_engine: AsyncEngine, served_model_names: Sequence[str], api_keys: Sequence[str] | None = None, *,
+    max_body_bytes: int = MAX_BODY_BYTES, allowed_origins: Sequence[str] = (),
+) -> FastAPI:  # fmt: skip
+    """The server's ASGI application; it starts the engine's thread and ends it.
+
+    Args:
+        async_engine: not started yet.
+        served_model_names: what a request's ``model`` may be.
+        api_keys: one of them must come as ``Authorization: Bearer …``, see `KeyGuard`; none: open.
+        max_body_bytes: larger bodies are refused.
+        allowed_origins: web pages that may call the API from a browser; none: only its own.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async_engine.start()
+        yield
+        await asyncio.to_thread(async_engine.shutdown)
+
+    engine = async_engine.engine
+    app = FastAPI(title="Build your own vLLM", version=package_version(), lifespan=lifespan)
+    add_error_handlers(app)
+    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    if api_keys:
+        app.add_middleware(KeyGuard, api_keys=api_keys)
+    if allowed_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(RequestIds)
+    metrics = EngineMetrics(served_model_names[0], engine.stats, engine.limits.max_model_len)
+    engine.observers.append(metrics)
+    async_engine.on_rejection = metrics.on_rejection
+    models = {name: ModelCard(id=name, max_model_len=engine.limits.max_model_len) for name in served_model_names}
+
+    def check_model(name: str) -> ModelCard:
+        if name not in models:
+            raise RequestError(f"model {name!r} does not exist; this server has {', '.join(models)}", "model", 404)
+        return models[name]
+
+    add_operator_routes(app, async_engine, metrics)
+    add_openai_routes(app, async_engine, models, check_model)
+    add_tokenizer_routes(app, async_engine, check_model)
+    return app
+
+
+def add_operator_routes(app: FastAPI, async_engine: AsyncEngine, metrics: EngineMetrics) -> None:
+    """What load balancers, Prometheus and operators ask for."""
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Whether the engine lives."""
+        return Response(status_code=200 if async_engine.is_running else 503)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Whether new requests are welcome: the engine lives and the server does not shut down."""
+        return Response(status_code=200 if async_engine.is_running and not async_engine.is_draining else 503)
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        """For Prometheus."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+    @app.get("/version")
+    async def show_version() -> VersionResponse:
+        return VersionResponse(version=package_version())
+
+
+def add_openai_routes(
+    app: FastAPI, async_engine: AsyncEngine, models: dict[str, ModelCard], check_model: Callable[[str], ModelCard]
+) -> None:
+    """OpenAI's API."""
+
+    @app.get("/v1/models", responses=ERRORS)
+    async def list_models() -> ModelList:
+        return ModelList(data=list(models.values()))
+
+    @app.get("/v1/models/{name:path}", responses=ERRORS)
+    async def get_model(name: str) -> ModelCard:
+        return check_model(name)
+
+    @app.post("/v1/completions", response_model=CompletionResponse, responses=ERRORS | STREAMED)
+    async def completions(body: CompletionRequest, http: Request) -> Response:
+        check_model(body.model)
+        return await respond(async_engine, http, body, body.prompt, CompletionReply, "cmpl")
+
+    @app.post("/v1/chat/completions", response_model=ChatCompletionResponse, responses=ERRORS | STREAMED)
+    async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
+        check_model(body.model)
+        prompt = await asyncio.to_thread(render_chat, async_engine.engine.tokenizer, body.messages)
+        return await respond(async_engine, http, body, [prompt], ChatReply, "chatcmpl")
+
+
+def add_tokenizer_routes(app: FastAPI, async_engine: AsyncEngine, check_model: Callable[[str], ModelCard]) -> None:
+    """The tokenizer, as vLLM offers it."""
+    engine = async_engine.engine
+
+    @app.post("/tokenize", responses=ERRORS)
+    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
+        """The token ids of a text, or of a conversation in the model's template."""
+        if body.model is not None:
+            check_model(body.model)
+        tokens = await asyncio.to_thread(tokens_of, engine.tokenizer, body)
+        return TokenizeResponse(count=len(tokens), max_model_len=engine.limits.max_model_len, tokens=tokens)
+
+    @app.post("/detokenize", responses=ERRORS)
+    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
+        """The text of token ids."""
+        if body.model is not None:
+            check_model(body.model)
+        if any(not 0 <= token < engine.model_config.vocab_size for token in body.tokens):
+            raise RequestError(f"tokens must be from 0 to {engine.model_config.vocab_size - 1}", "tokens")
+        decode = need_tokenizer(engine.tokenizer, "tokens").decode
+        return DetokenizeResponse(prompt=await asyncio.to_thread(decode, body.tokens))
+
+
+async def respond(
+    engine: AsyncEngine,
+    http: Request,
+    body: GenerationRequest,
+    prompts: list[str | list[int]],
+    reply_class: type[Reply],
+    prefix: str,
+) -> Response:
+    """Validate, submit, and answer whole or as a stream. A client that leaves aborts its requests.
+
+    Raises:
+        RequestError: a prompt or a parameter is not valid; nothing has reached the engine then.
+        QueueFullError, EngineDeadError: see `AsyncEngine.submit`.
+    """
+    reply_id = f"{prefix}-{uuid.uuid4().hex}"
+    requests = await engine_requests(engine, reply_id, body, prompts, getattr(http.state, "tenant", None))
+    reply = reply_class(reply_id, body, {r.request_id: r.prompt_token_ids for r in requests}, engine.engine.tokenizer)
+    stream = await engine.submit(requests)
+    if body.stream:
+        return EventStreamResponse(reply, stream)
+    async with stream:
+        watch = asyncio.create_task(close_on_disconnect(http, stream))
+        try:
+            outputs = [output async for output in stream if output.finished]
+        finally:
+            watch.cancel()
+    if len(outputs) < len(requests):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return Response(reply.whole(outputs).model_dump_json(), media_type="application/json")
+
+
+async def engine_requests(
+    engine: AsyncEngine, reply_id: str, body: GenerationRequest, prompts: list[str | list[int]], tenant: str | None = None
+) -> list[EngineRequest]:
+    """One validated engine request a prompt. Tenants (see `KeyGuard`) share no cached prefixes.
+
+    Raises:
+        RequestError: a prompt or a parameter is not valid, or needs what this server was not started with.
+    """
+    params = body.to_sampling_params()
+    salt = ":".join(part for part in (tenant, body.cache_salt) if part is not None) or None
+    if body.priority and engine.engine.config.scheduling_policy != "priority":
+        raise RequestError("priority needs a server that was started with --scheduling-policy priority", "priority")
+    try:
+        requests = await engine.prepare(
+            reply_id, [engine_prompt(prompt, salt) for prompt in prompts], params, body.priority or 0
+        )
+    except ValueError as error:
+        raise body.refusal(error) from error
+    limit = engine.engine.limits.max_model_len
+    longest = max(len(request.prompt_token_ids) for request in requests)
+    field, asked = body.token_limit
+    if asked is not None and longest + asked > limit:
+        raise RequestError(
+            f"{field} is too large: {longest} tokens of prompt and {asked} to generate exceed the context of {limit}",
+            field,
+        )
+    return requests
+
+
+def engine_prompt(prompt: str | list[int], cache_salt: str | None) -> Prompt:
+    """A prompt in the engine's form."""
+    salt = {} if cache_salt is None else {"cache_salt": cache_salt}
+    return {"prompt": prompt, **salt} if isinstance(prompt, str) else {"prompt_token_ids": prompt, **salt}
+
+
+def need_tokenizer(tokenizer: Any, field: str) -> Any:
+    """The tokenizer.
+
+    Raises:
+        RequestError: the model has none.
+    """
+    if tokenizer is None:
+        raise RequestError("this model has no tokenizer; send token ids", field)
+    return tokenizer
+
+
+def tokens_of(tokenizer: Any, body: TokenizeRequest) -> list[int]:
+    """What ``/tokenize`` is asked for.
+
+    Raises:
+        RequestError: the model has no tokenizer or no template.
+    """
+    if body.messages is not None:
+        return render_chat(tokenizer, body.messages)
+    return need_tokenizer(tokenizer, "prompt").encode(body.prompt, add_special_tokens=body.add_special_tokens)
+
+
+def render_chat(tokenizer: Any, messages: list[ChatMessage]) -> list[int]:
+    """The conversation as token ids, by the model's chat template, up to where the assistant speaks.
+
+    Raises:
+        RequestError: the model has no chat template, or it does not take this conversation.
+    """
+    from jinja2 import TemplateError  # loaded by the tokenizer anyway
+
+    if tokenizer is None or not tokenizer.chat_template:
+        raise RequestError("this model has no chat template; use /v1/completions", "messages")
+    conversation = [{"role": message.role, "content": message.text()} for message in messages]
+    try:
+        return tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+    except TemplateError as error:
+        raise RequestError(f"the model's chat template does not take these messages: {error}", "messages") from error
+
+
+async def close_on_disconnect(http: Request, stream: OutputStream) -> None:
+    """Close a stream as soon as the client has left; other messages of ASGI say nothing of that."""
+    # Hint: Follow what is held: the connection knows who left, the stream knows which requests were his, the engine has
+    # their blocks. Each tells the next.
+    raise NotImplementedError("Stage 5 · Task 5.6: close_on_disconnect, see IMPLEMENTATION_GUIDE.md#task-5-6")
+
+
+class EventStreamResponse(StreamingResponse):
+    """Server-sent events; however the response ends, so does the work for it."""
+
+    def __init__(self, reply: Reply, stream: OutputStream) -> None:
+        super().__init__(
+            server_sent_events(reply, stream),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+        self.stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self.stream:
+            await super().__call__(scope, receive, send)

@@ -1,0 +1,243 @@
+"""Task 5.3: an answer piece by piece, as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import openai
+import pytest
+import uvicorn
+from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
+
+from stages.core.output import CompletionOutput, RequestOutput
+from stages.course.checks import check_equal
+from stages.serving.async_engine import EngineDeadError
+from stages.serving.openai_protocol import ChatCompletionRequest
+from stages.serving.responses import ChatReply, _event, server_sent_events
+
+
+class Chunk(BaseModel):
+    says: str
+
+
+class PlainReply:
+    """Stands in for a reply: its chunks say what they are."""
+
+    def __init__(self, include_usage: bool = False) -> None:
+        self.request = SimpleNamespace(include_usage=include_usage)
+
+    def opening(self) -> Iterable[Chunk]:
+        return [Chunk(says="open")]
+
+    def choices(self, output: RequestOutput) -> Iterable[tuple[int, CompletionOutput]]:
+        return [(sequence.index, sequence) for sequence in output.outputs]
+
+    def chunk(self, index: int, sequence: CompletionOutput) -> Chunk:
+        return Chunk(says=f"{index}:{sequence.text}")
+
+    def closing(self) -> Chunk:
+        return Chunk(says="usage")
+
+
+def output(*sequences: CompletionOutput) -> RequestOutput:
+    return RequestOutput("r", None, [], list(sequences), all(sequence.finished for sequence in sequences))
+
+
+def piece(text: str, index: int = 0, finish: str | None = None, logprobs: Any = None) -> CompletionOutput:
+    return CompletionOutput(index, text, [1], None, logprobs, finish)
+
+
+async def outputs(*items: RequestOutput | Exception) -> AsyncIterator[RequestOutput]:
+    for item in items:
+        if isinstance(item, Exception):
+            raise item
+        yield item
+
+
+def events(reply: Any, *items: RequestOutput | Exception) -> list[str]:
+    """What is sent for some outputs, or an error after them; each chunk by what it says."""
+
+    async def main() -> list[str]:
+        return [event async for event in server_sent_events(reply, outputs(*items))]
+
+    return [says(event) for event in asyncio.run(main())]
+
+
+def says(event: str) -> str:
+    data = event.removeprefix("data: ").removesuffix("\n\n")
+    return data if data == "[DONE]" else json.loads(data).get("says", data)
+
+
+def test_an_event_is_a_line_and_an_empty_line() -> None:
+    """``data: {"says":"hi"}`` and two line breaks.
+
+    Why: at the empty line a client knows that the event is complete; without it, it waits for more.
+    """
+    check_equal(_event(Chunk(says="hi")), 'data: {"says":"hi"}\n\n', "event")
+
+
+def test_a_line_break_in_the_text_is_none_on_the_wire() -> None:
+    """A text with two line breaks stays on its line.
+
+    Why: JSON writes them as \\n. A text that is put in as it is would end the event in its middle.
+    """
+    event = _event(Chunk(says="a\n\nb"))
+    check_equal(event.count("\n"), 2, "line breaks in the event")
+    check_equal(says(event), "a\n\nb", "text that comes out")
+
+
+def test_opening_then_pieces_then_done() -> None:
+    """Two pieces of an answer between the opening and ``[DONE]``.
+
+    Why: a client reads until ``[DONE]``; a connection that merely ends may have broken.
+    """
+    check_equal(
+        events(PlainReply(), output(piece("a")), output(piece("b", finish="stop"))), ["open", "0:a", "0:b", "[DONE]"], "events"
+    )
+
+
+def test_each_piece_of_each_choice_is_an_event() -> None:
+    """An output with pieces of two choices, then one with the second's end.
+
+    Why: with n sequences a step brings a piece of each, and a chunk that held both would need another format.
+    """
+    both = output(piece("a", 0, "length"), piece("b", 1))
+    check_equal(events(PlainReply(), both, output(piece("c", 1, "stop"))), ["open", "0:a", "1:b", "1:c", "[DONE]"], "events")
+
+
+def test_nothing_is_not_sent() -> None:
+    """A token whose text is held back gives no event; the end gives one without text; and so do log-probabilities.
+
+    Why: half of a character is no text yet. But the last chunk says why the answer ended, and the client waits for that.
+    """
+    steps = [output(piece("")), output(piece("", logprobs=[{1: None}])), output(piece("")), output(piece("", finish="stop"))]
+    check_equal(events(PlainReply(), *steps), ["open", "0:", "0:", "[DONE]"], "events")
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_usage_comes_last_and_when_asked_for(wanted: bool) -> None:
+    """With ``stream_options: {"include_usage": true}`` one more chunk, behind all others.
+
+    Why: it is known at the end only, and clients that did not ask for it do not expect a chunk without choices.
+    """
+    got = events(PlainReply(wanted), output(piece("a", finish="stop")))
+    check_equal(got, ["open", "0:a", *["usage"] * wanted, "[DONE]"], "events")
+
+
+def test_a_piece_is_sent_when_it_is_there() -> None:
+    """The first event can be read before there is any output, the second before there is a second output.
+
+    Why: this is what streaming is for. Who gathers first and sends then has written the whole answer with more bytes.
+    """
+
+    async def main() -> list[str]:
+        ready = asyncio.Queue[RequestOutput]()
+
+        async def slowly() -> AsyncIterator[RequestOutput]:
+            while True:
+                yield await ready.get()
+
+        stream = server_sent_events(PlainReply(), slowly())
+        got = [await asyncio.wait_for(anext(stream), 5)]
+        for text in "ab":
+            ready.put_nowait(output(piece(text)))
+            got.append(await asyncio.wait_for(anext(stream), 5))
+        await stream.aclose()  # a client that leaves: nothing may be caught here
+        return [says(event) for event in got]
+
+    check_equal(asyncio.run(main()), ["open", "0:a", "0:b"], "events, one after the other")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (EngineDeadError("the engine is dead"), 503, "the engine is dead"),
+        (KeyError("/secret/path"), 500, "internal server error"),
+    ],
+)
+def test_an_error_in_the_middle_is_an_event(
+    error: Exception, code: int, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After the first piece the engine dies, or a bug strikes.
+
+    Why: the status, 200, is out already. What clients may know of an error goes into the stream; of a bug that is nothing.
+    """
+    with caplog.at_level(logging.CRITICAL):
+        got = events(PlainReply(True), output(piece("a")), error)
+    check_equal([*got[:2], *got[3:]], ["open", "0:a", "[DONE]"], "events besides the error")
+    found = json.loads(got[2])["error"]
+    check_equal((found["code"], found["message"]), (code, message), "code and message")
+
+
+def test_a_bug_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """The exception that the client does not see.
+
+    Why: somebody has to repair it.
+    """
+    events(PlainReply(), KeyError("a bug"))
+    check_equal(any("KeyError" in (record.exc_text or "") for record in caplog.records), True, "the log has the exception")
+
+
+def test_every_choice_opens_with_its_role() -> None:
+    """Three choices: three chunks with the role and an empty text, before any token.
+
+    Why: a client shows who speaks, and that something comes, while the prompt is still computed.
+    """
+    body = ChatCompletionRequest(model="m", messages=[{"role": "user", "content": "hi"}], n=3)
+    chunks = list(ChatReply("id", body, {"r": [1]}, None).opening())
+    got = [(choice.index, choice.delta.role, choice.delta.content) for chunk in chunks for choice in chunk.choices]
+    check_equal(got, [(i, "assistant", "") for i in range(3)], "index, role and text")
+    check_equal(len(chunks), 3, "chunks")
+
+
+def served(endpoint: Callable[[Request], Any], use: Callable[[str], Any]) -> Any:
+    """What `use` gives, called with the address of a real server that has one route."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        address = f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
+        app = Starlette(routes=[Route("/v1/chat/completions", endpoint, methods=["POST"])])
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+        thread.start()
+        try:
+            return use(address)
+        finally:
+            server.should_exit = True
+            thread.join(10)
+
+
+def test_the_openai_client_reads_it() -> None:
+    """A chat of two choices with characters of several bytes and a line break, over HTTP.
+
+    Why: the format has one judge, and it is the client that everybody uses.
+    """
+    body = ChatCompletionRequest(model="m", messages=[{"role": "user", "content": "hi"}], n=2, stream=True)
+    steps = [output(piece("Grüß\n", 0), piece("你", 1)), output(piece("😀", 0, "stop"), piece("好", 1, "length"))]
+    list(ChatReply("id", body, {"r": [1]}, None).opening())
+
+    async def endpoint(_: Request) -> StreamingResponse:
+        return StreamingResponse(
+            server_sent_events(ChatReply("id", body, {"r": [1]}, None), outputs(*steps)), media_type="text/event-stream"
+        )
+
+    def read(url: str) -> dict[int, str]:
+        texts = {0: "", 1: ""}
+        with openai.OpenAI(base_url=url, api_key="-", max_retries=0, timeout=20) as client:
+            for chunk in client.chat.completions.create(model="m", messages=[], stream=True):
+                for choice in chunk.choices:
+                    texts[choice.index] += choice.delta.content
+        return texts
+
+    check_equal(served(endpoint, read), {0: "Grüß\n😀", 1: "你好"}, "texts that the client has read")

@@ -1,0 +1,347 @@
+"""Task 5.5: the engine steps in its own thread, and clients read in the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from stages.core.output import CompletionOutput, RequestOutput
+from stages.course.checks import check_equal
+from stages.serving import async_engine
+from stages.serving.async_engine import AsyncEngine
+from stages.serving.output_stream import OutputStream
+
+
+def output(name: str, text: str, finished: bool = False) -> RequestOutput:
+    sequence = CompletionOutput(0, text, list(text.encode()), finish_reason="stop" if finished else None)
+    return RequestOutput(name, None, [], [sequence], finished)
+
+
+def seen(one: RequestOutput) -> tuple[str, str]:
+    return one.request_id, one.outputs[0].text
+
+
+class Stepper:
+    """Stands in for an engine: `steps` says what each step gives; an exception is raised. Without steps it has no work."""
+
+    def __init__(self, *steps: list[RequestOutput] | Exception, seconds: float = 0.0) -> None:
+        self.steps, self.seconds = list(steps), seconds
+        self.log: list[str] = []
+        self.num_polls = self.num_checks = 0
+
+    def has_unfinished_requests(self) -> bool:
+        self.num_polls += 1
+        return bool(self.steps)
+
+    def step(self) -> list[RequestOutput]:
+        self.log.append("step")
+        time.sleep(self.seconds)
+        result = self.steps.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def check_health(self) -> None:
+        self.num_checks += 1
+
+
+def run(engine: Stepper, *commands: Callable[[AsyncEngine], None], stop_after: int | None = None) -> list[tuple[str, Any]]:
+    """Run the engine's thread here until it ends; what it posted to the loop, in order.
+
+    Args:
+        commands: that it finds at its start. stop_after: so many posts it is told to stop; None: only when there is no work.
+    """
+    bridge = AsyncEngine(engine)
+    posted: list[tuple[str, Any]] = []
+
+    def post(callback: Callable[..., None], *args: Any) -> None:
+        posted.append((callback.__name__, *args))
+        if stop_after is not None and len(posted) == stop_after:
+            bridge._stopping = True
+
+    bridge._post = post
+    bridge._commands = [lambda command=command: command(bridge) for command in commands]
+    unfinished = engine.has_unfinished_requests
+
+    def poll() -> bool:
+        if not unfinished() and not bridge._commands:
+            bridge._stopping = True
+        return bool(engine.steps)
+
+    engine.has_unfinished_requests = poll
+    bridge._run()
+    return posted
+
+
+# ------------------------------------------------------------------------------------------------------- the stream
+
+
+def stream_of(*names: str, delta: bool = True) -> OutputStream:
+    return OutputStream(list(names), lambda ids: None, delta)
+
+
+async def rest(stream: OutputStream) -> list[tuple[str, str]]:
+    """All that there is to read, up to the end."""
+    got = []
+    while True:
+        try:
+            got.append(seen(await asyncio.wait_for(stream.__anext__(), 5)))
+        except StopAsyncIteration:
+            return got
+
+
+def test_what_waits_is_read_in_the_order_of_requests() -> None:
+    """a, then b, then a again: both pieces of a come first, as one.
+
+    Why: at most one output a request waits, so a slow reader costs no more than the text that he has not read.
+    """
+
+    async def main() -> list[tuple[str, str]]:
+        stream = stream_of("a", "b")
+        for one in (output("a", "1"), output("b", "x"), output("a", "2", True), output("b", "y", True)):
+            stream.put(one)
+        return await rest(stream)
+
+    check_equal(asyncio.run(main()), [("a", "12"), ("b", "xy")], "outputs that are read")
+
+
+def test_a_reader_who_keeps_up_gets_every_piece() -> None:
+    """Read after each put: three pieces.
+
+    Why: joining is for what waits. What has been read is gone.
+    """
+
+    async def main() -> list[tuple[str, str]]:
+        stream, got = stream_of("a"), []
+        for one in (output("a", "1"), output("a", "2"), output("a", "3", True)):
+            stream.put(one)
+            got.append(seen(await asyncio.wait_for(stream.__anext__(), 5)))
+        return got + await rest(stream)
+
+    check_equal(asyncio.run(main()), [("a", "1"), ("a", "2"), ("a", "3")], "outputs that are read")
+
+
+def test_outputs_that_hold_all_so_far_replace_each_other() -> None:
+    """Without deltas the newest is enough.
+
+    Why: joined they would say everything twice.
+    """
+
+    async def main() -> list[tuple[str, str]]:
+        stream = stream_of("a", delta=False)
+        for one in (output("a", "1"), output("a", "12"), output("a", "123", True)):
+            stream.put(one)
+        return await rest(stream)
+
+    check_equal(asyncio.run(main()), [("a", "123")], "outputs that are read")
+
+
+def test_a_reader_sleeps_until_something_comes() -> None:
+    """Who reads first is woken by what is put later, and by the end of all requests.
+
+    Why: a client waits for most of its time. Asking again and again would take the loop from all others.
+    """
+
+    async def main() -> tuple[bool, list[tuple[str, str]]]:
+        stream = stream_of("a", "b")
+        stream._changed.set()  # of something that has been read
+        reading = asyncio.create_task(rest(stream))
+        await asyncio.sleep(0.05)
+        asleep = not reading.done()
+        for one in (output("a", "1", True), output("b", "2", True)):
+            stream.put(one)
+            await asyncio.sleep(0.01)
+        return asleep, await asyncio.wait_for(reading, 5)
+
+    check_equal(asyncio.run(main()), (True, [("a", "1"), ("b", "2")]), "asleep before; outputs that are read")
+
+
+def test_the_error_comes_after_what_waits_and_once() -> None:
+    """One output, then the engine fails: the output, the error, the end.
+
+    Why: what has been computed belongs to the client. And who reads on after the error must not hang.
+    """
+
+    async def main() -> list[str]:
+        stream, got = stream_of("a"), []
+        stream.accept()
+        stream.put(output("a", "1"))
+        stream.fail(RuntimeError("dead"))
+        for _ in range(3):
+            try:
+                got.append(seen(await asyncio.wait_for(stream.__anext__(), 5))[1])
+            except (RuntimeError, StopAsyncIteration) as error:
+                got.append(type(error).__name__)
+        return got
+
+    check_equal(asyncio.run(main()), ["1", "RuntimeError", "StopAsyncIteration"], "what three reads give")
+
+
+# ------------------------------------------------------------------------------------------------- the engine's thread
+
+
+def test_commands_come_before_the_step() -> None:
+    """Two commands and work for one step.
+
+    Why: commands take effect at a step border and in their order: who submits and aborts at once has nothing left.
+    """
+    engine = Stepper([output("a", "1")])
+    run(engine, lambda _: engine.log.append("first"), lambda _: engine.log.append("second"))
+    check_equal(engine.log, ["first", "second", "step"], "order")
+
+
+def test_a_step_is_one_post() -> None:
+    """Three outputs of a step, then a step without any, then one output.
+
+    Why: each post wakes the loop and costs a system call; a step with 256 outputs makes one.
+    """
+    outputs = [output(name, "1") for name in "abc"]
+    posted = run(Stepper(outputs, [], [output("a", "2", True)]))
+    got = [(name, [seen(one) for one in what]) for name, what in posted if name == "_deliver"]
+    check_equal(got, [("_deliver", [("a", "1"), ("b", "1"), ("c", "1")]), ("_deliver", [("a", "2")])], "posts of outputs")
+
+
+def test_it_is_known_since_when_a_step_runs() -> None:
+    """Within a step `_step_since` is its start, outside it is None.
+
+    Why: somebody else watches whether a step hangs; the thread that hangs cannot.
+    """
+    engine = Stepper([output("a", "1", True)])
+    found: list[Any] = []
+    bridge = AsyncEngine(engine)
+    bridge._post = lambda callback, *args: found.append(("posted", bridge._step_since))
+    step, polled = engine.step, engine.has_unfinished_requests
+
+    def watched() -> list[RequestOutput]:
+        found.append(("in the step", abs(time.monotonic() - bridge._step_since) < 5))
+        return step()
+
+    def poll() -> bool:
+        bridge._stopping = not polled()
+        return bool(engine.steps)
+
+    engine.step, engine.has_unfinished_requests = watched, poll
+    bridge._run()
+    check_equal(found, [("in the step", True), ("posted", None), ("posted", None)], "what was seen, and when")
+
+
+def test_the_end_is_told_last() -> None:
+    """Told to stop after its first post, with steps left: it stops, and says so.
+
+    Why: streams that are not told wait for ever.
+    """
+    engine = Stepper(*[[output("a", "1")]] * 5)
+    posted = run(engine, stop_after=1)
+    check_equal([name for name, *_ in posted], ["_deliver", "_fail"], "posts")
+    check_equal(posted[-1][1], "the server is shutting down", "reason")
+
+
+@pytest.mark.parametrize("where", ["step", "command"])
+def test_an_exception_ends_the_thread_and_its_text_stays_in_the_log(where: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A step or a command fails.
+
+    Why: the engine's state is unknown then, so nothing more is computed with it. And clients learn that it failed, not how.
+    """
+    error = ValueError("/secret/path")
+
+    def fail(_: AsyncEngine) -> None:
+        raise error
+
+    with caplog.at_level(logging.ERROR):
+        posted = run(Stepper(error, [output("a", "1")])) if where == "step" else run(Stepper([output("a", "1")]), fail)
+    check_equal([name for name, *_ in posted], ["_fail"], "posts")
+    check_equal(posted[0][1], "the engine has failed; the server's log has the cause", "reason")
+    check_equal(any("/secret/path" in (record.exc_text or "") for record in caplog.records), True, "the log has the exception")
+
+
+def test_an_idle_engine_sleeps_and_checks_its_health(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without work for 0.3 s, with a check every 0.05 s; then a command wakes it at once.
+
+    Why: a server is idle for most of the night. And a rank that dies meanwhile is to be noticed before the next user comes.
+    """
+    monkeypatch.setattr(async_engine, "HEALTH_SECONDS", 0.05)
+    engine = Stepper()
+    bridge = AsyncEngine(engine)
+    got: list[Any] = []
+    thread = threading.Thread(target=lambda: got.append(bridge._next_commands()))
+    monkeypatch.setattr(async_engine, "HEALTH_SECONDS", 0.05)
+    bridge._stopping = True
+    check_equal(bridge._next_commands(), None, "commands when the thread has to end")
+    bridge._stopping = False
+    thread.start()
+    time.sleep(0.3)
+    polls, checks = engine.num_polls, engine.num_checks
+    monkeypatch.setattr(async_engine, "HEALTH_SECONDS", 60.0)
+    time.sleep(0.1)
+    bridge._send(print)
+    thread.join(5)
+    check_equal(thread.is_alive(), False, "still asleep 5 s after a command")
+    check_equal(got, [[print]], "commands")
+    check_equal((1 <= checks <= 10, polls <= 20), (True, True), f"{checks} checks and {polls} polls are few")
+
+
+def test_with_work_it_does_not_wait() -> None:
+    """Requests run and there is no command: an empty list, at once. Each command comes once.
+
+    Why: waiting for a command in every step would be the end of throughput.
+    """
+    bridge = AsyncEngine(Stepper([]))
+    start = time.monotonic()
+    check_equal(bridge._next_commands(), [], "commands")
+    bridge._commands = [print, repr]
+    check_equal(bridge._next_commands(), [print, repr], "commands")
+    check_equal(bridge._next_commands(), [], "commands after that")
+    check_equal(time.monotonic() - start < 0.5, True, "at once")
+
+
+# --------------------------------------------------------------------------------------------------- on the event loop
+
+
+def test_outputs_find_their_streams() -> None:
+    """Of three outputs one is of a request that was aborted while the step ran.
+
+    Why: it has no stream any more. An error there would end the deliveries of all others.
+    """
+
+    async def main() -> tuple[list[Any], list[str]]:
+        bridge = AsyncEngine(Stepper())
+        one, other = stream_of("a"), stream_of("b")
+        bridge._streams = {"a": one, "b": other}
+        bridge._deliver([output("a", "1"), output("gone", "1"), output("b", "2", True)])
+        return [seen(await anext(one)), *await rest(other)], sorted(bridge._streams)
+
+    check_equal(asyncio.run(main()), ([("a", "1"), ("b", "2")], ["a"]), "what was read, and streams that are still known")
+
+
+def test_the_loop_goes_on_while_a_step_runs() -> None:
+    """A step of 0.3 s in another thread; meanwhile the loop does other things.
+
+    Why: that is why there are two threads. A step in the loop would let every other client, and the load balancer, wait.
+    """
+
+    async def main() -> int:
+        bridge = AsyncEngine(Stepper([output("a", "1", True)], seconds=0.3))
+        bridge._loop = asyncio.get_running_loop()
+        stream = stream_of("a")
+        bridge._streams = {"a": stream}
+        ticks = 0
+        bridge._fail = lambda reason: None
+        running = bridge._loop.run_in_executor(None, bridge._run)
+        reading = asyncio.create_task(rest(stream))
+        while not reading.done() and not running.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        bridge._stopping = True
+        bridge._send(print)
+        await running
+        check_equal(await reading, [("a", "1")], "what was read")
+        return ticks
+
+    ticks = asyncio.run(main())
+    check_equal(ticks >= 5, True, f"{ticks} ticks of the loop during the step are many")

@@ -1,0 +1,220 @@
+"""Task 5.6: who leaves gives back what was held for him."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from stages.core.output import CompletionOutput, RequestOutput
+from stages.course.checks import check_equal
+from stages.serving.app import close_on_disconnect
+from stages.serving.async_engine import AsyncEngine
+from stages.serving.output_stream import OutputStream
+
+
+def output(name: str, finished: bool) -> RequestOutput:
+    return RequestOutput(name, None, [], [CompletionOutput(0, "t", [1])], finished)
+
+
+class Engine:
+    """Stands in for an engine: only knows what was aborted."""
+
+    def __init__(self) -> None:
+        self.aborted: list[str] = []
+
+    def abort_request(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+
+
+def stream_of(*names: str) -> tuple[OutputStream, list[str]]:
+    """A stream, and the ids that it has aborted so far."""
+    aborted: list[str] = []
+    return OutputStream(list(names), aborted.extend), aborted
+
+
+# ------------------------------------------------------------------------------------------------------- the stream
+
+
+def test_a_closed_stream_aborts_what_is_unfinished() -> None:
+    """Of three requests one has finished and was read.
+
+    Why: the other two would run to their ends for nobody, and hold their blocks all the while.
+    """
+
+    async def main() -> list[str]:
+        stream, aborted = stream_of("a", "b", "c")
+        stream.put(output("b", True))
+        await anext(stream)
+        stream.close()
+        return sorted(aborted)
+
+    check_equal(asyncio.run(main()), ["a", "c"], "requests that were aborted")
+
+
+def test_a_stream_is_closed_once() -> None:
+    """Closed by the watcher of the connection and again at the end of the response.
+
+    Why: both ways out exist. An id may belong to somebody else by then.
+    """
+
+    async def main() -> list[str]:
+        stream, aborted = stream_of("a")
+        stream.close()
+        stream.close()
+        return aborted
+
+    check_equal(asyncio.run(main()), ["a"], "requests that were aborted")
+
+
+def test_whoever_waits_sees_the_end() -> None:
+    """A reader sleeps while another task closes the stream; what had come is dropped.
+
+    Why: the response's own task waits there. If it is not woken it stays for ever, with all that it holds.
+    """
+
+    async def main() -> list[str]:
+        got = []
+        stream, _ = stream_of("a")
+        asleep = asyncio.create_task(anext(stream, "the end"))
+        await asyncio.sleep(0.01)
+        stream.close()
+        got.append(await asyncio.wait_for(asleep, 5))
+        other, _ = stream_of("a")
+        other.put(output("a", False))
+        other.close()
+        got.append(await asyncio.wait_for(anext(other, "the end"), 5))
+        return got
+
+    check_equal(asyncio.run(main()), ["the end", "the end"], "what the readers get")
+
+
+# ------------------------------------------------------------------------------------------------------- the engine
+
+
+def abort(known: list[str], names: list[str]) -> tuple[int, list[str], list[str]]:
+    """Abort requests of an engine that knows some; how many commands that sent, ids that they abort, streams that are left."""
+
+    async def main() -> tuple[int, list[str], list[str]]:
+        engine = Engine()
+        bridge = AsyncEngine(engine)
+        bridge._streams = {name: OutputStream([name], lambda ids: None) for name in known}
+        bridge._abort(names)
+        check_equal(engine.aborted, [], "aborted before the step border")
+        commands = list(bridge._commands)
+        for command in commands:
+            command()
+        return len(commands), engine.aborted, sorted(bridge._streams)
+
+    return asyncio.run(main())
+
+
+def test_an_abort_is_one_command_for_all() -> None:
+    """Three requests of one client, of five.
+
+    Why: the engine is in a step, in another thread; nothing may be changed under it. It takes commands at the next border.
+    """
+    check_equal(abort(["a", "b", "c", "d", "e"], ["b", "c", "e"]), (1, ["b", "c", "e"], ["a", "d"]), "commands, ids, streams")
+
+
+@pytest.mark.parametrize(("names", "commands"), [(["a", "done"], 1), (["done"], 0), ([], 0)])
+def test_what_has_finished_is_not_aborted(names: list[str], commands: int) -> None:
+    """Ids without a stream.
+
+    Why: they have left the engine, which does not know them any more; and there is nothing to wake it for.
+    """
+    aborted = ["a"] if "a" in names else []
+    check_equal(abort(["a", "b"], names)[:2], (commands, aborted), "commands and ids")
+
+
+def test_the_last_output_of_an_aborted_request_finds_nobody() -> None:
+    """A step was running when its request was aborted.
+
+    Why: its output comes after the abort. A stream that is still known would be written to for nobody.
+    """
+
+    async def main() -> list[str]:
+        bridge = AsyncEngine(Engine())
+        stream = OutputStream(["a"], bridge._abort)
+        bridge._streams = {"a": stream}
+        stream.close()
+        return sorted(bridge._streams)
+
+    check_equal(asyncio.run(main()), [], "streams that are known")
+
+
+# --------------------------------------------------------------------------------------------------- the connection
+
+
+def test_only_a_disconnect_closes() -> None:
+    """First the rest of a body, in two messages, then the client leaves.
+
+    Why: the first message of a connection is not its end; a request with a body would be aborted at once.
+    """
+
+    async def main() -> list[list[str]]:
+        stream, aborted = stream_of("a")
+        messages = asyncio.Queue[dict[str, Any]]()
+        watch = asyncio.create_task(close_on_disconnect(SimpleNamespace(receive=messages.get), stream))
+        seen = []
+        for kind in ("http.request", "http.request", "http.disconnect"):
+            messages.put_nowait({"type": kind})
+            await asyncio.sleep(0.01)
+            seen.append(list(aborted))
+        await asyncio.wait_for(watch, 5)
+        return seen
+
+    check_equal(asyncio.run(main()), [[], [], ["a"]], "aborted after each message")
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_client_of_a_real_server_leaves(leaves: bool) -> None:
+    """Over a real connection: it is closed in the middle, or the answer is waited for.
+
+    Why: within a step the blocks have to be free for others; and who stays must not be taken for somebody who has left.
+    """
+    aborted: list[str] = []
+    waiting = threading.Event()
+
+    async def endpoint(request: Request) -> PlainTextResponse:
+        await request.body()
+        stream = OutputStream(["a"], aborted.extend)
+        watch = asyncio.create_task(close_on_disconnect(request, stream))
+        asyncio.get_running_loop().call_later(0.5, stream.put, output("a", True))
+        waiting.set()
+        outputs = [one async for one in stream]
+        watch.cancel()
+        return PlainTextResponse(str(len(outputs)))
+
+    check_equal(abort(["a"], ["a"])[1], ["a"], "ids")
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        app = Starlette(routes=[Route("/", endpoint, methods=["POST"])])
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+        thread.start()
+        try:
+            with socket.create_connection(sock.getsockname(), 10) as client:
+                client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi")
+                waiting.wait(10)
+                start = time.monotonic()
+                answer = b"" if leaves else client.makefile("rb").read()
+            while leaves and not aborted and time.monotonic() - start < 5:
+                time.sleep(0.01)
+            took = time.monotonic() - start
+        finally:
+            server.should_exit = True
+            thread.join(10)
+    check_equal(aborted, ["a"] if leaves else [], "requests that were aborted")
+    check_equal(took < 0.4 if leaves else answer.endswith(b"\r\n\r\n1"), True, "at once, or with its answer")

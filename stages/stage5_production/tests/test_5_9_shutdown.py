@@ -1,0 +1,254 @@
+"""Task 5.9: the end of a server: what runs finishes, nothing new comes in, and everybody is told."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from stages.core.output import RequestOutput
+from stages.course.checks import check_equal
+from stages.serving.api_server import Server
+from stages.serving.async_engine import AsyncEngine, EngineDeadError
+from stages.serving.output_stream import OutputStream
+
+
+class Idle:
+    """Stands in for an engine without work."""
+
+    def has_unfinished_requests(self) -> bool:
+        return False
+
+    def check_health(self) -> None:
+        pass
+
+
+class Busy(Idle):
+    """Stands in for an engine that is never done; its steps wait at the gate."""
+
+    def __init__(self) -> None:
+        self.gate, self.in_step, self.num_steps = threading.Event(), threading.Event(), 0
+
+    def has_unfinished_requests(self) -> bool:
+        return True
+
+    def step(self) -> list[RequestOutput]:
+        self.in_step.set()
+        self.gate.wait()
+        self.num_steps += 1
+        return []
+
+
+def server(app: Any = None) -> Server:
+    return Server(uvicorn.Config(app, log_level="critical"), SimpleNamespace(is_draining=False))
+
+
+# ----------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_drains_and_the_second_ends(first: signal.Signals, second: signal.Signals) -> None:
+    """SIGTERM from a cluster, SIGINT from a keyboard, in any order.
+
+    Why: one means "finish what you have", two mean "now". An operator in a hurry must not have to know which is which.
+    """
+    one = server()
+    states = []
+    for sig in (first, second):
+        one.handle_exit(sig, None)
+        states.append((one.should_exit, one.engine.is_draining, one.force_exit))
+    check_equal(states, [(True, True, False), (True, True, True)], "should_exit, is_draining, force_exit after each")
+
+
+@contextmanager
+def serving(seconds: float) -> Iterator[tuple[Server, tuple[str, int], threading.Thread]]:
+    """A real server whose answer takes some seconds, its address, and its thread."""
+
+    async def endpoint(_: Request) -> PlainTextResponse:
+        await asyncio.sleep(seconds)
+        return PlainTextResponse("done")
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        address = sock.getsockname()
+        one = server(Starlette(routes=[Route("/", endpoint)]))
+        thread = threading.Thread(target=one.run, kwargs={"sockets": [sock]}, daemon=True)
+        thread.start()
+        while not one.started:
+            time.sleep(0.01)
+        try:
+            yield one, address, thread
+        finally:
+            one.should_exit = one.force_exit = True
+            thread.join(10)
+
+
+def test_what_runs_is_finished_and_nothing_new_comes_in() -> None:
+    """A signal while a request runs: it gets its answer, the next one finds no server, and the server ends.
+
+    Why: at every deployment users would lose their answers, or a server would go on for ever because more of them come.
+    """
+    with serving(1.0) as (one, (host, port), thread):
+        answers: list[httpx.Response] = []
+        url = f"http://{host}:{port}/"
+        asking = threading.Thread(target=lambda: answers.append(httpx.get(url, timeout=20)))
+        asking.start()
+        time.sleep(0.3)
+        one.handle_exit(signal.SIGTERM, None)
+        time.sleep(0.3)
+        with pytest.raises(httpx.TransportError):
+            httpx.get(url, timeout=20)
+        asking.join(10)
+        thread.join(10)
+        check_equal([answer.text for answer in answers], ["done"], "answers")
+        check_equal(thread.is_alive(), False, "the server still runs")
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    """A request would take a minute.
+
+    Why: an orchestrator waits for some seconds and then kills; the server had better end by itself, and tidily.
+    """
+    with serving(60.0) as (one, address, thread), socket.create_connection(address, 10) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(0.3)
+        for _ in range(2):
+            one.handle_exit(signal.SIGTERM, None)
+        thread.join(5)
+        check_equal(thread.is_alive(), False, "the server still runs")
+
+
+# ------------------------------------------------------------------------------------------------- the engine's thread
+
+
+def start(engine: Any, **settings: Any) -> AsyncEngine:
+    """An engine whose thread runs, and which posts nothing."""
+    stopped, bridge = AsyncEngine(Idle()), AsyncEngine(engine, **settings)
+    stopped._post = bridge._post = lambda callback, *args: None
+    stopped.shutdown()
+    stopped._run()  # ends at once, here, where a missing function would be seen
+    bridge._thread.start()
+    return bridge
+
+
+def test_shutdown_waits_for_the_step_that_runs() -> None:
+    """It is called in the middle of a step.
+
+    Why: behind it the memory of the model is given back, under the feet of a step that still computes.
+    """
+    engine = Busy()
+    bridge = start(engine)
+    engine.in_step.wait(10)
+    ended = threading.Thread(target=bridge.shutdown)
+    ended.start()
+    time.sleep(0.2)
+    waits = ended.is_alive()
+    engine.gate.set()
+    ended.join(10)
+    steps = engine.num_steps
+    check_equal((waits, ended.is_alive(), bridge._thread.is_alive()), (True, False, False), "waits, waits still, thread lives")
+    time.sleep(0.05)
+    check_equal(engine.num_steps, steps, "steps, a moment later")
+
+
+def test_an_idle_engine_is_woken() -> None:
+    """The thread sleeps and has nothing to do for a long time.
+
+    Why: who sets a flag and does not wake the sleeper waits for its next look at the clock.
+    """
+    bridge = start(Idle())
+    time.sleep(0.1)
+    began = time.monotonic()
+    bridge.shutdown()
+    check_equal(bridge._thread.is_alive(), False, "thread lives")
+    check_equal(time.monotonic() - began < 0.5, True, "at once")
+
+
+def test_a_step_that_hangs_is_given_up() -> None:
+    """Its time is over, and it has not come back.
+
+    Why: a kernel that waits for a dead GPU never returns. The process has to end all the same.
+    """
+    engine = Busy()
+    bridge = start(engine, stall_seconds=0.2)
+    engine.in_step.wait(10)
+    ended = threading.Thread(target=bridge.shutdown, daemon=True)
+    ended.start()
+    ended.join(8)
+    gave_up = not ended.is_alive()
+    engine.gate.set()
+    check_equal(gave_up, True, "shutdown returned")
+
+
+def test_shutdown_before_the_start_does_nothing() -> None:
+    """No thread has been started; and what compiles grammars takes nothing more.
+
+    Why: a server that finds its port taken shuts down what it has.
+    """
+    bridge = AsyncEngine(Idle())
+    bridge.shutdown()
+    bridge.shutdown()
+    with pytest.raises(RuntimeError):
+        bridge._compiling.submit(print)
+
+
+# ---------------------------------------------------------------------------------------------------------- the end
+
+
+def fail(bridge: AsyncEngine, *reasons: str) -> list[tuple[int, str]]:
+    """Let an engine with two streams, one of which serves two requests, die; errors that each is told, and their text."""
+
+    async def main() -> list[tuple[int, str]]:
+        told: list[tuple[int, str]] = []
+        streams = [OutputStream(["a", "b"], lambda ids: None), OutputStream(["c"], lambda ids: None)]
+        for number, stream in enumerate(streams):
+            stream.accept()
+            stream.fail = lambda error, number=number: told.append((number, f"{type(error).__name__}: {error}"))
+        bridge._streams = {"a": streams[0], "b": streams[0], "c": streams[1]}
+        for reason in reasons:
+            bridge._fail(reason)
+        check_equal(bridge._streams, {}, "streams that are still known")
+        with pytest.raises(EngineDeadError, match=reasons[0]):
+            await bridge.submit([])
+        return sorted(told)
+
+    return asyncio.run(main())
+
+
+def test_everybody_is_told_once() -> None:
+    """Two streams, three requests, and later a second failure.
+
+    Why: a stream that is not told hangs until its client gives up. The first reason is the one that helps.
+    """
+    told = fail(AsyncEngine(Idle()), "it broke", "it broke again")
+    check_equal(told, [(0, "EngineDeadError: it broke"), (1, "EngineDeadError: it broke")], "what each stream was told")
+
+
+@pytest.mark.parametrize("stopping", [False, True])
+def test_a_death_is_news_and_a_shutdown_is_not(stopping: bool) -> None:
+    """`on_death` is called once, after the streams have been told; not when somebody has asked for the end.
+
+    Why: it ends the process with an error, which is what makes an orchestrator start another one.
+    """
+    bridge = AsyncEngine(Idle())
+    order: list[int] = []
+    bridge.on_death = lambda: order.append(len(bridge._streams))
+    bridge._stopping = stopping
+    fail(bridge, "it broke", "it broke again")
+    check_equal(order, [] if stopping else [0], "streams that were known at each call of on_death")
