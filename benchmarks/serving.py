@@ -97,7 +97,7 @@ def serve_load(args: argparse.Namespace, requests: list[BenchRequest]) -> tuple[
         streams, seen = asyncio.run(under_watch(url, server.pid, load))
         found = totals(httpx.get(url.removesuffix("/v1") + "/metrics").text)
         server.send_signal(signal.SIGTERM)
-        if server.wait(30) not in (0, -signal.SIGTERM) or (said := server.stdout.read()):
+        if server.wait(30) or (said := server.stdout.read()):
             raise RuntimeError(f"the server ended with {server.returncode}:\n{said}")
     return streams, seen, found
 

@@ -105,6 +105,10 @@ PINNED_BY_TORCH = {"triton"}
 """On a CUDA machine torch brings its own version; without it the engine does all but run Triton's kernels."""
 
 
+PACKAGES = {"opentelemetry": "opentelemetry-sdk"}
+"""Modules → their packages, where the names differ by more than a sign."""
+
+
 def normal(name: str) -> str:
     """A package's name as pip compares it."""
     return re.sub(r"[-_.]+", "-", name).lower()
@@ -113,7 +117,9 @@ def normal(name: str) -> str:
 def test_what_the_engine_imports_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    check_declared([p for p in MODULES if p.parent.name != "benchmarks"], project["dependencies"] + extras["ray"])
+    check_declared(
+        [p for p in MODULES if p.parent.name != "benchmarks"], project["dependencies"] + extras["ray"] + extras["otel"]
+    )
     check_declared(MODULES, project["dependencies"] + extras["dev"])  # whose measurements need more
 
 
@@ -126,7 +132,7 @@ def check_declared(modules: list[Path], lines: list[str]) -> None:
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 imported.add(node.module.split(".")[0])
-    foreign = {normal(name) for name in imported - sys.stdlib_module_names}
+    foreign = {normal(PACKAGES.get(name, name)) for name in imported - sys.stdlib_module_names}
     assert "torch" in foreign
     assert foreign - declared - PINNED_BY_TORCH == set()
 

@@ -25,7 +25,10 @@ from types import ModuleType, TracebackType
 import pytest
 
 CAN_FORK = sys.platform == "linux"
-PRELOADED = ("hypothesis.stateful", "numpy", "torch", "transformers:PreTrainedTokenizerFast", "rich.console")
+PRELOADED = (
+    "hypothesis.stateful", "numpy", "torch", "transformers:PreTrainedTokenizerFast", "rich.console",
+    "fastapi", "openai", "prometheus_client", "starlette.testclient:TestClient", "uvicorn",
+)  # fmt: skip
 """Modules that a server imports before it forks; after a colon a name in it, for modules that load lazily."""
 MEMORY_LIMIT = 8 << 30
 """Bytes of data that a job may have: an endless loop that fills a list must not bring the machine down."""

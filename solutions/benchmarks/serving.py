@@ -29,6 +29,8 @@ from .datasets import TOKEN_IDS, BenchRequest
 from .end_to_end import client_session
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = __name__.partition(".")[0]
+"""`solutions`, or `stages` when a learner's server is to be started."""
 HEALTH_EVERY, MEMORY_EVERY = 0.05, 1.0
 MIB = 2**20
 
@@ -41,7 +43,7 @@ def running_server(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         RuntimeError: it does not start; the message is what it printed.
     """
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-m", "solutions.serving.api_server", "--host", "127.0.0.1", "--port", "0", *flags]
+    command = [sys.executable, "-m", f"{PACKAGE}.serving.api_server", "--host", "127.0.0.1", "--port", "0", *flags]
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as server:  # fmt: skip

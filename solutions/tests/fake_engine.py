@@ -91,6 +91,9 @@ class FakeEngine:
         if self.running.pop(request_id, None) is not None:
             self.aborted.append(request_id)
 
+    def close(self) -> None:
+        """It holds nothing."""
+
     def check_health(self) -> None:
         """It has no ranks that could end."""
 

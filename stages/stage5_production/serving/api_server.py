@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
+import gc
 import socket
 import sys
 import time
@@ -21,6 +22,7 @@ from .app import MAX_BODY_BYTES, create_app
 from .async_engine import AsyncEngine
 from .connections import TimedConnection
 from .guards import API_KEY_VARIABLE, log_as_json, read_api_keys
+from .tracing import RequestTracer, otlp_exporter
 
 MAX_NUM_WAITING = 1024
 """Default bound of the queue: a server refuses early rather than let everybody wait for long."""
@@ -52,6 +54,10 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--stall-timeout", type=float, default=300, metavar="SECONDS",
         help="a step that takes longer ends the server with an error (default: 300)",
+    )  # fmt: skip
+    group.add_argument(
+        "--otlp-traces-endpoint", metavar="URL",
+        help="send a span of each request to an OpenTelemetry collector, such as http://localhost:4318/v1/traces",
     )  # fmt: skip
     group.add_argument("--log-format", choices=("text", "json"), default="text", help="json: a line for each request")
     add_engine_flags(parser)
@@ -93,7 +99,8 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came. From the first on uvicorn takes no new connections (`should_exit`) and the engine is draining; a
-        second one, of either kind, ends what still runs (`force_exit`)."""
+        second one, of either kind, ends what still runs (`force_exit`). uvicorn's own version would also remember the signal
+        and raise it again when it has ended, before the engine is closed."""
         # Hint: Three ends: a signal that waits, a signal that does not, and an engine that is dead. What does each of
         # them owe to those who still read?
         raise NotImplementedError("Stage 5 · Task 5.9: Server.handle_exit, see IMPLEMENTATION_GUIDE.md#task-5-9")
@@ -105,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_flags(argv)
     try:
         keys = read_api_keys(args.api_key, args.api_key_file)
+        exporter = None if args.otlp_traces_endpoint is None else otlp_exporter(args.otlp_traces_endpoint)
         sock = bind(args.host, args.port)
         from ..core.engine import LLMEngine  # after the port is ours: torch takes seconds to import
 
@@ -125,7 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"Serving {', '.join(names)} at http://{host}:{port}/v1, ", end="")
     print(f"{seconds:.1f} s after the start ({imported - started:.1f} s of it imports)", flush=True)
     async_engine = AsyncEngine(engine, args.max_waiting_tokens, args.stall_timeout)
-    app = create_app(async_engine, names, keys, max_body_bytes=args.max_body_bytes, allowed_origins=args.allowed_origins)
+    tracer = None if exporter is None else RequestTracer(exporter, names[0])
+    app = create_app(
+        async_engine, names, keys, max_body_bytes=args.max_body_bytes, allowed_origins=args.allowed_origins, tracer=tracer
+    )
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=args.shutdown_timeout,
         http=partial(TimedConnection, seconds=args.connection_timeout),
@@ -140,6 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     async_engine.on_death = end
     server.run(sockets=[sock])
     engine.close()
+    if tracer is not None:
+        tracer.shutdown()
+    gc.unfreeze()  # what `settle_heap` has frozen would look like a leak at the interpreter's end
     return 1 if deaths else 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -39,6 +39,7 @@ from .openai_protocol import (
 )
 from .output_stream import OutputStream
 from .responses import ChatReply, CompletionReply, Reply, server_sent_events
+from .tracing import RequestTracer
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that left; nobody reads it."""
@@ -59,7 +60,7 @@ def package_version() -> str:
 
 def create_app(
     async_engine: AsyncEngine, served_model_names: Sequence[str], api_keys: Sequence[str] | None = None, *,
-    max_body_bytes: int = MAX_BODY_BYTES, allowed_origins: Sequence[str] = (),
+    max_body_bytes: int = MAX_BODY_BYTES, allowed_origins: Sequence[str] = (), tracer: RequestTracer | None = None,
 ) -> FastAPI:  # fmt: skip
     """The server's ASGI application; it starts the engine's thread and ends it.
 
@@ -69,6 +70,7 @@ def create_app(
         api_keys: one of them must come as ``Authorization: Bearer …``, see `KeyGuard`; none: open.
         max_body_bytes: larger bodies are refused.
         allowed_origins: web pages that may call the API from a browser; none: only its own.
+        tracer: gets a span of each sequence.
     """
 
     @asynccontextmanager
@@ -88,6 +90,9 @@ def create_app(
     app.add_middleware(RequestIds)
     metrics = EngineMetrics(served_model_names[0], engine.stats, engine.limits.max_model_len)
     engine.observers.append(metrics)
+    app.state.tracer = tracer
+    if tracer is not None:
+        engine.observers.append(tracer)
     async_engine.on_rejection = metrics.on_rejection
     models = {name: ModelCard(id=name, max_model_len=engine.limits.max_model_len) for name in served_model_names}
 
@@ -190,7 +195,9 @@ async def respond(
     reply_id = f"{prefix}-{uuid.uuid4().hex}"
     requests = await engine_requests(engine, reply_id, body, prompts, getattr(http.state, "tenant", None))
     reply = reply_class(reply_id, body, {r.request_id: r.prompt_token_ids for r in requests}, engine.engine.tokenizer)
-    stream = await engine.submit(requests)
+    tracer: RequestTracer | None = http.app.state.tracer
+    with nullcontext() if tracer is None else tracer.under(requests, http.headers):
+        stream = await engine.submit(requests)
     if body.stream:
         return EventStreamResponse(reply, stream)
     async with stream:

@@ -75,6 +75,16 @@ def test_the_first_signal_drains_and_the_second_ends(first: signal.Signals, seco
     check_equal(states, [(True, True, False), (True, True, True)], "should_exit, is_draining, force_exit after each")
 
 
+def test_a_signal_is_not_raised_again() -> None:
+    """What uvicorn remembers of signals, and raises when it has ended, is empty.
+
+    Why: the process would end by the signal, before the engine is closed and the last spans are sent, and not with 0.
+    """
+    one = server()
+    one.handle_exit(signal.SIGTERM, None)
+    check_equal(one._captured_signals, [], "signals that uvicorn raises in the end")
+
+
 @contextmanager
 def serving(seconds: float) -> Iterator[tuple[Server, tuple[str, int], threading.Thread]]:
     """A real server whose answer takes some seconds, its address, and its thread."""
