@@ -18,6 +18,12 @@ from stages.serving.async_engine import AsyncEngine
 from stages.serving.output_stream import OutputStream
 
 
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread without work looks around 50 times a second, so that these tests need not wait for it."""
+    monkeypatch.setattr(async_engine, "HEALTH_SECONDS", 0.02)
+
+
 def output(name: str, text: str, finished: bool = False) -> RequestOutput:
     sequence = CompletionOutput(0, text, list(text.encode()), finish_reason="stop" if finished else None)
     return RequestOutput(name, None, [], [sequence], finished)
@@ -49,6 +55,7 @@ class Stepper:
 
     def check_health(self) -> None:
         self.num_checks += 1
+        assert self.num_checks < 50, "it sleeps and does not wake up"
 
 
 def run(engine: Stepper, *commands: Callable[[AsyncEngine], None], stop_after: int | None = None) -> list[tuple[str, Any]]:
@@ -70,7 +77,7 @@ def run(engine: Stepper, *commands: Callable[[AsyncEngine], None], stop_after: i
     unfinished = engine.has_unfinished_requests
 
     def poll() -> bool:
-        if not unfinished() and not bridge._commands:
+        if (not unfinished() and not bridge._commands) or engine.num_polls > 100:
             bridge._stopping = True
         return bool(engine.steps)
 
@@ -91,7 +98,7 @@ async def rest(stream: OutputStream) -> list[tuple[str, str]]:
     got = []
     while True:
         try:
-            got.append(seen(await asyncio.wait_for(stream.__anext__(), 5)))
+            got.append(seen(await asyncio.wait_for(stream.__anext__(), 2)))
         except StopAsyncIteration:
             return got
 
@@ -121,7 +128,7 @@ def test_a_reader_who_keeps_up_gets_every_piece() -> None:
         stream, got = stream_of("a"), []
         for one in (output("a", "1"), output("a", "2"), output("a", "3", True)):
             stream.put(one)
-            got.append(seen(await asyncio.wait_for(stream.__anext__(), 5)))
+            got.append(seen(await asyncio.wait_for(stream.__anext__(), 2)))
         return got + await rest(stream)
 
     check_equal(asyncio.run(main()), [("a", "1"), ("a", "2"), ("a", "3")], "outputs that are read")
@@ -157,7 +164,7 @@ def test_a_reader_sleeps_until_something_comes() -> None:
         for one in (output("a", "1", True), output("b", "2", True)):
             stream.put(one)
             await asyncio.sleep(0.01)
-        return asleep, await asyncio.wait_for(reading, 5)
+        return asleep, await asyncio.wait_for(reading, 2)
 
     check_equal(asyncio.run(main()), (True, [("a", "1"), ("b", "2")]), "asleep before; outputs that are read")
 
@@ -175,7 +182,7 @@ def test_the_error_comes_after_what_waits_and_once() -> None:
         stream.fail(RuntimeError("dead"))
         for _ in range(3):
             try:
-                got.append(seen(await asyncio.wait_for(stream.__anext__(), 5))[1])
+                got.append(seen(await asyncio.wait_for(stream.__anext__(), 2))[1])
             except (RuntimeError, StopAsyncIteration) as error:
                 got.append(type(error).__name__)
         return got
@@ -270,7 +277,6 @@ def test_an_idle_engine_sleeps_and_checks_its_health(monkeypatch: pytest.MonkeyP
     bridge = AsyncEngine(engine)
     got: list[Any] = []
     thread = threading.Thread(target=lambda: got.append(bridge._next_commands()))
-    monkeypatch.setattr(async_engine, "HEALTH_SECONDS", 0.05)
     bridge._stopping = True
     check_equal(bridge._next_commands(), None, "commands when the thread has to end")
     bridge._stopping = False
@@ -280,8 +286,8 @@ def test_an_idle_engine_sleeps_and_checks_its_health(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(async_engine, "HEALTH_SECONDS", 60.0)
     time.sleep(0.1)
     bridge._send(print)
-    thread.join(5)
-    check_equal(thread.is_alive(), False, "still asleep 5 s after a command")
+    thread.join(2)
+    check_equal(thread.is_alive(), False, "still asleep 2 s after a command")
     check_equal(got, [[print]], "commands")
     check_equal((1 <= checks <= 10, polls <= 20), (True, True), f"{checks} checks and {polls} polls are few")
 

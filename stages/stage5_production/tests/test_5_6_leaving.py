@@ -89,11 +89,11 @@ def test_whoever_waits_sees_the_end() -> None:
         asleep = asyncio.create_task(anext(stream, "the end"))
         await asyncio.sleep(0.01)
         stream.close()
-        got.append(await asyncio.wait_for(asleep, 5))
+        got.append(await asyncio.wait_for(asleep, 2))
         other, _ = stream_of("a")
         other.put(output("a", False))
         other.close()
-        got.append(await asyncio.wait_for(anext(other, "the end"), 5))
+        got.append(await asyncio.wait_for(anext(other, "the end"), 2))
         return got
 
     check_equal(asyncio.run(main()), ["the end", "the end"], "what the readers get")
@@ -171,7 +171,7 @@ def test_only_a_disconnect_closes() -> None:
             messages.put_nowait({"type": kind})
             await asyncio.sleep(0.01)
             seen.append(list(aborted))
-        await asyncio.wait_for(watch, 5)
+        await asyncio.wait_for(watch, 2)
         return seen
 
     check_equal(asyncio.run(main()), [[], [], ["a"]], "aborted after each message")
@@ -210,7 +210,7 @@ def test_a_client_of_a_real_server_leaves(leaves: bool) -> None:
                 waiting.wait(10)
                 start = time.monotonic()
                 answer = b"" if leaves else client.makefile("rb").read()
-            while leaves and not aborted and time.monotonic() - start < 5:
+            while leaves and not aborted and time.monotonic() - start < 2:
                 time.sleep(0.01)
             took = time.monotonic() - start
         finally:

@@ -22,9 +22,16 @@ from starlette.routing import Route
 
 from stages.core.output import RequestOutput
 from stages.course.checks import check_equal
+from stages.serving import async_engine
 from stages.serving.api_server import Server
 from stages.serving.async_engine import AsyncEngine, EngineDeadError
 from stages.serving.output_stream import OutputStream
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread is waited for in pieces of 0.1 s, so that these tests need not wait for a whole second."""
+    monkeypatch.setattr(async_engine, "HEALTH_SECONDS", 0.1)
 
 
 class Idle:
@@ -114,14 +121,14 @@ def test_what_runs_is_finished_and_nothing_new_comes_in() -> None:
 
     Why: at every deployment users would lose their answers, or a server would go on for ever because more of them come.
     """
-    with serving(1.0) as (one, (host, port), thread):
+    with serving(0.7) as (one, (host, port), thread):
         answers: list[httpx.Response] = []
         url = f"http://{host}:{port}/"
         asking = threading.Thread(target=lambda: answers.append(httpx.get(url, timeout=20)))
         asking.start()
-        time.sleep(0.3)
+        time.sleep(0.2)
         one.handle_exit(signal.SIGTERM, None)
-        time.sleep(0.3)
+        time.sleep(0.2)
         with pytest.raises(httpx.TransportError):
             httpx.get(url, timeout=20)
         asking.join(10)
@@ -140,7 +147,7 @@ def test_a_second_signal_does_not_wait() -> None:
         time.sleep(0.3)
         for _ in range(2):
             one.handle_exit(signal.SIGTERM, None)
-        thread.join(5)
+        thread.join(3)
         check_equal(thread.is_alive(), False, "the server still runs")
 
 
@@ -177,11 +184,12 @@ def test_shutdown_waits_for_the_step_that_runs() -> None:
     check_equal(engine.num_steps, steps, "steps, a moment later")
 
 
-def test_an_idle_engine_is_woken() -> None:
+def test_an_idle_engine_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread sleeps and has nothing to do for a long time.
 
     Why: who sets a flag and does not wake the sleeper waits for its next look at the clock.
     """
+    monkeypatch.setattr(async_engine, "HEALTH_SECONDS", 2.0)
     bridge = start(Idle())
     time.sleep(0.1)
     began = time.monotonic()
@@ -200,7 +208,7 @@ def test_a_step_that_hangs_is_given_up() -> None:
     engine.in_step.wait(10)
     ended = threading.Thread(target=bridge.shutdown, daemon=True)
     ended.start()
-    ended.join(8)
+    ended.join(1.5)
     gave_up = not ended.is_alive()
     engine.gate.set()
     check_equal(gave_up, True, "shutdown returned")
