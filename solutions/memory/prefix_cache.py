@@ -8,6 +8,7 @@ SOSP 2023 §4.4.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from hashlib import sha256
 
 from ..batching.sequence import Sequence
@@ -58,6 +59,10 @@ class PrefixCache:
 
     def __contains__(self, block: int) -> bool:
         return block in self._hash_of
+
+    def blocks(self) -> Iterable[int]:
+        """All blocks whose content is known."""
+        return self._hash_of.keys()
 
     def block_hashes(self, seq: Sequence, num_blocks: int) -> list[bytes]:
         """Hashes of the first `num_blocks` blocks of a sequence; they are kept on the sequence and never computed twice."""

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from ..core.input import EngineRequest, Prompt
 from .async_engine import AsyncEngine
 from .guards import BodyLimit, KeyGuard, RequestIds, add_error_handlers
+from .live import LiveFeed
 from .metrics import CONTENT_TYPE, EngineMetrics
 from .openai_answers import (
     ChatCompletionResponse,
@@ -49,6 +50,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 """With ``stream: true`` the answer is server-sent events, each with a chunk as JSON, and at last ``[DONE]``."""
 
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""Headers that ask browsers and proxies to hand events on as they come."""
+
 
 def package_version() -> str:
     """Of this project as it is installed."""
@@ -61,6 +65,7 @@ def package_version() -> str:
 def create_app(
     async_engine: AsyncEngine, served_model_names: Sequence[str], api_keys: Sequence[str] | None = None, *,
     max_body_bytes: int = MAX_BODY_BYTES, allowed_origins: Sequence[str] = (), tracer: RequestTracer | None = None,
+    live: bool = False,
 ) -> FastAPI:  # fmt: skip
     """The server's ASGI application; it starts the engine's thread and ends it.
 
@@ -71,6 +76,7 @@ def create_app(
         max_body_bytes: larger bodies are refused.
         allowed_origins: web pages that may call the API from a browser; none: only its own.
         tracer: gets a span of each sequence.
+        live: offer ``/live``, where everybody who may call the API sees who runs, though no texts.
     """
 
     @asynccontextmanager
@@ -103,6 +109,8 @@ def create_app(
 
     add_operator_routes(app, async_engine, metrics)
     add_openai_routes(app, async_engine, models, check_model)
+    if live:
+        add_live_route(app, LiveFeed(async_engine, served_model_names[0]))
     add_tokenizer_routes(app, async_engine, check_model)
     return app
 
@@ -128,6 +136,17 @@ def add_operator_routes(app: FastAPI, async_engine: AsyncEngine, metrics: Engine
     @app.get("/version")
     async def show_version() -> VersionResponse:
         return VersionResponse(version=package_version())
+
+
+def add_live_route(app: FastAPI, feed: LiveFeed) -> None:
+    """What the engine does, while it does it."""
+    feed.async_engine.engine.observers.append(feed)
+
+    @app.get("/live", responses=ERRORS | STREAMED)
+    async def live() -> StreamingResponse:
+        """Frames of the engine's queues, blocks and steps, as server-sent events."""
+        feed.check_room()
+        return StreamingResponse(feed.events(), media_type="text/event-stream", headers=UNBUFFERED)
 
 
 def add_openai_routes(
@@ -299,7 +318,7 @@ class EventStreamResponse(StreamingResponse):
         super().__init__(
             server_sent_events(reply, stream),
             media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+            headers=UNBUFFERED,
         )
         self.stream = stream
 

@@ -22,10 +22,12 @@ from .app import MAX_BODY_BYTES, create_app
 from .async_engine import AsyncEngine
 from .connections import TimedConnection
 from .guards import API_KEY_VARIABLE, log_as_json, read_api_keys
+from .recording import TraceRecorder
 from .tracing import RequestTracer, otlp_exporter
 
 MAX_NUM_WAITING = 1024
 """Default bound of the queue: a server refuses early rather than let everybody wait for long."""
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 UNHEALTHY_SECONDS = 3.0
 """How long a server whose engine has failed still answers, with 503, so that whoever watches ``/health`` learns of it."""
 
@@ -59,6 +61,11 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
         "--otlp-traces-endpoint", metavar="URL",
         help="send a span of each request to an OpenTelemetry collector, such as http://localhost:4318/v1/traces",
     )  # fmt: skip
+    group.add_argument(
+        "--live", action=argparse.BooleanOptionalAction,
+        help="offer /live, which shows who runs, though no texts (default: if only this machine can reach the server)",
+    )  # fmt: skip
+    group.add_argument("--record-trace", type=Path, metavar="FILE", help="write what each step did, a line of JSON a step")
     group.add_argument("--log-format", choices=("text", "json"), default="text", help="json: a line for each request")
     add_engine_flags(parser)
     parser.set_defaults(max_num_waiting=MAX_NUM_WAITING)
@@ -66,6 +73,8 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("max_body_bytes", "max_waiting_tokens", "connection_timeout", "stall_timeout"):
         if (value := getattr(args, name)) is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} must be more than 0")
+    if args.live is None:
+        args.live = args.host in LOOPBACK
     return args
 
 
@@ -118,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         imported = time.perf_counter()
         engine = LLMEngine(config_from_flags(args))
+        names = args.served_model_name or [args.model]
+        recorder = None if args.record_trace is None else TraceRecorder(args.record_trace, engine, names[0])
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -126,7 +137,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         log_as_json()
     for line in engine.startup_summary():
         print(line)
-    names = args.served_model_name or [args.model]
     host, port = sock.getsockname()[:2]
     host = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     seconds = time.perf_counter() - started
@@ -134,9 +144,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{seconds:.1f} s after the start ({imported - started:.1f} s of it imports)", flush=True)
     async_engine = AsyncEngine(engine, args.max_waiting_tokens, args.stall_timeout)
     tracer = None if exporter is None else RequestTracer(exporter, names[0])
+    if recorder is not None:
+        engine.observers.append(recorder)
     app = create_app(
-        async_engine, names, keys, max_body_bytes=args.max_body_bytes, allowed_origins=args.allowed_origins, tracer=tracer
-    )
+        async_engine, names, keys, max_body_bytes=args.max_body_bytes, allowed_origins=args.allowed_origins, tracer=tracer,
+        live=args.live,
+    )  # fmt: skip
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=args.shutdown_timeout,
         http=partial(TimedConnection, seconds=args.connection_timeout),
@@ -153,6 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     engine.close()
     if tracer is not None:
         tracer.shutdown()
+    if recorder is not None:
+        recorder.close()
     gc.unfreeze()  # what `settle_heap` has frozen would look like a leak at the interpreter's end
     return 1 if deaths else 0
 

@@ -140,6 +140,10 @@ class AsyncEngine:
         """`prepare` and `submit` one prompt: ``async for output in await engine.generate(…)``."""
         return await self.submit(await self.prepare(request_id, [prompt], params, priority))
 
+    def between_steps(self, command: Callable[[], None]) -> None:
+        """Let the engine's thread run something at its next step border, or at once if it has no work."""
+        self._send(command)
+
     # ------------------------------------------------------------------------------------------- on the event loop
 
     def _watch(self) -> None:

@@ -1,0 +1,111 @@
+"""A feed of what the engine does, for a page that shows it: ``GET /live``, as server-sent events.
+
+Each event is a frame as JSON (see `Snapshots`). The first of a connection is full and says in ``engine`` how large everything
+is; those after it tell what has changed. A client that reads too slowly misses frames, and then gets a full one. Frames come at
+step borders, at most `FRAMES_PER_SECOND`, and none when nothing happens. Without a client nothing is recorded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+from ..batching.sequence import Sequence
+from ..core.scheduler import QueueFullError, SchedulerOutput
+from .async_engine import AsyncEngine
+from .snapshot import Snapshots
+
+FRAMES_PER_SECOND = 10
+MAX_UNREAD = 8
+"""Frames that wait for a client; one that is further behind starts again with a full frame."""
+MAX_CLIENTS = 16
+
+
+class LiveFeed:
+    """An `EngineObserver` that sends frames to clients.
+
+    The engine's thread takes snapshots and hands them to the loop; the clients' queues belong to the loop.
+
+    Args:
+        async_engine: whose engine is observed.
+        model_name: as the API calls it.
+    """
+
+    def __init__(self, async_engine: AsyncEngine, model_name: str) -> None:
+        self.async_engine = async_engine
+        self._snapshots = Snapshots(async_engine.engine, model_name)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._clients: dict[asyncio.Queue[str], bool] = {}  # → whether it waits for a full frame; touched by the loop only
+        self._is_watched = False  # set by the loop, read by the engine's thread; the two below are the thread's own
+        self._is_changed = False
+        self._last = 0.0
+
+    # -------------------------------------------------------------------------------------------- on the engine's thread
+
+    def on_step(self, decision: SchedulerOutput, now: float) -> None:
+        """A step has ended: send a frame, unless the last one has just been sent."""
+        if not self._is_watched:
+            return
+        self._snapshots.record(decision, now)
+        self._is_changed = True
+        if now - self._last >= 1 / FRAMES_PER_SECOND:
+            self._last = now
+            self._send_frame(full=False)
+
+    def on_abort(self, sequences: Iterable[Sequence], now: float) -> None:
+        """Sequences were ended from outside: the next frame will not have them."""
+        self._is_changed = True
+
+    def _send_frame(self, full: bool) -> None:
+        self._is_changed = False
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver, self._snapshots.frame(full))
+
+    def _send_full_frame(self) -> None:
+        self._send_frame(full=True)
+
+    def _send_rest(self) -> None:
+        """What happened since the last frame, when no step follows that would send it."""
+        if self._is_changed:
+            self._send_frame(full=False)
+
+    # ------------------------------------------------------------------------------------------------------ on the loop
+
+    def check_room(self) -> None:
+        """Raises QueueFullError if there are `MAX_CLIENTS` already."""
+        if len(self._clients) >= MAX_CLIENTS:
+            raise QueueFullError(f"{MAX_CLIENTS} clients are watching, and no more may")
+
+    async def events(self) -> AsyncIterator[str]:
+        """The events of one client, until it leaves or the server shuts down."""
+        engine, queue = self.async_engine, asyncio.Queue[str](MAX_UNREAD)
+        self._loop = asyncio.get_running_loop()
+        if not self._clients:
+            engine.between_steps(self._snapshots.forget)
+        self._clients[queue] = True
+        self._is_watched = True
+        engine.between_steps(self._send_full_frame)
+        try:
+            while engine.is_running and not engine.is_draining:
+                try:
+                    yield await asyncio.wait_for(queue.get(), 2 / FRAMES_PER_SECOND)
+                except TimeoutError:
+                    engine.between_steps(self._send_rest)
+        finally:
+            del self._clients[queue]
+            self._is_watched = bool(self._clients)
+
+    def _deliver(self, frame: dict[str, Any]) -> None:
+        """Put a frame into the queue of everybody who can use it."""
+        text = f"data: {json.dumps(frame, separators=(',', ':'))}\n\n"
+        for queue, needs_full in self._clients.items():
+            if queue.full():  # what is in it is old news
+                while not queue.empty():
+                    queue.get_nowait()
+                needs_full = self._clients[queue] = True
+                self.async_engine.between_steps(self._send_full_frame)
+            if frame["full"] or not needs_full:
+                self._clients[queue] = False
+                queue.put_nowait(text)

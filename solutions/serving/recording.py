@@ -1,0 +1,57 @@
+"""Everything that the engine did, step by step, in a file: to look at later, or to show again without a server."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..batching.sequence import Sequence
+from ..core.scheduler import SchedulerOutput
+from .snapshot import Snapshots
+
+if TYPE_CHECKING:
+    from ..core.engine import LLMEngine
+
+FLUSH_SECONDS = 1.0
+
+
+class TraceRecorder:
+    """An `EngineObserver` that writes a frame after each step, a line of JSON each (see `Snapshots`); the first is full.
+
+    Args:
+        path: the file, which is written anew.
+        engine: whose steps are recorded. model_name: as the API calls it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, engine: LLMEngine, model_name: str) -> None:
+        self._file = path.open("w", encoding="utf-8")
+        self._snapshots = Snapshots(engine, model_name)
+        self._flushed = 0.0
+        self._write(full=True)
+
+    def on_step(self, decision: SchedulerOutput, now: float) -> None:
+        """A step has ended."""
+        self._snapshots.record(decision, now)
+        self._write(full=False)
+
+    def on_abort(self, sequences: Iterable[Sequence], now: float) -> None:
+        """Sequences were ended from outside, and their blocks are free."""
+        self._write(full=False)
+
+    def close(self) -> None:
+        """Nothing more is recorded."""
+        self._file.close()
+
+    def _write(self, full: bool) -> None:
+        if self._file.closed:
+            return
+        self._file.write(json.dumps(self._snapshots.frame(full), separators=(",", ":")) + "\n")
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._file.flush()
+            self._flushed = time.monotonic()

@@ -1,0 +1,114 @@
+"""What the engine holds at one moment, as plain lists and numbers: its queues, its KV blocks, its last steps."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ..batching.sequence import Sequence
+from ..core.scheduler import SchedulerOutput
+
+if TYPE_CHECKING:
+    from ..core.engine import LLMEngine
+
+MAX_STEPS = 64
+"""Steps that a frame tells of; of more, the oldest are left out."""
+MAX_WAITING = 64
+"""Waiting sequences that a frame tells of, from the front of the queue."""
+
+
+class Snapshots:
+    """Makes frames of an engine: whole ones, and ones that say of the blocks only what has changed. For the engine's thread.
+
+    A frame is a dictionary:
+
+    - ``full``: whether ``blocks`` are all that are in use or cached, or those that have changed since the frame before.
+    - ``steps``: since the frame before, each ``[number, seconds, rows, preempted]``: the time on the engine's clock, a row
+      ``[sequence, tokens, drafted, decodes]`` for each sequence of the batch, and the ids of those that lost their blocks.
+    - ``sequences``: who runs and who waits, each ``[sequence, request, status, prompt, tokens, computed, cached,
+      preemptions]``: lengths in tokens, and how often it was preempted. Running ones come first, in the order of the batch.
+    - ``blocks``: ``[block, owners, cached]``: the sequences that hold it, and whether the prefix cache knows its content. A
+      block with neither is free.
+    - ``copied``: blocks that are copies made before a write, since the frame before.
+    - ``stats``: the fields of `EngineStats`.
+
+    - ``engine``, in a full frame: the model's name and how large everything is.
+
+    Args:
+        engine: whose state is shown. model_name: as the API calls it.
+    """
+
+    def __init__(self, engine: LLMEngine, model_name: str) -> None:
+        self.engine, self.model_name = engine, model_name
+        self._steps: deque[list[Any]] = deque(maxlen=MAX_STEPS)
+        self._copied: list[int] = []
+        self._blocks: dict[int, tuple[list[int], bool]] = {}
+
+    def record(self, decision: SchedulerOutput, now: float) -> None:
+        """Remember a step for the next frame."""
+        rows = [self._row(seq, count, decision) for seq, count in decision.scheduled.items()]
+        number = self.engine.stats().num_steps
+        self._steps.append([number, round(now, 4), rows, [seq.seq_id for seq in decision.preempted]])
+        self._copied += [target for _, target in decision.copies]
+
+    def forget(self) -> None:
+        """Start anew: steps that no frame has told of are nobody's business any more."""
+        self._steps.clear()
+        self._copied.clear()
+
+    def frame(self, full: bool) -> dict[str, Any]:
+        """The state at this moment; what it says of steps and copies is forgotten afterwards."""
+        before, self._blocks = ({} if full else self._blocks), self._read_blocks()
+        after = self._blocks
+        changed = [[block, *after[block]] for block in after if before.get(block) != after[block]]
+        changed += [[block, [], False] for block in before if block not in after]
+        scheduler = self.engine.scheduler
+        sequences = [*scheduler.running, *scheduler.waiting[:MAX_WAITING]]
+        steps, self._steps = list(self._steps), deque(maxlen=MAX_STEPS)
+        copied, self._copied = self._copied, []
+        frame = {
+            "full": full,
+            "steps": steps,
+            "sequences": [_describe(seq) for seq in sequences],
+            "blocks": changed,
+            "copied": copied,
+            "stats": asdict(self.engine.stats()),
+        }
+        return frame | {"engine": self._sizes()} if full else frame
+
+    def _sizes(self) -> dict[str, Any]:
+        manager, config = self.engine.block_manager, self.engine.scheduler.config
+        return {
+            "model": self.model_name,
+            "block_size": manager.block_size,
+            "num_blocks": manager.allocator.num_blocks,
+            "num_host_blocks": manager.host_allocator.num_blocks if manager.host_allocator else 0,
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+            "max_model_len": config.max_model_len,
+        }
+
+    def _read_blocks(self) -> dict[int, tuple[list[int], bool]]:
+        """Block → its owners and whether its content is cached, of every block with either."""
+        manager = self.engine.block_manager
+        cached = manager.prefix_cache.blocks() if manager.prefix_cache is not None else ()
+        found: dict[int, tuple[list[int], bool]] = {block: ([], True) for block in cached}
+        for seq_id, table in manager.tables.items():
+            for block in table:
+                if block >= 0:  # else it has left a sliding window
+                    found.setdefault(block, ([], False))[0].append(seq_id)
+        return found
+
+    @staticmethod
+    def _row(seq: Sequence, count: int, decision: SchedulerOutput) -> list[Any]:
+        draft = decision.drafts.get(seq)
+        drafted = 0 if draft is None else len(draft.token_ids)
+        return [seq.seq_id, count, drafted, count == 1 + drafted and seq.num_output_tokens > 1]
+
+
+def _describe(seq: Sequence) -> list[Any]:
+    return [
+        seq.seq_id, seq.request_id, seq.status.value, seq.num_prompt_tokens, len(seq.tokens), seq.num_computed_tokens,
+        seq.num_cached_tokens, seq.num_preemptions,
+    ]  # fmt: skip
