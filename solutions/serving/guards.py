@@ -29,8 +29,9 @@ from .openai_protocol import RequestError, describe_validation_error, error_body
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = ("/health", "/ready")
-"""What needs no key: load balancers have none."""
+OPEN_PATHS = ("/health", "/ready", "/")
+"""What needs no key: load balancers have none, and a browser has to load the page that asks for one."""
+OPEN_FOLDER = "/page/"
 RETRY_AFTER_SECONDS = 1
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 """What a client may call its request; anything else is replaced."""
@@ -104,7 +105,7 @@ class KeyGuard:
         self.tenants = {key.encode(): hashlib.sha256(key.encode()).hexdigest()[:32] for key in api_keys}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and not self.is_open(scope["path"]):
             tenant = self.tenant(scope)
             if tenant is None:
                 headers = {"WWW-Authenticate": "Bearer"}
@@ -112,6 +113,11 @@ class KeyGuard:
                 return
             scope.setdefault("state", {})["tenant"] = tenant
         await self.app(scope, receive, send)
+
+    @staticmethod
+    def is_open(path: str) -> bool:
+        """Whether it needs no key."""
+        return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
 
     def tenant(self, scope: Scope) -> str | None:
         """Whose key the request carries; takes equally long for each wrong one."""

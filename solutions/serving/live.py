@@ -10,17 +10,25 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI
+from fastapi.responses import RedirectResponse, StreamingResponse
+from starlette.staticfiles import StaticFiles
+
 from ..batching.sequence import Sequence
+from ..core.engine import EngineStats
 from ..core.scheduler import QueueFullError, SchedulerOutput
 from .async_engine import AsyncEngine
+from .pace import Pace, PaceRequest, PaceState
 from .snapshot import Snapshots
 
 FRAMES_PER_SECOND = 10
 MAX_UNREAD = 8
 """Frames that wait for a client; one that is further behind starts again with a full frame."""
 MAX_CLIENTS = 16
+PAGE = Path(__file__).parent / "page"
 
 
 class LiveFeed:
@@ -30,16 +38,16 @@ class LiveFeed:
 
     Args:
         async_engine: whose engine is observed.
-        model_name: as the API calls it.
+        model_name: as the API calls it. pace: is released when the last client leaves.
     """
 
-    def __init__(self, async_engine: AsyncEngine, model_name: str) -> None:
-        self.async_engine = async_engine
+    def __init__(self, async_engine: AsyncEngine, model_name: str, pace: Pace) -> None:
+        self.async_engine, self.pace = async_engine, pace
         self._snapshots = Snapshots(async_engine.engine, model_name)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._clients: dict[asyncio.Queue[str], bool] = {}  # → whether it waits for a full frame; touched by the loop only
         self._is_watched = False  # set by the loop, read by the engine's thread; the two below are the thread's own
-        self._is_changed = False
+        self._shown: EngineStats | None = None  # of the last frame
         self._last = 0.0
 
     # -------------------------------------------------------------------------------------------- on the engine's thread
@@ -49,17 +57,15 @@ class LiveFeed:
         if not self._is_watched:
             return
         self._snapshots.record(decision, now)
-        self._is_changed = True
         if now - self._last >= 1 / FRAMES_PER_SECOND:
             self._last = now
             self._send_frame(full=False)
 
     def on_abort(self, sequences: Iterable[Sequence], now: float) -> None:
         """Sequences were ended from outside: the next frame will not have them."""
-        self._is_changed = True
 
     def _send_frame(self, full: bool) -> None:
-        self._is_changed = False
+        self._shown = self.async_engine.engine.stats()
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._deliver, self._snapshots.frame(full))
 
@@ -67,8 +73,8 @@ class LiveFeed:
         self._send_frame(full=True)
 
     def _send_rest(self) -> None:
-        """What happened since the last frame, when no step follows that would send it."""
-        if self._is_changed:
+        """What happened since the last frame, when no step follows that would send it: an abort, a request that has to wait."""
+        if self.async_engine.engine.stats() != self._shown:
             self._send_frame(full=False)
 
     # ------------------------------------------------------------------------------------------------------ on the loop
@@ -96,6 +102,8 @@ class LiveFeed:
         finally:
             del self._clients[queue]
             self._is_watched = bool(self._clients)
+            if not self._is_watched:
+                self.pace.release()
 
     def _deliver(self, frame: dict[str, Any]) -> None:
         """Put a frame into the queue of everybody who can use it."""
@@ -109,3 +117,31 @@ class LiveFeed:
             if frame["full"] or not needs_full:
                 self._clients[queue] = False
                 queue.put_nowait(text)
+
+
+def add_live_page(app: FastAPI, async_engine: AsyncEngine, model_name: str, **documented: Any) -> None:
+    """The page, the feed that it shows, and its buttons for the pace.
+
+    Args:
+        documented: of the two routes, in the OpenAPI document.
+    """
+    pace = Pace(async_engine)
+    feed = LiveFeed(async_engine, model_name, pace)
+    async_engine.engine.observers += [pace, feed]
+
+    @app.get("/live", **documented)
+    async def live() -> StreamingResponse:
+        """Frames of the engine's queues, blocks and steps, as server-sent events."""
+        feed.check_room()
+        return StreamingResponse(feed.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    @app.post("/live/pace", **documented)
+    async def set_pace(body: PaceRequest) -> PaceState:
+        """Pause, step, or slow the engine down; at full speed again when nobody watches ``/live`` any more."""
+        return pace.change(body)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> RedirectResponse:
+        return RedirectResponse("page/")
+
+    app.mount("/page", StaticFiles(directory=PAGE, html=True))

@@ -21,6 +21,7 @@ from solutions.core.engine import LLMEngine
 from solutions.core.scheduler import QueueFullError
 from solutions.serving.api_server import parse_flags
 from solutions.serving.live import FRAMES_PER_SECOND, MAX_CLIENTS, MAX_UNREAD, LiveFeed
+from solutions.serving.pace import Pace
 from solutions.serving.recording import TraceRecorder
 from solutions.serving.snapshot import Snapshots
 from solutions.tests.fake_engine import FakeEngine
@@ -169,8 +170,12 @@ class Borders:
         command()
 
 
+def feed_over(async_engine: Any) -> LiveFeed:
+    return LiveFeed(async_engine, "fake", Pace(async_engine))
+
+
 def feed_of(monkeypatch: pytest.MonkeyPatch) -> LiveFeed:
-    feed = LiveFeed(Borders(), "fake")
+    feed = feed_over(Borders())
     monkeypatch.setattr(feed._snapshots, "frame", lambda full: {"full": full})
     return feed
 
@@ -219,7 +224,7 @@ def test_the_end_of_what_happened_comes_without_another_step(monkeypatch: pytest
         feed = feed_of(monkeypatch)
         client = feed.events()
         await anext(client)
-        feed.on_abort([], 0.0)  # nothing runs any more, so no step will tell of it
+        feed.async_engine.engine.num_steps += 1  # and no step follows that would tell of it
         frame = json.loads((await asyncio.wait_for(anext(client), 5))[6:])
         assert frame == {"full": False}
         await client.aclose()
@@ -229,7 +234,7 @@ def test_the_end_of_what_happened_comes_without_another_step(monkeypatch: pytest
 
 def test_nothing_is_recorded_for_nobody(tmp_path: Path) -> None:
     engine = tiny_engine(tmp_path, num_gpu_blocks_override=64)
-    feed = LiveFeed(SimpleNamespace(engine=engine), "tiny")
+    feed = feed_over(SimpleNamespace(engine=engine, is_draining=False))
     engine.observers.append(feed)
     engine.add_request("a", {"prompt_token_ids": [5]}, SamplingParams(max_tokens=3, ignore_eos=True))
     while engine.has_unfinished_requests():

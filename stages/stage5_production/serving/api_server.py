@@ -123,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         keys = read_api_keys(args.api_key, args.api_key_file)
         exporter = None if args.otlp_traces_endpoint is None else otlp_exporter(args.otlp_traces_endpoint)
         sock = bind(args.host, args.port)
+        if args.record_trace is not None:
+            args.record_trace.touch()  # so that a folder that is not there is known before the model is loaded
         from ..core.engine import LLMEngine  # after the port is ours: torch takes seconds to import
 
         imported = time.perf_counter()

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from ..core.input import EngineRequest, Prompt
 from .async_engine import AsyncEngine
 from .guards import BodyLimit, KeyGuard, RequestIds, add_error_handlers
-from .live import LiveFeed
+from .live import add_live_page
 from .metrics import CONTENT_TYPE, EngineMetrics
 from .openai_answers import (
     ChatCompletionResponse,
@@ -50,9 +50,6 @@ ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 """With ``stream: true`` the answer is server-sent events, each with a chunk as JSON, and at last ``[DONE]``."""
 
-UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-"""Headers that ask browsers and proxies to hand events on as they come."""
-
 
 def package_version() -> str:
     """Of this project as it is installed."""
@@ -76,7 +73,7 @@ def create_app(
         max_body_bytes: larger bodies are refused.
         allowed_origins: web pages that may call the API from a browser; none: only its own.
         tracer: gets a span of each sequence.
-        live: offer ``/live``, where everybody who may call the API sees who runs, though no texts.
+        live: offer the page and ``/live``, where everybody who may call the API sees who runs, though no texts.
     """
 
     @asynccontextmanager
@@ -110,7 +107,7 @@ def create_app(
     add_operator_routes(app, async_engine, metrics)
     add_openai_routes(app, async_engine, models, check_model)
     if live:
-        add_live_route(app, LiveFeed(async_engine, served_model_names[0]))
+        add_live_page(app, async_engine, served_model_names[0], responses=ERRORS)
     add_tokenizer_routes(app, async_engine, check_model)
     return app
 
@@ -136,17 +133,6 @@ def add_operator_routes(app: FastAPI, async_engine: AsyncEngine, metrics: Engine
     @app.get("/version")
     async def show_version() -> VersionResponse:
         return VersionResponse(version=package_version())
-
-
-def add_live_route(app: FastAPI, feed: LiveFeed) -> None:
-    """What the engine does, while it does it."""
-    feed.async_engine.engine.observers.append(feed)
-
-    @app.get("/live", responses=ERRORS | STREAMED)
-    async def live() -> StreamingResponse:
-        """Frames of the engine's queues, blocks and steps, as server-sent events."""
-        feed.check_room()
-        return StreamingResponse(feed.events(), media_type="text/event-stream", headers=UNBUFFERED)
 
 
 def add_openai_routes(
@@ -318,7 +304,7 @@ class EventStreamResponse(StreamingResponse):
         super().__init__(
             server_sent_events(reply, stream),
             media_type="text/event-stream",
-            headers=UNBUFFERED,
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
         self.stream = stream
 

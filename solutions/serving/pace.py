@@ -1,0 +1,91 @@
+"""Pause, single steps and slow motion, for those who want to look at what the engine does between two steps."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..batching.sequence import Sequence
+from ..core.scheduler import SchedulerOutput
+from .async_engine import AsyncEngine
+
+MAX_DELAY = 10.0
+"""Seconds between two steps in the slowest motion."""
+
+
+class PaceRequest(BaseModel):
+    """A change of pace; what it does not name stays. ``steps`` pauses after so many more."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    paused: bool | None = None
+    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    delay: Annotated[float, Field(ge=0, le=MAX_DELAY)] | None = None
+
+
+class PaceState(BaseModel):
+    """Whether the engine is held, and the seconds between two steps."""
+
+    paused: bool
+    delay: float
+
+
+class Pace:
+    """An `EngineObserver` that holds an engine between steps: as long as it does, the engine says that it has nothing to do.
+    Requests come in and leave all the same. A server that shuts down is not held.
+
+    Args:
+        async_engine: whose engine is held; not started yet.
+    """
+
+    def __init__(self, async_engine: AsyncEngine) -> None:
+        self.async_engine = async_engine
+        self.paused, self.delay = False, 0.0
+        self._steps = 0  # that a paused engine may still take
+        self._last = 0.0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._has_work = async_engine.engine.has_unfinished_requests
+        async_engine.engine.has_unfinished_requests = self._may_step
+
+    def change(self, request: PaceRequest) -> PaceState:
+        """Set what the request names; on the event loop."""
+        self._loop = asyncio.get_running_loop()
+        if request.paused is not None:
+            self.paused, self._steps = request.paused, 0
+        if request.delay is not None:
+            self.delay = request.delay
+        if request.steps is not None:
+            self.paused, self._steps = True, request.steps
+        self._wake()
+        return PaceState(paused=self.paused, delay=self.delay)
+
+    def release(self) -> None:
+        """Back to full speed, when nobody looks any more."""
+        self.paused, self.delay, self._steps = False, 0.0, 0
+        self._wake()
+
+    def on_step(self, decision: SchedulerOutput, now: float) -> None:
+        """A step has ended; in slow motion the next one comes later."""
+        self._last, self._steps = now, max(0, self._steps - 1)
+        if self.delay and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._loop.call_later, self.delay, self._wake)
+
+    def on_abort(self, sequences: Iterable[Sequence], now: float) -> None:
+        """Aborts take no step."""
+
+    def _may_step(self) -> bool:
+        if not self._has_work():
+            return False
+        if self.async_engine.is_draining:
+            return True
+        if self.paused and not self._steps:
+            return False
+        return time.monotonic() - self._last >= self.delay
+
+    def _wake(self) -> None:
+        """Let the engine's thread ask again whether it may step."""
+        self.async_engine.between_steps(lambda: None)

@@ -1,0 +1,132 @@
+// The pictures: the block map, the steps, the curves. Each is a function of the model and a canvas.
+
+import { colour } from "./model.js";
+
+const GAP = 1;
+let hatch = null;
+
+/** A canvas's context, sized for the screen's pixels, and its size in CSS pixels. */
+function prepared(canvas, height = canvas.clientHeight) {
+  const width = canvas.clientWidth;
+  const ratio = window.devicePixelRatio || 1;
+  if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
+    canvas.width = Math.round(width * ratio);
+    canvas.height = Math.round(height * ratio);
+  }
+  const context = canvas.getContext("2d");
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  context.clearRect(0, 0, width, height);
+  return { context, width, height };
+}
+
+const named = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+/** Columns and size of cells so that all blocks fit into about 220 pixels of height. */
+export function grid(width, count) {
+  let size = 14;
+  while (size > 3 && Math.ceil(count / Math.floor(width / size)) * size > 220) size -= 1;
+  const columns = Math.max(1, Math.floor(width / size));
+  return { size, columns, rows: Math.ceil(count / columns) };
+}
+
+/** One cell a block: free, cached, owned in its sequence's colour, framed when shared or just copied. */
+export function drawBlocks(model, canvas) {
+  const count = model.sizes?.num_blocks ?? 0;
+  const { size, columns, rows } = grid(canvas.clientWidth, count);
+  canvas.style.height = `${Math.max(1, rows) * size}px`;
+  const { context } = prepared(canvas, Math.max(1, rows) * size);
+  const [free, cached, ink] = [named("--free"), named("--cached"), named("--ink")];
+  for (let block = 0; block < count; block += 1) {
+    const [x, y] = [(block % columns) * size, Math.floor(block / columns) * size];
+    const state = model.blocks.get(block);
+    const owners = state?.owners ?? [];
+    const shown = owners.includes(model.marked) ? model.marked : owners[0];
+    context.globalAlpha = model.marked === null || owners.includes(model.marked) ? 1 : 0.3;
+    context.fillStyle = owners.length ? colour(shown) : state?.cached ? cached : free;
+    context.fillRect(x, y, size - GAP, size - GAP);
+    if ((owners.length > 1 || model.copied.has(block)) && size > 4) {
+      context.strokeStyle = ink;
+      context.setLineDash(model.copied.has(block) ? [2, 1] : []);
+      context.strokeRect(x + 0.75, y + 0.75, size - GAP - 1.5, size - GAP - 1.5);
+    }
+  }
+  context.globalAlpha = 1;
+  context.setLineDash([]);
+}
+
+/** Hatching over what was decoded, so that prompts and answers differ in black and white too. */
+function hatching(context) {
+  if (hatch) return hatch;
+  const tile = document.createElement("canvas");
+  tile.width = tile.height = 4;
+  const pen = tile.getContext("2d");
+  pen.strokeStyle = "rgb(255 255 255 / .55)";
+  pen.beginPath();
+  pen.moveTo(0, 4);
+  pen.lineTo(4, 0);
+  pen.stroke();
+  hatch = context.createPattern(tile, "repeat");
+  return hatch;
+}
+
+/**
+ * A column a step, stacked by sequence; the token budget as a line. Heights are square roots of tokens, or a step that only
+ * decodes would not be seen beside one that computes a prompt.
+ */
+export function drawTimeline(model, canvas) {
+  const { context, width, height } = prepared(canvas);
+  const column = 8;
+  const steps = model.steps.slice(-Math.floor(width / column));
+  const totals = steps.map((step) => step.rows.reduce((sum, row) => sum + row.tokens, 0));
+  const highest = Math.max(8, ...totals);
+  const room = height - 18;
+  const tall = (tokens) => room * Math.sqrt(tokens / highest);
+  steps.forEach((step, index) => {
+    let y = height;
+    for (const row of step.rows) {
+      const part = (tall(totals[index]) * row.tokens) / totals[index];
+      const where = [index * column, y - part, column - GAP, Math.max(part, 0.5)];
+      context.globalAlpha = model.marked === null || model.marked === row.id ? 1 : 0.25;
+      context.fillStyle = colour(row.id);
+      context.fillRect(...where);
+      if (row.decodes) {
+        context.fillStyle = hatching(context);
+        context.fillRect(...where);
+      }
+      y -= part;
+    }
+    context.globalAlpha = 1;
+    if (step.preempted.length) {
+      context.fillStyle = named("--warn");
+      context.fillRect(index * column, 0, column - GAP, 4);
+    }
+  });
+  const budget = model.sizes?.max_num_batched_tokens;
+  context.fillStyle = context.strokeStyle = named("--quiet");
+  context.font = "12px system-ui, sans-serif";
+  if (budget && budget <= highest * 1.1) {
+    const y = height - tall(budget);
+    context.setLineDash([4, 3]);
+    context.beginPath();
+    context.moveTo(0, y);
+    context.lineTo(width, y);
+    context.stroke();
+    context.setLineDash([]);
+  }
+  if (budget) context.fillText(`highest ${highest} tokens, budget ${budget}, heights as square roots`, 4, 12);
+}
+
+/** A line over the values, from 0 to the highest. */
+export function drawCurve(canvas, values) {
+  const { context, width, height } = prepared(canvas);
+  const top = Math.max(...values, 1e-9);
+  context.strokeStyle = named("--accent");
+  context.lineWidth = 1.5;
+  context.beginPath();
+  values.forEach((value, index) => {
+    const [x, y] = [(index / Math.max(1, values.length - 1)) * width, height - 3 - (value / top) * (height - 6)];
+    if (index) context.lineTo(x, y);
+    else context.moveTo(x, y);
+  });
+  context.stroke();
+}
