@@ -25,6 +25,7 @@ from solutions.benchmarks.serving import (
     Watched,
     as_flags,
     chat_sized_requests,
+    feed_cost,
     offline_rate,
     running_server,
     totals,
@@ -65,6 +66,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         metavar="SIZE",
         help="of the server and the offline engine (default: 2GiB)",
     )
+    parser.add_argument("--feed", action="store_true", help="read /live every other ten seconds too, and say what that costs")
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="write results, machine, versions and flags")
     args = parser.parse_args(argv)
     for name in ("streams", "seconds", "warm_up"):
@@ -86,15 +88,17 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def serve_load(args: argparse.Namespace, requests: list[BenchRequest]) -> tuple[list[Stream], Watched, dict[str, float]]:
-    """The client's streams, what the server was like, and the totals of its metrics in the end.
+def serve_load(
+    args: argparse.Namespace, requests: list[BenchRequest], feed: list[tuple[float, float]] | None
+) -> tuple[list[Stream], Watched, dict[str, float]]:
+    """The client's streams, what the server was like, and the totals of its metrics in the end; `feed` as for `under_watch`.
 
     Raises:
         RuntimeError: the server does not start, or does not end well.
     """
     with running_server(*as_flags(settings(args))) as (server, url):
         load = closed_loop(url, args.model, requests, args.streams, seconds=args.warm_up + args.seconds)
-        streams, seen = asyncio.run(under_watch(url, server.pid, load))
+        streams, seen = asyncio.run(under_watch(url, server.pid, load, feed))
         found = totals(httpx.get(url.removesuffix("/v1") + "/metrics").text)
         server.send_signal(signal.SIGTERM)
         if server.wait(30) or (said := server.stdout.read()):
@@ -113,7 +117,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     before = run_offline()
     say(f"served: {length} s")
-    streams, seen, metrics = serve_load(args, requests)
+    feed: list[tuple[float, float]] | None = [] if args.feed else None
+    streams, seen, metrics = serve_load(args, requests, feed)
     offline = [before, run_offline()]
     client = latencies(streams)
     means = {
@@ -128,6 +133,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "offline_tokens_per_second": spread(offline),
         "served_tokens_per_second": served,
         "cost_of_serving": 1 - served / spread(offline)["median"],
+        "cost_of_feed": None if feed is None else spread(feed_cost(seen, feed, args.warm_up)),
         "requests": len(streams),
         "errors": sum(stream.error is not None for stream in streams),
         "client": client,
@@ -152,6 +158,8 @@ def show(results: dict[str, Any], args: argparse.Namespace) -> None:
         ["memory at the start, at the end", f"{memory['first']:,.0f}, {memory['last']:,.0f} MiB"],
         ["memory's slope over the later half", f"{memory['per_minute']:+.1f} MiB a minute"],
     ]
+    if (feed := results["cost_of_feed"]) is not None:
+        rows.append(["cost of somebody who reads /live", f"{feed['median']:.1%} ({feed['min']:.1%} to {feed['max']:.1%})"])
     show_table(f"{args.model}, {args.streams} streams for {args.seconds} s", ["", "measured"], rows)
     rows = []
     for name in ("ttft", "tpot", "itl", "latency"):

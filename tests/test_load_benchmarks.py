@@ -15,7 +15,15 @@ from benchmarks.serving import main as serving_command
 from solutions.benchmarks.datasets import BenchRequest
 from solutions.benchmarks.end_to_end import closed_loop, first_model, open_loop, run_server
 from solutions.benchmarks.latency import Stream, goodput, latencies, percentiles
-from solutions.benchmarks.serving import Watched, as_flags, chat_sized_requests, running_server, totals, under_watch
+from solutions.benchmarks.serving import (
+    Watched,
+    as_flags,
+    chat_sized_requests,
+    feed_cost,
+    running_server,
+    totals,
+    under_watch,
+)
 from solutions.models.loader import load_tokenizer, resolve_model
 from solutions.tests.fake_engine import FakeEngine
 from solutions.tests.fake_server import serve
@@ -125,6 +133,13 @@ def test_slope_and_rate_of_what_was_watched() -> None:
     )
     assert seen.memory_slope() == pytest.approx(60.0)  # 1 MiB a second, once the start is over
     assert seen.rate(10, 30) == pytest.approx(50.0)
+
+
+def test_the_cost_of_the_feed_is_that_against_the_time_before() -> None:
+    tokens = [(second, sum(90 if second // 10 % 2 else 100 for second in range(second))) for second in range(61)]
+    seen = Watched(tokens=tokens)
+    found = feed_cost(seen, [(10.0, 20.0), (30.0, 40.0), (50.0, 60.0)], warm_up=15)
+    assert found == pytest.approx([0.1, 0.1])  # the first had no time before it to compare with
 
 
 def test_totals_add_labels_up() -> None:

@@ -168,6 +168,37 @@ async def watch(url: str, process: int, into: Watched) -> None:
             await asyncio.sleep(HEALTH_EVERY)
 
 
+FEED_SECONDS = 10.0
+
+
+async def watch_feed(url: str, into: list[tuple[float, float]]) -> None:
+    """Read ``/live`` for every other `FEED_SECONDS`, until cancelled.
+
+    Args:
+        url: with ``/v1``. into: gets the time at which each reading began and ended, in seconds since the first call.
+    """
+    origin = time.perf_counter()
+    async with client_session() as client:
+        while True:
+            await asyncio.sleep(FEED_SECONDS)
+            start = time.perf_counter()
+            async with client.get(url.removesuffix("/v1") + "/live") as answer:
+                answer.raise_for_status()
+                async for _ in answer.content.iter_any():
+                    if time.perf_counter() - start > FEED_SECONDS:
+                        break
+            into.append((start - origin, time.perf_counter() - origin))
+
+
+def feed_cost(seen: Watched, watched: list[tuple[float, float]], warm_up: float) -> list[float]:
+    """Share of the throughput that each reading of the feed cost, against the same time before it."""
+    costs = []
+    for start, end in watched:
+        if start - FEED_SECONDS >= warm_up:
+            costs.append(1 - seen.rate(start, end - start) / seen.rate(start - FEED_SECONDS, FEED_SECONDS))
+    return costs
+
+
 def totals(text: str) -> dict[str, float]:
     """Sums over labels of every sample in Prometheus' text, by name, without buckets."""
     found: dict[str, float] = {}
@@ -178,14 +209,22 @@ def totals(text: str) -> dict[str, float]:
     return found
 
 
-async def under_watch(url: str, process: int, load: Any) -> tuple[Any, Watched]:
-    """What a load, which is awaited, gives, and what the server was like meanwhile."""
+async def under_watch(url: str, process: int, load: Any, feed: list[tuple[float, float]] | None = None) -> tuple[Any, Watched]:
+    """What a load, which is awaited, gives, and what the server was like meanwhile.
+
+    Args:
+        feed: for `watch_feed`; None: nobody reads the feed.
+    """
     seen = Watched()
-    watching = asyncio.create_task(watch(url, process, seen))
+    watching = [asyncio.create_task(watch(url, process, seen))]
+    if feed is not None:
+        watching.append(asyncio.create_task(watch_feed(url, feed)))
     try:
         result = await load
     finally:
-        watching.cancel()
-        with suppress(asyncio.CancelledError):
-            await watching
+        for task in watching:
+            task.cancel()
+        for task in watching:
+            with suppress(asyncio.CancelledError):
+                await task
     return result, seen

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ..attention.block_manager import NULL_BLOCK
 from ..batching.sequence import Sequence
 from ..core.scheduler import SchedulerOutput
 
@@ -43,7 +44,10 @@ class Snapshots:
         self.engine, self.model_name = engine, model_name
         self._steps: deque[list[Any]] = deque(maxlen=MAX_STEPS)
         self._copied: list[int] = []
-        self._blocks: dict[int, tuple[list[int], bool]] = {}
+        # what the last frame said of the blocks: block → owners, sequence → table, blocks whose content is cached
+        self._owners: dict[int, list[int]] = {}
+        self._tables: dict[int, list[int]] = {}
+        self._cached: set[int] = set()
 
     def record(self, decision: SchedulerOutput, now: float) -> None:
         """Remember a step for the next frame."""
@@ -59,10 +63,9 @@ class Snapshots:
 
     def frame(self, full: bool) -> dict[str, Any]:
         """The state at this moment; what it says of steps and copies is forgotten afterwards."""
-        before, self._blocks = ({} if full else self._blocks), self._read_blocks()
-        after = self._blocks
-        changed = [[block, *after[block]] for block in after if before.get(block) != after[block]]
-        changed += [[block, [], False] for block in before if block not in after]
+        changed = self._update_blocks()
+        shown = self._owners.keys() | self._cached if full else changed
+        blocks = [[block, list(self._owners.get(block, ())), block in self._cached] for block in shown]
         scheduler = self.engine.scheduler
         sequences = [*scheduler.running, *scheduler.waiting[:MAX_WAITING]]
         steps, self._steps = list(self._steps), deque(maxlen=MAX_STEPS)
@@ -71,7 +74,7 @@ class Snapshots:
             "full": full,
             "steps": steps,
             "sequences": [_describe(seq) for seq in sequences],
-            "blocks": changed,
+            "blocks": blocks,
             "copied": copied,
             "stats": asdict(self.engine.stats()),
         }
@@ -89,16 +92,32 @@ class Snapshots:
             "max_model_len": config.max_model_len,
         }
 
-    def _read_blocks(self) -> dict[int, tuple[list[int], bool]]:
-        """Block → its owners and whether its content is cached, of every block with either."""
-        manager = self.engine.block_manager
-        cached = manager.prefix_cache.blocks() if manager.prefix_cache is not None else ()
-        found: dict[int, tuple[list[int], bool]] = {block: ([], True) for block in cached}
-        for seq_id, table in manager.tables.items():
-            for block in table:
-                if block >= 0:  # else it has left a sliding window
-                    found.setdefault(block, ([], False))[0].append(seq_id)
-        return found
+    def _update_blocks(self) -> set[int]:
+        """Catch up with the block manager, at a cost that grows with what has changed; the blocks that have."""
+        manager, changed = self.engine.block_manager, set()
+        for seq_id in self._tables.keys() | manager.tables.keys():
+            before, now = self._tables.get(seq_id, []), manager.tables.get(seq_id, [])
+            if before != now:
+                old, new = set(before), set(now)
+                for block in (old ^ new) - {NULL_BLOCK}:
+                    self._move(block, seq_id, comes=block in new)
+                    changed.add(block)
+                self._tables[seq_id] = now.copy()
+                if not now:
+                    del self._tables[seq_id]
+        cached = set(manager.prefix_cache.blocks()) if manager.prefix_cache is not None else set()
+        changed |= cached ^ self._cached
+        self._cached = cached
+        return changed
+
+    def _move(self, block: int, seq_id: int, comes: bool) -> None:
+        owners = self._owners.setdefault(block, [])
+        if comes:
+            owners.append(seq_id)
+            return
+        owners.remove(seq_id)
+        if not owners:
+            del self._owners[block]
 
     @staticmethod
     def _row(seq: Sequence, count: int, decision: SchedulerOutput) -> list[Any]:
