@@ -31,6 +31,7 @@ class Snapshots:
       preemptions]``: lengths in tokens, and how often it was preempted. Running ones come first, in the order of the batch.
     - ``blocks``: ``[block, owners, cached]``: the sequences that hold it, and whether the prefix cache knows its content. A
       block with neither is free.
+    - ``swapped``: ``[sequence, blocks]`` of those whose blocks lie in host memory.
     - ``copied``: blocks that are copies made before a write, since the frame before.
     - ``stats``: the fields of `EngineStats`.
 
@@ -75,6 +76,7 @@ class Snapshots:
             "steps": steps,
             "sequences": [_describe(seq) for seq in sequences],
             "blocks": blocks,
+            "swapped": [[seq_id, list(table)] for seq_id, table in self.engine.block_manager.host_tables.items()],
             "copied": copied,
             "stats": asdict(self.engine.stats()),
         }

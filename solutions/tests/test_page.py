@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from solutions.benchmarks.serving import running_server, totals
+from solutions.serving.live import PAGE
 from solutions.tests.fake_engine import FakeEngine
 from solutions.tests.fake_server import serve
-from solutions.tests.real_server import MODEL
+from solutions.tests.real_server import MODEL, stopped
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium; on Debian: apt install chromium")
@@ -51,14 +55,14 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
     complaints: list[str] = []
     contexts = []
 
-    def open_one(url: str, **settings: Any) -> Page:
+    def open_one(url: str, path: str = "/", **settings: Any) -> Page:
         context = browser.new_context(viewport=DESKTOP, **settings)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(20_000)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-        page.goto(f"{url}/")
+        page.goto(url + path)
         return page
 
     yield open_one
@@ -170,7 +174,7 @@ def synthetic_trace(path: Path, count: int, frames: int) -> None:
             rows = [[seq, 1, 0, True] for seq in range(count)]
             fresh = range(20 * count) if frame == 0 else range(frame * count // 16, (frame + 1) * count // 16)
             line = {
-                "full": frame == 0, "steps": [[frame + 1, frame / 20, rows, []]], "copied": [],
+                "full": frame == 0, "steps": [[frame + 1, frame / 20, rows, []]], "copied": [], "swapped": [],
                 "sequences": [[seq, f"r{seq}", "running", 200, 220 + frame, 219 + frame, 0, 0] for seq in range(count)],
                 "blocks": [[block, [block % count], False] for block in fresh],
                 "stats": stats | {"num_generation_tokens": frame * count, "num_running": count},
@@ -203,6 +207,30 @@ def test_a_trace_is_shown_and_the_page_stays_fluent(open_page: Callable[..., Pag
         bad.write_text("not a frame\n")
         page.set_input_files("#trace", bad)
         page.wait_for_function("document.getElementById('connection').textContent.includes('line 1 of bad.jsonl')")
+
+
+def test_a_static_copy_of_the_page_shows_a_trace(open_page: Callable[..., Page], tmp_path: Path) -> None:
+    """As documentation would have it: the page's files and a trace, on a server that serves files and nothing else."""
+    shutil.copytree(PAGE, tmp_path / "page")
+    trace = tmp_path / "recorded"
+    flags = ("--swap-space=64MiB", "--preemption-mode=swap", f"--record-trace={trace}")
+    with running_server(*SETTINGS, FLOAT32, *flags) as (server, url):
+        prompts = [f"{number} " * 20 for number in range(12)]
+        fields = {"model": MODEL, "prompt": prompts, "max_tokens": 100, "ignore_eos": True}
+        assert httpx.post(f"{url}/completions", json=fields, timeout=90).status_code == 200
+        stopped(server)
+    shutil.copy(trace, tmp_path / "page" / "trace.jsonl")
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as files:
+        thread = threading.Thread(target=files.serve_forever)
+        thread.start()
+        try:
+            page = open_page(f"http://127.0.0.1:{files.server_port}", path="/page/?trace=trace.jsonl")
+            page.wait_for_function("/^[1-9]/.test(document.getElementById('host-said').textContent)")
+            page.context.close()
+        finally:
+            files.shutdown()
+            thread.join()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -54,6 +54,20 @@ export function drawBlocks(model, canvas) {
   context.setLineDash([]);
 }
 
+/** Blocks in host memory: one cell each, in the colour of the sequence that was swapped out. */
+export function drawSwapped(model, canvas) {
+  const count = model.sizes?.num_host_blocks ?? 0;
+  const { size, columns, rows } = grid(canvas.clientWidth, count);
+  canvas.style.height = `${rows * size}px`;
+  const { context } = prepared(canvas, rows * size);
+  const free = named("--free");
+  for (let block = 0; block < count; block += 1) {
+    const owner = model.swapped.get(block);
+    context.fillStyle = owner === undefined ? free : colour(owner);
+    context.fillRect((block % columns) * size, Math.floor(block / columns) * size, size - GAP, size - GAP);
+  }
+}
+
 /** Hatching over what was decoded, so that prompts and answers differ in black and white too. */
 function hatching(context) {
   if (hatch) return hatch;
@@ -92,6 +106,10 @@ export function drawTimeline(model, canvas) {
       if (row.decodes) {
         context.fillStyle = hatching(context);
         context.fillRect(...where);
+      }
+      if (row.drafted) {
+        context.fillStyle = "rgb(255 255 255 / .6)";
+        context.fillRect(where[0], where[1], where[2], (part * row.drafted) / row.tokens);
       }
       y -= part;
     }

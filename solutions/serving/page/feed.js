@@ -47,6 +47,13 @@ export async function follow(model, say, signal) {
   }
 }
 
+/** Show the trace at an address, as a page without a server does: ``index.html?trace=trace.jsonl``. */
+export async function replayFrom(address, model, say, signal) {
+  const response = await fetch(address, { signal });
+  if (!response.ok) return say(`there is no trace at ${address}`);
+  await replay(new File([await response.blob()], address), model, say, signal);
+}
+
 /** Show a recorded trace, at most 20 frames a second. */
 export async function replay(file, model, say, signal) {
   const lines = (await file.text()).split("\n").filter(Boolean);

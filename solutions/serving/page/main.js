@@ -1,8 +1,8 @@
 // Joins the parts: the feed fills the model, and every change is drawn at the screen's next frame.
 
 import { load, newChat } from "./chat.js";
-import { drawBlocks, drawCurve, drawTimeline, grid } from "./draw.js";
-import { api, follow, key, replay } from "./feed.js";
+import { drawBlocks, drawCurve, drawSwapped, drawTimeline, grid } from "./draw.js";
+import { api, follow, key, replay, replayFrom } from "./feed.js";
 import { Model, colour } from "./model.js";
 
 const MAX_ROWS = 48;
@@ -10,7 +10,6 @@ const METRICS_EVERY = 2000;
 const byId = (id) => document.getElementById(id);
 const model = new Model();
 const curves = new Map(); // name → {canvas, caption, values}
-const latest = { ttft: 0, itl: 0 };
 let source = new AbortController();
 let pending = false;
 
@@ -36,7 +35,7 @@ async function readMetrics() {
       for (const [kind, name] of [["ttft", "vllm:time_to_first_token_seconds"], ["itl", "vllm:inter_token_latency_seconds"]]) {
         const [now, mean] = meanOf(text, name, before[kind]);
         before[kind] = now;
-        if (mean !== null) latest[kind] = mean;
+        if (mean !== null) model.latencies[kind] = mean;
       }
     } catch { /* the feed says that the server is away */ }
     await new Promise((resume) => setTimeout(resume, METRICS_EVERY));
@@ -56,8 +55,8 @@ function numbers() {
     ["prompt tokens cached", share(stats.prefix_cache_hits, stats.prefix_cache_queries)],
     ["preemptions", stats.num_preemptions],
     ["drafts accepted", share(stats.spec_decode_num_accepted_tokens, stats.spec_decode_num_draft_tokens)],
-    ["time to first token", `${latest.ttft.toFixed(0)} ms`],
-    ["time per token", `${latest.itl.toFixed(0)} ms`],
+    ["time to first token", `${model.latencies.ttft.toFixed(0)} ms`],
+    ["time per token", `${model.latencies.itl.toFixed(0)} ms`],
   ];
 }
 
@@ -120,6 +119,8 @@ function showCurves() {
   const step = (at, of) => points.slice(1).map((point, index) => at(point, points[index]) / (of?.(point, points[index]) || 1));
   const series = {
     "tokens a second": step((now, before) => now.stats.num_generation_tokens - before.stats.num_generation_tokens, (now, before) => now.seconds - before.seconds),
+    "time to first token, ms": points.map((point) => point.ttft),
+    "time per token, ms": points.map((point) => point.itl),
     "KV use, %": points.map((point) => 100 * point.stats.kv_cache_usage),
     "running": points.map((point) => point.stats.num_running),
     "waiting": points.map((point) => point.stats.num_waiting),
@@ -156,10 +157,18 @@ function showBlocks() {
   byId("blocks").dataset.shared = shared;
 }
 
+function showSwapped() {
+  byId("host").hidden = !model.sizes?.num_host_blocks;
+  if (byId("host").hidden) return;
+  drawSwapped(model, byId("swapped"));
+  byId("host-said").textContent = `${model.swapped.size} blocks of ${new Set(model.swapped.values()).size} requests were moved here and come back`;
+}
+
 function draw() {
   pending = false;
   showNumbers();
   showBlocks();
+  showSwapped();
   showQueue();
   drawTimeline(model, byId("timeline"));
   byId("timeline-said").textContent = model.steps.length ? `${model.steps.length} steps, the last is number ${model.steps.at(-1).number}` : "no steps yet";
@@ -223,7 +232,8 @@ function main() {
   });
   newChat();
   draw();
-  if (location.protocol === "file:") return say("no server: choose a recorded trace");
+  const trace = new URLSearchParams(location.search).get("trace");
+  if (trace) return start((signal) => replayFrom(trace, model, say, signal));
   start((signal) => follow(model, say, signal));
   readMetrics();
 }

@@ -7,6 +7,7 @@ export class Model extends EventTarget {
   constructor() {
     super();
     this.marked = null; // the sequence under the pointer
+    this.latencies = { ttft: 0, itl: 0 }; // milliseconds, from /metrics
     this.clear();
   }
 
@@ -14,9 +15,10 @@ export class Model extends EventTarget {
     this.sizes = null;
     this.sequences = new Map(); // id → {id, request, status, prompt, tokens, computed, cached, preemptions}
     this.blocks = new Map(); // block → {owners: [id], cached}
+    this.swapped = new Map(); // host block → sequence
     this.copied = new Map(); // block → number of the frame that made it a copy
     this.steps = []; // {number, seconds, rows: [{id, tokens, drafted, decodes}], preempted: [id]}
-    this.points = []; // {seconds, stats} at each frame
+    this.points = []; // {seconds, stats, ttft, itl} at each frame
     this.stats = null;
     this.frames = 0;
   }
@@ -32,6 +34,7 @@ export class Model extends EventTarget {
       if (owners.length || cached) this.blocks.set(block, { owners, cached });
       else this.blocks.delete(block);
     }
+    this.swapped = new Map(frame.swapped.flatMap(([id, blocks]) => blocks.map((block) => [block, id])));
     for (const block of frame.copied) this.copied.set(block, this.frames);
     for (const [block, born] of this.copied) if (this.frames - born > 10) this.copied.delete(block);
     this.sequences = new Map(frame.sequences.map(([id, request, status, prompt, tokens, computed, cached, preemptions]) =>
@@ -43,7 +46,7 @@ export class Model extends EventTarget {
     this.stats = frame.stats;
     const last = frame.steps.at(-1);
     if (last) {
-      this.points.push({ seconds: last[1], stats: frame.stats });
+      this.points.push({ seconds: last[1], stats: frame.stats, ...this.latencies });
       this.points.splice(0, this.points.length - MAX_POINTS);
     }
     this.dispatchEvent(new Event("change"));
