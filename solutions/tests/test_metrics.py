@@ -73,6 +73,19 @@ def test_a_value_at_a_bound_is_within_it() -> None:
     }  # fmt: skip
 
 
+def test_bounds_are_vllms() -> None:
+    """Written out, as its documentation has them: dashboards sum over servers, bucket by bucket."""
+    metrics = make()
+    tens = [1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0]
+    between = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, *tens]
+    assert list(metrics.between.bounds) == list(metrics.per_token.bounds) == between
+    first = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, *tens, 160.0, 640.0, 2560.0]
+    assert list(metrics.first_token.bounds) == first
+    whole = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680]
+    for histogram in (metrics.whole, metrics.queue, metrics.prefill, metrics.decode):
+        assert list(histogram.bounds) == whole
+
+
 def test_buckets_of_lengths() -> None:
     assert one_two_five(1) == (1,)
     assert one_two_five(512) == (1, 2, 5, 10, 20, 50, 100, 200, 500)
@@ -108,7 +121,7 @@ def test_sequences_that_waited_differently_are_told_apart() -> None:
     step(metrics, 1.0625, first, third)
     step(metrics, 1.1875, first, second, third)
     assert metrics.between.sum == 0.0625 + 0.125 + 0.1875 + 0.125
-    assert metrics.between.counts[3:7] == [1, 0, 2, 1]  # up to 75, 100, 150 and 200 ms
+    assert metrics.between.counts[6:10] == [1, 0, 2, 1]  # up to 75, 100, 150 and 200 ms
     assert metrics.step_size.sum == 7
 
 
