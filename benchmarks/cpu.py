@@ -72,8 +72,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, in turn, of which the median counts (default: 3)")
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="write results, machine, versions and flags")
     args = parser.parse_args(argv)
-    if args.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {args.repeats}")
+    parser.check_counts(args, "repeats")
     if not all("=" in server for server in args.url):
         parser.error("--url wants NAME=URL, such as vllm=http://localhost:8001/v1")
     return args

@@ -39,8 +39,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="write results, machine, versions and flags")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the shares, as PNG or SVG")
     args = parser.parse_args(argv)
-    if args.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {args.repeats}")
+    parser.check_counts(args, "repeats")
     return args
 
 

@@ -87,11 +87,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     longest = MIXED_INPUT[1] + MIXED_OUTPUT[1]
     if min(args.max_model_lens) < longest:
         parser.error(f"--max-model-lens must be at least {longest}, the longest request, got {min(args.max_model_lens)}")
-    for name in ("block_sizes", "num_requests"):
-        value = getattr(args, name)
-        lowest = min(value) if isinstance(value, list) else value
-        if lowest < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {lowest}")
+    parser.check_counts(args, "block_sizes", "num_requests")
     if args.plot is not None and args.plot.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"--plot must end in .png, .svg or .pdf, got {args.plot}")
     return args

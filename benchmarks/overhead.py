@@ -55,11 +55,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default=DEFAULT_MODEL, help=f"whose tokenizer makes the text (default: {DEFAULT_MODEL})")
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="write results, machine, versions and flags")
     args = parser.parse_args(argv)
-    for name in ("num_seqs", "steps", "rounds"):
-        value = getattr(args, name)
-        lowest = min(value) if isinstance(value, list) else value
-        if lowest < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {lowest}")
+    parser.check_counts(args, "num_seqs", "steps", "rounds")
     return args
 
 

@@ -52,9 +52,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kv-blocks", type=int, help="of each engine; default: its share of the beginnings and what runs")
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="write results, machine, versions and flags")
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        if isinstance(value, int) and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    names = ("replicas", "groups", "requests", "prefix_len", "input_len", "output_len", "concurrency", "rounds", "kv_blocks")
+    parser.check_counts(args, *names)
     return args
 
 

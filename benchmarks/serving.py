@@ -59,19 +59,11 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--streams", type=int, default=256, help="requests under way at once (default: 256)")
     parser.add_argument("--seconds", type=int, default=120, help="of load that is measured (default: 120)")
     parser.add_argument("--warm-up", type=int, default=20, help="seconds of load before it (default: 20)")
-    parser.add_argument(
-        "--kv-cache",
-        type=parse_bytes,
-        default="2GiB",
-        metavar="SIZE",
-        help="of the server and the offline engine (default: 2GiB)",
-    )
+    parser.add_argument("--kv-cache", type=parse_bytes, default="2GiB", metavar="SIZE", help="memory of both (default: 2GiB)")
     parser.add_argument("--feed", action="store_true", help="read /live every other ten seconds too, and say what that costs")
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="write results, machine, versions and flags")
     args = parser.parse_args(argv)
-    for name in ("streams", "seconds", "warm_up"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    parser.check_counts(args, "streams", "seconds", "warm_up")
     return args
 
 

@@ -37,11 +37,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=41, help="measurements, of which the median counts (default: 41)")
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="write results, machine, versions and flags")
     args = parser.parse_args(argv)
-    for name in ("context", "repeats"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if min(args.batches) < 1:
-        parser.error(f"--batches must be at least 1, got {min(args.batches)}")
+    parser.check_counts(args, "context", "repeats", "batches")
     if args.context <= args.repeats:
         parser.error(f"--context {args.context} must be larger than --repeats {args.repeats}")
     return args

@@ -84,9 +84,7 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Workload]:
     group.add_argument("--output-json", type=Path, metavar="FILE", help="write results, machine, versions and flags")
     add_engine_flags(parser)
     args = parser.parse_args(argv)
-    for name in ("repeats", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    parser.check_counts(args, "repeats", "batch_size")
     try:
         return args, pick_workload(args)
     except ValueError as error:

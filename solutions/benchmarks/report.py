@@ -36,6 +36,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (--help explains every flag)\n")
 
+    def check_counts(self, args: argparse.Namespace, *names: str) -> None:
+        """Exit with one line if one of these arguments, a number or a list of numbers, is below 1; None is a default."""
+        for name in names:
+            value = getattr(args, name)
+            lowest = min(value) if isinstance(value, list) else value
+            if lowest is not None and lowest < 1:
+                self.error(f"--{name.replace('_', '-')} must be at least 1, got {lowest}")
+
 
 def hardware() -> dict[str, Any]:
     """The machine, as far as it decides how fast something runs, and how busy it was."""
