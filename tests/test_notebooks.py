@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +68,6 @@ def test_there_is_something_to_check() -> None:
 
 @each_notebook
 def test_is_valid(path: Path) -> None:
-    nbformat = pytest.importorskip("nbformat", reason="comes with Jupyter")
     nbformat.validate(nbformat.read(path, as_version=nbformat.NO_CONVERT))
 
 
