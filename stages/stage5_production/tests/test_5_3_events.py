@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import socket
-import threading
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +20,7 @@ from starlette.routing import Route
 
 from stages.core.output import CompletionOutput, RequestOutput
 from stages.course.checks import check_equal
+from stages.course.http import running
 from stages.serving.async_engine import EngineDeadError
 from stages.serving.openai_protocol import ChatCompletionRequest
 from stages.serving.responses import ChatReply, _event, server_sent_events
@@ -201,23 +200,6 @@ def test_every_choice_opens_with_its_role() -> None:
     check_equal(len(chunks), 3, "chunks")
 
 
-def served(endpoint: Callable[[Request], Any], use: Callable[[str], Any]) -> Any:
-    """What `use` gives, called with the address of a real server that has one route."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        sock.listen()
-        address = f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
-        app = Starlette(routes=[Route("/v1/chat/completions", endpoint, methods=["POST"])])
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
-        thread.start()
-        try:
-            return use(address)
-        finally:
-            server.should_exit = True
-            thread.join(10)
-
-
 def test_the_openai_client_reads_it() -> None:
     """A chat of two choices with characters of several bytes and a line break, over HTTP.
 
@@ -225,19 +207,20 @@ def test_the_openai_client_reads_it() -> None:
     """
     body = ChatCompletionRequest(model="m", messages=[{"role": "user", "content": "hi"}], n=2, stream=True)
     steps = [output(piece("Grüß\n", 0), piece("你", 1)), output(piece("😀", 0, "stop"), piece("好", 1, "length"))]
-    list(ChatReply("id", body, {"r": [1]}, None).opening())
+    list(ChatReply("id", body, {"r": [1]}, None).opening())  # so that an empty function says so here, not in the server
 
     async def endpoint(_: Request) -> StreamingResponse:
         return StreamingResponse(
             server_sent_events(ChatReply("id", body, {"r": [1]}, None), outputs(*steps)), media_type="text/event-stream"
         )
 
-    def read(url: str) -> dict[int, str]:
-        texts = {0: "", 1: ""}
-        with openai.OpenAI(base_url=url, api_key="-", max_retries=0, timeout=20) as client:
-            for chunk in client.chat.completions.create(model="m", messages=[], stream=True):
-                for choice in chunk.choices:
-                    texts[choice.index] += choice.delta.content
-        return texts
-
-    check_equal(served(endpoint, read), {0: "Grüß\n😀", 1: "你好"}, "texts that the client has read")
+    app = Starlette(routes=[Route("/v1/chat/completions", endpoint, methods=["POST"])])
+    texts = {0: "", 1: ""}
+    with (
+        running(uvicorn.Server(uvicorn.Config(app, log_level="critical"))) as ((host, port), _),
+        openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key="-", max_retries=0, timeout=20) as client,
+    ):
+        for chunk in client.chat.completions.create(model="m", messages=[], stream=True):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content
+    check_equal(texts, {0: "Grüß\n😀", 1: "你好"}, "texts that the client has read")

@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from stages.core.output import RequestOutput
 from stages.course.checks import check_equal
+from stages.course.http import running
 from stages.serving import async_engine
 from stages.serving.api_server import Server
 from stages.serving.async_engine import AsyncEngine, EngineDeadError
@@ -100,20 +101,11 @@ def serving(seconds: float) -> Iterator[tuple[Server, tuple[str, int], threading
         await asyncio.sleep(seconds)
         return PlainTextResponse("done")
 
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        sock.listen()
-        address = sock.getsockname()
-        one = server(Starlette(routes=[Route("/", endpoint)]))
-        thread = threading.Thread(target=one.run, kwargs={"sockets": [sock]}, daemon=True)
-        thread.start()
+    one = server(Starlette(routes=[Route("/", endpoint)]))
+    with running(one) as (address, thread):
         while not one.started:
             time.sleep(0.01)
-        try:
-            yield one, address, thread
-        finally:
-            one.should_exit = one.force_exit = True
-            thread.join(10)
+        yield one, address, thread
 
 
 def test_what_runs_is_finished_and_nothing_new_comes_in() -> None:
