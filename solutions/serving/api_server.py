@@ -63,7 +63,8 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     group.add_argument(
         "--live", action=argparse.BooleanOptionalAction,
-        help="offer /live, which shows who runs, though no texts (default: if only this machine can reach the server)",
+        help="offer the page and /live, where who may call the API sees who runs, though no texts, and can pause the engine "
+             "(default: if only this machine can reach the server)",
     )  # fmt: skip
     group.add_argument("--record-trace", type=Path, metavar="FILE", help="write what each step did, a line of JSON a step")
     group.add_argument("--log-format", choices=("text", "json"), default="text", help="json: a line for each request")
@@ -123,14 +124,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         keys = read_api_keys(args.api_key, args.api_key_file)
         exporter = None if args.otlp_traces_endpoint is None else otlp_exporter(args.otlp_traces_endpoint)
         sock = bind(args.host, args.port)
-        if args.record_trace is not None:
-            args.record_trace.touch()  # so that a folder that is not there is known before the model is loaded
+        trace = None if args.record_trace is None else args.record_trace.open("w", encoding="utf-8")
         from ..core.engine import LLMEngine  # after the port is ours: torch takes seconds to import
 
         imported = time.perf_counter()
         engine = LLMEngine(config_from_flags(args))
-        names = args.served_model_name or [args.model]
-        recorder = None if args.record_trace is None else TraceRecorder(args.record_trace, engine, names[0])
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -139,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log_as_json()
     for line in engine.startup_summary():
         print(line)
+    names = args.served_model_name or [args.model]
     host, port = sock.getsockname()[:2]
     host = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     seconds = time.perf_counter() - started
@@ -146,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{seconds:.1f} s after the start ({imported - started:.1f} s of it imports)", flush=True)
     async_engine = AsyncEngine(engine, args.max_waiting_tokens, args.stall_timeout)
     tracer = None if exporter is None else RequestTracer(exporter, names[0])
+    recorder = None if trace is None else TraceRecorder(trace, engine, names[0])
     if recorder is not None:
         engine.observers.append(recorder)
     app = create_app(

@@ -7,14 +7,13 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
-from ..core.input import EngineRequest, Prompt
 from .async_engine import AsyncEngine
 from .guards import BodyLimit, KeyGuard, RequestIds, add_error_handlers
 from .live import add_live_page
@@ -41,6 +40,9 @@ from .openai_protocol import (
 from .output_stream import OutputStream
 from .responses import ChatReply, CompletionReply, Reply, server_sent_events
 from .tracing import RequestTracer
+
+if TYPE_CHECKING:
+    from ..core.input import EngineRequest, Prompt
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that left; nobody reads it."""

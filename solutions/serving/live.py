@@ -11,18 +11,20 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse, StreamingResponse
 from starlette.staticfiles import StaticFiles
 
 from ..batching.sequence import Sequence
-from ..core.engine import EngineStats
 from ..core.scheduler import QueueFullError, SchedulerOutput
 from .async_engine import AsyncEngine
 from .pace import Pace, PaceRequest, PaceState
 from .snapshot import Snapshots
+
+if TYPE_CHECKING:
+    from ..core.engine import EngineStats
 
 FRAMES_PER_SECOND = 10
 MAX_UNREAD = 8

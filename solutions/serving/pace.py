@@ -35,11 +35,11 @@ class PaceState(BaseModel):
 
 
 class Pace:
-    """An `EngineObserver` that holds an engine between steps: as long as it does, the engine says that it has nothing to do.
-    Requests come in and leave all the same. A server that shuts down is not held.
+    """An `EngineObserver` that holds an engine between steps. Requests come in and leave all the same. A server that shuts down
+    is not held.
 
     Args:
-        async_engine: whose engine is held; not started yet.
+        async_engine: whose engine is held.
     """
 
     def __init__(self, async_engine: AsyncEngine) -> None:
@@ -48,8 +48,7 @@ class Pace:
         self._steps = 0  # that a paused engine may still take
         self._last = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._has_work = async_engine.engine.has_unfinished_requests
-        async_engine.engine.has_unfinished_requests = self._may_step
+        async_engine.may_step = self._may_step
 
     def change(self, request: PaceRequest) -> PaceState:
         """Set what the request names; on the event loop."""
@@ -78,8 +77,6 @@ class Pace:
         """Aborts take no step."""
 
     def _may_step(self) -> bool:
-        if not self._has_work():
-            return False
         if self.async_engine.is_draining:
             return True
         if self.paused and not self._steps:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from ..batching.sequence import Sequence
 from ..core.scheduler import SchedulerOutput
@@ -22,15 +21,12 @@ class TraceRecorder:
     """An `EngineObserver` that writes a frame after each step, a line of JSON each (see `Snapshots`); the first is full.
 
     Args:
-        path: the file, which is written anew.
+        file: open for writing; `close` closes it.
         engine: whose steps are recorded. model_name: as the API calls it.
-
-    Raises:
-        OSError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, engine: LLMEngine, model_name: str) -> None:
-        self._file = path.open("w", encoding="utf-8")
+    def __init__(self, file: TextIO, engine: LLMEngine, model_name: str) -> None:
+        self._file = file
         self._snapshots = Snapshots(engine, model_name)
         self._flushed = 0.0
         self._write(full=True)

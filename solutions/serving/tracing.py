@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..batching.sequence import Sequence
-from ..core.input import EngineRequest
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
+    from ..core.input import EngineRequest
     from ..core.scheduler import SchedulerOutput
 
 SPAN = "llm_request"

@@ -196,6 +196,12 @@ def test_a_start_that_cannot_be_is_one_line(flags: tuple[str, ...], names: str) 
     assert names in run.stderr
 
 
+def test_the_port_is_asked_for_before_torch_is_imported() -> None:
+    code = "import sys; from solutions.serving import api_server; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
+
+
 def test_only_one_of_two_servers_gets_a_port() -> None:
     first = bind("127.0.0.1", 0)
     with first, pytest.raises(OSError, match="is in use"):

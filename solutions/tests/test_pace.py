@@ -11,6 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
+from solutions.serving.async_engine import AsyncEngine
+from solutions.serving.pace import Pace
 from solutions.tests.fake_engine import FakeEngine
 from solutions.tests.fake_server import FOREVER, body, serve, until
 
@@ -33,7 +35,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     def told() -> Any:
         outputs = step()
         for observer in fake.observers:
-            if hasattr(observer, "_may_step"):
+            if isinstance(observer, Pace):
                 observer.on_step(None, time.monotonic())
         return outputs
 
@@ -91,8 +93,6 @@ def test_when_nobody_looks_any_more_it_goes_on(engine: FakeEngine) -> None:
 
 
 def test_a_server_that_shuts_down_is_not_held(engine: FakeEngine) -> None:
-    from solutions.serving.async_engine import AsyncEngine
-
     bridge = AsyncEngine(engine)
     with serve(bridge, live=True) as url, watched(url) as pace:
         pace(paused=True)

@@ -16,13 +16,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..batching.sequence import RequestOutputKind, SamplingParams
-from ..core.input import EngineRequest, Prompt
 from ..core.output import RequestOutput
 from ..core.scheduler import QueueFullError
 from .output_stream import OutputStream
 
 if TYPE_CHECKING:
     from ..core.engine import LLMEngine
+    from ..core.input import EngineRequest, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ class AsyncEngine:
         stall_seconds: a step that takes longer counts as a failure of the engine.
 
     Attributes:
+        may_step: asked before each step; while it says no, the engine rests with its requests. After a change of mind call
+            `between_steps`, or the thread sleeps on.
         on_death: called on the loop when the engine has failed, once all its requests have been told.
         on_rejection: called on the engine's thread with the reason, "requests" or "tokens", when the queue is full.
         is_draining: set by who wants no new requests; nothing here changes by it.
@@ -57,6 +59,7 @@ class AsyncEngine:
         self.engine = engine
         self.max_waiting_tokens = max_waiting_tokens
         self.stall_seconds = stall_seconds
+        self.may_step: Callable[[], bool] = lambda: True
         self.on_death: Callable[[], None] | None = None
         self.on_rejection: Callable[[str], None] | None = None
         self.is_draining = False
@@ -200,6 +203,10 @@ class AsyncEngine:
             All commands, oldest first, none of which comes again; None when the thread has to end.
         """
         raise NotImplementedError("Stage 5 · Task 5.5: AsyncEngine._next_commands, see IMPLEMENTATION_GUIDE.md#task-5-5")
+
+    def _has_work(self) -> bool:
+        """Whether there is a step to make, and it may be made."""
+        return self.engine.has_unfinished_requests() and self.may_step()
 
     def _accept(self, requests: list[EngineRequest], stream: OutputStream) -> None:
         """Submit all requests of a stream, or none: where one is refused, by `_admit` or by the engine, those before it are
