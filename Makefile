@@ -188,6 +188,9 @@ bench-profile: $(STAMP) ## Where a decode step's time goes on a CPU, operator by
 bench-serving: $(STAMP) ## 256 streams at once to the server for two minutes, between two offline runs of the engine
 	@$(RUN) benchmarks/serving.py --model $(MODEL) $(ARGS)
 
+bench-page: $(STAMP) ## How many frames a second the page draws with 256 running requests
+	@$(RUN) benchmarks/page.py $(ARGS)
+
 bench-replicas: $(STAMP) ## Two engines behind one endpoint: requests by cached prefix against round robin
 	@$(RUN) benchmarks/replicas.py --model $(MODEL) $(ARGS)
 
@@ -211,7 +214,7 @@ clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-serving bench-scaling bench-gpu test-gpu bench-cpu bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 lab notebooks test test-parity test-api check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-serving bench-page bench-scaling bench-gpu test-gpu bench-cpu bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 lab notebooks test test-parity test-api check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"

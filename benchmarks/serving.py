@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import signal
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from solutions.benchmarks.end_to_end import closed_loop
 from solutions.benchmarks.latency import Stream, latencies, percentiles
 from solutions.benchmarks.report import Parser, record, show_table, spread, write_json
 from solutions.benchmarks.serving import (
+    FEED_SECONDS,
     MIB,
     Watched,
     as_flags,
@@ -47,6 +49,8 @@ EPILOG = """\
 examples:
   what results quote
     python benchmarks/serving.py --output-json serving.json
+  what it costs when somebody watches, among so much noise a matter of minutes
+    python benchmarks/serving.py --feed --seconds 300
   a first look
     python benchmarks/serving.py --streams 32 --seconds 20 --warm-up 5
 """
@@ -60,7 +64,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=int, default=120, help="of load that is measured (default: 120)")
     parser.add_argument("--warm-up", type=int, default=20, help="seconds of load before it (default: 20)")
     parser.add_argument("--kv-cache", type=parse_bytes, default="2GiB", metavar="SIZE", help="memory of both (default: 2GiB)")
-    parser.add_argument("--feed", action="store_true", help="read /live every other ten seconds too, and say what that costs")
+    parser.add_argument("--feed", action="store_true", help="say what it costs when somebody reads /live, and nothing else")
     parser.add_argument("--output-json", type=Path, metavar="FILE", help="write results, machine, versions and flags")
     args = parser.parse_args(argv)
     parser.check_counts(args, "streams", "seconds", "warm_up")
@@ -81,7 +85,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def serve_load(
-    args: argparse.Namespace, requests: list[BenchRequest], feed: list[tuple[float, float]] | None
+    args: argparse.Namespace, requests: list[BenchRequest], feed: list[tuple[float, float]] | None = None
 ) -> tuple[list[Stream], Watched, dict[str, float]]:
     """The client's streams, what the server was like, and the totals of its metrics in the end; `feed` as for `under_watch`.
 
@@ -98,19 +102,51 @@ def serve_load(
     return streams, seen, found
 
 
+def make_requests(args: argparse.Namespace) -> list[BenchRequest]:
+    """More than can be answered."""
+    tokenizer = load_tokenizer(resolve_model(args.model))
+    return chat_sized_requests(tokenizer, args.streams * (args.warm_up + args.seconds), seed=0)
+
+
+def measure_feed(args: argparse.Namespace) -> dict[str, Any]:
+    """Served, with somebody who reads ``/live`` for every other stretch of time.
+
+    Raises:
+        ValueError: there was not time enough for a single comparison.
+    """
+    say(f"served: {args.warm_up + args.seconds} s")
+    feed: list[tuple[float, float]] = []
+    _, seen, _ = serve_load(args, make_requests(args), feed)
+    costs = feed_cost(seen, feed, args.warm_up)
+    if not costs:
+        raise ValueError(f"a comparison takes {3 * FEED_SECONDS:.0f} s; give --seconds more")
+    return {
+        "served_tokens_per_second": seen.rate(args.warm_up, args.seconds),
+        "cost_of_feed": spread(costs) | {"mean": statistics.mean(costs)},
+    }
+
+
+def show_feed(results: dict[str, Any]) -> None:
+    """Print one line."""
+    cost = results["cost_of_feed"]
+    rate, compared = results["served_tokens_per_second"], len(cost["values"])
+    print(
+        f"{rate:,.0f} output tok/s; somebody who reads /live costs {cost['mean']:.1%} of them, in the mean of {compared} "
+        f"comparisons, which range from {cost['min']:.1%} to {cost['max']:.1%}"
+    )
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Offline, served, offline."""
-    length, half = args.warm_up + args.seconds, args.seconds / 2
-    requests = chat_sized_requests(load_tokenizer(resolve_model(args.model)), args.streams * length, seed=0)
+    half, requests = args.seconds / 2, make_requests(args)
 
     def run_offline() -> float:
         say(f"offline: {args.warm_up + half:.0f} s")
         return offline_rate(settings(args), requests, args.streams, args.warm_up, half)
 
     before = run_offline()
-    say(f"served: {length} s")
-    feed: list[tuple[float, float]] | None = [] if args.feed else None
-    streams, seen, metrics = serve_load(args, requests, feed)
+    say(f"served: {args.warm_up + args.seconds} s")
+    streams, seen, metrics = serve_load(args, requests)
     offline = [before, run_offline()]
     client = latencies(streams)
     means = {
@@ -125,7 +161,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "offline_tokens_per_second": spread(offline),
         "served_tokens_per_second": served,
         "cost_of_serving": 1 - served / spread(offline)["median"],
-        "cost_of_feed": None if feed is None else spread(feed_cost(seen, feed, args.warm_up)),
         "requests": len(streams),
         "errors": sum(stream.error is not None for stream in streams),
         "client": client,
@@ -150,8 +185,6 @@ def show(results: dict[str, Any], args: argparse.Namespace) -> None:
         ["memory at the start, at the end", f"{memory['first']:,.0f}, {memory['last']:,.0f} MiB"],
         ["memory's slope over the later half", f"{memory['per_minute']:+.1f} MiB a minute"],
     ]
-    if (feed := results["cost_of_feed"]) is not None:
-        rows.append(["cost of somebody who reads /live", f"{feed['median']:.1%} ({feed['min']:.1%} to {feed['max']:.1%})"])
     show_table(f"{args.model}, {args.streams} streams for {args.seconds} s", ["", "measured"], rows)
     rows = []
     for name in ("ttft", "tpot", "itl", "latency"):
@@ -166,14 +199,17 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print, write; exits with one line on a problem."""
     args = parse_flags(argv)
     try:
-        results = measure(args)
+        results = measure_feed(args) if args.feed else measure(args)
     except (ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    show(results, args)
+    if args.feed:
+        show_feed(results)
+    else:
+        show(results, args)
     if args.output_json is not None:
-        write_json(args.output_json, record("serving", vars(args), results))
+        write_json(args.output_json, record("feed" if args.feed else "serving", vars(args), results))
         say(f"written: {args.output_json}")
 
 

@@ -6,12 +6,15 @@ import asyncio
 import json
 import os
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from benchmarks.page import main as page_command
 from benchmarks.serving import main as serving_command
+from solutions.benchmarks import page
 from solutions.benchmarks.datasets import BenchRequest
 from solutions.benchmarks.end_to_end import closed_loop, first_model, open_loop, run_server
 from solutions.benchmarks.latency import Stream, goodput, latencies, percentiles
@@ -135,11 +138,12 @@ def test_slope_and_rate_of_what_was_watched() -> None:
     assert seen.rate(10, 30) == pytest.approx(50.0)
 
 
-def test_the_cost_of_the_feed_is_that_against_the_time_before() -> None:
-    tokens = [(second, sum(90 if second // 10 % 2 else 100 for second in range(second))) for second in range(61)]
-    seen = Watched(tokens=tokens)
-    found = feed_cost(seen, [(10.0, 20.0), (30.0, 40.0), (50.0, 60.0)], warm_up=15)
-    assert found == pytest.approx([0.1, 0.1])  # the first had no time before it to compare with
+def test_the_cost_of_the_feed_is_that_against_the_times_around_it() -> None:
+    rates = [100] * 20 + [85] * 20 + [100] * 20 + [99] * 20 + [120] * 20 + [50] * 20
+    seen = Watched(tokens=[(float(second), float(sum(rates[:second]))) for second in range(121)])
+    found = feed_cost(seen, [(20.0, 40.0), (60.0, 80.0), (100.0, 120.0)], warm_up=15)
+    assert found == pytest.approx([0.1])  # the first has no time before it to compare with, and the last none after it
+    assert feed_cost(seen, [(20.0, 40.0)], warm_up=0) == pytest.approx([0.15])
 
 
 def test_totals_add_labels_up() -> None:
@@ -164,13 +168,33 @@ def test_a_server_that_does_not_start_says_why() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "complaint"), [("--streams 0", "--streams must be at least 1"), ("--kv-cache x", "--kv-cache")]
+    ("command", "flags", "complaint"),
+    [
+        (serving_command, "--streams 0", "--streams must be at least 1"),
+        (serving_command, "--kv-cache x", "--kv-cache"),
+        (page_command, "--running 0", "--running must be at least 1"),
+    ],
 )
-def test_a_wrong_flag_is_one_line(flags: str, complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_flag_is_one_line(
+    command: Callable[[list[str]], None], flags: str, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as end:
-        serving_command(flags.split())
+        command(flags.split())
     assert end.value.code == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_without_a_browser_the_benchmark_of_the_page_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "CHROMIUM", None)
+    with pytest.raises(SystemExit, match="error: there is no Chromium"):
+        page_command([])
+
+
+@pytest.mark.skipif(page.CHROMIUM is None, reason="there is no Chromium; on Debian: apt install chromium")
+def test_the_benchmark_of_the_page_counts_frames(tmp_path: Path) -> None:
+    page_command(f"--running 32 --seconds 1 --output-json {tmp_path / 'page.json'}".split())
+    results = json.loads((tmp_path / "page.json").read_text())["results"]
+    assert results["frames_per_second"] == pytest.approx(1e3 / results["median_ms"], rel=0.5)
 
 
 def test_the_benchmark_runs_and_its_record_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
