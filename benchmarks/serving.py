@@ -112,17 +112,21 @@ def measure_feed(args: argparse.Namespace) -> dict[str, Any]:
     """Served, with somebody who reads ``/live`` for every other stretch of time.
 
     Raises:
-        ValueError: there was not time enough for a single comparison.
+        ValueError: there was not time enough for two comparisons.
     """
     say(f"served: {args.warm_up + args.seconds} s")
     feed: list[tuple[float, float]] = []
     _, seen, _ = serve_load(args, make_requests(args), feed)
     costs = feed_cost(seen, feed, args.warm_up)
-    if not costs:
-        raise ValueError(f"a comparison takes {3 * FEED_SECONDS:.0f} s; give --seconds more")
+    if len(costs) < 2:
+        raise ValueError(f"two comparisons take {5 * FEED_SECONDS:.0f} s; give --seconds more")
     return {
         "served_tokens_per_second": seen.rate(args.warm_up, args.seconds),
-        "cost_of_feed": spread(costs) | {"mean": statistics.mean(costs)},
+        "cost_of_feed": spread(costs)
+        | {
+            "mean": statistics.mean(costs),
+            "standard_error": statistics.stdev(costs) / len(costs) ** 0.5,
+        },
     }
 
 
@@ -131,8 +135,8 @@ def show_feed(results: dict[str, Any]) -> None:
     cost = results["cost_of_feed"]
     rate, compared = results["served_tokens_per_second"], len(cost["values"])
     print(
-        f"{rate:,.0f} output tok/s; somebody who reads /live costs {cost['mean']:.1%} of them, in the mean of {compared} "
-        f"comparisons, which range from {cost['min']:.1%} to {cost['max']:.1%}"
+        f"{rate:,.0f} output tok/s; somebody who reads /live costs {cost['mean']:.1%} of them, with a standard error of "
+        f"{cost['standard_error']:.1%}, in the mean of {compared} comparisons, which range from {cost['min']:.1%} to {cost['max']:.1%}"
     )
 
 

@@ -3,6 +3,7 @@
 import { colour } from "./model.js";
 
 const GAP = 1;
+const COLUMN = 8; // pixels of a step
 let hatch = null;
 
 /** A canvas's context, sized for the screen's pixels, and its size in CSS pixels. */
@@ -84,46 +85,61 @@ function hatching(context) {
 }
 
 /**
- * A column a step, stacked by sequence; the token budget as a line. Heights are square roots of tokens, or a step that only
- * decodes would not be seen beside one that computes a prompt.
+ * A step's column, stacked by sequence, as a picture that is kept as long as it would look the same. Its height is the square
+ * root of its tokens, or a step that only decodes would not be seen beside one that computes a prompt.
  */
+function column(step, tokens, highest, room, marked) {
+  const key = `${highest} ${room} ${marked} ${window.devicePixelRatio}`;
+  if (step.picture?.key === key) return step.picture;
+  const height = Math.max(1, room * Math.sqrt(tokens / highest));
+  const canvas = document.createElement("canvas");
+  const ratio = window.devicePixelRatio || 1;
+  canvas.width = Math.ceil(COLUMN * ratio);
+  canvas.height = Math.ceil(height * ratio);
+  const context = canvas.getContext("2d");
+  context.scale(ratio, ratio);
+  let y = height;
+  for (const row of step.rows) {
+    const part = (height * row.tokens) / tokens;
+    const where = [0, y - part, COLUMN - GAP, Math.max(part, 0.5)];
+    context.globalAlpha = marked === null || marked === row.id ? 1 : 0.25;
+    context.fillStyle = colour(row.id);
+    context.fillRect(...where);
+    if (row.decodes) {
+      context.fillStyle = hatching(context);
+      context.fillRect(...where);
+    }
+    if (row.drafted) {
+      context.fillStyle = "rgb(255 255 255 / .6)";
+      context.fillRect(0, y - part, COLUMN - GAP, (part * row.drafted) / row.tokens);
+    }
+    y -= part;
+  }
+  step.picture = { key, canvas, height };
+  return step.picture;
+}
+
+/** A column a step; the token budget as a line; a mark above steps that preempted. */
 export function drawTimeline(model, canvas) {
   const { context, width, height } = prepared(canvas);
-  const column = 8;
-  const steps = model.steps.slice(-Math.floor(width / column));
+  const steps = model.steps.slice(-Math.floor(width / COLUMN));
   const totals = steps.map((step) => step.rows.reduce((sum, row) => sum + row.tokens, 0));
   const highest = Math.max(8, ...totals);
   const room = height - 18;
-  const tall = (tokens) => room * Math.sqrt(tokens / highest);
+  const warn = named("--warn");
   steps.forEach((step, index) => {
-    let y = height;
-    for (const row of step.rows) {
-      const part = (tall(totals[index]) * row.tokens) / totals[index];
-      const where = [index * column, y - part, column - GAP, Math.max(part, 0.5)];
-      context.globalAlpha = model.marked === null || model.marked === row.id ? 1 : 0.25;
-      context.fillStyle = colour(row.id);
-      context.fillRect(...where);
-      if (row.decodes) {
-        context.fillStyle = hatching(context);
-        context.fillRect(...where);
-      }
-      if (row.drafted) {
-        context.fillStyle = "rgb(255 255 255 / .6)";
-        context.fillRect(where[0], where[1], where[2], (part * row.drafted) / row.tokens);
-      }
-      y -= part;
-    }
-    context.globalAlpha = 1;
+    const picture = column(step, totals[index], highest, room, model.marked);
+    context.drawImage(picture.canvas, index * COLUMN, height - picture.height, COLUMN, picture.height);
     if (step.preempted.length) {
-      context.fillStyle = named("--warn");
-      context.fillRect(index * column, 0, column - GAP, 4);
+      context.fillStyle = warn;
+      context.fillRect(index * COLUMN, 0, COLUMN - GAP, 4);
     }
   });
   const budget = model.sizes?.max_num_batched_tokens;
   context.fillStyle = context.strokeStyle = named("--quiet");
   context.font = "12px system-ui, sans-serif";
   if (budget && budget <= highest * 1.1) {
-    const y = height - tall(budget);
+    const y = height - room * Math.sqrt(budget / highest);
     context.setLineDash([4, 3]);
     context.beginPath();
     context.moveTo(0, y);

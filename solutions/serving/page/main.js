@@ -114,7 +114,8 @@ function showQueue() {
   });
 }
 
-function showCurves() {
+/** The curves' captions; what it returns draws them. */
+function describeCurves() {
   const { points } = model;
   const step = (at, of) => points.slice(1).map((point, index) => at(point, points[index]) / (of?.(point, points[index]) || 1));
   const series = {
@@ -140,12 +141,11 @@ function showCurves() {
     const { canvas, caption } = curves.get(name);
     caption.textContent = `${name}: ${(values.at(-1) ?? 0).toFixed(0)}`;
     canvas.setAttribute("aria-label", `${caption.textContent}, highest ${Math.max(0, ...values).toFixed(0)}`);
-    drawCurve(canvas, values);
   }
+  return () => Object.entries(series).forEach(([name, values]) => drawCurve(curves.get(name).canvas, values));
 }
 
-function showBlocks() {
-  drawBlocks(model, byId("blocks"));
+function describeBlocks() {
   const states = [...model.blocks.values()];
   const owned = states.filter(({ owners }) => owners.length).length;
   const shared = states.filter(({ owners }) => owners.length > 1).length;
@@ -157,22 +157,24 @@ function showBlocks() {
   byId("blocks").dataset.shared = shared;
 }
 
-function showSwapped() {
+function describeSwapped() {
   byId("host").hidden = !model.sizes?.num_host_blocks;
-  if (byId("host").hidden) return;
-  drawSwapped(model, byId("swapped"));
   byId("host-said").textContent = `${model.swapped.size} blocks of ${new Set(model.swapped.values()).size} requests were moved here and come back`;
 }
 
+/** First all words, then all pictures: a picture asks for its size, and each word behind that would lay the page out again. */
 function draw() {
   pending = false;
   showNumbers();
-  showBlocks();
-  showSwapped();
+  describeBlocks();
+  describeSwapped();
   showQueue();
-  drawTimeline(model, byId("timeline"));
   byId("timeline-said").textContent = model.steps.length ? `${model.steps.length} steps, the last is number ${model.steps.at(-1).number}` : "no steps yet";
-  showCurves();
+  const drawCurves = describeCurves();
+  drawBlocks(model, byId("blocks"));
+  drawSwapped(model, byId("swapped"));
+  drawTimeline(model, byId("timeline"));
+  drawCurves();
 }
 
 function changed() {

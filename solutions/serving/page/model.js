@@ -76,5 +76,7 @@ export class Model extends EventTarget {
   }
 }
 
+const COLOURS = Array.from({ length: 360 }, (_, degree) => `hsl(${degree} 62% 48%)`);
+
 /** A sequence's colour: neighbours in number are far apart on the colour circle. */
-export const colour = (id) => `hsl(${(id * 137.508) % 360} 62% 48%)`;
+export const colour = (id) => COLOURS[Math.floor((id * 137.508) % 360)];
