@@ -134,9 +134,9 @@ def show_feed(results: dict[str, Any]) -> None:
     """Print one line."""
     cost = results["cost_of_feed"]
     rate, compared = results["served_tokens_per_second"], len(cost["values"])
+    print(f"{rate:,.0f} output tok/s; somebody who reads /live costs {cost['mean']:.1%} of them,")
     print(
-        f"{rate:,.0f} output tok/s; somebody who reads /live costs {cost['mean']:.1%} of them, with a standard error of "
-        f"{cost['standard_error']:.1%}, in the mean of {compared} comparisons, which range from {cost['min']:.1%} to {cost['max']:.1%}"
+        f"with a standard error of {cost['standard_error']:.1%}, in {compared} comparisons ({cost['min']:.1%} to {cost['max']:.1%})"
     )
 
 
