@@ -131,13 +131,11 @@ def measure_feed(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show_feed(results: dict[str, Any]) -> None:
-    """Print one line."""
+    """Print the result, with how far it can be trusted."""
     cost = results["cost_of_feed"]
-    rate, compared = results["served_tokens_per_second"], len(cost["values"])
-    print(f"{rate:,.0f} output tok/s; somebody who reads /live costs {cost['mean']:.1%} of them,")
-    print(
-        f"with a standard error of {cost['standard_error']:.1%}, in {compared} comparisons ({cost['min']:.1%} to {cost['max']:.1%})"
-    )
+    rate, error, compared = results["served_tokens_per_second"], cost["standard_error"], len(cost["values"])
+    print(f"{rate:,.0f} output tok/s; somebody who reads /live costs {cost['mean']:.1%} of them, with a standard error of")
+    print(f"{error:.1%}, in the mean of {compared} comparisons, which range from {cost['min']:.1%} to {cost['max']:.1%}")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
