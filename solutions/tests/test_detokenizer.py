@@ -218,6 +218,13 @@ def test_byte_fallback_after_a_long_run_of_bytes(llama: Tokenizer) -> None:
         assert read_at_once(llama, prompt, ids) == "你你"
 
 
+def test_byte_fallback_after_a_prompt_that_is_no_text(llama: Tokenizer) -> None:
+    """A stray byte spoils the byte before it too, yet the space that follows belongs to the output."""
+    zero, stray, inst = llama.token_to_id("<0x00>"), llama.token_to_id("<0x80>"), llama.token_to_id("▁[/INST]")
+    assert read(llama, [zero, stray], [inst]) == [" [/INST]", ""]
+    assert read_at_once(llama, [zero, stray], [inst]) == " [/INST]"
+
+
 @settings(max_examples=400, deadline=None)
 @given(prompt=st.lists(st.integers(0, 270), min_size=1, max_size=12), ids=st.lists(st.integers(0, 270), max_size=40))
 def test_byte_fallback_random_tokens_read_alike_at_once(llama: Tokenizer, prompt: list[int], ids: list[int]) -> None:
