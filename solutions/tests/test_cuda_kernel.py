@@ -1,4 +1,5 @@
-"""The CUDA attention kernel, executed on this CPU: against the oracle, with planted faults, and compiled where nvcc is."""
+"""The CUDA attention kernel: against the oracle on a card, or executed on this CPU; with planted faults, on the CPU; compiled
+where nvcc is."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import itertools
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,9 @@ from solutions.tests.cuda_faults import CPU, FAULTS, REPORTS, Fault, few_kernels
 
 if native.compiler() is None:
     pytest.skip("no C++ compiler here, so the CUDA kernels cannot run on the CPU", allow_module_level=True)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+make = partial(make_case, device=str(DEVICE))
 
 HEADS = ((2, 2), (4, 1), (6, 2), (8, 1))  # one, four, three and eight query heads share a KV head
 BLOCK_SIZES = (8, 16, 32, 128)
@@ -54,8 +59,8 @@ def test_the_grid_has_every_pair() -> None:
 @pytest.mark.parametrize(("heads", "head_dim", "block_size", "window"), GRID)
 def test_mixed_batch(heads: tuple, head_dim: int, block_size: int, window: int | None, num_splits: int) -> None:
     query_lens, context_lens = batch(block_size)
-    case = make_case(query_lens, context_lens, heads=heads, head_dim=head_dim, block_size=block_size, window=window)
-    is_close(case.run(CudaBackend(CPU, num_splits)), case)
+    case = make(query_lens, context_lens, heads=heads, head_dim=head_dim, block_size=block_size, window=window)
+    is_close(case.run(CudaBackend(DEVICE, num_splits)), case)
 
 
 @VERSIONS
@@ -65,10 +70,8 @@ def test_half_precision(
     heads: tuple, head_dim: int, block_size: int, window: int | None, dtype: torch.dtype, num_splits: int
 ) -> None:
     query_lens, context_lens = batch(block_size)
-    case = make_case(
-        query_lens, context_lens, heads=heads, head_dim=head_dim, block_size=block_size, window=window, dtype=dtype
-    )
-    got = case.run(CudaBackend(CPU, num_splits))
+    case = make(query_lens, context_lens, heads=heads, head_dim=head_dim, block_size=block_size, window=window, dtype=dtype)
+    got = case.run(CudaBackend(DEVICE, num_splits))
     assert got.dtype == dtype
     assert relative_error(got, case.expected()) < TOLERANCE[dtype]
 
@@ -76,57 +79,57 @@ def test_half_precision(
 @pytest.mark.parametrize("window", [None, 256])
 @pytest.mark.parametrize("num_splits", [1, None], ids=["v1", "as many as fill the device"])
 def test_long_contexts(num_splits: int | None, window: int | None) -> None:
-    case = make_case([1], [1023], heads=(2, 1), window=window, dtype=torch.float16)
-    assert relative_error(case.run(CudaBackend(CPU, num_splits)), case.expected()) < TOLERANCE[torch.float16]
+    case = make([1], [1023], heads=(2, 1), window=window, dtype=torch.float16)
+    assert relative_error(case.run(CudaBackend(DEVICE, num_splits)), case.expected()) < TOLERANCE[torch.float16]
 
 
 @VERSIONS
 @pytest.mark.parametrize("num_threads", [32, 128])
 def test_any_number_of_warps(num_threads: int, num_splits: int) -> None:
-    case = make_case([1, 2, 1], [33, 5, 64], heads=(3, 1), head_dim=96)
-    is_close(case.run(CudaBackend(CPU, num_splits, num_threads)), case)
+    case = make([1, 2, 1], [33, 5, 64], heads=(3, 1), head_dim=96)
+    is_close(case.run(CudaBackend(DEVICE, num_splits, num_threads)), case)
 
 
 @VERSIONS
 @pytest.mark.parametrize("heads", [(9, 1), (20, 2)])
 def test_more_query_heads_than_a_block_takes(heads: tuple[int, int], num_splits: int) -> None:
-    case = make_case([1, 2], [9, 17], heads=heads)
-    is_close(case.run(CudaBackend(CPU, num_splits)), case)
+    case = make([1, 2], [9, 17], heads=heads)
+    is_close(case.run(CudaBackend(DEVICE, num_splits)), case)
 
 
 @pytest.mark.parametrize("head_dim", [16, 36, 64, 68, 128])
 def test_head_sizes_that_leave_lanes_without_work(head_dim: int) -> None:
-    case = make_case([1, 2], [9, 17], head_dim=head_dim)
-    is_close(case.run(CudaBackend(CPU)), case)
+    case = make([1, 2], [9, 17], head_dim=head_dim)
+    is_close(case.run(CudaBackend(DEVICE)), case)
 
 
 @VERSIONS
 def test_more_parts_than_keys(num_splits: int) -> None:
-    case = make_case([1, 1, 2], [1, 2, 2], heads=(2, 1))
-    is_close(case.run(CudaBackend(CPU, 7 * num_splits)), case)
+    case = make([1, 1, 2], [1, 2, 2], heads=(2, 1))
+    is_close(case.run(CudaBackend(DEVICE, 7 * num_splits)), case)
 
 
 @VERSIONS
 def test_large_scores_keep_their_precision(num_splits: int) -> None:
-    case = make_case([1, 3], [60, 40], heads=(4, 2), dtype=torch.bfloat16)
+    case = make([1, 3], [60, 40], heads=(4, 2), dtype=torch.bfloat16)
     case.query *= 20
-    assert relative_error(case.run(CudaBackend(CPU, num_splits)), case.expected()) < TOLERANCE[torch.bfloat16]
+    assert relative_error(case.run(CudaBackend(DEVICE, num_splits)), case.expected()) < TOLERANCE[torch.bfloat16]
 
 
 @VERSIONS
 def test_padding_is_neither_stored_nor_read_and_gives_zeros(num_splits: int) -> None:
     """As a CUDA graph has it: more sequences than the batch, and more tokens than the sequences."""
-    case = make_case([1, 3], [17, 9])
-    backend = CudaBackend(CPU, num_splits)
+    case = make([1, 3], [17, 9])
+    backend = CudaBackend(DEVICE, num_splits)
     metadata = case.metadata(backend)
     tokens, pad = len(case.query), 3
     query, key, value = (
         torch.cat([x, x.new_full((pad, *x.shape[1:]), float("nan"))]) for x in (case.query, case.key, case.value)
     )
-    metadata.slot_mapping = torch.cat([metadata.slot_mapping, torch.full((pad,), -1)])
-    garbage = torch.tensor(GARBAGE[:2])[:, None].expand(2, metadata.block_tables.shape[1])
+    metadata.slot_mapping = torch.cat([metadata.slot_mapping, torch.full((pad,), -1, device=DEVICE)])
+    garbage = torch.tensor(GARBAGE[:2], device=DEVICE)[:, None].expand(2, metadata.block_tables.shape[1])
     metadata.block_tables = torch.cat([metadata.block_tables, garbage.int()])
-    metadata.context_lens = torch.cat([metadata.context_lens, torch.zeros(2, dtype=torch.int32)])
+    metadata.context_lens = torch.cat([metadata.context_lens, torch.zeros(2, dtype=torch.int32, device=DEVICE)])
     starts = metadata.query_start_loc
     metadata.query_start_loc = torch.cat([starts, starts[-1:] + 1, starts[-1:] + 2])
     got = backend.attend(0, query, key, value, metadata, case.scale)
@@ -139,27 +142,27 @@ def test_padding_is_neither_stored_nor_read_and_gives_zeros(num_splits: int) -> 
 
 @VERSIONS
 def test_reads_blocks_that_another_sequence_writes_in_this_step(num_splits: int) -> None:
-    case = make_case([20, 2, 1], [20, 18, 17], block_size=8, readers={1: 0, 2: 0})
-    is_close(case.run(CudaBackend(CPU, num_splits)), case)
+    case = make([20, 2, 1], [20, 18, 17], block_size=8, readers={1: 0, 2: 0})
+    is_close(case.run(CudaBackend(DEVICE, num_splits)), case)
 
 
 def test_slices_of_one_projection() -> None:
     """Tokens that lie apart are read in place; what does not begin at a multiple of 16 bytes is copied."""
     for gap in (0, 4, 3):
-        case = make_case([3, 1], [20, 9])
-        parts = [case.query.flatten(1), case.key.flatten(1), case.value.flatten(1), torch.zeros(4, gap)]
+        case = make([3, 1], [20, 9])
+        parts = [case.query.flatten(1), case.key.flatten(1), case.value.flatten(1), torch.zeros(4, gap, device=DEVICE)]
         fused = torch.cat(parts, dim=1)
         query, key, value, _ = fused.split([x.shape[1] for x in parts], dim=1)
         case.query, case.key, case.value = query.unflatten(1, (4, 64)), key.unflatten(1, (2, 64)), value.unflatten(1, (2, 64))
         assert not case.query.is_contiguous()
-        is_close(case.run(CudaBackend(CPU)), case)
+        is_close(case.run(CudaBackend(DEVICE)), case)
     case.query = torch.cat([case.query, case.query], dim=-1)[..., :64]  # heads lie apart
-    is_close(case.run(CudaBackend(CPU)), case)
+    is_close(case.run(CudaBackend(DEVICE)), case)
 
 
 def test_memory_for_partial_results_is_kept_for_graphs_that_use_it() -> None:
-    backend = CudaBackend(CPU, num_splits=2)
-    cases = [make_case([1], [9]), make_case([1] * 3, [9] * 3), make_case([1], [9], seed=1)]
+    backend = CudaBackend(DEVICE, num_splits=2)
+    cases = [make([1], [9]), make([1] * 3, [9] * 3), make([1], [9], seed=1)]
     addresses = []
     for case in cases:
         is_close(case.run(backend), case)
@@ -201,14 +204,14 @@ def test_a_kernel_that_does_not_compile_is_a_problem(monkeypatch: pytest.MonkeyP
 
 
 def test_a_launch_that_fails_and_a_cache_of_another_dtype_are_errors() -> None:
-    case = make_case([1], [9])
+    case = make([1], [9])
     with pytest.raises(RuntimeError, match="could not be launched: invalid argument"):
-        case.run(CudaBackend(CPU, num_threads=33))
+        case.run(CudaBackend(DEVICE, num_threads=33))
     with pytest.raises(RuntimeError, match="could not be launched: invalid configuration"):
-        case.run(CudaBackend(CPU, num_splits=65536))
+        case.run(CudaBackend(DEVICE, num_splits=65536))
     case.kv_cache = case.kv_cache.half()
     with pytest.raises(ValueError, match=r"model's dtype torch\.float32, got torch\.float16"):
-        case.run(CudaBackend(CPU))
+        case.run(CudaBackend(DEVICE))
 
 
 # Planted faults
