@@ -31,7 +31,7 @@ What a step takes on this GPU beside the least it could take. First, computed an
 known cards. Then, if there is a GPU: its measured copy bandwidth and product rate; attention alone by each backend; decode
 steps and prompts of the whole model, with CUDA graphs and without. Random weights do, so nothing is downloaded.
 """
-BATCHES, PROMPTS = (1, 32, 64, 256), (512, 2048)
+BATCHES, PROMPTS = (1, 32, 64, 256), (512, 2000)
 BACKENDS = ("triton", "cuda", "torch")
 RESULTS = Path(__file__).parent / "results"
 
@@ -42,7 +42,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="llama-7b", help="run with random weights (default: llama-7b)")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="of decode steps (default: 1 32 64 256)")
     parser.add_argument("--context", type=int, default=1024, help="tokens of each; fewer if memory is short (default: 1024)")
-    parser.add_argument("--prompts", type=int, nargs="+", default=PROMPTS, help="lengths of prompts (default: 512 2048)")
+    parser.add_argument("--prompts", type=int, nargs="+", default=PROMPTS, help="lengths of prompts (default: 512 2000)")
     parser.add_argument(
         "--backends", nargs="+", choices=BACKENDS, default=BACKENDS,
         help="the first runs everything, the others attention alone and the second batch (default: triton cuda torch)",

@@ -120,7 +120,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace, workload: Workload) -> None:
         config = config_from_flags(args)
         source = resolve_model(config.model, config.load_format)
-        device = pick_device(config.device)
+        self.device = device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, device, source.config.torch_dtype)
         self.requests = make_requests(workload, source.config.vocab_size, args.data_seed)
         check_context(self.requests, config.max_model_len or source.config.max_position_embeddings)
@@ -199,7 +199,8 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     summary = summarise(results)
-    setting = f"{args.model}, {str(bench.dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
+    place = f"{torch.get_num_threads()} threads" if bench.device.type == "cpu" else torch.cuda.get_device_name(bench.device)
+    setting = f"{args.model}, {str(bench.dtype).removeprefix('torch.')}, {place}"
     show(workload, results, summary, setting)
     if args.output_json is not None:
         flags = vars(args) | {"dtype": str(bench.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}

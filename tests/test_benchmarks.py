@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +48,7 @@ from solutions.core import native
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLM, LLMEngine
 from solutions.models.loader import resolve_model
+from solutions.models.model_config import ModelConfig
 from solutions.serving import api_server
 from solutions.tests.tiny_models import make_tiny_llama
 
@@ -267,6 +269,16 @@ def test_both_backends_count_the_same_useful_tokens(checkpoint: Path) -> None:
     assert theirs.details["num_batches"] == 3
 
 
+def test_random_weights_are_in_the_same_model(checkpoint: Path) -> None:
+    """Transformers' is built from the same ``config.json``: of a folder, and of a name that has none on disk."""
+    for name in (str(checkpoint), "gpt2"):
+        source = resolve_model(name, "dummy")
+        model = load_hf(source, "dummy", torch.bfloat16, torch.device("cpu"))
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        built = ModelConfig.from_hf(model.config.to_dict() | {"architectures": [type(model).__name__]})
+        assert replace(built, torch_dtype=None) == replace(source.config, torch_dtype=None)
+
+
 def test_a_second_run_does_not_profit_from_the_first(checkpoint: Path) -> None:
     requests = [BenchRequest(list(range(3, 3 + 40)), 4), BenchRequest(list(range(50, 50 + 40)), 4)]
     llm = LLM(str(checkpoint), dtype="float32", device="cpu", num_gpu_blocks_override=64, max_num_seqs=8)
@@ -407,7 +419,6 @@ def test_overhead_writes_its_record(
         (throughput_command, "--modle x", "unrecognized arguments: --modle"),
         (throughput_command, "--model no-such-model", "there is no model 'no-such-model'"),
         (throughput_command, "--input-len 8000 --output-len 500", "do not fit the context of 8192"),
-        (throughput_command, "--model llama-7b --load-format dummy --backend hf", "needs weights on disk"),
         (memory_command, "--max-model-lens 500", "--max-model-lens must be at least 768"),
         (memory_command, "--block-sizes 16 0", "--block-sizes must be at least 1, got 0"),
         (memory_command, "--plot chart.txt", "--plot must end in .png"),

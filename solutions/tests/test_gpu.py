@@ -32,6 +32,7 @@ BACKENDS = [pytest.param("triton", marks=needs_triton), "cuda"]
 PARAMS = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 PROMPTS = [[1, 2, 3], list(range(1, 24)), [5] * 17, [9]]
 SETTINGS = {"dtype": "float32", "max_model_len": 128, "device": DEVICE, "enable_cpu_kernels": False}
+SETTINGS |= {"kv_cache_memory_bytes": 16 << 20}  # a card has room for many of these at once
 SIZES = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}  # a head size that every backend takes
 
 
