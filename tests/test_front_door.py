@@ -94,10 +94,10 @@ def test_paths_exist(document: str) -> None:
     assert missing_paths(TEXTS[document]) == []
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_lines_fit_a_screen(document: str) -> None:
-    prose = re.sub(r"```.*?```", "", TEXTS[document], flags=re.DOTALL).splitlines()
-    assert [line for line in prose if len(line) > 140 and not line.startswith("|")] == []
+@pytest.mark.parametrize("document", sorted(set(DOCUMENTS) - {"README.md"}))
+def test_lines_fit_an_editor(document: str) -> None:
+    lines = TEXTS[document].splitlines()
+    assert [line for line in lines if len(line) > 128 and not line.startswith("|")] == []
 
 
 def test_what_is_awaited_is_not_there_yet() -> None:
