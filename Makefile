@@ -177,8 +177,11 @@ bench-memory: $(STAMP) ## KV memory that holds tokens: paged against reserved in
 bench-overhead: $(STAMP) ## What a step costs the host besides the model, in µs a sequence
 	@$(RUN) benchmarks/overhead.py $(ARGS)
 
-bench-cpu: $(STAMP) ## The engine on a CPU on four workloads beside transformers (ARGS="--url NAME=URL" for a server)
-	@$(RUN) benchmarks/cpu.py --model $(MODEL) $(ARGS)
+bench-compare: $(STAMP) ## This engine beside transformers and other servers on the same work (ARGS="--url NAME=URL")
+	@$(RUN) benchmarks/compare.py --model $(MODEL) $(ARGS)
+
+bench-latency: $(STAMP) ## How long a server's clients wait at growing load: percentiles and goodput
+	@$(RUN) benchmarks/latency.py --model $(MODEL) $(ARGS)
 
 bench-kernels: $(STAMP) ## The CPU kernels against this machine's limits and PyTorch's operators
 	@$(RUN) benchmarks/kernels.py $(ARGS)
@@ -215,7 +218,7 @@ clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-serving bench-page bench-scaling bench-gpu test-gpu bench-cpu bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 lab notebooks test test-parity test-api check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-serving bench-page bench-scaling bench-gpu test-gpu bench-compare bench-latency bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 lab notebooks test test-parity test-api check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"
