@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -124,7 +125,8 @@ def grade_all(args: argparse.Namespace, workshop: Workshop, stages: list[Stage],
     limits = Limits(memory_bytes=int(args.memory_gib * 2**30)).within(args.task_seconds)
     numbers = [stage.number for stage in stages]
     bench = None if args.no_performance else Bench(workshop, sandbox, numbers, limits.within(2 * args.task_seconds))
-    grader = Grader(Runner(workshop, sandbox, salt, limits), stages, bench, args.jobs)
+    tasks = [(stage, task) for stage in stages for task in stage.tasks]
+    grader = Grader(Runner(workshop, sandbox, salt, limits), tasks, bench, args.jobs)
     console.print(f"salt: {salt}", highlight=False)
     if not sandbox.isolated:
         console.print(f"[yellow]kept in by {sandbox.walls}[/]")
@@ -136,7 +138,8 @@ def grade_all(args: argparse.Namespace, workshop: Workshop, stages: list[Stage],
         def step(what: str) -> None:
             progress.update(bar, advance=1, description=what)
 
-        grader.prepare(submissions, step)
+        for task_id, complaint in grader.prepare(submissions, step).items():
+            progress.console.print(f"[yellow]task {task_id} is not graded:[/] {escape(complaint)}", soft_wrap=True)
         for submission in submissions:
             grade = grader.grade(submission, step)
             grades.append(grade)

@@ -14,7 +14,7 @@ from stages.course.grading.integrity import offences
 from stages.course.grading.performance import Bench
 from stages.course.grading.scoring import Grade, TaskGrade, task_points
 from stages.course.grading.submission import Submission
-from stages.course.grading.task_runs import Expected, Runner, TaskRun, failures, passed
+from stages.course.grading.task_runs import ENDED_EARLY, Expected, Runner, TaskRun, failures, passed
 
 OnStep = Callable[[str], None]
 
@@ -23,34 +23,38 @@ class Grader:
     """Grades one submission after the other by the same measure.
 
     Args:
-        runner: runs the tests. bench: measures; None: no points for performance.
+        runner: runs the tests. tasks: those that count, each with its stage.
+        bench: measures; None: no points for performance.
         jobs: tasks that are tested at once.
     """
 
-    def __init__(self, runner: Runner, stages: list[Stage], bench: Bench | None = None, jobs: int = 1) -> None:
-        self.runner, self.stages, self.bench, self.jobs = runner, stages, bench, jobs
+    def __init__(self, runner: Runner, tasks: list[tuple[Stage, Task]], bench: Bench | None = None, jobs: int = 1) -> None:
+        self.runner, self.tasks, self.bench, self.jobs = runner, tasks, bench, jobs
         self.workshop = runner.workshop
         self._expected: dict[str, Expected] = {}
-
-    def tasks(self) -> list[tuple[Stage, Task]]:
-        """All that is graded."""
-        return [(stage, task) for stage in self.stages for task in stage.tasks]
 
     def steps(self, submissions: list[Submission]) -> int:
         """How often `on_step` will be called, by `prepare` and by `grade` for all of them."""
         measures = len(self.bench.measures) if self.bench else 0
-        return len(self.tasks()) + len(submissions) * (len(self.tasks()) + measures)
+        return len(self.tasks) + len(submissions) * (len(self.tasks) + measures)
 
-    def prepare(self, submissions: list[Submission], on_step: OnStep) -> None:
-        """Run the reference on each task that anybody has written, to know what can be passed on this machine."""
+    def prepare(self, submissions: list[Submission], on_step: OnStep) -> dict[str, str]:
+        """Run the reference on each task that anybody has written, to know what can be passed on this machine.
+
+        Returns:
+            Task → why it cannot be graded here.
+        """
 
         def learn(pair: tuple[Stage, Task]) -> None:
             stage, task = pair
             on_step(f"the reference, task {task.id}")
-            if any(not self.workshop.placeholders(stage, task, _texts(item, stage)) for item in submissions):
+            if task.id not in self._expected and any(
+                not self.workshop.placeholders(stage, task, _texts(item, stage)) for item in submissions
+            ):
                 self._expected[task.id] = self.runner.expected(stage, task)
 
         self._each(learn)
+        return {task_id: expected.complaint for task_id, expected in self._expected.items() if expected.complaint}
 
     def grade(self, submission: Submission, on_step: OnStep) -> Grade:
         """Test and measure a submission."""
@@ -70,7 +74,7 @@ class Grader:
                 done[task.id] = result
 
         self._each(test)
-        grade.tasks = [done[task.id] for _, task in self.tasks()]
+        grade.tasks = [done[task.id] for _, task in self.tasks]
         if self.bench is not None:
             for measure in self.bench.measures:
                 on_step(f"{submission.name}, {measure.title}")
@@ -81,13 +85,13 @@ class Grader:
     def _each(self, work: Callable[[tuple[Stage, Task]], None]) -> None:
         pool = ThreadPoolExecutor(self.jobs)
         try:
-            for future in [pool.submit(work, pair) for pair in self.tasks()]:
+            for future in [pool.submit(work, pair) for pair in self.tasks]:
                 future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _stage(self, number: int) -> Stage:
-        return next(stage for stage in self.stages if stage.number == number)
+        return next(stage for stage in self.workshop.course if stage.number == number)
 
     def _flags(self, submission: Submission) -> dict[tuple[int, str], list[str]]:
         found = {}
@@ -136,9 +140,10 @@ class Grader:
             return
         grade.status = scoring.PARTLY if grade.passed else scoring.FAILED
         grade.reason = f"{grade.passed} of {grade.tests} tests pass"
-        if not run.ended.normal or run.ended.code not in (0, 1):
+        early = any(failure.text.endswith(ENDED_EARLY) for failure in grade.failures)
+        if early or not run.ended.normal:
             grade.status = scoring.STOPPED
-            grade.reason += f"; {run.ended.how}"
+            grade.reason += f"; {ENDED_EARLY if early else run.ended.how}"
 
 
 def _texts(submission: Submission, stage: Stage) -> dict[str, str]:

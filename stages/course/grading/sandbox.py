@@ -79,6 +79,11 @@ class Ended:
         return self.code is not None and self.code >= 0
 
     @property
+    def lost(self) -> bool:
+        """Whether nobody looked after it until its end, so that nothing that it reported can be believed."""
+        return self.stopped == STOPPED["lost"]
+
+    @property
     def how(self) -> str:
         """Why it did not."""
         if self.stopped:

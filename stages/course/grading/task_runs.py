@@ -17,6 +17,7 @@ UNUSED = ("cacheprovider", "nbmake", "anyio", "playwright", "schemathesis", "axe
 FLAGS = ["-q", "--color=no", "--tb=native", "--disable-warnings", *(f"-pno:{plugin}" for plugin in UNUSED)]
 SLOWER = 5
 """How many times as long as the reference a learner's tests may take, beside the time that they have anyhow."""
+ENDED_EARLY = "the process ended before all tests had run"
 LONGEST_RECORDS = 8 << 20
 """Bytes of results that are read; a hostile file could write more."""
 
@@ -71,8 +72,11 @@ class Runner:
         self.workshop, self.sandbox, self.salt, self.limits = workshop, sandbox, salt, limits
 
     def expected(self, stage: Stage, task: Task) -> Expected:
-        """Run the tests on the reference."""
-        run = self.run(stage, task, None, self.limits.within(10 * self.limits.seconds))
+        """Run the tests on the reference; a second time if some fail, which is then the machine's doing."""
+        limits = self.limits.within(10 * self.limits.seconds)
+        run = self.run(stage, task, None, limits)
+        if run.names("failed") or run.ended.code != 0:
+            run = self.run(stage, task, None, limits)
         if run.names("failed") or run.names("todo") or run.ended.code != 0:
             failed = next((record for record in run.records if record.outcome in ("failed", "todo")), None)
             why = f"{failed.name}: {failed.text}" if failed else f"{run.ended.how}\n{run.ended.output[-2000:]}"
@@ -96,7 +100,7 @@ class Runner:
             }  # fmt: skip
             learners = tuple(folder / file for file in stage.files)
             ended = self.sandbox.run(command, scratch, environment, limits or self.limits, learners)
-            return TaskRun(tuple(_records(log, task)), ended)
+            return TaskRun(() if ended.lost else tuple(_records(log, task)), ended)
 
     def limits_for(self, expected: Expected) -> Limits:
         """What a learner's tests may take."""
@@ -135,5 +139,5 @@ def failures(run: TaskRun, expected: Expected) -> list[Failure]:
     silent = [name for name, count in expected.tests.items() if good[name] < count and name not in names]
     if "(import)" in names:
         return told
-    why = run.ended.how if run.ended.code != 0 else "it was not run"
+    why = ENDED_EARLY if run.ended.normal else run.ended.how
     return told + [Failure(name, "", f"It did not come to a result: {why}") for name in silent]
