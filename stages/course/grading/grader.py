@@ -48,9 +48,8 @@ class Grader:
         def learn(pair: tuple[Stage, Task]) -> None:
             stage, task = pair
             on_step(f"the reference, task {task.id}")
-            if task.id not in self._expected and any(
-                not self.workshop.placeholders(stage, task, _texts(item, stage)) for item in submissions
-            ):
+            written = (not self.workshop.placeholders(stage, task, _texts(item, stage)) for item in submissions)
+            if task.id not in self._expected and any(written):
                 self._expected[task.id] = self.runner.expected(stage, task)
 
         self._each(learn)

@@ -50,8 +50,16 @@ def watch(event: str, args: tuple[Any, ...]) -> None:
     elif event == "open":
         if HIDDEN and isinstance(args[0], str) and os.path.realpath(args[0]).startswith(HIDDEN):
             raise PermissionError(NO_REFERENCE)
-    elif event == "import" and args[0].split(".")[0] == "solutions" and _asks_as_learner():
-        raise ImportError(NO_REFERENCE)
+
+
+class Finder:
+    """Asked before all others where a module is: the reference's are nowhere when a learner's file imports them."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        if name.split(".")[0] == "solutions" and _asks_as_learner():
+            raise ImportError(NO_REFERENCE)
 
 
 sys.addaudithook(watch)
+sys.meta_path.insert(0, Finder)
