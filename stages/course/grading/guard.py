@@ -47,9 +47,8 @@ def watch(event: str, args: tuple[Any, ...]) -> None:
     elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
         if not is_local(args[0]):
             raise PermissionError(NO_NETWORK)
-    elif event == "open":
-        if HIDDEN and isinstance(args[0], str) and os.path.realpath(args[0]).startswith(HIDDEN):
-            raise PermissionError(NO_REFERENCE)
+    elif event == "open" and HIDDEN and isinstance(args[0], str) and os.path.realpath(args[0]).startswith(HIDDEN):
+        raise PermissionError(NO_REFERENCE)
 
 
 class Finder:

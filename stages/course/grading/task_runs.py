@@ -14,8 +14,9 @@ from stages.course.grading.scoring import Failure, seed_of
 from stages.course.grading.workshop import Workshop
 
 PLUGINS = ("pytest_timeout", "_hypothesis_pytestplugin", "stages.course.grading.seeds", "no:cacheprovider")
-"""All that the stages' tests need; pytest loads no other, which takes longer than most tests."""
-FLAGS = ["-q", "--color=no", "--tb=native", "--disable-warnings", *(f"-p{plugin}" for plugin in PLUGINS)]
+"""All that the stages' tests need; pytest loads no other, which takes longer than most tests. -s: what they print
+counts as the process's output at once."""
+FLAGS = ["-q", "-s", "--color=no", "--tb=native", "--disable-warnings", *(f"-p{plugin}" for plugin in PLUGINS)]
 SLOWER = 5
 """How many times as long as the reference a learner's tests may take, beside the time that they have anyhow."""
 ENDED_EARLY = "the process ended before all tests had run"
