@@ -6,6 +6,7 @@ Run it: ``python benchmarks/grade.py --help``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import secrets
 import sys
@@ -130,9 +131,9 @@ def grade_all(args: argparse.Namespace, workshop: Workshop, stages: list[Stage],
     console.print(f"salt: {salt}", highlight=False)
     if not sandbox.isolated:
         console.print(f"[yellow]kept in by {sandbox.walls}[/]")
-    grades = []
+    grades: list[Grade] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with contextlib.closing(sandbox), Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("grading", total=grader.steps(submissions))
 
         def step(what: str) -> None:

@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -212,6 +214,17 @@ def test_a_room_shows_nothing_that_is_hidden_and_keeps_no_secrets(tmp_path: Path
             ended = sandbox.run(["/bin/sh", "-c", f"ls {tmp_path}/hidden; touch {tmp_path}/mine"], scratch, {}, Limits())
         assert "answers" not in ended.output
         assert not (tmp_path / "mine").exists()
+
+
+def test_a_closed_sandbox_ends_what_runs(tmp_path: Path, nobody_is_left: None) -> None:
+    sandbox = Sandbox()
+    with room() as scratch:
+        threading.Timer(1, sandbox.close).start()
+        begin = time.monotonic()
+        ended = sandbox.run(["/bin/sleep", "60"], scratch, {}, Limits())
+        assert ended.lost
+        assert sandbox.run(["/bin/sleep", "60"], scratch, {}, Limits()).lost
+        assert time.monotonic() - begin < 20
 
 
 @pytest.mark.parametrize(

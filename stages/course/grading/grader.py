@@ -87,7 +87,7 @@ class Grader:
             for future in [pool.submit(work, pair) for pair in self.tasks]:
                 future.result()
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _stage(self, number: int) -> Stage:
         return next(stage for stage in self.workshop.course if stage.number == number)

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import psutil
+
 from solutions.core.machine import cache_root
 from stages.course.catalog import ROOT
 from stages.course.grading import guard, isolation
@@ -102,6 +104,8 @@ class Sandbox:
 
     def __init__(self, hidden: tuple[Path, ...] = ()) -> None:
         self.hidden = tuple(dict.fromkeys(path.resolve() for path in hidden))
+        self._running: set[subprocess.Popen] = set()
+        self._closed = False
 
     @cached_property
     def isolated(self) -> bool:
@@ -110,7 +114,7 @@ class Sandbox:
             return False
         with room() as scratch:
             order = self._order([sys.executable, "-c", ""], scratch, {}, (), Limits().within(60), True)
-            return _supervise(order, 60).get("code") == 0
+            return self._supervise(order, 60).get("code") == 0
 
     @property
     def walls(self) -> str:
@@ -134,7 +138,7 @@ class Sandbox:
             learners: files whose code may not import the reference.
         """
         order = self._order(command, scratch, environment, learners, limits, self.isolated)
-        verdict = _supervise(order, limits.seconds + GRACE)
+        verdict = self._supervise(order, limits.seconds + GRACE)
         output = _end_of(scratch / "output.txt")
         stopped = limits.say(verdict["stopped"]) if verdict["stopped"] else ""
         return Ended(verdict["code"], stopped, output, verdict["seconds"])
@@ -158,6 +162,42 @@ class Sandbox:
             "limits": asdict(limits),
         }  # fmt: skip
 
+    def close(self) -> None:
+        """End all that runs, and start nothing any more."""
+        self._closed = True
+        for process in tuple(self._running):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def _supervise(self, order: dict, patience: float) -> dict:
+        """Hand an order to a supervisor; its verdict, also when it did not live to give one."""
+        command = [sys.executable, "-m", "stages.course.grading.supervise"]
+        if order["isolated"]:
+            command = [*(isolation.unshare_command() or []), *command]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "STAGES": ""}
+        said = ""
+        if not self._closed:
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+            self._running.add(process)
+            try:
+                said, _ = process.communicate(json.dumps(order), timeout=patience)
+            except (subprocess.TimeoutExpired, BrokenPipeError):
+                pass
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.communicate()
+                self._running.discard(process)
+                for left in marked(order["environment"][TOKEN]):
+                    with contextlib.suppress(psutil.Error):
+                        left.kill()
+        with contextlib.suppress(ValueError):
+            return json.loads(said)
+        return {"code": None, "stopped": "lost", "seconds": 0.0}
+
 
 @contextlib.contextmanager
 def room() -> Iterator[Path]:
@@ -173,32 +213,6 @@ def room() -> Iterator[Path]:
         if (known / "gguf").is_dir():
             (scratch / "cache" / "gguf").symlink_to(known / "gguf")
         yield scratch
-
-
-def _supervise(order: dict, patience: float) -> dict:
-    """Hand an order to a supervisor; its verdict, also when it did not live to give one."""
-    command = [sys.executable, "-m", "stages.course.grading.supervise"]
-    if order["isolated"]:
-        command = [*(isolation.unshare_command() or []), *command]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "STAGES": ""}
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        said, _ = process.communicate(json.dumps(order), timeout=patience)
-    except subprocess.TimeoutExpired:
-        said = ""
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-        for left in marked(order["environment"][TOKEN]):
-            with contextlib.suppress(Exception):
-                left.kill()
-    with contextlib.suppress(ValueError):
-        return json.loads(said)
-    return {"code": None, "stopped": "lost", "seconds": 0.0}
 
 
 def _end_of(path: Path, most: int = 20_000) -> str:
