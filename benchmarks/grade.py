@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import secrets
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installed package
 
 from solutions.benchmarks.report import Parser
-from stages.course.catalog import ROOT, CourseError, Stage, find_stage
+from stages.course.catalog import GUIDE, ROOT, CourseError, Stage, find_stage
 from stages.course.grading import page, report, results
 from stages.course.grading.grader import Grader, hidden_folders
 from stages.course.grading.performance import Bench
@@ -71,8 +72,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--memory-gib", type=float, default=6, metavar="G", help="memory for a task's tests (default: 6)")
     parser.add_argument(
-        "--guide-url", default="IMPLEMENTATION_GUIDE.md", metavar="URL",
-        help="where reports link to for the course's text (default: IMPLEMENTATION_GUIDE.md, beside the report)",
+        "--guide-url", metavar="URL", help="where reports link to for the course's text (default: a copy in the output folder)"
     )  # fmt: skip
     args = parser.parse_args(argv)
     parser.check_counts(args, "jobs", "task_seconds", "memory_gib")
@@ -107,7 +107,12 @@ def show(console: Console, grades: list[Grade], stages: list[Stage]) -> None:
             f"{sum(i.points for i in grade.measures):g}/{sum(i.max_points for i in grade.measures)}" if grade.measures else ""
         )
         table.add_row(
-            grade.name, *cells, speed, f"{grade.points:g}/{grade.max_points}", f"{grade.percent:g}", str(len(grade.flags) or "")
+            escape(grade.name),
+            *cells,
+            speed,
+            f"{grade.points:g}/{grade.max_points}",
+            f"{grade.percent:g}",
+            str(len(grade.flags) or ""),
         )
     console.print(table)
 
@@ -137,15 +142,22 @@ def grade_all(args: argparse.Namespace, workshop: Workshop, stages: list[Stage],
         bar = progress.add_task("grading", total=grader.steps(submissions))
 
         def step(what: str) -> None:
-            progress.update(bar, advance=1, description=what)
+            progress.update(bar, advance=1, description=escape(what))
 
         for task_id, complaint in grader.prepare(submissions, step).items():
             progress.console.print(f"[yellow]task {task_id} is not graded:[/] {escape(complaint)}", soft_wrap=True)
         for submission in submissions:
             grade = grader.grade(submission, step)
             grades.append(grade)
-            write_grade(output_of(args.output, submission, submissions), grade, args.guide_url, sandbox)
+            folder = output_of(args.output, submission, submissions)
+            write_grade(folder, grade, args.guide_url or link_to_guide(args.output, folder), sandbox)
     return grades
+
+
+def link_to_guide(output: Path, folder: Path) -> str:
+    """Copy the course's text to the output folder; its address from a report in `folder`."""
+    shutil.copyfile(ROOT / GUIDE, output / GUIDE)
+    return f"{'' if folder == output else '../'}{GUIDE}"
 
 
 def output_of(output: Path, submission: Submission, submissions: list[Submission]) -> Path:

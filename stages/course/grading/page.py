@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from stages.course.grading import scoring
-from stages.course.grading.report import MARKS, median, shown_failures
+from stages.course.grading.report import MARKS, median, shown_failures, tests
 from stages.course.grading.scoring import Grade, MeasureGrade, TaskGrade
 
 STYLE = """
@@ -81,7 +81,7 @@ def _tasks_table(tasks: list[TaskGrade], guide: str) -> str:
     rows = [
         [
             _status(item.status), f'<a href="{escape(guide)}#{item.task.guide}">{item.task.id}</a>', escape(item.task.title),
-            f"{item.passed}/{item.tests}", f"{item.points}/{item.max_points}", f"{item.seconds:g}",
+            tests(item), f"{item.points}/{item.max_points}", f"{item.seconds:g}",
         ]
         for item in tasks
     ]  # fmt: skip

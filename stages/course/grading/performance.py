@@ -17,6 +17,8 @@ from stages.course.grading.scoring import Grade, MeasureGrade, ratio_points
 from stages.course.grading.submission import Submission
 from stages.course.grading.workshop import Workshop
 
+IMPLAUSIBLE = 3.0
+"""A ratio above this is for a person to look at: graded code runs in the process that measures it."""
 FILE = Path("stages") / "performance.toml"
 
 
@@ -73,6 +75,10 @@ class Bench:
                 values.append(value)
         result.ratios = [mine / theirs for mine, theirs in zip(result.mine, result.theirs, strict=True)]
         result.ratio = statistics.median(result.ratios)
+        if result.ratio > IMPLAUSIBLE:
+            grade.flags.append(
+                f"{measure.title}: {result.ratio:.1f} times the reference; see that no file tampers with the measurement"
+            )
         result.points = ratio_points(measure.points, result.ratio, self.full_at, self.none_below)
         result.status = (
             scoring.PASSED if result.points == measure.points else scoring.PARTLY if result.points else scoring.FAILED

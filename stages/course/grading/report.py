@@ -25,7 +25,7 @@ def markdown(grade: Grade, guide: str, walls: str) -> str:
             lines += [f"## {title}", "", *(f"- {item}" for item in items), ""]
     lines += ["## Tasks", "", "| | task | | tests | points | seconds |", "|---|---|---|--:|--:|--:|"]
     lines += [
-        f"| {MARKS[i.status]} {i.status} | [{i.task.id}]({guide}#{i.task.guide}) | {i.task.title} | {i.passed}/{i.tests} "
+        f"| {MARKS[i.status]} {i.status} | [{i.task.id}]({guide}#{i.task.guide}) | {i.task.title} | {tests(i)} "
         f"| {i.points}/{i.max_points} | {i.seconds:g} |"
         for i in grade.tasks
     ]
@@ -52,6 +52,11 @@ def _measure_row(item: MeasureGrade) -> str:
 def median(values: list[float]) -> float:
     """The value in the middle."""
     return sorted(values)[len(values) // 2]
+
+
+def tests(item: TaskGrade) -> str:
+    """How many of a task's tests pass; nothing where none was run."""
+    return f"{item.passed}/{item.tests}" if item.tests else ""
 
 
 def shown_failures(item: TaskGrade) -> tuple[list[tuple[str, str]], list[str]]:

@@ -20,8 +20,8 @@ FLAGS = ["-q", "-s", "--color=no", "--tb=native", "--disable-warnings", *(f"-p{p
 SLOWER = 5
 """How many times as long as the reference a learner's tests may take, beside the time that they have anyhow."""
 ENDED_EARLY = "the process ended before all tests had run"
-LONGEST_RECORDS = 8 << 20
-"""Bytes of results that are read; a hostile file could write more."""
+LONGEST_RECORDS, LONGEST_TEXT = 8 << 20, 8000
+"""Bytes of results that are read, and characters of each text; a hostile file could write more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ def _records(log: Path, task: Task) -> list[TestRecord]:
         try:
             record = json.loads(line)
             if record.get("task") == task.id:
-                words = (str(record[key]) for key in ("test", "what", "outcome", "text"))
+                words = (str(record[key])[:LONGEST_TEXT] for key in ("test", "what", "outcome", "text"))
                 records.append(TestRecord(*words))
         except (ValueError, KeyError, AttributeError):
             continue
