@@ -92,6 +92,9 @@ test-stage-4: $(STAMP) ## Test your stage 4, optimization
 test-stage-5: $(STAMP) ## Test your stage 5, production
 	@$(COURSE) test --stage 5 $(TEST_STAGE)
 
+test-stage-6: $(STAMP) ## Test your stage 6, benchmarks
+	@$(COURSE) test --stage 6 $(TEST_STAGE)
+
 progress: $(STAMP) ## How far you are in all stages, and which file to open next
 	@$(COURSE) progress
 
@@ -124,6 +127,9 @@ reset-stage-4: $(STAMP) ## Start stage 4 over, likewise
 
 reset-stage-5: $(STAMP) ## Start stage 5 over, likewise
 	@$(COURSE) reset --stage 5 $(if $(YES),--yes)
+
+reset-stage-6: $(STAMP) ## Start stage 6 over, likewise
+	@$(COURSE) reset --stage 6 $(if $(YES),--yes)
 
 lab: $(LAB_STAMP) ## Open the notebooks in Jupyter
 	@$(RUN) -m jupyterlab notebooks
@@ -185,8 +191,11 @@ bench-memory: $(STAMP) ## KV memory that holds tokens: paged against reserved in
 bench-overhead: $(STAMP) ## What a step costs the host besides the model, in µs a sequence
 	@$(RUN) benchmarks/overhead.py $(ARGS)
 
-bench-cpu: $(STAMP) ## The engine on a CPU on four workloads beside transformers (ARGS="--url NAME=URL" for a server)
-	@$(RUN) benchmarks/cpu.py --model $(MODEL) $(ARGS)
+bench-compare: $(STAMP) ## This engine beside transformers and other servers on the same work (ARGS="--url NAME=URL")
+	@$(RUN) benchmarks/compare.py --model $(MODEL) $(ARGS)
+
+bench-latency: $(STAMP) ## How long a server's clients wait at growing load: percentiles and goodput
+	@$(RUN) benchmarks/latency.py --model $(MODEL) $(ARGS)
 
 bench-kernels: $(STAMP) ## The CPU kernels against this machine's limits and PyTorch's operators
 	@$(RUN) benchmarks/kernels.py $(ARGS)
@@ -223,7 +232,7 @@ clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-serving bench-page bench-scaling bench-gpu test-gpu bench-cpu bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 lab notebooks test test-parity test-api check-course mutation grade starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-serving bench-page bench-scaling bench-gpu test-gpu bench-compare bench-latency bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 test-stage-6 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 reset-stage-6 lab notebooks test test-parity test-api check-course mutation grade starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"

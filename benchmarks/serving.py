@@ -18,7 +18,7 @@ import httpx
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installed package
 
 from solutions.benchmarks.datasets import BenchRequest
-from solutions.benchmarks.end_to_end import closed_loop
+from solutions.benchmarks.end_to_end import Client
 from solutions.benchmarks.latency import Stream, latencies, percentiles
 from solutions.benchmarks.report import Parser, record, show_table, spread, write_json
 from solutions.benchmarks.serving import (
@@ -93,7 +93,7 @@ def serve_load(
         RuntimeError: the server does not start, or does not end well.
     """
     with running_server(*as_flags(settings(args))) as (server, url):
-        load = closed_loop(url, args.model, requests, args.streams, seconds=args.warm_up + args.seconds)
+        load = Client(url, args.model).closed_loop(requests, args.streams, seconds=args.warm_up + args.seconds)
         streams, seen = asyncio.run(under_watch(url, server.pid, load, feed))
         found = totals(httpx.get(url.removesuffix("/v1") + "/metrics").text)
         server.send_signal(signal.SIGTERM)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,24 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installed package
 
-from solutions.benchmarks.datasets import DATASETS, WORKLOADS, BenchRequest, Workload, check_context, make_requests
+from solutions.benchmarks.comparison import in_turns, rates, ratio
+from solutions.benchmarks.datasets import (
+    DATASETS_HELP,
+    BenchRequest,
+    Workload,
+    add_workload_flags,
+    check_context,
+    make_requests,
+    pick_workload,
+)
 from solutions.benchmarks.report import Parser, record, show_table, spread, write_json
 from solutions.benchmarks.throughput import (
     Measurement,
     load_hf,
-    measure_alternately,
     peak_memory_bytes,
-    ratios,
     run_engine,
     run_hf,
-    warm_up_requests,
+    warmed,
 )
 from solutions.core.config import add_engine_flags, config_from_flags
 from solutions.core.engine import LLM
@@ -33,7 +41,7 @@ from solutions.core.machine import pick_threads
 from solutions.core.worker import pick_device, pick_dtype
 from solutions.models.loader import resolve_model
 
-DESCRIPTION = """\
+DESCRIPTION = f"""\
 Offline throughput: all requests are there at once, and the clock runs until the last token is out.
 
 Output tokens a second count only what the requests asked for. A static batch of transformers also computes tokens that
@@ -41,11 +49,7 @@ nobody asked for, because it goes on until its longest output is done; the last 
 work was useful. Both backends run the same weights in the same precision with the same number of threads, greedy, with
 the end of sequence ignored.
 
-Prompts are random tokens from a fixed seed, so two runs anywhere measure the same work:
-  random         --num-prompts requests of --input-len and --output-len tokens
-  mixed          lengths drawn from 16..512 in and 16..256 out: what continuous batching is for
-  shared-prefix  --prefix-len tokens that all prompts begin with, then --input-len own ones: what prefix caching is for
-"""
+{DATASETS_HELP}"""
 EPILOG = """\
 examples:
   the engine alone
@@ -66,14 +70,7 @@ LABELS = {"engine": "this engine", "hf": "transformers"}
 def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Workload]:
     """Flags and the workload that they describe; exits with one line if they do not fit together."""
     parser = Parser(usage="python benchmarks/throughput.py [flag ...]", description=DESCRIPTION, epilog=EPILOG)
-    group = parser.add_argument_group("workload")
-    group.add_argument("--dataset", choices=tuple(DATASETS), help="see above (default: random)")
-    group.add_argument("--num-prompts", type=int, help="requests (default: 32; mixed: 64)")
-    group.add_argument("--input-len", type=int, help="prompt tokens (default: 128; shared-prefix: 16 after the prefix)")
-    group.add_argument("--output-len", type=int, help="tokens to generate (default: 128; shared-prefix: 32)")
-    group.add_argument("--prefix-len", type=int, help="tokens that all prompts share (shared-prefix: 512)")
-    group.add_argument("--workload", choices=tuple(WORKLOADS), help="all of the above by the name that results quote")
-    group.add_argument("--data-seed", type=int, default=0, help="seed of lengths and tokens (default: 0)")
+    add_workload_flags(parser)
     group = parser.add_argument_group("measurement")
     group.add_argument(
         "--backend", choices=tuple(BACKENDS), default="engine", metavar="{engine,hf,both}",
@@ -89,22 +86,6 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Workload]:
         return args, pick_workload(args)
     except ValueError as error:
         parser.error(str(error))
-
-
-def pick_workload(args: argparse.Namespace) -> Workload:
-    """The workload that the flags name or spell out.
-
-    Raises:
-        ValueError: they contradict each other.
-    """
-    own = {name: getattr(args, name) for name in ("num_prompts", "input_len", "output_len", "prefix_len")}
-    own = {name: value for name, value in own.items() if value is not None}
-    if args.workload is None:
-        dataset = args.dataset or "random"
-        return Workload(dataset, **(DATASETS[dataset] | own))
-    if args.dataset is not None or own:
-        raise ValueError(f"--workload {args.workload} sets dataset and lengths; leave the other workload flags out")
-    return WORKLOADS[args.workload]
 
 
 class Bench:
@@ -130,15 +111,14 @@ class Bench:
         if "engine" in BACKENDS[args.backend]:
             say("loading the engine")
             llm = LLM(**config.to_args())
-            self._add("engine", lambda requests, shown: run_engine(llm, requests, shown))
+            self._add("engine", lambda requests: run_engine(llm, requests, True))
         if "hf" in BACKENDS[args.backend]:
             say("loading transformers")
             model = load_hf(source, config.load_format, self.dtype, device)
-            self._add("hf", lambda requests, shown: run_hf(model, requests, args.batch_size, shown))
+            self._add("hf", lambda requests: run_hf(model, requests, args.batch_size, True))
 
-    def _add(self, name: str, run: Callable[[list[BenchRequest], bool], Measurement]) -> None:
-        run(warm_up_requests(self.requests), False)
-        self.runners[name] = lambda: run(self.requests, True)
+    def _add(self, name: str, run: Callable[[list[BenchRequest]], Measurement]) -> None:
+        self.runners[name] = warmed(run, self.requests)
 
 
 def say(line: str) -> None:
@@ -157,7 +137,7 @@ def summarise(results: dict[str, list[Measurement]]) -> dict[str, Any]:
         for name, runs in results.items()
     }
     if len(results) == 2:
-        summary["ratio_engine_to_hf"] = spread(ratios(results["engine"], results["hf"]))
+        summary["ratio_engine_to_hf"] = asdict(ratio(rates(results["engine"]), rates(results["hf"])))
     # with two backends, both models are in it
     summary["peak_memory_bytes"] = peak_memory_bytes()
     return summary
@@ -179,8 +159,8 @@ def show(workload: Workload, results: dict[str, list[Measurement]], summary: dic
     )
     columns = ["", "output tok/s", "lowest", "highest", "total tok/s", "seconds", "useful work"]
     show_table(title, columns, rows, caption=f"peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB")
-    if ratio := summary.get("ratio_engine_to_hf"):
-        print(f"this engine / transformers: {ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})")
+    if found := summary.get("ratio_engine_to_hf"):
+        print(f"this engine / transformers: {found['mean']:.2f}x ({found['low']:.2f} to {found['high']:.2f})")
     if "engine" in results:
         details = results["engine"][-1].details
         print("engine, last run: " + ", ".join(f"{name} {value:,.6g}" for name, value in details.items()))
@@ -191,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     args, workload = parse_flags(argv)
     try:
         bench = Bench(args, workload)
-        results = measure_alternately(
+        results = in_turns(
             bench.runners, args.repeats, lambda name, number: say(f"{LABELS[name]}: run {number} of {args.repeats}")
         )
     except ValueError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,6 +18,7 @@ from benchmarks import memory as memory_command
 from benchmarks import overhead as overhead_command
 from benchmarks import throughput as throughput_command
 from solutions.batching.sequence import RequestOutputKind
+from solutions.benchmarks.comparison import Ratio, in_turns, rates, ratio
 from solutions.benchmarks.datasets import DATASETS, WORKLOADS, BenchRequest, Workload, check_context, make_requests
 from solutions.benchmarks.kernels import Ceilings
 from solutions.benchmarks.latency import Stream
@@ -38,8 +40,6 @@ from solutions.benchmarks.throughput import (
     Measurement,
     left_pad,
     load_hf,
-    measure_alternately,
-    ratios,
     run_engine,
     run_hf,
     warm_up_requests,
@@ -300,21 +300,45 @@ def test_warm_up_prompts_are_not_those_of_the_measurement() -> None:
     assert not {tuple(r.prompt_token_ids[:16]) for r in warm} & {tuple(r.prompt_token_ids[:16]) for r in requests}
 
 
-def test_backends_run_in_turn_and_ratios_are_of_neighbours() -> None:
+def test_systems_run_in_turns_and_ratios_are_of_neighbours() -> None:
     order: list[str] = []
 
-    def runner(name: str, seconds: list[float]) -> Any:
+    def runner(name: str, seconds: list[float], tokens: int = 100) -> Any:
         times = iter(seconds)
 
         def run() -> Measurement:
             order.append(name)
-            return Measurement(name, next(times), 1, 10, 100, 100, {})
+            return Measurement(name, next(times), 1, 10, tokens, tokens, {})
 
         return run
 
-    results = measure_alternately({"engine": runner("engine", [1, 2]), "hf": runner("hf", [3, 8])}, 2)
-    assert order == ["engine", "hf", "engine", "hf"]
-    assert ratios(results["engine"], results["hf"]) == pytest.approx([3, 4])
+    results = in_turns({"engine": runner("engine", [1, 2, 1]), "hf": runner("hf", [3, 8, 3])}, 3)
+    assert order == ["engine", "hf", "hf", "engine", "engine", "hf"]
+    found = ratio(rates(results["engine"]), rates(results["hf"]))
+    assert found.values == pytest.approx([3, 4, 3])
+    assert found.mean == pytest.approx(36 ** (1 / 3))
+    assert found.is_clear
+    with pytest.raises(ValueError, match=r"hf did other work than the rest: .* were \(1, 10, 99\), not \(1, 10, 100\)"):
+        in_turns({"engine": runner("engine", [1]), "hf": runner("hf", [1], 99)}, 1)
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 30, 31, 100])
+def test_intervals_hold_the_truth_as_often_as_they_say(count: int) -> None:
+    """The truth is 1.2; pairs scatter by 10 %."""
+    dice = np.random.default_rng(count)
+    hits = 0
+    for _ in range(2000):
+        theirs = np.exp(dice.normal(0, 0.3, count))
+        found = ratio(list(1.2 * theirs * np.exp(dice.normal(0, 0.1, count))), list(theirs))
+        hits += found.low <= 1.2 <= found.high
+    assert hits / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+def test_a_single_pair_is_never_clear() -> None:
+    assert ratio([2.0], [1.0]) == Ratio(2.0, 2.0, 2.0, (2.0,))
+    assert not ratio([2.0], [1.0]).is_clear
+    with pytest.raises(ValueError, match="needs pairs of runs, got 1 and 2"):
+        ratio([1.0], [1.0, 2.0])
 
 
 # Overhead

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +15,8 @@ from benchmarks.page import main as page_command
 from benchmarks.serving import main as serving_command
 from solutions.benchmarks import page
 from solutions.benchmarks.datasets import BenchRequest
-from solutions.benchmarks.end_to_end import closed_loop, first_model, open_loop, run_server
-from solutions.benchmarks.latency import Stream, goodput, latencies, percentiles
+from solutions.benchmarks.end_to_end import Client, arrivals, first_model, run_server
+from solutions.benchmarks.latency import Limits, Stream, goodput, latencies, percentiles
 from solutions.benchmarks.serving import (
     Watched,
     as_flags,
@@ -46,7 +45,7 @@ def test_percentiles_lie_between_values() -> None:
     found = percentiles(i / 1000 for i in range(1, 102))  # 1 to 101 ms: percentile q is q + 1
     assert found == pytest.approx({"mean": 51, "p50": 51, "p90": 91, "p99": 100, "max": 101})
     assert percentiles([0.001, 0.002])["p50"] == pytest.approx(1.5)
-    with pytest.raises(ValueError, match="nothing"):
+    with pytest.raises(ValueError, match="no percentile 50 of 0 values"):
         percentiles([])
 
 
@@ -58,8 +57,8 @@ def test_refused_requests_have_no_times_and_count_as_bad() -> None:
     assert latencies(streams)["ttft_ms"]["max"] == pytest.approx(300)
     assert latencies(streams)["itl_ms"]["mean"] == pytest.approx((100 + 100 + 500) / 3)
     assert latencies(streams[-1:]) == {}
-    assert goodput(streams, 2.0, ttft=0.2, tpot=0.2) == 1.0  # the first and the fourth, in two seconds
-    assert goodput(streams, 2.0, ttft=0.1, tpot=0.5) == 1.5  # at a limit is within it
+    assert goodput(streams, 2.0, Limits(0.2, 0.2)) == 1.0  # the first and the fourth, in two seconds
+    assert goodput(streams, 2.0, Limits(0.1, 0.5)) == 1.5  # at a limit is within it
 
 
 def test_a_closed_loop_keeps_its_number_under_way() -> None:
@@ -68,7 +67,7 @@ def test_a_closed_loop_keeps_its_number_under_way() -> None:
         seen: list[int] = []
         step = engine.step
         engine.step = lambda: (seen.append(len(engine.running)), step())[1]
-        streams = asyncio.run(closed_loop(f"{url}/v1", "fake", REQUESTS, 5))
+        streams = asyncio.run(Client(f"{url}/v1", "fake").closed_loop(REQUESTS, 5))
     assert max(seen) == 5
     assert [stream.num_tokens for stream in streams] == [request.output_len for request in REQUESTS]
     assert [stream.num_prompt for stream in streams] == [len(request.prompt_token_ids) for request in REQUESTS]
@@ -77,10 +76,9 @@ def test_a_closed_loop_keeps_its_number_under_way() -> None:
 
 def test_a_closed_loop_sends_nothing_after_its_time() -> None:
     with serve(FakeEngine()) as url:
-        start = time.perf_counter()
-        streams = asyncio.run(closed_loop(f"{url}/v1", "fake", [BenchRequest([97], 20)] * 10_000, 4, seconds=0.5))
+        streams = asyncio.run(Client(f"{url}/v1", "fake").closed_loop([BenchRequest([97], 20)] * 10_000, 4, seconds=0.5))
     assert 4 < len(streams) < 200
-    assert 0.4 < streams[-1].start - start < 3
+    assert 0.4 < streams[-1].start - streams[0].start < 3
 
 
 def gaps(streams: list[Stream]) -> list[float]:
@@ -89,9 +87,9 @@ def gaps(streams: list[Stream]) -> list[float]:
 
 def test_an_open_loop_arrives_at_its_rate_whatever_the_server_does() -> None:
     with serve(FakeEngine()) as url:
-        streams = asyncio.run(open_loop(f"{url}/v1", "fake", [BenchRequest([97], 50)] * 60, 100.0, seed=1))
-        again = asyncio.run(open_loop(f"{url}/v1", "fake", [BenchRequest([97], 50)] * 60, 100.0, seed=1))
-        burst = asyncio.run(open_loop(f"{url}/v1", "fake", REQUESTS, float("inf")))
+        streams = asyncio.run(Client(f"{url}/v1", "fake").open_loop([BenchRequest([97], 50)] * 60, arrivals(60, 100.0, seed=1)))
+        again = asyncio.run(Client(f"{url}/v1", "fake").open_loop([BenchRequest([97], 50)] * 60, arrivals(60, 100.0, seed=1)))
+        burst = asyncio.run(Client(f"{url}/v1", "fake").open_loop(REQUESTS, [0.0] * 40))
     waits = gaps(streams)
     assert 0.5 * 0.01 < sum(waits) / len(waits) < 2 * 0.01
     assert waits == pytest.approx(gaps(again), abs=1e-6)
@@ -100,7 +98,7 @@ def test_an_open_loop_arrives_at_its_rate_whatever_the_server_does() -> None:
 
 def test_a_full_queue_is_an_error_of_that_request_and_nonsense_one_of_the_run() -> None:
     with serve(FakeEngine(max_waiting=2)) as url:
-        streams = asyncio.run(open_loop(f"{url}/v1", "fake", [BenchRequest([97], 100)] * 6, float("inf")))
+        streams = asyncio.run(Client(f"{url}/v1", "fake").open_loop([BenchRequest([97], 100)] * 6, [0.0] * 6))
         assert sum(stream.error is None for stream in streams) == 2
         assert "429" in next(stream.error for stream in streams if stream.error)
         with pytest.raises(ValueError, match="429"):
@@ -122,7 +120,7 @@ def test_a_server_is_measured_like_an_engine() -> None:
 
 def test_a_server_is_watched_while_it_works() -> None:
     with serve(FakeEngine()) as url:
-        load = closed_loop(f"{url}/v1", "fake", [BenchRequest([97], 10)] * 10_000, 4, seconds=2.5)
+        load = Client(f"{url}/v1", "fake").closed_loop([BenchRequest([97], 10)] * 10_000, 4, seconds=2.5)
         _, seen = asyncio.run(under_watch(f"{url}/v1", os.getpid(), load))
     assert len(seen.health) > 10
     assert len(seen.memory) == len(seen.tokens) >= 2

@@ -62,7 +62,7 @@ def imported(code: str) -> set[str]:
 
 
 def test_there_is_something_to_check() -> None:
-    names = ["1_block_management", "2_scheduler", "3_parallelism", "4_optimization", "5_production"]
+    names = ["1_block_management", "2_scheduler", "3_parallelism", "4_optimization", "5_production", "6_benchmark"]
     assert [path.stem for path in NOTEBOOKS] == names
 
 

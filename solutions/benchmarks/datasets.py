@@ -6,7 +6,9 @@ length that was asked for, whatever the tokenizer. Outputs have exact lengths to
 
 from __future__ import annotations
 
+import argparse
 import random
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -14,6 +16,8 @@ TOKEN_IDS = (1000, 40_000)
 """First and last token id of a prompt; what lies below is mostly special tokens and single bytes."""
 MIXED_INPUT, MIXED_OUTPUT = (16, 512), (16, 256)
 SHARED_PREFIX = 512
+CHAT_TURNS = 4
+PHRASE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +42,11 @@ class Workload:
     """What to generate.
 
     Attributes:
-        dataset: "random" (all of one length), "mixed" (lengths drawn from `MIXED_INPUT` and `MIXED_OUTPUT`), or
-            "shared-prefix" (the same first `prefix_len` tokens in all, then `input_len` own ones).
-        num_prompts: how many requests.
+        dataset: "random" (all of one length), "mixed" (lengths drawn from `MIXED_INPUT` and `MIXED_OUTPUT`), "shared-prefix"
+            (the same first `prefix_len` tokens in all, then `input_len` own ones), "chat" (conversations of `CHAT_TURNS`
+            turns, each prompt being all that was said before and `input_len` new tokens), or "repetitive" (`PHRASE` random
+            tokens again and again, which n-gram speculation likes).
+        num_prompts: how many requests; of "chat" every turn is one.
         input_len, output_len: lengths in tokens; None for "mixed", which draws them.
         prefix_len: tokens that all prompts of "shared-prefix" begin with, else 0.
 
@@ -72,6 +78,8 @@ DATASETS = {
     "random": {"num_prompts": 32, "input_len": 128, "output_len": 128},
     "mixed": {"num_prompts": 64},
     "shared-prefix": {"num_prompts": 32, "input_len": 16, "output_len": 32, "prefix_len": SHARED_PREFIX},
+    "chat": {"num_prompts": 32, "input_len": 32, "output_len": 64},
+    "repetitive": {"num_prompts": 32, "input_len": 128, "output_len": 128},
 }
 """The datasets, each with its usual numbers."""
 
@@ -80,8 +88,10 @@ WORKLOADS = {
     "W2": Workload("random", 32, 128, 128),
     "W3": Workload("mixed", 64),
     "W4": Workload("shared-prefix", 32, 16, 32, SHARED_PREFIX),
+    "W5": Workload("chat", 32, 32, 64),
+    "W6": Workload("repetitive", 32, 128, 128),
 }
-"""Workloads that measurements quote: one user, many alike, many unlike, many with one system prompt."""
+"""Workloads that measurements quote: one user, many alike, many unlike, many with one system prompt, conversations, echoes."""
 
 
 def draw_lengths(
@@ -107,8 +117,30 @@ def make_requests(workload: Workload, vocab_size: int = TOKEN_IDS[1] + 1, seed: 
         lengths = [(workload.input_len, workload.output_len)] * workload.num_prompts
     last = min(TOKEN_IDS[1], vocab_size - 1)
     first = min(TOKEN_IDS[0], last // 2)
-    prefix = [rng.randint(first, last) for _ in range(workload.prefix_len)]
-    return [BenchRequest(prefix + [rng.randint(first, last) for _ in range(own)], output) for own, output in lengths]
+
+    def draw(count: int) -> list[int]:
+        return [rng.randint(first, last) for _ in range(count)]
+
+    if workload.dataset == "chat":
+        return _conversations(workload, draw)
+    if workload.dataset == "repetitive":
+        phrases = [draw(min(PHRASE, workload.input_len)) for _ in lengths]
+        return [BenchRequest((p * workload.input_len)[: workload.input_len], workload.output_len) for p in phrases]
+    prefix = draw(workload.prefix_len)
+    return [BenchRequest(prefix + draw(own), output) for own, output in lengths]
+
+
+def _conversations(workload: Workload, draw: Callable[[int], list[int]]) -> list[BenchRequest]:
+    """All first turns, then all second ones, and so on. What a model would have answered is drawn too, so the prompts are the
+    same for every engine; the price is that of the turns before only the questions are in its cache."""
+    talks: list[list[int]] = [[] for _ in range(-(-workload.num_prompts // CHAT_TURNS))]
+    requests = []
+    for _ in range(CHAT_TURNS):
+        for number, said in enumerate(talks):
+            question = said + draw(workload.input_len)
+            requests.append(BenchRequest(question, workload.output_len))
+            talks[number] = question + draw(workload.output_len)
+    return requests[: workload.num_prompts]
 
 
 def check_context(requests: Many[BenchRequest], max_model_len: int) -> None:
@@ -123,3 +155,43 @@ def check_context(requests: Many[BenchRequest], max_model_len: int) -> None:
             f"a prompt of {len(longest.prompt_token_ids)} and an output of {longest.output_len} tokens do not fit the "
             f"context of {max_model_len}; use shorter lengths or a larger --max-model-len"
         )
+
+
+DATASETS_HELP = f"""\
+Prompts are random tokens from a fixed seed, so two runs anywhere measure the same work:
+  random         --num-prompts requests of --input-len and --output-len tokens
+  mixed          lengths drawn from 16..512 in and 16..256 out: what continuous batching is for
+  shared-prefix  --prefix-len tokens that all prompts begin with, then --input-len own ones: what prefix caching is for
+  chat           conversations of {CHAT_TURNS} turns: each prompt is all that was said before and --input-len new tokens
+  repetitive     {PHRASE} tokens again and again up to --input-len: what n-gram speculation is for
+"""
+
+
+def add_workload_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that name or spell out a workload, for `pick_workload`."""
+    group = parser.add_argument_group("workload")
+    group.add_argument("--dataset", choices=tuple(DATASETS), help="see above (default: random)")
+    group.add_argument("--num-prompts", type=int, help="requests (default: 32; mixed: 64)")
+    group.add_argument(
+        "--input-len", type=int, help="prompt tokens (default: 128; shared-prefix: 16 after the prefix; chat: 32)"
+    )
+    group.add_argument("--output-len", type=int, help="tokens to generate (default: 128; shared-prefix: 32; chat: 64)")
+    group.add_argument("--prefix-len", type=int, help="tokens that all prompts share (shared-prefix: 512)")
+    group.add_argument("--workload", choices=tuple(WORKLOADS), help="all of the above by the name that results quote")
+    group.add_argument("--data-seed", type=int, default=0, help="seed of lengths and tokens (default: 0)")
+
+
+def pick_workload(args: argparse.Namespace) -> Workload:
+    """The workload that the flags name or spell out.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    own = {name: getattr(args, name) for name in ("num_prompts", "input_len", "output_len", "prefix_len")}
+    own = {name: value for name, value in own.items() if value is not None}
+    if args.workload is None:
+        dataset = args.dataset or "random"
+        return Workload(dataset, **(DATASETS[dataset] | own))
+    if args.dataset is not None or own:
+        raise ValueError(f"--workload {args.workload} sets dataset and lengths; leave the other workload flags out")
+    return WORKLOADS[args.workload]

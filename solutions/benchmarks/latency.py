@@ -6,20 +6,20 @@ TPOT the time per token after it, as a mean over one request; ITL every single w
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
 
 PERCENTILES = (50, 90, 99)
 
 
 @dataclass(slots=True)
 class Stream:
-    """What came of one request, and when, in seconds on the clock of `time.perf_counter`.
+    """What came of one request, and when, in seconds on the clock of the event loop that read it.
 
     Attributes:
-        start: when it was sent.
+        start: when it was due.
         times: when each piece of the answer came; a piece is a token, or several where the client was slow to read.
         num_tokens: tokens of the answer.
         num_prompt: tokens of the prompt. num_cached: those that the server did not compute, if it says so.
@@ -35,43 +35,140 @@ class Stream:
 
     @property
     def ttft(self) -> float:
+        """Time to the first token, in seconds."""
         return self.times[0] - self.start
 
     @property
     def tpot(self) -> float | None:
-        """None for an answer of one token, after which nobody waits."""
+        """Time per output token after the first, in seconds; None for an answer of one token, after which nobody waits."""
         return (self.times[-1] - self.times[0]) / (self.num_tokens - 1) if self.num_tokens > 1 else None
 
     @property
+    def itl(self) -> list[float]:
+        """Inter-token latencies: the wait before each piece but the first, in seconds."""
+        return [later - earlier for earlier, later in zip(self.times[:-1], self.times[1:], strict=True)]
+
+    @property
     def latency(self) -> float:
-        """To the last token."""
+        """To the last token, in seconds."""
         return self.times[-1] - self.start
 
 
+def percentile(values: Sequence[float], q: float) -> float:
+    """The value below which `q` percent of all values lie.
+
+    The sorted values stand at 0 %, ... 100 %, evenly spaced; between two of them it is interpolated (Hyndman and Fan, 1996,
+    definition 7; NumPy's default).
+
+    Args:
+        values: in any order; left as they are. q: 0 to 100.
+
+    Raises:
+        ValueError: there are no values, or `q` is no percentage.
+    """
+    if not values or not 0 <= q <= 100:
+        raise ValueError(f"there is no percentile {q} of {len(values)} values")
+    ordered = sorted(values)
+    place = q / 100 * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
 def percentiles(seconds: Iterable[float]) -> dict[str, float]:
-    """Mean, percentiles and the longest, in milliseconds; a percentile between two values is interpolated.
+    """Mean, percentiles and the longest, in milliseconds.
 
     Raises:
         ValueError: there are no values.
     """
-    values = 1e3 * np.fromiter(seconds, dtype=float)
-    if not len(values):
-        raise ValueError("there is nothing to take percentiles of")
-    of = dict(zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True))
-    return {"mean": float(values.mean())} | {f"p{q}": float(value) for q, value in of.items()} | {"max": float(values.max())}
+    values = [1e3 * value for value in seconds]
+    of = {f"p{q}": percentile(values, q) for q in PERCENTILES}
+    return {"mean": statistics.fmean(values)} | of | {"max": max(values)}
 
 
-def latencies(streams: Sequence[Stream]) -> dict[str, dict[str, float]]:
-    """`percentiles` of TTFT, TPOT, ITL and the whole time, of the streams without an error."""
+def latencies(streams: Iterable[Stream]) -> dict[str, dict[str, float]]:
+    """`percentiles` of TTFT, TPOT, ITL and the whole time, of the streams without an error; what has no values is left out.
+
+    Every request counts once in TTFT, TPOT and latency, and every wait once in ITL, however long its request.
+    """
     answered = [stream for stream in streams if stream.error is None]
-    tpots = [stream.tpot for stream in answered if stream.tpot is not None]
-    waits = [wait for stream in answered for wait in np.diff(stream.times)]
-    kinds = {"ttft": [s.ttft for s in answered], "tpot": tpots, "itl": waits, "latency": [s.latency for s in answered]}
+    kinds = {
+        "ttft": [stream.ttft for stream in answered],
+        "tpot": [stream.tpot for stream in answered if stream.tpot is not None],
+        "itl": [wait for stream in answered for wait in stream.itl],
+        "latency": [stream.latency for stream in answered],
+    }
     return {f"{kind}_ms": percentiles(values) for kind, values in kinds.items() if values}
 
 
-def goodput(streams: Sequence[Stream], seconds: float, ttft: float, tpot: float) -> float:
-    """Requests a second whose answer came within both limits, which are in seconds (Zhong et al., "DistServe", OSDI 2024,
-    §1). What was refused or answered too late counts for nothing."""
-    good = [s for s in streams if s.error is None and s.ttft <= ttft and (s.tpot or 0.0) <= tpot]
-    return len(good) / seconds
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a service promises its users, in seconds: an answer later than this is of no use."""
+
+    ttft: float = math.inf
+    tpot: float = math.inf
+
+    def are_met_by(self, stream: Stream) -> bool:
+        """Whether an answer came in time; at a limit is in time, and what has no answer is not."""
+        return stream.error is None and stream.ttft <= self.ttft and (stream.tpot or 0.0) <= self.tpot
+
+
+def attainment(streams: Sequence[Stream], limits: Limits) -> float:
+    """Share of all requests that were answered in time.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not streams:
+        raise ValueError("there are no requests of which any could be in time")
+    return sum(map(limits.are_met_by, streams)) / len(streams)
+
+
+def goodput(streams: Iterable[Stream], seconds: float, limits: Limits) -> float:
+    """Requests a second that were answered in time (Zhong et al., "DistServe", OSDI 2024, §1). What was refused or came too
+    late counts for nothing, however much work it was.
+
+    Args:
+        seconds: that the whole run took.
+    """
+    return sum(map(limits.are_met_by, streams)) / seconds
+
+
+def sustained_rate(measured: Iterable[tuple[float, float]], share: float = 0.9) -> float:
+    """The highest rate of arrivals that a server stands: at it, and at every lower rate measured, at least `share` of the
+    requests were in time; 0.0 if that is none.
+
+    A server that fails at 4 a second and passes at 5 was lucky at 5.
+
+    Args:
+        measured: (rate, attainment) in any order.
+    """
+    best = 0.0
+    for rate, attained in sorted(measured):
+        if attained < share:
+            break
+        best = rate
+    return best
+
+
+def summarise(streams: Sequence[Stream], limits: Limits) -> dict[str, object]:
+    """What a run of many requests comes to, ready for JSON: counts, rates over the time from the first arrival to the last
+    token, percentiles, and what was in time.
+
+    Raises:
+        ValueError: nothing was answered.
+    """
+    answered = [stream for stream in streams if stream.error is None]
+    if not answered:
+        raise ValueError(streams[0].error if streams else "there are no requests")
+    seconds = max(stream.times[-1] for stream in answered) - min(stream.start for stream in streams)
+    return {
+        "requests": len(streams),
+        "refused": len(streams) - len(answered),
+        "seconds": seconds,
+        "requests_per_second": len(answered) / seconds,
+        "output_tokens_per_second": sum(stream.num_tokens for stream in answered) / seconds,
+        **latencies(answered),
+        "attainment": attainment(streams, limits),
+        "goodput": goodput(streams, seconds, limits),
+    }

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .datasets import TOKEN_IDS, BenchRequest
-from .end_to_end import check, closed_loop
+from .end_to_end import Client, check
 from .latency import Stream, percentiles
 
 ROUTERS = ("prefix", "round_robin")
@@ -97,7 +97,7 @@ def summarise(requests: Sequence[BenchRequest], streams: Sequence[Stream], secon
 def measure(url: str, model: str, requests: Sequence[BenchRequest], concurrency: int) -> Measured:
     """Send requests in their order, a new one whenever one has ended."""
     start = time.perf_counter()
-    streams = asyncio.run(closed_loop(url, model, requests, concurrency))
+    streams = asyncio.run(Client(url, model).closed_loop(requests, concurrency))
     return summarise(requests, streams, time.perf_counter() - start)
 
 

@@ -179,31 +179,22 @@ def left_pad(prompts: Many[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def warm_up_requests(requests: Many[BenchRequest]) -> list[BenchRequest]:
-    """Short requests that go through the same code and memory as the real ones, with other prompts."""
-    first = requests[:WARM_UP_REQUESTS]
-    return [BenchRequest(r.prompt_token_ids[::-1], min(r.output_len, WARM_UP_TOKENS)) for r in first]
+    """The first `WARM_UP_REQUESTS` with at most `WARM_UP_TOKENS` to generate: they go through the same code and memory as the
+    real ones. Each begins with another token, or a prefix cache would know the real prompts afterwards."""
+
+    def other(token: int) -> int:
+        return token - 1 if token else 1
+
+    return [
+        BenchRequest([other(r.prompt_token_ids[0]), *r.prompt_token_ids[1:]], min(r.output_len, WARM_UP_TOKENS))
+        for r in requests[:WARM_UP_REQUESTS]
+    ]
 
 
-def measure_alternately(
-    runners: dict[str, Callable[[], Measurement]], repeats: int, on_start: Callable[[str, int], None] = lambda *_: None
-) -> dict[str, list[Measurement]]:
-    """Run the backends in turn, `repeats` times each: what disturbs the machine for a minute disturbs all of them.
-
-    Args:
-        on_start: told the backend's name and the number of the repeat, from 1, before each run.
-    """
-    results: dict[str, list[Measurement]] = {name: [] for name in runners}
-    for repeat in range(1, repeats + 1):
-        for name, run in runners.items():
-            on_start(name, repeat)
-            results[name].append(run())
-    return results
-
-
-def ratios(ours: Many[Measurement], theirs: Many[Measurement]) -> list[float]:
-    """Output tokens a second of each of our runs over that of their run beside it."""
-    pairs = zip(ours, theirs, strict=True)
-    return [a.output_tokens_per_second / b.output_tokens_per_second for a, b in pairs]
+def warmed(run: Callable[[Many[BenchRequest]], Measurement], requests: Many[BenchRequest]) -> Callable[[], Measurement]:
+    """Warm a system up with other, short requests, which do not count; returns what runs the real ones."""
+    run(warm_up_requests(requests))
+    return lambda: run(requests)
 
 
 def peak_memory_bytes() -> int:

@@ -149,9 +149,11 @@ class Detokenizer:
             return ""
         context, before, stem = self._context(start)
         whole = self._decode(context + new)
-        if not whole.startswith(stem):  # the new bytes spoiled text that is already out
-            return self._decode(new)
-        return whole[max(len(stem), _shared_prefix(before, whole)) :]
+        if whole.startswith(stem):
+            return whole[max(len(stem), _shared_prefix(before, whole)) :]
+        if whole.startswith(before):  # a byte before `start` spoiled the stem, so nothing new did
+            return whole[len(before) :]
+        return self._decode(new)  # the new bytes spoiled text that is already out
 
     def _settle(self, end: int) -> str:
         """Let go the text of the held tokens before `end` and start a new stream there."""

@@ -1,0 +1,245 @@
+"""This engine, transformers, and any OpenAI server on the same requests, in turns: who is faster, and is it certain?
+
+Run it: ``python benchmarks/compare.py --help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installed package
+
+from solutions.benchmarks.comparison import in_turns, rates, ratio
+from solutions.benchmarks.datasets import WORKLOADS, BenchRequest, make_requests
+from solutions.benchmarks.end_to_end import first_model, run_server
+from solutions.benchmarks.report import Parser, record, show_table, spread, write_json
+from solutions.benchmarks.servers import MAX_SEQUENCES, STARTERS, start
+from solutions.benchmarks.serving import running_server
+from solutions.benchmarks.throughput import Measurement, load_hf, run_engine, run_hf, warmed
+from solutions.core.config import DEFAULT_MODEL
+from solutions.core.engine import LLM
+from solutions.core.machine import pick_threads
+from solutions.core.worker import pick_device, pick_dtype
+from solutions.models.loader import resolve_model
+
+DESCRIPTION = """\
+Output tokens a second with everything there at once. All systems run the same requests in turns, every second time in the
+opposite order, so what disturbs the machine disturbs all; the first one is then compared with each other, run by run.
+
+  W1  one request, 128 tokens in, 128 out: how long one user waits for a token
+  W2  32 requests, 128 in, 128 out: a full batch
+  W3  64 requests, 16..512 in, 16..256 out: what continuous batching is for
+  W4  32 requests with 512 common tokens and 16 own, 32 out: what prefix caching is for
+  W5  32 turns of 8 conversations, 32 new tokens each, 64 out: what people do
+  W6  32 prompts that repeat themselves, 128 in, 128 out: what n-gram speculation is for
+Prompts are random token ids, greedy, the end of sequence ignored; a system that does other work ends the comparison. A server
+gets the ids as streamed completions; its time includes HTTP, which works against it by some percent.
+"""
+EPILOG = """\
+systems of --backends:
+  bf16 int8 int4 int8-kv invariant eager portable float32   this engine with those settings, offline
+  server                                                    this engine's server
+  hf                                                        transformers, static batches of 32
+  vllm llama.cpp                                            their servers, started if they are installed
+
+examples:
+  this engine in two precisions, and transformers
+    python benchmarks/compare.py
+  server against server; vLLM must be on the path, or in the environment that VLLM names
+    python benchmarks/compare.py --backends server vllm --repeats 5 --plot servers.png
+  a server that you have started (vLLM, llama.cpp, TGI, SGLang, OpenVINO)
+    python benchmarks/compare.py --backends bf16 --url sglang=http://localhost:30000/v1
+"""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "bf16": {"dtype": "auto"},
+    "int8": {"quantization": "int8"},
+    "int4": {"quantization": "int4"},
+    "int8-kv": {"kv_cache_dtype": "int8"},
+    "invariant": {"batch_invariant": True},
+    "eager": {"enforce_eager": True},
+    "portable": {"enable_cpu_kernels": False, "attention_backend": "torch"},
+    "float32": {"dtype": "float32"},
+}
+"""Name → settings of the engine. "bf16" is float32 on a processor that does not multiply bfloat16."""
+
+PAUSE = 4
+"""Seconds before a run where a server is measured too: vLLM's threads turn on for a second or more after its last request."""
+
+Runner = Callable[[list[BenchRequest]], Measurement]
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    """Flags; exits with one line if one is wrong."""
+    parser = Parser(usage="python benchmarks/compare.py [flag ...]", description=DESCRIPTION, epilog=EPILOG)
+    names = [*SETTINGS, "hf", "server", *STARTERS]
+    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"what to run (default: {DEFAULT_MODEL})")
+    parser.add_argument(
+        "--workloads", nargs="+", choices=tuple(WORKLOADS), default=["W1", "W2", "W3", "W4"], help="default: W1-W4"
+    )
+    parser.add_argument("--backends", nargs="*", choices=names, metavar="NAME", default=["bf16", "int8", "hf"],
+                        help="see below (default: bf16 int8 hf)")  # fmt: skip
+    parser.add_argument("--url", nargs="+", default=[], metavar="NAME=URL", help="servers to measure too, with /v1 at the end")
+    parser.add_argument("--api-key", help="for the servers of --url")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each, in turns (default: 3)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw speeds and ratios, PNG or SVG")
+    parser.add_argument("--output-json", type=Path, metavar="FILE", help="write results, machine, versions and flags")
+    args = parser.parse_args(argv)
+    parser.check_counts(args, "repeats")
+    if not all("=" in server for server in args.url):
+        parser.error("--url wants NAME=URL, such as vllm=http://localhost:8001/v1")
+    if not args.backends and not args.url:
+        parser.error("there is nothing to measure: give --backends or --url")
+    return args
+
+
+def say(line: str) -> None:
+    """A line about what is going on, beside the results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def make_runner(name: str, args: argparse.Namespace, stack: ExitStack) -> Runner:
+    """What runs a list of requests on a system; what was started for it ends with `stack`.
+
+    Raises:
+        ValueError: the model cannot be had. RuntimeError: a server is not installed, or does not start.
+    """
+    if name == "hf":
+        source, device = resolve_model(args.model), pick_device("auto")
+        model = load_hf(source, "auto", pick_dtype("auto", device, source.config.torch_dtype), device)
+        return lambda requests: run_hf(model, requests)
+    if name in SETTINGS:
+        llm = LLM(args.model, touch_kv_cache=True, **SETTINGS[name])
+        return lambda requests: run_engine(llm, requests)
+    if name == "server":
+        flags = ("--model", args.model, "--max-num-seqs", str(MAX_SEQUENCES), "--touch-kv-cache")
+        _, url = stack.enter_context(running_server(*flags))
+    else:
+        url = stack.enter_context(start(name, args.model))
+    return partial(run_server, url, first_model(url))
+
+
+def make_runners(args: argparse.Namespace, stack: ExitStack) -> dict[str, Runner]:
+    """Name → what runs a list of requests, see `make_runner`."""
+    runners: dict[str, Runner] = {}
+    for name in args.backends:
+        say(f"loading {name}")
+        runners[name] = make_runner(name, args, stack)
+    for server in args.url:
+        name, _, url = server.partition("=")
+        runners[name] = partial(run_server, url, first_model(url, args.api_key), api_key=args.api_key)
+    return runners
+
+
+def measure(runners: dict[str, Runner], workload: str, repeats: int, pause: float) -> dict[str, list[Measurement]]:
+    """All systems on one workload, with a pause in seconds before each run.
+
+    Raises:
+        ValueError: they did not do the same work, or a server refused some of it.
+    """
+    requests = make_requests(WORKLOADS[workload])
+
+    def on_start(name: str, number: int) -> None:
+        say(f"{workload}, {name}: run {number} of {repeats}")
+        time.sleep(pause)
+
+    return in_turns({name: warmed(run, requests) for name, run in runners.items()}, repeats, on_start)
+
+
+def summarise(results: dict[str, dict[str, list[Measurement]]]) -> dict[str, Any]:
+    """Workload → system → medians with their spread, and how many times faster the first system is."""
+    summary: dict[str, Any] = {}
+    for workload, by_name in results.items():
+        first = next(iter(by_name))
+        summary[workload] = {}
+        for name, runs in by_name.items():
+            entry: dict[str, Any] = {"output_tokens_per_second": spread(rates(runs))}
+            for key in ("ttft_ms_median", "tpot_ms_median"):
+                if key in runs[0].details:
+                    entry[key] = spread(run.details[key] for run in runs)
+            if name != first:
+                found = ratio(rates(by_name[first]), rates(runs))
+                entry[f"{first}_over_this"] = asdict(found) | {"is_clear": found.is_clear}
+            summary[workload][name] = entry
+    return summary
+
+
+def show(summary: dict[str, Any], setting: str) -> None:
+    """Print a table of speeds and one of ratios: a row a system, a column a workload."""
+    first, *others = next(iter(summary.values()))
+    speeds = []
+    for name in (first, *others):
+        cells = []
+        for by_name in summary.values():
+            rate = by_name[name]["output_tokens_per_second"]
+            waits = [by_name[name][key]["median"] for key in ("ttft_ms_median", "tpot_ms_median") if key in by_name[name]]
+            shown = f" ({', '.join(f'{wait:.1f}' for wait in waits)})" if waits else ""
+            cells.append(f"{rate['median']:.0f}, {rate['min']:.0f}-{rate['max']:.0f}{shown}")
+        speeds.append([name, *cells])
+    show_table(f"Output tokens a second, median, range (TTFT, TPOT in ms); {setting}", ["", *summary], speeds)
+    if not others:
+        return
+    rows = []
+    for name in others:
+        found = [by_name[name][f"{first}_over_this"] for by_name in summary.values()]
+        rows.append(
+            [name, *(f"{r['mean']:.2f} ({r['low']:.2f}-{r['high']:.2f}){'' if r['is_clear'] else ' ?'}" for r in found)]
+        )
+    caption = "geometric mean of the pairs of runs, and its 95 % interval; ? is within the noise, or a single pair"
+    show_table(f"How many times faster {first} is", ["than", *summary], rows, caption=caption)
+
+
+def plot(summary: dict[str, Any], path: Path) -> None:
+    """Draw the speeds, with a line from the slowest to the fastest run."""
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(summary), figsize=(3 * len(summary), 3.2), layout="constrained", squeeze=False)
+    colors = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#F0E442", "#999999")
+    for axes, (workload, by_name) in zip(panels[0], summary.items(), strict=True):
+        for place, (name, entry) in enumerate(by_name.items()):
+            rate = entry["output_tokens_per_second"]
+            axes.barh(name, rate["median"], color=colors[place % len(colors)])
+            axes.plot([rate["min"], rate["max"]], [name, name], color="black", lw=1.5)
+            axes.text(rate["median"], place, f" {rate['median']:.0f}", va="center")
+        axes.set(title=workload, xlabel="output tokens a second")
+        axes.margins(x=0.25)
+        axes.invert_yaxis()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print, write; exits with one line on a problem."""
+    args = parse_flags(argv)
+    on_cpu = pick_device("auto").type == "cpu"
+    if on_cpu:
+        torch.set_num_threads(pick_threads())
+    try:
+        with ExitStack() as stack:
+            runners = make_runners(args, stack)
+            has_servers = len(runners) > sum(name in SETTINGS or name == "hf" for name in args.backends)
+            found = {name: measure(runners, name, args.repeats, PAUSE if has_servers else 0) for name in args.workloads}
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    summary = summarise(found)
+    show(summary, f"{torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name())
+    if args.plot is not None:
+        plot(summary, args.plot)
+    if args.output_json is not None:
+        write_json(args.output_json, record("compare", vars(args) | {"threads": torch.get_num_threads()}, summary))
+
+
+if __name__ == "__main__":
+    main()

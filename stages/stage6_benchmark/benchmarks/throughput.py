@@ -1,0 +1,200 @@
+"""Throughput offline: all requests are there at once, how many tokens a second come out? Beside it, the same requests
+through transformers in static batches, which is what most people would write first.
+
+How the two are kept comparable: the same weights in the same precision, the same number of threads, the same token ids,
+greedy decoding, end of sequence ignored, a short uncounted run first. Only tokens that a request asked for count. A
+static batch generates up to its longest output, and what it computes for its shorter ones is wasted; prompts are padded
+to its longest, and the next batch waits until all of it is done. That difference is what continuous batching is about
+(Yu et al., "Orca", OSDI 2022, §3.1).
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+
+from ..batching.sequence import SamplingParams
+from ..core.engine import LLM
+from ..core.output import RequestOutput
+from ..models.loader import ModelSource, read_json
+from ..models.model_config import ALIASES
+from .datasets import BenchRequest, check_context
+
+WARM_UP_REQUESTS, WARM_UP_TOKENS = 32, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One run of one backend over a whole dataset.
+
+    Attributes:
+        backend: "engine" or "hf".
+        seconds: wall time from the first submission to the last token.
+        num_requests, num_prompt_tokens: what went in.
+        num_output_tokens: tokens that the requests asked for.
+        num_computed_tokens: tokens generated to get them; more in a static batch.
+        details: what only this backend can tell (the engine: latencies in milliseconds, steps, cache hits).
+    """
+
+    backend: str
+    seconds: float
+    num_requests: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_computed_tokens: int
+    details: dict[str, float]
+
+    @property
+    def output_tokens_per_second(self) -> float:
+        return self.num_output_tokens / self.seconds
+
+    @property
+    def total_tokens_per_second(self) -> float:
+        """Prompt and output tokens."""
+        return (self.num_prompt_tokens + self.num_output_tokens) / self.seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        rates = {
+            "output_tokens_per_second": self.output_tokens_per_second,
+            "total_tokens_per_second": self.total_tokens_per_second,
+        }
+        return asdict(self) | rates
+
+
+def run_engine(llm: LLM, requests: Many[BenchRequest], show_progress: bool = False) -> Measurement:
+    """Generate all requests with the engine and count what came out.
+
+    The prefix cache is emptied first: a second run over the same prompts would otherwise find all of them.
+
+    Raises:
+        ValueError: a request does not fit the context.
+        RuntimeError: a request came back with another number of tokens than it asked for.
+    """
+    # Hint: Write down what happens before the clock, while it runs, and after it. Little belongs in the middle.
+    raise NotImplementedError("Stage 6 · Task 6.3: run_engine, see IMPLEMENTATION_GUIDE.md#task-6-3")
+
+
+def _latencies(outputs: Many[RequestOutput]) -> dict[str, float]:
+    """Medians over the requests, in milliseconds: time to the first token, and time per token after it."""
+    metrics = [(output.metrics, len(output.outputs[0].token_ids)) for output in outputs]
+    first = [m.first_token_time - m.arrival_time for m, _ in metrics]
+    later = [(m.last_token_time - m.first_token_time) / (count - 1) for m, count in metrics if count > 1]
+    result = {"ttft_ms_median": 1e3 * statistics.median(first)}
+    if later:
+        result["tpot_ms_median"] = 1e3 * statistics.median(later)
+    return result
+
+
+def load_hf(source: ModelSource, load_format: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The same model in transformers' own code: with the same weights, or with random ones of its own, which take as long."""
+    import transformers
+
+    if load_format == "dummy":
+        hf_config = ALIASES[source.name].hf_config if source.path is None else read_json(source.path / "config.json")
+        model_class = getattr(transformers, hf_config["architectures"][0])
+        with device:
+            model = transformers.AutoModelForCausalLM.from_config(model_class.config_class(**hf_config), dtype=dtype).eval()
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype).to(device).eval()
+    # Every output has the length that its request asks for, so nothing may end one early.
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@torch.inference_mode()
+def run_hf(model: nn.Module, requests: Many[BenchRequest], batch_size: int = 32, show_progress: bool = False) -> Measurement:
+    """Generate all requests with transformers in static batches, in their order of arrival.
+
+    Prompts are padded on the left to the longest of their batch; a batch generates up to its longest output. Token ids
+    are not turned into text here, while the engine's are: the little that this is worth goes to transformers.
+
+    Raises:
+        ValueError: a request does not fit the context, or `batch_size` is below 1.
+        RuntimeError: a batch came back with another number of tokens than its longest request asked for.
+    """
+    check_context(requests, model.config.max_position_embeddings)
+    if batch_size < 1:
+        raise ValueError(f"the batch size must be at least 1, got {batch_size}")
+    batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
+    computed, counts = 0, []
+    start = time.perf_counter()
+    with _progress(show_progress) as bar:
+        task = bar.add_task("transformers", total=len(requests))
+        for batch in batches:
+            new_tokens = _generate_batch(model, batch)
+            computed += new_tokens.numel()
+            counts += [len(row[: request.output_len]) for row, request in zip(new_tokens.tolist(), batch, strict=True)]
+            bar.advance(task, len(batch))
+    seconds = time.perf_counter() - start
+    _check_counts(requests, counts)
+    details = {"num_batches": len(batches), "useful_share": sum(counts) / computed}
+    return _measurement("hf", seconds, requests, computed, details)
+
+
+def _generate_batch(model: nn.Module, batch: Many[BenchRequest]) -> Tensor:
+    """New tokens of one static batch, [B, longest output]."""
+    input_ids, mask = left_pad([request.prompt_token_ids for request in batch])
+    longest = max(request.output_len for request in batch)
+    tokens = model.generate(
+        input_ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=longest, do_sample=False,
+        pad_token_id=0,
+    )  # fmt: skip
+    return tokens[:, input_ids.shape[1] :]
+
+
+def left_pad(prompts: Many[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both [B, longest prompt]; padded left, so that new tokens follow the prompt."""
+    longest = max(map(len, prompts))
+    input_ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return input_ids, mask
+
+
+def warm_up_requests(requests: Many[BenchRequest]) -> list[BenchRequest]:
+    """The first `WARM_UP_REQUESTS` with at most `WARM_UP_TOKENS` to generate: they go through the same code and memory as the
+    real ones. Each begins with another token, or a prefix cache would know the real prompts afterwards."""
+    raise NotImplementedError("Stage 6 · Task 6.3: warm_up_requests, see IMPLEMENTATION_GUIDE.md#task-6-3")
+
+
+def warmed(run: Callable[[Many[BenchRequest]], Measurement], requests: Many[BenchRequest]) -> Callable[[], Measurement]:
+    """Warm a system up with other, short requests, which do not count; returns what runs the real ones."""
+    raise NotImplementedError("Stage 6 · Task 6.3: warmed, see IMPLEMENTATION_GUIDE.md#task-6-3")
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held since its start: of a card if it used one, else of the machine."""
+    if torch.cuda.is_available() and (held := torch.cuda.max_memory_reserved()):
+        return held
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux KiB
+
+
+def _progress(shown: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, disable=not (shown and console.is_terminal), transient=True)
+
+
+def _check_counts(requests: Many[BenchRequest], counts: list[int]) -> None:
+    for number, (request, count) in enumerate(zip(requests, counts, strict=True)):
+        if count != request.output_len:
+            raise RuntimeError(f"request {number} asked for {request.output_len} tokens and got {count}")
+
+
+def _measurement(
+    backend: str, seconds: float, requests: Many[BenchRequest], computed: int, details: dict[str, float]
+) -> Measurement:
+    prompt = sum(len(request.prompt_token_ids) for request in requests)
+    useful = sum(request.output_len for request in requests)
+    return Measurement(backend, seconds, len(requests), prompt, useful, computed, details)

@@ -1,0 +1,100 @@
+"""Task 6.5: answers in time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from stages.benchmarks.latency import Limits, Stream, attainment, goodput, sustained_rate
+from stages.course.checks import check_equal
+
+
+def stream(ttft: float, tpot: float = 0.0, tokens: int = 5) -> Stream:
+    return Stream(0.0, [ttft + tpot * i for i in range(tokens)], tokens)
+
+
+REFUSED = Stream(0.0, error="429")
+LIMITS = Limits(ttft=1.0, tpot=0.125)
+
+
+@pytest.mark.parametrize(
+    ("one", "expected"),
+    [
+        (stream(0.5, 0.0625), True), (stream(1.0, 0.125), True), (stream(1.5, 0.0625), False), (stream(0.5, 0.25), False),
+        (stream(0.5, tokens=1), True), (stream(1.5, tokens=1), False), (REFUSED, False),
+    ],
+    ids=["both", "at both limits", "first too late", "then too slow", "one token", "one token too late", "refused"],
+)  # fmt: skip
+def test_both_limits_must_be_met(one: Stream, expected: bool) -> None:
+    """In time is at most 1 s to the first token and at most 0.125 s for each further one; at a limit is in time.
+
+    Why: an engine that favours prompts has fine first tokens and stutters after them, and the other way around. With one limit
+    each of them wins its own benchmark.
+    """
+    check_equal(LIMITS.are_met_by(one), expected, "whether it is in time")
+
+
+def test_no_limit_is_met_by_every_answer() -> None:
+    """Limits that are infinite are met by all that were answered.
+
+    Why: goodput without limits is throughput.
+    """
+    check_equal(Limits().are_met_by(stream(1e6, 1e6)), True, "a very late answer")
+    check_equal(Limits(ttft=1.0).are_met_by(stream(0.5, 100.0)), True, "a slow one with a limit on the first token alone")
+    check_equal(Limits().are_met_by(REFUSED), False, "a refusal")
+
+
+def test_goodput_counts_answers_in_time_a_second() -> None:
+    """Two in time, one late, one refused, in 8 seconds: 0.25 a second.
+
+    Why: late answers are work for nothing. A server that answers all of them late has a throughput and no goodput.
+    """
+    check_equal(goodput([stream(0.5), stream(0.25), stream(3.0), REFUSED], 8.0, LIMITS), 0.25, "goodput")
+    check_equal(goodput([REFUSED], 4.0, LIMITS), 0.0, "goodput of a refusal")
+
+
+def test_attainment_is_a_share_of_all_that_asked() -> None:
+    """Two in time of four, one of which was refused: 50 %.
+
+    Why: as a share of what was answered, refusing everything but one request would be perfect.
+    """
+    check_equal(attainment([stream(0.5), stream(0.25), stream(3.0), REFUSED], LIMITS), 0.5, "attainment")
+    with pytest.raises(ValueError, match="no requests"):
+        attainment([], LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        ([(1.0, 1.0), (2.0, 0.95), (4.0, 0.6)], 2.0),
+        ([(1.0, 0.9), (2.0, 0.89)], 1.0),
+        ([(1.0, 0.5), (2.0, 0.4)], 0.0),
+        ([], 0.0),
+        ([(8.0, 0.2), (1.0, 1.0), (4.0, 0.92), (2.0, 0.97)], 4.0),
+    ],
+    ids=["falls", "at the share", "never", "nothing measured", "in any order"],
+)
+def test_the_rate_that_a_server_stands(measured: list[tuple[float, float]], expected: float) -> None:
+    """The highest rate with at least 90 % in time.
+
+    Why: that is how many requests a second one can sell.
+    """
+    check_equal(sustained_rate(measured), expected, "rate")
+
+
+def test_luck_at_a_high_rate_does_not_count() -> None:
+    """In time at 1, not at 2, again at 3 a second: the server stands 1.
+
+    Why: more load is never easier. What passes above a failure passed by chance.
+    """
+    check_equal(sustained_rate([(1.0, 1.0), (2.0, 0.8), (3.0, 0.93)]), 1.0, "rate")
+
+
+def test_the_share_can_be_chosen() -> None:
+    """With 99 % wanted, 95 % is not enough.
+
+    Why: what is promised differs; the definition does not.
+    """
+    measured = [(1.0, 1.0), (2.0, 0.95), (4.0, 0.6)]
+    check_equal([sustained_rate(measured, share) for share in (0.99, 0.5, math.nextafter(1.0, 0.0))], [1.0, 4.0, 1.0], "rates")
