@@ -17,6 +17,10 @@ STAGE    := 1
 PROMPT   := What is the capital of France?
 YES      :=
 FORCE    :=
+# for make grade: what is graded, where the grades go; STAGE=2 on the command line grades this stage alone
+SUBMISSION := .
+OUTPUT   := grades
+SALT     :=
 # for make test-api
 CASES    := 1250
 # for make test-cpu-kernels (1) and make test-cuda-on-cpu (address or thread)
@@ -164,6 +168,10 @@ check-course: $(STAMP) ## The course's gate: starters fail as they should, the r
 mutation: $(STAMP) ## Break the functions of STAGE=1's tasks by machine and see the tests notice; takes minutes
 	@$(RUN) -m tests.mutation --stage $(STAGE) $(ARGS)
 
+grade: $(STAMP) ## Grade SUBMISSION=DIR, a checkout or a folder of several (OUTPUT=grades, STAGE=2, SALT=word, ARGS)
+	@$(RUN) benchmarks/grade.py --submission "$(SUBMISSION)" --output "$(OUTPUT)" $(if $(SALT),--salt "$(SALT)") \
+	  $(if $(filter command line,$(origin STAGE)),--stage $(STAGE)) $(ARGS)
+
 starters: $(STAMP) ## Make the starter files from the reference; keeps what a learner has changed
 	@$(RUN) -m stages.make_starters $(ARGS)
 
@@ -224,7 +232,7 @@ clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-serving bench-page bench-scaling bench-gpu test-gpu bench-compare bench-latency bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 test-stage-6 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 reset-stage-6 lab notebooks test test-parity test-api check-course mutation starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-serving bench-page bench-scaling bench-gpu test-gpu bench-compare bench-latency bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 test-stage-6 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 reset-stage-6 lab notebooks test test-parity test-api check-course mutation grade starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"

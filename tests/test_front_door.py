@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["AGENTS.md", "CHANGELOG.md", "CONTRIBUTING.md", "INSTRUCTORS.md", "README.md", "docs/classroom/README.md"]
 COURSE = load_course()
 TASKS = {task.id: task for stage in COURSE for task in stage.tasks}
-NOT_THERE_YET = {"grade"}
+NOT_THERE_YET: set[str] = set()
 """Commands that the documents may name before they exist, as targets of the Makefile and as programs in `benchmarks/`."""
 PLANNED_STAGES = {6} - {stage.number for stage in COURSE}
 TEXTS = {document: (ROOT / document).read_text(encoding="utf-8") for document in DOCUMENTS}

@@ -1,0 +1,156 @@
+"""Grades submissions: which tasks are run, on which version of the files, and what comes of it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from stages.course.catalog import Stage, Task
+from stages.course.grading import scoring
+from stages.course.grading.integrity import offences
+from stages.course.grading.performance import Bench
+from stages.course.grading.scoring import Grade, TaskGrade, task_points
+from stages.course.grading.submission import Submission
+from stages.course.grading.task_runs import ENDED_EARLY, Expected, Runner, TaskRun, failures, passed
+
+OnStep = Callable[[str], None]
+
+
+class Grader:
+    """Grades one submission after the other by the same measure.
+
+    Args:
+        runner: runs the tests. tasks: those that count, each with its stage.
+        bench: measures; None: no points for performance.
+        jobs: tasks that are tested at once.
+    """
+
+    def __init__(self, runner: Runner, tasks: list[tuple[Stage, Task]], bench: Bench | None = None, jobs: int = 1) -> None:
+        self.runner, self.tasks, self.bench, self.jobs = runner, tasks, bench, jobs
+        self.workshop = runner.workshop
+        self._expected: dict[str, Expected] = {}
+
+    def steps(self, submissions: list[Submission]) -> int:
+        """How often `on_step` will be called, by `prepare` and by `grade` for all of them."""
+        measures = len(self.bench.measures) if self.bench else 0
+        return len(self.tasks) + len(submissions) * (len(self.tasks) + measures)
+
+    def prepare(self, submissions: list[Submission], on_step: OnStep) -> dict[str, str]:
+        """Run the reference on each task that anybody has written, to know what can be passed on this machine.
+
+        Returns:
+            Task → why it cannot be graded here.
+        """
+
+        def learn(pair: tuple[Stage, Task]) -> None:
+            stage, task = pair
+            on_step(f"the reference, task {task.id}")
+            written = (not self.workshop.placeholders(stage, task, _texts(item, stage)) for item in submissions)
+            if task.id not in self._expected and any(written):
+                self._expected[task.id] = self.runner.expected(stage, task)
+
+        self._each(learn)
+        return {task_id: expected.complaint for task_id, expected in self._expected.items() if expected.complaint}
+
+    def grade(self, submission: Submission, on_step: OnStep) -> Grade:
+        """Test and measure a submission."""
+        begin, grade, lock = time.monotonic(), Grade(submission.name, notes=list(submission.notes)), threading.Lock()
+        flags = self._flags(submission)
+        grade.flags = [
+            f"stages/{self._stage(number).folder}/{file}, {text}" for (number, file), found in flags.items() for text in found
+        ]
+        done: dict[str, TaskGrade] = {}
+
+        def test(pair: tuple[Stage, Task]) -> None:
+            stage, task = pair
+            on_step(f"{submission.name}, task {task.id}")
+            found = [f"{target.file}, {text}" for target in task.targets for text in flags.get((stage.number, target.file), ())]
+            result = self._task(submission, stage, task, list(dict.fromkeys(found)))
+            with lock:
+                done[task.id] = result
+
+        self._each(test)
+        grade.tasks = [done[task.id] for _, task in self.tasks]
+        if self.bench is not None:
+            for measure in self.bench.measures:
+                on_step(f"{submission.name}, {measure.title}")
+                grade.measures.append(self.bench.grade(measure, submission, grade))
+        grade.seconds = round(time.monotonic() - begin, 1)
+        return grade
+
+    def _each(self, work: Callable[[tuple[Stage, Task]], None]) -> None:
+        pool = ThreadPoolExecutor(self.jobs)
+        try:
+            for future in [pool.submit(work, pair) for pair in self.tasks]:
+                future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _stage(self, number: int) -> Stage:
+        return next(stage for stage in self.workshop.course if stage.number == number)
+
+    def _flags(self, submission: Submission) -> dict[tuple[int, str], list[str]]:
+        found = {}
+        for (number, file), text in submission.files.items():
+            wrong = offences(text, file, self.workshop.starter(self._stage(number), file))
+            if wrong:
+                found[number, file] = wrong
+        return found
+
+    def _task(self, submission: Submission, stage: Stage, task: Task, flags: list[str]) -> TaskGrade:
+        texts = _texts(submission, stage)
+        grade = TaskGrade(stage, task, scoring.UNWRITTEN, task.points)
+        missing = self.workshop.placeholders(stage, task, texts)
+        if flags:
+            grade.status, grade.reason = scoring.FLAGGED, "; ".join(flags)
+        elif missing:
+            grade.reason = f"not written yet: {', '.join(missing)}"
+        else:
+            self._run(grade, texts, self._expected[task.id])
+        return grade
+
+    def _run(self, grade: TaskGrade, texts: dict[str, str], expected: Expected) -> None:
+        """Test a task that is written, and enter what comes of it."""
+        stage, task = grade.stage, grade.task
+        if expected.complaint:
+            grade.status, grade.max_points, grade.reason = scoring.SKIPPED, 0, expected.complaint
+            return
+        limits = self.runner.limits_for(expected)
+        alone = self.workshop.alone(stage, task, texts)
+        best = self.runner.run(stage, task, alone, limits)
+        grade.seconds = best.ended.seconds
+        # A learner's functions may share data that the reference's do not know: then they pass on their own ground only.
+        if passed(best, expected) != expected.tests and best.ended.normal and alone != texts:
+            own = self.runner.run(stage, task, texts, limits)
+            grade.seconds += own.ended.seconds
+            best = max((best, own), key=lambda run: passed(run, expected).total())
+        self._enter(grade, best, expected)
+
+    def _enter(self, grade: TaskGrade, run: TaskRun, expected: Expected) -> None:
+        grade.passed, grade.tests = passed(run, expected).total(), expected.count
+        grade.points = task_points(grade.max_points, grade.passed, grade.tests)
+        grade.failures = failures(run, expected)
+        grade.seconds = round(grade.seconds, 1)
+        if grade.passed == grade.tests:
+            grade.status, grade.failures = scoring.PASSED, []
+            return
+        grade.status = scoring.PARTLY if grade.passed else scoring.FAILED
+        grade.reason = f"{grade.passed} of {grade.tests} tests pass"
+        early = any(failure.text.endswith(ENDED_EARLY) for failure in grade.failures)
+        if early or not run.ended.normal:
+            grade.status = scoring.STOPPED
+            grade.reason += f"; {ENDED_EARLY if early else run.ended.how}"
+
+
+def _texts(submission: Submission, stage: Stage) -> dict[str, str]:
+    """A submission's files of a stage by their path in it."""
+    return {file: text for (number, file), text in submission.files.items() if number == stage.number}
+
+
+def hidden_folders(root: Path, checkouts: list[Path], output: Path) -> tuple[Path, ...]:
+    """What no graded code may read: the reference, everybody's files, and the grades."""
+    names = ("solutions", "stages", "tests", ".git")
+    return (*(folder / name for folder in (root, *checkouts) for name in names), output)

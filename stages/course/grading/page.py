@@ -1,0 +1,146 @@
+"""The report of a submission as one page of HTML: no other file, readable by screen readers, in light and in dark."""
+
+from __future__ import annotations
+
+from html import escape
+
+from stages.course.grading import scoring
+from stages.course.grading.report import MARKS, median, shown_failures, tests
+from stages.course.grading.scoring import Grade, MeasureGrade, TaskGrade
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1f; --paper: #fff; --soft: #595966; --line: #c9c9d3; --panel: #f4f4f7;
+  --good: #14692c; --part: #8a5200; --bad: #b3141e; --link: #0b57b8; }
+@media (prefers-color-scheme: dark) { :root { --ink: #ececf1; --paper: #16161a; --soft: #a9a9b8; --line: #44444f;
+  --panel: #212127; --good: #6fd08c; --part: #f0b45a; --bad: #ff8a8a; --link: #8ab9ff; } }
+body { font: 1rem/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem; margin: 2rem auto;
+  padding: 0 1rem; }
+a { color: var(--link); } table { border-collapse: collapse; width: 100%; margin: 1rem 0; }
+th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); } .number { text-align: right; }
+pre { background: var(--panel); padding: .8rem; overflow-x: auto; border: 1px solid var(--line); white-space: pre-wrap; }
+.passed { color: var(--good); } .partly { color: var(--part); } .failed { color: var(--bad); } .soft { color: var(--soft); }
+svg { width: 100%; height: auto; } svg text { fill: var(--ink); font: 13px system-ui, sans-serif; }
+svg .all { fill: var(--panel); stroke: var(--line); } svg .got { fill: var(--good); } section { overflow-x: auto; }
+"""
+CLASSES = {scoring.PASSED: "passed", scoring.PARTLY: "partly", scoring.UNWRITTEN: "soft", scoring.SKIPPED: "soft"}
+ROW, LABEL, WIDTH = 26, 250, 760
+
+
+def html(grade: Grade, guide: str, walls: str) -> str:
+    """The page.
+
+    Args:
+        guide: address of the course's text, to which anchors are added. walls: what kept the graded code in.
+    """
+    title = f"{escape(grade.name)}: {grade.points:g} of {grade.max_points} points"
+    parts = [f"<h1>{title}</h1>", f"<p>{grade.percent:g} % of what could be had.</p>", _stages_plot(grade)]
+    for heading, items in (("Not counted", grade.flags), ("Notes", grade.notes)):
+        if items:
+            parts.append(_section(heading, "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"))
+    parts.append(_section("Tasks", _tasks_table(grade.tasks, guide)))
+    if grade.measures:
+        parts.append(_section("Performance", _measures(grade.measures)))
+    open_tasks = [item for item in grade.tasks if item.status != scoring.PASSED]
+    if open_tasks:
+        parts.append(_section("What to do", "".join(_task(item, guide) for item in open_tasks)))
+    rules = f"<p>{escape(scoring.RULE)}</p><p>Graded in a closed room ({escape(walls)}).</p>"
+    parts.append(_section("How points are given", rules))
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
+        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _section(heading: str, content: str) -> str:
+    return f"<section>\n<h2>{heading}</h2>\n{content}\n</section>"
+
+
+def _status(status: str) -> str:
+    return f'<span class="{CLASSES.get(status, "failed")}"><span aria-hidden="true">{MARKS[status]}</span> {status}</span>'
+
+
+def _table(caption: str, columns: list[str], rows: list[list[str]], numbers: int) -> str:
+    """A table whose last `numbers` columns are to the right; cells are HTML."""
+    first = len(columns) - numbers
+
+    def cells(tag: str, row: list[str]) -> str:
+        scope = ' scope="col"' if tag == "th" else ""
+        classes = [' class="number"' if index >= first else "" for index in range(len(row))]
+        return "".join(f"<{tag}{scope}{name}>{cell}</{tag}>" for name, cell in zip(classes, row, strict=True))
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>\n" for row in rows)
+    return (
+        f'<table>\n<caption class="soft">{caption}</caption>\n<thead><tr>{cells("th", columns)}</tr></thead>\n'
+        f"<tbody>\n{body}</tbody>\n</table>"
+    )
+
+
+def _tasks_table(tasks: list[TaskGrade], guide: str) -> str:
+    rows = [
+        [
+            _status(item.status), f'<a href="{escape(guide)}#{item.task.guide}">{item.task.id}</a>', escape(item.task.title),
+            tests(item), f"{item.points}/{item.max_points}", f"{item.seconds:g}",
+        ]
+        for item in tasks
+    ]  # fmt: skip
+    return _table(
+        "Each task leads to its section of the guide.", ["state", "task", "title", "tests", "points", "seconds"], rows, 3
+    )
+
+
+def _measures(measures: list[MeasureGrade]) -> str:
+    rows = [
+        [
+            _status(item.status), escape(item.title), *(_median(values, item.unit) for values in (item.mine, item.theirs)),
+            "" if item.ratio is None else f"{item.ratio:.2f}", f"{item.points:g}/{item.max_points}",
+        ]
+        for item in measures
+    ]  # fmt: skip
+    columns = ["state", "measured", "yours", "reference", "ratio", "points"]
+    notes = "".join(f"<li><b>{escape(item.title)}</b>: {escape(item.reason or item.why)}</li>" for item in measures)
+    return _table("On one machine, in turn with the reference.", columns, rows, 4) + f"<ul>{notes}</ul>"
+
+
+def _median(values: list[float], unit: str) -> str:
+    return f"{median(values):.4g} {escape(unit)}" if values else ""
+
+
+def _task(item: TaskGrade, guide: str) -> str:
+    parts = [f'<h3 id="{item.task.guide}">Task {item.task.id}: {escape(item.task.title)}</h3>']
+    if item.reason:
+        parts.append(f"<p>{_status(item.status)}: {escape(item.reason)}</p>")
+    link = f'<a href="{escape(guide)}#{item.task.guide}">section {item.task.id} of the guide</a>'
+    parts.append(f"<p>{escape(item.task.purpose)} Read {link}.</p>")
+    shown, others = shown_failures(item)
+    parts += [f'<h4>{escape(name)}</h4>\n<pre tabindex="0">{escape(text)}</pre>' for name, text in shown]
+    if others:
+        parts.append(f"<details><summary>{len(others)} more</summary><p>{escape(', '.join(others))}</p></details>")
+    return "\n".join(parts)
+
+
+def _stages_plot(grade: Grade) -> str:
+    """Points by stage as bars, with the numbers beside them."""
+    bars = []
+    for stage in {item.stage.number: item.stage for item in grade.tasks}.values():
+        items = grade.of_stage(stage.number)
+        bars.append((f"{stage.number} {stage.title}", sum(i.points for i in items), sum(i.max_points for i in items)))
+    if grade.measures:
+        bars.append(("Performance", sum(i.points for i in grade.measures), sum(i.max_points for i in grade.measures)))
+    words = "; ".join(f"{name}: {got:g} of {most}" for name, got, most in bars)
+    shapes, room = [], WIDTH - LABEL - 110
+    for row, (name, got, most) in enumerate(bars):
+        top = row * ROW + 4
+        width = room * got / most if most else 0
+        shapes.append(
+            f'<text x="0" y="{top + 14}">{escape(name)}</text>'
+            f'<rect class="all" x="{LABEL}" y="{top}" width="{room}" height="18"/>'
+            f'<rect class="got" x="{LABEL}" y="{top}" width="{width:.1f}" height="18"/>'
+            f'<text x="{LABEL + room + 10}" y="{top + 14}">{got:g} of {most}</text>'
+        )
+    height = len(bars) * ROW + 4
+    return (
+        f'<figure style="margin:0"><svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="Points: {escape(words)}">'
+        + "".join(shapes) + "</svg></figure>"
+    )  # fmt: skip
