@@ -117,6 +117,7 @@ def load_hf(source: ModelSource, load_format: str, dtype: torch.dtype, device: t
     """The same model in transformers' own code: with the same weights, or with random ones of its own, which take as long."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()  # it writes where results are read
     if load_format == "dummy":
         hf_config = ALIASES[source.name].hf_config if source.path is None else read_json(source.path / "config.json")
         model_class = getattr(transformers, hf_config["architectures"][0])

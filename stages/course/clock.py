@@ -36,8 +36,8 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
 
 
 def simulate(work: Coroutine[Any, Any, Any]) -> Any:
-    """Run a coroutine to its end in simulated time, and return what it returns. Works in a notebook too, which has a loop of its
-    own that runs.
+    """Run a coroutine to its end in simulated time, and return what it returns. Works in a notebook too, which has a loop of
+    its own that runs.
 
     Raises:
         RuntimeError: it waits for something that never comes.
