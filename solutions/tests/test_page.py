@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,25 @@ def test_pause_and_single_steps(open_page: Callable[..., Page], small_server: st
     written = page.inner_text("#queue li small")
     page.wait_for_timeout(400)
     assert page.inner_text("#queue li small") == written
+    page.click("#pause")
+    page.wait_for_selector(".again:enabled")
+
+
+def test_a_long_prompt_is_seen_in_chunks(open_page: Callable[..., Page], small_server: str) -> None:
+    page = open_page(small_server)
+    page.wait_for_selector("#number-running")
+    page.click("summary")
+    page.fill("#max-tokens", "20")
+    page.click("#pause")
+    page.wait_for_selector("#pause[aria-pressed=true]")
+    say(page, "How many? " + " ".join(map(str, range(100))))
+    page.wait_for_selector("#queue [data-status=waiting]")
+    page.click("#step")
+    page.wait_for_selector("#queue [data-status=running]")
+    written = page.inner_text("#queue li small")  # a step has 256 tokens; a beginning may be cached
+    assert re.search(r"running: prompt \d+ of \d+", written), written
+    computed, prompt = map(int, re.findall(r"prompt (\d+) of (\d+)", written)[0])
+    assert 256 <= computed < prompt
     page.click("#pause")
     page.wait_for_selector(".again:enabled")
 
