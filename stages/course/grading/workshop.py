@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import shutil
+import threading
 from pathlib import Path
 
 from stages.course.catalog import CourseError, Stage, Task, load_course
@@ -32,6 +33,8 @@ class Workshop:
         self.course = load_course(self.root / "stages" / "course.toml")
         self._own = {self.root / "stages" / stage.folder / file for stage in self.course for file in stage.files}
         self._starters: dict[tuple[int, str], str] = {}
+        # Python 3.11 counts the depth of all threads' syntax trees together and complains: one thread at a time (gh-106905)
+        self._parsing = threading.RLock()
         self._needed_whole = self._modules_of_tools()
 
     def reference(self, file: str) -> str:
@@ -44,8 +47,9 @@ class Workshop:
     def starter(self, stage: Stage, file: str) -> str:
         """The fresh starter of a file."""
         key = stage.number, file
-        if key not in self._starters:
-            self._starters[key] = render(self.reference(file), file, stage.tasks)
+        with self._parsing:
+            if key not in self._starters:
+                self._starters[key] = render(self.reference(file), file, stage.tasks)
         return self._starters[key]
 
     def build(self, folder: Path, stage: Stage, texts: dict[str, str] | None) -> None:
@@ -75,7 +79,8 @@ class Workshop:
             others = [
                 target.name for other in stage.tasks if other.id != task.id for target in other.targets if target.file == file
             ]
-            result[file] = with_functions(text, self.reference(file), file, others)
+            with self._parsing:
+                result[file] = with_functions(text, self.reference(file), file, others)
         return result
 
     def placeholders(self, stage: Stage, task: Task, texts: dict[str, str]) -> list[str]:
@@ -84,7 +89,8 @@ class Workshop:
         for target in task.targets:
             text = texts.get(target.file, self.starter(stage, target.file))
             try:
-                source = function_source(text, target.file, target.name)
+                with self._parsing:
+                    source = function_source(text, target.file, target.name)
             except (SyntaxError, ValueError):
                 continue  # there is something, and its tests will say what
             if not source or task.marker in source:
