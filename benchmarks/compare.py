@@ -26,7 +26,7 @@ from solutions.benchmarks.end_to_end import first_model, run_server
 from solutions.benchmarks.report import Parser, record, show_table, spread, write_json
 from solutions.benchmarks.servers import MAX_SEQUENCES, STARTERS, start
 from solutions.benchmarks.serving import running_server
-from solutions.benchmarks.throughput import Measurement, load_hf, run_engine, run_hf, warmed
+from solutions.benchmarks.throughput import Measurement, load_hf, run_engine, run_hf, warm_up_requests
 from solutions.core.config import DEFAULT_MODEL
 from solutions.core.engine import LLM
 from solutions.core.machine import pick_threads
@@ -142,18 +142,24 @@ def make_runners(args: argparse.Namespace, stack: ExitStack) -> dict[str, Runner
 
 
 def measure(runners: dict[str, Runner], workload: str, repeats: int, pause: float) -> dict[str, list[Measurement]]:
-    """All systems on one workload, with a pause in seconds before each run.
+    """All systems on one workload, with a pause in seconds before each run. Every turn has prompts of its own: a server's prefix
+    cache cannot be emptied from outside, and would know those of the turn before.
 
     Raises:
         ValueError: they did not do the same work, or a server refused some of it.
     """
-    requests = make_requests(WORKLOADS[workload])
+    turns = [make_requests(WORKLOADS[workload], token_seed=turn) for turn in range(1, repeats + 1)]
 
     def on_start(name: str, number: int) -> None:
         say(f"{workload}, {name}: run {number} of {repeats}")
         time.sleep(pause)
 
-    return in_turns({name: warmed(run, requests) for name, run in runners.items()}, repeats, on_start)
+    def turn_by_turn(run: Runner) -> Callable[[], Measurement]:
+        run(warm_up_requests(turns[0]))
+        left = iter(turns)
+        return lambda: run(next(left))
+
+    return in_turns({name: turn_by_turn(run) for name, run in runners.items()}, repeats, on_start)
 
 
 def summarise(results: dict[str, dict[str, list[Measurement]]]) -> dict[str, Any]:

@@ -39,14 +39,16 @@ sys.exit(api_server.main(["--host", "127.0.0.1", "--port", port, "--served-model
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Puts a program of this name on the path that serves a made-up engine, or breaks."""
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    """Puts a program of this name on the path that serves a made-up engine, or breaks; of vLLM the Python beside it does."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     monkeypatch.delenv("VLLM", raising=False)
 
     def write(name: str, mode: str) -> None:
-        path = tmp_path / name
-        path.write_text(MADE_UP.format(python=sys.executable, root=str(ROOT), mode=mode))
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        for file in (name, "python") if name == "vllm" else (name,):
+            path = tmp_path / "bin" / file
+            path.write_text(MADE_UP.format(python=sys.executable, root=str(ROOT), mode=mode))
+            path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
     return write
 
@@ -65,7 +67,7 @@ def test_servers_of_others_are_started_and_ended(install: Callable[[str, str], N
         (child,) = [each for each in psutil.Process().children() if "--port" in each.cmdline()]
         words = child.cmdline()
     assert not child.is_running()
-    model = Path(words[words.index("serve") + 1] if name == "vllm" else words[words.index("-m") + 1])
+    model = Path(words[words.index("--model" if name == "vllm" else "-m") + 1])
     assert (model / "config.json").is_file() if name == "vllm" else model.suffix == ".gguf"
 
 
@@ -73,7 +75,7 @@ def test_a_server_that_breaks_or_is_not_there_is_one_message(
     install: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install("vllm", "broken")
-    with pytest.raises(RuntimeError, match=r"(?s)vllm ended with 3 before it served anything:\ncalled with serve"):
+    with pytest.raises(RuntimeError, match=r"(?s)vllm ended with 3 before it served anything:\ncalled with -m vllm"):
         servers.start("vllm", "smollm2-135m").__enter__()
     monkeypatch.setenv("PATH", "/nowhere")
     for name, text in (("vllm", "vLLM is not installed"), ("llama.cpp", r"llama\.cpp is not installed")):
@@ -147,6 +149,15 @@ def test_conversations_grow_by_what_was_said() -> None:
         assert later.prompt_token_ids[:3] == earlier.prompt_token_ids
     assert first[0].prompt_token_ids != first[1].prompt_token_ids
     assert len(make_requests(Workload("chat", 7, 3, 5))) == 7
+
+
+def test_the_same_work_with_other_tokens() -> None:
+    one, other = (make_requests(WORKLOADS["W3"], token_seed=seed) for seed in (1, 2))
+    sizes = [
+        [(len(r.prompt_token_ids), r.output_len) for r in requests] for requests in (one, other, make_requests(WORKLOADS["W3"]))
+    ]
+    assert sizes[0] == sizes[1] == sizes[2]
+    assert not {tuple(r.prompt_token_ids[:16]) for r in one} & {tuple(r.prompt_token_ids[:16]) for r in other}
 
 
 def test_repetitive_prompts_repeat_a_phrase_of_their_own() -> None:

