@@ -142,8 +142,8 @@ def make_runners(args: argparse.Namespace, stack: ExitStack) -> dict[str, Runner
 
 
 def measure(runners: dict[str, Runner], workload: str, repeats: int, pause: float) -> dict[str, list[Measurement]]:
-    """All systems on one workload, with a pause in seconds before each run. Every turn has prompts of its own: a server's prefix
-    cache cannot be emptied from outside, and would know those of the turn before.
+    """All systems on one workload, with a pause in seconds before each run. Every turn has prompts of its own: a server's
+    prefix cache cannot be emptied from outside, and would know those of the turn before.
 
     Raises:
         ValueError: they did not do the same work, or a server refused some of it.
