@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from stages.course.catalog import GUIDE, Stage, Task
+from stages.course.targets import parse
 from stages.make_starters import render
 from tests.classroom import Classroom
 
@@ -108,7 +109,7 @@ def guide_has_sections(room: Classroom, stage: Stage) -> list[str]:
 
 def functions_of_tests(path: Path) -> list[ast.FunctionDef]:
     """All tests of a file."""
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    nodes = ast.walk(parse(path.read_text(encoding="utf-8")))
     return [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
 
 
@@ -137,7 +138,7 @@ def tests_import_only_stages(room: Classroom, stage: Stage) -> list[str]:
     """A stage's tests know the learner's engine as `stages`; `solutions` or a helper elsewhere would test other code."""
     complaints = []
     for path in sorted((room.folder / room.path(stage.number, "tests")).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parse(path.read_text(encoding="utf-8"))):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
                 modules = ["." * node.level + (node.module or "")]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages.course.catalog import ROOT, Stage, Target, Task
-from stages.course.targets import Function, find_function, find_lines, is_python
+from stages.course.targets import Function, find_function, find_lines, is_python, parse
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def _inspect_file(stage: Stage, file: str, result: Inspection) -> None:
         if not is_python(file):
             _inspect_marked(stage, file, text, result)
             return
-        tree = ast.parse(text)
+        tree = parse(text)
     except SyntaxError as error:
         mark = f"\n    {error.text.rstrip()}\n    {' ' * ((error.offset or 1) - 1)}^" if error.text else ""
         result.problems.append(Problem(name, error.lineno or 0, f"Python cannot read this: {error.msg}{mark}", ids))
@@ -82,7 +82,7 @@ def _inspect_file(stage: Stage, file: str, result: Inspection) -> None:
             "imports `solutions`, the code that this file stands in for; write it yourself, and import with dots (from ..x)"
         )
         result.problems.append(Problem(name, line, message, ids))
-    reference = ast.parse((ROOT / "solutions" / file).read_text(encoding="utf-8"))
+    reference = parse((ROOT / "solutions" / file).read_text(encoding="utf-8"))
     for task in tasks:
         for target in task.targets:
             if target.file == file:
@@ -126,7 +126,7 @@ def _inspect_target(
 
 def signature(node: Function) -> str:
     """Names, order and defaults of a function's parameters; annotations are nobody's business but the reader's."""
-    arguments = ast.parse(ast.unparse(node)).body[0].args  # a copy to take the annotations from
+    arguments = parse(ast.unparse(node)).body[0].args  # a copy to take the annotations from
     for argument in ast.walk(arguments):
         if isinstance(argument, ast.arg):
             argument.annotation = None

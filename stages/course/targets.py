@@ -8,12 +8,26 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
+import threading
 
 from stages.course.catalog import GUIDE, CourseError, Task
 
 WIDTH = 120
 LONGEST_LINE = 128
 """What `ruff format` breaks lines at."""
+
+_parsing = threading.Lock()
+
+
+def parse(text: str) -> ast.Module:
+    """`ast.parse`, one thread at a time: Python 3.11 counts the depth of all threads' trees together, and complains
+    (python/cpython#106905).
+
+    Raises:
+        SyntaxError: Python cannot read the text.
+    """
+    with _parsing:
+        return ast.parse(text)
 
 
 def is_python(file: str) -> bool:
@@ -41,7 +55,7 @@ def find_lines(text: str, file: str, name: str) -> slice | None:
     """
     if not is_python(file):
         return _marked_lines(text, name)
-    node = find_function(ast.parse(text), name)
+    node = find_function(parse(text), name)
     if node is None:
         return None
     return slice(min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1, node.end_lineno)
@@ -81,7 +95,7 @@ def emptied(text: str, file: str, task: Task, name: str, hint: str | None) -> tu
         begin = text.splitlines()[lines.start]
         indent = begin[: len(begin) - len(begin.lstrip())]
         return slice(lines.start + 1, lines.stop - 1), [*_comment(hint, indent, "//"), f'#error "{message}"']
-    node = find_function(ast.parse(text), name)
+    node = find_function(parse(text), name)
     if node is None:
         raise CourseError(f"task {task.id}: there is no {name} in solutions/{file}")
     if ast.get_docstring(node) is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 
-from stages.course.targets import is_python
+from stages.course.targets import is_python, parse
 
 REFERENCE = re.compile(r"(^|[^\w])solutions([./\\]|$)")
 """A module's name or a path inside the reference; the bare word too, which a path may be put together from."""
@@ -41,7 +41,7 @@ def _in_kernel(text: str) -> list[tuple[str, int]]:
 def _in_python(text: str) -> list[tuple[str, int]]:
     """Pairs of an offence and its line. A file that Python cannot read commits none."""
     try:
-        tree = ast.parse(text)
+        tree = parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
     documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}

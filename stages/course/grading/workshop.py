@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import ast
 import shutil
-import threading
 from pathlib import Path
 
 from stages.course.catalog import CourseError, Stage, Task, load_course
-from stages.course.targets import find_lines, function_source
+from stages.course.targets import find_lines, function_source, parse
 from stages.make_starters import render
 
 NOT_COPIED = ("__pycache__", ".pytest_cache", ".hypothesis", "mutants")
@@ -33,8 +32,6 @@ class Workshop:
         self.course = load_course(self.root / "stages" / "course.toml")
         self._own = {self.root / "stages" / stage.folder / file for stage in self.course for file in stage.files}
         self._starters: dict[tuple[int, str], str] = {}
-        # Python 3.11 counts the depth of all threads' syntax trees together and complains: one thread at a time (gh-106905)
-        self._parsing = threading.RLock()
         self._needed_whole = self._modules_of_tools()
 
     def reference(self, file: str) -> str:
@@ -47,9 +44,8 @@ class Workshop:
     def starter(self, stage: Stage, file: str) -> str:
         """The fresh starter of a file."""
         key = stage.number, file
-        with self._parsing:
-            if key not in self._starters:
-                self._starters[key] = render(self.reference(file), file, stage.tasks)
+        if key not in self._starters:
+            self._starters[key] = render(self.reference(file), file, stage.tasks)
         return self._starters[key]
 
     def build(self, folder: Path, stage: Stage, texts: dict[str, str] | None) -> None:
@@ -79,8 +75,7 @@ class Workshop:
             others = [
                 target.name for other in stage.tasks if other.id != task.id for target in other.targets if target.file == file
             ]
-            with self._parsing:
-                result[file] = with_functions(text, self.reference(file), file, others)
+            result[file] = with_functions(text, self.reference(file), file, others)
         return result
 
     def placeholders(self, stage: Stage, task: Task, texts: dict[str, str]) -> list[str]:
@@ -89,8 +84,7 @@ class Workshop:
         for target in task.targets:
             text = texts.get(target.file, self.starter(stage, target.file))
             try:
-                with self._parsing:
-                    source = function_source(text, target.file, target.name)
+                source = function_source(text, target.file, target.name)
             except (SyntaxError, ValueError):
                 continue  # there is something, and its tests will say what
             if not source or task.marker in source:
@@ -105,7 +99,7 @@ class Workshop:
         that these import; they stay whole. `guard` keeps learners' files from importing them."""
         todo = []
         for path in (self.root / "stages" / "course").glob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for node in ast.walk(parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").startswith("solutions."):
                     todo += [node.module.replace(".", "/").removeprefix("solutions/") + ".py"]
         found: set[str] = set()
@@ -114,7 +108,7 @@ class Workshop:
             if file in found or not (self.root / "solutions" / file).is_file():
                 continue
             found.add(file)
-            for node in ast.walk(ast.parse(self.reference(file))):
+            for node in ast.walk(parse(self.reference(file))):
                 if isinstance(node, ast.ImportFrom) and node.level in (1, 2) and node.module:
                     folder = Path(file).parent if node.level == 1 else Path(file).parent.parent
                     todo.append((folder / node.module.replace(".", "/")).as_posix() + ".py")
