@@ -41,7 +41,7 @@ def start(name: str, model: str, seconds: float = START_SECONDS) -> Iterator[str
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = STARTERS[name](model, port)
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | vllm_environment()
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -56,6 +56,16 @@ def start(name: str, model: str, seconds: float = START_SECONDS) -> Iterator[str
             with suppress(ProcessLookupError):  # what it may have left behind
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def vllm_environment() -> dict[str, str]:
+    """What vLLM wants to know on a CPU: by itself it keeps a core for its HTTP server, of which there may be two in all."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(pick_threads())
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def vllm(model: str, port: int) -> list[str]:
