@@ -46,11 +46,16 @@ def command(*words: str) -> list[str]:
     return ["make", *words, "VENV=", f"PYTHON={sys.executable}"]
 
 
+def environment() -> dict[str, str]:
+    """A terminal's, and not that of ``make test``, whose own variables every ``make`` below it would take over."""
+    ours = ("STAGES", "COURSE_RESULTS", "PYTHONPATH", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
+    return {name: value for name, value in os.environ.items() if name not in ours} | {"COLUMNS": "120"}
+
+
 def make(folder: Path, *words: str, fails: bool = False) -> str:
     """What a command prints; it must end well, or must not."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("STAGES", "COURSE_RESULTS", "PYTHONPATH")}
     run = subprocess.run(
-        command(*words), cwd=folder, env=environment | {"COLUMNS": "120"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        command(*words), cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, stdin=subprocess.DEVNULL, timeout=250, check=False,
     )  # fmt: skip
     assert (run.returncode != 0) == fails, run.stdout
@@ -63,7 +68,8 @@ def url(checkout: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with subprocess.Popen(command("serve", f"PORT={port}"), cwd=checkout, stdout=subprocess.DEVNULL) as server:
+    words = command("serve", f"PORT={port}")
+    with subprocess.Popen(words, cwd=checkout, env=environment(), stdout=subprocess.DEVNULL) as server:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             try:
