@@ -217,7 +217,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
             rate = entry["output_tokens_per_second"]
             axes.barh(name, rate["median"], color=colors[place % len(colors)])
             axes.plot([rate["min"], rate["max"]], [name, name], color="black", lw=1.5)
-            axes.text(rate["median"], place, f" {rate['median']:.0f}", va="center")
+            axes.text(rate["max"], place, f" {rate['median']:.0f}", va="center")
         axes.set(title=workload, xlabel="output tokens a second")
         axes.margins(x=0.25)
         axes.invert_yaxis()
