@@ -62,6 +62,13 @@ def make(folder: Path, *words: str, fails: bool = False) -> str:
     return run.stdout
 
 
+def is_ready(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
 @pytest.fixture(scope="module")
 def url(checkout: Path) -> Iterator[str]:
     """The address of ``make serve``."""
@@ -71,12 +78,10 @@ def url(checkout: Path) -> Iterator[str]:
     words = command("serve", f"PORT={port}")
     with subprocess.Popen(words, cwd=checkout, env=environment(), stdout=subprocess.DEVNULL) as server:
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200:
-                    break
-            except httpx.HTTPError:
-                time.sleep(0.2)
+        while not is_ready(port):
+            assert server.poll() is None, f"make serve ended with {server.returncode}"
+            assert time.monotonic() < deadline, "make serve is not ready after a minute"
+            time.sleep(0.2)
         yield f"http://127.0.0.1:{port}/v1"
         server.terminate()
         assert server.wait(30) in (0, -15)

@@ -25,6 +25,9 @@ CONTEXT = 1024
 """Tokens of a sequence, enough for every workload with a name."""
 MAX_SEQUENCES = 64
 
+Launch = tuple[list[str], dict[str, str]]
+"""A command, and the variables that it wants besides this process's environment."""
+
 
 @contextmanager
 def start(name: str, model: str, seconds: float = START_SECONDS) -> Iterator[str]:
@@ -40,10 +43,11 @@ def start(name: str, model: str, seconds: float = START_SECONDS) -> Iterator[str
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = STARTERS[name](model, port)
-    environment = os.environ | vllm_environment()
+    command, environment = STARTERS[name](model, port)
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )  # fmt: skip
         try:
             if (problem := _wait(process, f"http://127.0.0.1:{port}/health", seconds)) is not None:
                 output.seek(0)
@@ -68,8 +72,8 @@ def vllm_environment() -> dict[str, str]:
     }
 
 
-def vllm(model: str, port: int) -> list[str]:
-    """vLLM's command, in the environment that the variable ``VLLM`` names, or that of the ``vllm`` on the path. Its module is
+def vllm(model: str, port: int) -> Launch:
+    """vLLM's, in the environment that the variable ``VLLM`` names, or that of the ``vllm`` on the path. Its module is
     run and not its program, which the package for CPUs has under another name than its own.
 
     Raises:
@@ -87,11 +91,11 @@ def vllm(model: str, port: int) -> list[str]:
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", model,
         "--port", str(port), "--host", "127.0.0.1", "--max-model-len", str(CONTEXT), "--max-num-seqs", str(MAX_SEQUENCES),
         "--dtype", "bfloat16",
-    ]  # fmt: skip
+    ], vllm_environment()  # fmt: skip
 
 
-def llama_cpp(model: str, port: int) -> list[str]:
-    """llama.cpp's command: ``llama-server`` of the path, with the GGUF file that the model is or comes from.
+def llama_cpp(model: str, port: int) -> Launch:
+    """llama.cpp's: ``llama-server`` of the path, with the GGUF file that the model is or comes from.
 
     Raises:
         ValueError: there is no such file. RuntimeError: llama.cpp is not installed.
@@ -102,11 +106,11 @@ def llama_cpp(model: str, port: int) -> list[str]:
     return [
         program, "-m", str(_gguf_file(model)), "--alias", model, "--port", str(port), "--host", "127.0.0.1",
         "-c", str(CONTEXT * MAX_SEQUENCES), "-np", str(MAX_SEQUENCES), "-t", str(pick_threads()),
-    ]  # fmt: skip
+    ], {}  # fmt: skip
 
 
-STARTERS: dict[str, Callable[[str, int], list[str]]] = {"vllm": vllm, "llama.cpp": llama_cpp}
-"""Name → (model, port) → the command."""
+STARTERS: dict[str, Callable[[str, int], Launch]] = {"vllm": vllm, "llama.cpp": llama_cpp}
+"""Name → (model, port) → how it is started."""
 
 
 def _gguf_file(model: str) -> Path:

@@ -185,7 +185,7 @@ class Sandbox:
             try:
                 said, _ = process.communicate(json.dumps(order), timeout=patience)
             except (subprocess.TimeoutExpired, BrokenPipeError):
-                pass
+                said = ""  # it is ended below, and the verdict is that it was lost
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
