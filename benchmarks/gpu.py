@@ -33,6 +33,7 @@ steps and prompts of the whole model, with CUDA graphs and without. Random weigh
 """
 BATCHES, PROMPTS = (1, 32, 64, 256), (512, 2000)
 BACKENDS = ("triton", "cuda", "torch")
+KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -118,13 +119,17 @@ def measure(args: argparse.Namespace, model: ModelConfig) -> dict[str, Any]:
         print(f"{card.name}: copies {card.bandwidth / 1e9:,.0f} GB/s, multiplies {card.rate / 1e12:,.0f} TFLOP/s in bfloat16")
         attention = [
             measure_attention(
-                name, card, device, (model.num_heads, model.num_kv_heads), model.head_dim, batch, args.context, 16, args.steps
+                name, card, device, (model.num_heads, model.num_kv_heads), model.head_dim, batch, args.context,
+                block_size=16, repeats=args.steps, kv_cache_dtype=kind,
             )
             for batch in args.batches
             for name in args.backends
+            for kind in (KV_CACHE_DTYPES if name == "triton" else ("auto",))
         ]  # fmt: skip
-    rows = [[t.backend, str(t.batch), f"{t.seconds * 1e6:.1f}", f"{t.bandwidth_share:.0%}"] for t in attention]
-    show_table(f"Attention of one layer, context {args.context}", ["backend", "batch", "µs", "of bandwidth"], rows)
+    rows = [
+        [t.backend, t.kv_cache_dtype, str(t.batch), f"{t.seconds * 1e6:.1f}", f"{t.bandwidth_share:.0%}"] for t in attention
+    ]
+    show_table(f"Attention of one layer, context {args.context}", ["backend", "KV cache", "batch", "µs", "of bandwidth"], rows)
     results: dict[str, Any] = {"card": asdict(card), "attention": [asdict(t) for t in attention]}
     for i, name in enumerate(args.backends):
         results[name] = measure_model(args, name, card, first=i == 0)

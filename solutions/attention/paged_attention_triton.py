@@ -48,9 +48,9 @@ class Config:
     num_warps: int
     num_stages: int
 
-    def shared_memory(self, head_dim: int, itemsize: int) -> int:
-        """Bytes of the queries' tile and of the tiles of keys and values under way."""
-        return (self.block_m + 2 * self.block_n * self.num_stages) * padded(head_dim, DOT) * itemsize
+    def shared_memory(self, head_dim: int, query_bytes: int, cache_bytes: int) -> int:
+        """Bytes of the queries' tile and of the tiles of keys and values under way, of so many bytes an element."""
+        return (self.block_m * query_bytes + 2 * self.block_n * self.num_stages * cache_bytes) * padded(head_dim, DOT)
 
 
 DECODE_CONFIGS = (Config(16, 32, 2, 2), Config(16, 64, 4, 2), Config(16, 64, 2, 3), Config(16, 128, 4, 2))
@@ -215,7 +215,8 @@ class TritonBackend(AttentionBackend):
             return INTERPRETER_DECODE_CONFIG if is_decode else INTERPRETER_PREFILL_CONFIG
         candidates = DECODE_CONFIGS if is_decode else PREFILL_CONFIGS
         dim = query.shape[2]
-        candidates = [c for c in candidates if c.shared_memory(dim, query.itemsize) <= SHARED_MEMORY] or [candidates[0]]
+        sizes = (dim, query.itemsize, cache.keys.itemsize)
+        candidates = [c for c in candidates if c.shared_memory(*sizes) <= SHARED_MEMORY] or [candidates[0]]
         key = (is_decode, query.shape[1:], query.dtype, cache.keys.shape[1:], cache.keys.dtype, sliding_window)
         if key not in self._fastest:
             if torch.cuda.is_current_stream_capturing():

@@ -172,6 +172,14 @@ def visit_keys(
         Of each row the largest score, -inf if it saw no key; the sum of weights exp2(score - largest), [BLOCK_M] each; and the
         sum of values by these weights, [BLOCK_M, D_PADDED]; all float32.
     """
+    factor = tl.full([BLOCK_M], 1, tl.float32) * scale_log2
+    if keys.dtype.element_ty == tl.float8e4nv and q.dtype == tl.bfloat16:
+        # One instruction makes two float16 of float8; bfloat16 would take more. Queries fit once they are at most 1.
+        largest = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1e-30)
+        q = (q.to(tl.float32) / largest[:, None]).to(tl.float16)
+        factor *= largest
+    # weights times scales can be too small for float16; bfloat16 has the range, and holds the int8 numbers exactly
+    VALUE_KIND: tl.constexpr = tl.bfloat16 if value_scales is not None and q.dtype == tl.float16 else q.dtype
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)  # largest score so far
     total = tl.full([BLOCK_M], 0, tl.float32)  # sum of weights exp2(score - top)
     acc = tl.full([BLOCK_M, D_PADDED], 0, tl.float32)  # sum of weight · value
@@ -180,8 +188,10 @@ def visit_keys(
         is_key = key_position < right
         block = tl.load(block_table + key_position // BLOCK_SIZE, is_key, other=0)
         at = (block.to(tl.int64) * BLOCK_SIZE + key_position % BLOCK_SIZE) * H_KV + kv_head  # in [num_slots · H_kv, D]
-        k = gather(keys, key_scales, at, is_key, D, D_PADDED, q.dtype)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
+        k = gather(keys, at, is_key, D, D_PADDED, q.dtype)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor[:, None]  # [BLOCK_M, BLOCK_N]
+        if key_scales is not None:  # one factor a key instead of one an element
+            scores *= tl.load(key_scales + at, is_key, other=0.0).to(tl.float32)[None, :]
         is_visible = is_key[None, :] & (key_position[None, :] <= position[:, None])
         if WINDOW:
             is_visible = is_visible & (key_position[None, :] > position[:, None] - WINDOW)
@@ -192,8 +202,10 @@ def visit_keys(
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(weights, 1)
-        v = gather(values, value_scales, at, is_key, D, D_PADDED, q.dtype)
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        v = gather(values, at, is_key, D, D_PADDED, VALUE_KIND)
+        if value_scales is not None:
+            weights *= tl.load(value_scales + at, is_key, other=0.0).to(tl.float32)[None, :]
+        acc = tl.dot(weights.to(VALUE_KIND), v, acc * shrink[:, None], input_precision="ieee")
         top = new_top
     return top, total, acc
 
@@ -216,13 +228,10 @@ def find_sequence(tile, query_start_loc, num_seqs, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def gather(cache, scales, at, mask, D: tl.constexpr, D_PADDED: tl.constexpr, KIND: tl.constexpr):
-    """The cached vectors numbered `at`, [BLOCK_N, D_PADDED] in the queries' type KIND; zeros where `mask` is false."""
+def gather(cache, at, mask, D: tl.constexpr, D_PADDED: tl.constexpr, KIND: tl.constexpr):
+    """The cached vectors numbered `at`, [BLOCK_N, D_PADDED] in the type KIND, without scales; zeros where `mask` is false."""
     dim = tl.arange(0, D_PADDED)[None, :]
-    vectors = tl.load(cache + at[:, None] * D + dim, mask[:, None] & (dim < D), other=0.0)
-    if scales is not None:
-        vectors = vectors.to(tl.float32) * tl.load(scales + at, mask, other=0.0).to(tl.float32)[:, None]
-    return vectors.to(KIND)
+    return tl.load(cache + at[:, None] * D + dim, mask[:, None] & (dim < D), other=0.0).to(KIND)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from ..attention.paged_attention import AttentionMetadata, make_backend
 from ..batching.sequence import SamplingParams
 from ..core.cuda_graphs import CudaGraphRecorder
 from ..core.engine import LLMEngine
+from ..memory.cache_engine import quantize_vectors
 from .roofline import Card, StepCost, decode_cost, prefill_cost
 
 CACHE_BYTES = 256 << 20
@@ -53,6 +54,7 @@ class AttentionTime:
     """One layer's attention of a decode step by one backend; seconds are a median, the share as in `StepTime`."""
 
     backend: str
+    kv_cache_dtype: str
     batch: int
     context: int
     seconds: float
@@ -151,7 +153,7 @@ def clear(engine: LLMEngine) -> None:
 
 def measure_attention(
     name: str, card: Card, device: torch.device, heads: tuple[int, int], head_dim: int, batch: int, context: int,
-    block_size: int, repeats: int, dtype: torch.dtype = torch.bfloat16,
+    block_size: int, repeats: int, dtype: torch.dtype = torch.bfloat16, kv_cache_dtype: str = "auto",
 ) -> AttentionTime:  # fmt: skip
     """One layer's attention of a decode step over a cache whose blocks lie in random order.
 
@@ -159,13 +161,19 @@ def measure_attention(
     in a CUDA graph where the backend allows it, as it does in the engine.
 
     Args:
-        heads: (query heads, KV heads). context: tokens of each sequence.
+        heads: (query heads, KV heads). context: tokens of each sequence. kv_cache_dtype: "auto" (dtype), "fp8" or "int8".
     """
     num_heads, num_kv_heads = heads
     blocks = -(-context // block_size)
     shape = (2, batch * blocks, block_size, num_kv_heads, head_dim)
-    num_layers = -(-CACHE_BYTES // (math.prod(shape) * dtype.itemsize))
+    kind = {"auto": dtype, "fp8": torch.float8_e4m3fn, "int8": torch.int8}[kv_cache_dtype]
+    num_layers = -(-CACHE_BYTES // (math.prod(shape) * kind.itemsize))
     caches = [torch.randn(shape, device=device, dtype=dtype) for _ in range(num_layers)]
+    scales = None
+    if kind == torch.int8:
+        caches, scales = map(list, zip(*map(quantize_vectors, caches), strict=True))
+    elif kind != dtype:
+        caches = [kv_cache.to(kind) for kv_cache in caches]
     tables = torch.randperm(batch * blocks, device=device, dtype=torch.int32).view(batch, blocks)
     slots = tables[:, -1].long() * block_size + (context - 1) % block_size
     backend = make_backend(name, device, dtype, head_dim, block_size)
@@ -173,7 +181,7 @@ def measure_attention(
         kv_caches=caches, slot_mapping=slots, block_tables=tables,
         query_start_loc=torch.arange(batch + 1, dtype=torch.int32, device=device),
         context_lens=torch.full((batch,), context, dtype=torch.int32, device=device),
-        max_query_len=1, max_context_len=context, backend=backend,
+        max_query_len=1, max_context_len=context, backend=backend, kv_scales=scales,
     )  # fmt: skip
     metadata.plan = backend.plan(metadata, None)
     query = torch.randn(batch, num_heads, head_dim, device=device, dtype=dtype)
@@ -186,5 +194,5 @@ def measure_attention(
 
     run = CudaGraphRecorder()(attend) if device.type == "cuda" and backend.capturable else attend
     seconds = seconds_of(run, device, repeats) / num_layers
-    moved = 2 * batch * context * num_kv_heads * head_dim * dtype.itemsize
-    return AttentionTime(name, batch, context, seconds, moved / seconds / card.bandwidth)
+    moved = 2 * batch * context * num_kv_heads * (head_dim * kind.itemsize + (2 if scales else 0))  # a scale is a float16
+    return AttentionTime(name, kv_cache_dtype, batch, context, seconds, moved / seconds / card.bandwidth)

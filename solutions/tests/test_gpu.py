@@ -228,11 +228,28 @@ def test_measured_steps_are_the_steps_asked_for(tmp_path: Path) -> None:
         measure_decode(engine, card, batch=60, context=100, steps=8)
 
 
-@pytest.mark.parametrize("backend", ["torch", "cuda"])
-def test_attention_is_measured_over_more_than_a_cache_holds(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("backend", "kv_cache_dtype", "vector_bytes"),
+    [("torch", "auto", 64 * 4), ("cuda", "auto", 64 * 4), ("triton", "fp8", 64), ("triton", "int8", 64 + 2)],
+)
+def test_attention_is_measured_over_more_than_a_cache_holds(
+    backend: str, kv_cache_dtype: str, vector_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("solutions.benchmarks.gpu.CACHE_BYTES", 1 << 16)
     card = measure_card(torch.device(DEVICE), copy_bytes=1 << 16, size=32, repeats=2)
     assert min(card.bandwidth, card.rate) > 0
-    time = measure_attention(backend, card, torch.device(DEVICE), (2, 1), 64, 2, 20, 16, repeats=1, dtype=torch.float32)
-    assert (time.backend, time.batch, time.context) == (backend, 2, 20)
-    assert time.bandwidth_share == pytest.approx(2 * 2 * 20 * 64 * 4 / time.seconds / card.bandwidth)
+    time = measure_attention(
+        backend,
+        card,
+        torch.device(DEVICE),
+        (2, 1),
+        64,
+        2,
+        20,
+        16,
+        repeats=1,
+        dtype=torch.float32,
+        kv_cache_dtype=kv_cache_dtype,
+    )
+    assert (time.backend, time.kv_cache_dtype, time.batch, time.context) == (backend, kv_cache_dtype, 2, 20)
+    assert time.bandwidth_share == pytest.approx(2 * 2 * 20 * vector_bytes / time.seconds / card.bandwidth)

@@ -246,6 +246,22 @@ def test_quantized_cache(kind: torch.dtype, distance: float, dtype: torch.dtype,
     assert 1e-4 < relative_error(out, unquantized) < distance
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-20, 1e6])
+def test_queries_of_any_size_over_a_float8_cache(size: float) -> None:
+    """They are multiplied in float16, which holds neither a million nor 1e-20."""
+    case = make_case([1, 3], [20, 40], heads=(4, 2), dtype=torch.bfloat16, device=DEVICE)
+    case.kv_cache.copy_(case.kv_cache.to(torch.float8_e4m3fn))
+    for new in (case.key, case.value):
+        new.copy_(new.to(torch.float8_e4m3fn))
+    case.keys, case.values = ([x.to(torch.float8_e4m3fn).double() for x in each] for each in (case.keys, case.values))
+    case.query.mul_(size)
+    case.scale /= max(size, 1e-20)
+    metadata = case.metadata(backend := TritonBackend())
+    metadata.kv_caches = [case.kv_cache.to(torch.float8_e4m3fn)]
+    out = backend.attend(0, case.query, case.key, case.value, metadata, case.scale)
+    assert relative_error(out, case.expected()) < TOLERANCE[torch.bfloat16]
+
+
 def test_what_a_quantized_cache_does_at_its_ends() -> None:
     """A vector of zeros has scale 0 and stays zeros; float8 saturates at 448, where a plain cast would give NaN."""
     case = make_case([2], [2], heads=(1, 1), device=DEVICE)
