@@ -131,6 +131,14 @@ def attend(
     q = tl.load(query + query_at[:, None] + dim[None, :], is_element, other=0.0)
     if INTERPRETED:
         q = q.to(tl.float32)  # and with them keys and values: the interpreter would multiply the bits of bfloat16 as integers
+    factor = tl.full([BLOCK_M], 1, tl.float32) * scale_log2
+    if keys.dtype.element_ty == tl.float8e4nv and q.dtype == tl.bfloat16:
+        # One instruction makes two float16 of float8; bfloat16 would take more. Queries fit once they are at most 1.
+        largest = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1e-30)
+        q = (q.to(tl.float32) / largest[:, None]).to(tl.float16)
+        factor *= largest
+    # weights times scales can be too small for float16; bfloat16 has the range, and holds the int8 numbers exactly
+    VALUE_KIND: tl.constexpr = tl.bfloat16 if value_scales is not None and q.dtype == tl.float16 else q.dtype
 
     # Keys that some row of the tile sees, left..right-1: only these are in the cache for certain.
     num_splits = tl.num_programs(2)
@@ -142,7 +150,7 @@ def attend(
 
     top, total, acc = visit_keys(
         q, keys, values, key_scales, value_scales, block_tables + seq.to(tl.int64) * table_stride, left, right, position,
-        kv_head, scale_log2, H_KV, D, D_PADDED, BLOCK_SIZE, WINDOW, BLOCK_M, BLOCK_N,
+        kv_head, factor, H_KV, D, D_PADDED, BLOCK_SIZE, WINDOW, BLOCK_M, BLOCK_N, VALUE_KIND,
     )  # fmt: skip
 
     if partial_sums is None:
@@ -157,16 +165,19 @@ def attend(
 
 @triton.jit
 def visit_keys(
-    q, keys, values, key_scales, value_scales, block_table, left, right, position, kv_head, scale_log2,
+    q, keys, values, key_scales, value_scales, block_table, left, right, position, kv_head, factor,
     H_KV: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VALUE_KIND: tl.constexpr,
 ):  # fmt: skip
     """Attend over the keys at positions left..right-1 of one sequence, BLOCK_N at a time, and keep the softmax up to date.
 
     Args:
         q: [BLOCK_M, D_PADDED] queries of one KV head. position: [BLOCK_M], where each stands; it sees keys up to there, with a
             WINDOW only the last so many.
-        keys, values, key_scales, value_scales: as in `attend`. block_table: where the sequence's row begins.
+        keys, values, key_scales, value_scales: as in `attend`. An int8 key's scale multiplies its score, a value's scale its
+            weight: once a vector, not once an element. block_table: where the sequence's row begins.
+        factor: [BLOCK_M], what a row's scores are multiplied by, log2(e) included.
+        VALUE_KIND: the type in which weights (times scales) and values are multiplied; keys are in the queries' type.
 
     Returns:
         Of each row the largest score, -inf if it saw no key; the sum of weights exp2(score - largest), [BLOCK_M] each; and the
@@ -193,8 +204,8 @@ def find_sequence(tile, query_start_loc, num_seqs, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def gather(cache, scales, at, mask, D: tl.constexpr, D_PADDED: tl.constexpr, KIND: tl.constexpr):
-    """The cached vectors numbered `at`, [BLOCK_N, D_PADDED] in the queries' type KIND; zeros where `mask` is false."""
+def gather(cache, at, mask, D: tl.constexpr, D_PADDED: tl.constexpr, KIND: tl.constexpr):
+    """The cached vectors numbered `at`, without scales: [BLOCK_N, D_PADDED] in the type KIND, zeros where `mask` is false."""
     # Hint: Write the softmax of numbers that you see only once, one after the other, on paper: what has to happen to
     # the sum so far when a larger one comes?
     raise NotImplementedError("Stage 4 · Task 4.7: gather, see IMPLEMENTATION_GUIDE.md#task-4-7")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed; there is one for Linux: pip install triton")
+from stages.attention.paged_attention import AttentionMetadata
 from stages.attention.paged_attention_triton import Config, TritonBackend
 from stages.attention.paged_kernels_triton import gather, merge_splits
 from stages.core.triton_mode import tl, triton
@@ -28,19 +29,19 @@ def expected(case: AttentionCase) -> Tensor:
 
 
 @triton.jit
-def gathering(cache, scales, at, out, count, N: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
+def gathering(cache, at, out, count, N: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
     n = tl.arange(0, N)
-    vectors = gather(cache, scales, tl.load(at + n), n < count, D, D_PADDED, tl.float32)
+    vectors = gather(cache, tl.load(at + n), n < count, D, D_PADDED, tl.float32)
     tl.store(out + n[:, None] * D_PADDED + tl.arange(0, D_PADDED)[None, :], vectors)
 
 
-def gathered(cache: Tensor, at: list[int], count: int, scales: Tensor | None = None) -> Tensor:
+def gathered(cache: Tensor, at: list[int], count: int) -> Tensor:
     """[len(at), 8], of vectors of 6."""
     out = torch.full((len(at), 8), torch.nan, device=DEVICE)
-    cache, scales = cache.to(DEVICE), None if scales is None else scales.to(DEVICE)
+    cache = cache.to(DEVICE)
 
     def compute() -> Tensor:
-        gathering[(1,)](cache, scales, torch.tensor(at, device=DEVICE), out, count, N=len(at), D=6, D_PADDED=8)
+        gathering[(1,)](cache, torch.tensor(at, device=DEVICE), out, count, N=len(at), D=6, D_PADDED=8)
         return out
 
     return contained(compute, len(at), 8, device=DEVICE)
@@ -69,16 +70,15 @@ def test_masked_vectors_are_zeros_and_are_not_read() -> None:
     check_close(gathered(cache, [1, 2, 2**40, -(2**40)], 1), wanted, "vectors")
 
 
-def test_int8_vectors_are_multiplied_by_their_scales() -> None:
-    """Each vector has a scale of its own.
+def test_int8_vectors_come_as_they_are() -> None:
+    """Whole numbers in the type that was asked for; their scales are not `gather`'s business.
 
-    Why: with `--kv-cache-dtype int8` the cache holds whole numbers up to 127, which are no keys.
+    Why: a scale belongs to a whole vector, so it can multiply the one score or weight instead of all the numbers.
     """
     cache = torch.arange(-30, 30, dtype=torch.int8).view(10, 6)
-    scales = torch.arange(10).half() / 4
     wanted = torch.zeros(2, 8)
-    wanted[:, :6] = cache[[3, 8]].float() * scales[[3, 8], None].float()
-    check_close(gathered(cache, [3, 8], 2, scales), wanted, "vectors")
+    wanted[:, :6] = cache[[3, 8]].float()
+    check_close(gathered(cache, [3, 8], 2), wanted, "vectors")
 
 
 @pytest.mark.parametrize("block_size", [1, 8, 16])
@@ -191,6 +191,28 @@ def test_half_precision(dtype: torch.dtype) -> None:
     """
     case = make_case([1, 5], [40, 21], heads=(4, 2), head_dim=16, block_size=8, dtype=dtype, device=DEVICE)
     check_close(attend(case), expected(case), "attention", 2e-2)
+
+
+def test_scales_of_keys_and_of_values() -> None:
+    """A score is multiplied by its key's scale, a weight by its value's, once it has been counted: 21 keys in two tiles.
+
+    Why: with `--kv-cache-dtype int8` the cache holds whole numbers up to 127, which are no keys, and each vector is a multiple
+    of another scale. The sum of weights is that of the softmax, and knows nothing of values.
+    """
+    rng = torch.Generator().manual_seed(0)
+    cache = torch.randint(-127, 128, (2, 3, 8, 1, 16), generator=rng, dtype=torch.int8).to(DEVICE)
+    scales = (torch.rand(2, 3, 8, 1, generator=rng) / 40).half().to(DEVICE)
+    query, key, value = torch.randn(3, 1, 1, 16, generator=rng).to(DEVICE)
+    backend = TritonBackend(num_splits=1, config=TILE)
+    step = AttentionMetadata(
+        [cache], torch.tensor([-1], device=DEVICE), torch.tensor([[2, 0, 1]], dtype=torch.int32, device=DEVICE),
+        torch.tensor([0, 1], dtype=torch.int32, device=DEVICE), torch.tensor([21], dtype=torch.int32, device=DEVICE), 1, 21,
+        backend, kv_scales=[scales],  # slot -1: the cache holds the newest key already
+    )  # fmt: skip
+    got = contained(lambda: backend.attend(0, query, key, value, step, 1.0, None), 1, 1, 16, device=DEVICE)
+    keys, values = (cache.float() * scales.float()[..., None])[:, [2, 0, 1]].reshape(2, 24, 16)[:, :21].cpu()
+    weights = torch.softmax(keys @ query[0, 0].cpu(), dim=0)
+    check_close(got[0, 0], weights @ values, "attention", 1e-4)
 
 
 def test_a_cache_of_int8() -> None:
