@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +27,7 @@ from solutions.benchmarks.serving import (
     totals,
     under_watch,
 )
+from solutions.core.output import RequestOutput
 from solutions.models.loader import load_tokenizer, resolve_model
 from solutions.tests.fake_engine import FakeEngine
 from solutions.tests.fake_server import serve
@@ -62,11 +64,20 @@ def test_refused_requests_have_no_times_and_count_as_bad() -> None:
 
 
 def test_a_closed_loop_keeps_its_number_under_way() -> None:
+    """The engine goes on only while five requests are there, or no more come: with fewer under way it would wait for ever."""
     engine = FakeEngine()
     with serve(engine) as url:
         seen: list[int] = []
         step = engine.step
-        engine.step = lambda: (seen.append(len(engine.running)), step())[1]
+
+        def step_of_five() -> list[RequestOutput]:
+            if len(engine.running) < 5 and len(engine.submitted) < len(REQUESTS):
+                time.sleep(0.001)
+                return []
+            seen.append(len(engine.running))
+            return step()
+
+        engine.step = step_of_five
         streams = asyncio.run(Client(f"{url}/v1", "fake").closed_loop(REQUESTS, 5))
     assert max(seen) == 5
     assert [stream.num_tokens for stream in streams] == [request.output_len for request in REQUESTS]

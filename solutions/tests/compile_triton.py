@@ -137,6 +137,8 @@ def reports(head_dims: list[int], configs: list[Config]) -> Iterator[Report]:
                 yield compile_for("attend", capability, sizes, (*scales, *partials), "bf16", **options)
                 if config in (DECODE_CONFIGS[0], PREFILL_CONFIGS[0]):
                     yield compile_for("attend", capability, sizes, (), "i8", **options)
+                    if capability >= 89:
+                        yield compile_for("attend", capability, sizes, (*scales, *partials), "fp8e4nv", **options)
 
 
 def main() -> None:
