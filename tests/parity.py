@@ -92,11 +92,10 @@ def prompt_lengths(count: int = NUM_PROMPTS) -> list[int]:
 
 @dataclass
 class Oracle:
-    """Prompts with transformers' greedy continuation, the best five tokens at each position, and the prompts' logits."""
+    """Prompts with transformers' greedy continuation."""
 
     prompts: list[list[int]]
     tokens: list[list[int]]
-    top5: list[list[list[int]]]
     path: Path
     windowed: bool = False
     """The model frees what leaves its window, so sequences hardly grow and need not preempt each other."""
@@ -106,53 +105,62 @@ class Oracle:
         self.total_tokens = sum(len(p) + NUM_TOKENS for p in self.prompts)
 
 
-@torch.inference_mode()
-def greedy(model: PreTrainedModel, prompt: list[int], guess: list[int]) -> tuple[list[int], list[list[int]], float]:
+def greedy(model: PreTrainedModel, prompt: list[int], guess: list[int]) -> tuple[list[int], float]:
     """Continue one prompt by itself.
 
     A guess of the answer, wherever it comes from, spares most of the time: the model looks at all of it in one pass, and what
     it would have said up to the first wrong token is known then. A wrong token is put right, what is behind it guessed anew.
 
     Returns:
-        64 tokens, the five best at each of their positions, and the smallest distance between the two best logits.
+        64 tokens, and the smallest distance between the two best logits at one of their positions.
     """
     answer = list(guess)
     known = 0
     while True:
-        logits = model(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :].float()
-        best = logits.topk(5)
+        best = five_best(model, prompt, answer)
         tokens = best.indices[:, 0].tolist()
         known = next((i for i in range(known, NUM_TOKENS) if tokens[i] != answer[i]), NUM_TOKENS)
         if known == NUM_TOKENS:
-            return tokens, best.indices.tolist(), float((best.values[:, 0] - best.values[:, 1]).min())
+            return tokens, float((best.values[:, 0] - best.values[:, 1]).min())
         answer[known:] = tokens[known:]
 
 
-def make_oracle(path: Path, text_ids: list[int], count: int = NUM_PROMPTS, dtype: torch.dtype = torch.float32) -> Oracle:
+@torch.inference_mode()
+def five_best(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> torch.return_types.topk:
+    """What the model would say next after the prompt and each beginning of `answer`: values and indices, [64, 5]."""
+    return model(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :].float().topk(5)
+
+
+def cut_prompts(text_ids: list[int], starts: list[int], lengths: list[int]) -> list[list[int]]:
+    """Pieces of a text, which is repeated as often as they need."""
+    text_ids = text_ids * (1 + 2 * MAX_PROMPT // len(text_ids))
+    return [text_ids[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+
+
+def make_oracle(path: Path, text_ids: list[int], count: int = NUM_PROMPTS) -> Oracle:
     """Run transformers over `count` prompts cut from a text.
 
     A prompt on whose way two logits nearly tie is moved on through the text by a token until its answer is defined.
     """
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     guesser = LLM(str(path), dtype="float32", max_model_len=MAX_PROMPT + NUM_TOKENS)
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-    text_ids = text_ids * (1 + 2 * MAX_PROMPT // len(text_ids))
-    prompts, tokens, top5 = [], [], []
-    for index, length in enumerate(prompt_lengths(count)):
-        # Every third prompt starts where the text starts, so that prefixes are shared.
-        start = 0 if index % 3 == 0 and length > 1 else 11 * index
-        while True:
-            prompt = text_ids[start : start + length]
-            (guess,) = guesser.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
-            continuation, best, margin = greedy(model, prompt, guess.outputs[0].token_ids)
-            if margin > TIE or dtype is not torch.float32:
-                break
-            start += 1
-        prompts.append(prompt)
-        tokens.append(continuation)
-        top5.append(best)
+    lengths = prompt_lengths(count)
+    # Every third prompt starts where the text starts, so that prefixes are shared.
+    starts = [0 if index % 3 == 0 and length > 1 else 11 * index for index, length in enumerate(lengths)]
+    answers: dict[int, list[int]] = {}
+    while missing := [index for index in range(len(lengths)) if index not in answers]:
+        prompts = cut_prompts(text_ids, [starts[i] for i in missing], [lengths[i] for i in missing])
+        guesses = guesser.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        for index, prompt, guess in zip(missing, prompts, guesses, strict=True):
+            answer, margin = greedy(model, prompt, guess.outputs[0].token_ids)
+            if margin > TIE:
+                answers[index] = answer
+            else:
+                starts[index] += 1
     windowed = getattr(model.config, "sliding_window", None) is not None
-    return Oracle(prompts, tokens, top5, path, windowed)
+    prompts = cut_prompts(text_ids, starts, lengths)
+    return Oracle(prompts, [answers[index] for index in range(len(prompts))], path, windowed)
 
 
 def check_setting(oracle: Oracle, setting: Setting, **flags: Any) -> None:

@@ -7,12 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from solutions.batching.sequence import SamplingParams
 from solutions.core.engine import LLM
 from solutions.models.loader import load_tokenizer, resolve_model
 from solutions.tests.tiny_models import make_tiny_gpt2, make_tiny_mistral
-from tests.parity import AXES, NUM_TOKENS, Oracle, Setting, check_setting, full_grid, make_oracle, pairwise_grid
+from tests.parity import (
+    AXES,
+    NUM_TOKENS,
+    Oracle,
+    Setting,
+    check_setting,
+    cut_prompts,
+    five_best,
+    full_grid,
+    make_oracle,
+    pairwise_grid,
+    prompt_lengths,
+)
 
 TEXT = (Path(__file__).parent / "data" / "alice.txt").read_text()
 
@@ -82,16 +95,16 @@ def test_tiny_models_whole_grid(tiny_oracle: Oracle, setting: Setting):
 
 
 def test_bfloat16_differs_only_between_close_tokens(default_model_path, text_ids):
-    """Where the two first part, each one's token is among the other's five best."""
-    expected = make_oracle(default_model_path, text_ids, count=5, dtype=torch.bfloat16)
+    """After each beginning of an answer of ours, the next token of either is among the other's five best."""
+    model = AutoModelForCausalLM.from_pretrained(default_model_path, dtype=torch.bfloat16).eval()
     llm = LLM(str(default_model_path), dtype="bfloat16", max_model_len=1024)
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=5)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in expected.prompts], params, use_tqdm=False)
-    for output, tokens, top5 in zip(outputs, expected.tokens, expected.top5, strict=True):
+    lengths = prompt_lengths(8)
+    prompts = cut_prompts(text_ids, [11 * index for index in range(len(lengths))], lengths)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
         ours = output.outputs[0]
-        for position, (got, theirs) in enumerate(zip(ours.token_ids, tokens, strict=True)):
-            if got != theirs:
-                assert got in top5[position]
-                best = sorted(ours.logprobs[position].items(), key=lambda item: item[1].rank)[:5]
-                assert theirs in [token for token, _ in best]
-                break
+        best = five_best(model, prompt, ours.token_ids).indices.tolist()
+        for got, theirs, logprobs in zip(ours.token_ids, best, ours.logprobs, strict=True):
+            assert got in theirs
+            assert theirs[0] in [token for token, logprob in logprobs.items() if logprob.rank <= 5]
