@@ -21,6 +21,8 @@ FORCE    :=
 SUBMISSION := .
 OUTPUT   := grades
 SALT     :=
+# for make test: processes at once; 0 is this one alone, with its output as it comes and --pdb
+JOBS     := 2
 # for make test-api
 CASES    := 1250
 # for make test-cpu-kernels (1) and make test-cuda-on-cpu (address or thread)
@@ -138,8 +140,8 @@ notebooks: $(LAB_STAMP) ## Run all notebooks from top to bottom and see that non
 	@$(RUN) -m pytest --nbmake --nbmake-timeout=300 $(ARGS) notebooks
 
 ##@ Test
-test: $(STAMP) ## Run the test suite (ARGS="-k scheduler" for a part of it)
-	@$(RUN) -m pytest $(ARGS)
+test: $(STAMP) ## Run the test suite in JOBS=2 processes (ARGS="-k scheduler" for a part of it)
+	@OMP_WAIT_POLICY=passive $(RUN) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-parity: $(STAMP) ## Compare with transformers over the whole grid of settings; takes more than an hour
 	@$(RUN) -m pytest -m parity $(ARGS)

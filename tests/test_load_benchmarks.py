@@ -32,6 +32,7 @@ from solutions.models.loader import load_tokenizer, resolve_model
 from solutions.tests.fake_engine import FakeEngine
 from solutions.tests.fake_server import serve
 
+pytestmark = pytest.mark.alone
 REQUESTS = [BenchRequest([97] * (3 + i), 1 + i % 7) for i in range(40)]
 
 

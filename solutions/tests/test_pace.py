@@ -16,6 +16,8 @@ from solutions.serving.pace import Pace
 from solutions.tests.fake_engine import FakeEngine
 from solutions.tests.fake_server import FOREVER, body, serve, until
 
+pytestmark = pytest.mark.alone
+
 
 @contextmanager
 def watched(url: str) -> Iterator[Any]:

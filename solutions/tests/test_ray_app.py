@@ -249,6 +249,7 @@ def test_a_prompt_goes_where_its_beginning_is_cached(client: openai.OpenAI) -> N
     assert all(cached(beginning, end) >= 48 for end in ("So", "But", "At night") for beginning in beginnings)
 
 
+@pytest.mark.alone
 def test_a_client_that_leaves_makes_room(client: openai.OpenAI, url: str) -> None:
     """An engine runs one request at a time, so whoever comes next would wait for all that is left of the last one."""
     forever = {"model": MODEL, "max_tokens": FOREVER, "ignore_eos": True}

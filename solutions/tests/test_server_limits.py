@@ -65,6 +65,7 @@ def connect(url: str) -> socket.socket:
     return socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=10)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "start", [b"", b"GET /", HEAD, HEAD + b"Content-Length: 100\r\n\r\n", HEAD + b"Content-Length: 100\r\n\r\n{"]
 )
@@ -87,6 +88,7 @@ def test_a_request_that_trickles_in_is_given_up_and_holds_nobody_up(start: bytes
         assert slow.recv(1000) == b""
 
 
+@pytest.mark.alone
 def test_a_second_request_has_the_same_limit_and_a_pause_between_them_has_none() -> None:
     with serve(FakeEngine(), connection_timeout=0.3) as url, connect(url) as raw:
         for _ in range(2):
@@ -97,6 +99,7 @@ def test_a_second_request_has_the_same_limit_and_a_pause_between_them_has_none()
         assert raw.recv(1000).startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.alone
 def test_an_answer_may_take_longer_than_a_request_may() -> None:
     gate = threading.Event()
     with serve(FakeEngine(gate=gate), connection_timeout=0.2) as url:
@@ -104,6 +107,7 @@ def test_an_answer_may_take_longer_than_a_request_may() -> None:
         assert httpx.post(f"{url}/v1/completions", json=body()).status_code == 200
 
 
+@pytest.mark.alone
 def test_a_client_that_reads_nothing_is_cut_off_and_its_request_aborted() -> None:
     fake = FakeEngine()
     with serve(fake, connection_timeout=0.5) as url, socket.socket() as raw:
