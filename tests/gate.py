@@ -43,7 +43,7 @@ Rule = Callable[[Classroom, Stage], list[str]]
 
 def enough_mutants(room: Classroom, stage: Stage) -> list[str]:
     """The bank has mutants for every task of a stage, and enough of them, each with a name of its own."""
-    mutants = load_mutants(room, stage)
+    mutants = load_mutants(room.root, stage)
     complaints = []
     if len(mutants) < MUTANTS_PER_STAGE:
         complaints.append(f"stage {stage.number} has {len(mutants)} mutants; add to tests/mutants up to {MUTANTS_PER_STAGE}")
@@ -128,7 +128,7 @@ def check(
     """
     report = Report()
     todo = [(stage, rule) for stage in stages for rule in RULES]
-    wrong = [(stage, mutant) for stage in stages for mutant in load_mutants(room, stage)] if mutants else []
+    wrong = [(stage, mutant) for stage in stages for mutant in load_mutants(room.root, stage)] if mutants else []
     total = len(todo) + len(wrong)
     for done, (stage, rule) in enumerate(todo):
         on_step(done, total, f"stage {stage.number}: {title(rule.__name__)}")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from stages.course.catalog import CourseError
+from stages.course.catalog import CourseError, Stage, load_course
 from stages.make_starters import render
 from tests import gate
-from tests.classroom import Classroom
+from tests.classroom import ROOT, Classroom
 from tests.mutants import __main__ as mutants_command
 from tests.mutants import bank
 from tests.mutants.bank import load_mutants
@@ -204,7 +204,7 @@ def test_a_mutant_that(name: str, toy: Toy, warm: Warm) -> None:
     entry, says = WRONG_MUTANTS[name]
     toy.write(MUTANTS, mutant_entry(*entry))
     room = Classroom(toy.root.parent / "room", toy.root, warm)
-    kill = gate.check_mutant(room, room.course[0], load_mutants(room, room.course[0])[0])
+    kill = gate.check_mutant(room, room.course[0], load_mutants(room.root, room.course[0])[0])
     assert kill.killed_by is None
     assert says in kill.complaint
 
@@ -217,14 +217,23 @@ def test_an_endless_mutant_is_killed(toy: Toy, warm: Warm, monkeypatch: pytest.M
     toy.edit(FIRST, "def test_double_1() -> None:", random_test)
     toy.edit(FIRST, "assert double(2) == 4", "assert double(number) == number + number")
     room = Classroom(toy.root.parent / "room", toy.root, warm)
-    assert gate.check_mutant(room, room.course[0], load_mutants(room, room.course[0])[0]).killed_by == "test_double_1"
+    assert gate.check_mutant(room, room.course[0], load_mutants(room.root, room.course[0])[0]).killed_by == "test_double_1"
+
+
+@pytest.mark.parametrize("stage", load_course(), ids=lambda stage: str(stage.number))
+def test_every_mutant_of_the_real_bank_can_be_made(stage: Stage) -> None:
+    """Whether its text still stands where it says: seconds here, minutes in the gate."""
+    wrong = load_mutants(ROOT, stage)
+    assert wrong
+    for mutant in wrong:
+        bank.mutate(mutant, (ROOT / "solutions" / mutant.file).read_text(encoding="utf-8"))
 
 
 def test_a_malformed_bank_is_named(toy: Toy, warm: Warm) -> None:
     toy.edit(MUTANTS, "why", "because")
     room = Classroom(toy.root.parent / "room", toy.root, warm)
     with pytest.raises(CourseError, match=r"stage1.toml, mutant 'number-[+]-2': missing or unknown: because, why"):
-        load_mutants(room, room.course[0])
+        load_mutants(room.root, room.course[0])
 
 
 def test_the_list_of_mutants_names_their_killers(

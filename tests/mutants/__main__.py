@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         room = Classroom(Path(folder) / "course")
         try:
             stages = room.course if args.stage is None else [find_stage(room.course, args.stage)]
-            jobs = [(stage, mutant) for stage in stages for mutant in load_mutants(room, stage)]
+            jobs = [(stage, mutant) for stage in stages for mutant in load_mutants(room.root, stage)]
             jobs = [job for job in jobs if args.name in (None, job[1].name)]
             for stage, mutant in track(jobs, "mutants", console=console, transient=True):
                 try:

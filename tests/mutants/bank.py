@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from stages.course.catalog import CourseError, Stage
 from stages.course.runner import TestResult
@@ -30,13 +31,13 @@ class Mutant:
     new: str
 
 
-def load_mutants(room: Classroom, stage: Stage) -> list[Mutant]:
-    """The mutants of a stage in the repository of which `room` is a copy; none if it has no list.
+def load_mutants(root: Path, stage: Stage) -> list[Mutant]:
+    """The mutants of a stage in the repository at `root`; none if it has no list.
 
     Raises:
         CourseError: an entry is malformed.
     """
-    path = room.root / "tests" / "mutants" / f"stage{stage.number}.toml"
+    path = root / "tests" / "mutants" / f"stage{stage.number}.toml"
     if not path.exists():
         return []
     names = {field.name for field in fields(Mutant)}
