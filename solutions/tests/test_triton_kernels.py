@@ -246,6 +246,19 @@ def test_quantized_cache(kind: torch.dtype, distance: float, dtype: torch.dtype,
     assert 1e-4 < relative_error(out, unquantized) < distance
 
 
+def test_small_values_of_an_int8_cache_in_float16() -> None:
+    """Weights times scales lie below what float16 holds; their sums do not."""
+    case = make_case([1, 3], [80, 40], heads=(4, 2), dtype=torch.float16, device=DEVICE)
+    case.value *= 1e-3
+    metadata = case.metadata(backend := TritonBackend())
+    quantized, scales = quantize_int8(case.kv_cache.float() * torch.tensor([1, 1e-3], device=DEVICE).view(2, 1, 1, 1, 1))
+    metadata.kv_caches, metadata.kv_scales = [quantized], [scales]
+    out = backend.attend(0, case.query, case.key, case.value, metadata, case.scale)
+    cache = quantized.double() * scales.double()[..., None]
+    case.keys, case.values = contexts(cache[0], case), contexts(cache[1], case)
+    assert relative_error(out, case.expected()) < TOLERANCE[torch.float16]
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-20, 1e6])
 def test_queries_of_any_size_over_a_float8_cache(size: float) -> None:
     """They are multiplied in float16, which holds neither a million nor 1e-20."""
