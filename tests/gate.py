@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -150,17 +152,18 @@ def check_stages(folder: Path, numbers: list[int], mutants: bool, progress: Prog
     Raises:
         CourseError: starters cannot be made.
     """
-    rooms: list[Classroom] = []
+    ending = threading.Event()
 
     def check_one(number: int) -> Report:
         bar = progress.add_task(f"stage {number}: copying the course", total=None)
-        room = Classroom(folder / f"course-{number}")
-        rooms.append(room)
 
         def show(done: int, total: int, what: str) -> None:
+            if ending.is_set():
+                raise CourseError("another stage has ended the gate")
             progress.update(bar, completed=done, total=total, description=what)
 
-        report = check(room, [find_stage(room.course, number)], mutants=mutants, on_step=show)
+        with closing(Classroom(folder / f"course-{number}")) as room:
+            report = check(room, [find_stage(room.course, number)], mutants=mutants, on_step=show)
         progress.remove_task(bar)
         return report
 
@@ -168,11 +171,13 @@ def check_stages(folder: Path, numbers: list[int], mutants: bool, progress: Prog
     try:
         # the last stages have the most mutants, and would run alone at the end
         futures = {number: pool.submit(check_one, number) for number in sorted(numbers, reverse=True)}
-        parts = [futures[number].result() for number in numbers]
+        done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()  # an error ends the gate
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for room in rooms:
-            room.close()
+        ending.set()
+        pool.shutdown(cancel_futures=True)  # waits for the step under way: the folder is about to go
+    parts = [futures[number].result() for number in numbers]
     return Report([v for part in parts for v in part.verdicts], [k for part in parts for k in part.kills])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -292,6 +293,29 @@ def test_the_command_wants_what_starters_are_made_of(
         gate.main([])
     assert end.value.code == 1
     assert says in capsys.readouterr().err
+
+
+def test_the_command_ends_when_all_its_stages_have(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One stage breaks down while the other still copies the course: the folder stays until both have let go of it."""
+    left: list[str] = []
+
+    class Room(Classroom):
+        def __init__(self, folder: Path) -> None:
+            if folder.name == "course-1":
+                raise CourseError("the first stage breaks down")
+            time.sleep(0.3)
+            super().__init__(folder, toy.root)
+            left.append(folder.name)
+
+    monkeypatch.setattr(gate, "Classroom", Room)
+    monkeypatch.setattr(gate, "ROOT", toy.root)
+    with pytest.raises(SystemExit) as end:
+        gate.main([])
+    assert end.value.code == 1
+    assert "the first stage breaks down" in capsys.readouterr().err
+    assert left == ["course-2"]
 
 
 def test_the_toy_is_what_it_says() -> None:
