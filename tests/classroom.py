@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.course.catalog import CourseError, Task, find_stage, load_course
-from stages.course.runner import FAILED, PASSED, TODO, TestResult
+from stages.course.runner import FAILED, NO_PLUGINS, PASSED, TODO, TestResult
 from stages.make_starters import render
 from tests.warm import Ended, Job, Warm
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("pyproject.toml", "constraints.txt", "Makefile", "README.md", "IMPLEMENTATION_GUIDE.md")
-UNUSED = ("cacheprovider", "nbmake", "anyio")
-PYTEST = ["-q", "--tb=native", "--disable-warnings", "--color=no", *(f"-pno:{plugin}" for plugin in UNUSED)]
-"""How pytest is called; the plugins that no stage test needs take longer to load than most tests to run."""
+PYTEST = ["-q", "--tb=native", "--disable-warnings", "--color=no", *NO_PLUGINS]
+"""How pytest is called."""
 NOT_COPIED = ("__pycache__", ".pytest_cache", ".hypothesis")
 
 

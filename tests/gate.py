@@ -146,7 +146,7 @@ def check(
     return report
 
 
-def check_stages(folder: Path, numbers: list[int], mutants: bool, progress: Progress) -> Report:
+def check_stages(folder: Path, stages: list[Stage], mutants: bool, progress: Progress) -> Report:
     """`check` several stages, `JOBS` at a time, each in a classroom of its own: most of the time a gate waits for tests.
 
     Raises:
@@ -167,17 +167,18 @@ def check_stages(folder: Path, numbers: list[int], mutants: bool, progress: Prog
         progress.remove_task(bar)
         return report
 
+    # first the one with the most mutants, which would else run alone at the end
+    longest_first = sorted(stages, key=lambda stage: len(load_mutants(ROOT, stage)), reverse=True)
     pool = ThreadPoolExecutor(JOBS)
     try:
-        # the last stages have the most mutants, and would run alone at the end
-        futures = {number: pool.submit(check_one, number) for number in sorted(numbers, reverse=True)}
+        futures = {stage.number: pool.submit(check_one, stage.number) for stage in longest_first}
         done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()  # an error ends the gate
     finally:
         ending.set()
         pool.shutdown(cancel_futures=True)  # waits for the step under way: the folder is about to go
-    parts = [futures[number].result() for number in numbers]
+    parts = [futures[stage.number].result() for stage in stages]
     return Report([v for part in parts for v in part.verdicts], [k for part in parts for k in part.kills])
 
 
@@ -221,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             course = load_course(ROOT / "stages" / "course.toml")
             stages = course if args.stage is None else [find_stage(course, args.stage)]
-            report = check_stages(Path(folder), [stage.number for stage in stages], not args.no_mutants, progress)
+            report = check_stages(Path(folder), stages, not args.no_mutants, progress)
         except CourseError as error:
             parser.exit(1, f"{error}\n")
         except KeyboardInterrupt:

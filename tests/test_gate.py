@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -299,12 +300,15 @@ def test_the_command_ends_when_all_its_stages_have(
     toy: Toy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One stage breaks down while the other still copies the course: the folder stays until both have let go of it."""
+    begun = threading.Event()
     left: list[str] = []
 
     class Room(Classroom):
         def __init__(self, folder: Path) -> None:
             if folder.name == "course-1":
+                begun.wait(10)
                 raise CourseError("the first stage breaks down")
+            begun.set()
             time.sleep(0.3)
             super().__init__(folder, toy.root)
             left.append(folder.name)

@@ -26,8 +26,9 @@ import pytest
 
 CAN_FORK = sys.platform == "linux"
 PRELOADED = (
-    "hypothesis.stateful", "numpy", "torch", "transformers:PreTrainedTokenizerFast", "rich.console",
-    "fastapi", "openai", "prometheus_client", "starlette.testclient:TestClient", "uvicorn",
+    "hypothesis.stateful", "numpy", "torch", "transformers:PreTrainedTokenizerFast", "transformers:GPT2LMHeadModel",
+    "transformers:LlamaForCausalLM", "transformers:MistralForCausalLM", "rich.console", "fastapi",
+    "openai", "prometheus_client", "starlette.testclient:TestClient", "uvicorn",
 )  # fmt: skip
 """Modules that a server imports before it forks; after a colon a name in it, for modules that load lazily."""
 MEMORY_LIMIT = 8 << 30
