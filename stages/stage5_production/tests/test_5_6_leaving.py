@@ -191,7 +191,7 @@ def test_a_client_of_a_real_server_leaves(leaves: bool) -> None:
         await request.body()
         stream = OutputStream(["a"], aborted.extend)
         watch = asyncio.create_task(close_on_disconnect(request, stream))
-        asyncio.get_running_loop().call_later(0.5, stream.put, output("a", True))
+        asyncio.get_running_loop().call_later(5 if leaves else 0.5, stream.put, output("a", True))
         waiting.set()
         outputs = [one async for one in stream]
         watch.cancel()
@@ -205,8 +205,8 @@ def test_a_client_of_a_real_server_leaves(leaves: bool) -> None:
             waiting.wait(10)
             start = time.monotonic()
             answer = b"" if leaves else client.makefile("rb").read()
-        while leaves and not aborted and time.monotonic() - start < 2:
+        while leaves and not aborted and time.monotonic() - start < 4:
             time.sleep(0.01)
         took = time.monotonic() - start
     check_equal(aborted, ["a"] if leaves else [], "requests that were aborted")
-    check_equal(took < 0.4 if leaves else answer.endswith(b"\r\n\r\n1"), True, "at once, or with its answer")
+    check_equal(took < 4 if leaves else answer.endswith(b"\r\n\r\n1"), True, "long before its answer, or with it")

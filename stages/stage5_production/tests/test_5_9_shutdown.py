@@ -181,13 +181,13 @@ def test_an_idle_engine_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Why: who sets a flag and does not wake the sleeper waits for its next look at the clock.
     """
-    monkeypatch.setattr(async_engine, "HEALTH_SECONDS", 2.0)
+    monkeypatch.setattr(async_engine, "HEALTH_SECONDS", 5.0)
     bridge = start(Idle())
     time.sleep(0.1)
     began = time.monotonic()
     bridge.shutdown()
     check_equal(bridge._thread.is_alive(), False, "thread lives")
-    check_equal(time.monotonic() - began < 0.5, True, "at once")
+    check_equal(time.monotonic() - began < 4, True, "at once")
 
 
 def test_a_step_that_hangs_is_given_up() -> None:
