@@ -89,7 +89,7 @@ def test_a_full_queue_is_429_and_recovers(stream: bool) -> None:
     fake = FakeEngine(max_waiting=1)
     with serve(fake) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
         first = client.completions.create(model="fake", prompt="hi", max_tokens=FOREVER, stream=True)
-        assert next(first).choices[0].text == "a"
+        assert next(first).choices[0].text.startswith("a")
         with pytest.raises(openai.RateLimitError) as caught:
             client.completions.create(model="fake", prompt="hi", stream=stream)
         assert caught.value.body["code"] == 429
