@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 NOTE = """
 import json, os, time
@@ -35,6 +37,7 @@ def test_beside_others(number):
 """
 
 
+@pytest.mark.alone
 def test_what_measures_time_runs_alone(tmp_path: Path) -> None:
     """Nothing runs beside those tests or between two of them, and they need not wait until the others have no more tests."""
     shutil.copy(ROOT / "conftest.py", tmp_path)
