@@ -49,6 +49,9 @@ class BlockManager:
         """seq_id → device blocks, of every sequence that is running."""
         self.host_tables: dict[int, list[int]] = {}
         """seq_id → host blocks, of every sequence that is swapped out."""
+        self.filling: set[int] = set()
+        """Blocks that the prefix cache was told of since `begin_step`: the step computes them, so until it has run they hold
+        nothing that could be copied."""
         self._num_expired: dict[int, int] = {}
         self._changed: set[int] = set()
 
@@ -78,8 +81,14 @@ class BlockManager:
 
     def holds(self, seq: Sequence, num_tokens: int) -> bool:
         """Whether a sequence has, computed and not yet left behind by the window, all that a fork at position `num_tokens`
-        would read."""
+        would read.
+
+        The fork writes into the block of that position, so the block is copied before the step runs. A block that this very
+        step fills is no such source, although a sequence that was admitted with it counts its tokens as computed.
+        """
         if seq.seq_id not in self.tables or seq.num_computed_tokens < num_tokens:
+            return False
+        if num_tokens % self.block_size and self.tables[seq.seq_id][num_tokens // self.block_size] in self.filling:
             return False
         return self._num_expired.get(seq.seq_id, 0) <= self._num_out_of_window(num_tokens)
 
@@ -88,13 +97,17 @@ class BlockManager:
         return self._fits(1, keep_watermark)
 
     def can_swap_out(self, seq: Sequence) -> bool:
-        """Whether host memory has room for what is computed of a sequence."""
-        needed = self.num_blocks_for(seq.num_computed_tokens)
-        return self.host_allocator is not None and needed <= self.host_allocator.num_free
+        """Whether host memory has room for what is computed of a running sequence; a `NULL_BLOCK` takes none."""
+        if self.host_allocator is None:
+            return False
+        table = self.tables[seq.seq_id][: self.num_blocks_for(seq.num_computed_tokens)]
+        return len(table) - table.count(NULL_BLOCK) <= self.host_allocator.num_free
 
     def can_swap_in(self, seq: Sequence, keep_watermark: bool = True) -> bool:
-        """Whether a swapped-out sequence fits with all its tokens, with the watermark left over if it is to be kept."""
-        return self._fits(self.num_blocks_for(len(seq.tokens)), keep_watermark)
+        """Whether a swapped-out sequence fits with all its tokens, with the watermark left over if it is to be kept; a
+        `NULL_BLOCK` of its host table needs no block."""
+        num_expired = self.host_tables.get(seq.seq_id, []).count(NULL_BLOCK)
+        return self._fits(self.num_blocks_for(len(seq.tokens)) - num_expired, keep_watermark)
 
     def _fits(self, num_blocks: int, keep_watermark: bool) -> bool:
         """Whether `num_blocks` can be taken from the free blocks, with the watermark left over if it is to be kept."""
@@ -107,6 +120,10 @@ class BlockManager:
         return self.prefix_cache.match(seq)
 
     # A sequence's life
+
+    def begin_step(self) -> None:
+        """A new step is decided: the one before has run, and what it was to fill is filled."""
+        self.filling.clear()
 
     def allocate(self, seq: Sequence) -> int:
         """Give a waiting sequence blocks for all its tokens: those that the prefix cache has (`_match`) shared, then new ones.
@@ -198,7 +215,8 @@ class BlockManager:
         """Enter the blocks that the next `num_tokens` tokens of a sequence will fill into the prefix cache.
 
         Called when the step is decided. A sequence admitted in the same step may share them at once, because a step writes
-        all keys and values of a layer before it reads any.
+        all keys and values of a layer before it reads any. Moves come before that, so until the step has run nobody may copy
+        these blocks (`filling`).
         """
         first = seq.num_computed_tokens // self.block_size
         last = (seq.num_computed_tokens + num_tokens) // self.block_size
@@ -208,6 +226,7 @@ class BlockManager:
         table = self.tables[seq.seq_id]
         for index in range(first, last):
             self.prefix_cache.insert(hashes[index], table[index])
+            self.filling.add(table[index])
 
     def free_out_of_window(self, seq: Sequence) -> None:
         """Free the blocks that no token of the sequence will see again."""

@@ -86,14 +86,17 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         """Put a sequence into `waiting`, at the place that the policy's key gives it.
 
-        Its children come to the queue later, without being asked again, so each needs a place now.
+        Children come to the queue later, without being asked again, so each needs a place now: this sequence's, and those of
+        every sequence that waits or runs.
 
         Raises:
             QueueFullError: more than `max_num_waiting` (None: no limit) would wait; the queue is as before.
         """
         limit = self.config.max_num_waiting
-        if limit is not None and len(self.waiting) + 1 + len(seq.children) > limit:
-            raise QueueFullError(f"{len(self.waiting)} sequences are waiting, at most {limit} may; try again later")
+        if limit is not None:
+            num_waiting = len(self.waiting) + sum(len(each.children) for each in (*self.waiting, *self.running))
+            if num_waiting + 1 + len(seq.children) > limit:
+                raise QueueFullError(f"{num_waiting} sequences are waiting, at most {limit} may; try again later")
         insort(self.waiting, seq, key=self._key)
 
     def has_unfinished(self) -> bool:
@@ -106,6 +109,7 @@ class Scheduler:
         Nothing is admitted in a step that preempted, or the victim would come straight back.
         """
         output = SchedulerOutput()
+        self.block_manager.begin_step()
         budget = self.schedule_running(output)
         if self.config.policy == "lpm" and not output.preempted:
             self.sort_by_prefix()
@@ -213,7 +217,10 @@ class Scheduler:
             # All of the prompt but its last token is shared; that one is computed again to get logits of its own.
             seq.num_computed_tokens = seq.num_prompt_tokens - 1
             manager.fork(parent, seq, seq.num_computed_tokens)
+            num_copies = len(output.copies)
             manager.append_slots(seq, 1, output.copies)
+            for source, _ in output.copies[num_copies:]:
+                assert source not in manager.filling, f"block {source} is copied before the step that fills it has run"
         else:
             if not manager.can_allocate(seq, keep_watermark):
                 return False

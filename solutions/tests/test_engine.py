@@ -114,6 +114,35 @@ def test_logprobs_and_prompt_logprobs_are_those_of_transformers(path, oracle, bu
         assert completion.cumulative_logprob == pytest.approx(total, abs=1e-3)
 
 
+def greedy_tokens(oracle, token_ids: list[int], count: int) -> list[int]:
+    """What transformers says behind some tokens."""
+    tokens = list(token_ids)
+    with torch.inference_mode():
+        for _ in range(count):
+            tokens.append(int(oracle(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(token_ids) :]
+
+
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+@pytest.mark.parametrize("budget", [9, 512])
+def test_twins_of_a_preempted_sequence_are_all_right(path, oracle, mode, budget):
+    """A preempted parent comes back and finds a block that a twin computes in this step, and its child forks at once."""
+    twin = list(range(3, 17))
+    prompts = [list(range(100, 113)), list(range(200, 216)), twin, twin, twin]
+    lengths, counts = [21, 38, 20, 20, 20], [1, 1, 3, 3, 1]
+    llm = LLM(
+        str(path), dtype="float32", block_size=16, num_gpu_blocks_override=6, max_model_len=80, preemption_mode=mode,
+        max_num_batched_tokens=budget,
+    )  # fmt: skip
+    params = [dataclasses.replace(GREEDY, max_tokens=m, n=n) for m, n in zip(lengths, counts, strict=True)]
+    outputs = llm.generate([prompt(*p) for p in prompts], params, use_tqdm=False)
+    assert llm.llm_engine.stats().num_preemptions > 0
+    for output, token_ids, length in zip(outputs, prompts, lengths, strict=True):
+        expected = greedy_tokens(oracle, token_ids, length)
+        assert [completion.token_ids for completion in output.outputs] == [expected] * len(output.outputs)
+    check_idle(llm.llm_engine)
+
+
 def test_n_sequences_are_samples_of_their_own_seed(llm):
     params = SamplingParams(n=3, seed=5, max_tokens=10, ignore_eos=True)
     (output,) = llm.generate("What", params)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from solutions.tests.simulation import Simulation
+from solutions.tests.twins import run_twins
 
 SETTINGS = st.fixed_dictionaries(
     {
@@ -81,3 +85,13 @@ TestEngineMachine = EngineMachine.TestCase
 TestEngineMachine.settings = settings(
     max_examples=400, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+
+
+@pytest.mark.parametrize("first", range(0, 900, 300))
+def test_twins_never_read_a_block_before_it_is_computed(first):
+    """Of these lives, four copied a block that the step had yet to compute (111, 280, 797, 841)."""
+    for seed in range(first, first + 300):
+        try:
+            run_twins(random.Random(seed))
+        except AssertionError as error:
+            raise AssertionError(f"random.Random({seed}): {error}") from error

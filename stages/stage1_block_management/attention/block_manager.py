@@ -49,6 +49,9 @@ class BlockManager:
         """seq_id → device blocks, of every sequence that is running."""
         self.host_tables: dict[int, list[int]] = {}
         """seq_id → host blocks, of every sequence that is swapped out."""
+        self.filling: set[int] = set()
+        """Blocks that the prefix cache was told of since `begin_step`: the step computes them, so until it has run they hold
+        nothing that could be copied."""
         self._num_expired: dict[int, int] = {}
         self._changed: set[int] = set()
 
@@ -78,8 +81,14 @@ class BlockManager:
 
     def holds(self, seq: Sequence, num_tokens: int) -> bool:
         """Whether a sequence has, computed and not yet left behind by the window, all that a fork at position `num_tokens`
-        would read."""
+        would read.
+
+        The fork writes into the block of that position, so the block is copied before the step runs. A block that this very
+        step fills is no such source, although a sequence that was admitted with it counts its tokens as computed.
+        """
         if seq.seq_id not in self.tables or seq.num_computed_tokens < num_tokens:
+            return False
+        if num_tokens % self.block_size and self.tables[seq.seq_id][num_tokens // self.block_size] in self.filling:
             return False
         return self._num_expired.get(seq.seq_id, 0) <= self._num_out_of_window(num_tokens)
 
@@ -88,11 +97,12 @@ class BlockManager:
         return self._fits(1, keep_watermark)
 
     def can_swap_out(self, seq: Sequence) -> bool:
-        """Whether host memory has room for what is computed of a sequence."""
+        """Whether host memory has room for what is computed of a running sequence; a `NULL_BLOCK` takes none."""
         raise NotImplementedError("Stage 1 · Task 1.4: BlockManager.can_swap_out, see IMPLEMENTATION_GUIDE.md#task-1-4")
 
     def can_swap_in(self, seq: Sequence, keep_watermark: bool = True) -> bool:
-        """Whether a swapped-out sequence fits with all its tokens, with the watermark left over if it is to be kept."""
+        """Whether a swapped-out sequence fits with all its tokens, with the watermark left over if it is to be kept; a
+        `NULL_BLOCK` of its host table needs no block."""
         raise NotImplementedError("Stage 1 · Task 1.4: BlockManager.can_swap_in, see IMPLEMENTATION_GUIDE.md#task-1-4")
 
     def _fits(self, num_blocks: int, keep_watermark: bool) -> bool:
@@ -108,6 +118,10 @@ class BlockManager:
         return self.prefix_cache.match(seq)
 
     # A sequence's life
+
+    def begin_step(self) -> None:
+        """A new step is decided: the one before has run, and what it was to fill is filled."""
+        self.filling.clear()
 
     def allocate(self, seq: Sequence) -> int:
         """Give a waiting sequence blocks for all its tokens: those that the prefix cache has (`_match`) shared, then new ones.
@@ -173,7 +187,8 @@ class BlockManager:
         """Enter the blocks that the next `num_tokens` tokens of a sequence will fill into the prefix cache.
 
         Called when the step is decided. A sequence admitted in the same step may share them at once, because a step writes
-        all keys and values of a layer before it reads any.
+        all keys and values of a layer before it reads any. Moves come before that, so until the step has run nobody may copy
+        these blocks (`filling`).
         """
         first = seq.num_computed_tokens // self.block_size
         last = (seq.num_computed_tokens + num_tokens) // self.block_size
@@ -183,6 +198,7 @@ class BlockManager:
         table = self.tables[seq.seq_id]
         for index in range(first, last):
             self.prefix_cache.insert(hashes[index], table[index])
+            self.filling.add(table[index])
 
     def free_out_of_window(self, seq: Sequence) -> None:
         """Free the blocks that no token of the sequence will see again."""

@@ -283,6 +283,24 @@ def test_what_left_the_window_stays_away() -> None:
     check_equal(manager.allocator.num_used, 0, "used blocks after the end")
 
 
+def test_what_left_the_window_needs_no_room() -> None:
+    """18 tokens of which a window of 5 still sees two blocks: two host blocks take them, and two device blocks on the way back.
+
+    Why: whoever counts the blocks that are gone says no although there is room, and computes the whole text again.
+    """
+    manager, seq = admitted(8, 4, 18, 17, num_host_blocks=2, sliding_window=5)
+    check_equal(manager.can_swap_out(seq), False, "can_swap_out with 5 blocks on the device, 2 host blocks free")
+    manager.free_out_of_window(seq)
+    check_equal(manager.can_swap_out(seq), True, "can_swap_out with 2 blocks in the window, 2 host blocks free")
+    manager.swap_out(seq)
+    other = sequence(1, 20)
+    manager.allocate(other)
+    check_equal(manager.allocator.num_free, 3, "free blocks")
+    for length, fits in ((18, True), (20, True), (21, True), (24, True), (25, False)):
+        seq.tokens[18:] = [0] * (length - 18)
+        check_equal(manager.can_swap_in(seq), fits, f"can_swap_in with {length} tokens, 12 of them out of sight, 3 blocks free")
+
+
 def test_a_shared_block_is_saved_but_not_taken_from_others() -> None:
     """When one of two sequences that share a block swaps out, its content is copied and the other keeps the block.
 

@@ -131,6 +131,28 @@ def test_every_sequence_of_a_request_counts(waiting: int, n: int, fits: bool) ->
         check_equal(ids(scheduler.waiting), list(range(waiting)), "waiting queue after the refusal")
 
 
+@pytest.mark.parametrize("running", [False, True])
+def test_children_to_come_keep_their_places(running: bool) -> None:
+    """Of a queue for 8, a request for 4 answers whose prompt is not computed yet keeps four places, three once it runs.
+
+    Why: each of five requests for 4 answers found its own four places free, and in the end 13 sequences waited.
+    """
+    scheduler = Simulation(max_num_waiting=8).scheduler
+    parent = make_sequence(0, 2)
+    parent.children = [make_sequence(i, 2, parent=parent) for i in range(1, 4)]
+    if running:
+        parent.status = SequenceStatus.RUNNING
+        scheduler.running.append(parent)
+    else:
+        scheduler.add(parent)
+    free = 5 if running else 4
+    for i in range(free):
+        scheduler.add(make_sequence(10 + i, 2))
+    with pytest.raises(QueueFullError):
+        scheduler.add(make_sequence(20, 2))
+    check_equal(len(scheduler.waiting), 8 - 3, "sequences in the queue, beside three children to come")
+
+
 def test_running_sequences_take_no_place_in_the_queue() -> None:
     """With 2 running and a queue for 1, one more may wait.
 
