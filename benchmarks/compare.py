@@ -29,7 +29,7 @@ from solutions.benchmarks.serving import running_server
 from solutions.benchmarks.throughput import Measurement, load_hf, run_engine, run_hf, warm_up_requests
 from solutions.core.config import DEFAULT_MODEL
 from solutions.core.engine import LLM
-from solutions.core.machine import pick_threads
+from solutions.core.platform.machine import pick_threads
 from solutions.core.worker import pick_device, pick_dtype
 from solutions.models.loader import resolve_model
 

@@ -17,14 +17,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installed package
 
-from solutions.attention.paged_attention import make_backend
+from solutions.attention.backends import make_backend
 from solutions.benchmarks.gpu import StepTime, measure_attention, measure_card, measure_decode, measure_prefill
 from solutions.benchmarks.report import Parser, record, show_table, write_json
 from solutions.benchmarks.roofline import CARDS, Card, decode_cost
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLMEngine
+from solutions.models.config.model_config import ModelConfig
 from solutions.models.loader import resolve_model
-from solutions.models.model_config import ModelConfig
 
 DESCRIPTION = """\
 What a step takes on this GPU beside the least it could take. First, computed and not measured, the floors of a decode step on

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an
 
 from solutions.benchmarks.kernels import Ceilings, Timing, all_kernels, measure_ceilings
 from solutions.benchmarks.report import Parser, record, show_table, write_json
-from solutions.core import native
-from solutions.core.machine import pick_threads
+from solutions.core.platform import native
+from solutions.core.platform.machine import pick_threads
 
 DESCRIPTION = """\
 What the C++ kernels reach on this machine. A kernel's floor is its bytes over the measured read bandwidth or its operations

@@ -21,7 +21,7 @@ from solutions.batching.sequence import RequestOutputKind
 from solutions.benchmarks.overhead import PHASES, Overhead, measure, slope
 from solutions.benchmarks.report import Parser, record, show_table, write_json
 from solutions.core.config import DEFAULT_MODEL
-from solutions.core.machine import settle_heap
+from solutions.core.platform.machine import settle_heap
 
 DESCRIPTION = """\
 What a decode step costs besides the model. On a fast device the model waits for the host, so every microsecond here is

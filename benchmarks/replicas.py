@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an
 from solutions.benchmarks.replicas import ROUTERS, Groups, Measured, measure, serving
 from solutions.benchmarks.report import Parser, record, show_table, spread, write_json
 from solutions.core.config import DEFAULT_MODEL, EngineConfig
-from solutions.core.machine import available_cores
+from solutions.core.platform.machine import available_cores
 
 DESCRIPTION = """\
 Groups of requests with long common beginnings, in random order, to several engines under Ray Serve. An engine's KV cache holds

@@ -26,9 +26,9 @@ from solutions.benchmarks.scaling import (
     possible_ranks,
     write_shape,
 )
-from solutions.core import native
+from solutions.core.platform import native
+from solutions.models.config.model_config import ModelError
 from solutions.models.loader import resolve_model
-from solutions.models.model_config import ModelError
 
 DESCRIPTION = """\
 How much faster a model runs when its matrices are cut over more devices (--tensor-parallel-size), each rank on a GPU of its own

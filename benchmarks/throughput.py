@@ -37,7 +37,7 @@ from solutions.benchmarks.throughput import (
 )
 from solutions.core.config import add_engine_flags, config_from_flags
 from solutions.core.engine import LLM
-from solutions.core.machine import pick_threads
+from solutions.core.platform.machine import pick_threads
 from solutions.core.worker import pick_device, pick_dtype
 from solutions.models.loader import resolve_model
 

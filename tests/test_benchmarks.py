@@ -44,11 +44,11 @@ from solutions.benchmarks.throughput import (
     run_hf,
     warm_up_requests,
 )
-from solutions.core import native
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLM, LLMEngine
+from solutions.core.platform import native
+from solutions.models.config.model_config import ModelConfig
 from solutions.models.loader import resolve_model
-from solutions.models.model_config import ModelConfig
 from solutions.serving import api_server
 from solutions.tests.tiny_models import make_tiny_llama
 

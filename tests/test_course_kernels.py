@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from solutions.core import native
+from solutions.core.platform import native
 from stages.course.kernels import KernelError, contained
 from tests.classroom import Classroom
 from tests.test_course import course

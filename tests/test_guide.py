@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from solutions.benchmarks.roofline import CARDS, decode_cost
-from solutions.models.model_config import ALIASES
+from solutions.models.config.model_config import ALIASES
 from stages.course.catalog import Task
 from tests.guide import (
     COURSE,

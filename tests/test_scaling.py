@@ -11,7 +11,7 @@ from benchmarks import scaling as command
 from solutions.benchmarks.roofline import CARDS, decode_cost
 from solutions.benchmarks.scaling import RankTime, medians, possible_ranks, write_shape
 from solutions.benchmarks.scaling_model import LINKS, LLAMA_70B, Link, direct_seconds, predict_decode, ring_seconds, speedup
-from solutions.core.machine import available_cores
+from solutions.core.platform.machine import available_cores
 from solutions.models.loader import resolve_model
 from solutions.tests.tiny_models import make_tiny_llama
 

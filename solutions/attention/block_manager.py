@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 
+from ..batching.scheduler_output import BlockPairs
 from ..batching.sequence import Sequence
 from ..memory.block_allocator import BlockAllocator
 from ..memory.prefix_cache import PrefixCache
 
 NULL_BLOCK = -1
 """Stands in a block table where a block has left the sliding window; nothing may read it."""
-
-BlockPairs = list[tuple[int, int]]
-"""(source, destination) block ids."""
 
 
 class BlockManager:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from ..core import native
-from ..core.machine import cache_root
+from ..core.platform import native
+from ..core.platform.machine import cache_root
 
 KERNELS = "attention/paged_attention_kernel.cu"
 HEADER = "attention/cuda_on_cpu.h"

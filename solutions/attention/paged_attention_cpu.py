@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import native
+from ..core.platform import native
 from .paged_attention import AttentionBackend, AttentionMetadata
 
 PIECE = 64

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..core import native
+from ..core.platform import native
 from . import cuda_build
 from .paged_attention import AttentionBackend, AttentionMetadata
 

@@ -74,7 +74,7 @@ def problem(device: torch.device, dtype: torch.dtype, head_dim: int, block_size:
         return f"it has no code for {str(dtype).removeprefix('torch.')}"
     if head_dim % 2 or head_dim > MAX_HEAD_DIM:
         return f"the head size must be even and at most {MAX_HEAD_DIM}, the model's is {head_dim}"
-    from ..core.triton_mode import is_interpreted
+    from ..core.platform.triton_mode import is_interpreted
 
     if device.type == "cpu" and not is_interpreted():
         return "Triton compiles for the GPU here; to interpret its kernels on the CPU set TRITON_INTERPRET=1"
@@ -229,7 +229,7 @@ class TritonBackend(AttentionBackend):
         scale: float, sliding_window: int | None,
     ) -> Config:  # fmt: skip
         """The fastest on a typical step that reads the cache as it is, whatever lies there."""
-        from ..core.triton_mode import triton
+        from ..core.platform.triton_mode import triton
 
         step = typical_step(metadata, is_decode, cache.keys.shape[:2], query.device)
         typical = torch.zeros(

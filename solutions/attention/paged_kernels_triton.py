@@ -12,7 +12,7 @@ base of two, which is what the hardware has: scores are multiplied by log2(e) be
 
 from __future__ import annotations
 
-from ..core.triton_mode import INTERPRETED, cast, tl, triton
+from ..core.platform.triton_mode import INTERPRETED, cast, tl, triton
 
 STEP_ARRAYS = ["slot_mapping", "block_tables", "query_start_loc", "context_lens"]
 """They begin anywhere in a step's buffers: a new alignment must not make Triton compile in the middle of serving."""

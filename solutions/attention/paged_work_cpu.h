@@ -5,7 +5,7 @@
 #include <limits>
 #include <vector>
 
-#include "core/native.h"
+#include "core/platform/native.h"
 
 namespace native {
 

@@ -15,7 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..attention.paged_attention import AttentionMetadata, make_backend
+from ..attention.backends import make_backend
+from ..attention.paged_attention import AttentionMetadata
 from ..batching.sequence import SamplingParams
 from ..core.cuda_graphs import CudaGraphRecorder
 from ..core.engine import LLMEngine

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.paged_attention import AttentionBackend, AttentionMetadata, make_backend
-from ..core import native
-from ..core.huge_pages import zeros_in_huge_pages
-from ..models.layers_cpu import NativeNorm
+from ..attention.backends import make_backend
+from ..attention.paged_attention import AttentionBackend, AttentionMetadata
+from ..core.platform import native
+from ..core.platform.huge_pages import zeros_in_huge_pages
+from ..models.kernels.layers_cpu import NativeNorm
 from ..quantization.kernels.linear_cpu import PackedLinear
 
 MATRICES = {"qkv": (576, 960), "o": (576, 576), "gate_up": (576, 3072), "down": (1536, 576), "head": (576, 49152)}

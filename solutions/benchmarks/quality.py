@@ -16,9 +16,9 @@ from ..batching.sequence import SamplingParams
 from ..core.engine import LLM
 from ..models.loader import load_tokenizer, resolve_model
 from ..quantization.calibration import MATRICES, Calibration
-from ..quantization.checkpoint import QuantizedFormat, write_model
-from ..quantization.groups import GroupQuantized, quantize_groups
 from ..quantization.layerwise import split_pieces
+from ..quantization.layout.checkpoint import QuantizedFormat, write_model
+from ..quantization.layout.groups import GroupQuantized, quantize_groups
 
 HELD_OUT = 6
 """Every so many pieces, one is kept from calibration."""

@@ -116,7 +116,7 @@ def serving(settings: dict[str, Any], replicas: int, port: int, cores: int) -> I
     ray = import_ray()
     from ray import serve
 
-    from ..serving.ray_app import app
+    from ..serving.replicas.ray_app import app
 
     each = max(1, cores // replicas)
     ray.init(

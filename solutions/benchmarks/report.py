@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..core.doctor import instruction_sets, processor_name
-from ..core.machine import available_cores, cpu_flags, total_memory
+from ..core.platform.machine import available_cores, cpu_flags, total_memory
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 LOAD_AT_START = os.getloadavg()[0]

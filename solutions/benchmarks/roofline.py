@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..memory.cache_engine import block_bytes
-from ..models.model_config import ModelConfig
+from ..models.config.model_config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

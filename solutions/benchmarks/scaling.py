@@ -18,7 +18,7 @@ import torch
 
 from ..core.config import EngineConfig
 from ..core.engine import LLMEngine
-from ..core.machine import available_cores
+from ..core.platform.machine import available_cores
 from ..parallelism.communication import Communicator, ring_all_reduce
 from ..parallelism.distributed import run_ranks
 from ..parallelism.shared_memory import SharedMemoryCommunicator

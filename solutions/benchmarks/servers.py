@@ -16,9 +16,9 @@ from pathlib import Path
 
 import httpx
 
-from ..core.machine import pick_threads
+from ..core.platform.machine import pick_threads
+from ..models.config.model_config import ALIASES
 from ..models.loader import resolve_model
-from ..models.model_config import ALIASES
 
 START_SECONDS = 300.0
 CONTEXT = 1024

@@ -16,9 +16,9 @@ import torch
 
 from ..batching.sequence import SamplingParams
 from ..core.engine import LLMEngine
-from ..core.selection_cpu import native_argmax
+from ..core.sampling.selection_cpu import native_argmax
+from ..models.config.model_config import ModelConfig
 from ..models.llama import LlamaForCausalLM
-from ..models.model_config import ModelConfig
 from .kernels import Ceilings
 
 OPERATORS = ("norm before attention", "qkv_proj", "rope", "attention", "o_proj, + residual", "norm before MLP",

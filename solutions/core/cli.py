@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..batching.sequence import SamplingParams
 from .config import add_engine_flags, config_from_flags
-from .engine import LLM, LLMEngine
 from .input import Prompt
 from .output import RequestOutput
 
@@ -44,13 +45,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of ``python -m solutions.core.engine``; exits with 1 and one line on a problem."""
+def main(make_llm: Callable[..., Any], argv: list[str] | None = None) -> None:
+    """Entry point of ``python -m solutions.core.engine``; exits with 1 and one line on a problem.
+
+    Args:
+        make_llm: `LLM`, which stands above this file.
+    """
     args = _parser().parse_args(argv)
     try:
         prompts = _prompts(args)
         params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
-        llm = LLM(**config_from_flags(args).to_args())
+        llm = make_llm(**config_from_flags(args).to_args())
         for line in llm.llm_engine.startup_summary():
             print(line, file=sys.stderr)
         if prompts is None:
@@ -79,7 +84,7 @@ def _prompts(args: argparse.Namespace) -> list[str] | None:
     return prompts
 
 
-def _complete(llm: LLM, prompts: list[str], params: SamplingParams) -> None:
+def _complete(llm: Any, prompts: list[str], params: SamplingParams) -> None:
     start = time.perf_counter()
     if len(prompts) == 1:
         outputs = [_stream(llm.llm_engine, prompts[0], params, show_prompt=True)]
@@ -90,7 +95,7 @@ def _complete(llm: LLM, prompts: list[str], params: SamplingParams) -> None:
     print(_statistics(llm.llm_engine, outputs, time.perf_counter() - start), file=sys.stderr)
 
 
-def _stream(engine: LLMEngine, prompt: Prompt, params: SamplingParams, show_prompt: bool) -> RequestOutput:
+def _stream(engine: Any, prompt: Prompt, params: SamplingParams, show_prompt: bool) -> RequestOutput:
     """Generate one sequence and write its text as it comes.
 
     Returns:
@@ -112,7 +117,7 @@ def _stream(engine: LLMEngine, prompt: Prompt, params: SamplingParams, show_prom
     return last
 
 
-def _chat(llm: LLM, params: SamplingParams, system: str | None) -> None:
+def _chat(llm: Any, params: SamplingParams, system: str | None) -> None:
     tokenizer = llm.get_tokenizer()
     if tokenizer is None or not tokenizer.chat_template:
         raise ValueError("this model has no chat template; use --prompt")
@@ -138,7 +143,7 @@ def _chat(llm: LLM, params: SamplingParams, system: str | None) -> None:
         print(_statistics(llm.llm_engine, [output], time.perf_counter() - start), file=sys.stderr)
 
 
-def _statistics(engine: LLMEngine, outputs: list[RequestOutput], seconds: float) -> str:
+def _statistics(engine: Any, outputs: list[RequestOutput], seconds: float) -> str:
     """One line: latency, rate, cache."""
     num_tokens = sum(len(o.token_ids) for output in outputs for o in output.outputs)
     first = [o.metrics.first_token_time - o.metrics.arrival_time for o in outputs]

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..attention.paged_attention import make_backend
+from ..attention.backends import make_backend
 from ..models.loader import ModelSource, resolve_model
-from . import native
 from .config import EngineConfig
-from .machine import ROOT, available_cores, available_memory, cpu_flags, pick_threads, total_memory
+from .platform import native
+from .platform.machine import ROOT, available_cores, available_memory, cpu_flags, pick_threads, total_memory
 from .startup import format_bytes, resolve_limits
 from .worker import pick_device, pick_dtype
 

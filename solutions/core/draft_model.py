@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..attention.block_manager import NULL_BLOCK
 from ..batching.continuous_batch import FlatBatch
+from ..batching.scheduler_output import Draft, SchedulerOutput
 from ..batching.sequence import Sequence
+from ..models.config.model_config import ModelConfig
 from ..models.loader import resolve_model
-from ..models.model_config import ModelConfig
 from .config import EngineConfig
 from .rejection_sampler import Prefix, draw_one
-from .scheduler import SchedulerOutput
-from .speculative import Draft, NgramProposer, Proposer, SpeculativeConfig
+from .speculative import NgramProposer, Proposer, SpeculativeConfig
 from .startup import Limits
 from .worker import Worker
 

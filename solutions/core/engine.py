@@ -13,17 +13,19 @@ from typing import Any, Protocol
 from ..attention.block_manager import BlockManager
 from ..batching.continuous_batch import ContinuousBatch
 from ..batching.scheduler_config import SchedulerConfig
+from ..batching.scheduler_output import SchedulerOutput
 from ..batching.sequence import RequestOutputKind, SamplingParams, Sequence
 from ..models.loader import load_tokenizer, resolve_model
+from .cli import main
 from .config import DEFAULT_MODEL, EngineConfig
 from .draft_model import make_proposer
-from .executor import local_model, make_executor
+from .executor import local_model
 from .input import EngineRequest, InputProcessor, Prompt
 from .output import OutputProcessor, RequestOutput
 from .progress import GenerationProgress
-from .scheduler import Scheduler, SchedulerOutput
+from .scheduler import Scheduler
 from .speculative import SpeculativeScheduler
-from .startup import resolve_limits, startup_report
+from .startup import make_executor, resolve_limits, startup_report
 from .worker import pick_device, pick_dtype
 
 
@@ -336,6 +338,4 @@ class _Clock:
 
 
 if __name__ == "__main__":
-    from .cli import main
-
-    main()
+    main(LLM)

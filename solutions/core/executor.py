@@ -14,14 +14,15 @@ import torch
 import torch.distributed as dist
 
 from ..batching.continuous_batch import FlatBatch
+from ..batching.step_arrays import StepArrays
+from ..models.config.model_config import ModelConfig
 from ..models.loader import ModelSource
-from ..models.model_config import ModelConfig
 from ..parallelism.distributed import has_come, leave, open_rendezvous
 from ..parallelism.shared_memory import nameless_file
 from ..parallelism.tensor_parallel import TensorParallel
 from .config import EngineConfig
 from .worker import StepResult, Worker, logit_calls
-from .worker_process import STOP_SECONDS, OtherRank, Setup, StepArrays, StepBoard, WorkerProcess, meet
+from .worker_process import STOP_SECONDS, OtherRank, Setup, StepBoard, WorkerProcess, meet
 
 
 class Executor(abc.ABC):
@@ -202,17 +203,6 @@ def step_arrays(batch: FlatBatch) -> StepArrays:
         pairs(decision.swap_out), pairs(decision.swap_in), pairs(decision.copies),
         np.concatenate([*calls, np.empty(0, np.int64)]), np.array([len(rows) for rows in calls], np.int64),
     )  # fmt: skip
-
-
-def make_executor(config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Executor:
-    """The executor that ``config.distributed_executor_backend`` names."""
-    backend = config.distributed_executor_backend or ("uni" if config.tensor_parallel_size == 1 else "mp")
-    if backend == "ray":
-        from .ray_executor import RayExecutor  # Ray is an extra
-
-        return RayExecutor(config, source, device, dtype)
-    kind = UniProcExecutor if backend == "uni" else MultiProcExecutor
-    return kind(config, source, device, dtype)
 
 
 def local_model(model: ModelConfig, config: EngineConfig) -> ModelConfig:

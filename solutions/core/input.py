@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..batching.sequence import SamplingParams, Sequence, StructuredOutput
-from ..models.model_config import ModelConfig
-from .structured_output import GrammarCompiler, Guide
+from ..models.config.model_config import ModelConfig
+from .sampling.structured_output import GrammarCompiler, Guide
 
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar

@@ -21,13 +21,14 @@ from typing import Any
 import psutil
 import torch
 
+from ..batching.step_arrays import StepArrays
 from ..models.loader import ModelSource
 from ..parallelism.distributed import leave, open_rendezvous
 from ..parallelism.tensor_parallel import TensorParallel
 from .config import EngineConfig
 from .executor import LockstepExecutor, end_ranks
-from .machine import pick_threads
-from .worker_process import Follower, OtherRank, Setup, StepArrays, WorkerDiedError
+from .platform.machine import pick_threads
+from .worker_process import Follower, OtherRank, Setup, WorkerDiedError
 
 PLACEMENT_SECONDS = 60.0
 """How long the cluster may take to find room for the ranks."""

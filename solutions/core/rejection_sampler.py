@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..batching.scheduler_output import Draft
 from ..batching.sequence import SamplingParams, Sequence
-from .sampler import Sampler, TokenLogprobs
-from .selection import BLOCK, draw
-from .speculative import Draft
+from .sampling.sampler import Sampler, TokenLogprobs
+from .sampling.selection import BLOCK, draw
 
 
 class Prefix:

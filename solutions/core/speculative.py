@@ -18,13 +18,12 @@ import json
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import Tensor
-
 from ..attention.block_manager import BlockManager
 from ..batching.scheduler_config import SchedulerConfig
+from ..batching.scheduler_output import Draft, SchedulerOutput
 from ..batching.sequence import Sequence
-from ..models.model_config import ModelConfig
-from .scheduler import Scheduler, SchedulerOutput
+from ..models.config.model_config import ModelConfig
+from .scheduler import Scheduler
 from .startup import Limits
 
 METHODS = ("ngram", "draft_model")
@@ -90,20 +89,6 @@ class SpeculativeConfig:
         if unknown := [key for key in values if key not in known]:
             raise ValueError(f"--speculative-config: there is no {unknown[0]!r}; the keys are {', '.join(known)}")
         return cls(**values)
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """Tokens proposed for one sequence.
-
-    Attributes:
-        token_ids: the K of them.
-        probs: [K, V] float32, the distributions that they were drawn from; None: nothing was drawn at random, or in a way that
-            the target's own draw repeats (see `rejection_sampler.verify`).
-    """
-
-    token_ids: list[int]
-    probs: Tensor | None = None
 
 
 class Proposer(abc.ABC):

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from ..memory.cache_engine import block_bytes, scale_bytes
-from ..models.model_config import ModelConfig
-from . import native
+from ..models.config.model_config import ModelConfig
+from ..models.loader import ModelSource
 from .config import EngineConfig
-from .machine import available_memory
+from .executor import Executor, MultiProcExecutor, UniProcExecutor
+from .platform import native
+from .platform.machine import available_memory
 
 CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET = 512, 8192
 """Tokens in a step unless the user says otherwise: on a CPU a larger step gains nothing and delays everyone's next token."""
@@ -36,6 +38,17 @@ class Limits:
     weight_bytes: int
     activation_bytes: int
     free_bytes: int
+
+
+def make_executor(config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Executor:
+    """The executor that ``config.distributed_executor_backend`` names."""
+    backend = config.distributed_executor_backend or ("uni" if config.tensor_parallel_size == 1 else "mp")
+    if backend == "ray":
+        from .ray_executor import RayExecutor  # only then: Ray is an extra
+
+        return RayExecutor(config, source, device, dtype)
+    kind = UniProcExecutor if backend == "uni" else MultiProcExecutor
+    return kind(config, source, device, dtype)
 
 
 def resolve_limits(

@@ -10,20 +10,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..attention.paged_attention import AttentionMetadata, make_backend
+from ..attention.backends import make_backend
+from ..attention.paged_attention import AttentionMetadata
 from ..batching.continuous_batch import FlatBatch
+from ..batching.scheduler_output import BlockPairs
 from ..batching.sequence import Sequence
-from ..memory.cache_engine import BlockPairs, CacheEngine
-from ..models.layers import Linear
+from ..batching.step_arrays import StepArrays
+from ..memory.cache_engine import CacheEngine
 from ..models.loader import ModelSource, load_model
+from ..parallelism.linear import Linear
 from ..parallelism.tensor_parallel import SINGLE, ParallelLMHead, TensorParallel
-from . import native
 from .config import EngineConfig
 from .cuda_graphs import CudaGraphRecorder, DecodeGraphs, Step, graph_sizes
-from .machine import cpu_has_bf16, pick_threads
+from .platform import native
+from .platform.machine import cpu_has_bf16, pick_threads
 from .rejection_sampler import verify
-from .sampler import Sampler, TokenLogprobs
-from .worker_process import StepArrays
+from .sampling.sampler import Sampler, TokenLogprobs
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

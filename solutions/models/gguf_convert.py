@@ -21,11 +21,11 @@ from filelock import FileLock
 from gguf import GGMLQuantizationType as GGMLType
 from safetensors.torch import save_file
 
-from ..core.machine import cache_root
+from ..core.platform.machine import cache_root
+from ..core.platform.progress import LateBar
+from .config.model_config import ModelConfig, ModelError
 from .gguf_tokenizer import tokenizer_from_gguf
 from .layers import scale_llama3
-from .model_config import ModelConfig, ModelError
-from .progress import LateBar
 
 FORMAT_VERSION = 1
 """Raise it when the same file converts to something else than before: older folders are then made anew."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from .model_config import ModelError
+from .config.model_config import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

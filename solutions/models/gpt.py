@@ -7,7 +7,9 @@ import re
 from torch import Tensor, nn
 
 from ..attention.paged_attention import AttentionMetadata
+from ..parallelism.linear import Embedding
 from ..parallelism.tensor_parallel import (
+    ACTIVATION_FUNCTIONS,
     ColumnParallelLinear,
     ParallelLMHead,
     QKVParallelLinear,
@@ -15,8 +17,8 @@ from ..parallelism.tensor_parallel import (
     TensorParallel,
     VocabParallelEmbedding,
 )
-from .layers import ACTIVATION_FUNCTIONS, Attention, CausalLM, Embedding, LayerNorm
-from .model_config import ModelConfig
+from .config.model_config import ModelConfig
+from .layers import Attention, CausalLM, LayerNorm
 
 CONV1D_WEIGHT = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 """GPT-2's checkpoints keep these weights as [in, out], the transpose of every other linear layer."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from ..attention.paged_attention import AttentionMetadata
+from ..parallelism.linear import WeightLayer
 from ..parallelism.tensor_parallel import (
     GateUpParallelLinear,
     ParallelLMHead,
@@ -15,8 +16,8 @@ from ..parallelism.tensor_parallel import (
     TensorParallel,
     VocabParallelEmbedding,
 )
-from .layers import Attention, CausalLM, RMSNorm, RotaryEmbedding, WeightLayer
-from .model_config import ModelConfig
+from .config.model_config import ModelConfig
+from .layers import Attention, CausalLM, RMSNorm, RotaryEmbedding
 from .replay import LayerReplay
 
 MERGED_LAYERS = {

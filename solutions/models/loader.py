@@ -15,14 +15,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..core.platform.progress import LateBar
+from ..parallelism.linear import Linear, WeightLayer
 from ..parallelism.tensor_parallel import SINGLE, TensorParallel
-from ..quantization.checkpoint import METHODS, CheckpointError, QuantizedFormat, Unpacker
+from ..quantization.layout.checkpoint import METHODS, CheckpointError, QuantizedFormat, Unpacker
+from .config.model_config import ALIASES, Alias, ModelConfig, ModelError
 from .gpt import GPT2LMHeadModel
-from .layers import Attention, CausalLM, Linear, WeightLayer
+from .layers import Attention, CausalLM
 from .llama import LlamaForCausalLM
 from .mistral import MistralForCausalLM
-from .model_config import ALIASES, Alias, ModelConfig, ModelError
-from .progress import LateBar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..attention.paged_attention import AttentionMetadata
 from ..parallelism.tensor_parallel import QKVParallelLinear, RowParallelLinear, TensorParallel
+from .config.model_config import ModelConfig
 from .layers import Attention
 from .llama import LlamaDecoderLayer, LlamaForCausalLM
-from .model_config import ModelConfig
 
 
 class MistralAttention(nn.Module):

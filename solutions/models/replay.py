@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..attention.paged_attention import AttentionMetadata
 from ..attention.paged_attention_cpu import Plan, new_step
-from ..core.native import Recording
+from ..core.platform.native import Recording
 from .layers import Attention
 
 MIN_ROWS = 64

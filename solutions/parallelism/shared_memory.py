@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..core import native
+from ..core.platform import native
 from .communication import CommunicationError, Communicator
 from .distributed import TIMEOUT_SECONDS
 

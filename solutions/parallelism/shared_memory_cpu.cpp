@@ -7,7 +7,7 @@
 //
 // A call's elements are dealt out to `parts`, each with flags and slots of its own, so that thread t of every rank meets thread t of
 // the others and no thread waits for its own rank's.
-#include "core/native.h"
+#include "core/platform/native.h"
 
 #include <algorithm>
 #include <atomic>

@@ -12,18 +12,28 @@ Every layer here takes its own part out of a checkpoint's tensors in `weight_loa
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.layers import ACTIVATION_FUNCTIONS, Embedding, Linear, WeightLayer, copy_weight, parameter
-from ..models.model_config import ModelConfig
-from ..quantization.checkpoint import QuantizedFormat
+from ..models.config.model_config import ModelConfig
 from ..quantization.kernels import linear_cpu
 from ..quantization.kernels.linear_cpu import PackedLinear
+from ..quantization.layout.checkpoint import QuantizedFormat
 from .communication import Communicator
+from .linear import Embedding, Linear, WeightLayer, copy_weight, parameter
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
 MLP_UNIT = 32
 """The MLP's columns are dealt out in units of this many, where its width allows, so that kernels keep whole vectors."""
@@ -205,7 +215,7 @@ class GateUpParallelLinear(ColumnParallelLinear):
     def use_triton(self) -> None:
         super().use_triton()
         if self.activation is F.silu:
-            from ..models.layers_triton import silu_mul
+            from ..models.kernels.layers_triton import silu_mul
 
             self.gate = silu_mul
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..attention.paged_attention import AttentionMetadata, make_backend
-from ..models.layers import Linear
+from ..attention.backends import make_backend
+from ..attention.paged_attention import AttentionMetadata
 from ..models.llama import LlamaForCausalLM
 from ..models.loader import ModelSource, load_model
+from ..parallelism.linear import Linear
 from ..parallelism.tensor_parallel import ColumnParallelLinear
-from .groups import GroupQuantized
+from .layout.groups import GroupQuantized
 
 MATRICES = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 """The matrix products of a decoder layer, in the order in which data goes through them."""

@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..batching.sequence import SamplingParams
-from ..models.layers import Linear
 from ..models.llama import MERGED_LAYERS
 from ..models.loader import ModelSource, load_tokenizer, resolve_model
+from ..parallelism.linear import Linear
 from .calibration import MATRICES, Calibration, LayerInputs, pieces_of
-from .checkpoint import QuantizedFormat, write_model
-from .groups import BITS, GroupQuantized
+from .layout.checkpoint import QuantizedFormat, write_model
+from .layout.groups import BITS, GroupQuantized
 
 WORK = "layers-so-far"
 """Folder in the output folder with the finished layers of a run that is not through."""

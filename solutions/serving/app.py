@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from .async_engine import AsyncEngine
 from .guards import BodyLimit, KeyGuard, RequestIds, add_error_handlers
-from .live import add_live_page
+from .live.feed import add_live_page
 from .metrics import CONTENT_TYPE, EngineMetrics
 from .openai_answers import (
     ChatCompletionResponse,

@@ -20,8 +20,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from ..batching.scheduler_output import SchedulerOutput
 from ..batching.sequence import Sequence
-from ..core.scheduler import SchedulerOutput
 
 if TYPE_CHECKING:
     from ..core.engine import EngineStats

@@ -17,8 +17,8 @@ from ..batching.sequence import Sequence
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
+    from ..batching.scheduler_output import SchedulerOutput
     from ..core.input import EngineRequest
-    from ..core.scheduler import SchedulerOutput
 
 SPAN = "llm_request"
 EXPORT_SECONDS = 5.0

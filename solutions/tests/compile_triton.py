@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from solutions.attention import paged_kernels_triton as kernels
 from solutions.attention.paged_attention_triton import DECODE_CONFIGS, DOT, MAX_SPLITS, PREFILL_CONFIGS, Config, padded
-from solutions.core.triton_mode import triton
+from solutions.core.platform.triton_mode import triton
 from solutions.quantization.kernels import w4a16_triton
 
 POINTERS = {

@@ -13,7 +13,7 @@ import torch
 
 from solutions.attention import cuda_build
 from solutions.attention.paged_attention_cuda import CudaBackend
-from solutions.core import native
+from solutions.core.platform import native
 from solutions.tests.attention_cases import make_case
 
 CPU = torch.device("cpu")

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from solutions.attention.block_manager import BlockManager
 from solutions.batching.continuous_batch import ContinuousBatch, FlatBatch
 from solutions.batching.scheduler_config import SchedulerConfig
+from solutions.batching.scheduler_output import SchedulerOutput
 from solutions.batching.sequence import SamplingParams, Sequence
-from solutions.core.scheduler import Scheduler, SchedulerOutput
+from solutions.core.scheduler import Scheduler
 
 
 class Simulation:

@@ -9,7 +9,7 @@ import torch
 
 from solutions.batching.sequence import SamplingParams
 from solutions.core.engine import LLM
-from solutions.core.sampler import Sampler
+from solutions.core.sampling.sampler import Sampler
 from solutions.tests.tiny_models import make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
 
 PARAMS = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)

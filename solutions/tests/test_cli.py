@@ -34,7 +34,7 @@ def run(capsys, monkeypatch):
             monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         code = 0
         try:
-            main(list(args))
+            main(LLM, list(args))
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
             if isinstance(end.code, str):
@@ -106,7 +106,7 @@ def test_empty_pipe_says_how_to_give_a_prompt(path, run):
 
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit):
-        main(["--help"])
+        main(LLM, ["--help"])
     text = capsys.readouterr().out
     assert "examples:" in text
     assert "--max-num-batched-tokens" in text

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from solutions.batching.continuous_batch import ContinuousBatch
+from solutions.batching.scheduler_output import SchedulerOutput
 from solutions.batching.sequence import SamplingParams, Sequence
-from solutions.core.scheduler import SchedulerOutput
 
 
 def sequence(seq_id: int, tokens: list[int], computed: int) -> Sequence:

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 
 from solutions.batching.sequence import SamplingParams
-from solutions.core import native
 from solutions.core.engine import LLM
-from solutions.core.selection_cpu import native_argmax
+from solutions.core.platform import native
+from solutions.core.sampling.selection_cpu import native_argmax
+from solutions.models.kernels.layers_cpu import NativeNorm, NativeRotation
 from solutions.models.layers import rotate_
-from solutions.models.layers_cpu import NativeNorm, NativeRotation
-from solutions.quantization.groups import GroupQuantized, quantize_groups
 from solutions.quantization.kernels.linear_cpu import INT8_GROUP, PackedLinear, pack, quantize_channels, supports, unpack
+from solutions.quantization.layout.groups import GroupQuantized, quantize_groups
 from solutions.tests.tiny_models import make_tiny_llama, make_tiny_mistral
 
 HAVE_COMPILER = native.compiler() is not None
@@ -390,7 +390,7 @@ def test_kernels_are_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_set_up_says_in_one_line_what_the_layers_run_on() -> None:
-    run = subprocess.run([sys.executable, "-m", "solutions.core.native"], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-m", "solutions.core.platform.native"], capture_output=True, text=True, check=True)
     assert run.stdout.startswith("C++ kernels are ready" if HAVE_COMPILER else "No C++ kernels")
     assert run.stdout.count("\n") == 1
 
@@ -403,7 +403,7 @@ def test_a_source_that_does_not_compile_is_reported(tmp_path: Path, monkeypatch:
     (folder / "models" / "layers_cpu.cpp").write_text("int broken( {")
     package = sys.modules["solutions"]
     monkeypatch.setattr(package, "__path__", [str(folder), *package.__path__])
-    assert native.find_source("models/layers_cpu.cpp") == folder / "models" / "layers_cpu.cpp"
+    assert native.find_source("models/kernels/layers_cpu.cpp") == folder / "models" / "layers_cpu.cpp"
     with pytest.raises(native.BuildError, match=r"(?s)could not compile.*layers_cpu\.cpp"):
         native.build(tmp_path / "cache")
 

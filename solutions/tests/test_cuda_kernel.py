@@ -16,7 +16,7 @@ import torch
 
 from solutions.attention import cuda_build
 from solutions.attention.paged_attention_cuda import CudaBackend, choose_splits, problem
-from solutions.core import native
+from solutions.core.platform import native
 from solutions.memory.cache_engine import write_kv
 from solutions.tests.attention_cases import GARBAGE, HEAD_DIMS, AttentionCase, make_case, relative_error
 from solutions.tests.cuda_faults import CPU, FAULTS, REPORTS, Fault, few_kernels, is_right, sanitizer_environment

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from solutions.attention import cuda_build
-from solutions.core import native
+from solutions.core.platform import native
 from solutions.tests.cuda_faults import CPU
 
 if native.compiler() is None:

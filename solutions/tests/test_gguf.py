@@ -21,8 +21,8 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from solutions.models import gguf_convert
+from solutions.models.config.model_config import ALIASES, ModelError
 from solutions.models.loader import ModelSource, load_model, load_tokenizer, resolve_model
-from solutions.models.model_config import ALIASES, ModelError
 from solutions.tests.test_models import run
 from solutions.tests.tiny_models import CHAT_TEMPLATE, byte_tokenizer, make_tiny_llama
 

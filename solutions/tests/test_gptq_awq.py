@@ -20,7 +20,7 @@ from solutions.quantization import awq, gptq, layerwise
 from solutions.quantization.awq import output_error, quantize_clipped, search_scale
 from solutions.quantization.calibration import MATRICES, Calibration, Statistics
 from solutions.quantization.gptq import gptq_quantize
-from solutions.quantization.groups import quantize_groups
+from solutions.quantization.layout.groups import quantize_groups
 from solutions.tests.quantization_cases import correlated, optimal_brain_quantization, random_weight
 from solutions.tests.tiny_models import make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
 

@@ -15,9 +15,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, LlamaConfig, MistralConfig
 
-from solutions.models import loader, progress
+from solutions.core.platform import progress
+from solutions.models import loader
+from solutions.models.config.model_config import ALIASES, ModelConfig, ModelError
 from solutions.models.loader import load_model, load_tokenizer, resolve_model
-from solutions.models.model_config import ALIASES, ModelConfig, ModelError
 from solutions.tests.tiny_models import BOS, EOS, make_tiny_gpt2, make_tiny_llama
 
 CPU = torch.device("cpu")

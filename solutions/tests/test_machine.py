@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from solutions.core.machine import (
+from solutions.core.platform.machine import (
     available_cores,
     available_memory,
     cpu_flags,
@@ -205,7 +205,7 @@ def test_this_machine_answers_within_reason() -> None:
 
 def test_a_settled_heap_is_left_alone_and_later_collections_are_rare() -> None:
     program = (
-        "import gc; from solutions.core.machine import settle_heap; cycle = []; cycle.append(cycle); del cycle\n"
+        "import gc; from solutions.core.platform.machine import settle_heap; cycle = []; cycle.append(cycle); del cycle\n"
         "settle_heap(); print(gc.get_freeze_count() > 10_000, len(gc.get_objects()) < 500, gc.get_threshold()[0])"
     )
     run = subprocess.run(

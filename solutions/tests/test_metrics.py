@@ -11,9 +11,9 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from solutions.batching.scheduler_output import SchedulerOutput
 from solutions.batching.sequence import SamplingParams, Sequence, SequenceStatus
 from solutions.core.engine import LLM, EngineStats
-from solutions.core.scheduler import SchedulerOutput
 from solutions.serving import metrics as metrics_module
 from solutions.serving.metrics import EngineMetrics, Histogram, one_two_five
 from solutions.tests.tiny_models import make_tiny_llama

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from solutions.attention.paged_attention import AttentionMetadata, NaiveBackend
+from solutions.models.config.model_config import ModelConfig
 from solutions.models.layers import CausalLM, RMSNorm, RotaryEmbedding, rope_inverse_frequencies, rotate_
 from solutions.models.loader import load_model, resolve_model
-from solutions.models.model_config import ModelConfig
 from solutions.tests.tiny_models import VOCAB_SIZE, make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
 
 CPU = torch.device("cpu")

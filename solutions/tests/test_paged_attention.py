@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solutions.attention.paged_attention import AttentionBackend, make_backend
+from solutions.attention.backends import make_backend
+from solutions.attention.paged_attention import AttentionBackend
 from solutions.attention.paged_attention_torch import PIECE, cut_into_pieces, group_pieces
 from solutions.memory.cache_engine import write_kv
 from solutions.tests.attention_cases import (

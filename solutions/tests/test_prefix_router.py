@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solutions.serving.prefix_router import (
+from solutions.serving.replicas.prefix_router import (
     BLOCK_CHARACTERS,
     BLOCK_TOKENS,
     MAX_BLOCKS,

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solutions.quantization.groups import pack_int32, quantize_groups, unpack_int32
+from solutions.quantization.layout.groups import pack_int32, quantize_groups, unpack_int32
 
 
 @settings(deadline=None)

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from solutions.batching.sequence import SamplingParams
 from solutions.core.engine import LLM
-from solutions.models.model_config import ModelError
-from solutions.quantization.checkpoint import QuantizedFormat, write_model
-from solutions.quantization.groups import GroupQuantized, quantize_groups
+from solutions.models.config.model_config import ModelError
+from solutions.quantization.layout.checkpoint import QuantizedFormat, write_model
+from solutions.quantization.layout.groups import GroupQuantized, quantize_groups
 from solutions.tests.tiny_models import make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
 
 PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0, prompt_logprobs=0)

@@ -25,13 +25,13 @@ from solutions.core.ray_executor import NO_RAY
 from solutions.serving.api_server import MAX_NUM_WAITING
 from solutions.serving.app import create_app
 from solutions.serving.async_engine import AsyncEngine
-from solutions.serving.replica_settings import parse_settings
+from solutions.serving.replicas.replica_settings import parse_settings
 from solutions.tests.fake_engine import FakeEngine
 
 pytest.importorskip("ray", reason='needs the extra [ray]: pip install -e ".[ray]"')
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
-from solutions.serving.ray_app import HttpCall, Replica, answer, app, main
+from solutions.serving.replicas.ray_app import HttpCall, Replica, answer, app, main
 
 ROOT = Path(__file__).parents[2]
 MODEL = "smollm2-135m"
@@ -44,7 +44,7 @@ def test_a_missing_ray_is_named(tmp_path: Path) -> None:
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "__init__.py").touch()
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-m", "solutions.serving.ray_app", f"model={MODEL}"]
+    command = [sys.executable, "-m", "solutions.serving.replicas.ray_app", f"model={MODEL}"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60)
     assert (run.returncode, run.stderr) == (1, f"error: {NO_RAY}\n")
     assert "extra [ray]" in NO_RAY
@@ -186,9 +186,9 @@ def test_whoever_leaves_aborts(stream: str) -> None:
 def url() -> Iterator[str]:
     """Address of two engines that run one request at a time."""
     settings = ["replicas=2", "max_model_len=512", "max_num_seqs=1", "cores_per_replica=1", "kv_cache_memory_bytes=128MiB"]
-    command = [sys.executable, "-m", "solutions.serving.ray_app", "--host", "127.0.0.1", "--port", "0", f"model={MODEL}"]
+    command = [sys.executable, "-m", "solutions.serving.replicas.ray_app", "--host", "127.0.0.1", "--port", "0", *settings]
     environment = {**os.environ, "RAY_ADDRESS": "local"}  # a cluster of its own, whatever else runs here
-    server = subprocess.Popen([*command, *settings], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE)
+    server = subprocess.Popen([*command, f"model={MODEL}"], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE)
     lines: list[str] = []
     while not (found := re.search(r"Serving at (http://\S+/v1)", lines[-1] if lines else "")):
         lines.append(server.stdout.readline())

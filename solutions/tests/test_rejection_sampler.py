@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from solutions.batching.scheduler_output import Draft
 from solutions.batching.sequence import SamplingParams, Sequence
 from solutions.core.rejection_sampler import draw_one, rejection_sample, verify
-from solutions.core.sampler import Sampler
-from solutions.core.speculative import Draft, NgramIndex
+from solutions.core.sampling.sampler import Sampler
+from solutions.core.speculative import NgramIndex
 
 SAMPLES = 100_000
 IMPOSSIBLE = 1e-6

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solutions.batching.sequence import SamplingParams, Sequence
-from solutions.core.logits_processors import TokenCounts
-from solutions.core.sampler import Sampler, uniform
+from solutions.core.sampling.logits_processors import TokenCounts
+from solutions.core.sampling.sampler import Sampler, uniform
 from solutions.tests.sampling_oracle import chi_square_z, distribution, sequence
 
 V = 300  # two whole blocks and a part of one

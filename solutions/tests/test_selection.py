@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solutions.batching.sequence import SamplingParams
-from solutions.core import selection
-from solutions.core.selection import BLOCK, Filters, argmax, draw, top
+from solutions.core.sampling import selection
+from solutions.core.sampling.selection import BLOCK, Filters, argmax, draw, top
 from solutions.tests.sampling_oracle import kept
 
 WIDTHS = [BLOCK, 3 * BLOCK, 80 * BLOCK]

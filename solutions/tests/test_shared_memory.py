@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from solutions.core import native
+from solutions.core.platform import native
 from solutions.parallelism.communication import CommunicationError, Communicator
 from solutions.parallelism.distributed import run_ranks
 from solutions.parallelism.shared_memory import SharedMemoryCommunicator, nameless_file

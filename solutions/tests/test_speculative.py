@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from solutions.batching.scheduler_output import Draft, SchedulerOutput
 from solutions.batching.sequence import RequestOutputKind, SamplingParams, Sequence
 from solutions.core.engine import LLM
-from solutions.core.scheduler import SchedulerOutput
-from solutions.core.speculative import Draft, Proposer, SpeculativeConfig, SpeculativeScheduler
+from solutions.core.speculative import Proposer, SpeculativeConfig, SpeculativeScheduler
 from solutions.tests.tiny_models import VOCAB_SIZE, make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)

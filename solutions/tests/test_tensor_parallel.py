@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 
 from solutions.batching.sequence import SamplingParams
+from solutions.batching.step_arrays import StepArrays
 from solutions.core.engine import LLM
-from solutions.core.worker_process import StepArrays, StepBoard, WorkerDiedError
+from solutions.core.worker_process import StepBoard, WorkerDiedError
+from solutions.models.config.model_config import ModelConfig
 from solutions.models.loader import resolve_model
-from solutions.models.model_config import ModelConfig
 from solutions.parallelism.tensor_parallel import (
     ColumnParallelLinear,
     GateUpParallelLinear,

@@ -37,7 +37,7 @@ from solutions.tests.attention_cases import (
 )
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to test")
-from solutions.models.layers_triton import rms_norm, silu_mul
+from solutions.models.kernels.layers_triton import rms_norm, silu_mul
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3}

@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from solutions.quantization.groups import GroupQuantized, quantize_groups
+from solutions.quantization.layout.groups import GroupQuantized, quantize_groups
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to test")
 from solutions.parallelism.tensor_parallel import SINGLE, GateUpParallelLinear, RowParallelLinear, Shard
-from solutions.quantization.checkpoint import QuantizedFormat
 from solutions.quantization.kernels.w4a16_triton import TritonLinear, supports
+from solutions.quantization.layout.checkpoint import QuantizedFormat
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stages.attention import cuda_build
-from stages.core import native
+from stages.core.platform import native
 from stages.course.preflight import relative
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.models.model_config import ModelConfig
+from stages.models.config.model_config import ModelConfig
 from stages.parallelism.communication import Communicator
 from stages.parallelism.tensor_parallel import (
     GateUpParallelLinear,

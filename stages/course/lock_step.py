@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from stages.batching.step_arrays import StepArrays
 from stages.core.config import EngineConfig
 from stages.core.executor import MultiProcExecutor
 from stages.core.worker import Worker
-from stages.core.worker_process import StepArrays, StepBoard
+from stages.core.worker_process import StepBoard
 from stages.course.layers import of
 from stages.course.ranks import ThreadCommunicator, Wires
 from stages.models.loader import ModelSource

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 
 from stages.attention.block_manager import BlockManager
 from stages.batching.scheduler_config import SchedulerConfig
+from stages.batching.scheduler_output import SchedulerOutput
 from stages.batching.sequence import SamplingParams, Sequence, SequenceStatus
-from stages.core.scheduler import Scheduler, SchedulerOutput
+from stages.core.scheduler import Scheduler
 
 Prefix = tuple[int, ...]
 

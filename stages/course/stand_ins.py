@@ -5,10 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from stages.batching.scheduler_output import SchedulerOutput
 from stages.batching.sequence import SamplingParams, Sequence, SequenceStatus
 from stages.core.engine import LLMEngine
 from stages.core.output import OutputProcessor, RequestOutput
-from stages.core.scheduler import SchedulerOutput
 from stages.core.worker import StepResult
 from stages.course.checks import check_equal
 from stages.tests.tiny_models import byte_tokenizer

@@ -1,4 +1,4 @@
-// y = x · Wᵀ on a CPU, W packed once into panels (see core/native.h): one pass over the weights for up to 8 rows, so that decoding
+// y = x · Wᵀ on a CPU, W packed once into panels (see core/platform/native.h): one pass over the weights for up to 8 rows, so that decoding
 // runs at the speed of memory, and full register tiles for more, so that prefill runs at the speed of the dot product units.
 //
 // Every row is summed in the same order whatever rows stand beside it, so a token's result does not depend on its batch.

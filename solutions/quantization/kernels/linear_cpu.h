@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "core/native.h"
+#include "core/platform/native.h"
 
 namespace native {
 

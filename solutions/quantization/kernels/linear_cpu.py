@@ -15,12 +15,12 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ...core import native
-from ...core.huge_pages import empty_in_huge_pages
-from ..groups import GroupQuantized, quantize_groups
+from ...core.platform import native
+from ...core.platform.huge_pages import empty_in_huge_pages
+from ..layout.groups import GroupQuantized, quantize_groups
 
 PANEL = 32
-"""Columns of a panel, as in core/native.h."""
+"""Columns of a panel, as in core/platform/native.h."""
 INT8_GROUP = 96
 """Activations of a token that share a scale: of the default model's widths a divisor."""
 INT4_GROUP = 32

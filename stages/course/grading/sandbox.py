@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from solutions.core.machine import cache_root
+from solutions.core.platform.machine import cache_root
 from stages.course.catalog import ROOT
 from stages.course.grading import guard, isolation
 from stages.course.grading.supervise import TOKEN, marked

@@ -6,7 +6,6 @@ Source: Kwon et al., "Efficient Memory Management for Large Language Model Servi
 from __future__ import annotations
 
 import abc
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,15 +47,11 @@ class AttentionMetadata:
     kv_scales: list[Tensor] | None = None
 
 
-BACKEND_NAMES = ("torch", "cpu", "triton", "cuda")
-"""Backends in files of their own: ``paged_attention_<name>.py`` with a class ``<Name>Backend`` and a function ``problem``."""
-
-
 class AttentionBackend(abc.ABC):
     """Writes a step's keys and values into the cache and attends over the paged context."""
 
     name: str
-    """As in `make_backend`."""
+    """As in `backends.make_backend`."""
 
     rotates = False
     """Whether `attend` takes one argument more, ``rope``, and rotates queries and keys itself on their way."""
@@ -129,33 +124,3 @@ def gather_context(kv_cache: Tensor, block_table: Tensor, left: int, right: int)
     # Hint: Write first, then one sequence at a time: gather its K and V into contiguous tensors, and from there it is
     # the attention you know. The queries are the LAST tokens of the context.
     raise NotImplementedError("Stage 1 · Task 1.6: gather_context, see IMPLEMENTATION_GUIDE.md#task-1-6")
-
-
-def make_backend(
-    name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int, block_size: int = 16, cpu_kernels: bool = True,
-    batch_invariant: bool = False,
-) -> AttentionBackend:  # fmt: skip
-    """The backend called `name`; "auto" picks the fastest that can run here.
-
-    Args:
-        dtype, head_dim: of the model. block_size: tokens in a KV block. cpu_kernels: whether "auto" may pick the C++ kernels.
-        batch_invariant: a query's result may not depend on what else is in the step; only the C++ kernels can do that.
-
-    Raises:
-        ValueError: no backend has this name, or it cannot run here; the message says why.
-    """
-    device = torch.device(device)
-    if name == "naive":
-        return NaiveBackend()
-    preferred = "triton" if device.type == "cuda" else "cpu" if cpu_kernels else "torch"
-    for candidate in (preferred, "torch") if name == "auto" else (name,):
-        if candidate not in BACKEND_NAMES:
-            raise ValueError(f"attention backend must be auto, naive or one of {', '.join(BACKEND_NAMES)}; got {name!r}")
-        module = importlib.import_module(f".paged_attention_{candidate}", __package__)  # these modules build on this one
-        problem = module.problem(device, dtype, head_dim, block_size)
-        if problem is None:
-            backend = getattr(module, f"{candidate.capitalize()}Backend")
-            if batch_invariant and candidate == "cpu":
-                return backend(batch_invariant=True)
-            return backend(device) if candidate == "cuda" else backend()
-    raise ValueError(f"--attention-backend {name}: {problem}; use torch")

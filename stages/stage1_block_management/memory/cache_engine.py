@@ -11,10 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..core.huge_pages import zeros_in_huge_pages
-
-BlockPairs = list[tuple[int, int]]
-"""(source, destination) block numbers."""
+from ..batching.scheduler_output import BlockPairs
+from ..core.platform.huge_pages import zeros_in_huge_pages
 
 
 def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

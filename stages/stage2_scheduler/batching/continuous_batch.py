@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.scheduler import SchedulerOutput
+from .scheduler_output import SchedulerOutput
 from .sequence import Sequence
 
 

@@ -6,10 +6,9 @@ import enum
 import math
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from ..core.structured_output import Guide
+from torch import Tensor
 
 
 class RequestOutputKind(enum.Enum):
@@ -202,6 +201,14 @@ def _require_int(name: str, value: Any, low: int | None, high: int | None) -> No
     raise ValueError(f"{name} must be an integer{limits}, got {value!r}")
 
 
+class TokenGuide(Protocol):
+    """Says which tokens the form of an answer allows next; `core/sampling/structured_output.py` has one."""
+
+    def allow(self, outputs: list[list[int]], masks: Tensor) -> None:
+        """See `Guide.allow`."""
+        ...
+
+
 class SequenceStatus(enum.Enum):
     """Where a sequence is. WAITING → RUNNING → FINISHED, with detours back from RUNNING when memory runs out."""
 
@@ -274,7 +281,7 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.params = params
-        self.guide: Guide | None = None
+        self.guide: TokenGuide | None = None
         self.priority = priority
         self.cache_salt = cache_salt
         self.parent = parent

@@ -11,7 +11,7 @@ from ..batching.sequence import RequestOutputKind, SamplingParams, Sequence, Seq
 from .detokenizer import TextReader, special_token_ids
 
 if TYPE_CHECKING:
-    from .sampler import TokenLogprobs
+    from .sampling.sampler import TokenLogprobs
 
 
 NewLogprobs: TypeAlias = "TokenLogprobs | list[TokenLogprobs] | None"

@@ -10,16 +10,11 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from ..attention.block_manager import BlockManager, BlockPairs
+from ..attention.block_manager import BlockManager
 from ..batching.scheduler_config import POLICIES, SchedulerConfig
+from ..batching.scheduler_output import SchedulerOutput
 from ..batching.sequence import Sequence, SequenceStatus
-
-if TYPE_CHECKING:
-    from .speculative import Draft
-
 
 LPM_PATIENCE = 10.0
 """Seconds after which a waiting sequence is overtaken no more by others of whose prompts more is cached."""
@@ -31,36 +26,6 @@ class QueueFullError(RuntimeError):
     def __init__(self, message: str, reason: str = "requests") -> None:
         super().__init__(message)
         self.reason = reason
-
-
-@dataclass(slots=True)
-class SchedulerOutput:
-    """The decision for one step.
-
-    Attributes:
-        scheduled: sequence → number of tokens to compute, in the order of the batch.
-        sampled: those of `scheduled` that will have computed all their tokens and therefore get a new one, in that order.
-        preempted: sequences that lost their blocks in this step.
-        swap_out, swap_in, copies: (source, destination) blocks to copy before the step, in this order.
-        changed_tables: ids of sequences whose block table differs from the step before.
-        removed: ids of sequences that left the running set since the step before.
-        drafts: tokens on trial, which stand at the end of these sequences (see `speculative.py`).
-    """
-
-    scheduled: dict[Sequence, int] = field(default_factory=dict)
-    sampled: list[Sequence] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
-    swap_out: BlockPairs = field(default_factory=list)
-    swap_in: BlockPairs = field(default_factory=list)
-    copies: BlockPairs = field(default_factory=list)
-    changed_tables: set[int] = field(default_factory=set)
-    removed: list[int] = field(default_factory=list)
-    drafts: dict[Sequence, Draft] = field(default_factory=dict)
-
-    def add(self, seq: Sequence, num_tokens: int) -> None:
-        """Let a sequence compute its next `num_tokens` tokens; if none is left after them, it is one of `sampled`."""
-        # Hint: A loop that looks at waiting[0] and nothing else: each turn either admits it or ends the loop.
-        raise NotImplementedError("Stage 2 · Task 2.3: SchedulerOutput.add, see IMPLEMENTATION_GUIDE.md#task-2-3")
 
 
 class Scheduler:
@@ -148,6 +113,7 @@ class Scheduler:
             output: the step so far; receives the admitted sequences.
             budget: tokens that the step may still hold.
         """
+        # Hint: A loop that looks at waiting[0] and nothing else: each turn either admits it or ends the loop.
         raise NotImplementedError("Stage 2 · Task 2.3: Scheduler.admit_waiting, see IMPLEMENTATION_GUIDE.md#task-2-3")
 
     def sort_by_prefix(self) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from stages.batching.scheduler_output import SchedulerOutput
 from stages.batching.sequence import SequenceStatus
-from stages.core.scheduler import SchedulerOutput
 from stages.course.checks import check_equal
 from stages.course.simulation import Simulation, counts, ids, make_sequence
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from stages.batching.scheduler_output import SchedulerOutput
 from stages.batching.sequence import Sequence, SequenceStatus
-from stages.core.scheduler import SchedulerOutput
 from stages.course.checks import check_equal
 from stages.course.simulation import Simulation, counts, ids, make_sequence
 

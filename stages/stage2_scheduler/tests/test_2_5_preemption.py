@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
+from stages.batching.scheduler_output import SchedulerOutput
 from stages.batching.sequence import Sequence, SequenceStatus
-from stages.core.scheduler import SchedulerOutput
 from stages.course.checks import check_equal
 from stages.course.simulation import Simulation, counts, ids
 

@@ -8,8 +8,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from stages.batching.continuous_batch import ContinuousBatch, FlatBatch
+from stages.batching.scheduler_output import SchedulerOutput
 from stages.batching.sequence import Sequence
-from stages.core.scheduler import SchedulerOutput
 from stages.course.checks import check_equal
 from stages.course.simulation import make_sequence
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from stages.batching.scheduler_output import SchedulerOutput
 from stages.batching.sequence import RequestOutputKind, SamplingParams, Sequence
 from stages.core.config import EngineConfig
 from stages.core.engine import LLMEngine
 from stages.core.output import RequestOutput
-from stages.core.scheduler import SchedulerOutput
 from stages.core.worker import StepResult
 from stages.course.checks import check_equal
 from stages.course.stand_ins import Recorder, Stream, bare_engine, letters, request_output

@@ -14,14 +14,15 @@ import torch
 import torch.distributed as dist
 
 from ..batching.continuous_batch import FlatBatch
+from ..batching.step_arrays import StepArrays
+from ..models.config.model_config import ModelConfig
 from ..models.loader import ModelSource
-from ..models.model_config import ModelConfig
 from ..parallelism.distributed import has_come, leave, open_rendezvous
 from ..parallelism.shared_memory import nameless_file
 from ..parallelism.tensor_parallel import TensorParallel
 from .config import EngineConfig
 from .worker import StepResult, Worker, logit_calls
-from .worker_process import STOP_SECONDS, OtherRank, Setup, StepArrays, StepBoard, WorkerProcess, meet
+from .worker_process import STOP_SECONDS, OtherRank, Setup, StepBoard, WorkerProcess, meet
 
 
 class Executor(abc.ABC):
@@ -187,17 +188,6 @@ def step_arrays(batch: FlatBatch) -> StepArrays:
     # Hint: Walk through Worker.execute and mark each line that talks to other ranks or changes the KV cache: the others
     # must do those, in that order, and need nothing else.
     raise NotImplementedError("Stage 3 · Task 3.8: step_arrays, see IMPLEMENTATION_GUIDE.md#task-3-8")
-
-
-def make_executor(config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Executor:
-    """The executor that ``config.distributed_executor_backend`` names."""
-    backend = config.distributed_executor_backend or ("uni" if config.tensor_parallel_size == 1 else "mp")
-    if backend == "ray":
-        from .ray_executor import RayExecutor  # Ray is an extra
-
-        return RayExecutor(config, source, device, dtype)
-    kind = UniProcExecutor if backend == "uni" else MultiProcExecutor
-    return kind(config, source, device, dtype)
 
 
 def local_model(model: ModelConfig, config: EngineConfig) -> ModelConfig:

@@ -26,15 +26,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 
+from ..batching.step_arrays import StepArrays
 from ..models.loader import ModelSource
 from ..parallelism.distributed import cores_of, join
 from ..parallelism.shared_memory import SharedMemoryCommunicator, nameless_file
 from ..parallelism.tensor_parallel import TensorParallel
-from . import native
 from .config import EngineConfig
-from .machine import available_cores, pick_threads
+from .platform import native
+from .platform.machine import available_cores, pick_threads
+from .worker import Worker
 
 STOP_SECONDS = 5.0
 """How long the ranks may take to end by themselves before they are killed."""
@@ -81,29 +82,6 @@ class OtherRank(abc.ABC):
     def stop(self, seconds: float) -> None:
         """See that it has ended by itself after so many seconds, or end it; then it is gone or can do nothing any more."""
         ...
-
-
-@dataclass(slots=True)
-class StepArrays:
-    """What a rank needs of a step. The first six are those of `FlatBatch`.
-
-    Attributes:
-        swap_out, swap_in, copies: [n, 2] int64, blocks (source, destination).
-        logit_rows: [R] int64, rows of the hidden states that rank 0 wants logits of, call after call.
-        logit_counts: [C] int64, how many rows each call has.
-    """
-
-    input_ids: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    slot_mapping: NDArray[np.int64]
-    block_tables: NDArray[np.int32]
-    query_start_loc: NDArray[np.int32]
-    context_lens: NDArray[np.int32]
-    swap_out: NDArray[np.int64]
-    swap_in: NDArray[np.int64]
-    copies: NDArray[np.int64]
-    logit_rows: NDArray[np.int64]
-    logit_counts: NDArray[np.int64]
 
 
 _NAMES = [f.name for f in fields(StepArrays)]
@@ -160,8 +138,6 @@ class Follower:
     """A rank other than 0 in its own process, wherever that is: it joins the others, loads its part, and does as it is told."""
 
     def __init__(self, setup: Setup) -> None:
-        from .worker import Worker  # which imports this module
-
         self.worker = Worker(setup.config, setup.source, setup.device, setup.dtype, meet(setup, setup.address))
 
     def obey(self, cache: list[int] | None = None, step: StepArrays | None = None) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..core.machine import available_cores
+from ..core.platform.machine import available_cores
 from .communication import Communicator
 
 TIMEOUT_SECONDS = 60.0

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from stages.course.checks import check_close, check_equal
 from stages.course.layers import HIDDEN, TOKENS, all_ranks, empty, load, random, sizes, span
-from stages.models.model_config import ModelConfig
+from stages.models.config.model_config import ModelConfig
 from stages.parallelism.tensor_parallel import QKVParallelLinear, RowParallelLinear, TensorParallel
 
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from stages.batching.continuous_batch import ContinuousBatch, FlatBatch
+from stages.batching.scheduler_output import SchedulerOutput
 from stages.batching.sequence import SamplingParams, Sequence
+from stages.batching.step_arrays import StepArrays
 from stages.core import engine as engine_module
 from stages.core import executor as executor_module
 from stages.core.engine import LLM
 from stages.core.executor import step_arrays
-from stages.core.scheduler import SchedulerOutput
-from stages.core.worker_process import StepArrays, StepBoard, WorkerDiedError
+from stages.core.worker_process import StepBoard, WorkerDiedError
 from stages.course.checks import check_equal
 from stages.course.lock_step import Log, bare_executor, bare_worker, thread_executor
 from stages.course.simulation import make_sequence

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .calibration import LayerInputs, Statistics
-from .checkpoint import QuantizedFormat
-from .groups import GroupQuantized, group_parameters, quantize_columns, quantize_groups
 from .layerwise import Recipe, run_command
+from .layout.checkpoint import QuantizedFormat
+from .layout.groups import GroupQuantized, group_parameters, quantize_columns, quantize_groups
 
 GRID = 20
 """Exponents that are tried: 0, 1 / 20, ..., 19 / 20."""

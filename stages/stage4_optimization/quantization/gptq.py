@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .calibration import LayerInputs
-from .checkpoint import QuantizedFormat
-from .groups import GroupQuantized, group_parameters, quantize_columns
 from .layerwise import Recipe, run_command
+from .layout.checkpoint import QuantizedFormat
+from .layout.groups import GroupQuantized, group_parameters, quantize_columns
 
 BLOCK = 128
 """Columns whose errors are gathered before the columns behind them are updated, in one matrix product."""

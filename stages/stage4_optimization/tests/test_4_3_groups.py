@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.course.checks import check_close, check_equal
-from stages.quantization.groups import (
+from stages.quantization.layout.groups import (
     GroupQuantized,
     group_parameters,
     pack_int32,

@@ -10,7 +10,7 @@ from torch import Tensor
 from stages.course.checks import check_close, check_equal
 from stages.quantization import gptq
 from stages.quantization.gptq import fix_columns, gptq_quantize, inverse_factor
-from stages.quantization.groups import GroupQuantized, quantize_groups
+from stages.quantization.layout.groups import GroupQuantized, quantize_groups
 from stages.tests.quantization_cases import correlated, optimal_brain_quantization, random_weight
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from stages.course.checks import check_close, check_equal
 from stages.quantization import awq
 from stages.quantization.awq import output_error, search_scale
-from stages.quantization.groups import quantize_groups
+from stages.quantization.layout.groups import quantize_groups
 from stages.tests.quantization_cases import random_weight
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed; there is one for Linux: pip install triton")
 from stages.course.checks import check_close, check_equal
 from stages.course.kernels import DEVICE, contained
-from stages.quantization.groups import GroupQuantized
 from stages.quantization.kernels.w4a16_triton import TritonLinear
+from stages.quantization.layout.groups import GroupQuantized
 
 
 def quantized(outputs: int, inputs: int, size: int, *, scale: float | None = None, zero: float | None = None) -> GroupQuantized:

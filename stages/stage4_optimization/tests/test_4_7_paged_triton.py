@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed; there is one for 
 from stages.attention.paged_attention import AttentionMetadata
 from stages.attention.paged_attention_triton import Config, TritonBackend
 from stages.attention.paged_kernels_triton import gather, merge_splits
-from stages.core.triton_mode import tl, triton
+from stages.core.platform.triton_mode import tl, triton
 from stages.course.checks import check_close
 from stages.course.kernels import DEVICE, contained
 from stages.tests.attention_cases import AttentionCase, make_case, quantize_int8

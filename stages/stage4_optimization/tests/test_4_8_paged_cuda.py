@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stages.attention.paged_attention_cuda import CudaBackend
-from stages.core import native
+from stages.core.platform import native
 from stages.course.checks import check_close
 from stages.course.kernels import build_cuda, contained
 from stages.tests.attention_cases import AttentionCase, make_case

@@ -17,12 +17,12 @@ from types import FrameType
 import uvicorn
 
 from ..core.config import add_engine_flags, config_from_flags
-from ..core.machine import settle_heap
+from ..core.platform.machine import settle_heap
 from .app import MAX_BODY_BYTES, create_app
 from .async_engine import AsyncEngine
 from .connections import TimedConnection
 from .guards import API_KEY_VARIABLE, log_as_json, read_api_keys
-from .recording import TraceRecorder
+from .live.recording import TraceRecorder
 from .tracing import RequestTracer, otlp_exporter
 
 MAX_NUM_WAITING = 1024

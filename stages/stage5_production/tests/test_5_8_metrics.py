@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from stages.batching.scheduler_output import SchedulerOutput
 from stages.batching.sequence import SamplingParams, Sequence, SequenceStatus
 from stages.core.engine import EngineStats
-from stages.core.scheduler import SchedulerOutput
 from stages.course.checks import check_equal
 from stages.serving.metrics import EngineMetrics, Histogram
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.triton_mode import INTERPRETED, cast, tl, triton
-from ..groups import GroupQuantized, pack_int32
+from ...core.platform.triton_mode import INTERPRETED, cast, tl, triton
+from ..layout.groups import GroupQuantized, pack_int32
 
 BLOCK_K = 32
 """Inputs of a tile; all of one group, so groups must be whole tiles."""

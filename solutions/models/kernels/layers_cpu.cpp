@@ -1,5 +1,5 @@
 // What stands between the matrix products of a layer, each in one pass over its rows: normalisation and rotation.
-#include "core/native.h"
+#include "core/platform/native.h"
 
 using namespace native;
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
-from typing import Annotated
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..batching.sequence import Sequence
-from ..core.scheduler import SchedulerOutput
-from .async_engine import AsyncEngine
+from ...batching.scheduler_output import SchedulerOutput
+from ...batching.sequence import Sequence
+
+if TYPE_CHECKING:
+    from ...core.engine import LLMEngine
 
 MAX_DELAY = 10.0
 """Seconds between two steps in the slowest motion."""
@@ -25,6 +27,18 @@ class PaceRequest(BaseModel):
     paused: bool | None = None
     steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     delay: Annotated[float, Field(ge=0, le=MAX_DELAY)] | None = None
+
+
+class SteppingThread(Protocol):
+    """What the live page needs of the thread that steps the engine. `AsyncEngine` is one, and describes its attributes."""
+
+    engine: LLMEngine
+    may_step: Callable[[], bool]
+    is_draining: bool
+
+    def between_steps(self, command: Callable[[], None]) -> None:
+        """Run something at the next step border."""
+        ...
 
 
 class PaceState(BaseModel):
@@ -42,7 +56,7 @@ class Pace:
         async_engine: whose engine is held.
     """
 
-    def __init__(self, async_engine: AsyncEngine) -> None:
+    def __init__(self, async_engine: SteppingThread) -> None:
         self.async_engine = async_engine
         self.paused, self.delay = False, 0.0
         self._steps = 0  # that a paused engine may still take

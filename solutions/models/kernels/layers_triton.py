@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.triton_mode import cast, tl, triton
+from ...core.platform.triton_mode import cast, tl, triton
 
 SILU_COLUMNS = 1024
 """Elements of a row that one program of `silu_mul` computes."""

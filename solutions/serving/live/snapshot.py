@@ -6,12 +6,12 @@ from collections import deque
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..attention.block_manager import NULL_BLOCK
-from ..batching.sequence import Sequence
-from ..core.scheduler import SchedulerOutput
+from ...attention.block_manager import NULL_BLOCK
+from ...batching.scheduler_output import SchedulerOutput
+from ...batching.sequence import Sequence
 
 if TYPE_CHECKING:
-    from ..core.engine import LLMEngine
+    from ...core.engine import LLMEngine
 
 MAX_STEPS = 64
 """Steps that a frame tells of; of more, the oldest are left out."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..batching.sequence import StructuredOutput
+from ...batching.sequence import StructuredOutput
 
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar

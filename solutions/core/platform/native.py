@@ -31,12 +31,12 @@ from .machine import cache_root, cpu_flags
 SOURCES = (
     "attention/paged_attention_cpu.cpp",
     "quantization/kernels/linear_cpu.cpp",
-    "models/layers_cpu.cpp",
-    "core/selection_cpu.cpp",
+    "models/kernels/layers_cpu.cpp",
+    "core/sampling/selection_cpu.cpp",
     "parallelism/shared_memory_cpu.cpp",
 )
 HEADERS = (
-    "core/native.h",
+    "core/platform/native.h",
     "attention/paged_work_cpu.h",
     "attention/paged_decode_cpu.h",
     "attention/paged_prefill_cpu.h",

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..core import native
+from ...core.platform import native
 
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 

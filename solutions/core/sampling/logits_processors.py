@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..batching.sequence import Sequence
+from ...batching.sequence import Sequence
 from .structured_output import by_guide, forbid
 
 BANNED = -1e30

@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..core.config import EngineConfig, add_engine_flags, config_from_flags
-from .api_server import MAX_NUM_WAITING
+from ...core.config import EngineConfig, add_engine_flags, config_from_flags
+from ..api_server import MAX_NUM_WAITING
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..batching.sequence import SamplingParams, Sequence
+from ...batching.sequence import SamplingParams, Sequence
 from . import selection_cpu
 from .logits_processors import LogitsProcessors, to_device
 from .selection import BLOCK, Filters, argmax, draw, top

@@ -1,7 +1,7 @@
 // The arg-max of rows as long as a vocabulary, straight from a head's logits.
 #include <algorithm>
 
-#include "core/native.h"
+#include "core/platform/native.h"
 
 using namespace native;
 

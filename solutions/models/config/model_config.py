@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..quantization.checkpoint import QuantizedFormat
+from ...quantization.layout.checkpoint import QuantizedFormat
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "gpt2": "GPT2LMHeadModel"}
 """Supported architectures by Hugging Face's ``model_type``."""

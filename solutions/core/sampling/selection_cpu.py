@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from . import native
+from ..platform import native
 
 _NAMES = {torch.float32: "argmax_f32", torch.bfloat16: "argmax_bf16"}
 

@@ -1,7 +1,7 @@
 """Several engines behind one OpenAI endpoint, as a Ray Serve application.
 
-    python -m solutions.serving.ray_app --port 8000 model=smollm2-135m replicas=2
-    serve run solutions.serving.ray_app:app model=smollm2-135m replicas=2
+    python -m solutions.serving.replicas.ray_app --port 8000 model=smollm2-135m replicas=2
+    serve run solutions.serving.replicas.ray_app:app model=smollm2-135m replicas=2
 
 An ingress reads each request, computes the keys of its prompt, and hands it to a replica, which is a whole server of
 `api_server` but for the socket: the same application answers, so the same requests are valid and the same errors come back.
@@ -27,14 +27,14 @@ from fastapi import FastAPI
 from fastapi.responses import Response, StreamingResponse
 from starlette.requests import Request
 
-from ..core.config import EngineConfig
-from ..core.machine import available_cores, settle_heap
-from ..core.ray_executor import NO_RAY, actor_environment, connect
-from ..models.loader import resolve_model
-from .api_server import MAX_NUM_WAITING, bind
-from .app import create_app
-from .async_engine import AsyncEngine
-from .guards import error_response
+from ...core.config import EngineConfig
+from ...core.platform.machine import available_cores, settle_heap
+from ...core.ray_executor import NO_RAY, actor_environment, connect
+from ...models.loader import resolve_model
+from ..api_server import MAX_NUM_WAITING, bind
+from ..app import create_app
+from ..async_engine import AsyncEngine
+from ..guards import error_response
 from .prefix_router import Policy, PrefixAffinity, RoundRobin, request_keys
 from .replica_settings import parse_settings
 
@@ -177,7 +177,7 @@ class Replica:
     """One engine and its server's application, without a socket."""
 
     async def __init__(self, config: EngineConfig, served_model_names: list[str], api_keys: list[str] | None) -> None:
-        from ..core.engine import LLMEngine
+        from ...core.engine import LLMEngine
 
         self.engine = AsyncEngine(LLMEngine(config))
         settle_heap()
@@ -249,7 +249,7 @@ async def _rest(stream: DeploymentResponseGenerator, is_events: bool) -> AsyncIt
 
 
 def app(args: dict[str, Any]) -> serve.Application:
-    """The application, for ``serve run solutions.serving.ray_app:app name=value …`` or a Serve config file.
+    """The application, for ``serve run solutions.serving.replicas.ray_app:app name=value …`` or a Serve config file.
 
     Args:
         args: see `parse_settings`.

@@ -17,14 +17,14 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse, StreamingResponse
 from starlette.staticfiles import StaticFiles
 
-from ..batching.sequence import Sequence
-from ..core.scheduler import QueueFullError, SchedulerOutput
-from .async_engine import AsyncEngine
-from .pace import Pace, PaceRequest, PaceState
+from ...batching.scheduler_output import SchedulerOutput
+from ...batching.sequence import Sequence
+from ...core.scheduler import QueueFullError
+from .pace import Pace, PaceRequest, PaceState, SteppingThread
 from .snapshot import Snapshots
 
 if TYPE_CHECKING:
-    from ..core.engine import EngineStats
+    from ...core.engine import EngineStats
 
 FRAMES_PER_SECOND = 10
 MAX_UNREAD = 8
@@ -43,7 +43,7 @@ class LiveFeed:
         model_name: as the API calls it. pace: is released when the last client leaves.
     """
 
-    def __init__(self, async_engine: AsyncEngine, model_name: str, pace: Pace) -> None:
+    def __init__(self, async_engine: SteppingThread, model_name: str, pace: Pace) -> None:
         self.async_engine, self.pace = async_engine, pace
         self._snapshots = Snapshots(async_engine.engine, model_name)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -121,7 +121,7 @@ class LiveFeed:
                 queue.put_nowait(text)
 
 
-def add_live_page(app: FastAPI, async_engine: AsyncEngine, model_name: str, **documented: Any) -> None:
+def add_live_page(app: FastAPI, async_engine: SteppingThread, model_name: str, **documented: Any) -> None:
     """The page, the feed that it shows, and its buttons for the pace.
 
     Args:

@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TextIO
 
-from ..batching.sequence import Sequence
-from ..core.scheduler import SchedulerOutput
+from ...batching.scheduler_output import SchedulerOutput
+from ...batching.sequence import Sequence
 from .snapshot import Snapshots
 
 if TYPE_CHECKING:
-    from ..core.engine import LLMEngine
+    from ...core.engine import LLMEngine
 
 FLUSH_SECONDS = 1.0
 

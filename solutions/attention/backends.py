@@ -1,0 +1,42 @@
+"""Chooses the attention backend by name, or the fastest one that can run here."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from .paged_attention import AttentionBackend, NaiveBackend
+
+BACKEND_NAMES = ("torch", "cpu", "triton", "cuda")
+"""Backends in files of their own: ``paged_attention_<name>.py`` with a class ``<Name>Backend`` and a function ``problem``."""
+
+
+def make_backend(
+    name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int, block_size: int = 16, cpu_kernels: bool = True,
+    batch_invariant: bool = False,
+) -> AttentionBackend:  # fmt: skip
+    """The backend called `name`; "auto" picks the fastest that can run here.
+
+    Args:
+        dtype, head_dim: of the model. block_size: tokens in a KV block. cpu_kernels: whether "auto" may pick the C++ kernels.
+        batch_invariant: a query's result may not depend on what else is in the step; only the C++ kernels can do that.
+
+    Raises:
+        ValueError: no backend has this name, or it cannot run here; the message says why.
+    """
+    device = torch.device(device)
+    if name == "naive":
+        return NaiveBackend()
+    preferred = "triton" if device.type == "cuda" else "cpu" if cpu_kernels else "torch"
+    for candidate in (preferred, "torch") if name == "auto" else (name,):
+        if candidate not in BACKEND_NAMES:
+            raise ValueError(f"attention backend must be auto, naive or one of {', '.join(BACKEND_NAMES)}; got {name!r}")
+        module = importlib.import_module(f".paged_attention_{candidate}", __package__)
+        problem = module.problem(device, dtype, head_dim, block_size)
+        if problem is None:
+            backend = getattr(module, f"{candidate.capitalize()}Backend")
+            if batch_invariant and candidate == "cpu":
+                return backend(batch_invariant=True)
+            return backend(device) if candidate == "cuda" else backend()
+    raise ValueError(f"--attention-backend {name}: {problem}; use torch")
