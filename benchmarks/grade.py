@@ -21,7 +21,6 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installed package
 
 from solutions.benchmarks.report import Parser
-from stages.course.catalog import GUIDE, ROOT, CourseError, Stage, find_stage
 from stages.course.grading import page, report, results
 from stages.course.grading.grader import Grader, hidden_folders
 from stages.course.grading.performance import Bench
@@ -30,6 +29,7 @@ from stages.course.grading.scoring import RULE, Grade
 from stages.course.grading.submission import Submission, find_submissions, read_submission
 from stages.course.grading.task_runs import Runner
 from stages.course.grading.workshop import Workshop
+from stages.course.tools.catalog import GUIDE, ROOT, CourseError, Stage, find_stage
 
 DESCRIPTION = f"""\
 Grades the starter files of a learner's checkout. Nothing else of it is used: tests, course and reference are this

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import stages
-from stages.course.catalog import STAGES_FOLDER, Task, load_course
-from stages.course.failure import describe, todo_task, what_and_why
-from stages.course.preflight import inspect_stage
+from stages.course.tools.catalog import STAGES_FOLDER, Task, load_course
+from stages.course.tools.failure import describe, todo_task, what_and_why
+from stages.course.tools.preflight import inspect_stage
 
 TIME_LIMIT = 30
 """Seconds for one test; the slowest takes a few on a laptop."""

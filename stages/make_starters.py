@@ -11,8 +11,8 @@ import hashlib
 import json
 from collections.abc import Iterable
 
-from stages.course.catalog import ROOT, STAGES_FOLDER, CourseError, Stage, Task, find_stage, load_course
-from stages.course.targets import emptied
+from stages.course.tools.catalog import ROOT, STAGES_FOLDER, CourseError, Stage, Task, find_stage, load_course
+from stages.course.tools.targets import emptied
 
 MANIFEST = "starters.json"
 """In `stages/`: path of each starter → SHA-256 of what was last generated there. A file with another hash is the learner's."""

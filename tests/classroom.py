@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.course.catalog import CourseError, Task, find_stage, load_course
-from stages.course.runner import FAILED, NO_PLUGINS, PASSED, TODO, TestResult
+from stages.course.tools.catalog import CourseError, Task, find_stage, load_course
+from stages.course.tools.runner import FAILED, NO_PLUGINS, PASSED, TODO, TestResult
 from stages.make_starters import render
 from tests.warm import Ended, Job, Warm
 

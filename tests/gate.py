@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from stages.course.catalog import CourseError, Stage, find_stage, load_course
+from stages.course.tools.catalog import CourseError, Stage, find_stage, load_course
 from tests.classroom import ROOT, Classroom
 from tests.gate_runs import earlier_tasks_suffice, reference_passes, stages_pass_together, starters_say_what_is_missing
 from tests.gate_texts import (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from stages.course.catalog import Stage, Task
-from stages.course.runner import PASSED, TODO, TestResult
+from stages.course.tools.catalog import Stage, Task
+from stages.course.tools.runner import PASSED, TODO, TestResult
 from tests.classroom import Classroom, Results
 
 

@@ -7,8 +7,8 @@ import inspect
 import re
 from pathlib import Path
 
-from stages.course.catalog import GUIDE, Stage, Task
-from stages.course.targets import parse
+from stages.course.tools.catalog import GUIDE, Stage, Task
+from stages.course.tools.targets import parse
 from stages.make_starters import render
 from tests.classroom import Classroom
 

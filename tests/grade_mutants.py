@@ -12,12 +12,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from stages.course.catalog import CourseError, Stage
 from stages.course.grading.grader import Grader
 from stages.course.grading.sandbox import Limits, Sandbox
 from stages.course.grading.submission import Submission
 from stages.course.grading.task_runs import Runner
 from stages.course.grading.workshop import Workshop
+from stages.course.tools.catalog import CourseError, Stage
 from tests.mutants.bank import Mutant, mutate
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from stages.course.catalog import Stage, Target, Task, load_course
-from stages.course.targets import find_function, find_lines, is_python
+from stages.course.tools.catalog import Stage, Target, Task, load_course
+from stages.course.tools.targets import find_function, find_lines, is_python
 from stages.make_starters import render
 
 ROOT = Path(__file__).parents[1]

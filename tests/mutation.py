@@ -31,8 +31,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from stages.course.catalog import CourseError, Stage, Target, Task, find_stage, find_task
-from stages.course.targets import find_function, is_python
+from stages.course.tools.catalog import CourseError, Stage, Target, Task, find_stage, find_task
+from stages.course.tools.targets import find_function, is_python
 from tests.classroom import Classroom
 from tests.mutants.bank import TEST_LIMIT
 

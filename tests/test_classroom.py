@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.course.catalog import CourseError
-from stages.course.runner import FAILED, PASSED, TODO
+from stages.course.tools.catalog import CourseError
+from stages.course.tools.runner import FAILED, PASSED, TODO
 from tests import warm as warm_module
 from tests.classroom import Classroom
 from tests.toy_course import Toy, make_toy

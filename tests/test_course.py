@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.course.catalog import STAGES_FOLDER
-from stages.course.checks import check_close, check_equal
-from stages.course.ranks import failure_of_a_rank
+from stages.course.fixtures.checks import check_close, check_equal
+from stages.course.fixtures.ranks import failure_of_a_rank
+from stages.course.tools.catalog import STAGES_FOLDER
 from tests.classroom import Classroom
 from tests.warm import Ended, Warm
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from solutions.core.platform import native
-from stages.course.kernels import KernelError, contained
+from stages.course.fixtures.kernels import KernelError, contained
 from tests.classroom import Classroom
 from tests.test_course import course
 from tests.warm import Warm

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stages.course.catalog import Stage, load_course
-from stages.course.targets import find_lines
+from stages.course.tools.catalog import Stage, load_course
+from stages.course.tools.targets import find_lines
 from stages.make_starters import starters
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.course.catalog import CourseError, Stage, load_course
+from stages.course.tools.catalog import CourseError, Stage, load_course
 from stages.make_starters import render
 from tests import gate
 from tests.classroom import ROOT, Classroom

@@ -17,7 +17,6 @@ import psutil
 import pytest
 
 from benchmarks.grade import main
-from stages.course.catalog import CourseError, Stage, find_stage
 from stages.course.grading import page, report, results, scoring
 from stages.course.grading.grader import Grader, hidden_folders
 from stages.course.grading.integrity import offences, uses_the_reference
@@ -28,6 +27,7 @@ from stages.course.grading.submission import Submission, find_submissions, read_
 from stages.course.grading.supervise import TOKEN
 from stages.course.grading.task_runs import Runner
 from stages.course.grading.workshop import Workshop, with_functions
+from stages.course.tools.catalog import CourseError, Stage, find_stage
 from tests.grade_mutants import find_mutant, solved
 from tests.mutants.bank import mutate
 from tests.toy_course import REFERENCE, make_toy

@@ -14,7 +14,7 @@ import pytest
 
 from solutions.benchmarks.roofline import CARDS, decode_cost
 from solutions.models.config.model_config import ALIASES
-from stages.course.catalog import Task
+from stages.course.tools.catalog import Task
 from tests.guide import (
     COURSE,
     FOREIGN,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.course.catalog import CourseError, Target, Task
+from stages.course.tools.catalog import CourseError, Target, Task
 from tests import mutation
 from tests.classroom import Classroom
 from tests.mutation import Explanation, Fate, complaints_of, essence, function_mutants, load_explanations

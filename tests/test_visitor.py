@@ -17,7 +17,7 @@ import httpx
 import openai
 import pytest
 
-from stages.course.catalog import find_stage, load_course
+from stages.course.tools.catalog import find_stage, load_course
 from stages.make_starters import render
 
 ROOT = Path(__file__).parents[1]

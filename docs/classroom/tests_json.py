@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works without an installed package
 
-from stages.course.catalog import CourseError, Stage, find_stage, load_course
+from stages.course.tools.catalog import CourseError, Stage, find_stage, load_course
 
 SECONDS = 600
 """The most that Classroom 50 gives a command."""

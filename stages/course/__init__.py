@@ -1,1 +1,1 @@
-"""The course's own tools: what runs the stages' tests, explains their results, and helps a learner along."""
+"""The course's own code, in three rooms: `tools` for learners, `fixtures` for the stages' tests, `grading` for instructors."""

@@ -9,13 +9,13 @@ import sys
 from rich.console import Console
 
 from stages import parse_stages
-from stages.course.catalog import CourseError, Stage, Task, find_stage, find_task, load_course
-from stages.course.help import changed_files, reset_stage, reset_task, show_diff, show_hint
-from stages.course.page import print_stage, run_with_bar
-from stages.course.preflight import inspect_stage
-from stages.course.progress import show_progress
-from stages.course.run_mine import run_mine
-from stages.course.state import remember
+from stages.course.tools.catalog import CourseError, Stage, Task, find_stage, find_task, load_course
+from stages.course.tools.help import changed_files, reset_stage, reset_task, show_diff, show_hint
+from stages.course.tools.page import print_stage, run_with_bar
+from stages.course.tools.preflight import inspect_stage
+from stages.course.tools.progress import show_progress
+from stages.course.tools.run_mine import run_mine
+from stages.course.tools.state import remember
 
 
 def run_tests(console: Console, course: list[Stage], args: argparse.Namespace) -> int:

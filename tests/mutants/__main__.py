@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from stages.course.catalog import CourseError, find_stage
+from stages.course.tools.catalog import CourseError, find_stage
 from tests.classroom import Classroom
 from tests.mutants.bank import killer, load_mutants
 

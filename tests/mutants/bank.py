@@ -10,9 +10,9 @@ import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from stages.course.catalog import CourseError, Stage
-from stages.course.runner import TestResult
-from stages.course.targets import is_python
+from stages.course.tools.catalog import CourseError, Stage
+from stages.course.tools.runner import TestResult
+from stages.course.tools.targets import is_python
 from tests.classroom import Classroom
 
 TEST_LIMIT = 10

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from stages.course.catalog import Stage, Task
 from stages.course.grading import scoring
 from stages.course.grading.integrity import offences
 from stages.course.grading.performance import Bench
 from stages.course.grading.scoring import Grade, TaskGrade, task_points
 from stages.course.grading.submission import Submission
 from stages.course.grading.task_runs import ENDED_EARLY, Expected, Runner, TaskRun, failures, passed
+from stages.course.tools.catalog import Stage, Task
 
 OnStep = Callable[[str], None]
 

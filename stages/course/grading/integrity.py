@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 
-from stages.course.targets import is_python, parse
+from stages.course.tools.targets import is_python, parse
 
 REFERENCE = re.compile(r"(^|[^\w])solutions([./\\]|$)")
 """A module's name or a path inside the reference; the bare word too, which a path may be put together from."""

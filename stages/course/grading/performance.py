@@ -10,12 +10,12 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.course.catalog import CourseError
 from stages.course.grading import scoring
 from stages.course.grading.sandbox import Ended, Limits, Sandbox, room
 from stages.course.grading.scoring import Grade, MeasureGrade, ratio_points
 from stages.course.grading.submission import Submission
 from stages.course.grading.workshop import Workshop
+from stages.course.tools.catalog import CourseError
 
 IMPLAUSIBLE = 3.0
 """A ratio above this is for a person to look at: graded code runs in the process that measures it."""

@@ -19,9 +19,9 @@ from pathlib import Path
 import psutil
 
 from solutions.core.platform.machine import cache_root
-from stages.course.catalog import ROOT
 from stages.course.grading import guard, isolation
 from stages.course.grading.supervise import TOKEN, marked
+from stages.course.tools.catalog import ROOT
 
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "CC", "CXX", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "SDKROOT")
 """Variables that a graded process gets from the grader's environment; others may hold the instructor's secrets."""

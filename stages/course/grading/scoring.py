@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-from stages.course.catalog import Stage, Task
+from stages.course.tools.catalog import Stage, Task
 
 PASSED, PARTLY, FAILED, UNWRITTEN, FLAGGED, STOPPED, SKIPPED = (
     "passed", "partly", "failed", "not written", "not counted", "stopped", "not graded",

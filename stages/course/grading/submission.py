@@ -6,7 +6,7 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stages.course.catalog import CourseError, Stage
+from stages.course.tools.catalog import CourseError, Stage
 
 LARGEST = 1 << 20
 """Bytes of a learner's file; the largest starter has a fiftieth of that."""

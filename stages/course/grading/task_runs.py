@@ -8,10 +8,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.course.catalog import Stage, Task
 from stages.course.grading.sandbox import Ended, Limits, Sandbox, room
 from stages.course.grading.scoring import Failure, seed_of
 from stages.course.grading.workshop import Workshop
+from stages.course.tools.catalog import Stage, Task
 
 PLUGINS = ("pytest_timeout", "_hypothesis_pytestplugin", "stages.course.grading.seeds", "no:cacheprovider")
 """All that the stages' tests need; pytest loads no other, which takes longer than most tests. -s: what they print

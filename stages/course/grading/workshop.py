@@ -10,8 +10,8 @@ import ast
 import shutil
 from pathlib import Path
 
-from stages.course.catalog import CourseError, Stage, Task, load_course
-from stages.course.targets import find_lines, function_source, parse
+from stages.course.tools.catalog import CourseError, Stage, Task, load_course
+from stages.course.tools.targets import find_lines, function_source, parse
 from stages.make_starters import render
 
 NOT_COPIED = ("__pycache__", ".pytest_cache", ".hypothesis", "mutants")
@@ -98,7 +98,7 @@ class Workshop:
         """Files of the reference that the course's tools import by name, such as what starts the ranks of stage 3, and those
         that these import; they stay whole. `guard` keeps learners' files from importing them."""
         todo = []
-        for path in (self.root / "stages" / "course").glob("*.py"):
+        for path in (self.root / "stages" / "course").glob("[ft]*/*.py"):
             for node in ast.walk(parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").startswith("solutions."):
                     todo += [node.module.replace(".", "/").removeprefix("solutions/") + ".py"]
@@ -109,8 +109,8 @@ class Workshop:
                 continue
             found.add(file)
             for node in ast.walk(parse(self.reference(file))):
-                if isinstance(node, ast.ImportFrom) and node.level in (1, 2) and node.module:
-                    folder = Path(file).parent if node.level == 1 else Path(file).parent.parent
+                if isinstance(node, ast.ImportFrom) and node.level and node.module:
+                    folder = Path(file).parents[node.level - 1]
                     todo.append((folder / node.module.replace(".", "/")).as_posix() + ".py")
         return found
 

@@ -10,7 +10,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from stages.course.checks import check_equal
+from stages.course.fixtures.checks import check_equal
 from stages.memory.block_allocator import BlockAllocator, OutOfBlocksError
 
 SEARCH = settings(

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from stages.attention.block_manager import NULL_BLOCK, BlockManager
 from stages.batching.sequence import SamplingParams, Sequence
-from stages.course.checks import check_equal
+from stages.course.fixtures.checks import check_equal
 
 SEARCH = settings(
     max_examples=40, stateful_step_count=25, derandomize=True, deadline=None, database=None, report_multiple_bugs=False,

@@ -8,7 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stages.course.checks import check_equal
+from stages.course.fixtures.checks import check_equal
 from stages.memory.cache_engine import CacheEngine, block_bytes, move_blocks, num_blocks_for_budget, write_kv
 
 KIB, GIB = 1024, 1024**3

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stages.attention.paged_attention import AttentionMetadata, NaiveBackend, gather_context
-from stages.course.checks import check_close, check_equal
+from stages.course.fixtures.checks import check_close, check_equal
 
 GARBAGE = (1_000_000, -1, -7)
 """What may stand in a block table where nobody may look: no such block, and the NULL_BLOCK of a sliding window."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from stages.batching.sequence import Sequence, SequenceStatus
-from stages.course.checks import check_equal
-from stages.course.simulation import make_sequence
+from stages.course.fixtures.checks import check_equal
+from stages.course.fixtures.simulation import make_sequence
 
 EOS, ALSO_EOS = 2, 3
 

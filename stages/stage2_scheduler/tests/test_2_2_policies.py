@@ -9,8 +9,8 @@ import pytest
 from stages.batching.scheduler_config import fcfs, priority
 from stages.batching.sequence import SequenceStatus
 from stages.core.scheduler import QueueFullError
-from stages.course.checks import check_equal
-from stages.course.simulation import Simulation, ids, make_sequence
+from stages.course.fixtures.checks import check_equal
+from stages.course.fixtures.simulation import Simulation, ids, make_sequence
 
 
 def test_fcfs_sorts_by_arrival_and_nothing_else() -> None:

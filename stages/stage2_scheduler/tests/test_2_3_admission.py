@@ -6,8 +6,8 @@ import pytest
 
 from stages.batching.scheduler_output import SchedulerOutput
 from stages.batching.sequence import SequenceStatus
-from stages.course.checks import check_equal
-from stages.course.simulation import Simulation, counts, ids, make_sequence
+from stages.course.fixtures.checks import check_equal
+from stages.course.fixtures.simulation import Simulation, counts, ids, make_sequence
 
 
 def admit(sim: Simulation, budget: int) -> SchedulerOutput:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from stages.batching.scheduler_output import SchedulerOutput
 from stages.batching.sequence import Sequence, SequenceStatus
-from stages.course.checks import check_equal
-from stages.course.simulation import Simulation, counts, ids, make_sequence
+from stages.course.fixtures.checks import check_equal
+from stages.course.fixtures.simulation import Simulation, counts, ids, make_sequence
 
 
 def serve(sim: Simulation) -> tuple[dict[int, int], int]:

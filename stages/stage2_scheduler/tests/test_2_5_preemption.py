@@ -9,8 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from stages.batching.scheduler_output import SchedulerOutput
 from stages.batching.sequence import Sequence, SequenceStatus
-from stages.course.checks import check_equal
-from stages.course.simulation import Simulation, counts, ids
+from stages.course.fixtures.checks import check_equal
+from stages.course.fixtures.simulation import Simulation, counts, ids
 
 SETTINGS = settings(
     max_examples=40, stateful_step_count=25, derandomize=True, database=None, deadline=None, report_multiple_bugs=False,

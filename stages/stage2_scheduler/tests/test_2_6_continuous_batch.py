@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from stages.batching.continuous_batch import ContinuousBatch, FlatBatch
 from stages.batching.scheduler_output import SchedulerOutput
 from stages.batching.sequence import Sequence
-from stages.course.checks import check_equal
-from stages.course.simulation import make_sequence
+from stages.course.fixtures.checks import check_equal
+from stages.course.fixtures.simulation import make_sequence
 
 
 def computed(seq_id: int, tokens: list[int], count: int) -> Sequence:

@@ -16,8 +16,8 @@ from stages.core.config import EngineConfig
 from stages.core.engine import LLMEngine
 from stages.core.output import RequestOutput
 from stages.core.worker import StepResult
-from stages.course.checks import check_equal
-from stages.course.stand_ins import Recorder, Stream, bare_engine, letters, request_output
+from stages.course.fixtures.checks import check_equal
+from stages.course.fixtures.stand_ins import Recorder, Stream, bare_engine, letters, request_output
 from stages.tests.tiny_models import EOS, make_tiny_llama
 
 CUMULATIVE, DELTA, FINAL_ONLY = RequestOutputKind.CUMULATIVE, RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY

@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.course.checks import check_equal
-from stages.course.rank_jobs import numbers, reduce_all, reduce_many, total
-from stages.course.ranks import Wires, on_processes, on_threads
+from stages.course.fixtures.checks import check_equal
+from stages.course.fixtures.rank_jobs import numbers, reduce_all, reduce_many, total
+from stages.course.fixtures.ranks import Wires, on_processes, on_threads
 from stages.parallelism.communication import Communicator, ring_all_reduce
 
 BYTES = 8

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.course.checks import check_equal
-from stages.course.rank_jobs import both_halves, gather, numbers, scatter, total
-from stages.course.ranks import Wires, on_processes, on_threads
+from stages.course.fixtures.checks import check_equal
+from stages.course.fixtures.rank_jobs import both_halves, gather, numbers, scatter, total
+from stages.course.fixtures.ranks import Wires, on_processes, on_threads
 from stages.parallelism.communication import Communicator, ring_all_gather, ring_reduce_scatter, split_evenly
 
 UNEVEN = [(2, 3), (3, 7), (4, 10), (4, 5), (4, 3), (4, 1), (5, 2)]

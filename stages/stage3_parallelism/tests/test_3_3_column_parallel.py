@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages.course.checks import check_close, check_equal
-from stages.course.layers import COLUMNS, CONFIG, HIDDEN, TOKENS, all_ranks, empty, load, random, span
+from stages.course.fixtures.checks import check_close, check_equal
+from stages.course.fixtures.layers import COLUMNS, CONFIG, HIDDEN, TOKENS, all_ranks, empty, load, random, span
 from stages.parallelism.tensor_parallel import ColumnParallelLinear, GateUpParallelLinear, Shard, TensorParallel
 
 

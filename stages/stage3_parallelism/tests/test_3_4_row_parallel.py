@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages.course.checks import check_close, check_equal
-from stages.course.layers import COLUMNS, HIDDEN, TOKENS, all_ranks, empty, load, mlp, random, row_parallel
-from stages.course.ranks import on_processes, on_threads
+from stages.course.fixtures.checks import check_close, check_equal
+from stages.course.fixtures.layers import COLUMNS, HIDDEN, TOKENS, all_ranks, empty, load, mlp, random, row_parallel
+from stages.course.fixtures.ranks import on_processes, on_threads
 from stages.parallelism.tensor_parallel import RowParallelLinear, Shard, TensorParallel
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages.course.checks import check_close, check_equal
-from stages.course.layers import HIDDEN, all_ranks, embed, empty, load, logits, random, sizes, span, top_and_bottom
-from stages.course.ranks import on_processes, on_threads
+from stages.course.fixtures.checks import check_close, check_equal
+from stages.course.fixtures.layers import HIDDEN, all_ranks, embed, empty, load, logits, random, sizes, span, top_and_bottom
+from stages.course.fixtures.ranks import on_processes, on_threads
 from stages.parallelism.tensor_parallel import VocabParallelEmbedding, load_vocabulary
 
 

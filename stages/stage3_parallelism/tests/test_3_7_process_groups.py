@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from stages.course.checks import check_equal
-from stages.course.rank_jobs import fail_on_rank_1, meet_again, say_who
+from stages.course.fixtures.checks import check_equal
+from stages.course.fixtures.rank_jobs import fail_on_rank_1, meet_again, say_who
 from stages.parallelism import distributed
 from stages.parallelism.distributed import _collect, cores_of, has_come, join, leave, open_rendezvous, run_ranks
 

@@ -22,9 +22,9 @@ from stages.core import executor as executor_module
 from stages.core.engine import LLM
 from stages.core.executor import step_arrays
 from stages.core.worker_process import StepBoard, WorkerDiedError
-from stages.course.checks import check_equal
-from stages.course.lock_step import Log, bare_executor, bare_worker, thread_executor
-from stages.course.simulation import make_sequence
+from stages.course.fixtures.checks import check_equal
+from stages.course.fixtures.lock_step import Log, bare_executor, bare_worker, thread_executor
+from stages.course.fixtures.simulation import make_sequence
 from stages.parallelism.distributed import join
 
 INT32 = ("block_tables", "query_start_loc", "context_lens")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stages.core.rejection_sampler import _while_equal, rejection_sample
-from stages.course.checks import check_equal
+from stages.course.fixtures.checks import check_equal
 
 P = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]])
 Q = torch.tensor([[0.2, 0.3, 0.1, 0.4], [0.4, 0.3, 0.2, 0.1]])

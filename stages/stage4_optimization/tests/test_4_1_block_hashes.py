@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.batching.sequence import SamplingParams, Sequence
-from stages.course.checks import check_equal
+from stages.course.fixtures.checks import check_equal
 from stages.memory.prefix_cache import ROOT_HASH, PrefixCache, hash_block
 
 

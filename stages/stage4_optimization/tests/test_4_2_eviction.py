@@ -6,7 +6,7 @@ import random
 
 from stages.attention.block_manager import BlockManager
 from stages.batching.sequence import SamplingParams, Sequence
-from stages.course.checks import check_equal
+from stages.course.fixtures.checks import check_equal
 from stages.memory.prefix_cache import PrefixCache
 
 A, B, C = (name.encode() * 32 for name in "abc")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.course.checks import check_close, check_equal
+from stages.course.fixtures.checks import check_close, check_equal
 from stages.quantization.layout.groups import (
     GroupQuantized,
     group_parameters,

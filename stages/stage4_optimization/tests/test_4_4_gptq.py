@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.course.checks import check_close, check_equal
+from stages.course.fixtures.checks import check_close, check_equal
 from stages.quantization import gptq
 from stages.quantization.gptq import fix_columns, gptq_quantize, inverse_factor
 from stages.quantization.layout.groups import GroupQuantized, quantize_groups

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.course.checks import check_close, check_equal
+from stages.course.fixtures.checks import check_close, check_equal
 from stages.quantization import awq
 from stages.quantization.awq import output_error, search_scale
 from stages.quantization.layout.groups import quantize_groups

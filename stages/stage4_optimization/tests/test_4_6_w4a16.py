@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed; there is one for Linux: pip install triton")
-from stages.course.checks import check_close, check_equal
-from stages.course.kernels import DEVICE, contained
+from stages.course.fixtures.checks import check_close, check_equal
+from stages.course.fixtures.kernels import DEVICE, contained
 from stages.quantization.kernels.w4a16_triton import TritonLinear
 from stages.quantization.layout.groups import GroupQuantized
 

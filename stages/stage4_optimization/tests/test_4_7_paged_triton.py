@@ -11,8 +11,8 @@ from stages.attention.paged_attention import AttentionMetadata
 from stages.attention.paged_attention_triton import Config, TritonBackend
 from stages.attention.paged_kernels_triton import gather, merge_splits
 from stages.core.platform.triton_mode import tl, triton
-from stages.course.checks import check_close
-from stages.course.kernels import DEVICE, contained
+from stages.course.fixtures.checks import check_close
+from stages.course.fixtures.kernels import DEVICE, contained
 from stages.tests.attention_cases import AttentionCase, make_case, quantize_int8
 
 TILE = Config(16, 16, 1, 1)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from stages.attention.paged_attention_cuda import CudaBackend
 from stages.core.platform import native
-from stages.course.checks import check_close
-from stages.course.kernels import build_cuda, contained
+from stages.course.fixtures.checks import check_close
+from stages.course.fixtures.kernels import build_cuda, contained
 from stages.tests.attention_cases import AttentionCase, make_case
 
 if native.compiler() is None:

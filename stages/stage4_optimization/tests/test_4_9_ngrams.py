@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.core.speculative import NgramIndex
-from stages.course.checks import check_equal
+from stages.course.fixtures.checks import check_equal
 
 
 def propose(tokens: list[int], count: int, min_n: int = 1, max_n: int = 3) -> list[int]:

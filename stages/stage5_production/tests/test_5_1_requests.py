@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from stages.batching.sequence import RequestOutputKind, SamplingParams
-from stages.course.checks import check_equal
+from stages.course.fixtures.checks import check_equal
 from stages.serving.openai_protocol import ChatCompletionRequest, CompletionRequest, describe_validation_error
 
 DELTA, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stages.core.output import CompletionOutput, RequestOutput
-from stages.course.checks import check_equal
+from stages.course.fixtures.checks import check_equal
 from stages.serving.openai_protocol import CompletionRequest
 from stages.serving.responses import CompletionReply
 

@@ -19,8 +19,8 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
 from stages.core.output import CompletionOutput, RequestOutput
-from stages.course.checks import check_equal
-from stages.course.http import running
+from stages.course.fixtures.checks import check_equal
+from stages.course.fixtures.http import running
 from stages.serving.async_engine import EngineDeadError
 from stages.serving.openai_protocol import ChatCompletionRequest
 from stages.serving.responses import ChatReply, _event, server_sent_events

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.core.detokenizer import StopStrings
-from stages.course.checks import check_equal
+from stages.course.fixtures.checks import check_equal
 
 WORDS = st.text(alphabet="ab", min_size=1, max_size=4)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from stages.core.output import CompletionOutput, RequestOutput
-from stages.course.checks import check_equal
+from stages.course.fixtures.checks import check_equal
 from stages.serving import async_engine
 from stages.serving.async_engine import AsyncEngine
 from stages.serving.output_stream import OutputStream

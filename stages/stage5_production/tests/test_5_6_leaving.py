@@ -17,8 +17,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from stages.core.output import CompletionOutput, RequestOutput
-from stages.course.checks import check_equal
-from stages.course.http import running
+from stages.course.fixtures.checks import check_equal
+from stages.course.fixtures.http import running
 from stages.serving.app import close_on_disconnect
 from stages.serving.async_engine import AsyncEngine
 from stages.serving.output_stream import OutputStream

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from stages.core.scheduler import QueueFullError
-from stages.course.checks import check_equal
+from stages.course.fixtures.checks import check_equal
 from stages.serving.async_engine import AsyncEngine
 from stages.serving.output_stream import OutputStream
 

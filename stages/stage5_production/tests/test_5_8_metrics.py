@@ -7,7 +7,7 @@ import pytest
 from stages.batching.scheduler_output import SchedulerOutput
 from stages.batching.sequence import SamplingParams, Sequence, SequenceStatus
 from stages.core.engine import EngineStats
-from stages.course.checks import check_equal
+from stages.course.fixtures.checks import check_equal
 from stages.serving.metrics import EngineMetrics, Histogram
 
 

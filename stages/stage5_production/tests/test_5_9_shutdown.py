@@ -21,8 +21,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from stages.core.output import RequestOutput
-from stages.course.checks import check_equal
-from stages.course.http import running
+from stages.course.fixtures.checks import check_equal
+from stages.course.fixtures.http import running
 from stages.serving import async_engine
 from stages.serving.api_server import Server
 from stages.serving.async_engine import AsyncEngine, EngineDeadError

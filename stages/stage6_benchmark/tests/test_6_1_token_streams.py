@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stages.benchmarks.latency import Stream, latencies, percentile
-from stages.course.checks import check_equal
+from stages.course.fixtures.checks import check_equal
 
 
 def rounded(value: float | None) -> float | None:

@@ -14,8 +14,8 @@ import pytest
 from stages.benchmarks.datasets import BenchRequest
 from stages.benchmarks.end_to_end import arrivals, closed_loop, now, open_loop
 from stages.benchmarks.latency import Stream
-from stages.course.checks import check_equal
-from stages.course.clock import simulate
+from stages.course.fixtures.checks import check_equal
+from stages.course.fixtures.clock import simulate
 
 
 class Server:

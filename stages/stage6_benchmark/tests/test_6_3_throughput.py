@@ -11,7 +11,7 @@ import pytest
 from stages.benchmarks import throughput
 from stages.benchmarks.datasets import BenchRequest, Workload, make_requests
 from stages.benchmarks.throughput import WARM_UP_REQUESTS, WARM_UP_TOKENS, Measurement, run_engine, warm_up_requests, warmed
-from stages.course.checks import check_equal
+from stages.course.fixtures.checks import check_equal
 
 
 class Clock:

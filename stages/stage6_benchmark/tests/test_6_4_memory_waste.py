@@ -16,7 +16,7 @@ from stages.benchmarks.memory import (
     reserve_power_of_two,
     simulate_contiguous,
 )
-from stages.course.checks import check_equal
+from stages.course.fixtures.checks import check_equal
 
 
 def shares(usage: Usage) -> dict[str, float]:

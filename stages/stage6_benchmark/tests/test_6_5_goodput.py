@@ -7,7 +7,7 @@ import math
 import pytest
 
 from stages.benchmarks.latency import Limits, Stream, attainment, goodput, sustained_rate
-from stages.course.checks import check_equal
+from stages.course.fixtures.checks import check_equal
 
 
 def stream(ttft: float, tpot: float = 0.0, tokens: int = 5) -> Stream:

@@ -10,7 +10,7 @@ import pytest
 
 from stages.benchmarks.comparison import check_same_work, in_turns, ratio
 from stages.benchmarks.throughput import Measurement
-from stages.course.checks import check_equal
+from stages.course.fixtures.checks import check_equal
 
 
 def measurement(seconds: float, requests: int = 4, prompt: int = 80, output: int = 32) -> Measurement:

@@ -8,8 +8,8 @@ import shutil
 import time
 from pathlib import Path
 
-from stages.course.catalog import ROOT, Stage
-from stages.course.runner import StageResult
+from stages.course.tools.catalog import ROOT, Stage
+from stages.course.tools.runner import StageResult
 
 FOLDER = ROOT / ".course"
 RESULTS = FOLDER / "results.json"

@@ -6,11 +6,11 @@ from rich.console import Console
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from stages.course.catalog import Stage
-from stages.course.page import MARKS, places, run_with_bar
-from stages.course.preflight import inspect_stage
-from stages.course.runner import PASSED, SKIPPED
-from stages.course.state import remember, remembered
+from stages.course.tools.catalog import Stage
+from stages.course.tools.page import MARKS, places, run_with_bar
+from stages.course.tools.preflight import inspect_stage
+from stages.course.tools.runner import PASSED, SKIPPED
+from stages.course.tools.state import remember, remembered
 
 
 def show_progress(console: Console, course: list[Stage]) -> None:

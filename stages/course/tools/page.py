@@ -8,9 +8,9 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from stages.course.catalog import GUIDE, Stage, Target, Task
-from stages.course.preflight import Inspection, Problem
-from stages.course.runner import FAILED, PASSED, SKIPPED, TODO, StageResult, TaskResult, TestResult, run_stage
+from stages.course.tools.catalog import GUIDE, Stage, Target, Task
+from stages.course.tools.preflight import Inspection, Problem
+from stages.course.tools.runner import FAILED, PASSED, SKIPPED, TODO, StageResult, TaskResult, TestResult, run_stage
 
 MARKS = {PASSED: "[green]✓ passed[/]", FAILED: "[red]✗ failed[/]", TODO: "[dim]☐ to do[/]", SKIPPED: "[yellow]– skipped[/]"}
 SHOWN_FAILURES = 2

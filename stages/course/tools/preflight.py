@@ -6,8 +6,8 @@ import ast
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stages.course.catalog import ROOT, Stage, Target, Task
-from stages.course.targets import Function, find_function, find_lines, is_python, parse
+from stages.course.tools.catalog import ROOT, Stage, Target, Task
+from stages.course.tools.targets import Function, find_function, find_lines, is_python, parse
 
 
 @dataclass(frozen=True, slots=True)

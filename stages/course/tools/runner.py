@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stages.course.catalog import ROOT, CourseError, Stage, Task
+from stages.course.tools.catalog import ROOT, CourseError, Stage, Task
 
 STAGE_TIME_LIMIT = 600
 """Seconds for all tests of a stage, should one hang where its own time limit cannot reach it."""

@@ -7,8 +7,8 @@ import re
 import traceback
 from types import TracebackType
 
-from stages.course.catalog import STAGES_FOLDER
-from stages.course.preflight import relative
+from stages.course.tools.catalog import STAGES_FOLDER
+from stages.course.tools.preflight import relative
 
 TODO = re.compile(r"Stage \d+ · Task (\d+\.\d+):")
 

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from stages.course.catalog import CourseError, Stage
-from stages.course.failure import describe, todo_task
-from stages.course.page import places, problem_panel
-from stages.course.preflight import inspect_stage, relative
+from stages.course.tools.catalog import CourseError, Stage
+from stages.course.tools.failure import describe, todo_task
+from stages.course.tools.page import places, problem_panel
+from stages.course.tools.preflight import inspect_stage, relative
 
 MAX_MODEL_LEN = 1024
 COMPANIONS = ["The sea is", "A good cook", "In the year 1900", "My favourite number is", "The train to", "Once upon a time"]

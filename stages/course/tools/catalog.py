@@ -6,7 +6,7 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-STAGES_FOLDER = Path(__file__).parents[1]
+STAGES_FOLDER = Path(__file__).parents[2]
 ROOT = STAGES_FOLDER.parent
 GUIDE = "IMPLEMENTATION_GUIDE.md"
 

@@ -10,12 +10,12 @@ from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
 
-from stages.course.catalog import GUIDE, ROOT, CourseError, Stage, Target, Task
-from stages.course.page import labelled, places
-from stages.course.preflight import inspect_stage
-from stages.course.runner import PASSED, run_stage
-from stages.course.state import back_up
-from stages.course.targets import find_lines, function_source, is_python
+from stages.course.tools.catalog import GUIDE, ROOT, CourseError, Stage, Target, Task
+from stages.course.tools.page import labelled, places
+from stages.course.tools.preflight import inspect_stage
+from stages.course.tools.runner import PASSED, run_stage
+from stages.course.tools.state import back_up
+from stages.course.tools.targets import find_lines, function_source, is_python
 from stages.make_starters import digest, read_manifest, starters, write_starters
 
 SIDE_BY_SIDE = 150

@@ -10,7 +10,7 @@ import re
 import textwrap
 import threading
 
-from stages.course.catalog import GUIDE, CourseError, Task
+from stages.course.tools.catalog import GUIDE, CourseError, Task
 
 WIDTH = 120
 LONGEST_LINE = 128

@@ -1,0 +1,1 @@
+"""What a learner types: test, hint, diff, watch, progress, reset, run-mine."""
