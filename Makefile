@@ -45,11 +45,13 @@ STAMP := $(VENV)/.set-up-$(shell (cat pyproject.toml constraints.txt; echo "$(CU
 LAB_STAMP := $(STAMP)-lab
 endif
 
-SANITIZED = CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+SANITIZED = CXX=g++ CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
   LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0
-CUDA_SANITIZED = CXXFLAGS="-O1 -g -fsanitize=$(SANITIZE)" OMP_NUM_THREADS=1 \
+CUDA_SANITIZED = CXX=g++ CXXFLAGS="-O1 -g -fsanitize=$(SANITIZE)" OMP_NUM_THREADS=1 \
   LD_PRELOAD="$$(g++ -print-file-name=$(if $(filter thread,$(SANITIZE)),libtsan.so,libasan.so)) $$(g++ -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1
+SANITIZE_BY_GCC = $(if $(and $(SANITIZE),$(filter command line,$(origin CXX)),$(filter-out g++,$(CXX))),echo "make: the sanitizers\
+  are those of g++; leave CXX=$(CXX) or SANITIZE=$(SANITIZE) out" >&2; exit 1,:)
 COURSE := $(RUN) -m stages.course
 TEST_STAGE = --task "$(TASK)" --with "$(WITH)" --impl "$(IMPL)"
 
@@ -149,7 +151,8 @@ test-parity: $(STAMP) ## Compare with transformers over the whole grid of settin
 test-api: $(STAMP) ## Send the server CASES=1250 made-up bodies of each of eight kinds, and 500 streams
 	@CASES=$(CASES) $(RUN) -m pytest solutions/tests/test_openapi.py solutions/tests/test_streaming.py $(ARGS)
 
-test-cpu-kernels: $(STAMP) ## Test the C++ kernels (SANITIZE=1: watched for bad addresses and undefined behaviour)
+test-cpu-kernels: $(STAMP) ## Test the C++ kernels (CXX=clang++: built by it; SANITIZE=1: watched for bad addresses)
+	@$(SANITIZE_BY_GCC)
 	@$(if $(SANITIZE),$(SANITIZED)) $(RUN) -m pytest -k cpu solutions/tests/test_cpu_kernels.py solutions/tests/test_paged_attention.py $(ARGS)
 
 test-gpu: $(STAMP) ## Test what runs on a GPU; says so where there is none
@@ -160,8 +163,9 @@ test-gpu: $(STAMP) ## Test what runs on a GPU; says so where there is none
 
 test-cuda-on-cpu: $(STAMP) ## Test the CUDA kernel on this CPU (SANITIZE=address: watched for bad addresses; thread: for races)
 	@case "$(SANITIZE)" in ""|address|thread) ;; \
-	  *) echo "make: SANITIZE must be address or thread, got $(SANITIZE)" >&2; exit 1;; esac; \
-	$(if $(SANITIZE),$(CUDA_SANITIZED)) $(RUN) -m pytest solutions/tests/test_cuda_kernel.py \
+	  *) echo "make: SANITIZE must be address or thread, got $(SANITIZE)" >&2; exit 1;; esac
+	@$(SANITIZE_BY_GCC)
+	@	$(if $(SANITIZE),$(CUDA_SANITIZED)) $(RUN) -m pytest solutions/tests/test_cuda_kernel.py \
 	  $(if $(SANITIZE),-k "not planted and not finds and not sanitizer and not nvcc",solutions/tests/test_cuda_on_cpu.py) $(ARGS)
 
 check-course: $(STAMP) ## The course's gate: starters fail as they should, the reference passes, mutants die
