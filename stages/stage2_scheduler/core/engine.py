@@ -14,7 +14,7 @@ from ..attention.block_manager import BlockManager
 from ..batching.continuous_batch import ContinuousBatch
 from ..batching.scheduler_config import SchedulerConfig
 from ..batching.sequence import RequestOutputKind, SamplingParams, Sequence
-from ..models.loader import load_tokenizer, resolve_model
+from ..models.loader import load_tokenizer, resolve_model, with_tokenizer
 from .config import DEFAULT_MODEL, EngineConfig
 from .draft_model import make_proposer
 from .executor import local_model, make_executor
@@ -74,7 +74,7 @@ class LLMEngine:
     def __init__(self, config: EngineConfig) -> None:
         clock = _Clock()
         self.config = config
-        source = resolve_model(config.model, config.load_format)
+        source = with_tokenizer(resolve_model(config.model, config.load_format), config.tokenizer)
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device, source.config.torch_dtype)
         clock.lap("find model")
