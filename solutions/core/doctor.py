@@ -83,7 +83,10 @@ def machine_rows() -> Rows:
         ("cores allowed", cores + " (affinity and cgroup quota)"),
         ("instruction sets", instruction_sets(cpu_flags())),
         ("memory", f"{format_bytes(total_memory())}, of which {format_bytes(available_memory())} free"),
-        ("C++ compiler", compiler or (f"CXX is {chosen!r}, which is not here" if chosen else "none found; install g++ or clang++")),
+        (
+            "C++ compiler",
+            compiler or (f"CXX is {chosen!r}, which is not here" if chosen else "none found; install g++ or clang++"),
+        ),
         ("nvcc", tool_version(["nvcc"], r"release (\d+\.\d+)") or "none found; only needed to compile CUDA kernels"),
         ("GPU", gpus()),
     ]

@@ -142,7 +142,10 @@ NO_OPENMP = ", for it has no OpenMP (with clang++: apt install libomp-dev, dnf i
 
 def lacks_openmp(said: str) -> bool:
     """Whether a compiler's or linker's complaint is that OpenMP's header or library is missing: Clang comes without them."""
-    return re.search(r"'?omp\.h'?.*not found|omp\.h: No such file|(?:cannot find|unable to find library) -l(?:omp|gomp)\b", said) is not None
+    return (
+        re.search(r"'?omp\.h'?.*not found|omp\.h: No such file|(?:cannot find|unable to find library) -l(?:omp|gomp)\b", said)
+        is not None
+    )
 
 
 @functools.cache

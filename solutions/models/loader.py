@@ -132,7 +132,9 @@ def with_tokenizer(source: ModelSource, tokenizer: str | None) -> ModelSource:
     folder = Path(tokenizer).expanduser()
     if not tokenizer or not folder.is_dir():
         if folder.exists() or not _HUB_ID.fullmatch(tokenizer):
-            raise ModelError(f"--tokenizer {tokenizer or 'without a value'}: there is no such folder, and no hub id is written like this")
+            raise ModelError(
+                f"--tokenizer {tokenizer or 'without a value'}: there is no such folder, and no hub id is written like this"
+            )
         folder = fetch(tokenizer, _TOKENIZER_PATTERNS, "--tokenizer takes a folder, too")
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise ModelError(f"--tokenizer {tokenizer}: there is none of {', '.join(_TOKENIZER_FILES)}")

@@ -90,7 +90,9 @@ def test_a_compiler_that_is_not_here_is_named(tmp_path: Path, monkeypatch: pytes
 def test_clang_without_openmp_is_told_what_to_install(said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the first line: the doctor and the engine's report print no more of it."""
     program = tmp_path / "clang++"
-    program.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo clang version 14.0.6 && exit\ncat >&2 <<"END"\n{said}\nEND\nexit 1\n')
+    program.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo clang version 14.0.6 && exit\ncat >&2 <<"END"\n{said}\nEND\nexit 1\n'
+    )
     program.chmod(0o755)
     monkeypatch.setenv("CXX", str(program))
     with pytest.raises(native.BuildError, match=re.escape(said)) as caught:

@@ -93,9 +93,7 @@ def test_a_hub_id_fetches_no_weights(model: Path, other: Path, monkeypatch: pyte
     assert not any("safetensors" in pattern for _, patterns in asked for pattern in patterns)
 
 
-def test_a_tokenizer_that_is_not_there_is_one_clear_error(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tokenizer_that_is_not_there_is_one_clear_error(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("no network")
 
