@@ -1,11 +1,11 @@
 """Who reads a field? Finds, in the syntax trees of a package, the attributes that are read of each class of record.
 
-Types come from annotations, from calls of classes and of annotated functions, and from what methods assign to `self`. Where the
-type of an object is not known, an attribute of that name of any class stands for it. So a field that nobody reads is found for
-sure only if no other record with the same field passes under the same name; what is reported as unread is unread.
+Types come from annotations, from calls of classes and of annotated functions, and from what methods assign to `self`. Where
+the type of an object is not known, an attribute of that name of any class stands for it. So what is reported as unread is
+unread, and a field may hide behind another record's of the same name.
 
-Not a read: what only checks (the condition of an `if` that does nothing but raise, or call an `error`), what stands in the error
-itself, and copying by a loop over names.
+Not a read: what only checks (the condition of an `if` that does nothing but raise, or call an `error`), what stands in the
+error itself, and copying by a loop over names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""No setting is taken and ignored: every field of the engine's records, flag, field of a request and `make` variable has a reader."""
+"""No setting is taken and ignored: each flag, field of a record or of a request, and `make` variable has a reader."""
 
 from __future__ import annotations
 
