@@ -44,8 +44,7 @@ def tools(folder: Path, user: int) -> list[str]:
 def test_what_cannot_be_installed_is_named(machine: Path) -> None:
     for user, why in ((1000, "only root may install it"), (0, "there is no apt-get")):
         assert tools(machine, user) == [
-            "NOT TESTED: the C++ kernels as clang++ builds them. "
-            f"There is no clang, and {why}; on Debian: apt install clang libomp-dev",
+            f"NOT TESTED: the C++ kernels by clang++. There is no clang, and {why}; on Debian: apt install clang libomp-dev",
             f"NOT TESTED: the page in a browser. There is no chromium, and {why}; on Debian: apt install chromium",
         ]
 
