@@ -23,8 +23,12 @@ OUTPUT   := grades
 SALT     :=
 # for make test: processes at once; 0 is this one alone, with its output as it comes and --pdb
 JOBS     := 2
-# for make test-api
+# for make test-api, and on the command line of make fuzz: at most so many cases of each kind
 CASES    := 1250
+# for make fuzz: how long, which kinds of cases, the first one's seed
+MINUTES  := 10
+WHAT     := all
+SEED     :=
 # for make test-cpu-kernels (1) and make test-cuda-on-cpu (address or thread)
 SANITIZE :=
 
@@ -45,11 +49,13 @@ STAMP := $(VENV)/.set-up-$(shell (cat pyproject.toml constraints.txt; echo "$(CU
 LAB_STAMP := $(STAMP)-lab
 endif
 
-SANITIZED = CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+SANITIZED = CXX=g++ CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
   LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0
-CUDA_SANITIZED = CXXFLAGS="-O1 -g -fsanitize=$(SANITIZE)" OMP_NUM_THREADS=1 \
+CUDA_SANITIZED = CXX=g++ CXXFLAGS="-O1 -g -fsanitize=$(SANITIZE)" OMP_NUM_THREADS=1 \
   LD_PRELOAD="$$(g++ -print-file-name=$(if $(filter thread,$(SANITIZE)),libtsan.so,libasan.so)) $$(g++ -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1
+SANITIZE_BY_GCC = $(if $(and $(SANITIZE),$(filter command line,$(origin CXX)),$(filter-out g++,$(CXX))),echo "make: the sanitizers\
+  are those of g++; leave CXX=$(CXX) or SANITIZE=$(SANITIZE) out" >&2; exit 1,:)
 COURSE := $(RUN) -m stages.course
 TEST_STAGE = --task "$(TASK)" --with "$(WITH)" --impl "$(IMPL)"
 
@@ -143,14 +149,26 @@ notebooks: $(LAB_STAMP) ## Run all notebooks from top to bottom and see that non
 test: $(STAMP) ## Run the test suite in JOBS=2 processes (ARGS="-k scheduler" for a part of it)
 	@OMP_WAIT_POLICY=passive $(RUN) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
+test-all: $(STAMP) ## make test, with the page in a browser, two minutes of make fuzz, and the C++ kernels by clang++
+	@.ci/tools
+	@$(MAKE) --no-print-directory test
+	@$(MAKE) --no-print-directory fuzz MINUTES=2 ARGS=
+	@! command -v clang++ >/dev/null || $(MAKE) --no-print-directory test-cpu-kernels CXX=clang++ ARGS=
+
+fuzz: $(STAMP) ## Made-up input for MINUTES=10 (WHAT=twins,schemas,http,folders,gguf,quantized; SEED=1 CASES=1: that case)
+	@$(RUN) -m tests.fuzz --minutes $(MINUTES) --what "$(WHAT)" $(if $(SEED),--seed $(SEED)) \
+	  $(if $(filter command line,$(origin CASES)),--cases $(CASES)) $(ARGS)
+
 test-parity: $(STAMP) ## Compare with transformers over the whole grid of settings; takes more than an hour
 	@$(RUN) -m pytest -m parity $(ARGS)
 
 test-api: $(STAMP) ## Send the server CASES=1250 made-up bodies of each of eight kinds, and 500 streams
 	@CASES=$(CASES) $(RUN) -m pytest solutions/tests/test_openapi.py solutions/tests/test_streaming.py $(ARGS)
 
-test-cpu-kernels: $(STAMP) ## Test the C++ kernels (SANITIZE=1: watched for bad addresses and undefined behaviour)
-	@$(if $(SANITIZE),$(SANITIZED)) $(RUN) -m pytest -k cpu solutions/tests/test_cpu_kernels.py solutions/tests/test_paged_attention.py $(ARGS)
+test-cpu-kernels: $(STAMP) ## Test the C++ kernels (CXX=clang++: built by it; SANITIZE=1: watched for bad addresses)
+	@$(SANITIZE_BY_GCC)
+	@$(if $(SANITIZE),$(SANITIZED)) $(RUN) -m pytest -k "cpu or selection or shared_memory" solutions/tests/test_cpu_kernels.py \
+	  solutions/tests/test_paged_attention.py solutions/tests/test_selection.py solutions/tests/test_shared_memory.py $(ARGS)
 
 test-gpu: $(STAMP) ## Test what runs on a GPU; says so where there is none
 	@if $(RUN) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
@@ -160,8 +178,9 @@ test-gpu: $(STAMP) ## Test what runs on a GPU; says so where there is none
 
 test-cuda-on-cpu: $(STAMP) ## Test the CUDA kernel on this CPU (SANITIZE=address: watched for bad addresses; thread: for races)
 	@case "$(SANITIZE)" in ""|address|thread) ;; \
-	  *) echo "make: SANITIZE must be address or thread, got $(SANITIZE)" >&2; exit 1;; esac; \
-	$(if $(SANITIZE),$(CUDA_SANITIZED)) $(RUN) -m pytest solutions/tests/test_cuda_kernel.py \
+	  *) echo "make: SANITIZE must be address or thread, got $(SANITIZE)" >&2; exit 1;; esac
+	@$(SANITIZE_BY_GCC)
+	@	$(if $(SANITIZE),$(CUDA_SANITIZED)) $(RUN) -m pytest solutions/tests/test_cuda_kernel.py \
 	  $(if $(SANITIZE),-k "not planted and not finds and not sanitizer and not nvcc",solutions/tests/test_cuda_on_cpu.py) $(ARGS)
 
 check-course: $(STAMP) ## The course's gate: starters fail as they should, the reference passes, mutants die
@@ -234,7 +253,7 @@ clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-serving bench-page bench-scaling bench-gpu test-gpu bench-compare bench-latency bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 test-stage-6 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 reset-stage-6 lab notebooks test test-parity test-api check-course mutation grade starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: fuzz test-all bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-serving bench-page bench-scaling bench-gpu test-gpu bench-compare bench-latency bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 test-stage-6 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 reset-stage-6 lab notebooks test test-parity test-api check-course mutation grade starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"

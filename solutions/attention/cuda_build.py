@@ -43,10 +43,7 @@ def build(device: torch.device, folder: Path, source: Path | None = None) -> Pat
         major, minor = torch.cuda.get_device_capability(device)
         flags = [*NVCC_FLAGS, f"-arch=sm_{major}{minor}"]
         return native.compile_library(folder, "CUDA-kernels", _need_nvcc(), flags, [source], [])
-    program = native.compiler()
-    if program is None:
-        raise native.BuildError("no C++ compiler (g++ or clang++) was found")
-    flags = [*CPU_FLAGS, *native.extra_flags()]
+    flags, program = [*CPU_FLAGS, *native.extra_flags()], native.need_compiler()
     return native.compile_library(folder, "CUDA-kernels-on-CPU", program, flags, [source], [native.find_source(HEADER)])
 
 

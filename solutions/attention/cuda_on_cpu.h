@@ -1,4 +1,4 @@
-// What CUDA's built-ins mean, said in C++: with this header g++ compiles a .cu file and the CPU runs its kernels.
+// What CUDA's built-ins mean, said in C++: with this header g++ or clang++ compiles a .cu file and the CPU runs its kernels.
 //
 // A kernel is one function that every thread of a grid executes. The grid is cut into blocks; the threads of a block share memory
 // and can wait for each other; 32 neighbours in a block, a warp, can also exchange registers. Here the blocks run one after the

@@ -77,7 +77,8 @@ void attend_columns(const Work<T>& work, Columns<T>& columns, int64_t first, con
             for (int64_t k = 0; k < count; ++k) {
                 const Ints key = Ints{} + static_cast<int32_t>(first + k);
                 const Floats score = load(scores + k * PANEL);
-                store(scores + k * PANEL, (key >= columns.first[h]) & (key <= columns.last[h]) ? score : broadcast(MINUS_INFINITY));
+                const Ints seen = (key >= columns.first[h]) & (key <= columns.last[h]);
+                store(scores + k * PANEL, seen ? score : broadcast(MINUS_INFINITY));
             }
         }
         Floats best = columns.top[h];

@@ -72,7 +72,8 @@ def gpus() -> str:
 def machine_rows() -> Rows:
     """What there is."""
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    compiler = tool_version([*filter(None, [os.environ.get("CXX")]), "g++", "clang++"], r"(\d+\.\d+(?:\.\d+)?)")
+    chosen = os.environ.get("CXX")
+    compiler = tool_version([chosen] if chosen else ["g++", "clang++"], r"(\d+\.\d+(?:\.\d+)?)")
     cores = f"{available_cores()} of {os.cpu_count()}"
     return [
         ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
@@ -82,7 +83,10 @@ def machine_rows() -> Rows:
         ("cores allowed", cores + " (affinity and cgroup quota)"),
         ("instruction sets", instruction_sets(cpu_flags())),
         ("memory", f"{format_bytes(total_memory())}, of which {format_bytes(available_memory())} free"),
-        ("C++ compiler", compiler or "none found; install g++ or clang++"),
+        (
+            "C++ compiler",
+            compiler or (f"CXX is {chosen!r}, which is not here" if chosen else "none found; install g++ or clang++"),
+        ),
         ("nvcc", tool_version(["nvcc"], r"release (\d+\.\d+)") or "none found; only needed to compile CUDA kernels"),
         ("GPU", gpus()),
     ]

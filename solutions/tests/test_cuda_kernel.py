@@ -245,6 +245,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watch:
             environment = sanitizer_environment(kind)
         except FileNotFoundError as error:
             pytest.skip(str(error))
+        monkeypatch.setenv("CXX", "g++")  # whose libraries the environment preloads
         monkeypatch.setenv("CXXFLAGS", f"-O0 -g -fsanitize={kind}")  # built out here: a compiler need not run under it
         command = [sys.executable, "-m", "solutions.tests.cuda_faults", str(cuda_build.build(CPU, kernels.parent, kernels))]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include <omp.h>
 
@@ -22,6 +23,24 @@ typedef uint32_t Bits __attribute__((vector_size(64)));             // 16 words
 typedef uint16_t Halves __attribute__((vector_size(32)));           // 16 bfloat16s
 typedef uint16_t Words __attribute__((vector_size(64)));            // 32 bfloat16s
 constexpr int LANES = 16;
+
+// Lane i of the result is lane from(i) of a and b laid one behind the other. `from` is a lambda that captures nothing, so the compiler
+// knows all lanes. GCC takes them as a vector of such integers as the lanes are wide; Clang, as GCC since 12, as numbers.
+template <typename V, typename From, int... I>
+inline V shuffle_lanes(V a, V b, From from, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, from(I)...);
+#else
+    return __builtin_shuffle(a, b, decltype(a < b){from(I)...});
+#endif
+}
+template <typename V, typename From>
+inline V shuffle(V a, V b, From from) {
+    return shuffle_lanes(a, b, from, std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>{});
+}
+// Lane i of v comes from lane from(i).
+template <typename V, typename From>
+inline V shuffle(V v, From from) { return shuffle(v, v, from); }
 
 struct bf16 {
     uint16_t bits;
@@ -94,19 +113,17 @@ inline bf16 from_float<bf16>(float x) {
 
 inline Floats broadcast(float x) { return Floats{} + x; }
 inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+constexpr auto other_half = [](int i) { return i ^ 8; };
+constexpr auto other_quarter = [](int i) { return (i ^ 4) & 7; };
 // The sum and the largest of 16 lanes: each round folds the upper half onto the lower.
 inline float sum(Floats v) {
-    const Ints half = {8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7};
-    const Ints quarter = {4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3};
-    v += __builtin_shuffle(v, half);
-    v += __builtin_shuffle(v, quarter);
+    v += shuffle(v, other_half);
+    v += shuffle(v, other_quarter);
     return (v[0] + v[2]) + (v[1] + v[3]);
 }
 inline float largest(Floats v) {
-    const Ints half = {8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7};
-    const Ints quarter = {4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3};
-    v = maximum(v, __builtin_shuffle(v, half));
-    v = maximum(v, __builtin_shuffle(v, quarter));
+    v = maximum(v, shuffle(v, other_half));
+    v = maximum(v, shuffle(v, other_quarter));
     const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
     return a > b ? a : b;
 }
@@ -129,35 +146,28 @@ inline Floats silu(Floats x) { return x / (1.0f + exponential(maximum(-x, broadc
 
 // The sums of 16 vectors' lanes, in a vector: lane i is the sum of vector i. Each round folds pairs of vectors into one; fold4 makes
 // the first two rounds of four vectors, sums_of_folded the other two of four such results.
-inline Floats fold4(const Floats (&v)[4]) {
-    const Ints low8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
-    const Ints low4 = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
-    const Floats a = __builtin_shuffle(v[0], v[1], low8) + __builtin_shuffle(v[0], v[1], low8 + 8);
-    const Floats b = __builtin_shuffle(v[2], v[3], low8) + __builtin_shuffle(v[2], v[3], low8 + 8);
-    return __builtin_shuffle(a, b, low4) + __builtin_shuffle(a, b, low4 + 4);
+template <int SIZE>
+inline Floats fold(Floats a, Floats b) {  // one round: every other group of SIZE lanes plus the group behind it, of a and then of b
+    return shuffle(a, b, [](int i) { return i + i / SIZE * SIZE; }) + shuffle(a, b, [](int i) { return i + i / SIZE * SIZE + SIZE; });
 }
-inline Floats sums_of_folded(const Floats (&v)[4]) {
-    const Ints low2 = {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29};
-    const Ints low1 = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-    const Floats a = __builtin_shuffle(v[0], v[1], low2) + __builtin_shuffle(v[0], v[1], low2 + 2);
-    const Floats b = __builtin_shuffle(v[2], v[3], low2) + __builtin_shuffle(v[2], v[3], low2 + 2);
-    return __builtin_shuffle(a, b, low1) + __builtin_shuffle(a, b, low1 + 1);
-}
+inline Floats fold4(const Floats (&v)[4]) { return fold<4>(fold<8>(v[0], v[1]), fold<8>(v[2], v[3])); }
+inline Floats sums_of_folded(const Floats (&v)[4]) { return fold<1>(fold<2>(v[0], v[1]), fold<2>(v[2], v[3])); }
 
 // Rows and columns of 16 x 16 words exchanged: four rounds, each of which swaps blocks of 8, 4, 2, 1 words across the diagonal.
-inline void transpose(Bits (&v)[LANES]) {
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (int size = 8; size; size /= 2) {
-        const Ints upper = (lane & size) != 0;           // lanes that come from the other vector, or go there
-        const Ints low = upper ? lane + 16 - size : lane;  // own lower blocks, the other's lower blocks in the gaps
-        const Ints high = upper ? lane + 16 : lane + size;
-        for (int i = 0; i < LANES; ++i) {
-            if (i & size) continue;
-            const Bits a = v[i], b = v[i + size];
-            v[i] = __builtin_shuffle(a, b, low);
-            v[i + size] = __builtin_shuffle(a, b, high);
-        }
+template <int SIZE>
+inline void swap_blocks(Bits (&v)[LANES]) {
+    for (int i = 0; i < LANES; ++i) {
+        if (i & SIZE) continue;
+        const Bits a = v[i], b = v[i + SIZE];  // a's upper blocks and b's lower ones change places
+        v[i] = shuffle(a, b, [](int lane) { return lane & SIZE ? lane + LANES - SIZE : lane; });
+        v[i + SIZE] = shuffle(a, b, [](int lane) { return lane & SIZE ? lane + LANES : lane + SIZE; });
     }
+}
+inline void transpose(Bits (&v)[LANES]) {
+    swap_blocks<8>(v);
+    swap_blocks<4>(v);
+    swap_blocks<2>(v);
+    swap_blocks<1>(v);
 }
 
 // c[m][j] += a[m] · panel: the register tile. A panel holds 32 columns of a [K, N] matrix, interleaved so that one load gives the
@@ -207,21 +217,18 @@ inline Floats dot_pairs(Floats acc, Bits x, Bits w) {
 // Two vectors of 32 words, a and b, as pairs (a0, b0), (a1, b1), ..., within each quarter of the vectors, which costs a processor
 // less than across them: pairs[0] has the pairs 0-3, 8-11, 16-19 and 24-27.
 inline void interleave_quarters(Words a, Words b, Bits (&pairs)[2]) {
-    const Words low = {0, 32, 1, 33, 2, 34, 3, 35, 8, 40, 9, 41, 10, 42, 11, 43, 16, 48, 17, 49, 18, 50, 19, 51, 24, 56, 25, 57, 26, 58, 27, 59};
-    pairs[0] = (Bits)__builtin_shuffle(a, b, low);
-    pairs[1] = (Bits)__builtin_shuffle(a, b, low + 4);
+    pairs[0] = (Bits)shuffle(a, b, [](int i) { return i / 8 * 8 + i % 8 / 2 + i % 2 * 32; });
+    pairs[1] = (Bits)shuffle(a, b, [](int i) { return i / 8 * 8 + i % 8 / 2 + i % 2 * 32 + 4; });
 }
 // 32 floats in the order of those pairs, from memory and back.
 inline void spread(const float* from, Floats& low, Floats& high) {
-    const Ints order = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
     const Floats a = load(from), b = load(from + LANES);
-    low = __builtin_shuffle(a, b, order);
-    high = __builtin_shuffle(a, b, order + 4);
+    low = shuffle(a, b, [](int i) { return i + i / 4 * 4; });
+    high = shuffle(a, b, [](int i) { return i + i / 4 * 4 + 4; });
 }
 inline void gather(float* to, Floats low, Floats high) {
-    const Ints order = {0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23};
-    store(to, __builtin_shuffle(low, high, order));
-    store(to + LANES, __builtin_shuffle(low, high, order + 8));
+    store(to, shuffle(low, high, [](int i) { return i / 8 * 4 + i / 4 % 2 * 16 + i % 4; }));
+    store(to + LANES, shuffle(low, high, [](int i) { return i / 8 * 4 + i / 4 % 2 * 16 + i % 4 + 8; }));
 }
 
 template <int M, bool AHEAD = false>

@@ -1,6 +1,6 @@
 """Builds the C++ kernels once, keeps the result, and loads it. They are plain C functions on plain pointers, called by ctypes.
 
-There is no PyTorch header in them, so all of it compiles in seconds with any C++17 compiler. The library's name holds a hash of
+There is no PyTorch header in them, so all of it compiles in seconds, with g++ or clang++. The library's name holds a hash of
 the sources, the compiler and the processor's features: a changed source builds anew, and nothing that is built for another
 processor is ever loaded.
 """
@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -64,8 +65,23 @@ def find_source(name: str) -> Path:
 
 
 def compiler() -> str | None:
-    """The C++ compiler: what `CXX` names, else g++ or clang++; None if there is none."""
-    return shutil.which(os.environ.get("CXX") or "") or shutil.which("g++") or shutil.which("clang++")
+    """The C++ compiler: what `CXX` names, without it g++ or clang++; None if that is not here."""
+    if chosen := os.environ.get("CXX"):
+        return shutil.which(chosen)
+    return shutil.which("g++") or shutil.which("clang++")
+
+
+def need_compiler() -> str:
+    """The C++ compiler.
+
+    Raises:
+        BuildError: it is not here.
+    """
+    if program := compiler():
+        return program
+    if chosen := os.environ.get("CXX"):
+        raise BuildError(f"CXX is {chosen!r}, and there is no such program; set it to a C++ compiler or unset it")
+    raise BuildError("no C++ compiler (g++ or clang++) was found")
 
 
 def build(folder: Path) -> Path:
@@ -76,9 +92,7 @@ def build(folder: Path) -> Path:
     Raises:
         BuildError: there is no compiler, or it refuses.
     """
-    program = compiler()
-    if program is None:
-        raise BuildError("no C++ compiler (g++ or clang++) was found")
+    program = need_compiler()
     flags = [*FLAGS, *extra_flags()]
     facts = [platform.machine(), *sorted(cpu_flags())]
     return compile_library(folder, "kernels", program, flags, map(find_source, SOURCES), map(find_source, HEADERS), facts)
@@ -117,11 +131,21 @@ def compile_library(
                 [program, *flags, *includes, *map(str, sources), "-o", str(part)], capture_output=True, text=True, check=False
             )
             if run.returncode != 0:
-                raise BuildError(
-                    f"{program} could not compile the {name}:\n{run.stderr.strip() or f'it ended with {run.returncode}'}"
-                )
+                said = run.stderr.strip() or f"it ended with {run.returncode}"
+                raise BuildError(f"{program} could not compile the {name}{NO_OPENMP if lacks_openmp(said) else ''}:\n{said}")
             part.rename(library)
     return library
+
+
+NO_OPENMP = ", for it has no OpenMP (with clang++: apt install libomp-dev, dnf install libomp-devel)"
+
+
+def lacks_openmp(said: str) -> bool:
+    """Whether a compiler's or linker's complaint is that OpenMP's header or library is missing: Clang comes without them."""
+    return (
+        re.search(r"'?omp\.h'?.*not found|omp\.h: No such file|(?:cannot find|unable to find library) -l(?:omp|gomp)\b", said)
+        is not None
+    )
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from ..batching.continuous_batch import ContinuousBatch
 from ..batching.scheduler_config import SchedulerConfig
 from ..batching.scheduler_output import SchedulerOutput
 from ..batching.sequence import RequestOutputKind, SamplingParams, Sequence
-from ..models.loader import load_tokenizer, resolve_model
+from ..models.loader import load_tokenizer, resolve_model, with_tokenizer
 from .cli import main
 from .config import DEFAULT_MODEL, EngineConfig
 from .draft_model import make_proposer
@@ -76,7 +76,7 @@ class LLMEngine:
     def __init__(self, config: EngineConfig) -> None:
         clock = _Clock()
         self.config = config
-        source = resolve_model(config.model, config.load_format)
+        source = with_tokenizer(resolve_model(config.model, config.load_format), config.tokenizer)
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device, source.config.torch_dtype)
         clock.lap("find model")

@@ -148,10 +148,10 @@ def test_a_piece_is_sent_when_it_is_there() -> None:
                 yield await ready.get()
 
         stream = server_sent_events(PlainReply(), slowly())
-        got = [await asyncio.wait_for(anext(stream), 2)]
+        got = [await asyncio.wait_for(anext(stream), 10)]
         for text in "ab":
             ready.put_nowait(output(piece(text)))
-            got.append(await asyncio.wait_for(anext(stream), 2))
+            got.append(await asyncio.wait_for(anext(stream), 10))
         await stream.aclose()  # a client that leaves: nothing may be caught here
         return [says(event) for event in got]
 

@@ -13,6 +13,7 @@ import pytest
 
 from stages.core.output import CompletionOutput, RequestOutput
 from stages.course.fixtures.checks import check_equal
+from stages.course.fixtures.waiting import turns, until
 from stages.serving import async_engine
 from stages.serving.async_engine import AsyncEngine
 from stages.serving.output_stream import OutputStream
@@ -34,10 +35,15 @@ def seen(one: RequestOutput) -> tuple[str, str]:
 
 
 class Stepper:
-    """Stands in for an engine: `steps` says what each step gives; an exception is raised. Without steps it has no work."""
+    """Stands in for an engine: `steps` says what each step gives; an exception is raised. Without steps it has no work.
 
-    def __init__(self, *steps: list[RequestOutput] | Exception, seconds: float = 0.0) -> None:
-        self.steps, self.seconds = list(steps), seconds
+    A step waits until the gate is opened, for 5 s at most; `waited` says whether it was.
+    """
+
+    def __init__(self, *steps: list[RequestOutput] | Exception) -> None:
+        self.steps = list(steps)
+        self.gate, self.in_step, self.waited = threading.Event(), threading.Event(), True
+        self.gate.set()
         self.log: list[str] = []
         self.num_polls = self.num_checks = 0
 
@@ -47,7 +53,8 @@ class Stepper:
 
     def step(self) -> list[RequestOutput]:
         self.log.append("step")
-        time.sleep(self.seconds)
+        self.in_step.set()
+        self.waited = self.gate.wait(5)
         result = self.steps.pop(0)
         if isinstance(result, Exception):
             raise result
@@ -98,7 +105,7 @@ async def rest(stream: OutputStream) -> list[tuple[str, str]]:
     got = []
     while True:
         try:
-            got.append(seen(await asyncio.wait_for(stream.__anext__(), 2)))
+            got.append(seen(await asyncio.wait_for(stream.__anext__(), 10)))
         except StopAsyncIteration:
             return got
 
@@ -128,7 +135,7 @@ def test_a_reader_who_keeps_up_gets_every_piece() -> None:
         stream, got = stream_of("a"), []
         for one in (output("a", "1"), output("a", "2"), output("a", "3", True)):
             stream.put(one)
-            got.append(seen(await asyncio.wait_for(stream.__anext__(), 2)))
+            got.append(seen(await asyncio.wait_for(stream.__anext__(), 10)))
         return got + await rest(stream)
 
     check_equal(asyncio.run(main()), [("a", "1"), ("a", "2"), ("a", "3")], "outputs that are read")
@@ -159,12 +166,12 @@ def test_a_reader_sleeps_until_something_comes() -> None:
         stream = stream_of("a", "b")
         stream._changed.set()  # of something that has been read
         reading = asyncio.create_task(rest(stream))
-        await asyncio.sleep(0.05)
+        await turns()
         asleep = not reading.done()
         for one in (output("a", "1", True), output("b", "2", True)):
             stream.put(one)
-            await asyncio.sleep(0.01)
-        return asleep, await asyncio.wait_for(reading, 2)
+            await turns()
+        return asleep, await asyncio.wait_for(reading, 10)
 
     check_equal(asyncio.run(main()), (True, [("a", "1"), ("b", "2")]), "asleep before; outputs that are read")
 
@@ -182,7 +189,7 @@ def test_the_error_comes_after_what_waits_and_once() -> None:
         stream.fail(RuntimeError("dead"))
         for _ in range(3):
             try:
-                got.append(seen(await asyncio.wait_for(stream.__anext__(), 2))[1])
+                got.append(seen(await asyncio.wait_for(stream.__anext__(), 10))[1])
             except (RuntimeError, StopAsyncIteration) as error:
                 got.append(type(error).__name__)
         return got
@@ -268,28 +275,31 @@ def test_an_exception_ends_the_thread_and_its_text_stays_in_the_log(where: str, 
 
 
 def test_an_idle_engine_sleeps_and_checks_its_health(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without work for 0.3 s, with a check every 0.05 s; then a command wakes it at once.
+    """Without work, with a check every 0.05 s, until there were three; another, that would sleep for a minute, gets a command.
 
     Why: a server is idle for most of the night. And a rank that dies meanwhile is to be noticed before the next user comes.
     """
-    monkeypatch.setattr(async_engine, "HEALTH_SECONDS", 0.05)
-    engine = Stepper()
-    bridge = AsyncEngine(engine)
-    got: list[Any] = []
-    thread = threading.Thread(target=lambda: got.append(bridge._next_commands()))
+    bridge = AsyncEngine(Stepper())
     bridge._stopping = True
     check_equal(bridge._next_commands(), None, "commands when the thread has to end")
-    bridge._stopping = False
-    thread.start()
-    time.sleep(0.3)
-    polls, checks = engine.num_polls, engine.num_checks
-    monkeypatch.setattr(async_engine, "HEALTH_SECONDS", 60.0)
-    time.sleep(0.1)
-    bridge._send(print)
-    thread.join(2)
-    check_equal(thread.is_alive(), False, "still asleep 2 s after a command")
-    check_equal(got, [[print]], "commands")
-    check_equal((1 <= checks <= 10, polls <= 20), (True, True), f"{checks} checks and {polls} polls are few")
+    for seconds, num_checks in ((0.05, 3), (60.0, 0)):
+        monkeypatch.setattr(async_engine, "HEALTH_SECONDS", seconds)
+        engine, got = Stepper(), []
+        bridge = AsyncEngine(engine)
+        thread = threading.Thread(target=lambda bridge=bridge, got=got: got.append(bridge._next_commands()), daemon=True)
+        began = time.monotonic()
+        thread.start()
+        until(
+            lambda engine=engine, least=num_checks: engine.num_polls and engine.num_checks >= least,
+            "it looks for work and checks",
+        )
+        polls, checks, took = engine.num_polls, engine.num_checks, time.monotonic() - began
+        bridge._send(print)
+        thread.join(10)
+        check_equal(thread.is_alive(), False, "still asleep 10 s after a command")
+        check_equal(got, [[print]], "commands")
+        few = (checks <= took / seconds + 1, polls <= 2 * checks + 4)
+        check_equal(few, (True, True), f"{checks} checks and {polls} polls in {took:.2f} s are few")
 
 
 def test_with_work_it_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,28 +337,29 @@ def test_outputs_find_their_streams() -> None:
 
 
 def test_the_loop_goes_on_while_a_step_runs() -> None:
-    """A step of 0.3 s in another thread; meanwhile the loop does other things.
+    """A step in another thread that lasts until the loop, which does other things meanwhile, lets it end.
 
     Why: that is why there are two threads. A step in the loop would let every other client, and the load balancer, wait.
     """
 
-    async def main() -> int:
-        bridge = AsyncEngine(Stepper([output("a", "1", True)], seconds=0.3))
+    async def main() -> bool:
+        engine = Stepper([output("a", "1", True)])
+        engine.gate.clear()
+        bridge = AsyncEngine(engine)
         bridge._loop = asyncio.get_running_loop()
         stream = stream_of("a")
         bridge._streams = {"a": stream}
-        ticks = 0
         bridge._fail = lambda reason: None
         running = bridge._loop.run_in_executor(None, bridge._run)
         reading = asyncio.create_task(rest(stream))
-        while not reading.done() and not running.done():
-            await asyncio.sleep(0.01)
-            ticks += 1
+        await asyncio.to_thread(engine.in_step.wait, 10)
+        await turns()
+        engine.gate.set()
+        await asyncio.wait([reading, running], return_when=asyncio.FIRST_COMPLETED)
         bridge._stopping = True
         bridge._send(print)
         await running
         check_equal(await reading, [("a", "1")], "what was read")
-        return ticks
+        return engine.waited
 
-    ticks = asyncio.run(main())
-    check_equal(ticks >= 5, True, f"{ticks} ticks of the loop during the step are many")
+    check_equal(asyncio.run(main()), True, "the loop goes on and lets the step end")

@@ -23,6 +23,7 @@ from starlette.routing import Route
 from stages.core.output import RequestOutput
 from stages.course.fixtures.checks import check_equal
 from stages.course.fixtures.http import running
+from stages.course.fixtures.waiting import until
 from stages.serving import async_engine
 from stages.serving.api_server import Server
 from stages.serving.async_engine import AsyncEngine, EngineDeadError
@@ -38,7 +39,11 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 class Idle:
     """Stands in for an engine without work."""
 
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+
     def has_unfinished_requests(self) -> bool:
+        self.asked.set()
         return False
 
     def check_health(self) -> None:
@@ -49,6 +54,7 @@ class Busy(Idle):
     """Stands in for an engine that is never done; its steps wait at the gate."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.gate, self.in_step, self.num_steps = threading.Event(), threading.Event(), 0
 
     def has_unfinished_requests(self) -> bool:
@@ -93,19 +99,40 @@ def test_a_signal_is_not_raised_again() -> None:
     check_equal(one._captured_signals, [], "signals that uvicorn raises in the end")
 
 
-@contextmanager
-def serving(seconds: float) -> Iterator[tuple[Server, tuple[str, int], threading.Thread]]:
-    """A real server whose answer takes some seconds, its address, and its thread."""
+class Slow:
+    """An application that answers when the gate is opened."""
 
-    async def endpoint(_: Request) -> PlainTextResponse:
-        await asyncio.sleep(seconds)
+    def __init__(self) -> None:
+        self.arrived = threading.Event()
+        self.app = Starlette(routes=[Route("/", self.answer)])
+
+    async def answer(self, _: Request) -> PlainTextResponse:
+        self.loop, self.gate = asyncio.get_running_loop(), asyncio.Event()
+        self.arrived.set()
+        await self.gate.wait()
         return PlainTextResponse("done")
 
-    one = server(Starlette(routes=[Route("/", endpoint)]))
+    def open(self) -> None:
+        """From another thread."""
+        self.loop.call_soon_threadsafe(self.gate.set)
+
+
+@contextmanager
+def serving(slow: Slow) -> Iterator[tuple[Server, tuple[str, int], threading.Thread]]:
+    """A real server, its address, and its thread."""
+    one = server(slow.app)
     with running(one) as (address, thread):
-        while not one.started:
-            time.sleep(0.01)
+        until(lambda: one.started, "the server has started")
         yield one, address, thread
+
+
+def refuses(address: tuple[str, int]) -> bool:
+    """Whether nobody listens any more."""
+    try:
+        socket.create_connection(address, 10).close()
+    except OSError:
+        return True
+    return False
 
 
 def test_what_runs_is_finished_and_nothing_new_comes_in() -> None:
@@ -113,16 +140,17 @@ def test_what_runs_is_finished_and_nothing_new_comes_in() -> None:
 
     Why: at every deployment users would lose their answers, or a server would go on for ever because more of them come.
     """
-    with serving(0.7) as (one, (host, port), thread):
+    slow = Slow()
+    with serving(slow) as (one, address, thread):
         answers: list[httpx.Response] = []
-        url = f"http://{host}:{port}/"
+        url = "http://{}:{}/".format(*address)
         asking = threading.Thread(target=lambda: answers.append(httpx.get(url, timeout=20)))
         asking.start()
-        time.sleep(0.2)
+        check_equal(slow.arrived.wait(10), True, "the request has arrived")
         one.handle_exit(signal.SIGTERM, None)
-        time.sleep(0.2)
-        with pytest.raises(httpx.TransportError):
-            httpx.get(url, timeout=20)
+        until(lambda: refuses(address), "a new client finds no server")
+        check_equal(answers, [], "answers, before the work is done")
+        slow.open()
         asking.join(10)
         thread.join(10)
         check_equal([answer.text for answer in answers], ["done"], "answers")
@@ -134,12 +162,13 @@ def test_a_second_signal_does_not_wait() -> None:
 
     Why: an orchestrator waits for some seconds and then kills; the server had better end by itself, and tidily.
     """
-    with serving(60.0) as (one, address, thread), socket.create_connection(address, 10) as client:
+    slow = Slow()
+    with serving(slow) as (one, address, thread), socket.create_connection(address, 10) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        time.sleep(0.3)
+        check_equal(slow.arrived.wait(10), True, "the request has arrived")
         for _ in range(2):
             one.handle_exit(signal.SIGTERM, None)
-        thread.join(3)
+        thread.join(10)
         check_equal(thread.is_alive(), False, "the server still runs")
 
 
@@ -166,14 +195,13 @@ def test_shutdown_waits_for_the_step_that_runs() -> None:
     engine.in_step.wait(10)
     ended = threading.Thread(target=bridge.shutdown)
     ended.start()
-    time.sleep(0.2)
+    until(lambda: bridge._stopping, "the thread is told to stop")
+    ended.join(0.2)  # who does not wait is through by now
     waits = ended.is_alive()
     engine.gate.set()
     ended.join(10)
-    steps = engine.num_steps
     check_equal((waits, ended.is_alive(), bridge._thread.is_alive()), (True, False, False), "waits, waits still, thread lives")
-    time.sleep(0.05)
-    check_equal(engine.num_steps, steps, "steps, a moment later")
+    check_equal(engine.num_steps, 1, "steps")
 
 
 def test_an_idle_engine_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,8 +210,9 @@ def test_an_idle_engine_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
     Why: who sets a flag and does not wake the sleeper waits for its next look at the clock.
     """
     monkeypatch.setattr(async_engine, "HEALTH_SECONDS", 5.0)
-    bridge = start(Idle())
-    time.sleep(0.1)
+    idle = Idle()
+    bridge = start(idle)
+    check_equal(idle.asked.wait(10), True, "the thread has looked for work")
     began = time.monotonic()
     bridge.shutdown()
     check_equal(bridge._thread.is_alive(), False, "thread lives")
@@ -200,7 +229,7 @@ def test_a_step_that_hangs_is_given_up() -> None:
     engine.in_step.wait(10)
     ended = threading.Thread(target=bridge.shutdown, daemon=True)
     ended.start()
-    ended.join(1.5)
+    ended.join(10)
     gave_up = not ended.is_alive()
     engine.gate.set()
     check_equal(gave_up, True, "shutdown returned")

@@ -1,0 +1,105 @@
+"""g++ and clang++ both build the C++ kernels, and a compiler that is not here or lacks something is named.
+
+`make test-cpu-kernels CXX=clang++` runs all tests of the kernels with the other compiler.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from solutions.attention import cuda_build
+from solutions.core import doctor
+from solutions.core.platform import native
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted(path for path in (ROOT / "solutions").rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
+
+NORM = """
+import torch
+from solutions.core.platform.native import set_threads
+from solutions.models.kernels.layers_cpu import NativeNorm
+set_threads(2)
+x, weight = torch.randn(33, 96), torch.rand(96)
+torch.testing.assert_close(NativeNorm(weight, 1e-5)(x), torch.nn.functional.rms_norm(x, (96,), weight, 1e-5))
+"""
+
+
+def test_only_one_line_is_for_one_compiler() -> None:
+    """`__builtin_shuffle` is GCC's, `__builtin_shufflevector` Clang's: both stand in one function, and nowhere else."""
+    lines = [f"{path.name}: {line.strip()}" for path in SOURCES for line in path.read_text().splitlines() if "_shuffle" in line]
+    found = [line for line in lines if re.search(r"__builtin_shuffle|__builtin_shufflevector", line)]
+    assert found == [
+        "native.h: return __builtin_shufflevector(a, b, from(I)...);",
+        "native.h: return __builtin_shuffle(a, b, decltype(a < b){from(I)...});",
+    ]
+
+
+@pytest.mark.parametrize("name", ["g++", "clang++"])
+def test_builds_all_kernels_without_a_warning(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And they run: one that folds vectors, on two threads."""
+    if shutil.which(name) is None:
+        pytest.skip(f"no {name} here")
+    monkeypatch.setenv("CXX", name)
+    monkeypatch.setenv("CXXFLAGS", "-O0 -Werror -Wno-psabi")
+    native.build(tmp_path / "native")
+    cuda_build.build(torch.device("cpu"), tmp_path / "native")
+    environment = os.environ | {"BYOV_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", NORM], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_each_compiler_has_a_library_of_its_own(tmp_path: Path) -> None:
+    source = tmp_path / "one.cpp"
+    source.write_text('extern "C" int one() { return 1; }\n')
+    programs = [program for name in ("g++", "clang++") if (program := shutil.which(name))]
+    copy = tmp_path / "other++"  # another version of a compiler
+    copy.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo other 1.0 && exit\nexec {programs[0]} "$@"\n')
+    copy.chmod(0o755)
+    flags = ["-shared", "-fPIC"]
+    libraries = {native.compile_library(tmp_path, "one", program, flags, [source], []) for program in (*programs, str(copy))}
+    assert len(libraries) == len(programs) + 1
+
+
+def test_a_compiler_that_is_not_here_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CXX is obeyed or refused: g++ in its place would be a surprise."""
+    monkeypatch.setenv("CXX", "no-such-c++")
+    assert native.compiler() is None
+    with pytest.raises(native.BuildError, match=r"CXX is 'no-such-c\+\+', and there is no such program"):
+        native.build(tmp_path)
+    with pytest.raises(native.BuildError, match=r"CXX is 'no-such-c\+\+'"):
+        cuda_build.build(torch.device("cpu"), tmp_path)
+    assert dict(doctor.machine_rows())["C++ compiler"] == "CXX is 'no-such-c++', which is not here"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "native.h:12:10: fatal error: 'omp.h' file not found",
+        "native.h:12:10: fatal error: omp.h: No such file or directory",
+        "/usr/bin/ld: cannot find -lomp: No such file or directory",
+        "ld.lld: error: unable to find library -lomp",
+    ],
+)
+def test_clang_without_openmp_is_told_what_to_install(said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first line: the doctor and the engine's report print no more of it."""
+    program = tmp_path / "clang++"
+    program.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo clang version 14.0.6 && exit\ncat >&2 <<"END"\n{said}\nEND\nexit 1\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("CXX", str(program))
+    with pytest.raises(native.BuildError, match=re.escape(said)) as caught:
+        native.build(tmp_path / "built")
+    assert "apt install libomp-dev" in str(caught.value).splitlines()[0]
+
+
+def test_another_error_is_not_taken_for_missing_openmp() -> None:
+    assert not native.lacks_openmp("native.h:12:10: error: expected ';' after omp_in_parallel")

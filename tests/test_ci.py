@@ -1,0 +1,84 @@
+"""What CI installs: the programs that a fresh machine lacks, where it may; else it says by name what goes untested."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BASH = shutil.which("bash")
+
+APT = """\
+#!{bash}
+echo "$@" >> {log}
+[ "$1" = install ] && [ {works} = 1 ] && for name in clang++ chromium; do
+  printf '#!{bash}\\ncat >/dev/null\\n' > {folder}/$name; chmod +x {folder}/$name
+done
+exit 0
+"""
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    """A machine with nothing but bash and cat."""
+    for name in ("bash", "cat", "chmod"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    return tmp_path
+
+
+def install(folder: Path, name: str, script: str) -> None:
+    (folder / name).write_text(script)
+    (folder / name).chmod(0o755)
+
+
+def tools(folder: Path, user: int) -> list[str]:
+    install(folder, "id", f"#!{BASH}\necho {user}\n")
+    run = subprocess.run([BASH, ROOT / ".ci/tools"], env={"PATH": str(folder)}, capture_output=True, text=True, check=True)
+    assert run.stderr == ""
+    return run.stdout.splitlines()
+
+
+def test_what_cannot_be_installed_is_named(machine: Path) -> None:
+    for user, why in ((1000, "only root may install it"), (0, "there is no apt-get")):
+        assert tools(machine, user) == [
+            f"NOT TESTED: the C++ kernels by clang++. There is no clang, and {why}; on Debian: apt install clang libomp-dev",
+            f"NOT TESTED: the page in a browser. There is no chromium, and {why}; on Debian: apt install chromium",
+        ]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_root_installs_what_is_missing(works: bool, machine: Path) -> None:
+    log = machine / "log"
+    install(machine, "apt-get", APT.format(bash=BASH, log=log, works=int(works), folder=machine))
+    said = tools(machine, 0)
+    assert said[0] == "Installing clang libomp-dev"
+    assert "install -y -qq --no-install-recommends clang libomp-dev" in log.read_text().splitlines()
+    named = [line for line in said if line.startswith("NOT TESTED")]
+    assert len(named) == (0 if works else 2)
+    assert all("apt-get could not install it" in line for line in named)
+
+
+def test_what_is_there_is_left_alone(machine: Path) -> None:
+    for name in ("clang++", "google-chrome"):
+        install(machine, name, f"#!{BASH}\ncat >/dev/null\n")
+    assert tools(machine, 1000) == []
+
+
+def test_clang_without_openmp_is_not_enough(machine: Path) -> None:
+    install(machine, "clang++", f"#!{BASH}\nexit 1\n")
+    install(machine, "chromium", f"#!{BASH}\n")
+    (line,) = tools(machine, 1000)
+    assert line.endswith("apt install clang libomp-dev")
+
+
+def test_ci_runs_the_fuzz_and_the_other_compiler() -> None:
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    commands = [line.split("phase ", 1)[1] for line in lines if "phase " in line]
+    for phase in (
+        "tools .ci/tools", "set-up make setup", "lint make lint", "tests make test", "course make check-course",
+        "notebooks make notebooks", "fuzz make fuzz MINUTES=2", "clang make test-cpu-kernels CXX=clang++",
+    ):  # fmt: skip
+        assert any(command.startswith(phase) for command in commands)
