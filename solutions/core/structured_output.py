@@ -17,10 +17,8 @@ from torch import Tensor
 from ..batching.sequence import StructuredOutput
 
 if TYPE_CHECKING:
-    from xgrammar import CompiledGrammar
+    from xgrammar import CompiledGrammar, TokenizerInfo
 
-CACHE_BYTES = 256 << 20
-"""Compiled grammars that are kept."""
 OBJECT = '{"type": "object"}'
 _PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 """What XGrammar's messages begin with: a time, and a line of its source."""
@@ -43,8 +41,28 @@ class GrammarCompiler:
         except ImportError:
             raise ValueError("structured_output needs XGrammar, which is not installed; run: pip install xgrammar") from None
         info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size, stop_token_ids=list(eos_token_ids))
-        self._vocab_size = vocab_size
-        self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=CACHE_BYTES)
+        self._set_up(info, vocab_size)
+
+    @classmethod
+    def from_vocabulary(cls, vocabulary: str, vocab_size: int) -> GrammarCompiler:
+        """What another process's compiler is made of: its `vocabulary` and `vocab_size`."""
+        from xgrammar import TokenizerInfo
+
+        compiler = cls.__new__(cls)
+        compiler._set_up(TokenizerInfo.deserialize_json(vocabulary), vocab_size)
+        return compiler
+
+    def _set_up(self, info: TokenizerInfo, vocab_size: int) -> None:
+        from xgrammar import GrammarCompiler as Compiler
+
+        self.vocab_size = vocab_size
+        self._info = info
+        self._compiler = Compiler(info, max_threads=1, cache_enabled=False)
+
+    @property
+    def vocabulary(self) -> str:
+        """Tokens and ends of answers, in XGrammar's own form."""
+        return self._info.serialize_json()
 
     def compile(self, wanted: StructuredOutput) -> CompiledGrammar:
         """The automaton of a form.
@@ -69,7 +87,7 @@ class GrammarCompiler:
             raise ValueError(f"structured_output: the {kind} is not valid: {message}") from None
         except UnicodeEncodeError:
             raise ValueError(f"structured_output: the {kind} is not valid: it holds half of a surrogate pair") from None
-        first = torch.empty(1, -(-self._vocab_size // 32), dtype=torch.int32)
+        first = torch.empty(1, -(-self.vocab_size // 32), dtype=torch.int32)
         Guide(grammar).allow([[]], first)
         if not bool(first.any()):
             raise ValueError(f"structured_output: the {kind} is not valid: there is no text of this form")
@@ -85,6 +103,11 @@ class Guide:
         self._matcher = GrammarMatcher(grammar)
         self._seen = 0
         """Output tokens that the automaton has gone through."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the answer is complete, with the token that ends it."""
+        return self._matcher.is_terminated()
 
     def allow(self, outputs: list[list[int]], masks: Tensor) -> None:
         """Say what may come behind each of several outputs, of which each is the one before and a token more.
