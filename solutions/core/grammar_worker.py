@@ -62,10 +62,16 @@ def _read(source: socket.socket, size: int) -> bytes:
 
 @dataclass(slots=True)
 class Limits:
-    """What a trial may take. `seconds` of time; `mib` of memory, besides what this process has; `automaton_mib`: what the
-    compiled automaton may have; `token_seconds`: what following it by a token may take of the processor's time."""
+    """What a trial may take.
+
+    Attributes:
+        seconds: of the processor's time. wall_seconds: of everybody's.
+        mib: of memory, besides what this process has. automaton_mib: of that, what the compiled automaton may have.
+        token_seconds: of the processor's time, to follow the automaton by a token.
+    """
 
     seconds: float
+    wall_seconds: float
     mib: int
     automaton_mib: int
     token_seconds: float
@@ -76,6 +82,8 @@ def attempt(compiler: GrammarCompiler, wanted: StructuredOutput, limits: Limits)
     try:
         grammar = compiler.compile(wanted)
     except ValueError as error:
+        if "bad_alloc" in str(error):  # what C++ calls it
+            raise MemoryError from None
         return str(error)
     if grammar.memory_size_bytes > limits.automaton_mib << 20:
         return f"structured_output needs an automaton of more than {limits.automaton_mib} MiB; make it simpler"
@@ -95,7 +103,8 @@ def confine(limits: Limits, parent: int) -> None:
     if pages.exists():  # elsewhere nobody counts it
         size = int(pages.read_text().split()[0]) * resource.getpagesize() + (limits.mib << 20)
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
-    signal.setitimer(signal.ITIMER_REAL, limits.seconds)  # SIGALRM, which nobody catches
+    signal.setitimer(signal.ITIMER_PROF, limits.seconds)  # SIGPROF and SIGALRM, which nobody catches
+    signal.setitimer(signal.ITIMER_REAL, limits.wall_seconds)
 
 
 @dataclass(slots=True)
@@ -168,7 +177,6 @@ class Forks:
             trouble = attempt(self._compiler, StructuredOutput(**message["form"]), limits)
         except MemoryError:
             trouble = f"structured_output needs more than {limits.mib} MiB to compile; make it simpler"
-        signal.setitimer(signal.ITIMER_REAL, 0)
         send(answer, {"trouble": trouble})
         os._exit(0)
 

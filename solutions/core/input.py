@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..batching.sequence import SamplingParams, Sequence, StructuredOutput
@@ -104,7 +105,7 @@ class InputProcessor:
         sequences[0].children = sequences[1:]
         if request.grammar is not None:
             for seq in sequences:
-                seq.guide = Guide(request.grammar)
+                seq.guide = Guide(request.grammar, partial(_cut_off, seq))
         return sequences
 
     def compile(self, wanted: StructuredOutput, client: str | None = None) -> Future[CompiledGrammar]:
@@ -180,3 +181,9 @@ class InputProcessor:
         spellings = [prefix + word.lstrip() for word in params.bad_words for prefix in ("", " ")]
         token_ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in spellings]
         return replace(params, bad_words_token_ids=[word for word in token_ids if word])
+
+
+def _cut_off(seq: Sequence, num_output_tokens: int) -> None:
+    """Let a sequence end with the token behind so many, as if it were long enough, and say why."""
+    seq.max_len = min(seq.max_len, seq.num_prompt_tokens + num_output_tokens + 1)
+    seq.stop_reason = "structured_output takes too long to follow"

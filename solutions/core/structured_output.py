@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,10 @@ from ..batching.sequence import StructuredOutput
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar, TokenizerInfo
 
+TOKEN_SECONDS = 0.0125
+"""What following an automaton by a token may take of the processor's time, without end; 0.0003 is usual."""
+SLACK_SECONDS = 1.0
+"""How much more it may have taken, over all tokens, before the answer is cut off: everybody's step waits for it."""
 OBJECT = '{"type": "object"}'
 _PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 """What XGrammar's messages begin with: a time, and a line of its source."""
@@ -95,14 +101,20 @@ class GrammarCompiler:
 
 
 class Guide:
-    """Which tokens may come next in one sequence."""
+    """Which tokens may come next in one sequence.
 
-    def __init__(self, grammar: CompiledGrammar) -> None:
+    Args:
+        give_up: called, with the number of certain output tokens, when the automaton has held up everybody for too long.
+    """
+
+    def __init__(self, grammar: CompiledGrammar, give_up: Callable[[int], None] | None = None) -> None:
         from xgrammar import GrammarMatcher
 
         self._matcher = GrammarMatcher(grammar)
         self._seen = 0
         """Output tokens that the automaton has gone through."""
+        self._give_up = give_up
+        self._excess = 0.0
 
     @property
     def has_ended(self) -> bool:
@@ -118,6 +130,13 @@ class Guide:
         Args:
             outputs: R lists of output tokens. masks: [R, ceil(V / 32)] int32, a bit for each token; overwritten.
         """
+        before = time.thread_time()
+        self._follow(outputs, masks)
+        self._excess = max(0.0, self._excess + time.thread_time() - before - TOKEN_SECONDS * len(outputs))
+        if self._excess > SLACK_SECONDS and self._give_up is not None:
+            self._give_up(len(outputs[0]))
+
+    def _follow(self, outputs: list[list[int]], masks: Tensor) -> None:
         masks.fill_(-1)
         for token in outputs[0][self._seen :]:
             self._matcher.accept_token(token)

@@ -42,7 +42,7 @@ PATIENCE = 120
 
 def bomb(number: int) -> StructuredOutput:
     """A form that takes longer than any test."""
-    return StructuredOutput("regex", "|".join(f"(.*{c}.{{{3000 + number}}})" for c in LETTERS))
+    return StructuredOutput("regex", "|".join(f"(.*{c}.{{{3000 + 30 * number + i}}})" for i, c in enumerate(LETTERS)))
 
 
 def small(number: int) -> StructuredOutput:
@@ -66,7 +66,7 @@ def shared() -> Iterator[GrammarProcesses]:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """No trial ends by itself during the test."""
-    monkeypatch.setattr(grammar_processes, "LIMITS", replace(grammar_processes.LIMITS, seconds=600.0))
+    monkeypatch.setattr(grammar_processes, "LIMITS", replace(grammar_processes.LIMITS, seconds=600.0, wall_seconds=600.0))
 
 
 @pytest.fixture
@@ -203,24 +203,23 @@ def test_a_failure_is_forgotten_after_a_while(shared: GrammarProcesses, strict: 
     assert shared.num_compiled == before + 2
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        StructuredOutput("regex", "([^x]{1,9999}|[^y]{1,9999})*" * 20),
-        StructuredOutput("grammar", "root ::= " + " | ".join(f"[^{c}]{{1,30000}}" for c in LETTERS)),
-    ],
-    ids=["regex", "grammar"],
-)
-def test_what_takes_too_much_memory_is_refused(
-    shared: GrammarProcesses, form: StructuredOutput, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(grammar_processes, "LIMITS", replace(grammar_processes.LIMITS, seconds=600.0, mib=4))
+def test_what_takes_too_much_memory_is_refused(shared: GrammarProcesses, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_processes, "LIMITS", replace(grammar_processes.LIMITS, mib=4))
+    form = StructuredOutput("grammar", "root ::= " + " | ".join(f"[^{c}]{{1,30000}}" for c in LETTERS))
     with pytest.raises(ValueError, match="structured_output needs more than 4 MiB to compile; make it simpler"):
         shared.compile(form).result(PATIENCE)
 
 
+def test_the_clock_on_the_wall_ends_it_too(shared: GrammarProcesses, strict: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_processes, "LIMITS", replace(grammar_processes.LIMITS, seconds=30.0, wall_seconds=1.0))
+    with pytest.raises(ValueError, match="structured_output takes more than 1 s to compile"):
+        shared.compile(bomb(45)).result(PATIENCE)
+
+
 def test_an_automaton_that_is_too_large_is_refused(shared: GrammarProcesses, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_processes, "LIMITS", replace(grammar_processes.LIMITS, seconds=600.0, automaton_mib=1))
+    monkeypatch.setattr(
+        grammar_processes, "LIMITS", replace(grammar_processes.LIMITS, seconds=600.0, wall_seconds=600.0, automaton_mib=1)
+    )
     with pytest.raises(ValueError, match="structured_output needs an automaton of more than 1 MiB"):
         shared.compile(StructuredOutput("regex", r"[a-z0-9._%+-]{1,64}@[a-z0-9.-]{1,65}\.[a-z]{2,8}")).result(PATIENCE)
 
@@ -236,8 +235,8 @@ def test_an_automaton_that_is_too_large_is_refused(shared: GrammarProcesses, mon
 def test_what_is_slow_to_follow_is_refused(
     shared: GrammarProcesses, form: StructuredOutput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammar_processes, "LIMITS", replace(grammar_processes.LIMITS, seconds=600.0))
-    with pytest.raises(ValueError, match=r"structured_output takes more than 0.25 s a token to follow; make it simpler"):
+    monkeypatch.setattr(grammar_processes, "LIMITS", replace(grammar_processes.LIMITS, seconds=600.0, wall_seconds=600.0))
+    with pytest.raises(ValueError, match=r"structured_output takes more than 0.1 s a token to follow; make it simpler"):
         shared.compile(form).result(PATIENCE)
 
 
