@@ -66,7 +66,7 @@ class TrialProcess:
 
     def __init__(self, vocabulary: Callable[[], dict[str, object]]) -> None:
         self._vocabulary = vocabulary
-        self._lock = threading.Lock()  # guards the two below
+        self._lock = threading.RLock()  # guards all below
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._closed = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -120,10 +121,9 @@ class InputProcessor:
             if self._is_closed:
                 raise CompilingStoppedError("the engine is shutting down")
             if self._grammars is None:
-                model = self.model
-                self._grammars = GrammarProcesses(
-                    lambda: GrammarCompiler(self.tokenizer, model.vocab_size, model.eos_token_ids)
-                )
+                needed = self.tokenizer, self.model.vocab_size, self.model.eos_token_ids
+                self._grammars = GrammarProcesses(lambda: GrammarCompiler(*needed))
+                weakref.finalize(self, self._grammars.close)  # an engine that is dropped leaves no process behind
         return self._grammars.compile(wanted, client)
 
     def complete(self, request: EngineRequest) -> None:
@@ -139,8 +139,9 @@ class InputProcessor:
         """Stop compiling, and end the process that it takes."""
         with self._lock:
             self._is_closed = True
-        if self._grammars is not None:
-            self._grammars.close()
+            grammars = self._grammars
+        if grammars is not None:
+            grammars.close()
 
     def _tokenize(self, text: str | None) -> list[int]:
         if not isinstance(text, str) or not text:

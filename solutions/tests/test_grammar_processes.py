@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from solutions.core.config import EngineConfig
 from solutions.core.engine import LLMEngine
 from solutions.core.grammar_processes import CompilingStoppedError, GrammarProcesses
 from solutions.core.grammar_queue import FairQueue, Job
+from solutions.core.input import InputProcessor
 from solutions.core.scheduler import QueueFullError
 from solutions.core.structured_output import GrammarCompiler
 from solutions.models.loader import load_tokenizer, resolve_model
@@ -195,6 +197,36 @@ def test_what_takes_too_long_is_refused_and_remembered(shared: GrammarProcesses,
     assert shared.num_compiled == before
 
 
+def nested(schema: dict[str, Any], levels: int) -> str:
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema}
+    return json.dumps(schema, separators=(",", ":"))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        StructuredOutput("json", nested({"type": "string"}, 620)),
+        StructuredOutput(
+            "json",
+            json.dumps({"anyOf": [{"properties": {f"k{i}": {"pattern": f"^[a-z]{{1,{50 + i}}}$"}}} for i in range(150)]}),
+        ),
+        StructuredOutput("grammar", "root ::= " + " | ".join(f'[^"]* "{c}" [^"]{{{3000 + ord(c)}}}' for c in LETTERS)),
+        StructuredOutput("regex", "(.{1,300}){1,300}"),
+    ],
+    ids=["arrays", "anyOf", "grammar", "regex"],
+)
+def test_each_kind_of_bomb_is_refused_while_others_are_served(
+    shared: GrammarProcesses, strict: None, form: StructuredOutput
+) -> None:
+    refused = shared.compile(form, "greedy")
+    other = shared.compile(small(len(form.definition)), "modest")
+    assert other.result(PATIENCE).memory_size_bytes > 0
+    with pytest.raises(ValueError, match="^structured_output"):
+        refused.result(PATIENCE)
+    assert trials(shared) == []
+
+
 def test_a_failure_is_forgotten_after_a_while(shared: GrammarProcesses, strict: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar_processes, "FAILURE_SECONDS", 0.0)
     before = shared.num_compiled
@@ -338,6 +370,16 @@ def test_before_the_first_form_there_is_no_process() -> None:
     assert processes._process._process is None
     assert processes._threads == []
     processes.close()
+
+
+def test_an_engine_that_is_dropped_leaves_no_process() -> None:
+    source = resolve_model("smollm2-135m")
+    door = InputProcessor(load_tokenizer(source), source.config, 100, 10)
+    assert door.compile(small(0)).result(PATIENCE)
+    process = door._grammars._process._process
+    del door
+    gc.collect()
+    assert process.returncode is not None
 
 
 DOOMED = """
