@@ -203,14 +203,15 @@ def nested(schema: dict[str, Any], levels: int) -> str:
     return json.dumps(schema, separators=(",", ":"))
 
 
+def word(name: str, length: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {name: {"type": "string", "pattern": f"^[a-z]{{1,{length}}}$"}}}
+
+
 @pytest.mark.parametrize(
     "form",
     [
         StructuredOutput("json", nested({"type": "string"}, 620)),
-        StructuredOutput(
-            "json",
-            json.dumps({"anyOf": [{"properties": {f"k{i}": {"pattern": f"^[a-z]{{1,{50 + i}}}$"}}} for i in range(150)]}),
-        ),
+        StructuredOutput("json", json.dumps({"anyOf": [word(f"k{i}", 50 + i) for i in range(150)]})),
         StructuredOutput("grammar", "root ::= " + " | ".join(f'[^"]* "{c}" [^"]{{{3000 + ord(c)}}}' for c in LETTERS)),
         StructuredOutput("regex", "(.{1,300}){1,300}"),
     ],
@@ -222,7 +223,7 @@ def test_each_kind_of_bomb_is_refused_while_others_are_served(
     refused = shared.compile(form, "greedy")
     other = shared.compile(small(len(form.definition)), "modest")
     assert other.result(PATIENCE).memory_size_bytes > 0
-    with pytest.raises(ValueError, match="^structured_output"):
+    with pytest.raises(ValueError, match=r"^structured_output"):
         refused.result(PATIENCE)
     assert trials(shared) == []
 
