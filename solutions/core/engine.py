@@ -119,7 +119,8 @@ class LLMEngine:
         self._report = startup_report(config, limits, device, dtype, self.executor.attention_backend, clock.laps)
 
     def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> EngineRequest:
-        """Tokenize and validate a request without touching the engine's state; safe in any thread.
+        """Tokenize and validate a request without touching the engine's state; safe in any thread. The form of its answer is
+        not compiled yet: `submit` waits for it, unless `input.compile` was asked before.
 
         Raises:
             ValueError: something about the request is wrong.
@@ -127,14 +128,15 @@ class LLMEngine:
         return self.input.prepare(request_id, prompt, params, priority)
 
     def submit(self, request: EngineRequest) -> None:
-        """Queue a prepared request.
+        """Queue a prepared request. If the form of its answer is not compiled yet, that is waited for.
 
         Raises:
             QueueFullError: as many sequences wait as may.
-            ValueError: a request with this id is running.
+            ValueError: a request with this id is running, or the form of its answer cannot be had.
         """
         if request.request_id in self._sequences:
             raise ValueError(f"request id {request.request_id!r} is in use")
+        self.input.complete(request)
         sequences = self.input.sequences(request, self._next_seq_id)
         self.scheduler.add(sequences[0])
         self._next_seq_id += len(sequences)
@@ -232,7 +234,9 @@ class LLMEngine:
         self.executor.check_health()
 
     def close(self) -> None:
-        """End the other ranks, if there are any; the engine is of no use afterwards. Happens by itself with the process."""
+        """End the other ranks and what compiles forms, if there are any; the engine is of no use afterwards. Happens by itself
+        with the process."""
+        self.input.close()
         self.executor.close()
 
     def startup_summary(self) -> list[str]:
@@ -293,6 +297,8 @@ class LLM:
                 engine.prepare(str(self._num_requests), prompt, replace(one, output_kind=RequestOutputKind.FINAL_ONLY), rank)
             )
             self._num_requests += 1
+        for request in requests:
+            engine.input.complete(request)
         for request in requests:
             engine.submit(request)
         return self._run(requests, use_tqdm)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..batching.sequence import SamplingParams, Sequence, StructuredOutput
 from ..models.config.model_config import ModelConfig
+from .grammar_processes import CompilingStoppedError, GrammarProcesses
 from .sampling.structured_output import GrammarCompiler, Guide
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from xgrammar import CompiledGrammar
 
 
@@ -27,7 +33,8 @@ Prompt = str | TokensPrompt
 
 @dataclass(slots=True)
 class EngineRequest:
-    """A validated request. `arrival_time` is on the clock of `time.monotonic`; `grammar` is the compiled form of the answer."""
+    """A validated request. `arrival_time` is on the clock of `time.monotonic`; `grammar` is the compiled form of the answer,
+    which whoever submits the request has waited for."""
 
     request_id: str
     prompt: str | None
@@ -58,10 +65,12 @@ class InputProcessor:
         self.max_model_len = max_model_len
         self.max_num_seqs = max_num_seqs
         self.no_structure = "this model has no tokenizer here" if tokenizer is None else no_structure
-        self._compiler: GrammarCompiler | None = None
+        self._grammars: GrammarProcesses | None = None
+        self._lock = threading.Lock()
+        self._is_closed = False
 
     def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> EngineRequest:
-        """Make a request.
+        """Make a request. The form of its answer is not compiled yet: see `complete`, or `compile` where nobody may wait.
 
         Raises:
             ValueError: something about it is wrong; the message says what and what would be right.
@@ -75,9 +84,10 @@ class InputProcessor:
             token_ids = self._tokenize(text)
         self._check_token_ids(token_ids)
         params = self._complete(params)
-        grammar = None if params.structured_output is None else self._compile(params.structured_output)
+        if params.structured_output is not None and self.no_structure is not None:
+            raise ValueError(f"structured_output: {self.no_structure}")
         salt = prompt.get("cache_salt")
-        return EngineRequest(request_id, text, list(token_ids), params, priority, salt, time.monotonic(), grammar)
+        return EngineRequest(request_id, text, list(token_ids), params, priority, salt, time.monotonic())
 
     def sequences(self, request: EngineRequest, first_id: int) -> list[Sequence]:
         """The ``n`` sequences of a request; all but the first wait until the first has computed the prompt they share."""
@@ -96,15 +106,42 @@ class InputProcessor:
         sequences[0].children = sequences[1:]
         if request.grammar is not None:
             for seq in sequences:
-                seq.guide = Guide(request.grammar)
+                seq.guide = Guide(request.grammar, partial(_cut_off, seq))
         return sequences
 
-    def _compile(self, wanted: StructuredOutput) -> CompiledGrammar:
+    def compile(self, wanted: StructuredOutput, client: str | None = None) -> Future[CompiledGrammar]:
+        """Have the form of an answer compiled, see `GrammarProcesses.compile`.
+
+        Raises:
+            ValueError: it cannot be had here. CompilingStoppedError: `close` was called.
+        """
         if self.no_structure is not None:
             raise ValueError(f"structured_output: {self.no_structure}")
-        if self._compiler is None:
-            self._compiler = GrammarCompiler(self.tokenizer, self.model.vocab_size, self.model.eos_token_ids)
-        return self._compiler.compile(wanted)
+        with self._lock:
+            if self._is_closed:
+                raise CompilingStoppedError("the engine is shutting down")
+            if self._grammars is None:
+                needed = self.tokenizer, self.model.vocab_size, self.model.eos_token_ids
+                self._grammars = GrammarProcesses(lambda: GrammarCompiler(*needed))
+                weakref.finalize(self, self._grammars.close)  # an engine that is dropped leaves no process behind
+        return self._grammars.compile(wanted, client)
+
+    def complete(self, request: EngineRequest) -> None:
+        """Wait for the compiled form of a request's answer, if it asks for one and has none yet.
+
+        Raises:
+            ValueError: it cannot be had.
+        """
+        if request.params.structured_output is not None and request.grammar is None:
+            request.grammar = self.compile(request.params.structured_output).result()
+
+    def close(self) -> None:
+        """Stop compiling, and end the process that it takes."""
+        with self._lock:
+            self._is_closed = True
+            grammars = self._grammars
+        if grammars is not None:
+            grammars.close()
 
     def _tokenize(self, text: str | None) -> list[int]:
         if not isinstance(text, str) or not text:
@@ -145,3 +182,9 @@ class InputProcessor:
         spellings = [prefix + word.lstrip() for word in params.bad_words for prefix in ("", " ")]
         token_ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in spellings]
         return replace(params, bad_words_token_ids=[word for word in token_ids if word])
+
+
+def _cut_off(seq: Sequence, num_output_tokens: int) -> None:
+    """Let a sequence end with the token behind so many, as if it were long enough, and say why."""
+    seq.max_len = min(seq.max_len, seq.num_prompt_tokens + num_output_tokens + 1)
+    seq.stop_reason = "structured_output takes too long to follow"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -200,7 +200,10 @@ async def respond(
         QueueFullError, EngineDeadError: see `AsyncEngine.submit`.
     """
     reply_id = f"{prefix}-{uuid.uuid4().hex}"
-    requests = await engine_requests(engine, reply_id, body, prompts, getattr(http.state, "tenant", None))
+    tenant, address = getattr(http.state, "tenant", None), http.client and http.client.host
+    requests = await unless_left(http, engine_requests(engine, reply_id, body, prompts, tenant, address))
+    if requests is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     reply = reply_class(reply_id, body, {r.request_id: r.prompt_token_ids for r in requests}, engine.engine.tokenizer)
     tracer: RequestTracer | None = http.app.state.tracer
     with nullcontext() if tracer is None else tracer.under(requests, http.headers):
@@ -219,12 +222,15 @@ async def respond(
 
 
 async def engine_requests(
-    engine: AsyncEngine, reply_id: str, body: GenerationRequest, prompts: list[str | list[int]], tenant: str | None = None
-) -> list[EngineRequest]:
-    """One validated engine request a prompt. Tenants (see `KeyGuard`) share no cached prefixes.
+    engine: AsyncEngine, reply_id: str, body: GenerationRequest, prompts: list[str | list[int]], tenant: str | None = None,
+    address: str | None = None,
+) -> list[EngineRequest]:  # fmt: skip
+    """One validated engine request a prompt. Tenants (see `KeyGuard`) share no cached prefixes; they take turns in having forms
+    of answers compiled, and without them addresses do.
 
     Raises:
         RequestError: a prompt or a parameter is not valid, or needs what this server was not started with.
+        QueueFullError, EngineDeadError: see `AsyncEngine.prepare`.
     """
     params = body.to_sampling_params()
     salt = ":".join(part for part in (tenant, body.cache_salt) if part is not None) or None
@@ -232,7 +238,7 @@ async def engine_requests(
         raise RequestError("priority needs a server that was started with --scheduling-policy priority", "priority")
     try:
         requests = await engine.prepare(
-            reply_id, [engine_prompt(prompt, salt) for prompt in prompts], params, body.priority or 0
+            reply_id, [engine_prompt(prompt, salt) for prompt in prompts], params, body.priority or 0, tenant or address
         )
     except ValueError as error:
         raise body.refusal(error) from error
@@ -290,6 +296,22 @@ def render_chat(tokenizer: Any, messages: list[ChatMessage]) -> list[int]:
         return tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
     except TemplateError as error:
         raise RequestError(f"the model's chat template does not take these messages: {error}", "messages") from error
+
+
+async def unless_left(http: Request, work: Coroutine[Any, Any, list[EngineRequest]]) -> list[EngineRequest] | None:
+    """The result of some work, or None if the client leaves before it is done; then it is cancelled. Seldom does it wait."""
+
+    async def left() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = asyncio.ensure_future(work), asyncio.create_task(left())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def close_on_disconnect(http: Request, stream: OutputStream) -> None:

@@ -11,16 +11,18 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..batching.sequence import RequestOutputKind, SamplingParams
+from ..batching.sequence import RequestOutputKind, SamplingParams, StructuredOutput
+from ..core.grammar_processes import CompilingStoppedError
 from ..core.output import RequestOutput
 from ..core.scheduler import QueueFullError
 from .output_stream import OutputStream
 
 if TYPE_CHECKING:
+    from xgrammar import CompiledGrammar
+
     from ..core.engine import LLMEngine
     from ..core.input import EngineRequest, Prompt
 
@@ -28,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 INLINE_LIMIT = 2048
 """Characters or token ids up to which prompts are prepared on the event loop; longer ones go to a thread."""
-GRAMMAR_SECONDS = 10.0
-"""What compiling the form of an answer may take."""
 HEALTH_SECONDS = 1.0
 """How often an engine with nothing to do sees whether all its ranks live, and somebody whether a step hangs."""
 
@@ -51,7 +51,8 @@ class AsyncEngine:
         may_step: asked before each step; while it says no, the engine rests with its requests. After a change of mind call
             `between_steps`, or the thread sleeps on.
         on_death: called on the loop when the engine has failed, once all its requests have been told.
-        on_rejection: called on the engine's thread with the reason, "requests" or "tokens", when the queue is full.
+        on_rejection: called with the reason when a queue is full: "requests" or "tokens" on the engine's thread, "forms" on
+            the loop.
         is_draining: set by who wants no new requests; nothing here changes by it.
     """
 
@@ -64,8 +65,6 @@ class AsyncEngine:
         self.on_rejection: Callable[[str], None] | None = None
         self.is_draining = False
         self._step_since: float | None = None
-        # one thread, and not of those that serve others: a form that takes long cannot be stopped
-        self._compiling = ThreadPoolExecutor(1, "grammar")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._streams: dict[str, OutputStream] = {}  # touched by the event loop only
@@ -81,11 +80,12 @@ class AsyncEngine:
         self._loop.call_later(HEALTH_SECONDS, self._watch)
 
     def shutdown(self) -> None:
-        """Stop after the step that is running, fail what is unfinished with `EngineDeadError`, join the thread if it comes."""
+        """Stop after the step that is running, fail what is unfinished with `EngineDeadError`, join the thread if it comes. The
+        engine's processes that compile grammars are ended before that (`engine.input.close`)."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        self._compiling.shutdown(wait=False, cancel_futures=True)
+        self.engine.input.close()
         if self._thread.ident is not None:
             while self._thread.is_alive() and not self._is_stalled():
                 self._thread.join(HEALTH_SECONDS)
@@ -96,12 +96,16 @@ class AsyncEngine:
         return self._death is None and self._thread.is_alive()
 
     async def prepare(
-        self, request_id: str, prompts: list[Prompt], params: SamplingParams, priority: int = 0
+        self, request_id: str, prompts: list[Prompt], params: SamplingParams, priority: int = 0, client: str | None = None
     ) -> list[EngineRequest]:
         """Tokenize and validate prompts, without bothering the engine thread; several get ids ``request_id-0``, …
 
+        Args:
+            client: for whom; where forms of answers have to wait until they are compiled, clients take turns.
+
         Raises:
             ValueError: a prompt or a parameter is not valid.
+            QueueFullError: too many forms wait to be compiled. EngineDeadError: the engine was shut down meanwhile.
         """
         names = [request_id] if len(prompts) == 1 else [f"{request_id}-{i}" for i in range(len(prompts))]
         pairs = list(zip(names, prompts, strict=True))
@@ -109,15 +113,13 @@ class AsyncEngine:
         def work() -> list[EngineRequest]:
             return [self.engine.prepare(name, prompt, params, priority) for name, prompt in pairs]
 
-        if params.structured_output is not None:
-            try:
-                return await asyncio.wait_for(self._loop.run_in_executor(self._compiling, work), GRAMMAR_SECONDS)
-            except TimeoutError:
-                raise ValueError(
-                    f"structured_output takes more than {GRAMMAR_SECONDS:g} s to compile; make it simpler"
-                ) from None
         size = sum(len(prompt) if isinstance(prompt, str) else max(map(len, prompt.values())) for prompt in prompts)
-        return work() if size <= INLINE_LIMIT else await asyncio.to_thread(work)
+        requests = work() if size <= INLINE_LIMIT else await asyncio.to_thread(work)
+        if params.structured_output is not None:
+            grammar = await self._compile(params.structured_output, client)
+            for request in requests:
+                request.grammar = grammar
+        return requests
 
     async def submit(self, requests: list[EngineRequest]) -> OutputStream:
         """Hand requests to the engine, all or none; returns when it has taken them.
@@ -152,6 +154,17 @@ class AsyncEngine:
         self._send(command)
 
     # ------------------------------------------------------------------------------------------- on the event loop
+
+    async def _compile(self, wanted: StructuredOutput, client: str | None) -> CompiledGrammar:
+        """A compiled form; who is cancelled here does not wait for it any more."""
+        try:
+            return await asyncio.wrap_future(self.engine.input.compile(wanted, client))
+        except CompilingStoppedError as error:
+            raise EngineDeadError(str(error)) from None
+        except QueueFullError as error:
+            if self.on_rejection is not None:
+                self.on_rejection(error.reason)
+            raise
 
     def _watch(self) -> None:
         """Every second, see whether a step hangs."""

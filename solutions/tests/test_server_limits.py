@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import select
 import signal
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import httpx
 import openai
 import pytest
 
-from solutions.batching.sequence import SamplingParams
-from solutions.serving import async_engine
+from solutions.batching.sequence import StructuredOutput
+from solutions.core.grammar_processes import CompilingStoppedError
+from solutions.core.scheduler import QueueFullError
 from solutions.serving.async_engine import AsyncEngine
 from solutions.serving.guards import API_KEY_VARIABLE, read_api_keys
 from solutions.tests.fake_engine import FakeEngine
@@ -228,27 +230,75 @@ def test_a_queue_that_is_full_of_requests_is_counted() -> None:
         assert 'reason="requests"} 1.0' in httpx.get(f"{url}/metrics").text
 
 
-def test_a_form_that_takes_long_is_refused_and_holds_nobody_else_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake, free = FakeEngine(), threading.Event()
-    prepare = fake.prepare
+def forms(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Future[Any], str | None]]:
+    """Let the fake engine take forms of answers, which it never compiles: what is asked for, and by whom."""
+    asked: list[tuple[Future[Any], str | None]] = []
 
-    def slow(name: str, prompt: Any, params: SamplingParams, *rest: Any) -> Any:
-        if params.structured_output is not None:
-            free.wait()
-        return prepare(name, prompt, replace(params, structured_output=None), *rest)  # which has no tokenizer for it
+    def compile_form(wanted: StructuredOutput, client: str | None = None) -> Future[Any]:
+        asked.append((Future(), client))
+        return asked[-1][0]
 
-    monkeypatch.setattr(fake, "prepare", slow)
-    monkeypatch.setattr(async_engine, "GRAMMAR_SECONDS", 0.2)
-    with serve(AsyncEngine(fake)) as url:
-        for _ in range(20):  # more than there are threads for long prompts
-            refused = httpx.post(f"{url}/v1/completions", json=body(guided_regex="a+"))
-            assert refused.status_code == 400
-            assert refused.json()["error"]["param"] == "guided_regex"
-            assert "takes more than 0.2 s to compile" in refused.json()["error"]["message"]
+    monkeypatch.setattr(fake.input, "no_structure", None)
+    monkeypatch.setattr(fake.input, "compile", compile_form)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (ValueError("structured_output takes more than 10 s to compile"), 400, "guided_regex takes more than 10 s to compile"),
+        (QueueFullError("64 forms of answers wait", "forms"), 429, "64 forms of answers wait"),
+        (CompilingStoppedError("the engine is shutting down"), 503, "the engine is shutting down"),
+    ],
+)
+def test_a_form_that_waits_holds_nobody_up_and_its_end_is_told(
+    error: Exception, status: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeEngine()
+    asked = forms(fake, monkeypatch)
+    answers: list[httpx.Response] = []
+    with serve(AsyncEngine(fake), ["secret"]) as url:
+        key = {"Authorization": "Bearer secret"}
+
+        def ask() -> None:
+            answers.append(httpx.post(f"{url}/v1/completions", json=body(guided_regex="a+"), headers=key, timeout=60))
+
+        threads = [threading.Thread(target=ask) for _ in range(20)]  # more than there are threads for long prompts
+        for thread in threads:
+            thread.start()
+        until(lambda: len(asked) == 20)
         chat = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
-        assert httpx.post(f"{url}/v1/chat/completions", json=chat, timeout=2).status_code == 200
-        free.set()
-        assert httpx.post(f"{url}/v1/completions", json=body(guided_regex="a+")).status_code == 200
+        assert httpx.post(f"{url}/v1/chat/completions", json=chat, headers=key, timeout=10).status_code == 200
+        assert answers == []
+        for future, client in asked:
+            assert client == hashlib.sha256(b"secret").hexdigest()[:32]  # not the address, which others may share
+            future.set_exception(error)
+        for thread in threads:
+            thread.join()
+        assert {answer.status_code for answer in answers} == {status}
+        assert {answer.json()["error"]["message"] for answer in answers} == {message}
+        assert ('reason="forms"} 20.0' in httpx.get(f"{url}/metrics", headers=key).text) == (status == 429)
+        assert len(fake.submitted) == 1  # the chat
+
+
+def test_a_client_that_leaves_does_not_wait_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeEngine()
+    asked = forms(fake, monkeypatch)
+    with serve(AsyncEngine(fake)) as url:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/completions", json=body(guided_regex="a+"), timeout=httpx.Timeout(10, read=0.5))
+        until(lambda: [future.cancelled() for future, _ in asked] == [True])
+        assert asked[0][1] == "127.0.0.1"
+        assert fake.submitted == []
+
+
+def test_a_form_is_not_compiled_for_a_prompt_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeEngine()
+    asked = forms(fake, monkeypatch)
+    with serve(AsyncEngine(fake)) as url:
+        refused = httpx.post(f"{url}/v1/completions", json=body(guided_regex="a+", prompt="x" * 5000))
+        assert refused.status_code == 400
+        assert asked == []
 
 
 # --------------------------------------------------------------------------------------------------------- life cycle

@@ -12,6 +12,7 @@ import torch
 from solutions.batching.sequence import SamplingParams, StructuredOutput
 from solutions.core.engine import LLM
 from solutions.core.input import InputProcessor
+from solutions.core.sampling import structured_output
 from solutions.core.sampling.structured_output import GrammarCompiler, Guide
 from solutions.models.loader import load_tokenizer, resolve_model
 from solutions.tests.tiny_models import byte_tokenizer, make_tiny_llama
@@ -121,6 +122,25 @@ def test_what_changes_no_other_answer_changes_none_of_these(llm: LLM, settings: 
     if "speculative_config" in settings:
         assert stats.spec_decode_num_draft_tokens > 0
     other.llm_engine.close()
+
+
+@pytest.mark.parametrize("settings", [{}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}}])
+def test_an_answer_that_holds_up_the_others_is_cut_off(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structured_output, "TOKEN_SECONDS", 0.0)
+    monkeypatch.setattr(structured_output, "SLACK_SECONDS", 0.0)  # so that any automaton is too slow
+    llm = LLM(MODEL, max_model_len=256, num_gpu_blocks_override=64, dtype="float32", **settings)
+    plain = SamplingParams(temperature=0, max_tokens=12)
+    form = SamplingParams(temperature=0, max_tokens=60, structured_output=FORMS["json"])
+    (alone,) = llm.generate(["The sky is"], plain, use_tqdm=False)
+    beside, cut = llm.generate(["The sky is", "Somebody:"], [plain, form], use_tqdm=False)
+    assert beside.outputs[0].token_ids == alone.outputs[0].token_ids
+    assert len(cut.outputs[0].token_ids) == 1
+    assert cut.outputs[0].text.startswith("{")
+    assert (cut.outputs[0].finish_reason, cut.outputs[0].stop_reason) == (
+        "length",
+        "structured_output takes too long to follow",
+    )
+    llm.llm_engine.close()
 
 
 @pytest.fixture(scope="module")

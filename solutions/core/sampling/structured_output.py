@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +19,12 @@ from torch import Tensor
 from ...batching.sequence import StructuredOutput
 
 if TYPE_CHECKING:
-    from xgrammar import CompiledGrammar
+    from xgrammar import CompiledGrammar, TokenizerInfo
 
-CACHE_BYTES = 256 << 20
-"""Compiled grammars that are kept."""
+TOKEN_SECONDS = 0.0125
+"""What following an automaton by a token may take of the processor's time, without end; 0.0003 is usual."""
+SLACK_SECONDS = 1.0
+"""How much more it may have taken, over all tokens, before the answer is cut off: everybody's step waits for it."""
 OBJECT = '{"type": "object"}'
 _PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 """What XGrammar's messages begin with: a time, and a line of its source."""
@@ -43,8 +47,28 @@ class GrammarCompiler:
         except ImportError:
             raise ValueError("structured_output needs XGrammar, which is not installed; run: pip install xgrammar") from None
         info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size, stop_token_ids=list(eos_token_ids))
-        self._vocab_size = vocab_size
-        self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=CACHE_BYTES)
+        self._set_up(info, vocab_size)
+
+    @classmethod
+    def from_vocabulary(cls, vocabulary: str, vocab_size: int) -> GrammarCompiler:
+        """What another process's compiler is made of: its `vocabulary` and `vocab_size`."""
+        from xgrammar import TokenizerInfo
+
+        compiler = cls.__new__(cls)
+        compiler._set_up(TokenizerInfo.deserialize_json(vocabulary), vocab_size)
+        return compiler
+
+    def _set_up(self, info: TokenizerInfo, vocab_size: int) -> None:
+        from xgrammar import GrammarCompiler as Compiler
+
+        self.vocab_size = vocab_size
+        self._info = info
+        self._compiler = Compiler(info, max_threads=1, cache_enabled=False)
+
+    @property
+    def vocabulary(self) -> str:
+        """Tokens and ends of answers, in XGrammar's own form."""
+        return self._info.serialize_json()
 
     def compile(self, wanted: StructuredOutput) -> CompiledGrammar:
         """The automaton of a form.
@@ -69,7 +93,7 @@ class GrammarCompiler:
             raise ValueError(f"structured_output: the {kind} is not valid: {message}") from None
         except UnicodeEncodeError:
             raise ValueError(f"structured_output: the {kind} is not valid: it holds half of a surrogate pair") from None
-        first = torch.empty(1, -(-self._vocab_size // 32), dtype=torch.int32)
+        first = torch.empty(1, -(-self.vocab_size // 32), dtype=torch.int32)
         Guide(grammar).allow([[]], first)
         if not bool(first.any()):
             raise ValueError(f"structured_output: the {kind} is not valid: there is no text of this form")
@@ -77,14 +101,25 @@ class GrammarCompiler:
 
 
 class Guide:
-    """Which tokens may come next in one sequence."""
+    """Which tokens may come next in one sequence.
 
-    def __init__(self, grammar: CompiledGrammar) -> None:
+    Args:
+        give_up: called, with the number of certain output tokens, when the automaton has held up everybody for too long.
+    """
+
+    def __init__(self, grammar: CompiledGrammar, give_up: Callable[[int], None] | None = None) -> None:
         from xgrammar import GrammarMatcher
 
         self._matcher = GrammarMatcher(grammar)
         self._seen = 0
         """Output tokens that the automaton has gone through."""
+        self._give_up = give_up
+        self._excess = 0.0
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the answer is complete, with the token that ends it."""
+        return self._matcher.is_terminated()
 
     def allow(self, outputs: list[list[int]], masks: Tensor) -> None:
         """Say what may come behind each of several outputs, of which each is the one before and a token more.
@@ -95,6 +130,13 @@ class Guide:
         Args:
             outputs: R lists of output tokens. masks: [R, ceil(V / 32)] int32, a bit for each token; overwritten.
         """
+        before = time.thread_time()
+        self._follow(outputs, masks)
+        self._excess = max(0.0, self._excess + time.thread_time() - before - TOKEN_SECONDS * len(outputs))
+        if self._excess > SLACK_SECONDS and self._give_up is not None:
+            self._give_up(len(outputs[0]))
+
+    def _follow(self, outputs: list[list[int]], masks: Tensor) -> None:
         masks.fill_(-1)
         for token in outputs[0][self._seen :]:
             self._matcher.accept_token(token)

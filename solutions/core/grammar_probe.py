@@ -1,0 +1,46 @@
+"""Whether an automaton can be followed at the pace of an engine: it is, along some texts, with an eye on the clock."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .sampling.structured_output import Guide
+
+if TYPE_CHECKING:
+    from xgrammar import CompiledGrammar
+
+WALKS = 2
+STEPS = 64
+"""Tokens of a walk: automata that get slower do so early."""
+ALLOWANCE = 16
+"""How often a token may take as long as it may: an eighth of the time."""
+
+
+def probe(grammar: CompiledGrammar, vocab_size: int, seconds: float) -> bool:
+    """Follow an automaton along random texts of its form, the same ones each time.
+
+    Returns:
+        Whether one of the tokens took more than so many seconds of the processor's time, or all of them `ALLOWANCE` times that.
+    """
+    masks = torch.empty(1, -(-vocab_size // 32), dtype=torch.int32)
+    draw, total = random.Random(0), 0.0
+    for _ in range(WALKS):
+        guide, output = Guide(grammar), []
+        for _ in range(STEPS):
+            before = time.thread_time()
+            guide.allow([output], masks)
+            took = time.thread_time() - before
+            total += took
+            if took > seconds or total > ALLOWANCE * seconds:
+                return True
+            bits = np.unpackbits(masks.numpy().view(np.uint8), bitorder="little")
+            allowed = np.flatnonzero(bits[:vocab_size])
+            if guide.has_ended or not len(allowed):
+                break
+            output = [*output, int(allowed[draw.randrange(len(allowed))])]
+    return False

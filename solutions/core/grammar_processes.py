@@ -1,0 +1,326 @@
+"""Forms of answers are compiled beside the engine: none holds up the others for long, and none can do harm.
+
+A form is first tried in a process that is killed when it takes too long or too much memory (`grammar_worker`). What has passed
+is compiled once more here, in a thread. That takes as long again; to bring the automaton over takes longer, because XGrammar
+writes it as JSON: 2 MB for a schema of 3 fields, compiled in 0.10 s, written in 0.15 s and read in 0.06 s, and 24 MB for one
+of 120 fields, in 0.29, 1.86 and 0.73 s (vocabulary of 49,152, one core of a Xeon).
+
+Two threads do this. The first gives each form a second, so a form that needs less waits for a second or two a client, whatever
+the others have sent. What needs longer is left to the second thread, which has the whole limit for each.
+
+Nothing of this is there until the first form is asked for, which waits some seconds for the process to load XGrammar: a server
+that gets none has no memory to pay, here 320 MB, of which much is shared with the engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+from ..batching.sequence import StructuredOutput
+from .grammar_queue import MAX_WAITING, FairQueue, Job
+from .grammar_worker import Limits, receive, send
+from .sampling.structured_output import GrammarCompiler
+from .scheduler import QueueFullError
+
+if TYPE_CHECKING:
+    from xgrammar import CompiledGrammar
+
+LIMITS = Limits(seconds=10.0, wall_seconds=30.0, mib=512, automaton_mib=32, token_seconds=0.1)
+"""A form is not to blame for what else the machine has to do, so the clock on the wall is more patient."""
+SHORT_SECONDS = 1.0
+"""What a form may take on the wall that the others have to wait for."""
+CACHE_BYTES = 256 << 20
+"""Compiled grammars that are kept."""
+FAILURE_SECONDS = 60.0
+"""How long it is known of a form that it is none, or takes too much."""
+MAX_FAILURES = 1024
+ANSWER_SECONDS = 120.0
+"""How long a process may take to start, and then to answer behind its limit."""
+STOP_SECONDS = 5.0
+
+
+class CompilingStoppedError(RuntimeError):
+    """The engine is being shut down."""
+
+
+class TrialProcess:
+    """The process in which forms are tried; it is started when there is something to try, and again when it has died.
+
+    Args:
+        vocabulary: how to make one's compiler, arguments of `GrammarCompiler.from_vocabulary`.
+    """
+
+    def __init__(self, vocabulary: Callable[[], dict[str, object]]) -> None:
+        self._vocabulary = vocabulary
+        self._lock = threading.RLock()  # guards all below
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._closed = False
+
+    def begin(self, wanted: StructuredOutput, limits: Limits) -> socket.socket:
+        """Begin a trial.
+
+        Returns:
+            A connection on which its end will be told; whoever shuts down its writing side ends the trial.
+
+        Raises:
+            OSError: it cannot be started, or died just now.
+        """
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs, self._lock:
+                self._start()
+                socket.send_fds(self._control, [b"+"], [theirs.fileno()])
+            ours.settimeout(ANSWER_SECONDS + limits.wall_seconds)
+            send(ours, {"form": {"kind": wanted.kind, "definition": wanted.definition}, "limits": asdict(limits)})
+        except BaseException:
+            ours.close()
+            raise
+        return ours
+
+    def close(self) -> None:
+        """End the process and all its trials."""
+        with self._lock:
+            self._closed = True
+            self._end()
+
+    def _start(self) -> None:
+        if self._closed:
+            raise CompilingStoppedError("the engine is shutting down")
+        if self._process is not None and self._lives():
+            return
+        self._end()
+        self._control, theirs = socket.socketpair()
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # forks have one
+        environment = {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        with theirs:
+            command = [sys.executable, "-m", f"{__package__}.grammar_worker"]
+            self._process = subprocess.Popen(command, stdin=theirs, env=environment)
+        try:
+            send(self._control, self._vocabulary())  # which is made while the process starts
+        except BaseException:
+            self._end()
+            raise
+
+    def _lives(self) -> bool:
+        """It says nothing on this connection, so what can be read there is the end."""
+        return self._process.poll() is None and not select.select([self._control], [], [], 0)[0]
+
+    def _end(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._process is not None:
+            self._process.terminate()  # if it is still about to start; later it ends because the connection has
+            try:
+                self._process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+
+class GrammarProcesses:
+    """Compiles forms of answers; any thread may ask.
+
+    Args:
+        make_compiler: makes the one of this process, in a thread, when it is needed.
+    """
+
+    def __init__(self, make_compiler: Callable[[], GrammarCompiler]) -> None:
+        self._make_compiler = make_compiler
+        self._compiler: GrammarCompiler | None = None  # made by who starts the process
+        self._process = TrialProcess(self._vocabulary)
+        self._wake = threading.Condition()  # guards all below
+        self._queue = FairQueue()
+        self._jobs: dict[bytes, Job] = {}
+        self._trials: dict[Job, socket.socket] = {}
+        self._compiled: OrderedDict[bytes, CompiledGrammar] = OrderedDict()
+        self._failed: OrderedDict[bytes, tuple[float, str]] = OrderedDict()
+        self._threads: list[threading.Thread] = []
+        self._stopped = False
+        self.num_compiled = 0
+        """Forms that were compiled, found wrong or found too dear, those that are known not counted."""
+
+    def compile(self, wanted: StructuredOutput, client: str | None = None) -> Future[CompiledGrammar]:
+        """Ask for the automaton of a form. Who asks for one that is known, or on its way, shares it.
+
+        Args:
+            client: for whom; clients take turns.
+
+        Returns:
+            What gives the automaton; cancel it when it is not wanted any more. Or it raises a ValueError: the form is not well
+            formed, or takes too much, as the message says; QueueFullError: too many wait; CompilingStoppedError.
+        """
+        key = hashlib.sha256(f"{wanted.kind}:{wanted.definition}".encode(errors="surrogatepass")).digest()
+        future: Future[CompiledGrammar] = Future()
+        with self._wake:
+            if self._stopped:
+                future.set_exception(CompilingStoppedError("the engine is shutting down"))
+                return future
+            if key in self._compiled:
+                self._compiled.move_to_end(key)
+                future.set_result(self._compiled[key])
+                return future
+            if key in self._failed and self._failed[key][0] > time.monotonic():
+                future.set_exception(ValueError(self._failed[key][1]))
+                return future
+            job = self._jobs.get(key)
+            if job is not None:
+                job.waiters[future] = client
+            else:
+                job = self._jobs[key] = Job(key, wanted, {future: client})
+                self._wait(job)
+        future.add_done_callback(lambda done: done.cancelled() and self._leave(job, done))
+        return future
+
+    def close(self) -> None:
+        """Stop: who waits is told so, and no process is left."""
+        with self._wake:
+            self._stopped = True
+            jobs = list(self._jobs.values())
+            self._queue.waiting.clear()
+            self._wake.notify_all()
+        self._process.close()
+        for job in jobs:
+            self._finish(job, error=CompilingStoppedError("the engine is shutting down"))
+
+    def _wait(self, job: Job) -> None:
+        """Let a form wait for a thread; if too many do, one is refused."""
+        with self._wake:
+            refused = self._queue.put(job)
+            if not self._threads:
+                for name, target in (("short", self._run_short), ("long", self._run_long)):
+                    self._threads.append(threading.Thread(target=target, name=f"{name} forms", daemon=True))
+                    self._threads[-1].start()
+            self._wake.notify_all()
+        if refused is not None:
+            full = f"{MAX_WAITING} forms of answers wait to be compiled; try again later"
+            self._finish(refused, error=QueueFullError(full, "forms"))
+
+    def _leave(self, job: Job, future: Future[CompiledGrammar]) -> None:
+        """Somebody does not wait any more; nothing is compiled for nobody."""
+        with self._wake:
+            job.waiters.pop(future, None)
+            if job.waiters or self._jobs.get(job.key) is not job:
+                return
+            del self._jobs[job.key]
+            if job in self._queue.waiting:
+                self._queue.waiting.remove(job)
+            if job in self._trials:
+                with contextlib.suppress(OSError):  # it has just ended
+                    self._trials[job].shutdown(socket.SHUT_WR)
+
+    # ------------------------------------------------------------------------------------------------- in the two threads
+
+    def _vocabulary(self) -> dict[str, object]:
+        if self._compiler is None:
+            self._compiler = self._make_compiler()
+        return {"vocabulary": self._compiler.vocabulary, "vocab_size": self._compiler.vocab_size}
+
+    def _run_short(self) -> None:
+        while (job := self._next(lambda: self._queue.take(False))) is not None:
+            self._compile(job, replace(LIMITS, wall_seconds=SHORT_SECONDS))
+
+    def _run_long(self) -> None:
+        while (job := self._next(lambda: self._queue.take(True) or self._queue.take(False))) is not None:
+            self._compile(job, LIMITS)
+
+    def _next(self, take: Callable[[], Job | None]) -> Job | None:
+        found: list[Job | None] = []
+
+        def look() -> bool:
+            found[:] = [None if self._stopped else take()]
+            return self._stopped or found[0] is not None
+
+        with self._wake:
+            self._wake.wait_for(look)
+        return found[0]
+
+    def _compile(self, job: Job, limits: Limits) -> None:
+        """Try a form; compile it, or let it wait for the second thread, or say why not."""
+        try:
+            code, trouble = self._try(job, limits)
+            if self._jobs.get(job.key) is not job:
+                return  # nobody waits for it any more
+            if code == -signal.SIGALRM and limits.wall_seconds < LIMITS.wall_seconds:
+                job.is_long = True
+                self._wait(job)
+            elif code in (-signal.SIGALRM, -signal.SIGPROF):
+                seconds = limits.seconds if code == -signal.SIGPROF else limits.wall_seconds
+                self._finish(job, trouble=f"structured_output takes more than {seconds:g} s to compile; make it simpler")
+            elif code:
+                how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                raise ValueError(f"structured_output cannot be compiled: the process that tried it has ended ({how})")
+            elif trouble is not None:
+                self._finish(job, trouble=trouble)
+            else:
+                self._finish(job, grammar=self._compiler.compile(job.wanted))
+        except Exception as error:
+            self._finish(job, error=error)
+
+    def _try(self, job: Job, limits: Limits) -> tuple[int, str | None]:
+        """How the trial of a form ended, and what it said is wrong. If the process that it was to be forked from has been
+        killed, it is tried in a new one, once.
+
+        Raises:
+            ValueError: no process can be had.
+        """
+        problem = "it has ended twice; the log has more"
+        for _ in range(2):
+            trouble = None
+            try:
+                with self._process.begin(job.wanted, limits) as trial:
+                    with self._wake:
+                        self._trials[job] = trial
+                        if self._jobs.get(job.key) is not job:
+                            trial.shutdown(socket.SHUT_WR)
+                    while (message := receive(trial)) is not None:
+                        if "ended" in message:
+                            return message["ended"], trouble
+                        trouble = message["trouble"]
+            except OSError as error:
+                problem = str(error)
+            finally:
+                with self._wake:
+                    self._trials.pop(job, None)
+        raise ValueError(f"structured_output needs a process of its own to compile it in, which cannot be had: {problem}")
+
+    def _finish(
+        self, job: Job, grammar: CompiledGrammar | None = None, trouble: str | None = None, error: Exception | None = None
+    ) -> None:
+        """Tell all who wait for a form: the automaton, or what is wrong with it, which is remembered; or another error."""
+        with self._wake:
+            if self._jobs.get(job.key) is job:
+                del self._jobs[job.key]
+            waiters, job.waiters = list(job.waiters), {}
+            self.num_compiled += error is None
+            if grammar is not None:
+                self._compiled[job.key] = grammar
+                while sum(one.memory_size_bytes for one in self._compiled.values()) > CACHE_BYTES:
+                    self._compiled.popitem(last=False)
+            if trouble is not None:
+                self._failed[job.key] = time.monotonic() + FAILURE_SECONDS, trouble
+                self._failed.move_to_end(job.key)
+                while len(self._failed) > MAX_FAILURES:
+                    self._failed.popitem(last=False)
+        for future in waiters:
+            if future.set_running_or_notify_cancel():
+                if grammar is not None:
+                    future.set_result(grammar)
+                else:
+                    future.set_exception(error or ValueError(trouble))
