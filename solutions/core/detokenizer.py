@@ -16,6 +16,7 @@ from tokenizers.decoders import DecodeStream
 
 if TYPE_CHECKING:
     from ..batching.sequence import Sequence
+    from .logprobs import TokenLog
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What decoding gives for bytes that are no character, or not yet one."""
@@ -58,20 +59,23 @@ class Detokenizer:
         offset: index of the next token to read.
     """
 
-    __slots__ = (
-        "_held", "_in_character", "_settled", "_skip", "_special_ids", "_stream", "_tokenizer", "offset", "tokens"
-    )  # fmt: skip
+    __slots__ = ("_held", "_in_character", "_settled", "_skip", "_stream", "_tokenizer", "offset", "special_ids", "tokens")
 
     def __init__(self, tokenizer: Tokenizer, tokens: list[int], start: int, special_ids: frozenset[int] = frozenset()) -> None:
         self.tokens = tokens
         self.offset = start
         self._tokenizer = tokenizer
-        self._special_ids = special_ids
+        self.special_ids = special_ids
         self._skip = bool(special_ids)
         self._settled = start  # tokens before this index have given all of their text
         self._held = 0  # tokens from there on that wait for others, special ones not counted
         self._stream: DecodeStream | None = None  # made at the first step
         self._in_character = False  # whether the stream starts inside a character
+
+    @property
+    def holds(self) -> bool:
+        """Whether tokens that are read wait for the rest of a character."""
+        return self._held > 0
 
     def step(self) -> str:
         """The text that ``tokens[offset]`` adds, often none; moves on by one token."""
@@ -79,7 +83,7 @@ class Detokenizer:
         if self._stream is None:
             self._start_stream()
         self.offset += 1
-        if token in self._special_ids:
+        if token in self.special_ids:
             return ""
         try:
             text = self._stream.step(self._tokenizer, token)
@@ -105,6 +109,12 @@ class Detokenizer:
         pieces.append(self._added(self._settled, end))
         self._settled = end
         return "".join(pieces)
+
+    def would_add(self, candidates: list[int]) -> list[str]:
+        """What `step` would give for each of these tokens in place of the next one, but for bytes that are no character."""
+        held, context = self.tokens[self._settled : self.offset], self._context(self._settled)
+        texts = [self._new_text([*held, token], context) if token not in self.special_ids else "" for token in candidates]
+        return ["" if text.endswith(REPLACEMENT) else text for text in texts]
 
     def _read_at_once(self, end: int) -> str | None:
         """The same text as token by token, in one tenth of the time; None if only reading token by token can tell.
@@ -144,14 +154,15 @@ class Detokenizer:
 
     def _added(self, start: int, end: int) -> str:
         """What ``tokens[start:end]`` add to the text before them; also the character that they complete, if any."""
-        new = self.tokens[start:end]
-        if not new:
-            return ""
-        context, before, stem = self._context(start)
-        whole = self._decode(context + new)
+        return self._new_text(self.tokens[start:end], self._context(start)) if end > start else ""
+
+    def _new_text(self, new: list[int], context: tuple[list[int], str, str]) -> str:
+        """What `new` tokens add to the text of the `_context` before them."""
+        ids, before, stem = context
+        whole = self._decode(ids + new)
         if whole.startswith(stem):
             return whole[max(len(stem), _shared_prefix(before, whole)) :]
-        if whole.startswith(before):  # a byte before `start` spoiled the stem, so nothing new did
+        if whole.startswith(before):  # a byte before them spoiled the stem, so nothing new did
             return whole[len(before) :]
         return self._decode(new)  # the new bytes spoiled text that is already out
 
@@ -233,53 +244,62 @@ class TextReader:
     Attributes:
         num_seen: tokens read, prompt included; no more are read after a stop string.
         matched: the stop string that ended the text, if one did.
+        detokenizer: None for no text.
+        log: reads the tokens in its place where their log-probabilities are wanted.
     """
 
-    __slots__ = ("_detokenizer", "_stops", "matched", "num_seen", "seq")
+    __slots__ = ("_stops", "detokenizer", "log", "matched", "num_seen", "seq")
 
     def __init__(self, seq: Sequence, tokenizer: Tokenizer | None, special_ids: frozenset[int]) -> None:
         params = seq.params
         self.seq = seq
         self.num_seen = seq.num_prompt_tokens
         self.matched: str | None = None
-        self._detokenizer: Detokenizer | None = None
+        self.detokenizer: Detokenizer | None = None
+        self.log: TokenLog | None = None
         self._stops: StopStrings | None = None
         if tokenizer is not None and params.detokenize:
             skipped = special_ids if params.skip_special_tokens else frozenset()
-            self._detokenizer = Detokenizer(tokenizer, seq.tokens, seq.num_prompt_tokens, skipped)
+            self.detokenizer = Detokenizer(tokenizer, seq.tokens, seq.num_prompt_tokens, skipped)
             if params.stop:
                 self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
 
     def read(self, ended: bool) -> str:
         """New text of all tokens not yet read; if the sequence has `ended`, with all that was held back."""
-        seen, detokenizer = self.num_seen, self._detokenizer
-        if self._stops is not None:
-            return self._read_until_stop(ended)
-        end = self.num_seen = len(self.seq.tokens)
+        seen, detokenizer = self.num_seen, self.detokenizer
         if detokenizer is None:
-            return ""
+            self.num_seen = len(self.seq.tokens)
+            return "" if self.log is None else self.log.finish(self.num_seen)
+        if self._stops is not None or self.log is not None:
+            return self._read_by_token(ended)
+        end = self.num_seen = len(self.seq.tokens)
         if ended:
             return detokenizer.finish(self._text_end())
         if end - seen == 1:
             return detokenizer.step()
         return "".join([detokenizer.step() for _ in range(end - seen)])
 
-    def _read_until_stop(self, ended: bool) -> str:
-        seq, detokenizer, stops = self.seq, self._detokenizer, self._stops
+    def _read_by_token(self, ended: bool) -> str:
+        seq, source = self.seq, self.log or self.detokenizer
         unarmed = seq.num_prompt_tokens + seq.params.min_tokens
         end = self._text_end() if ended else len(seq.tokens)
         text = ""
         while self.num_seen < end:
             self.num_seen += 1
-            text += stops.push(detokenizer.step(), self.num_seen > unarmed)
-            if stops.matched is not None:
-                self.matched = stops.matched
+            text += self._until_stop(source.step(), self.num_seen > unarmed)
+            if self.matched is not None:
                 return text
         if ended:
             self.num_seen = len(seq.tokens)
-            text += stops.push(detokenizer.finish(end), end > unarmed)
-            text += stops.flush()
-            self.matched = stops.matched
+            text += self._until_stop(source.finish(end), end > unarmed)
+            text += self._stops.flush() if self._stops is not None else ""
+        return text
+
+    def _until_stop(self, piece: str, armed: bool) -> str:
+        if self._stops is None:
+            return piece
+        text = self._stops.push(piece, armed)
+        self.matched = self._stops.matched
         return text
 
     def _text_end(self) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ..batching.sequence import RequestOutputKind, SamplingParams, Sequence, SequenceStatus
 from .detokenizer import TextReader, special_token_ids
+from .logprobs import Logprob, PromptLog, TokenLog, TokenTexts
 
 if TYPE_CHECKING:
     from .sampling.sampler import TokenLogprobs
@@ -16,16 +17,6 @@ if TYPE_CHECKING:
 
 NewLogprobs: TypeAlias = "TokenLogprobs | list[TokenLogprobs] | None"
 """Of the one token that a sequence got in a step, or of all that it got; None where the request wants none."""
-
-
-@dataclass(slots=True)
-class Logprob:
-    """Log-probability of one token at one position, before any penalty or temperature."""
-
-    logprob: float
-    rank: int
-    """1 is the most likely token."""
-    decoded_token: str | None = None
 
 
 @dataclass(slots=True)
@@ -109,7 +100,7 @@ class Request(Protocol):
 class _RequestState:
     """A request between `OutputProcessor.add` and its last output."""
 
-    __slots__ = ("delta", "final_only", "metrics", "num_unfinished", "prompt_logprobs", "request", "started", "states")
+    __slots__ = ("delta", "final_only", "metrics", "num_unfinished", "prompt_log", "request", "started", "states")
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -119,13 +110,12 @@ class _RequestState:
         self.states: list[_SequenceState] = []  # ascending index
         self.num_unfinished = 0
         self.started = False  # whether an output has gone out
-        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-        if request.params.prompt_logprobs is not None:
-            self.prompt_logprobs = [None] * len(request.prompt_token_ids)
+        self.prompt_log: PromptLog | None = None
 
     def output(self, states: list[_SequenceState]) -> RequestOutput:
         request, finished = self.request, self.num_unfinished == 0
-        prompt_logprobs = None if self.delta and self.started and not finished else self.prompt_logprobs
+        hidden = self.prompt_log is None or (self.delta and self.started and not finished)
+        prompt_logprobs = None if hidden else self.prompt_log.entries
         self.started = True
         return RequestOutput(
             request.request_id, request.prompt, request.prompt_token_ids, [state.completion() for state in states],
@@ -136,24 +126,39 @@ class _RequestState:
 class _SequenceState(TextReader):
     """What has come out of one sequence so far, and what is new since the last output."""
 
-    __slots__ = ("finished", "lazy", "logprobs", "new_text", "num_given", "request", "text")
+    __slots__ = ("finished", "lazy", "logprobs", "new_text", "num_given", "num_ready", "request", "text")
 
-    def __init__(self, request: _RequestState, seq: Sequence, tokenizer: Any, special_ids: frozenset[int]) -> None:
-        super().__init__(seq, tokenizer, special_ids)
+    def __init__(self, request: _RequestState, seq: Sequence, texts: TokenTexts | None, special_ids: frozenset[int]) -> None:
+        super().__init__(seq, None if texts is None else texts.tokenizer, special_ids)
         self.request = request
         # Where nobody reads on the way and no stop string is looked for, the text can wait for the end.
-        self.lazy = request.final_only and not seq.params.stop
+        self.lazy = request.final_only and not seq.params.stop and seq.params.logprobs is None
         self.finished = False
         self.text = ""
         self.new_text = ""
         self.num_given = seq.num_prompt_tokens  # tokens that an output has carried, prompt included
-        self.logprobs: list[dict[int, Logprob]] | None = None if seq.params.logprobs is None else []
+        self.num_ready = seq.num_prompt_tokens  # tokens that an output may carry
+        self.logprobs: list[dict[int, Logprob]] | None = None
+        if seq.params.logprobs is not None:
+            self.logprobs = []
+            self.log = TokenLog(seq, self.detokenizer, None if self.detokenizer is None else texts)
+
+    def read(self, ended: bool) -> str:
+        """New text; where log-probabilities are wanted, that of the tokens whose text is sure, with theirs."""
+        text = super().read(ended)
+        if self.log is None:
+            self.num_ready = self.num_seen
+            return text
+        text, entries = self.log.give(text, ended or self.matched is not None)
+        self.logprobs += entries
+        self.num_ready += len(entries)
+        return text
 
     def completion(self) -> CompletionOutput:
-        seq, logprobs, seen = self.seq, self.logprobs, self.num_seen
+        seq, logprobs, ready = self.seq, self.logprobs, self.num_ready
         if self.request.delta:
             text, start = self.new_text, self.num_given
-            self.num_given = seen
+            self.num_given = ready
             if logprobs is not None:
                 self.logprobs = []
         else:
@@ -161,7 +166,7 @@ class _SequenceState(TextReader):
             if logprobs is not None:
                 logprobs = logprobs.copy()
         total = None if logprobs is None else seq.cumulative_logprob
-        tokens = seq.tokens[start:seen]
+        tokens = seq.tokens[start:ready]
         return CompletionOutput(seq.index, text, tokens, total, logprobs, seq.finish_reason, seq.stop_reason)
 
 
@@ -173,7 +178,8 @@ class OutputProcessor:
     - CUMULATIVE: at every step of the request, all of its sequences in full.
     - DELTA: at every step, the sequences that advanced, with their new text, tokens and logprobs. Tokens are given out
       in the step that made them, their text as soon as it is sure (a whole character, no beginning of a stop string),
-      so an output may have a token and no text. The last one always comes and brings what was held back.
+      so an output may have a token and no text. The last one always comes and brings what was held back. Where logprobs
+      are wanted, a token waits for its text, so that the texts of an output's tokens, joined, are its text.
     - FINAL_ONLY: once, when all sequences have finished. Without stop strings no token is looked at before.
 
     In each case the text is the same (see `TextReader`). All outputs of a request share its `prompt_token_ids` and its
@@ -193,7 +199,7 @@ class OutputProcessor:
         self._on_stop = on_stop
         self._requests: dict[str, _RequestState] = {}
         self._states: dict[int, _SequenceState] = {}
-        self._token_texts: dict[int, str] = {}
+        self._texts = None if tokenizer is None else TokenTexts(self._tokenizer)
         self.num_cut_tokens = 0
         """Tokens that speculation brought in vain, because a stop string came before them."""
 
@@ -214,8 +220,10 @@ class OutputProcessor:
         if params.stop and self._tokenizer is None:
             raise ValueError("stop strings need a tokenizer and this model has none; use stop_token_ids")
         state = _RequestState(request)
+        if params.prompt_logprobs is not None:
+            state.prompt_log = PromptLog(request.prompt_token_ids, self._texts if params.detokenize else None)
         for seq in sorted(sequences, key=lambda seq: seq.index):
-            state.states.append(_SequenceState(state, seq, self._tokenizer, self._special_ids))
+            state.states.append(_SequenceState(state, seq, self._texts, self._special_ids))
             self._states[seq.seq_id] = state.states[-1]
         state.num_unfinished = len(state.states)
         self._requests[request.request_id] = state
@@ -279,9 +287,7 @@ class OutputProcessor:
 
         A prompt computed in chunks brings several lists; one computed again after a preemption brings the same again.
         """
-        request = self._requests[request_id]
-        for position, entry in enumerate(entries, start):
-            request.prompt_logprobs[position] = self._convert(entry)
+        self._requests[request_id].prompt_log.add(start, entries)
 
     def _read(self, state: _SequenceState, ended: bool, now: float) -> None:
         """Take in a sequence's new tokens; if they complete a stop string or it has `ended` otherwise, close it."""
@@ -307,31 +313,11 @@ class OutputProcessor:
 
     def _cut(self, state: _SequenceState) -> None:
         """Drop the tokens that speculation brought in the same step as a stop string, behind it."""
-        seq = state.seq
-        num_behind = len(seq.tokens) - state.num_seen
-        for _ in range(num_behind):
-            token = seq.tokens.pop()
-            if state.logprobs is not None:
-                seq.cumulative_logprob -= state.logprobs.pop()[token].logprob
-        self.num_cut_tokens += num_behind
+        num_behind = len(state.seq.tokens) - state.num_seen
+        if num_behind:
+            del state.seq.tokens[-num_behind:]
+            self.num_cut_tokens += num_behind
 
     def _add_logprobs(self, state: _SequenceState, entries: NewLogprobs) -> None:
         """Keep those of a sequence's newest token, or of as many as there are entries."""
-        entries = entries if isinstance(entries, list) else [entries]
-        for token, entry in zip(state.seq.tokens[-len(entries) :], entries, strict=True):
-            state.logprobs.append(self._convert(entry))
-            state.seq.cumulative_logprob += state.logprobs[-1][token].logprob
-
-    def _convert(self, entry: TokenLogprobs) -> dict[int, Logprob]:
-        return {
-            token: Logprob(logprob, rank, self._token_text(token))
-            for token, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True)
-        }
-
-    def _token_text(self, token: int) -> str | None:
-        if self._tokenizer is None:
-            return None
-        text = self._token_texts.get(token)
-        if text is None:
-            text = self._token_texts[token] = self._tokenizer.decode([token], skip_special_tokens=False)
-        return text
+        state.log.add(entries if isinstance(entries, list) else [entries])

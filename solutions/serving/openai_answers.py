@@ -68,9 +68,10 @@ class CompletionLogprobs(BaseModel):
     """Lists of equal length, an entry a token; null for a prompt's first, which nothing predicts."""
 
     tokens: list[str] = []
+    """What each adds to the choice's text: joined they are the text."""
     token_logprobs: list[float | None] = []
     top_logprobs: list[dict[str, float] | None] = []
-    """The most likely tokens and the sampled one."""
+    """As many of the most likely tokens as were asked for, and the sampled one if it is not among them."""
     text_offset: list[int] = []
     """Where each token begins in the choice's text, in characters."""
 
@@ -92,13 +93,16 @@ class CompletionResponse(Answer):
 
 class TopLogprob(BaseModel):
     token: str
+    """What it adds to the text, or would have added: the tokens, joined, are the text. One that completes a character carries
+    all of it."""
     logprob: float
     bytes: list[int]
-    """The token's bytes: a token may hold a part of a character."""
+    """The token's bytes: a token may hold a part of a character. Joined they are those of the text."""
 
 
 class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
+    """As many of the most likely tokens as were asked for."""
 
 
 class ChatLogprobs(BaseModel):

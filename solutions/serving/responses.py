@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
 
-from ..core.output import CompletionOutput, Logprob, RequestOutput
+from ..core.output import CompletionOutput, RequestOutput
 from .async_engine import EngineDeadError
 from .openai_answers import (
     AssistantMessage,
@@ -27,8 +25,6 @@ from .openai_answers import (
     CompletionResponse,
     Delta,
     PromptTokensDetails,
-    TokenLogprob,
-    TopLogprob,
     Usage,
 )
 from .openai_protocol import (
@@ -38,11 +34,9 @@ from .openai_protocol import (
     error_body,
 )
 from .output_stream import OutputStream
+from .token_logprobs import chat_logprobs, completion_logprobs, prompt_texts
 
 logger = logging.getLogger(__name__)
-
-MIN_LOGPROB = -9999.0
-"""What OpenAI reports for a token that is all but impossible; JSON has no -inf."""
 
 
 class Reply(ABC):
@@ -112,6 +106,7 @@ class CompletionReply(Reply):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._offsets: dict[int, int] = {}  # choice → characters of its tokens so far
+        self._echoed: dict[int, list[str]] = {}  # choice → texts of its prompt's tokens, which are its first
 
     def whole(self, outputs: list[RequestOutput]) -> CompletionResponse:
         if self.request.best_of is not None:
@@ -153,39 +148,28 @@ class CompletionReply(Reply):
         """A whole sequence behind the prompt, where the request asks for that."""
         if not self.request.echo:
             return sequence
-        logprobs = output.prompt_logprobs and [*output.prompt_logprobs, *sequence.logprobs]
-        tokens = output.prompt_token_ids + sequence.token_ids
-        return replace(sequence, text=self._echo(index) + sequence.text, token_ids=tokens, logprobs=logprobs)
+        echo, prompt_ids, logprobs = self._echo(index), output.prompt_token_ids, None
+        if output.prompt_logprobs is not None:
+            logprobs = [*output.prompt_logprobs, *sequence.logprobs]
+            self._echoed[index] = prompt_texts(self.tokenizer, self._prompt(index), prompt_ids, echo)
+        return replace(sequence, text=echo + sequence.text, token_ids=prompt_ids + sequence.token_ids, logprobs=logprobs)
+
+    def _prompt(self, index: int) -> str | list[int]:
+        return self.request.prompt[index // self.n]
 
     def _echo(self, index: int) -> str:
-        if not self.request.echo:
-            return ""
-        prompt = self.request.prompt[index // self.n]
-        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+        prompt = self._prompt(index)
+        if isinstance(prompt, str):
+            return prompt
+        return "" if self.tokenizer is None else self.tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
 
     def _logprobs(self, index: int, sequence: CompletionOutput) -> CompletionLogprobs | None:
         if self.request.logprobs is None or sequence.logprobs is None:
             return None
-        result = CompletionLogprobs()
-        for token_id, position in zip(sequence.token_ids, sequence.logprobs, strict=True):
-            if position is None:  # nothing predicts a prompt's first token
-                text = f"token_id:{token_id}" if self.tokenizer is None else self.tokenizer.decode([token_id])
-                self._add_logprobs(result, index, text, None, None)
-                continue
-            text = token_text(token_id, position[token_id])
-            top: dict[str, float] = {}
-            for other, entry in _by_rank(position):
-                top.setdefault(token_text(other, entry), finite(entry.logprob))  # of equal texts the likelier
-            self._add_logprobs(result, index, text, finite(position[token_id].logprob), top)
+        start, echoed = self._offsets.get(index, 0), self._echoed.pop(index, [])
+        result = completion_logprobs(sequence.token_ids, sequence.logprobs, start, echoed)
+        self._offsets[index] = start + sum(map(len, result.tokens))
         return result
-
-    def _add_logprobs(self, to: CompletionLogprobs, index: int, text: str, logprob: float | None, top: Any) -> None:
-        to.tokens.append(text)
-        to.token_logprobs.append(logprob)
-        to.top_logprobs.append(top)
-        offset = self._offsets.get(index, 0)
-        to.text_offset.append(offset)
-        self._offsets[index] = offset + len(text)
 
 
 class ChatReply(Reply):
@@ -230,21 +214,7 @@ class ChatReply(Reply):
     def _logprobs(self, sequence: CompletionOutput) -> ChatLogprobs | None:
         if not self.request.logprobs or sequence.logprobs is None:
             return None
-        content = []
-        for token_id, position in zip(sequence.token_ids, sequence.logprobs, strict=True):
-            top = [entry for entry in _by_rank(position) if entry[1].rank <= (self.request.top_logprobs or 0)]
-            content.append(
-                TokenLogprob(
-                    **self._token(token_id, position[token_id]),
-                    top_logprobs=[TopLogprob(**self._token(*entry)) for entry in top],
-                )
-            )
-        return ChatLogprobs(content=content)
-
-    def _token(self, token_id: int, entry: Logprob) -> dict[str, Any]:
-        text = token_text(token_id, entry)
-        raw = token_bytes(self.tokenizer, token_id, text)
-        return {"token": text, "logprob": finite(entry.logprob), "bytes": list(raw)}
+        return chat_logprobs(self.tokenizer, sequence.token_ids, sequence.logprobs, self.request.top_logprobs or 0)
 
 
 async def server_sent_events(reply: Reply, stream: OutputStream) -> AsyncIterator[str]:
@@ -276,46 +246,3 @@ def _event(data: BaseModel) -> str:
     """An event as it goes over the wire: a line that begins with ``data: `` and holds the JSON, then an empty line (WHATWG
     HTML, §9.2)."""
     return f"data: {data.model_dump_json()}\n\n"
-
-
-# --------------------------------------------------------------------------------------------------------- logprobs
-
-
-def _by_rank(position: dict[int, Logprob]) -> list[tuple[int, Logprob]]:
-    return sorted(position.items(), key=lambda item: item[1].rank)
-
-
-def finite(logprob: float) -> float:
-    """A log-probability that JSON can hold."""
-    return max(logprob, MIN_LOGPROB)
-
-
-def token_text(token_id: int, entry: Logprob) -> str:
-    """The token as text; its id, where the engine has no tokenizer."""
-    return f"token_id:{token_id}" if entry.decoded_token is None else entry.decoded_token
-
-
-def token_bytes(tokenizer: Any, token_id: int, text: str) -> bytes:
-    """The bytes that a token stands for.
-
-    They are the text's, unless the token holds only a part of a character. Then the vocabulary has them: SentencePiece
-    writes a byte as ``<0xE2>``, byte-level BPE gives each byte a printable character.
-    """
-    if "\N{REPLACEMENT CHARACTER}" not in text or tokenizer is None:
-        return text.encode()
-    piece = tokenizer.convert_ids_to_tokens(token_id)
-    if match := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
-        return bytes.fromhex(match[1])
-    alphabet = _byte_alphabet()
-    if all(character in alphabet for character in piece):
-        return bytes(alphabet[character] for character in piece)
-    return text.encode()
-
-
-@cache
-def _byte_alphabet() -> dict[str, int]:
-    """The characters of GPT-2's byte-level BPE: printable bytes stand for themselves, the others, in order, for the
-    code points from 256 on (Radford et al. 2019, `encoder.py:bytes_to_unicode`)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -291,6 +291,8 @@ def test_tokens_that_tie_share_a_rank() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0]])
     entry = Sampler(4).prompt_logprobs(logits, [2], 4)[0]
     assert dict(zip(entry.token_ids, entry.ranks, strict=True)) == {0: 4, 1: 1, 2: 1, 3: 3}
+    assert Sampler(4).prompt_logprobs(logits, [2], 3)[0].token_ids == [2, 1, 2, 3], "in the order of their ids"
+    assert Sampler(4).prompt_logprobs(logits, [2], 1)[0].token_ids == [2, 1]
 
 
 def test_a_request_that_bans_all_it_allows_still_gets_an_allowed_token() -> None:

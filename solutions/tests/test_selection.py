@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from solutions.batching.sequence import SamplingParams
 from solutions.core.sampling import selection
-from solutions.core.sampling.selection import BLOCK, Filters, argmax, draw, top
+from solutions.core.sampling.selection import BLOCK, Filters, argmax, draw, ranked, top
 from solutions.tests.sampling_oracle import kept
 
 WIDTHS = [BLOCK, 3 * BLOCK, 80 * BLOCK]
@@ -68,6 +68,16 @@ def test_top_gives_the_largest_and_where_they_are(width: int, k: int, step: floa
 
 def test_top_of_a_row_shorter_than_k() -> None:
     assert top(logits(2, BLOCK), 500)[0].shape == (2, BLOCK)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("k", [1, 2, 20, 500])
+@pytest.mark.parametrize("step", [0.0, 1.0, 50.0])
+def test_ranked_puts_equal_ones_in_the_order_of_their_indices(width: int, k: int, step: float) -> None:
+    x = logits(5, width, step=step)
+    x[1] *= -0.0  # zeros of both signs are equal
+    x[2, :] = -math.inf
+    assert ranked(x, k).tolist() == [sorted(range(width), key=lambda i: (-row[i], i))[:k] for row in x.tolist()]
 
 
 @pytest.mark.parametrize("width", [7, *WIDTHS])

@@ -111,6 +111,8 @@ async def both_ways(client: openai.AsyncOpenAI, turn: asyncio.Semaphore, chat: b
         answer = whole(chat, await create(model=MODEL, **rest, extra_body=ours))
         pieces = await joined(chat, await create(model=MODEL, **rest, extra_body=ours, stream=True))
     assert pieces == answer, fields
+    if "logprobs" in fields:
+        assert all("".join(parts) == text for text, *_, parts in answer.values()), fields
     want = expected(fields)
     if want is not None:
         assert {text for text, *_ in answer.values()} == {want}, fields

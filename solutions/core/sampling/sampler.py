@@ -21,7 +21,7 @@ from torch import Tensor
 from ...batching.sequence import SamplingParams, Sequence
 from . import selection_cpu
 from .logits_processors import LogitsProcessors, to_device
-from .selection import BLOCK, Filters, argmax, draw, top
+from .selection import BLOCK, Filters, argmax, draw, ranked
 
 LOGPROB_ROWS = 64
 """Rows whose log-probabilities are worked out at once, which bounds the memory for those of a long prompt."""
@@ -32,7 +32,8 @@ class TokenLogprobs:
     """Log-probabilities at one position: entry 0 is the token that is there, then come the n most likely ones in
     descending order, which may include it again, with the same values.
 
-    A rank is 1 + the number of tokens strictly more likely; tokens that tie share it.
+    A rank is 1 + the number of tokens strictly more likely; tokens that tie share it. Which of them are among the n, and their
+    order, goes by their ids.
     """
 
     token_ids: list[int]
@@ -145,7 +146,7 @@ class Sampler:
             x = self._copy(logits[start : start + LOGPROB_ROWS])
             ids = targets[start : start + LOGPROB_ROWS, None]
             if n:
-                ids = torch.cat((ids, top(x, n)[1]), 1)  # [P, 1 + n]
+                ids = torch.cat((ids, ranked(x, n)), 1)  # [P, 1 + n]
             values = x.gather(1, ids)
             ranks = 1 + (values[:, None, 1:] > values[:, :, None]).sum(-1)
             ranks[:, 0] = 1 + (x > values[:, :1]).sum(-1)

@@ -41,6 +41,30 @@ def top(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, best.gather(1, places // BLOCK) * BLOCK + places % BLOCK
 
 
+def ranked(x: Tensor, k: int) -> Tensor:
+    """Indices of the k largest of each row [R, W], in descending order, equal ones in the order of their indices; all W if that
+    is less than k.
+
+    They lie in the k blocks with the largest maxima, of equal ones the first.
+    """
+    blocks = x.view(len(x), -1, BLOCK)
+    count = blocks.shape[1]
+    best = _first_largest(blocks.amax(-1), k).sort().values  # [R, K]
+    first = torch.arange(len(x), device=x.device)[:, None] * count
+    members = x.view(-1, BLOCK).index_select(0, (best + first).flatten()).view(len(x), -1)  # [R, K * BLOCK]
+    places = _first_largest(members, k)
+    return best.gather(1, places // BLOCK) * BLOCK + places % BLOCK
+
+
+def _first_largest(x: Tensor, k: int) -> Tensor:
+    """Indices [R, k] as in `ranked`, of short rows [R, K]: a key of 64 bits a number, whose upper half orders the numbers (the
+    bits of a float order it like an integer, those of a negative one inverted) and whose lower half orders equal ones."""
+    bits = (x + 0.0).view(torch.int32)  # of the two zeros it makes one
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    keys = (order.long() << 32) - torch.arange(x.shape[1], device=x.device)
+    return keys.topk(min(k, x.shape[1])).indices
+
+
 def draw(weights: Tensor, u: Tensor) -> Tensor:
     """[R] the first index at which the running sum of each row exceeds u · total: the inverse of the cumulative
     distribution. A weight of 0 is never drawn; a row of NaN gives index 0.

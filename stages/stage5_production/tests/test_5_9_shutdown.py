@@ -41,13 +41,11 @@ class Idle:
 
     def __init__(self) -> None:
         self.input, self.closed, self.closed_count = SimpleNamespace(close=self.close), threading.Event(), 0
+        self.asked = threading.Event()
 
     def close(self) -> None:
         self.closed_count += 1
         self.closed.set()
-
-    def __init__(self) -> None:
-        self.asked = threading.Event()
 
     def has_unfinished_requests(self) -> bool:
         self.asked.set()

@@ -1,0 +1,186 @@
+"""Log-probabilities as OpenAI's two interfaces give them. What a token's text is says `core/logprobs.py`."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+from ..core.detokenizer import REPLACEMENT
+from ..core.logprobs import Logprob, texts_of
+from .openai_answers import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
+
+MIN_LOGPROB = -9999.0
+"""What OpenAI reports for a token that is all but impossible; JSON has no -inf."""
+
+Position: TypeAlias = "dict[int, Logprob]"
+"""The tokens of one place, by id: the one that is there, and the most likely ones."""
+
+
+def finite(logprob: float) -> float:
+    """A log-probability that JSON can hold."""
+    return max(logprob, MIN_LOGPROB)
+
+
+def token_text(token_id: int, entry: Logprob) -> str:
+    """The token as text; its id, where the engine has no tokenizer."""
+    return f"token_id:{token_id}" if entry.decoded_token is None else entry.decoded_token
+
+
+def _by_rank(position: Position) -> list[tuple[int, Logprob]]:
+    """The most likely token first; the lower id of those that tie."""
+    return sorted(position.items(), key=lambda item: (item[1].rank, item[0]))
+
+
+# ------------------------------------------------------------------------------------------------------ completions
+
+
+def completion_logprobs(
+    token_ids: list[int], positions: list[Position | None], start: int, echoed: list[str]
+) -> CompletionLogprobs:
+    """The lists of ``/v1/completions``.
+
+    Args:
+        token_ids: tokens of a choice.
+        positions: theirs; None for one that nothing predicts.
+        start: characters of the choice before them.
+        echoed: texts of the first of them, which are the prompt's.
+    """
+    result = CompletionLogprobs()
+    for index, (token_id, position) in enumerate(zip(token_ids, positions, strict=True)):
+        text = echoed[index] if index < len(echoed) else token_text(token_id, position[token_id])
+        result.tokens.append(text)
+        result.token_logprobs.append(None if position is None else finite(position[token_id].logprob))
+        result.top_logprobs.append(None if position is None else _by_text(position, token_id, text))
+        result.text_offset.append(start)
+        start += len(text)
+    return result
+
+
+def _by_text(position: Position, token_id: int, text: str) -> dict[str, float]:
+    """The log-probabilities of a place by the tokens' texts. A text belongs to the token that is there, else to the likeliest
+    that has it; the others are named by their ids, as tokens are for which there is no text."""
+    names = {text: token_id}
+    for other, entry in _by_rank(position):
+        if other != token_id:
+            names.setdefault(token_text(other, entry), other)
+    texts = {other: name for name, other in names.items()}
+    return {texts.get(other, f"token_id:{other}"): finite(entry.logprob) for other, entry in _by_rank(position)}
+
+
+def prompt_texts(tokenizer: Any, prompt: str | list[int], token_ids: list[int], echo: str) -> list[str]:
+    """A text for each of a prompt's tokens; joined they are `echo`, which is the prompt itself or what its tokens decode to.
+
+    Tokens that the tokenizer has put around a text have none. Where it has changed the text itself (other forms of Unicode,
+    lower case), the tokens share the text as it was.
+    """
+    if tokenizer is None:
+        return [f"token_id:{token}" for token in token_ids]
+    if isinstance(prompt, list):
+        return _shared(echo, texts_of(tokenizer.backend_tokenizer, token_ids))
+    encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+    inner = encoded["input_ids"]
+    around = len(token_ids) - len(inner)
+    before = next((n for n in range(around + 1) if token_ids[n : n + len(inner)] == inner), None)
+    if before is None or not inner:
+        return _shared(echo, texts_of(tokenizer.backend_tokenizer, token_ids))
+    texts = texts_of(tokenizer.backend_tokenizer, inner)
+    if "".join(texts) != echo:
+        starts = [0, *(start for start, _ in encoded["offset_mapping"][1:]), len(echo)]
+        texts = [echo[a:b] for a, b in pairwise(starts)]
+    return [""] * before + texts + [""] * (around - before)
+
+
+def _shared(text: str, pieces: list[str]) -> list[str]:
+    """The text cut into parts as long as the pieces; the last one gets the rest."""
+    parts, start = [], 0
+    for piece in pieces:
+        parts.append(text[start : start + len(piece)])
+        start += len(piece)
+    parts[-1] += text[start:]
+    return parts
+
+
+# ------------------------------------------------------------------------------------------------------------- chat
+
+
+def chat_logprobs(tokenizer: Any, token_ids: list[int], positions: list[Position], k: int) -> ChatLogprobs:
+    """What a chat answer says of these tokens, each with its k most likely alternatives, itself perhaps among them.
+
+    The bytes of the tokens, joined, are those of the text: tokens that share a character have its bytes between them.
+    """
+    entries = [position[token_id] for token_id, position in zip(token_ids, positions, strict=True)]
+    texts = [token_text(token_id, entry) for token_id, entry in zip(token_ids, entries, strict=True)]
+    raws = _shared_bytes(tokenizer, token_ids, texts)
+    content = []
+    for token_id, position, text, raw in zip(token_ids, positions, texts, raws, strict=True):
+        own = _named(position[token_id], text, raw)
+        likeliest = _by_rank(position)[:k]
+        top = [own if other == token_id else _alternative(tokenizer, other, entry) for other, entry in likeliest]
+        content.append(TokenLogprob(**own, top_logprobs=[TopLogprob(**each) for each in top]))
+    return ChatLogprobs(content=content)
+
+
+def _named(entry: Logprob, text: str, raw: bytes) -> dict[str, Any]:
+    return {"token": text, "logprob": finite(entry.logprob), "bytes": list(raw)}
+
+
+def _alternative(tokenizer: Any, token_id: int, entry: Logprob) -> dict[str, Any]:
+    text, raw = token_text(token_id, entry), token_bytes(tokenizer, token_id)
+    return _named(entry, text, text.encode() if raw is None or _is_text(raw) else raw)
+
+
+def _is_text(raw: bytes) -> bool:
+    return REPLACEMENT not in raw.decode(errors="replace")
+
+
+def _shared_bytes(tokenizer: Any, token_ids: list[int], texts: list[str]) -> list[bytes]:
+    """The bytes of each token of an answer, whose texts are `texts`.
+
+    They are the text's; where tokens share a character, or hold bytes that are none, each has those that it brings.
+    """
+    result: list[bytes] = []
+    group: list[int] = []  # of tokens without text, until one has text
+    for token_id, text in zip(token_ids, texts, strict=True):
+        group.append(token_id)
+        if not text:
+            continue
+        own = [b""] * (len(group) - 1) + [text.encode()]
+        if len(group) > 1 or REPLACEMENT in text:
+            raws = [token_bytes(tokenizer, each) or b"" for each in group]
+            brought = [b"" if _is_text(raw) else raw for raw in raws[:-1]] + raws[-1:]
+            if b"".join(brought).decode(errors="replace") == text:
+                own = brought
+        result += own
+        group = []
+    return result + [b""] * len(group)
+
+
+def token_bytes(tokenizer: Any, token_id: int) -> bytes | None:
+    """The bytes that a token stands for by itself; None, if they are not known.
+
+    They are its text's, unless it holds only a part of a character. Then the vocabulary has them: SentencePiece writes a byte
+    as ``<0xE2>``, byte-level BPE gives each byte a printable character.
+    """
+    if tokenizer is None:
+        return None
+    text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+    if REPLACEMENT not in text:
+        return text.encode()
+    piece = tokenizer.convert_ids_to_tokens(token_id)
+    if match := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+        return bytes.fromhex(match[1])
+    alphabet = _byte_alphabet()
+    if all(character in alphabet for character in piece):
+        return bytes(alphabet[character] for character in piece)
+    return text.encode()
+
+
+@cache
+def _byte_alphabet() -> dict[str, int]:
+    """The characters of GPT-2's byte-level BPE: printable bytes stand for themselves, the others, in order, for the
+    code points from 256 on (Radford et al. 2019, `encoder.py:bytes_to_unicode`)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
