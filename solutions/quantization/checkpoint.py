@@ -38,7 +38,7 @@ class QuantizedFormat:
         method: "gptq" or "awq". bits: 4 or 8. group_size: inputs that share a scale; −1: all.
         act_order: GPTQ's inputs were sorted before they were grouped (``desc_act``).
         zeros_less_one: GPTQ's first format.
-        overrides, skipped: layers with bits and group sizes of their own, and patterns of those without; see `Override`.
+        overrides: layers with bits and group sizes of their own, the first that fits counts.
     """
 
     method: str
@@ -47,7 +47,6 @@ class QuantizedFormat:
     act_order: bool = False
     zeros_less_one: bool = False
     overrides: tuple[Override, ...] = ()
-    skipped: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> QuantizedFormat:
@@ -57,7 +56,7 @@ class QuantizedFormat:
             ValueError: it names a method or a layout that cannot be read here.
         """
         said = read_description(config)
-        return cls(said.method, said.bits, said.group_size, said.act_order, said.layout == "gptq", said.overrides, said.skipped)
+        return cls(said.method, said.bits, said.group_size, said.act_order, said.layout == "gptq", said.overrides)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -66,10 +65,8 @@ class QuantizedFormat:
 
     def of_layer(self, name: str) -> QuantizedFormat:
         """The format of the layer of this name, which may be an exception."""
-        if any(re.match(pattern, name) for pattern in self.skipped):
-            return replace(self, overrides=(), skipped=())
         own = next((override for override in self.overrides if re.match(override.pattern, name)), self)
-        return replace(self, bits=own.bits, group_size=own.group_size, overrides=(), skipped=())
+        return replace(self, bits=own.bits, group_size=own.group_size, overrides=())
 
     def columns_in_group(self, columns: int) -> int:
         """Inputs that share a scale in a layer that has `columns` of them."""

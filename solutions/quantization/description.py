@@ -42,7 +42,7 @@ class Override:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What is said, in one form: `layout` is one of `LAYOUTS`; `skipped` are patterns of layers that are left as they were."""
+    """What is said, in one form: `layout` is one of `LAYOUTS`."""
 
     method: str
     layout: str
@@ -50,7 +50,6 @@ class Description:
     group_size: int
     act_order: bool
     overrides: tuple[Override, ...]
-    skipped: tuple[str, ...]
 
 
 def implied_method(config: dict[str, Any]) -> str | None:
@@ -94,8 +93,8 @@ def read_description(config: Any) -> Description:
         raise ValueError(f"quantization_config: desc_act must be true or false, not {_short(config['desc_act'])}")
     bits, size = _one_of(config, "bits", "w_bit", "wbits"), _one_of(config, "group_size", "q_group_size")
     _check_sizes(method, bits, size)
-    overrides, skipped = _read_dynamic(config.get("dynamic"), method, bits, size)
-    return Description(method, layout, bits, size, bool(config.get("desc_act")), overrides, skipped)
+    overrides = _read_dynamic(config.get("dynamic"), method, bits, size)
+    return Description(method, layout, bits, size, bool(config.get("desc_act")), overrides)
 
 
 def _one_of(config: dict[str, Any], *names: str) -> Any:
@@ -113,11 +112,12 @@ def _check_sizes(method: str, bits: Any, size: Any) -> None:
         raise ValueError(f"quantization_config: {method} with {_short(bits)} bits in groups of {_short(size)} is not supported")
 
 
-def _read_dynamic(dynamic: Any, method: str, bits: int, size: int) -> tuple[tuple[Override, ...], tuple[str, ...]]:
-    """GPTQModel's exceptions: ``{"-:regex": {}}`` leaves layers out, ``{"+:regex": {"bits": 8}}`` changes their settings."""
+def _read_dynamic(dynamic: Any, method: str, bits: int, size: int) -> tuple[Override, ...]:
+    """GPTQModel's exceptions: ``{"-:regex": {}}`` leaves layers out, which their files show;
+    ``{"+:regex": {"bits": 8}}`` changes their settings."""
     if dynamic is not None and not isinstance(dynamic, dict):
         raise ValueError(f"quantization_config: dynamic must be an object of patterns, not {_short(dynamic)}")
-    overrides, skipped = [], []
+    overrides = []
     for key, changes in (dynamic or {}).items():
         pattern = key.removeprefix("+:").removeprefix("-:")
         try:
@@ -125,7 +125,6 @@ def _read_dynamic(dynamic: Any, method: str, bits: int, size: int) -> tuple[tupl
         except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"quantization_config: dynamic has the pattern {_short(key)}, which is none ({error})") from None
         if key.startswith("-:"):
-            skipped.append(pattern)
             continue
         if not isinstance(changes, dict):
             raise ValueError(f"quantization_config: dynamic gives {_short(key)} no object but {_short(changes)}")
@@ -136,7 +135,7 @@ def _read_dynamic(dynamic: Any, method: str, bits: int, size: int) -> tuple[tupl
         own_bits, own_size = bits if own_bits is None else own_bits, size if own_size is None else own_size
         _check_sizes(method, own_bits, own_size)
         overrides.append(Override(pattern, own_bits, own_size))
-    return tuple(overrides), tuple(skipped)
+    return tuple(overrides)
 
 
 def _short(value: Any) -> str:
