@@ -72,3 +72,11 @@ class SchedulerConfig:
                 f"without chunked prefill a whole prompt must fit into one step: max_num_batched_tokens "
                 f"({self.max_num_batched_tokens}) must be at least max_model_len ({self.max_model_len})"
             )
+
+
+class QueueFullError(RuntimeError):
+    """As much is waiting as may wait, counted in "requests" or "tokens" (`reason`); try again later."""
+
+    def __init__(self, message: str, reason: str = "requests") -> None:
+        super().__init__(message)
+        self.reason = reason

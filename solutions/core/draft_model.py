@@ -20,7 +20,7 @@ from ..batching.sequence import Sequence
 from ..models.config.model_config import ModelConfig
 from ..models.loader import resolve_model
 from .config import EngineConfig
-from .rejection_sampler import Prefix, draw_one
+from .sampling.rejection_sampler import Prefix, draw_one
 from .speculative import NgramProposer, Proposer, SpeculativeConfig
 from .startup import Limits
 from .worker import Worker

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..batching.sequence import SamplingParams, Sequence, StructuredOutput
 from ..models.config.model_config import ModelConfig
-from .grammar_processes import CompilingStoppedError, GrammarProcesses
-from .sampling.structured_output import GrammarCompiler, Guide
+from .structured.grammar_processes import CompilingStoppedError, GrammarProcesses
+from .structured.structured_output import GrammarCompiler, Guide
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

@@ -8,8 +8,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ..batching.sequence import RequestOutputKind, SamplingParams, Sequence, SequenceStatus
-from .detokenizer import TextReader, special_token_ids
-from .logprobs import Logprob, PromptLog, TokenLog, TokenTexts
+from .text.detokenizer import TextReader, special_token_ids
+from .text.logprobs import Logprob, PromptLog, TokenLog, TokenTexts
 
 if TYPE_CHECKING:
     from .sampling.sampler import TokenLogprobs

@@ -107,7 +107,7 @@ class GPT2LMHeadModel(CausalLM):
     def place(self, name: str, tensor: Tensor) -> tuple[str, str | None, Tensor] | None:
         if CAUSAL_MASK.search(name):
             return None
-        if name == "lm_head.weight":
+        if name.startswith("lm_head."):
             return None if self.config.tie_word_embeddings else (name, None, tensor)
         if not name.startswith("transformer."):  # the checkpoint on the hub was saved without its head
             name = f"transformer.{name}"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,13 +16,15 @@ from torch import nn
 
 from ..core.platform.progress import LateBar
 from ..parallelism.linear import Linear, WeightLayer
-from ..parallelism.tensor_parallel import SINGLE, TensorParallel
-from ..quantization.layout.checkpoint import METHODS, CheckpointError, QuantizedFormat, Unpacker
+from ..parallelism.tensor_parallel import SINGLE, ParallelLMHead, TensorParallel
+from ..quantization.layout.description import METHODS
+from ..quantization.layout.reader import CheckpointError, StoredLayer, Unpacker, find_layers
 from .config.model_config import ALIASES, Alias, ModelConfig, ModelError
 from .gpt import GPT2LMHeadModel
 from .layers import Attention, CausalLM
 from .llama import LlamaForCausalLM
 from .mistral import MistralForCausalLM
+from .model_files import quantization_description, read_json, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -151,48 +152,15 @@ def _from_folder(name: str, folder: Path, load_format: str) -> ModelSource:
     if generation_file.is_file():  # knows all tokens that end a turn, where config.json names only one
         eos = read_json(generation_file).get("eos_token_id")
         hf_config |= {"eos_token_id": eos} if eos is not None else {}
+    hf_config |= {"quantization_config": quantization_description(folder, hf_config)}
     try:
         config = ModelConfig.from_hf(hf_config)
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from None
     if load_format != "dummy":
-        _weight_files(folder)
+        weight_files(folder, WAYS_OUT)
     has_tokenizer = any((folder / file).is_file() for file in _TOKENIZER_FILES)
     return ModelSource(name, config, folder, folder if has_tokenizer else None)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ModelError: the file holds none.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} holds no JSON object")
-    return content
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, in one piece or sharded."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        files = [folder / file for file in sorted(set(read_json(index).get("weight_map", {}).values()))]
-        if not files:
-            raise ModelError(f"{index} names no files (weight_map)")
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise ModelError(f"{folder} lacks weight files that its index names: {', '.join(missing[:3])}")
-        return files
-    if any(folder.glob("*.bin")):
-        raise ModelError(f"{folder} has only .bin weights, which can run code when read; convert them to safetensors")
-    raise ModelError(f"{folder} has no weights (model.safetensors); {WAYS_OUT}")
 
 
 def load_model(
@@ -217,18 +185,18 @@ def load_model(
     with _defaults(dtype, device), torch.inference_mode(False), torch.no_grad():
         config = replace(source.config, max_model_len=max_model_len) if max_model_len else source.config
         check_quantization(source, load_format, quantization)
+        files = [] if load_format == "dummy" or source.path is None else weight_files(source.path, WAYS_OUT)
+        stored = quantized_layers(files, config)
+        if "lm_head" in stored:  # quantized apart from an embedding that it was tied to
+            config = replace(config, tie_word_embeddings=False)
         model = MODEL_CLASSES[config.architecture](config, parallel).eval()
         linears = [layer for layer in model.modules() if isinstance(layer, Linear)]
         if config.quantization is not None:
-            expect_quantized(linears, config.quantization)
             quantization = None
-        if load_format == "dummy" or source.path is None:
-            _fill_randomly(model, device, seed, progress and parallel.rank == 0)
+        if files:
+            _load_weights(model, files, stored, progress and parallel.rank == 0)
         else:
-            try:
-                _load_weights(model, _weight_files(source.path), progress and parallel.rank == 0)
-            except CheckpointError as error:
-                raise ModelError(f"{source.path}: {error}") from None
+            _fill_randomly(model, device, seed, progress and parallel.rank == 0)
         if cpu_kernels:
             for layer in model.modules():
                 if isinstance(layer, WeightLayer | Attention):
@@ -260,17 +228,50 @@ def check_quantization(source: ModelSource, load_format: str, wanted: str | None
         raise ModelError(f"--load-format dummy makes plain weights, and {source.name} is quantized with {form.method}")
 
 
-def expect_quantized(linears: list[Linear], form: QuantizedFormat) -> None:
-    """Make room for quantized weights in all linear layers.
+def quantized_layers(files: list[Path], config: ModelConfig) -> dict[str, StoredLayer]:
+    """The quantized layers of a checkpoint, by name.
 
     Raises:
-        ModelError: they cannot be cut for so many ranks.
+        ModelError: the files are not what their description says, or damaged.
     """
+    if config.quantization is None:
+        return {}
     try:
-        for layer in linears:
-            layer.expect_quantized(form)
-    except ValueError as error:
-        raise ModelError(str(error)) from None
+        return find_layers(files, config.quantization)
+    except CheckpointError as error:
+        raise ModelError(f"{files[0].parent}: {error}") from None
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{files[0].parent} has a damaged or incomplete weight file ({error}); fetch it again") from error
+
+
+def expect_quantized(model: CausalLM, stored: dict[str, StoredLayer]) -> set[str]:
+    """Make room for quantized weights in the linear layers that have them.
+
+    A layer whose pieces are kept in different ways, some plain or of other bits, is computed as a plain one; so is the head.
+
+    Returns:
+        The names of layers in the checkpoint that have to be turned into plain weights.
+
+    Raises:
+        ModelError: the model has no such layer, or layers cannot be cut for so many ranks.
+    """
+    modules, pieces, dense = dict(model.named_modules()), {}, set()
+    for name in stored:
+        target, shard, _ = model.place(f"{name}.codes", torch.empty(0)) or ("", None, None)
+        if not isinstance(modules.get(target.rpartition(".")[0]), Linear | ParallelLMHead):
+            raise ModelError(f"the weights hold {name}.qweight, which is no weight of a {type(model).__name__} of this config")
+        pieces.setdefault(target.rpartition(".")[0], {})[shard] = name
+    for target, names in pieces.items():
+        layer, forms = modules[target], {stored[name].form for name in names.values()}
+        is_whole = names.keys() in ({None}, set(layer.shard_ids))
+        if not isinstance(layer, Linear) or not is_whole or len(forms) > 1:
+            dense.update(names.values())
+            continue
+        try:
+            layer.expect_quantized(forms.pop())
+        except ValueError as error:
+            raise ModelError(str(error)) from None
+    return dense
 
 
 @contextmanager
@@ -292,19 +293,28 @@ def _weights(model: nn.Module) -> dict[str, tuple[WeightLayer, nn.Parameter]]:
     return {name: (owners[name], param) for name, param in model.named_parameters()}
 
 
-def _load_weights(model: CausalLM, files: list[Path], progress: bool) -> None:
+def _load_weights(model: CausalLM, files: list[Path], stored: dict[str, StoredLayer], progress: bool) -> None:
+    unpack = Unpacker(stored, expect_quantized(model, stored)) if stored else iter
     weights = _weights(model)
     awaited = {(name, shard): None for name, (layer, _) in weights.items() for shard in layer.shard_ids}  # ordered set
     with LateBar("loading weights", sum(file.stat().st_size for file in files), progress) as bar:
-        unpack = Unpacker(model.config.quantization) if model.config.quantization else iter
         for file in files:
-            for name, tensor in unpack(_read_tensors(file, bar)):
+            for name, tensor in _unpacked(unpack, file, bar):
                 placed = model.place(name, tensor)
                 if placed is None:
                     continue
                 target, shard, tensor = placed
+                if target.endswith(
+                    ".dense"
+                ):  # as the layer has it, [out, in], whatever way round the checkpoint keeps plain ones
+                    target = f"{target.removesuffix('.dense')}.weight"
                 if target not in weights:
-                    raise ModelError(f"{file} holds {name}, which is no weight of a {type(model).__name__} of this config")
+                    if stored and name.endswith(".bias") and not tensor.any():  # some tools give biases of zeros to all layers
+                        continue
+                    why = f"which is no weight of a {type(model).__name__} of this config"
+                    if name.endswith((".qweight", ".qzeros", ".g_idx")) and not stored:
+                        why = "and neither config.json nor quantize_config.json says how it is quantized"
+                    raise ModelError(f"{file} holds {name}, {why}")
                 layer, param = weights[target]
                 try:
                     layer.weight_loader(param, tensor, shard)
@@ -316,6 +326,13 @@ def _load_weights(model: CausalLM, files: list[Path], progress: bool) -> None:
         names = [name if shard is None else f"{name} ({shard})" for name, shard in list(awaited)[:3]]
         more = f" and {len(awaited) - 3} more" if len(awaited) > 3 else ""
         raise ModelError(f"{files[0].parent} lacks weights of the model: {', '.join(names)}{more}")
+
+
+def _unpacked(unpack: Unpacker | type[iter], file: Path, bar: LateBar) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        yield from unpack(_read_tensors(file, bar))
+    except CheckpointError as error:
+        raise ModelError(f"{file}: {error}") from None
 
 
 def _read_tensors(file: Path, bar: LateBar) -> Iterator[tuple[str, torch.Tensor]]:

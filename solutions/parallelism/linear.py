@@ -73,7 +73,7 @@ class Linear(WeightLayer):
 
     def expect_quantized(self, form: QuantizedFormat) -> None:
         """Make room for codes, scales and zeros in the place of the weight (see `GroupQuantized`)."""
-        self._make_room(form, self.weight.shape[1] if form.group_size == -1 else form.group_size)
+        self._make_room(form, form.columns_in_group(self.weight.shape[1]))
 
     def _make_room(self, form: QuantizedFormat, group_size: int) -> None:
         rows, columns = self.weight.shape

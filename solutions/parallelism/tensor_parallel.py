@@ -250,7 +250,7 @@ class RowParallelLinear(Linear):
         """
         if form.act_order and self.parallel.size > 1:
             raise ValueError("desc_act (act-order) with --tensor-parallel-size above 1 is not supported; quantize without it")
-        inputs, size = self.inputs, self.inputs.full if form.group_size == -1 else form.group_size
+        inputs, size = self.inputs, form.columns_in_group(self.inputs.full)
         self.file_group_size = size
         whole = inputs.start % size == 0 and (inputs.stop % size == 0 or inputs.stop == inputs.full)
         self._make_room(form, size if whole else math.gcd(size, inputs.start, inputs.stop))

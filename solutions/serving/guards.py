@@ -23,7 +23,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..core.scheduler import QueueFullError
+from ..batching.scheduler_config import QueueFullError
 from .async_engine import EngineDeadError
 from .openai_protocol import RequestError, describe_validation_error, error_body
 

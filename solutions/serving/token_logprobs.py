@@ -1,4 +1,4 @@
-"""Log-probabilities as OpenAI's two interfaces give them. What a token's text is says `core/logprobs.py`."""
+"""Log-probabilities as OpenAI's two interfaces give them. What a token's text is says `core/text/logprobs.py`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, TypeAlias
 
-from ..core.detokenizer import REPLACEMENT
-from ..core.logprobs import Logprob, texts_of
+from ..core.text.detokenizer import REPLACEMENT
+from ..core.text.logprobs import Logprob, texts_of
 from .openai_answers import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 
 MIN_LOGPROB = -9999.0

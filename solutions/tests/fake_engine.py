@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from solutions.batching.scheduler_config import QueueFullError
 from solutions.batching.sequence import RequestOutputKind, SamplingParams
 from solutions.core.config import EngineConfig
 from solutions.core.engine import EngineStats
 from solutions.core.input import EngineRequest, InputProcessor, Prompt
 from solutions.core.output import CompletionOutput, Logprob, RequestOutput
-from solutions.core.scheduler import QueueFullError
 
 MAX_MODEL_LEN = 4096
 STEP_SECONDS = 0.001

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from solutions.core.detokenizer import MAX_HELD, Detokenizer, StopStrings, special_token_ids
+from solutions.core.text.detokenizer import MAX_HELD, Detokenizer, StopStrings, special_token_ids
 from solutions.models.loader import load_tokenizer, resolve_model
 
 VOCAB_SIZE = 49_152

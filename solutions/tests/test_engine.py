@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from solutions.batching.scheduler_config import QueueFullError
 from solutions.batching.sequence import RequestOutputKind, SamplingParams
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLM, LLMEngine
-from solutions.core.scheduler import QueueFullError
 from solutions.tests.tiny_models import EOS, VOCAB_SIZE, make_tiny_llama
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

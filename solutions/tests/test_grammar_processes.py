@@ -21,15 +21,15 @@ import httpx
 import psutil
 import pytest
 
+from solutions.batching.scheduler_config import QueueFullError
 from solutions.batching.sequence import StructuredOutput
-from solutions.core import grammar_processes, grammar_queue
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLMEngine
-from solutions.core.grammar_processes import CompilingStoppedError, GrammarProcesses
-from solutions.core.grammar_queue import FairQueue, Job
 from solutions.core.input import InputProcessor
-from solutions.core.sampling.structured_output import GrammarCompiler
-from solutions.core.scheduler import QueueFullError
+from solutions.core.structured import grammar_processes, grammar_queue
+from solutions.core.structured.grammar_processes import CompilingStoppedError, GrammarProcesses
+from solutions.core.structured.grammar_queue import FairQueue, Job
+from solutions.core.structured.structured_output import GrammarCompiler
 from solutions.models.loader import load_tokenizer, resolve_model
 from solutions.serving.async_engine import AsyncEngine
 from solutions.tests.fake_server import serve, until

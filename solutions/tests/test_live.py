@@ -14,16 +14,16 @@ from typing import Any
 import httpx
 import pytest
 
+from solutions.batching.scheduler_config import QueueFullError
 from solutions.batching.sequence import SamplingParams
 from solutions.benchmarks.serving import running_server, totals
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLMEngine
-from solutions.core.scheduler import QueueFullError
 from solutions.serving.api_server import parse_flags
-from solutions.serving.live.feed.feed.feed.feed import FRAMES_PER_SECOND, MAX_CLIENTS, MAX_UNREAD, LiveFeed
-from solutions.serving.live.feed.feed.feed.pace import Pace
-from solutions.serving.live.feed.feed.feed.recording import TraceRecorder
-from solutions.serving.live.feed.feed.feed.snapshot import Snapshots
+from solutions.serving.live.feed import FRAMES_PER_SECOND, MAX_CLIENTS, MAX_UNREAD, LiveFeed
+from solutions.serving.live.pace import Pace
+from solutions.serving.live.recording import TraceRecorder
+from solutions.serving.live.snapshot import Snapshots
 from solutions.tests.fake_engine import FakeEngine
 from solutions.tests.fake_server import serve
 from solutions.tests.real_server import CONTEXT, GREEDY, stopped

@@ -16,9 +16,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from solutions.batching.sequence import RequestOutputKind, SamplingParams
-from solutions.core.detokenizer import Detokenizer, special_token_ids
 from solutions.core.output import CompletionOutput, RequestOutput
 from solutions.core.sampling.sampler import Sampler
+from solutions.core.text.detokenizer import Detokenizer, special_token_ids
 from solutions.models.gguf_tokenizer import tokenizer_from_gguf
 from solutions.models.loader import load_tokenizer, resolve_model
 from solutions.serving.openai_protocol import CompletionRequest

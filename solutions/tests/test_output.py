@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from solutions.batching.sequence import RequestOutputKind, SamplingParams, Sequence, SequenceStatus
-from solutions.core.detokenizer import Detokenizer
 from solutions.core.output import OutputProcessor, RequestOutput
+from solutions.core.text.detokenizer import Detokenizer
 from solutions.models.loader import load_tokenizer, resolve_model
 
 CUMULATIVE, DELTA, FINAL_ONLY = RequestOutputKind.CUMULATIVE, RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY

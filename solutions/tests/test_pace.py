@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from solutions.serving.async_engine import AsyncEngine
-from solutions.serving.live.feed.feed.feed.pace import Pace
+from solutions.serving.live.pace import Pace
 from solutions.tests.fake_engine import FakeEngine
 from solutions.tests.fake_server import FOREVER, body, serve, until
 
@@ -29,8 +29,8 @@ def watched(url: str) -> Iterator[Any]:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     """A fake engine that tells its observers of its steps, and has nothing to show."""
-    monkeypatch.setattr("solutions.serving.live.feed.feed.feed.snapshot.Snapshots.record", lambda *_: None)
-    monkeypatch.setattr("solutions.serving.live.feed.feed.feed.snapshot.Snapshots.frame", lambda self, full: {"full": full})
+    monkeypatch.setattr("solutions.serving.live.snapshot.Snapshots.record", lambda *_: None)
+    monkeypatch.setattr("solutions.serving.live.snapshot.Snapshots.frame", lambda self, full: {"full": full})
     fake = FakeEngine()
     step = fake.step
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from solutions.batching.scheduler_output import Draft
 from solutions.batching.sequence import SamplingParams, Sequence
-from solutions.core.rejection_sampler import draw_one, rejection_sample, verify
+from solutions.core.sampling.rejection_sampler import draw_one, rejection_sample, verify
 from solutions.core.sampling.sampler import Sampler
 from solutions.core.speculative import NgramIndex
 

@@ -12,8 +12,8 @@ import torch
 from solutions.batching.sequence import SamplingParams, StructuredOutput
 from solutions.core.engine import LLM
 from solutions.core.input import InputProcessor
-from solutions.core.sampling import structured_output
-from solutions.core.sampling.structured_output import GrammarCompiler, Guide
+from solutions.core.structured import structured_output
+from solutions.core.structured.structured_output import GrammarCompiler, Guide
 from solutions.models.loader import load_tokenizer, resolve_model
 from solutions.tests.tiny_models import byte_tokenizer, make_tiny_llama
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...batching.sequence import Sequence
-from .structured_output import by_guide, forbid
+from ..structured.structured_output import by_guide, forbid
 
 BANNED = -1e30
 """Logit of a token that may not come next. It is finite, so that where every allowed token is banned one of them comes

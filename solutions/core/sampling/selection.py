@@ -125,13 +125,22 @@ class Filters:
         x.masked_fill_(x < cutoff[:, None], -math.inf)
 
     def draw(self, x: Tensor, u: Tensor, scratch: Tensor) -> Tensor:
-        """[R] tokens from logits [R, W] at the numbers u [R]. `scratch` [>= R, W] is overwritten."""
+        """[R] tokens from logits [R, W] at the numbers u [R]. `scratch` [>= R, W] is overwritten.
+
+        Tokens stand in the order of their ids, not of their logits: where two are nearly as likely, rounding may change which
+        of them comes first, and the token at the same number would be another one.
+        """
         cutoff, uncertain, values, ids = self._cutoffs(x, scratch)
-        weights = (values - values[:, :1]).exp_() * (values >= cutoff[:, None])
+        largest = values[:, :1]
+        if values.shape[1] == x.shape[1]:
+            return draw((x - largest).exp_() * (x >= cutoff[:, None]), u)
+        ids, order = ids.sort(1)
+        values = values.gather(1, order)
+        weights = (values - largest).exp_() * (values >= cutoff[:, None])
         tokens = ids.gather(1, draw(weights, u)[:, None]).squeeze(1)
         for row in uncertain:
             kept = functional.threshold(x[row], _below(cutoff[row]), -math.inf)
-            tokens[row] = draw((kept - values[row, 0]).exp_()[None], u[row, None])[0]
+            tokens[row] = draw((kept - largest[row]).exp_()[None], u[row, None])[0]
         return tokens
 
     def _cutoffs(self, x: Tensor, scratch: Tensor) -> tuple[Tensor, list[int], Tensor, Tensor]:

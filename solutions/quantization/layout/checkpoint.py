@@ -12,9 +12,9 @@ Act-order sorts the inputs before it groups them, so a group's inputs lie anywhe
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .groups import BITS, GroupQuantized, pack_int32, unpack_int32
+from .description import Override, read_description
+from .groups import GroupQuantized, pack_int32, unpack_int32
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-METHODS = ("gptq", "awq")
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
-
-
-class CheckpointError(ValueError):
-    """A file does not hold what its description says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +38,7 @@ class QuantizedFormat:
         method: "gptq" or "awq". bits: 4 or 8. group_size: inputs that share a scale; −1: all.
         act_order: GPTQ's inputs were sorted before they were grouped (``desc_act``).
         zeros_less_one: GPTQ's first format.
+        overrides: layers with bits and group sizes of their own, the first that fits counts.
     """
 
     method: str
@@ -49,6 +46,7 @@ class QuantizedFormat:
     group_size: int
     act_order: bool = False
     zeros_less_one: bool = False
+    overrides: tuple[Override, ...] = ()
 
     @classmethod
     def parse(cls, config: dict[str, Any]) -> QuantizedFormat:
@@ -57,17 +55,22 @@ class QuantizedFormat:
         Raises:
             ValueError: it names a method or a layout that cannot be read here.
         """
-        method = config.get("quant_method", "unknown")
-        if method not in METHODS:
-            known = " and ".join(METHODS)
-            raise ValueError(f"checkpoints quantized with {method} are not supported, {known} are; use the unquantized model")
-        bits, size = config.get("bits"), config.get("group_size")
-        if bits not in (BITS if method == "gptq" else (4,)) or type(size) is not int or (size < 1 and size != -1):
-            raise ValueError(f"quantization_config: {method} with {bits} bits in groups of {size} is not supported")
-        if method == "awq" and str(config.get("version", "gemm")).lower() != "gemm":
-            raise ValueError(f"quantization_config: AWQ layout {config['version']!r} is not supported, gemm is")
-        first = method == "gptq" and config.get("checkpoint_format", "gptq") == "gptq"
-        return cls(method, bits, size, bool(config.get("desc_act", False)), first)
+        said = read_description(config)
+        return cls(said.method, said.bits, said.group_size, said.act_order, said.layout == "gptq", said.overrides)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The tensors that stand for a layer; g_idx may be missing."""
+        return PARTS if self.method == "gptq" else PARTS[:3]
+
+    def of_layer(self, name: str) -> QuantizedFormat:
+        """The format of the layer of this name, which may be an exception."""
+        own = next((override for override in self.overrides if re.match(override.pattern, name)), self)
+        return replace(self, bits=own.bits, group_size=own.group_size, overrides=())
+
+    def columns_in_group(self, columns: int) -> int:
+        """Inputs that share a scale in a layer that has `columns` of them."""
+        return columns if self.group_size == -1 else min(self.group_size, columns)
 
     def to_config(self, symmetric: bool) -> dict[str, Any]:
         """The ``quantization_config`` to write."""
@@ -93,8 +96,8 @@ class QuantizedFormat:
                 "scales": scales,
             }
         columns = weight.codes.shape[1]
-        groups = torch.arange(columns) // weight.group_size
         codes = weight.codes
+        groups = torch.arange(columns, device=codes.device) // weight.group_size
         if weight.order is not None:
             codes = torch.empty_like(codes).index_copy_(1, weight.order, codes)
             groups = torch.empty_like(groups).index_copy_(0, weight.order, groups)
@@ -110,8 +113,12 @@ class QuantizedFormat:
         """What `pack` was given.
 
         Raises:
-            ValueError: the tensors' shapes do not fit each other, or groups are of uneven sizes.
+            ValueError: the tensors are of another type, their shapes do not fit each other, or groups are of uneven sizes.
         """
+        for name in ("qweight", "qzeros"):
+            if parts[name].dtype != torch.int32 or parts[name].ndim != 2:
+                kind = str(parts[name].dtype).removeprefix("torch.")
+                raise ValueError(f"{name} is {kind} {list(parts[name].shape)} where a matrix of int32 is supported")
         scales = parts["scales"].t().float().contiguous()
         if self.method == "awq":
             codes, zeros, order = unpack_awq(parts["qweight"]).t(), unpack_awq(parts["qzeros"]).t(), None
@@ -120,28 +127,34 @@ class QuantizedFormat:
             zeros = unpack_int32(parts["qzeros"], self.bits).t()
             if self.zeros_less_one:  # a zero of 0 was stored as the largest code
                 zeros = (zeros + 1) & (2**self.bits - 1)
-        size = codes.shape[1] if self.group_size == -1 else self.group_size
+        size = self.columns_in_group(codes.shape[1])
         expected = [codes.shape[0], -(-codes.shape[1] // size)]
         if list(scales.shape) != expected or list(zeros.shape) != expected:
             raise ValueError(f"scales {list(scales.shape)} and zeros {list(zeros.shape)} should be {expected}")
         if self.method == "gptq":
-            order = column_order(parts["g_idx"], size) if "g_idx" in parts else None
+            order = column_order(parts["g_idx"], codes.shape[1], size) if "g_idx" in parts else None
             if order is not None:
                 codes = codes[:, order]
         return GroupQuantized(codes.contiguous(), scales, zeros.float().contiguous(), self.bits, size, order)
 
 
-def column_order(groups: Tensor, size: int) -> Tensor | None:
+def is_in_order(groups: Tensor, size: int) -> bool:
+    """Whether `groups` [in], each input's group, says nothing: `size` neighbours are a group."""
+    return groups.ndim == 1 and torch.equal(groups.long(), torch.arange(len(groups), device=groups.device) // size)
+
+
+def column_order(groups: Tensor, columns: int, size: int) -> Tensor | None:
     """The columns sorted by their group, `groups` [in]; None if they are already.
 
     Raises:
-        ValueError: a group before the last has not `size` columns.
+        ValueError: it is not a group for each column, or a group before the last has not `size` columns.
     """
-    in_order = torch.arange(len(groups)) // size
-    if torch.equal(groups.long(), in_order):
+    if list(groups.shape) != [columns]:
+        raise ValueError(f"g_idx {list(groups.shape)} should be {[columns]}")
+    if is_in_order(groups, size):
         return None
     order = torch.argsort(groups, stable=True)
-    if not torch.equal(groups[order].long(), in_order):
+    if not is_in_order(groups[order], size):
         raise ValueError(f"g_idx does not put {size} columns in each group")
     return order
 
@@ -160,47 +173,7 @@ def pack_awq(values: Tensor) -> Tensor:
 def unpack_awq(packed: Tensor) -> Tensor:
     """What `pack_awq` was given, as uint8."""
     words = unpack_int32(packed, 4).unflatten(1, (-1, 8))
-    return torch.empty_like(words).index_copy_(2, torch.tensor(AWQ_ORDER), words).flatten(1)
-
-
-@dataclass(slots=True)
-class Unpacker:
-    """Turns the tensors of a quantized checkpoint, as they are read, into those of `GroupQuantized`: `<layer>.codes`,
-    `.scales`, `.zeros` and, where columns are sorted, `.order`. Others pass.
-
-    Attributes:
-        pending: what is read of layers that are not complete yet, which may go on in another file.
-    """
-
-    format: QuantizedFormat
-    pending: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-
-    def __call__(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        needed = PARTS if self.format.method == "gptq" else PARTS[:3]
-        for name, tensor in tensors:
-            layer, _, part = name.rpartition(".")
-            if part == "bias" and not tensor.any():  # some tools write biases of zeros for layers that have none
-                continue
-            if part not in needed:
-                yield name, tensor
-                continue
-            parts = self.pending.setdefault(layer, {})
-            parts[part] = tensor
-            if len(parts) == len(needed):
-                yield from self._convert(layer, self.pending.pop(layer))
-
-    def _convert(self, layer: str, parts: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        try:
-            weight = self.format.unpack(parts)
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise CheckpointError(f"the quantized layer {layer} cannot be read: {error}") from None
-        if weight.order is not None and not self.format.act_order:
-            raise CheckpointError(f"{layer}.g_idx is not in order although quantization_config says that desc_act is false")
-        yield f"{layer}.codes", weight.codes
-        yield f"{layer}.scales", weight.scales
-        yield f"{layer}.zeros", weight.zeros
-        if self.format.act_order:
-            yield f"{layer}.order", torch.arange(weight.shape[1]) if weight.order is None else weight.order
+    return torch.empty_like(words).index_copy_(2, torch.tensor(AWQ_ORDER, device=packed.device), words).flatten(1)
 
 
 def write_model(

@@ -17,9 +17,9 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse, StreamingResponse
 from starlette.staticfiles import StaticFiles
 
+from ...batching.scheduler_config import QueueFullError
 from ...batching.scheduler_output import SchedulerOutput
 from ...batching.sequence import Sequence
-from ...core.scheduler import QueueFullError
 from .pace import Pace, PaceRequest, PaceState, SteppingThread
 from .snapshot import Snapshots
 

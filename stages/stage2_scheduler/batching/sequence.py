@@ -202,7 +202,7 @@ def _require_int(name: str, value: Any, low: int | None, high: int | None) -> No
 
 
 class TokenGuide(Protocol):
-    """Says which tokens the form of an answer allows next; `core/sampling/structured_output.py` has one."""
+    """Says which tokens the form of an answer allows next; `core/structured/structured_output.py` has one."""
 
     def allow(self, outputs: list[list[int]], masks: Tensor) -> None:
         """See `Guide.allow`."""

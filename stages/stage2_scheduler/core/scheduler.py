@@ -12,20 +12,12 @@ import time
 from bisect import insort
 
 from ..attention.block_manager import BlockManager
-from ..batching.scheduler_config import POLICIES, SchedulerConfig
+from ..batching.scheduler_config import POLICIES, QueueFullError, SchedulerConfig
 from ..batching.scheduler_output import SchedulerOutput
 from ..batching.sequence import Sequence, SequenceStatus
 
 LPM_PATIENCE = 10.0
 """Seconds after which a waiting sequence is overtaken no more by others of whose prompts more is cached."""
-
-
-class QueueFullError(RuntimeError):
-    """As much is waiting as may wait, counted in "requests" or "tokens" (`reason`); try again later."""
-
-    def __init__(self, message: str, reason: str = "requests") -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 class Scheduler:

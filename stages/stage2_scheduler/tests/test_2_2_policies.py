@@ -6,9 +6,8 @@ import itertools
 
 import pytest
 
-from stages.batching.scheduler_config import fcfs, priority
+from stages.batching.scheduler_config import QueueFullError, fcfs, priority
 from stages.batching.sequence import SequenceStatus
-from stages.core.scheduler import QueueFullError
 from stages.course.fixtures.checks import check_equal
 from stages.course.fixtures.simulation import Simulation, ids, make_sequence
 

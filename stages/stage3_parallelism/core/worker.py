@@ -24,7 +24,7 @@ from .config import EngineConfig
 from .cuda_graphs import CudaGraphRecorder, DecodeGraphs, Step, graph_sizes
 from .platform import native
 from .platform.machine import cpu_has_bf16, pick_threads
-from .rejection_sampler import verify
+from .sampling.rejection_sampler import verify
 from .sampling.sampler import Sampler, TokenLogprobs
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from stages.core.rejection_sampler import _while_equal, rejection_sample
+from stages.core.sampling.rejection_sampler import _while_equal, rejection_sample
 from stages.course.fixtures.checks import check_equal
 
 P = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]])

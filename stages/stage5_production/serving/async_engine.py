@@ -14,10 +14,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..batching.scheduler_config import QueueFullError
 from ..batching.sequence import RequestOutputKind, SamplingParams, StructuredOutput
-from ..core.grammar_processes import CompilingStoppedError
 from ..core.output import RequestOutput
-from ..core.scheduler import QueueFullError
+from ..core.structured.grammar_processes import CompilingStoppedError
 from .output_stream import OutputStream
 
 if TYPE_CHECKING:

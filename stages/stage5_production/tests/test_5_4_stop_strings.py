@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.core.detokenizer import StopStrings
+from stages.core.text.detokenizer import StopStrings
 from stages.course.fixtures.checks import check_equal
 
 WORDS = st.text(alphabet="ab", min_size=1, max_size=4)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stages.core.scheduler import QueueFullError
+from stages.batching.scheduler_config import QueueFullError
 from stages.course.fixtures.checks import check_equal
 from stages.serving.async_engine import AsyncEngine
 from stages.serving.output_stream import OutputStream

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..batching.sequence import StructuredOutput
+from ...batching.sequence import StructuredOutput
 from .grammar_probe import probe
-from .sampling.structured_output import GrammarCompiler
+from .structured_output import GrammarCompiler
 
 PR_SET_PDEATHSIG = 1
 LENGTH = struct.Struct("!Q")

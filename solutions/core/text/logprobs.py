@@ -25,8 +25,8 @@ from tokenizers import Tokenizer
 from .detokenizer import REPLACEMENT, Detokenizer
 
 if TYPE_CHECKING:
-    from ..batching.sequence import Sequence
-    from .sampling.sampler import TokenLogprobs
+    from ...batching.sequence import Sequence
+    from ..sampling.sampler import TokenLogprobs
 
 LOCAL_DECODERS = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
 """With these a token reads alike wherever text stands before it, if it is whole characters."""
@@ -42,7 +42,7 @@ class Logprob:
     rank: int
     """1 is the most likely token; tokens that tie share a rank."""
     decoded_token: str | None = None
-    """What the token adds to the text in this place, see `core/logprobs.py`; None without a text."""
+    """What the token adds to the text in this place, see `core/text/logprobs.py`; None without a text."""
 
 
 class TokenTexts:

@@ -30,11 +30,11 @@ from concurrent.futures import Future
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from ..batching.sequence import StructuredOutput
+from ...batching.scheduler_config import QueueFullError
+from ...batching.sequence import StructuredOutput
 from .grammar_queue import MAX_WAITING, FairQueue, Job
 from .grammar_worker import Limits, receive, send
-from .sampling.structured_output import GrammarCompiler
-from .scheduler import QueueFullError
+from .structured_output import GrammarCompiler
 
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar

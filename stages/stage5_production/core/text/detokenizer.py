@@ -9,14 +9,13 @@ sequence is by definition the concatenation of these pieces. Streamed or not, a 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 if TYPE_CHECKING:
-    from ..batching.sequence import Sequence
-    from .logprobs import TokenLog
+    from ...batching.sequence import Sequence
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What decoding gives for bytes that are no character, or not yet one."""
@@ -207,27 +206,25 @@ class StopStrings:
 
     def push(self, piece: str, armed: bool = True) -> str:
         """Take a piece of text; give out what is sure to stay. With `armed` False a match in this piece is none."""
-        if not piece:
-            return ""
-        old = len(self._tail)
-        text = self._tail + piece
-        if armed:
-            found = None
-            for stop in self._stops:
-                at = text.find(stop, max(0, old - len(stop) + 1))
-                if at >= 0 and (found is None or at < found):
-                    found, self.matched = at, stop
-            if found is not None:
-                self._tail = ""
-                return text[: found + len(self.matched) if self._include else found]
-        cut = max(0, len(text) - self._hold)
-        self._tail = text[cut:]
-        return text[:cut]
+        # Hint: How many characters at the end of what you have can still be a part of a stop string that is not
+        # complete?
+        raise NotImplementedError("Stage 5 · Task 5.4: StopStrings.push, see IMPLEMENTATION_GUIDE.md#task-5-4")
 
     def flush(self) -> str:
         """The text held back, once nothing more comes."""
-        text, self._tail = self._tail, ""
-        return text
+        raise NotImplementedError("Stage 5 · Task 5.4: StopStrings.flush, see IMPLEMENTATION_GUIDE.md#task-5-4")
+
+
+class TextSource(Protocol):
+    """Gives the text of a sequence's tokens, as `Detokenizer` does."""
+
+    def step(self) -> str:
+        """Text that the next token makes sure."""
+        ...
+
+    def finish(self, end: int) -> str:
+        """The rest, up to the token at `end`."""
+        ...
 
 
 class TextReader:
@@ -256,7 +253,7 @@ class TextReader:
         self.num_seen = seq.num_prompt_tokens
         self.matched: str | None = None
         self.detokenizer: Detokenizer | None = None
-        self.log: TokenLog | None = None
+        self.log: TextSource | None = None
         self._stops: StopStrings | None = None
         if tokenizer is not None and params.detokenize:
             skipped = special_ids if params.skip_special_tokens else frozenset()

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..batching.scheduler_output import Draft
-from ..batching.sequence import SamplingParams, Sequence
-from .sampling.sampler import Sampler, TokenLogprobs
-from .sampling.selection import BLOCK, draw
+from ...batching.scheduler_output import Draft
+from ...batching.sequence import SamplingParams, Sequence
+from .sampler import Sampler, TokenLogprobs
+from .selection import BLOCK, draw
 
 
 class Prefix:
@@ -64,9 +64,14 @@ def rejection_sample(draft: list[int], draft_probs: Tensor, target_probs: Tensor
     Returns:
         The accepted tokens and the drawn one: 1 to K + 1 tokens.
     """
-    # Hint: Where the draft model finds a token less likely than the target does, the token can always stay. Where it
-    # finds it more likely, it comes too often: how often may it stay?
-    raise NotImplementedError("Stage 4 · Task 4.10: rejection_sample, see IMPLEMENTATION_GUIDE.md#task-4-10")
+    *tests, last = uniforms
+    for index, (token, u) in enumerate(zip(draft, tests, strict=True)):
+        p, q = target_probs[index], draft_probs[index]
+        if u * float(q[token]) >= float(p[token]):
+            residual = (p - q).clamp_min_(0.0)
+            # where p and q differ by rounding alone nothing may be left, and either is right
+            return [*draft[:index], draw_one(residual if bool(residual.any()) else p, last)]
+    return [*draft, draw_one(target_probs[len(draft)], last)]
 
 
 def draw_one(weights: Tensor, u: float) -> int:
@@ -116,7 +121,8 @@ def verify(
 
 def _while_equal(draft: list[int], own: list[int]) -> list[int]:
     """The target's own tokens up to the first that is not the drafted one; that one included."""
-    raise NotImplementedError("Stage 4 · Task 4.10: _while_equal, see IMPLEMENTATION_GUIDE.md#task-4-10")
+    count = next((index for index, token in enumerate(draft) if own[index] != token), len(draft))
+    return own[: count + 1]
 
 
 def _until_stop(seq: Sequence, length: int, new: list[int]) -> list[int]:
