@@ -7,6 +7,7 @@ Source: Thompson's construction and the subset construction, as in Aho, Lam, Set
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -223,7 +224,7 @@ def _tidy(edges: list[list[tuple[CharSet, int]]], final: list[bool]) -> Automato
             for chars, target in edges[state]:
                 if target in useful:
                     by_target.setdefault(group[target], []).append(chars)
-            out = tuple(sorted((union(*sets), target) for target, sets in by_target.items()))
+            out = tuple(sorted((union(*sets) if len(sets) > 1 else sets[0], target) for target, sets in by_target.items()))
             merged[state] = out
             names.setdefault((group[state], out), len(names))
         fresh = {state: names[group[state], merged[state]] for state in useful}
@@ -265,17 +266,17 @@ def build(node: Regex) -> Automaton:
     return explore(nfa.closure([start], "begin"), step, lambda states: last in nfa.closure(states, "end"))
 
 
-def _split(moves: list[tuple[tuple[int, int], int]]) -> list[tuple[CharSet, frozenset[int]]]:
+def _split(moves: list[tuple[tuple[int, int], Any]]) -> list[tuple[CharSet, frozenset[Any]]]:
     """Moves that may overlap as sets that do not, each with all its targets."""
     cuts = sorted({low for (low, _), _ in moves} | {high + 1 for (_, high), _ in moves})
-    starts: dict[int, list[int]] = {}
-    ends: dict[int, list[int]] = {}
+    starts: dict[int, list[Any]] = {}
+    ends: dict[int, list[Any]] = {}
     for (low, high), target in moves:
         starts.setdefault(low, []).append(target)
         ends.setdefault(high + 1, []).append(target)
-    active: dict[int, int] = {}
-    found: dict[frozenset[int], list[tuple[int, int]]] = {}
-    for cut, following in zip(cuts, cuts[1:], strict=False):
+    active: dict[Any, int] = {}
+    found: dict[frozenset[Any], list[tuple[int, int]]] = {}
+    for cut, following in itertools.pairwise(cuts):
         for target in ends.get(cut, ()):
             active[target] -= 1
             if not active[target]:
@@ -316,10 +317,22 @@ def intersect(a: Automaton, b: Automaton) -> Automaton:
 
 def any_of(*automata: Automaton) -> Automaton:
     """The texts of at least one."""
-    found = build(either())
-    for one in automata:
-        found = complement(intersect(complement(found), complement(one)))
-    return found
+
+    def step(states: tuple[int | None, ...]) -> list[tuple[CharSet, tuple[int | None, ...]]]:
+        moves = [
+            (pair, (index, target))
+            for index, state in enumerate(states)
+            if state is not None
+            for chars, target in automata[index].edges[state]
+            for pair in chars
+        ]
+        found = [(chars, dict(targets)) for chars, targets in _split(moves)]
+        return [(chars, tuple(targets.get(index) for index in range(len(states)))) for chars, targets in found]
+
+    def final(states: tuple[int | None, ...]) -> bool:
+        return any(state is not None and automata[index].final[state] for index, state in enumerate(states))
+
+    return explore((0,) * len(automata), step, final)
 
 
 def explore(start: Any, step: Callable[[Any], list[tuple[CharSet, Any]]], final: Callable[[Any], bool]) -> Automaton:

@@ -1,8 +1,8 @@
 """Rules of a grammar in XGrammar's EBNF, and what JSON writes for the characters of a text.
 
 A character of a text is written as itself; or behind a backslash where JSON has a short form, and must have one for ``"`` and
-``\\``; or as ``\\uXXXX``, two of them beyond the first 65,536, if it is a control character or not ASCII. So each answer is JSON
-that any reader takes, and one character of the value counts as one however it is written.
+``\\``; or as ``\\uXXXX``, two of them beyond the first 65,536, if it is a control character or not ASCII. So each answer is
+JSON that any reader takes, and one character of the value counts as one however it is written.
 """
 
 from __future__ import annotations

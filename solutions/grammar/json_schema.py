@@ -7,7 +7,7 @@ What is promised, for every schema that is not refused:
   (title, default, what no draft knows) and formats that the standard does not name.
 
 Where the standard leaves a choice, answers have one form: ``", "`` and ``": "`` and no other white space; members in the order
-of the schema, then those without a name of their own; numbers as in `numbers`, characters as in `ebnf`, formats as in `formats`.
+of the schema, then those without a name of their own; numbers as in `numbers`, characters as in `ebnf`, formats as `formats`.
 An object whose schema names members, and does not say what others there may be, has no others. Items that must be unique come
 from a list of at most `MAX_UNIQUE` values in any order, from a longer one in its order.
 

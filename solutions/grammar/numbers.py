@@ -1,6 +1,6 @@
 """The JSON texts of numbers within bounds, as automata over their characters.
 
-Readers hold numbers with a fraction as 64-bit floats and integers exactly. So that every reader finds a bound kept, integers are
+Readers hold numbers with a fraction as 64-bit floats, integers exactly. So that every reader finds a bound kept, integers are
 compared with the bound's exact value, and a number with a fraction has at most 14 digits in front of the point and only so many
 behind it that none rounds to a bound that it must not reach. A power of ten (``1e5``) is written only where nothing is asked of
 the number. An integer has no point: ``1.0`` is not written for 1.

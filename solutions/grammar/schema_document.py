@@ -30,8 +30,8 @@ SEVERAL = {"allOf", "anyOf", "oneOf", "prefixItems"}
 NAMED = {"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"}
 COUNTS = {"maxContains", "maxItems", "maxLength", "maxProperties", "minContains", "minItems", "minLength", "minProperties"}
 NUMBERS = {"maximum", "minimum", "multipleOf"}
-OTHERS = {"$ref", "const", "dependencies", "dependentRequired", "enum", "exclusiveMaximum", "exclusiveMinimum", "format", "items",
-          "pattern", "required", "type", "uniqueItems"}  # fmt: skip
+OTHERS = {"$ref", "const", "dependencies", "dependentRequired", "enum", "exclusiveMaximum", "exclusiveMinimum", "format",
+          "items", "pattern", "required", "type", "uniqueItems"}  # fmt: skip
 REFUSED = {"$dynamicRef", "$recursiveRef", "disallow", "divisibleBy", "extends"}
 KEYWORDS = ONE | SEVERAL | NAMED | COUNTS | NUMBERS | OTHERS
 DATA = {"const", "default", "enum", "example", "examples"}

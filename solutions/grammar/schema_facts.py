@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Any
 
 from .automata import ALL, ANY_TEXT, Automaton, CharSet, any_of, build, complement, either, intersect, literal, one_of, repeat
@@ -100,10 +100,8 @@ def texts(branch: Branch, formats: bool = True) -> Texts:
     path = keyword = ""
     for name, text, holds, path in having(branch, "pattern", *(["format"] if formats else [])):
         keyword = name
-        if name == "pattern":
-            one = _named(name, path, search, text, not holds)
-        else:
-            one = _named(name, path, whole, FORMATS[text])
+        made = (search, text, not holds) if name == "pattern" else (whole, FORMATS[text])
+        one = _named(name, path, *made)
         one = one if holds else _named(name, path, complement, one)
         found = one if found is None else _named(name, path, intersect, found, one)
     barred = excluded(branch)
@@ -299,7 +297,9 @@ def _language_of(logic: Logic, branch: Branch) -> Automaton:
     if listed is not None:
         return build(either(*(literal(json.loads(text)) for text in listed)))
     one = texts(branch)
-    return one.language or intersect(build(repeat(one_of(one.chars), 0, None)), lengths(one.low, one.high and min(one.high, 256)))
+    return one.language or intersect(
+        build(repeat(one_of(one.chars), 0, None)), lengths(one.low, one.high and min(one.high, 256))
+    )
 
 
 def _with_some(logic: Logic, one: Members, demand: Demand) -> list[Members]:
@@ -325,11 +325,16 @@ def _with_some(logic: Logic, one: Members, demand: Demand) -> list[Members]:
 # ------------------------------------------------------------------------------------------------------- single values
 
 
+@lru_cache(256)
+def _same(listed: tuple[str, ...]) -> frozenset[Any]:
+    return frozenset(same(json.loads(text)) for text in listed)
+
+
 def _holds(logic: Logic, branch: Branch, value: Any) -> bool:
     """Whether a value meets all of a branch's demands."""
     kind = group_of(value)
     for _, listed, holds, *_ in having(branch, "values"):
-        if (same(value) in [same(json.loads(text)) for text in listed]) != holds:
+        if (same(value) in _same(listed)) != holds:
             return False
     if kind == "number":
         return _number_holds(branch, value)

@@ -1,8 +1,8 @@
 """What a JSON schema asks of values of one type, as a choice between lists of plain demands.
 
 A *claim* says that a schema holds, or that it does not; a *goal* is all that one value must meet, a set of claims. For one type
-of value a goal becomes its *branches*: each a list of *demands*, all of which hold, and one branch is enough. So `allOf`, `anyOf`,
-`oneOf`, `not`, `if` and references are gone, and what is inside the value (items, members) has goals of its own.
+of value a goal becomes its *branches*: each a list of *demands*, all of which hold, and one branch is enough. So `allOf`,
+`anyOf`, `oneOf`, `not`, `if` and references are gone, and what is inside the value (items, members) has goals of its own.
 
 A demand is a tuple: its name, then its arguments.
 
