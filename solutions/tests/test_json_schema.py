@@ -159,5 +159,5 @@ def test_cost_is_bounded_and_not_length() -> None:
     assert to_grammar(json.dumps(long))
     with pytest.raises(ValueError, match="steps"):
         to_grammar(
-            json.dumps({"allOf": [{"anyOf": [{"minimum": i}, {"minLength": i}, {"multipleOf": i}]} for i in range(1, 12)]})
+            json.dumps({"allOf": [{"anyOf": [{"minimum": i}, {"maximum": 99 + i}, {"multipleOf": i}]} for i in range(1, 12)]})
         )
