@@ -27,8 +27,8 @@ MAX_LOGPROBS = 20
 
 
 STRUCTURES = ("json", "json_object", "regex", "choice", "grammar")
-MAX_DEFINITION = 16_384
-"""Characters that describe a form: compiling a schema takes time that grows with the cube of its depth, 4 s at this length."""
+MAX_DEFINITION = {"json": 4 << 20, "choice": 1 << 20, "regex": 16_384, "grammar": 1 << 17}
+"""Characters that may describe a form. What bounds a schema is its cost, see `json_schema`; this only bounds reading it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,9 @@ class StructuredOutput:
             raise ValueError(f"structured_output must be one of {', '.join(STRUCTURES)}; got {self.kind!r}")
         if not isinstance(self.definition, str) or (not self.definition and self.kind != "json_object"):
             raise ValueError(f"structured_output: a {self.kind} must be a text that is not empty")
-        if len(self.definition) > MAX_DEFINITION:
-            size = f"{len(self.definition)} characters, and at most {MAX_DEFINITION} may be"
+        most = MAX_DEFINITION.get(self.kind, 1 << 14)
+        if len(self.definition) > most:
+            size = f"{len(self.definition)} characters, and at most {most} may be"
             raise ValueError(f"structured_output: the {self.kind} has {size}")
 
 

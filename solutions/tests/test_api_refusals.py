@@ -124,6 +124,30 @@ def test_a_bad_completion_request_is_refused_by_name(client: openai.OpenAI, fiel
     assert_serves(client)
 
 
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        (
+            {"properties": {"a": {"items": {}, "uniqueItems": True}}},
+            'the keyword "uniqueItems" at $.properties.a is not supported',
+        ),
+        ({"items": {"pattern": "(?<=a)b"}}, 'the keyword "pattern" at $.items is not supported: lookahead and lookbehind'),
+        ({"required": True}, 'the keyword "required" at $ must be a list of strings'),
+    ],
+)
+def test_a_schema_that_cannot_be_honoured_is_refused_with_keyword_and_path(
+    client: openai.OpenAI, schema: dict[str, Any], words: str
+) -> None:
+    asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    for fields in ({"guided_json": schema}, {"response_format": asked}):
+        (param,) = fields
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model=MODEL, messages=HI, extra_body=fields)
+        assert_refused(caught.value, 400, param)
+        assert caught.value.body["message"].startswith(f"{param}: {words}")
+    assert_serves(client)
+
+
 @pytest.mark.parametrize(("fields", "param"), BAD_CHATS)
 def test_a_bad_chat_request_is_refused_by_name(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:
     body = {"model": MODEL, "messages": HI, **fields}

@@ -177,7 +177,7 @@ def test_drafts_on_trial_are_forgotten(compiler: GrammarCompiler) -> None:
     ("form", "message"),
     [
         (StructuredOutput("json", "{"), "the json is not valid"),
-        (StructuredOutput("json", '{"type": 5}'), "the json is not valid: Type should be a string"),
+        (StructuredOutput("json", '{"type": 5}'), r'the keyword "type" at \$ must be one of null, boolean'),
         (StructuredOutput("regex", "(("), "the regex is not valid: Regex parsing error at position 3"),
         (StructuredOutput("grammar", "root ::= nope"), 'the grammar is not valid: .*Rule "nope" is not defined'),
         (StructuredOutput("choice", "[]"), "the choice is not valid"),
@@ -200,6 +200,7 @@ def test_what_cannot_be_combined_is_named(fields: dict[str, Any]) -> None:
 
 def test_wrong_kinds_are_named() -> None:
     StructuredOutput("regex", "x" * 16_384)
+    StructuredOutput("json", json.dumps({"description": "x" * 100_000}))  # what bounds a schema is its cost
     with pytest.raises(ValueError, match="the regex has 16385 characters, and at most 16384 may be"):
         StructuredOutput("regex", "x" * 16_385)
     with pytest.raises(ValueError, match="must be one of json, json_object, regex, choice, grammar"):

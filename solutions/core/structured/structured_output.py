@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...batching.sequence import StructuredOutput
+from ..grammar.json_schema import to_grammar
 
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar, TokenizerInfo
@@ -71,7 +72,7 @@ class GrammarCompiler:
         return self._info.serialize_json()
 
     def compile(self, wanted: StructuredOutput) -> CompiledGrammar:
-        """The automaton of a form.
+        """The automaton of a form. What answers to a JSON schema look like, and which schemas there are, `to_grammar` says.
 
         Raises:
             ValueError: it is not well-formed, and the message says where; or no text has this form.
@@ -79,8 +80,7 @@ class GrammarCompiler:
         kind, text = wanted.kind, wanted.definition
         try:
             if kind in ("json", "json_object"):
-                # white space is fixed: a small model that may write any number of line breaks does
-                grammar = self._compiler.compile_json_schema(OBJECT if kind == "json_object" else text, any_whitespace=False)
+                grammar = self._compiler.compile_grammar(_json_grammar(OBJECT if kind == "json_object" else text))
             elif kind == "regex":
                 grammar = self._compiler.compile_regex(text)
             elif kind == "choice":
@@ -98,6 +98,14 @@ class GrammarCompiler:
         if not bool(first.any()):
             raise ValueError(f"structured_output: the {kind} is not valid: there is no text of this form")
         return grammar
+
+
+def _json_grammar(schema: str) -> str:
+    try:
+        return to_grammar(schema)
+    except ValueError as error:
+        place = "" if str(error).startswith("the keyword") else "the json is not valid: "
+        raise ValueError(f"structured_output: {place}{error}") from None
 
 
 class Guide:

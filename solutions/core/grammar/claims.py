@@ -1,0 +1,58 @@
+"""Claims that a schema holds of a value, goals made of them, and when two values of JSON are the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .schema_document import Schema
+
+GROUPS = ("null", "boolean", "number", "string", "array", "object")
+"""Types of values, where an integer is a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """That a schema holds of a value, or that it does not."""
+
+    schema: Schema
+    holds: bool = True
+
+    @property
+    def against(self) -> Claim:
+        return Claim(self.schema, not self.holds)
+
+    @property
+    def never(self) -> bool:
+        """Whether no value meets it."""
+        return self.schema.value is (not self.holds)
+
+
+NEVER = Claim(Schema(-1, False, ""))
+Demand = tuple[Any, ...]
+Branch = tuple[Demand, ...]
+Goal = tuple[Claim, ...]
+
+
+def group_of(value: Any) -> str:
+    """The type of a value, one of `GROUPS`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "boolean"
+    names = ((int | float, "number"), (str, "string"), (list, "array"), (dict, "object"))
+    return next(name for kind, name in names if isinstance(value, kind))
+
+
+def same(value: Any) -> Any:
+    """A form of a value that is equal, and can be hashed, where JSON holds two values to be equal."""
+    if isinstance(value, dict):
+        return "object", frozenset((name, same(one)) for name, one in value.items())
+    if isinstance(value, list):
+        return "array", tuple(map(same, value))
+    return group_of(value), value
+
+
+def goal(*claims: Claim) -> Goal:
+    """All these claims, each once, without those that say nothing."""
+    return tuple(dict.fromkeys(claim for claim in claims if claim.schema.value is not claim.holds))

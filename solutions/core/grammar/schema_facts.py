@@ -1,0 +1,433 @@
+"""A branch's demands put together: one range, one automaton, one goal for each member; see `schema_logic`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import lru_cache, reduce
+from typing import TYPE_CHECKING, Any
+
+from .automata import ALL, ANY_TEXT, Automaton, CharSet, any_of, build, complement, either, intersect, literal, one_of, repeat
+from .claims import GROUPS, Branch, Claim, Demand, Goal, goal, group_of, same
+from .ecma_regex import lengths, search, whole
+from .formats import FORMATS
+from .numbers import Bounds, numbers
+from .schema_document import refuse
+
+if TYPE_CHECKING:
+    from .schema_logic import Logic
+
+MAX_COUNTED = 3_000
+"""States of an automaton that counts characters besides; a longest length that needs more is taken to be less."""
+
+
+def having(branch: Branch, *names: str) -> list[Demand]:
+    """A branch's demands of some names."""
+    return [demand for demand in branch if demand[0] in names]
+
+
+def extent(branch: Branch, name: str) -> tuple[int, int | None]:
+    """The least and the most of what a name counts."""
+    found = having(branch, name)
+    highest = [demand[2] for demand in found if demand[2] is not None]
+    return max((demand[1] for demand in found), default=0), min(highest, default=None)
+
+
+def _named(keyword: str, path: str, make: Callable[..., Automaton], *args: Any) -> Automaton:
+    """What `make` makes; its complaint names the keyword."""
+    try:
+        return make(*args)
+    except ValueError as error:
+        raise refuse(keyword, path, f"is not supported: {error}") from None
+
+
+def excluded(branch: Branch) -> list[str]:
+    """The values, as JSON texts, that a branch forbids."""
+    return [text for demand in having(branch, "values") if not demand[2] for text in demand[1]]
+
+
+# ------------------------------------------------------------------------------------------------------------ numbers
+
+
+def number_language(branch: Branch) -> Automaton:
+    """The texts of the numbers of a branch."""
+    ends: dict[str, tuple[int | float, bool] | None] = {"low": None, "high": None}
+    for name, bound, strict in having(branch, "low", "high"):
+        old = ends[name]
+        tighter = old is None or (bound > old[0] if name == "low" else bound < old[0]) or (bound == old[0] and strict)
+        ends[name] = (bound, strict) if tighter else old
+    multiples = having(branch, "multiple")
+    whole_numbers = [demand[1] for demand in having(branch, "whole")]
+    bounds = Bounds(
+        ends["low"], ends["high"], True in whole_numbers, False in whole_numbers,
+        tuple(demand[1] for demand in multiples if demand[2]), tuple(demand[1] for demand in multiples if not demand[2]),
+    )  # fmt: skip
+    barred = tuple(json.loads(text) for text in excluded(branch))
+    bounds = replace(bounds, barred=barred)
+    return _named("multipleOf", multiples[0][3], numbers, bounds) if multiples else numbers(bounds)
+
+
+# -------------------------------------------------------------------------------------------------------------- texts
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts of `low` to `high` of some characters; or, if there is one, those of an automaton."""
+
+    low: int = 0
+    high: int | None = None
+    chars: CharSet = ALL
+    language: Automaton | None = None
+
+    @property
+    def empty(self) -> bool:
+        if self.language is not None:
+            return self.language.empty
+        return self.high is not None and self.low > self.high
+
+    def accepts(self, text: str) -> bool:
+        if self.language is not None:
+            return self.language.accepts(text)
+        return self.low <= len(text) and (self.high is None or len(text) <= self.high)
+
+
+def texts(branch: Branch, formats: bool = True) -> Texts:
+    """The texts, as values, of a branch. A format that no text has beside the rest is left to be an annotation."""
+    low, high = extent(branch, "length")
+    found: Automaton | None = None
+    path = keyword = ""
+    for name, text, holds, path in having(branch, "pattern", *(["format"] if formats else [])):
+        keyword = name
+        made = (search, text, not holds) if name == "pattern" else (whole, FORMATS[text])
+        one = _named(name, path, *made)
+        one = one if holds else _named(name, path, complement, one)
+        found = one if found is None else _named(name, path, intersect, found, one)
+    barred = excluded(branch)
+    if found is None and not barred:
+        return Texts(low, high)
+    if barred:
+        keyword, path = having(branch, "values")[0][3:]
+        found = _outside(build(ANY_TEXT) if found is None else found, [json.loads(text) for text in barred], path)
+    if not found.empty:
+        found = _named(keyword, path, _cut, found, low, high)
+    if isinstance(found, Texts):
+        return found
+    if found.empty and formats and having(branch, "format"):
+        return texts(branch, False)
+    return Texts(language=found)
+
+
+def _cut(found: Automaton, low: int, high: int | None) -> Automaton | Texts:
+    """An automaton's texts of at least and at most so many characters."""
+    shortest, longest = found.lengths()
+    low = low if low > shortest else 0
+    high = None if high is None or (longest is not None and longest <= high) else high
+    if (low, high) == (0, None):
+        return found
+    if (chars := _one_class(found)) is not None:
+        return Texts(max(low, len(found.edges) - 1), high, chars)
+    most = max(MAX_COUNTED // len(found.edges), 16)
+    if max(low, shortest) > most:
+        raise ValueError("a length as large beside it needs too large an automaton")
+    return intersect(found, lengths(low, None if high is None else min(high, most)))
+
+
+def _one_class(found: Automaton) -> CharSet | None:
+    """The characters of an automaton for nothing but: so many of these, or more."""
+    last = len(found.edges) - 1
+    chars = found.edges[last][0][0] if found.edges[last] else None
+    plain = all(out == ((chars, min(i + 1, last)),) for i, out in enumerate(found.edges))
+    return chars if plain and found.final == (False,) * last + (True,) else None
+
+
+# ------------------------------------------------------------------------------------------------------------- arrays
+
+
+@dataclass(frozen=True)
+class Items:
+    """An array: goals of the first items, of all others, how many there may be, and of what kinds so many.
+
+    Attributes:
+        contains: (claim, least, most or None). unique: the path of the schema that asks for it.
+    """
+
+    heads: tuple[Goal, ...]
+    rest: Goal
+    low: int
+    high: int | None
+    contains: tuple[tuple[Claim, int, int | None], ...]
+    unique: str | None
+
+
+def items(branch: Branch) -> Items:
+    """The array of a branch."""
+    single, following = having(branch, "item"), having(branch, "items")
+    count = max((*(demand[1] + 1 for demand in single), *(demand[1] for demand in following)), default=0)
+
+    def at(index: int) -> Goal:
+        claims = [demand[2] for demand in single if demand[1] == index]
+        return goal(*claims, *(demand[2] for demand in following if demand[1] <= index))
+
+    low, high = extent(branch, "size")
+    for _, start, claim in following:
+        if claim.never:
+            high = start if high is None else min(high, start)
+    contains = tuple(dict.fromkeys(demand[1:] for demand in having(branch, "contains")))
+    unique = having(branch, "unique")
+    return Items(tuple(map(at, range(count))), at(count), low, high, contains, unique[0][1] if unique else None)
+
+
+# ------------------------------------------------------------------------------------------------------------ objects
+
+
+@dataclass(frozen=True)
+class Members:
+    """An object.
+
+    Attributes:
+        named: goals of the members with a name of their own, in the order of the schema. needed: those that must be there.
+        others: names of other members, each set with the goal of such a member; no name is in two. last: (names, goal): so is
+            the last of the others. low, high: how many members there may be. path: where the schema is.
+    """
+
+    named: dict[str, Goal]
+    needed: frozenset[str]
+    others: tuple[tuple[Automaton, Goal], ...]
+    low: int
+    high: int | None
+    last: tuple[Automaton, Goal] | None = None
+    path: str = "$"
+
+
+def _names_of(logic: Logic, demand: Demand) -> Callable[[str], bool]:
+    """Whether a "rest" or "some" demand is about a name."""
+    names, patterns, only = (*demand[1:3], None) if demand[0] == "rest" else demand[1:4]
+    path = demand[-1]
+
+    def about(name: str) -> bool:
+        if only is not None and not _named("patternProperties", path, search, only).accepts(name):
+            return False
+        return name not in names and not any(_named("patternProperties", path, search, one).accepts(name) for one in patterns)
+
+    return about
+
+
+def _language(names: Any, patterns: Any, only: str | None, path: str) -> Automaton:
+    """The names that are none of these, match none of these patterns, and do match another."""
+    found = build(ANY_TEXT) if only is None else _named("patternProperties", path, search, only)
+    for pattern in patterns:
+        found = _named("patternProperties", path, intersect, found, complement(search(pattern, True)))
+    return _outside(found, names, path)
+
+
+def _outside(found: Automaton, names: Any, path: str) -> Automaton:
+    if not names:
+        return found
+    return _named("properties", path, intersect, found, complement(build(either(*map(literal, names)))))
+
+
+def members(logic: Logic, branch: Branch) -> list[Members]:
+    """The objects of a branch: one choice or several."""
+    single, like, rest = having(branch, "member"), having(branch, "like"), having(branch, "rest")
+    needed = [demand[1] for demand in having(branch, "need")]
+    order = list(dict.fromkeys([*(demand[1] for demand in single), *needed]))
+    low, high = extent(branch, "count")
+    paths = [demand[-1] for demand in branch if demand[0] in ("like", "rest", "names", "some", "count")]
+    path = paths[0] if paths else "$"
+    name_goal = goal(*(demand[1] for demand in having(branch, "names")))
+
+    def at(name: str) -> Goal:
+        claims = [demand[2] for demand in single if demand[1] == name]
+        claims += [
+            claim for _, pattern, claim, where in like if _named("patternProperties", where, search, pattern).accepts(name)
+        ]
+        claims += [demand[3] for demand in rest if _names_of(logic, demand)(name)]
+        return goal(*claims, *(() if meets(logic, name_goal, name) else (logic.never,)))
+
+    named = {name: at(name) for name in order}
+    closed = any(not demand[2].never for demand in single) and not rest
+    others: list[tuple[Automaton, Goal]] = []
+    some = having(branch, "some")
+    if not closed or like or some or low > len(named):
+        others = _others(logic, branch, list(named), name_goal, path)
+        if closed and not some and low <= len(named):
+            others = [(names, wanted) for names, wanted in others if wanted]
+    found = [Members(named, frozenset(needed), tuple(others), low, high, path=path)]
+    for demand in some:
+        found = [choice for one in found for choice in _with_some(logic, one, demand)]
+    return found
+
+
+def _others(logic: Logic, branch: Branch, taken: list[str], name_goal: Goal, path: str) -> list[tuple[Automaton, Goal]]:
+    """The names that have no goal of their own, parted by what their members must meet."""
+    start = build(ANY_TEXT)
+    if name_goal:
+        start = any_of(*(_language_of(logic, one) for one in logic.branches(name_goal, "string")))
+    parted = [(_outside(start, taken, path), goal())]
+    for _, pattern, claim, where in having(branch, "like"):
+        inner, outer = (_named("patternProperties", where, search, pattern, wide) for wide in (False, True))
+        parted = [
+            (names, wanted)
+            for old, wanted_before in parted
+            for names, wanted in (
+                (_named("patternProperties", where, intersect, old, inner), goal(*wanted_before, claim)),
+                (_named("patternProperties", where, intersect, old, complement(outer)), wanted_before),
+            )
+            if not names.empty
+        ]
+    for demand in having(branch, "rest"):
+        inner = _language(demand[1], demand[2], None, demand[-1])
+        parted = [
+            (both, wanted)
+            for old, before in parted
+            for both, wanted in (
+                (intersect(old, inner), goal(*before, demand[3])),
+                (intersect(old, complement(inner)), before),
+            )
+            if not both.empty
+        ]
+    return [(names, wanted) for names, wanted in parted if not any(claim.never for claim in wanted)]
+
+
+def _language_of(logic: Logic, branch: Branch) -> Automaton:
+    """The texts of a branch as an automaton."""
+    listed = values(logic, branch)
+    if listed is not None:
+        return build(either(*(literal(json.loads(text)) for text in listed)))
+    one = texts(branch)
+    return one.language or intersect(
+        build(repeat(one_of(one.chars), 0, None)), lengths(one.low, one.high and min(one.high, 256))
+    )
+
+
+def _with_some(logic: Logic, one: Members, demand: Demand) -> list[Members]:
+    """The choices of an object of which some member outside certain names must meet a claim."""
+    _, names, patterns, only, claim, path = demand
+    about = _names_of(logic, demand)
+    found = []
+    for name, wanted in one.named.items():
+        if about(name):
+            fresh = {**one.named, name: goal(*wanted, claim)}
+            found.append(replace(one, named=fresh, needed=one.needed | {name}))
+    language = _language(names, patterns, only, path)
+    for other, wanted in one.others:
+        if not (both := intersect(other, language)).empty:
+            if one.last is not None:
+                raise refuse(
+                    "not", path, "is not supported where several members that have no name in the schema must be there"
+                )
+            found.append(replace(one, last=(both, goal(*wanted, claim))))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- single values
+
+
+@lru_cache(256)
+def _same(listed: tuple[str, ...]) -> frozenset[Any]:
+    return frozenset(same(json.loads(text)) for text in listed)
+
+
+def _holds(logic: Logic, branch: Branch, value: Any) -> bool:
+    """Whether a value meets all of a branch's demands."""
+    kind = group_of(value)
+    for _, listed, holds, *_ in having(branch, "values"):
+        if (same(value) in _same(listed)) != holds:
+            return False
+    if kind == "number":
+        return _number_holds(branch, value)
+    if kind == "string":
+        return texts(branch, False).accepts(value)
+    if kind == "array":
+        return _items_hold(logic, items(branch), value)
+    return kind != "object" or _members_hold(logic, branch, value)
+
+
+def _number_holds(branch: Branch, value: int | float) -> bool:
+    for name, bound, strict in having(branch, "low", "high"):
+        if not (value > bound if name == "low" else value < bound) and (strict or value != bound):
+            return False
+    if any((value == int(value)) != holds for _, holds in having(branch, "whole")):
+        return False
+    return all(
+        ((Fraction(value) / Fraction(step)).denominator == 1) == holds for _, step, holds, _ in having(branch, "multiple")
+    )
+
+
+def _items_hold(logic: Logic, wanted: Items, value: list[Any]) -> bool:
+    if not wanted.low <= len(value) or (wanted.high is not None and len(value) > wanted.high):
+        return False
+    if wanted.unique and len({same(one) for one in value}) < len(value):
+        return False
+    goals = [*wanted.heads, *[wanted.rest] * len(value)]
+    if not all(meets(logic, one, item) for one, item in zip(goals, value, strict=False)):
+        return False
+    for claim, low, high in wanted.contains:
+        count = sum(meets(logic, (claim,), item) for item in value)
+        if count < low or (high is not None and count > high):
+            return False
+    return True
+
+
+def _members_hold(logic: Logic, branch: Branch, value: dict[str, Any]) -> bool:
+    low, high = extent(branch, "count")
+    if len(value) < low or (high is not None and len(value) > high):
+        return False
+    if any(demand[1] not in value for demand in having(branch, "need")):
+        return False
+    for name, one in value.items():
+        claims = [demand[2] for demand in having(branch, "member") if demand[1] == name]
+        claims += [demand[2] for demand in having(branch, "like") if search(demand[1]).accepts(name)]
+        claims += [demand[3] for demand in having(branch, "rest") if _names_of(logic, demand)(name)]
+        if not meets(logic, goal(*claims), one) or not all(meets(logic, (d[1],), name) for d in having(branch, "names")):
+            return False
+    some = having(branch, "some")
+    return all(any(_names_of(logic, d)(name) and meets(logic, (d[4],), one) for name, one in value.items()) for d in some)
+
+
+def meets(logic: Logic, wanted: Goal, value: Any) -> bool:
+    """Whether a value meets a goal; a format is an annotation here, for the value is the schema's own."""
+    logic.spend(1)
+    return any(_holds(logic, branch, value) for branch in logic.branches(wanted, group_of(value)))
+
+
+def values(logic: Logic, branch: Branch) -> list[str] | None:
+    """The values, as JSON texts in the schema's order, of a branch that lists them; None: it does not."""
+    lists = [demand[1] for demand in having(branch, "values") if demand[2]]
+    if not lists:
+        return None
+    return [text for text in dict.fromkeys(lists[0]) if _holds(logic, branch, json.loads(text))]
+
+
+def impossible(logic: Logic, branch: Branch, group: str, depth: int) -> bool:
+    """Whether plainly no value meets a branch; it may be so though it is not plain."""
+    listed = values(logic, branch)
+    if listed is not None:
+        return not listed
+    if group == "number":
+        return number_language(branch).empty
+    if group == "string":
+        return texts(branch, False).empty if not having(branch, "format") else _formats_apart(branch)
+    if group == "array":
+        wanted = items(branch)
+        if wanted.high is not None and wanted.low > wanted.high:
+            return True
+        return depth > 0 and any(_nothing(logic, one, depth - 1) for one in wanted.heads[: wanted.low])
+    if group == "object":
+        return depth > 0 and all(
+            any(_nothing(logic, one.named[name], depth - 1) for name in one.needed) for one in members(logic, branch)
+        )
+    return False
+
+
+def _formats_apart(branch: Branch) -> bool:
+    languages = [
+        whole(FORMATS[text]) if holds else complement(whole(FORMATS[text])) for _, text, holds, _ in having(branch, "format")
+    ]
+    return reduce(intersect, languages).empty or texts(branch, False).empty
+
+
+def _nothing(logic: Logic, wanted: Goal, depth: int) -> bool:
+    return all(impossible(logic, branch, group, depth) for group in GROUPS for branch in logic.branches(wanted, group))

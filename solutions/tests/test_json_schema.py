@@ -1,0 +1,163 @@
+"""Grammars of JSON schemas: random answers are valid by the jsonschema library, and what it holds to be valid is accepted."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+from jsonschema.validators import validator_for
+
+from solutions.core.grammar.json_schema import to_grammar
+
+xgrammar = pytest.importorskip("xgrammar", reason="XGrammar is not installed, so there are no answers of a given form")
+END = 256
+KIND = {"type": "object", "properties": {"kind": {"const": "a"}, "n": {"type": "integer"}}, "required": ["kind"]}
+TREE = {
+    "$defs": {"t": {"type": "object", "properties": {"v": {"type": "integer"}, "l": {"$ref": "#/$defs/t"}}, "required": ["v"]}}
+}
+STRINGS = {
+    p: {"type": "string", "pattern": p}
+    for p in ('^say "[a-z]{2}"$', r"^C:\\[a-z]{3}$", "b", "^[^a]+$", r"^\S\d.$", "^(?=.*1)[a1]+$")
+}
+CASES: list[tuple[Any, list[Any], list[Any]]] = [
+    # schema, valid, not valid
+    ({"type": "object", "required": ["a"]}, [{"a": 1}, {"a": None}], [{}]),
+    ({"type": "array", "minItems": 2}, [[1, "x"], [[], {}]], [[], [1]]),
+    ({"type": "string", "minLength": 2, "maxLength": 3}, ["a\n", "\t\"\\", "é😀", "abc"], ["", "a", "abcd"]),
+    ({"type": "string", "maxLength": 100}, ["", "x" * 100, "\x01" * 40], ["x" * 101]),
+    ({"type": "string", "minLength": 70}, ["x" * 70, "é" * 200], ["x" * 69]),
+    (STRINGS['^say "[a-z]{2}"$'], ['say "ab"'], ['say "ab', "say ab"]),
+    (STRINGS[r"^C:\\[a-z]{3}$"], ["C:\\abc"], ["C:\nabc", "C:abc"]),
+    (STRINGS["b"], ["abc", "b\n"], ["", "ac"]),
+    (STRINGS["^[^a]+$"], ["\n\"", "é\\"], ["", "a"]),
+    (STRINGS[r"^\S\d.$"], ['"1\t', "x2é"], [" 12", "x1"]),
+    (STRINGS["^(?=.*1)[a1]+$"], ["a1", "11"], ["aa", "b1"]),
+    ({"type": "string", "pattern": "^a", "not": {"pattern": "z$"}, "maxLength": 4}, ["abc", "aza"], ["az", "abcde", "b"]),
+    ({"type": "integer", "minimum": 3, "exclusiveMaximum": 120, "multipleOf": 7}, [7, 119], [0, 126, 8]),
+    ({"type": "number", "exclusiveMinimum": 0, "maximum": 1.5}, [1.5, 0.25, 1], [0, -1, 1.51]),
+    ({"type": "number", "not": {"type": "integer"}}, [0.5, -3.25], [1, 0]),
+    ({"allOf": [{"type": "object", "properties": {"a": {"type": "integer"}}},
+       {"required": ["a"], "properties": {"a": {"minimum": 5}}}]},
+     [{"a": 5}], [{"a": 4}, {}]),
+    ({"properties": {"a": {"anyOf": [{"type": "string"}, {"type": "null"}], "enum": ["x", 1, None]}}, "type": "object",
+      "required": ["a"]}, [{"a": "x"}, {"a": None}], [{"a": 1}]),
+    ({"oneOf": [KIND, {**KIND, "properties": {"kind": {"const": "b"}}}]}, [{"kind": "a", "n": 1}, {"kind": "b"}],
+       [{"kind": "c"}]),
+    ({"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+      "oneOf": [{"required": ["a"]}, {"required": ["b"]}]}, [{"a": 1}, {"b": 2}], [{}, {"a": 1, "b": 2}]),
+    ({"oneOf": [{"type": "integer", "minimum": 5}, {"type": "integer", "maximum": 9}]}, [4, 10], [5, 9]),
+    ({"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"type": "null"}}, "required": ["a"],
+      "if": {"properties": {"a": {"const": True}}}, "then": {"required": ["b"]}, "else": {"not": {"required": ["b"]}}},
+     [{"a": True, "b": None}, {"a": False}], [{"a": True}, {"a": False, "b": None}]),
+    ({"type": "object", "properties": {"a": {"const": 1}, "b": {"const": 2}}, "dependentRequired": {"a": ["b"]}},
+     [{}, {"b": 2}, {"a": 1, "b": 2}], [{"a": 1}]),
+    ({"type": "array", "items": {"enum": ["x", "y", "z"]}, "uniqueItems": True, "minItems": 2},
+     [["x", "y"], ["z", "x", "y"]], [["x", "x"], ["x"]]),
+    ({"type": "array", "items": {"type": "integer"}, "contains": {"const": 3}, "maxItems": 3}, [[3], [1, 3, 2]], [[], [1, 2]]),
+    ({"type": "array", "prefixItems": [{"type": "string"}], "items": False, "minItems": 1}, [["a"]], [[], ["a", 1]]),
+    ({"type": "object", "properties": {"a": True}, "patternProperties": {"^x": {"type": "integer"}},
+       "additionalProperties": False},
+     [{"x1": 1}, {"a": [], "x": 2}], [{"x1": "s"}, {"b": 1}]),
+    ({"type": "object", "properties": {"ab": {"type": "integer"}}, "additionalProperties": {"type": "string"}},
+     [{"ab": 1, "a": "s"}, {"abc": "s"}], [{"ab": "s"}, {"b": 1}]),
+    ({"type": "object", "propertyNames": {"pattern": "^[a-z]{1,3}$"}, "minProperties": 1, "maxProperties": 2},
+     [{"abc": 1}], [{}, {"abcd": 1}, {"a": 1, "b": 2, "c": 3}]),
+    ({**TREE, "$ref": "#/$defs/t", "required": ["l"]}, [{"v": 1, "l": {"v": 2}}], [{"v": 1}, {"v": 1, "l": {}}]),
+    ({"not": {"type": ["string", "object", "array"]}}, [1, None, True, 2.5], ["a", {}, []]),
+    ({"const": {"b": [1, {"é": None}]}}, [{"b": [1, {"é": None}]}], [{}]),
+    ({"type": "string", "format": "date"}, ["2024-02-29"], []),
+]  # fmt: skip
+REFUSED = [
+    (
+        {"properties": {"a": {"type": "array", "items": {"type": "string"}, "uniqueItems": True}}},
+        '"uniqueItems" at $.properties.a ',
+    ),
+    ({"items": {"pattern": r"\bx"}}, '"pattern" at $.items is not supported: a word boundary'),
+    ({"anyOf": [{"$ref": "https://example.com/x"}]}, '"$ref" at $.anyOf[0] refers to'),
+    ({"properties": {"a": {"unevaluatedProperties": False, "allOf": [{}]}}}, '"unevaluatedProperties" at $.properties.a'),
+    ({"properties": {"a b": {"min_length": 1}}}, '"min_length" at $.properties["a b"] is none; "minLength" is'),
+    ({"multipleOf": 0.01}, '"multipleOf" at $ is not supported: 0.01'),
+    ({"required": True}, '"required" at $ must be a list of strings'),
+    ({"type": 5}, '"type" at $ must be one of null'),
+    ({"$ref": "#"}, '"$ref" at $ leads back to itself'),
+    ({"type": "string", "enum": [1]}, "there is no value of this form"),
+    (["x"], "$ must be a schema"),
+]
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Any:
+    tokens = [chr(i) if i < 128 else f"<0x{i:02X}>" for i in range(256)] + ["</s>"]
+    info = xgrammar.TokenizerInfo(tokens, vocab_type=xgrammar.VocabType.BYTE_FALLBACK, vocab_size=257, stop_token_ids=[END])
+    return xgrammar.GrammarCompiler(info, max_threads=1)
+
+
+def following(matcher: Any) -> list[int]:
+    """The bytes that may come next, or `END`."""
+    mask = xgrammar.allocate_token_bitmask(1, 257)
+    matcher.fill_next_token_bitmask(mask)
+    return [token for token in range(257) if mask[0, token // 32].item() >> token % 32 & 1]
+
+
+def accepts(grammar: Any, value: Any) -> bool:
+    matcher = xgrammar.GrammarMatcher(grammar)
+    return matcher.accept_string(json.dumps(value, ensure_ascii=False)) and END in following(matcher)
+
+
+def walk(grammar: Any, rng: random.Random) -> str | None:
+    """A random answer; None: it became too long."""
+    matcher, answer = xgrammar.GrammarMatcher(grammar), bytearray()
+    while len(answer) < 600:
+        tokens = following(matcher)
+        assert tokens, bytes(answer)
+        if END in tokens and (len(tokens) == 1 or len(answer) > 40 or rng.random() < 0.3):
+            return answer.decode()
+        tokens = [token for token in tokens if token != END]
+        liked = [token for token in tokens if token in (b'"]}:,b1' if len(answer) > 40 else b'abc1"')]
+        token = rng.choice(liked if liked and (len(answer) > 40 or rng.random() < 0.5) else tokens)
+        assert matcher.accept_token(token)
+        answer.append(token)
+    return None
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=[json.dumps(case[0])[:60] for case in CASES])
+def test_answers_are_valid_and_valid_values_are_answers(compiler: Any, case: int) -> None:
+    schema, valid, invalid = CASES[case]
+    validator = validator_for(schema, default=Draft202012Validator)(schema)
+    grammar = compiler.compile_grammar(to_grammar(json.dumps(schema)))
+    for value in valid:
+        assert validator.is_valid(value), "the test is wrong"
+        assert accepts(grammar, value), value
+    for value in invalid:
+        assert not validator.is_valid(value), "the test is wrong"
+        assert not accepts(grammar, value), value
+    finished = [text for seed in range(12) if (text := walk(grammar, random.Random(seed))) is not None]
+    for text in finished:
+        assert validator.is_valid(json.loads(text)), text
+    assert finished
+
+
+@pytest.mark.parametrize(("schema", "message"), REFUSED, ids=[message[:40] for _, message in REFUSED])
+def test_what_cannot_be_honoured_is_refused_with_keyword_and_path(schema: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        to_grammar(json.dumps(schema))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", '{"minimum": 1e400}', '{"minimum": NaN}', r'{"const": "\ud800"}', "[" * 5000])
+def test_what_is_no_json_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"not JSON|too large|surrogate|nested|must be a schema"):
+        to_grammar(text)
+
+
+def test_cost_is_bounded_and_not_length() -> None:
+    long = {"type": "object", "properties": {f"p{i}": {"type": "string", "description": "x" * 300} for i in range(300)}}
+    assert len(json.dumps(long)) > 100_000
+    assert to_grammar(json.dumps(long))
+    with pytest.raises(ValueError, match="steps"):
+        to_grammar(
+            json.dumps({"allOf": [{"anyOf": [{"minimum": i}, {"maximum": 99 + i}, {"multipleOf": i}]} for i in range(1, 12)]})
+        )
