@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,12 +16,15 @@ from torch import nn
 
 from ..parallelism.tensor_parallel import SINGLE, TensorParallel
 from ..quantization.checkpoint import METHODS, CheckpointError, QuantizedFormat, Unpacker
+from .entries import Entries, ModelError, read_json
 from .gpt import GPT2LMHeadModel
 from .layers import Attention, CausalLM, Linear, WeightLayer
 from .llama import LlamaForCausalLM
 from .mistral import MistralForCausalLM
-from .model_config import ALIASES, Alias, ModelConfig, ModelError
+from .model_config import ALIASES, Alias, ModelConfig
 from .progress import LateBar
+from .tokenizer_files import TOKENIZER_FILES, has_own_code, read_tokenizer
+from .weight_files import WeightFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -38,7 +40,6 @@ WAYS_OUT = (
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt"]
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(slots=True, frozen=True)
@@ -117,33 +118,20 @@ def _from_folder(name: str, folder: Path, load_format: str) -> ModelSource:
     if not config_file.is_file():
         raise ModelError(f"{folder} has no config.json, so it is no model in Hugging Face format; {WAYS_OUT}")
     hf_config = read_json(config_file)
+    has_tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES) or has_own_code(folder)
     generation_file = folder / "generation_config.json"
-    if generation_file.is_file():  # knows all tokens that end a turn, where config.json names only one
-        eos = read_json(generation_file).get("eos_token_id")
-        hf_config |= {"eos_token_id": eos} if eos is not None else {}
+    generation = read_json(generation_file) if generation_file.is_file() else {}
     try:
         config = ModelConfig.from_hf(hf_config)
+        files = Entries(hf_config), Entries(generation, generation_file.name)
+        ends = [token for file in files for token in file.token_ids("eos_token_id", config.vocab_size) or ()]
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from None
+    if ends or has_tokenizer:  # they know better than the default of the architecture
+        config = replace(config, eos_token_ids=tuple(dict.fromkeys(ends)))
     if load_format != "dummy":
         _weight_files(folder)
-    has_tokenizer = any((folder / file).is_file() for file in _TOKENIZER_FILES)
     return ModelSource(name, config, folder, folder if has_tokenizer else None)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ModelError: the file holds none.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} holds no JSON object")
-    return content
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -187,16 +175,21 @@ def load_model(
     with _defaults(dtype, device), torch.inference_mode(False), torch.no_grad():
         config = replace(source.config, max_model_len=max_model_len) if max_model_len else source.config
         check_quantization(source, load_format, quantization)
-        model = MODEL_CLASSES[config.architecture](config, parallel).eval()
+        weights = None if load_format == "dummy" or source.path is None else WeightFiles.open(_weight_files(source.path))
+        names: dict[str, str] = {}
+        if weights is not None:
+            weights.check_size(config)
+            config, names = weights.with_ties(config)
+        model = _build(config, parallel)
         linears = [layer for layer in model.modules() if isinstance(layer, Linear)]
         if config.quantization is not None:
             expect_quantized(linears, config.quantization)
             quantization = None
-        if load_format == "dummy" or source.path is None:
+        if weights is None:
             _fill_randomly(model, device, seed, progress and parallel.rank == 0)
         else:
             try:
-                _load_weights(model, _weight_files(source.path), progress and parallel.rank == 0)
+                _load_weights(model, weights.files, names, progress and parallel.rank == 0)
             except CheckpointError as error:
                 raise ModelError(f"{source.path}: {error}") from None
         if cpu_kernels:
@@ -210,6 +203,13 @@ def load_model(
         for layer in linears:
             layer.dequantize()
     return model
+
+
+def _build(config: ModelConfig, parallel: TensorParallel) -> CausalLM:
+    try:
+        return MODEL_CLASSES[config.architecture](config, parallel).eval()
+    except (RuntimeError, MemoryError) as error:  # a size in config.json that no memory holds
+        raise ModelError(f"there is no memory for a model of these sizes ({str(error).splitlines()[0]})") from None
 
 
 def check_quantization(source: ModelSource, load_format: str, wanted: str | None) -> None:
@@ -262,24 +262,30 @@ def _weights(model: nn.Module) -> dict[str, tuple[WeightLayer, nn.Parameter]]:
     return {name: (owners[name], param) for name, param in model.named_parameters()}
 
 
-def _load_weights(model: CausalLM, files: list[Path], progress: bool) -> None:
+def _load_weights(model: CausalLM, files: list[Path], names: dict[str, str], progress: bool) -> None:
+    """Fill the model; `names` are other names for tensors of the files."""
     weights = _weights(model)
     awaited = {(name, shard): None for name, (layer, _) in weights.items() for shard in layer.shard_ids}  # ordered set
     with LateBar("loading weights", sum(file.stat().st_size for file in files), progress) as bar:
         unpack = Unpacker(model.config.quantization) if model.config.quantization else iter
         for file in files:
             for name, tensor in unpack(_read_tensors(file, bar)):
-                placed = model.place(name, tensor)
-                if placed is None:
-                    continue
-                target, shard, tensor = placed
-                if target not in weights:
-                    raise ModelError(f"{file} holds {name}, which is no weight of a {type(model).__name__} of this config")
-                layer, param = weights[target]
                 try:
+                    placed = model.place(names.get(name, name), tensor)
+                    if placed is None:
+                        continue
+                    target, shard, tensor = placed
+                    if target not in weights:
+                        raise ModelError(f"{file} holds {name}, which is no weight of a {type(model).__name__} of this config")
+                    layer, param = weights[target]
+                    if tensor.is_floating_point() != param.is_floating_point():
+                        raise ValueError(f"expected {param.dtype}, the checkpoint has {tensor.dtype}")
                     layer.weight_loader(param, tensor, shard)
-                except ValueError as error:
-                    raise ModelError(f"{name} in {file}: {error}, so it is not of the model in config.json") from None
+                except ModelError:
+                    raise
+                except (ValueError, RuntimeError, IndexError) as error:
+                    reason = str(error).splitlines()[0]
+                    raise ModelError(f"{name} in {file}: {reason}, so it is not of the model in config.json") from None
                 for piece in (shard,) if shard is not None else layer.shard_ids:
                     awaited.pop((target, piece), None)
     if awaited:
@@ -327,10 +333,4 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast | None:
     """
     if source.tokenizer_path is None:
         return None
-    from transformers import AutoTokenizer  # takes a second to import
-
-    try:
-        return AutoTokenizer.from_pretrained(source.tokenizer_path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"cannot load the tokenizer of {source.name} from {source.tokenizer_path}: {reason}") from error
+    return read_tokenizer(source.tokenizer_path, source.config.architecture, source.name)

@@ -67,12 +67,14 @@ def write_gguf(path: Path, model: LlamaForCausalLM, kind: GGMLType = GGMLType.F3
     writer.add_tokenizer_model("gpt2")
     vocab = byte_tokenizer().get_vocab()
     tokens = [*sorted(vocab, key=vocab.get), "ab", "ĊĊ", "ĠĠ"]
+    names = extra.pop("names", [])
+    tokens[: len(names)] = names
     writer.add_tokenizer_pre(extra.pop("pre", "smollm"))
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token in ("<s>", "</s>", "<pad>") else 1 for token in tokens])
     writer.add_token_merges(extra.pop("merges", ["a b", "Ċ Ċ", "Ġ Ġ"]))
     writer.add_bos_token_id(config.bos_token_id)
-    writer.add_eos_token_id(config.eos_token_id)
+    writer.add_eos_token_id(extra.pop("tokenizer__ggml__eos_token_id", config.eos_token_id))
     writer.add_pad_token_id(config.pad_token_id)
     writer.add_chat_template(CHAT_TEMPLATE)
     write_model(writer, model, kind, drop, **extra)
@@ -213,6 +215,58 @@ def test_config_of_the_file(tmp_path: Path, cache: Path, tiny_model: LlamaForCau
     assert config.eos_token_ids == (257, 7)
     assert config.rope_scaling == {"rope_type": "linear", "factor": 2.5}
     assert config.norm_eps == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("keys", "factor", "context"),
+    [
+        ({"scale_linear": 4.0}, 4.0, 2048),  # before llama.cpp knew other kinds
+        ({"scaling__factor": 4.0}, 4.0, 2048),  # a file that names no kind means linear
+        ({"scaling__type": "linear", "scaling__factor": 2.5}, 2.5, 1280),
+        ({"scaling__type": "linear", "scaling__factor": 4.0, "scaling__original_context_length": 128}, 4.0, 512),
+        ({"scaling__type": "linear", "scaling__factor": 8.0, "scale_linear": 4.0}, 8.0, 4096),
+        ({"scaling__type": "none", "scaling__factor": 4.0}, None, 512),
+        ({"scale_linear": 1.0}, None, 512),
+        ({"scaling__type": "linear"}, None, 512),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_linear_scaling_and_the_context_it_gives(
+    tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM, keys: dict[str, Any], factor: float | None, context: int
+) -> None:
+    """As llama.cpp reads them; the tiny model was trained on 512 positions."""
+    path = write_gguf(tmp_path / "a.gguf", tiny_model, **{f"llama__rope__{key}": value for key, value in keys.items()})
+    config = resolve_model(str(path)).config
+    assert config.rope_scaling == (factor and {"rope_type": "linear", "factor": factor})
+    assert config.max_context == context
+
+
+@pytest.mark.parametrize(
+    ("names", "keys", "expected"),
+    [
+        (["<|im_end|>"], {}, {257, 0}),
+        (["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"], {}, {257, 0, 1, 2}),
+        (["<end_of_turn>", "<|endoftext|>", "<|end|>"], {"eot": 0}, {257, 0, 1, 2}),
+        (["<|end|>", "<|return|>", "<|call|>"], {}, {257, 1, 2}),
+        (["<|im_start|>", "<|eot|>"], {"eom": 9}, {257, 9}),
+        ([], {"eot": 7}, {257, 7}),
+        ([], {"eot": 2**32 - 1, "eom": 5000}, {257}),
+        ([], {"eos": 5000}, {257}),  # </s> by its name
+    ],
+    ids=str,
+)  # fmt: skip
+def test_ends_of_texts_are_known_by_name(
+    tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM, names: list[str], keys: dict[str, int], expected: set[int]
+) -> None:
+    """The names are at ids from 0 on in place of characters, as normal tokens: llama.cpp makes them special all the same."""
+    ids = {f"tokenizer__ggml__{key}_token_id": value for key, value in keys.items()}
+    source = resolve_model(str(write_gguf(tmp_path / "a.gguf", tiny_model, names=names, **ids)))
+    assert set(source.config.eos_token_ids) == expected
+    tokenizer = load_tokenizer(source)
+    for index, name in enumerate(names):
+        if name != "<|im_start|>" and name != "<|eot|>":
+            assert tokenizer.encode(name) == [index]
+            assert tokenizer.decode([index], skip_special_tokens=True) == ""
 
 
 def test_biases_and_tied_head(tmp_path: Path, cache: Path) -> None:
@@ -388,6 +442,12 @@ def test_garbage_after_the_first_bytes(tmp_path: Path, cache: Path, seed: int) -
         ({"llama__rope__scaling__type": "yarn", "llama__rope__scaling__factor": 2.0}, "'yarn' is not supported"),
         ({"blk.0.attn_q_norm.weight": np.ones(64, np.float32)}, "'blk.0.attn_q_norm.weight' .* no layer of a LLaMA"),
         ({"drop": "token_embd.weight"}, "no entry 'token_embd.weight'"),
+        ({"merges": ["ab"]}, "tokenizer in the GGUF file is damaged"),
+        ({"llama__rope__dimension_count": "64"}, "llama.rope.dimension_count must be a whole number from 1 to .*, got '64'"),
+        ({"llama__attention__sliding_window": 2.5}, "llama.attention.sliding_window must be a whole number"),
+        ({"llama__rope__scale_linear": -2.0}, "llama.rope.scale_linear must be a number of at least 0, got -2"),
+        ({"llama__rope__scale_linear": 0.5}, "factor must be a number of at least 1"),
+        ({"tokenizer__ggml__unknown_token_id": 5000}, "ggml.unknown_token_id is 5000, and the vocabulary has 262 tokens"),
     ],
 )
 def test_unsupported_content(

@@ -13,12 +13,15 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MistralConfig
 
+from solutions.batching.sequence import SamplingParams
+from solutions.core.engine import LLM
 from solutions.models import loader, progress
 from solutions.models.loader import load_model, load_tokenizer, resolve_model
 from solutions.models.model_config import ALIASES, ModelConfig, ModelError
-from solutions.tests.tiny_models import BOS, EOS, make_tiny_gpt2, make_tiny_llama
+from solutions.tests.test_models import run
+from solutions.tests.tiny_models import BOS, EOS, VOCAB_SIZE, make_tiny_gpt2, make_tiny_llama
 
 CPU = torch.device("cpu")
 
@@ -117,6 +120,29 @@ def test_missing_weights_are_named(copy: Path) -> None:
         load(copy)
 
 
+@pytest.mark.parametrize("make", [make_tiny_llama, make_tiny_gpt2])
+@pytest.mark.parametrize("state", ["differs", "same", "alone"])
+def test_head_in_the_file_of_a_tied_model(tmp_path: Path, make: Callable[..., Any], state: str) -> None:
+    """The file decides, as in transformers: a head that differs from the embedding counts, one that is alone is both."""
+    make(tmp_path, tie_word_embeddings=True)
+    (embedding,) = [
+        name for name in load_file(tmp_path / "model.safetensors") if name.endswith(("embed_tokens.weight", "wte.weight"))
+    ]
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors[embedding].flip(1).clone() if state == "differs" else tensors[embedding].clone()
+        if state == "alone":
+            del tensors[embedding]
+
+    edit_tensors(tmp_path, change)
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert torch.equal(oracle.lm_head.weight, oracle.get_input_embeddings().weight) == (state != "differs")
+    source = resolve_model(str(tmp_path))
+    logits = run(load_model(source, torch.float32, CPU), source.config, [[1, 2, 3, 4]], [4])[0]
+    with torch.inference_mode():
+        torch.testing.assert_close(logits, oracle(torch.tensor([[1, 2, 3, 4]])).logits[0], atol=1e-4, rtol=1e-4)
+
+
 def test_unknown_weight_is_an_error(copy: Path) -> None:
     edit_tensors(copy, lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(12)}))
     with raises("model.layers.0.self_attn.q_norm.weight, which is no weight of a LlamaForCausalLM"):
@@ -127,6 +153,24 @@ def test_unknown_weight_is_an_error(copy: Path) -> None:
 def test_wrong_shape_is_an_error_and_never_broadcast(copy: Path, name: str, shape: tuple[int, ...]) -> None:
     edit_tensors(copy, lambda t: t.update({name: torch.ones(shape)}))
     with raises(rf"{name} in .*expected shape .* the checkpoint has \[{shape[0]}"):
+        load(copy)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
+def test_weights_that_are_no_numbers_of_a_model(copy: Path, dtype: torch.dtype) -> None:
+    edit_tensors(copy, lambda t: t.update({"model.norm.weight": torch.ones(48).to(dtype)}))
+    with raises(rf"model.norm.weight in .* the checkpoint has {dtype}"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"hidden_size": 2**30}, {"intermediate_size": 2**31 - 1}, {"num_hidden_layers": 9999}, {"vocab_size": 2**31 - 1}],
+    ids=str,
+)  # fmt: skip
+def test_sizes_far_beyond_the_weights_are_refused_before_memory_is_taken(copy: Path, sizes: dict[str, int]) -> None:
+    edit_json(copy / "config.json", **sizes)
+    with raises("config.json and weights are of different models"):
         load(copy)
 
 
@@ -161,12 +205,86 @@ def test_folder_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with raises("no JSON object"):
         resolve_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with raises("config.json is not valid JSON"):
+        resolve_model(str(tmp_path))
 
 
 def test_stop_tokens_of_the_generation_config_count(copy: Path) -> None:
     assert resolve_model(str(copy)).config.eos_token_ids == (EOS,)
     edit_json(copy / "generation_config.json", eos_token_id=[EOS, 7])
     assert resolve_model(str(copy)).config.eos_token_ids == (EOS, 7)
+
+
+NO_SUCH_TOKENS = (VOCAB_SIZE, VOCAB_SIZE + 5, -1, 2**31)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "tokenizer", "expected"),
+    [
+        (9, 7, "</s>", {9, 7, EOS}),
+        ([9, 7], [7, 8], "a", {9, 7, 8, ord("a") - 33}),
+        (None, None, "</s>", {EOS}),
+        (None, 7, None, {7}),
+        (None, None, None, set()),
+        *((token, [token, 7], "</s>", {7, EOS}) for token in NO_SUCH_TOKENS),
+        ([VOCAB_SIZE, 9], None, "<past>", {9}),
+    ],
+)  # fmt: skip
+def test_every_file_may_name_ends_of_texts(
+    copy: Path, config: Any, generation: Any, tokenizer: str | None, expected: set[int]
+) -> None:
+    """The union of what the files name, without ids that are no token of the model; byte tokens are numbered from "!" on."""
+    edit_json(copy / "config.json", eos_token_id=config)
+    edit_json(copy / "generation_config.json", eos_token_id=generation)
+    if tokenizer == "<past>":
+        pad_tokenizer(copy, VOCAB_SIZE)
+    edit_json(copy / "tokenizer_config.json", eos_token=tokenizer)
+    assert set(LLM(str(copy), dtype="float32", max_model_len=64).llm_engine.model_config.eos_token_ids) == expected
+
+
+def pad_tokenizer(folder: Path, size: int) -> None:
+    """Add tokens to a model's tokenizer, as fine-tunes do: "<past>" gets the id `size`."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<filler{i}>" for i in range(size - len(tokenizer))] + ["<past>"])
+    tokenizer.save_pretrained(folder)
+
+
+def test_silent_files_mean_the_default_of_the_architecture(copy: Path) -> None:
+    (copy / "tokenizer.json").unlink()
+    (copy / "generation_config.json").unlink()
+    config = json.loads((copy / "config.json").read_text())
+    del config["eos_token_id"]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert resolve_model(str(copy)).config.eos_token_ids == (LlamaConfig().eos_token_id,)
+
+
+@pytest.mark.parametrize("eos", [VOCAB_SIZE, -1])
+def test_ids_past_the_vocabulary_change_no_answer(copy: Path, eos: int) -> None:
+    """One past the vocabulary is the next row's first logit: a request that bans its end tokens banned a neighbour's token."""
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    for file in ("config.json", "generation_config.json"):
+        edit_json(copy / file, eos_token_id=eos)
+    edit_json(copy / "tokenizer_config.json", eos_token=None)
+    oracle = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32).eval()
+    kept = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
+    expected = [oracle.generate(torch.tensor([ids]), **kept)[0, len(ids) :].tolist() for ids in prompts]
+    params = [SamplingParams(temperature=0, max_tokens=12, min_tokens=least) for least in (9, 0, 12)]
+    llm = LLM(str(copy), dtype="float32", max_model_len=64)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in outputs] == expected
+
+
+def test_tokens_that_only_the_tokenizer_knows(copy: Path) -> None:
+    pad_tokenizer(copy, VOCAB_SIZE)
+    llm = LLM(str(copy), dtype="float32", max_model_len=64)
+    with pytest.raises(
+        ValueError, match=rf"bad_words '<past>': {VOCAB_SIZE} is not a token id; the vocabulary is 0 .. {VOCAB_SIZE - 1}"
+    ):
+        llm.generate("a", SamplingParams(bad_words=["ok", "<past>"]), use_tqdm=False)
+    with pytest.raises(ValueError, match=f"prompt_token_ids: {VOCAB_SIZE} is not a token id"):
+        llm.generate("a<past>", use_tqdm=False)
+    assert len(llm.generate("a", SamplingParams(max_tokens=3, bad_words=["ok"]), use_tqdm=False)[0].outputs[0].token_ids) == 3
 
 
 def test_tokenizer(copy: Path) -> None:
@@ -255,6 +373,12 @@ LLAMA = {
 }  # fmt: skip
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -268,6 +392,23 @@ LLAMA = {
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized with fp8 are not supported"),
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3 KV heads"),
         ({"hidden_size": None, "num_attention_heads": None}, "no entry"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of str, got 'LlamaForCausalLM'"),
+        ({"hidden_size": "32"}, "hidden_size must be a whole number from 1 to .*, got '32'"),
+        ({"num_hidden_layers": 1.5}, "num_hidden_layers must be a whole number from 1 to 9999, got 1.5"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a whole number"),
+        ({"vocab_size": True}, "vocab_size must be a whole number .*, got True"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number of at least 0, got nan"),
+        ({"rope_theta": 0}, "rope_theta must be a number above 0, got 0"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor must be a number of at least 1"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2}}, "'longrope' is not supported"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor above that"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
+        ({"head_dim": 7}, "heads of 7 elements are not supported"),
+        ({"max_position_embeddings": 2**24 + 1}, "a context of 16777217 tokens is not supported"),
+        ({"quantization_config": ["gptq"]}, "quantization_config must be an object"),
+        ({"eos_token_id": "2"}, "eos_token_id must be a token id or a list of them, got '2'"),
+        ({"eos_token_id": [2, 2.0]}, "eos_token_id must be a token id or a list of them"),
     ],
 )  # fmt: skip
 def test_unsupported_config(changes: dict[str, Any], message: str) -> None:
@@ -280,6 +421,50 @@ def test_model_type_alone_is_enough() -> None:
     config = ModelConfig.from_hf(LLAMA | {"architectures": None, "model_type": "llama"})
     assert config.architecture == "LlamaForCausalLM"
     assert (config.num_kv_heads, config.head_dim, config.rope_theta) == (4, 8, 10000.0)
+
+
+@pytest.mark.parametrize("name", sorted(LLAMA))
+def test_null_for_what_every_model_has(name: str) -> None:
+    with raises(f"config.json has no entry '{name}'" if name != "architectures" else "'none named' is not supported"):
+        ModelConfig.from_hf(LLAMA | {name: None})
+
+
+def test_null_for_what_has_a_default() -> None:
+    names = ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rms_norm_eps", "hidden_act", "sliding_window")
+    named = LLAMA | dict.fromkeys(names) | {"tie_word_embeddings": None, "attention_bias": None, "dtype": None}
+    assert ModelConfig.from_hf(named) == ModelConfig.from_hf(LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "positions", "default", "longest"),
+    [
+        ({"type": "linear", "factor": 4.0}, 4096, 16384, 16384),  # Vicuna 1.5 16k
+        ({"rope_type": "linear", "factor": 2.5}, 4096, 10240, 10240),
+        ({"rope_type": "linear", "factor": 4.0, "original_max_position_embeddings": 4096}, 16384, 16384, 16384),
+        ({"rope_type": "dynamic", "factor": 2.0}, 4096, 4096, 8192),
+        (LLAMA3, 131072, 131072, 131072),
+        (None, 4096, 4096, 4096),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_context_that_scaling_gives(scaling: dict[str, Any] | None, positions: int, default: int, longest: int) -> None:
+    """As vLLM's `_get_and_verify_max_len`: the factor times the original context, but Llama 3's files say the whole one."""
+    config = ModelConfig.from_hf(LLAMA | {"max_position_embeddings": positions, "rope_scaling": scaling})
+    assert (config.max_position_embeddings, config.max_context) == (default, longest)
+
+
+def test_linear_scaling_reaches_over_the_whole_context(tmp_path: Path) -> None:
+    """Four times 32 positions, against transformers' logits at all of them."""
+    scaling = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    oracle = make_tiny_llama(tmp_path, max_position_embeddings=32, rope_parameters=scaling)
+    ids = torch.randint(0, 256, (120,), generator=torch.Generator().manual_seed(1)).tolist()
+    llm = LLM(str(tmp_path), dtype="float32")
+    assert llm.llm_engine.limits.max_model_len == 128
+    expected = oracle.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8, eos_token_id=None)[0, 120:].tolist()
+    output = llm.generate(
+        {"prompt_token_ids": ids}, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False
+    )
+    assert output[0].outputs[0].token_ids == expected
 
 
 def test_error_of_a_config_names_the_model(copy: Path) -> None:
