@@ -52,6 +52,7 @@ def read_tokenizer(where: Path | str, architecture: str, name: str) -> PreTraine
             tokenizer = _auto_tokenizer(where, architecture)
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(f"{type(tokenizer).__name__} is no fast tokenizer; convert it to a tokenizer.json")
+        tokenizer.decode(tokenizer.encode("a b"))  # settings of the wrong kind show only here
         if not isinstance(tokenizer.chat_template, str | dict | None):
             raise ModelError(f"chat_template must be a string or named templates, got {tokenizer.chat_template!r:.60}")
         if folder.is_dir():

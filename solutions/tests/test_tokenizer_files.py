@@ -173,6 +173,7 @@ BROKEN: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "class is a number": ("tokenizer_config.json", lambda old: old | {"tokenizer_class": 5}),
     "extra is a number": ("tokenizer_config.json", lambda old: old | {"extra_special_tokens": 5}),
     "end is a number": ("tokenizer_config.json", lambda old: old | {"eos_token": 7}),
+    "length is a list": ("tokenizer_config.json", lambda old: old | {"model_max_length": [1]}),
     "end is a list": ("special_tokens_map.json", lambda old: {"eos_token": [1]}),
     "config is null": ("tokenizer_config.json", lambda _: None),
     "own code": ("tokenizer_config.json", lambda old: old | OWN | {"auto_map": {"AutoTokenizer": ["own.Own", None]}}),
