@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an
 
 from solutions.benchmarks.quality import Quality, cut_text, measure, write_rounded
 from solutions.benchmarks.report import Parser, record, show_table, write_json
-from solutions.models.config.model_config import ModelError
+from solutions.models.config.entries import ModelError
 from solutions.quantization import awq, gptq
 
 DESCRIPTION = """\

@@ -27,7 +27,7 @@ from solutions.benchmarks.scaling import (
     write_shape,
 )
 from solutions.core.platform import native
-from solutions.models.config.model_config import ModelError
+from solutions.models.config.entries import ModelError
 from solutions.models.loader import resolve_model
 
 DESCRIPTION = """\

@@ -105,7 +105,7 @@ PINNED_BY_TORCH = {"triton"}
 """On a CUDA machine torch brings its own version; without it the engine does all but run Triton's kernels."""
 
 
-PACKAGES = {"opentelemetry": "opentelemetry-sdk"}
+PACKAGES = {"google": "protobuf", "opentelemetry": "opentelemetry-sdk"}
 """Modules → their packages, where the names differ by more than a sign."""
 
 

@@ -82,7 +82,7 @@ class LLMEngine:
         clock.lap("find model")
         self.executor = make_executor(config, source, device, dtype)
         clock.lap("load weights")
-        self.model_config = model = source.config
+        model = source.config
         speculation = make_proposer(config, model, device, dtype)
         if speculation is not None:
             clock.lap("draft model")
@@ -92,6 +92,7 @@ class LLMEngine:
         )  # fmt: skip
         self.executor.create_cache(limits.num_blocks, config.block_size, limits.num_host_blocks)
         self.tokenizer = load_tokenizer(source)
+        self.model_config = model = model.also_ends_at(self.tokenizer.eos_token_id if self.tokenizer is not None else None)
         clock.lap("tokenizer")
         self.block_manager = BlockManager(
             limits.num_blocks, config.block_size, limits.num_host_blocks,

@@ -181,6 +181,8 @@ class InputProcessor:
         # A word looks different at the start of a text and after a space.
         spellings = [prefix + word.lstrip() for word in params.bad_words for prefix in ("", " ")]
         token_ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in spellings]
+        for text, word in zip(spellings, token_ids, strict=True):  # the tokenizer may know more tokens than the model
+            self._check_vocabulary(f"bad_words {text!r}", word)
         return replace(params, bad_words_token_ids=[word for word in token_ids if word])
 
 

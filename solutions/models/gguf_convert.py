@@ -23,11 +23,12 @@ from safetensors.torch import save_file
 
 from ..core.platform.machine import cache_root
 from ..core.platform.progress import LateBar
-from .config.model_config import ModelConfig, ModelError
-from .gguf_tokenizer import tokenizer_from_gguf
+from .config.entries import Entries, ModelError
+from .config.model_config import ModelConfig
+from .gguf_tokenizer import end_tokens, tokenizer_from_gguf
 from .layers import scale_llama3
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raise it when the same file converts to something else than before: older folders are then made anew."""
 
 MAX_SHARD_BYTES = 2 << 30
@@ -45,8 +46,6 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _EXACT_DTYPES = {GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
-_READ_ERRORS = (ValueError, IndexError, KeyError, OverflowError, OSError, MemoryError)
-"""What gguf's reader raises on a file that does not hold what its header says."""
 
 
 def convert_gguf(path: Path, progress: bool = True) -> Path:
@@ -85,31 +84,41 @@ def _digest(*parts: object) -> str:
 
 
 def _convert(path: Path, folder: Path, progress: bool) -> None:
-    reader = _open(path)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
     try:
+        reader = gguf.GGUFReader(path) if _is_gguf(path) else None
         metadata = {key: field.contents() for key, field in reader.fields.items()}
-        config = _hf_config(metadata, tensors)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+    except ModelError:
+        raise
+    except Exception as error:  # the library follows what the header says, wherever that leads
+        raise ModelError(f"{path} is damaged or incomplete ({_first_line(error)}); fetch it again") from error
+    try:
+        config = _hf_config(Entries(metadata, str(path)), tensors)
         ModelConfig.from_hf(config)  # refuse before the long part what the engine cannot run
         own = {key.removeprefix("tokenizer."): value for key, value in metadata.items() if key.startswith("tokenizer.")}
-        tokenizer = tokenizer_from_gguf(own, config["max_position_embeddings"])
+        tokenizer = tokenizer_from_gguf(Entries(own, str(path)), config["max_position_embeddings"])
+        _write_json(folder / "config.json", config)
+        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
+        _write_json(folder / "generation_config.json", ids)
+        tokenizer.save_pretrained(folder)
+        _write_weights(tensors, config, folder, progress)
+    except (ModelError, OSError):
+        raise
     except KeyError as missing:
         raise ModelError(f"{path} is incomplete: it has no entry {missing}") from None
-    _write_json(folder / "config.json", config)
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
-    _write_json(folder / "generation_config.json", ids)
-    tokenizer.save_pretrained(folder)
-    _write_weights(tensors, config, folder, progress)
+    except Exception as error:  # nor do NumPy and tokenizers foresee what a damaged file holds
+        raise ModelError(f"{path} cannot be converted ({_first_line(error)}); fetch it again") from error
 
 
-def _open(path: Path) -> gguf.GGUFReader:
+def _is_gguf(path: Path) -> bool:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelError(f"{path} is not a GGUF file")
-    try:
-        return gguf.GGUFReader(path)
-    except _READ_ERRORS as error:
-        raise ModelError(f"{path} is damaged or incomplete ({error}); fetch it again") from error
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -121,65 +130,68 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _hf_config(metadata: dict[str, Any], tensors: dict[str, gguf.ReaderTensor]) -> dict[str, Any]:
+def _hf_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[str, Any]:
     """What the original ``config.json`` said, as far as the model computes with it.
 
     Raises:
-        ModelError: an architecture or feature that is not supported.
-        KeyError: an entry is missing.
+        ModelError: an architecture or feature that is not supported, or an entry is missing or wrong.
+        KeyError: a tensor is missing.
     """
-    architecture = metadata["general.architecture"]
+    architecture = metadata.text("general.architecture")
     if architecture != "llama":
         raise ModelError(f"GGUF architecture {architecture!r} is not supported; supported is llama, as Mistral is labelled too")
-    if metadata.get("llama.expert_count") or metadata.get("split.count", 0) > 1:
+    if metadata.whole("llama.expert_count", 0, low=0) or metadata.whole("split.count", 0, low=0) > 1:
         raise ModelError("GGUF files with experts or split into several files are not supported")
-    heads, hidden = metadata["llama.attention.head_count"], metadata["llama.embedding_length"]
-    kv_heads = metadata.get("llama.attention.head_count_kv", heads)
-    if isinstance(heads, list) or isinstance(kv_heads, list):
+    if any(isinstance(metadata.content.get(f"llama.attention.head_count{kind}"), list) for kind in ("", "_kv")):
         raise ModelError("GGUF files whose layers differ in their numbers of heads are not supported")
-    head_dim = metadata.get("llama.attention.key_length", hidden // heads)
-    rotated = metadata.get("llama.rope.dimension_count", head_dim)
+    heads, hidden = metadata.whole("llama.attention.head_count"), metadata.whole("llama.embedding_length")
+    head_dim = metadata.whole("llama.attention.key_length", hidden // heads)
+    rotated = metadata.whole("llama.rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise ModelError(f"RoPE over {rotated} of {head_dim} elements of a head is not supported")
-    eos, eot = metadata.get("tokenizer.ggml.eos_token_id"), metadata.get("tokenizer.ggml.eot_token_id")
-    window = metadata.get("llama.attention.sliding_window")  # llama.cpp calls Mistral llama: only this tells them apart
+    window = metadata.whole("llama.attention.sliding_window", 0, low=0)  # llama.cpp calls Mistral llama: this tells them apart
     embedding = tensors["token_embd.weight"]
+    vocab_size = int(embedding.shape[1])
     config = {
         "architectures": ["MistralForCausalLM" if window else "LlamaForCausalLM"],
         "model_type": "mistral" if window else "llama",
-        "vocab_size": int(embedding.shape[1]),
+        "vocab_size": vocab_size,
         "hidden_size": hidden,
-        "intermediate_size": metadata["llama.feed_forward_length"],
-        "num_hidden_layers": metadata["llama.block_count"],
+        "intermediate_size": metadata.whole("llama.feed_forward_length"),
+        "num_hidden_layers": metadata.whole("llama.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
+        "num_key_value_heads": metadata.whole("llama.attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": metadata["llama.context_length"],
-        "rms_norm_eps": _decimal(metadata["llama.attention.layer_norm_rms_epsilon"]),
+        "max_position_embeddings": metadata.whole("llama.context_length"),
+        "rms_norm_eps": _decimal(metadata.number("llama.attention.layer_norm_rms_epsilon")),
         "hidden_act": "silu",
-        "rope_theta": _decimal(metadata.get("llama.rope.freq_base", 10000.0)),
+        "rope_theta": _decimal(metadata.number("llama.rope.freq_base", 10000.0, above=True)),
         "rope_scaling": _rope_scaling(metadata, tensors),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": eos if eot in (None, eos) else [eos, eot],
-        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+        "bos_token_id": next(iter(metadata.token_ids("tokenizer.ggml.bos_token_id", vocab_size) or ()), None),
+        "eos_token_id": [token for token in end_tokens(metadata) if token < vocab_size] or None,
+        "pad_token_id": next(iter(metadata.token_ids("tokenizer.ggml.padding_token_id", vocab_size) or ()), None),
         "dtype": str(_EXACT_DTYPES.get(embedding.tensor_type, torch.float32)).removeprefix("torch."),
     }
     return config | ({"sliding_window": window} if window else {})
 
 
-def _rope_scaling(metadata: dict[str, Any], tensors: dict[str, gguf.ReaderTensor]) -> dict[str, Any] | None:
+def _rope_scaling(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[str, Any] | None:
+    """Older files give linear scaling's factor alone, as ``rope.scale_linear``; one that names no kind means linear."""
     if "rope_freqs.weight" in tensors:
         return _llama3_scaling(metadata, tensors["rope_freqs.weight"].data)
-    kind = metadata.get("llama.rope.scaling.type", "none")
-    if kind == "none":
+    kind = metadata.text("llama.rope.scaling.type", "linear")
+    factor = metadata.number("llama.rope.scaling.factor", 0.0) or metadata.number("llama.rope.scale_linear", 0.0)
+    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
         return None
-    return {"rope_type": kind, "factor": _decimal(metadata["llama.rope.scaling.factor"])}
+    original = metadata.whole("llama.rope.scaling.original_context_length", None)
+    scaling = {"rope_type": kind, "factor": _decimal(factor) if factor else None}
+    return scaling | ({} if original is None else {"original_max_position_embeddings": original})
 
 
-def _llama3_scaling(metadata: dict[str, Any], divisors: np.ndarray) -> dict[str, Any]:
+def _llama3_scaling(metadata: Entries, divisors: np.ndarray) -> dict[str, Any]:
     """Llama 3's scaling from what llama.cpp keeps of it: the number that divides each frequency, [D / 2].
 
     Only the factor varies between the published models (8 in Llama 3.1, 32 in Llama 3.2), and the slowest pair, which
@@ -192,7 +204,7 @@ def _llama3_scaling(metadata: dict[str, Any], divisors: np.ndarray) -> dict[str,
         "rope_type": "llama3", "factor": float(divisors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }  # fmt: skip
-    theta, size = metadata.get("llama.rope.freq_base", 10000.0), 2 * len(divisors)
+    theta, size = metadata.number("llama.rope.freq_base", 10000.0, above=True), 2 * len(divisors)
     plain = 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
     expected = plain / scale_llama3(plain, **{key: value for key, value in scaling.items() if key != "rope_type"})
     if not torch.allclose(expected, torch.tensor(divisors), rtol=1e-3):

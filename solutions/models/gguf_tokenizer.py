@@ -6,15 +6,26 @@ A GGUF stores vocabulary, merges or scores, and special ids; how text is cut bef
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from .config.model_config import ModelError
+from .config.entries import Entries, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+END_TOKENS = (
+    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "<|end|>", "<end_of_turn>", "</s>", "<eos>",
+    "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>", "<｜end▁of▁sentence｜>", "<|return|>", "<|call|>",
+)  # fmt: skip
+"""Tokens that end a text or a turn wherever a vocabulary has them. llama.cpp knows them by these names, too, because files
+often name one end and chat templates write another. It also stops at names that part files of code, which end no text."""
+
+_SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+"""transformers' names, and GGUF's."""
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 """Token types of llama.cpp that are not cut by the tokenizer's model."""
@@ -56,7 +67,19 @@ PRE_TOKENIZERS = {
 """By ``tokenizer.ggml.pre``."""
 
 
-def tokenizer_from_gguf(metadata: dict[str, Any], context: int) -> PreTrainedTokenizerFast:
+def end_tokens(metadata: Entries) -> list[int]:
+    """Ids of the tokens that end a text, those that the file names as such first."""
+    tokens = metadata.many("tokenizer.ggml.tokens", str)
+    kinds = [metadata.token_ids(f"tokenizer.ggml.{kind}_token_id", len(tokens)) for kind in ("eos", "eot", "eom")]
+    named = [token for ids in kinds for token in ids or ()]
+    names = set(END_TOKENS)
+    if {"<|return|>", "<|call|>"} <= set(tokens):
+        names.discard("<|end|>")  # there it ends a message, behind which the answer goes on
+    found = [index for index, token in enumerate(tokens) if token in names]
+    return list(dict.fromkeys(named + found))
+
+
+def tokenizer_from_gguf(metadata: Entries, context: int) -> PreTrainedTokenizerFast:
     """Build the tokenizer.
 
     Args:
@@ -64,49 +87,61 @@ def tokenizer_from_gguf(metadata: dict[str, Any], context: int) -> PreTrainedTok
         context: the model's context in tokens.
 
     Raises:
-        ModelError: the kind of tokenizer, or its pre-tokenizer, is not supported.
+        ModelError: the kind of tokenizer, or its pre-tokenizer, is not supported, or an entry is missing or wrong.
     """
     from transformers import PreTrainedTokenizerFast  # takes a second to import
 
-    kind = metadata.get("ggml.model")
+    kind, tokens = metadata.text("ggml.model", None), metadata.many("ggml.tokens", str)
     if kind == "gpt2":
-        tokenizer = _byte_level_bpe(metadata)
+        tokenizer = _byte_level_bpe(metadata, tokens)
     elif kind == "llama":
-        tokenizer = _sentencepiece_bpe(metadata)
+        tokenizer = _sentencepiece_bpe(metadata, tokens)
     else:
         raise ModelError(f"tokenizer {kind!r} in the GGUF file is not supported; supported are gpt2 and llama")
-    tokens, types = metadata["ggml.tokens"], metadata.get("ggml.token_type", [])
-    for token, token_type in zip(tokens, types, strict=False):
+    types = metadata.many("ggml.token_type", int, [])
+    for token, token_type in zip_longest(tokens, types[: len(tokens)]):
+        if token in END_TOKENS:
+            token_type = _CONTROL  # whatever the file says, as in llama.cpp
         if token_type in (_UNKNOWN, _CONTROL, _USER_DEFINED):
             tokenizer.add_tokens([AddedToken(token, special=token_type != _USER_DEFINED, normalized=False)])
-    special = {
-        f"{name}_token": tokens[metadata[f"ggml.{key}_token_id"]]
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if metadata.get(f"ggml.{key}_token_id") is not None
-    }
-    if _adds_bos(metadata) and "bos_token" in special:
+    named = {name: _special_id(metadata, key, len(tokens)) for name, key in _SPECIAL_TOKENS.items()}
+    special = {f"{name}_token": tokens[index] for name, index in named.items() if index is not None}
+    if named["bos"] is not None and _adds_bos(metadata):
         bos = special["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, metadata["ggml.bos_token_id"])]
+            single=f"{bos}:0 $A:0", pair=f"{bos}:0 $A:0 {bos}:1 $B:1", special_tokens=[(bos, named["bos"])]
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **special, chat_template=metadata.get("chat_template"), model_max_length=context,
+        tokenizer_object=tokenizer, **special, chat_template=metadata.text("chat_template", None), model_max_length=context,
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
 
 
-def _adds_bos(metadata: dict[str, Any]) -> bool:
+def _special_id(metadata: Entries, key: str, num_tokens: int) -> int | None:
+    """The id in an entry; None: there is none.
+
+    Raises:
+        ModelError: it is outside the vocabulary, and texts would be cut otherwise without it.
+    """
+    name = f"ggml.{key}_token_id"
+    found = metadata.token_ids(name, num_tokens)
+    if found == [] and key in ("bos", "unknown"):
+        raise ModelError(f"{metadata.where}: {name} is {metadata.content[name]}, and the vocabulary has {num_tokens} tokens")
+    return found[0] if found else None
+
+
+def _adds_bos(metadata: Entries) -> bool:
     """Files that do not say: llama.cpp begins every text with BOS for SentencePiece and for Llama 3."""
-    silent = metadata["ggml.model"] == "llama" or PRE_TOKENIZERS.get(metadata.get("ggml.pre", "")) is _LLAMA3
-    return metadata.get("ggml.add_bos_token", silent)
+    silent = metadata.text("ggml.model") == "llama" or PRE_TOKENIZERS.get(metadata.text("ggml.pre", "")) is _LLAMA3
+    return metadata.flag("ggml.add_bos_token", silent)
 
 
-def _byte_level_bpe(metadata: dict[str, Any]) -> Tokenizer:
-    pre = metadata.get("ggml.pre", "default")
+def _byte_level_bpe(metadata: Entries, tokens: list[str]) -> Tokenizer:
+    pre = metadata.text("ggml.pre", "default")
     if pre not in PRE_TOKENIZERS:
         raise ModelError(f"pre-tokenizer {pre!r} in the GGUF file is not supported; known: {', '.join(PRE_TOKENIZERS)}")
-    vocab = {token: index for index, token in enumerate(metadata["ggml.tokens"])}
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["ggml.merges"]]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.many("ggml.merges", str)]
     tokenizer = Tokenizer(_bpe(vocab=vocab, merges=merges, ignore_merges=PRE_TOKENIZERS[pre] is _LLAMA3))
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
     tokenizer.decoder = decoders.ByteLevel()
@@ -120,14 +155,16 @@ def _bpe(**parts: Any) -> BPE:
         raise ModelError(f"the tokenizer in the GGUF file is damaged ({error})") from None
 
 
-def _sentencepiece_bpe(metadata: dict[str, Any]) -> Tokenizer:
+def _sentencepiece_bpe(metadata: Entries, tokens: list[str]) -> Tokenizer:
     """SentencePiece's BPE as Hugging Face writes it: spaces are ``▁``, unknown characters fall back to bytes."""
-    tokens = metadata["ggml.tokens"]
     vocab = {token: index for index, token in enumerate(tokens)}
-    merges = _merges_from_scores(vocab, metadata["ggml.scores"])
-    unknown = tokens[metadata.get("ggml.unknown_token_id", 0)]
+    scores = metadata.many("ggml.scores", float)
+    if len(scores) < len(tokens):
+        raise ModelError(f"{metadata.where}: ggml.scores has {len(scores)} entries for {len(tokens)} tokens")
+    merges = merges_from_scores(vocab, scores)
+    unknown = tokens[_special_id(metadata, "unknown", len(tokens)) or 0]
     tokenizer = Tokenizer(_bpe(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    begins_with_space = metadata.get("ggml.add_space_prefix", True)
+    begins_with_space = metadata.flag("ggml.add_space_prefix", True)
     spaces, unspaces = normalizers.Replace(" ", "▁"), decoders.Replace("▁", " ")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces] if begins_with_space else [spaces])
     strip = [decoders.Strip(" ", 1, 0)] if begins_with_space else []
@@ -135,7 +172,7 @@ def _sentencepiece_bpe(metadata: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _merges_from_scores(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+def merges_from_scores(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
     """Every way to make a token of two others, best score of the result first: training scored in merge order."""
     merges = []
     for token, index in vocab.items():

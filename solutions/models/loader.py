@@ -19,12 +19,15 @@ from ..parallelism.linear import Linear, WeightLayer
 from ..parallelism.tensor_parallel import SINGLE, ParallelLMHead, TensorParallel
 from ..quantization.layout.description import METHODS
 from ..quantization.layout.reader import CheckpointError, StoredLayer, Unpacker, find_layers
-from .config.model_config import ALIASES, Alias, ModelConfig, ModelError
+from .config.entries import Entries, ModelError, read_json
+from .config.model_config import ALIASES, Alias, ModelConfig
 from .gpt import GPT2LMHeadModel
 from .layers import Attention, CausalLM
 from .llama import LlamaForCausalLM
 from .mistral import MistralForCausalLM
-from .model_files import quantization_description, read_json, weight_files
+from .model_files import quantization_description, weight_files
+from .tokenizer_files import TOKENIZER_FILES, has_own_code, read_tokenizer
+from .weight_files import WeightFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,7 +44,6 @@ WAYS_OUT = (
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKENIZER_PATTERNS = ["*.json", "tokenizer.model", "*.jinja", "merges.txt"]
 """Of a model's files in the hub, all but the weights."""
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(slots=True, frozen=True)
@@ -138,8 +140,8 @@ def with_tokenizer(source: ModelSource, tokenizer: str | None) -> ModelSource:
                 f"--tokenizer {tokenizer or 'without a value'}: there is no such folder, and no hub id is written like this"
             )
         folder = fetch(tokenizer, _TOKENIZER_PATTERNS, "--tokenizer takes a folder, too")
-    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
-        raise ModelError(f"--tokenizer {tokenizer}: there is none of {', '.join(_TOKENIZER_FILES)}")
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise ModelError(f"--tokenizer {tokenizer}: there is none of {', '.join(TOKENIZER_FILES)}")
     return replace(source, tokenizer_path=folder)
 
 
@@ -148,18 +150,20 @@ def _from_folder(name: str, folder: Path, load_format: str) -> ModelSource:
     if not config_file.is_file():
         raise ModelError(f"{folder} has no config.json, so it is no model in Hugging Face format; {WAYS_OUT}")
     hf_config = read_json(config_file)
+    has_tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES) or has_own_code(folder)
     generation_file = folder / "generation_config.json"
-    if generation_file.is_file():  # knows all tokens that end a turn, where config.json names only one
-        eos = read_json(generation_file).get("eos_token_id")
-        hf_config |= {"eos_token_id": eos} if eos is not None else {}
+    generation = read_json(generation_file) if generation_file.is_file() else {}
     hf_config |= {"quantization_config": quantization_description(folder, hf_config)}
     try:
         config = ModelConfig.from_hf(hf_config)
+        files = Entries(hf_config), Entries(generation, generation_file.name)
+        ends = [token for file in files for token in file.token_ids("eos_token_id", config.vocab_size) or ()]
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from None
+    if ends or has_tokenizer:  # they know better than the default of the architecture
+        config = replace(config, eos_token_ids=tuple(dict.fromkeys(ends)))
     if load_format != "dummy":
         weight_files(folder, WAYS_OUT)
-    has_tokenizer = any((folder / file).is_file() for file in _TOKENIZER_FILES)
     return ModelSource(name, config, folder, folder if has_tokenizer else None)
 
 
@@ -185,18 +189,24 @@ def load_model(
     with _defaults(dtype, device), torch.inference_mode(False), torch.no_grad():
         config = replace(source.config, max_model_len=max_model_len) if max_model_len else source.config
         check_quantization(source, load_format, quantization)
-        files = [] if load_format == "dummy" or source.path is None else weight_files(source.path, WAYS_OUT)
-        stored = quantized_layers(files, config)
+        weights = None
+        if load_format != "dummy" and source.path is not None:
+            weights = WeightFiles.open(weight_files(source.path, WAYS_OUT))
+        stored = quantized_layers([] if weights is None else weights.files, config)
+        names: dict[str, str] = {}
+        if weights is not None:
+            weights.check_size(config)
+            config, names = weights.with_ties(config)
         if "lm_head" in stored:  # quantized apart from an embedding that it was tied to
             config = replace(config, tie_word_embeddings=False)
-        model = MODEL_CLASSES[config.architecture](config, parallel).eval()
+        model = _build(config, parallel)
         linears = [layer for layer in model.modules() if isinstance(layer, Linear)]
         if config.quantization is not None:
             quantization = None
-        if files:
-            _load_weights(model, files, stored, progress and parallel.rank == 0)
-        else:
+        if weights is None:
             _fill_randomly(model, device, seed, progress and parallel.rank == 0)
+        else:
+            _load_weights(model, weights.files, stored, names, progress and parallel.rank == 0)
         if cpu_kernels:
             for layer in model.modules():
                 if isinstance(layer, WeightLayer | Attention):
@@ -208,6 +218,13 @@ def load_model(
         for layer in linears:
             layer.dequantize()
     return model
+
+
+def _build(config: ModelConfig, parallel: TensorParallel) -> CausalLM:
+    try:
+        return MODEL_CLASSES[config.architecture](config, parallel).eval()
+    except (RuntimeError, MemoryError) as error:  # a size in config.json that no memory holds
+        raise ModelError(f"there is no memory for a model of these sizes ({str(error).splitlines()[0]})") from None
 
 
 def check_quantization(source: ModelSource, load_format: str, wanted: str | None) -> None:
@@ -293,39 +310,49 @@ def _weights(model: nn.Module) -> dict[str, tuple[WeightLayer, nn.Parameter]]:
     return {name: (owners[name], param) for name, param in model.named_parameters()}
 
 
-def _load_weights(model: CausalLM, files: list[Path], stored: dict[str, StoredLayer], progress: bool) -> None:
+def _load_weights(
+    model: CausalLM, files: list[Path], stored: dict[str, StoredLayer], names: dict[str, str], progress: bool
+) -> None:
+    """Fill the model; `names` are other names for tensors of the files."""
     unpack = Unpacker(stored, expect_quantized(model, stored)) if stored else iter
     weights = _weights(model)
     awaited = {(name, shard): None for name, (layer, _) in weights.items() for shard in layer.shard_ids}  # ordered set
     with LateBar("loading weights", sum(file.stat().st_size for file in files), progress) as bar:
         for file in files:
             for name, tensor in _unpacked(unpack, file, bar):
-                placed = model.place(name, tensor)
-                if placed is None:
-                    continue
-                target, shard, tensor = placed
-                if target.endswith(
-                    ".dense"
-                ):  # as the layer has it, [out, in], whatever way round the checkpoint keeps plain ones
-                    target = f"{target.removesuffix('.dense')}.weight"
-                if target not in weights:
-                    if stored and name.endswith(".bias") and not tensor.any():  # some tools give biases of zeros to all layers
-                        continue
-                    why = f"which is no weight of a {type(model).__name__} of this config"
-                    if name.endswith((".qweight", ".qzeros", ".g_idx")) and not stored:
-                        why = "and neither config.json nor quantize_config.json says how it is quantized"
-                    raise ModelError(f"{file} holds {name}, {why}")
-                layer, param = weights[target]
                 try:
+                    placed = model.place(names.get(name, name), tensor)
+                    if placed is None:
+                        continue
+                    target, shard, tensor = placed
+                    if target.endswith(".dense"):  # [out, in] as the layer has it, however the checkpoint keeps plain ones
+                        target = f"{target.removesuffix('.dense')}.weight"
+                    if target not in weights:
+                        if stored and name.endswith(".bias") and not tensor.any():  # some tools give all layers a bias of zeros
+                            continue
+                        raise ModelError(f"{file} holds {name}, {_why_not(name, model, bool(stored))}")
+                    layer, param = weights[target]
+                    if tensor.is_floating_point() != param.is_floating_point():
+                        raise ValueError(f"expected {param.dtype}, the checkpoint has {tensor.dtype}")
                     layer.weight_loader(param, tensor, shard)
-                except ValueError as error:
-                    raise ModelError(f"{name} in {file}: {error}, so it is not of the model in config.json") from None
+                except ModelError:
+                    raise
+                except (ValueError, RuntimeError, IndexError) as error:
+                    reason = str(error).splitlines()[0]
+                    raise ModelError(f"{name} in {file}: {reason}, so it is not of the model in config.json") from None
                 for piece in (shard,) if shard is not None else layer.shard_ids:
                     awaited.pop((target, piece), None)
     if awaited:
-        names = [name if shard is None else f"{name} ({shard})" for name, shard in list(awaited)[:3]]
+        lacking = [name if shard is None else f"{name} ({shard})" for name, shard in list(awaited)[:3]]
         more = f" and {len(awaited) - 3} more" if len(awaited) > 3 else ""
-        raise ModelError(f"{files[0].parent} lacks weights of the model: {', '.join(names)}{more}")
+        raise ModelError(f"{files[0].parent} lacks weights of the model: {', '.join(lacking)}{more}")
+
+
+def _why_not(name: str, model: CausalLM, is_quantized: bool) -> str:
+    """Why a tensor of a file has no place in the model."""
+    if name.endswith((".qweight", ".qzeros", ".g_idx")) and not is_quantized:
+        return "and neither config.json nor quantize_config.json says how it is quantized"
+    return f"which is no weight of a {type(model).__name__} of this config"
 
 
 def _unpacked(unpack: Unpacker | type[iter], file: Path, bar: LateBar) -> Iterator[tuple[str, torch.Tensor]]:
@@ -374,10 +401,4 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast | None:
     """
     if source.tokenizer_path is None:
         return None
-    from transformers import AutoTokenizer  # takes a second to import
-
-    try:
-        return AutoTokenizer.from_pretrained(source.tokenizer_path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"cannot load the tokenizer of {source.name} from {source.tokenizer_path}: {reason}") from error
+    return read_tokenizer(source.tokenizer_path, source.config.architecture, source.name)

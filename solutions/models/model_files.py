@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from ..quantization.layout.description import FILES, implied_method
-from .config.model_config import ModelError
+from .config.entries import ModelError, read_json
 
 _PIECE = re.compile(r"(.+)-(\d{1,9})-of-(\d{1,9})\.safetensors")
 _OTHERS = ("adapter", "consolidated")
 """How files begin that are no model's weights under Hugging Face's names: LoRA adapters, and Mistral's own."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ModelError: the file holds none.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} holds no JSON object")
-    return content
 
 
 def quantization_description(folder: Path, hf_config: dict[str, Any]) -> Any:

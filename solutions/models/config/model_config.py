@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...quantization.layout.checkpoint import QuantizedFormat
+from .entries import MAX_WHOLE, Entries, ModelError
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "gpt2": "GPT2LMHeadModel"}
 """Supported architectures by Hugging Face's ``model_type``."""
@@ -20,8 +21,9 @@ ROPE_PARAMETERS: dict[str, tuple[str, ...]] = {
 """Supported kinds of RoPE scaling besides "default", and the numbers that each needs."""
 
 
-class ModelError(ValueError):
-    """A model cannot be had or run as asked; the message is one line for the person who asked."""
+MAX_LAYERS = 9999
+MAX_POSITIONS = 1 << 24
+"""Positions are float32 on their way to an angle, which is exact up to here."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -32,7 +34,7 @@ class ModelConfig:
         architecture: a value of `ARCHITECTURES`.
         intermediate_size: width of the MLP.
         num_kv_heads: heads of keys and values; query head h reads KV head ``h // (num_heads / num_kv_heads)``.
-        max_position_embeddings: the context in tokens.
+        max_position_embeddings: the context in tokens; linear RoPE scaling has stretched it already.
         norm_eps: epsilon of RMSNorm or LayerNorm.
         rope_theta: base of the rotary frequencies (unused by GPT-2).
         rope_scaling: None, or ``{"rope_type": ..., **numbers}`` with the keys in `ROPE_PARAMETERS`.
@@ -83,103 +85,128 @@ class ModelConfig:
         Raises:
             ModelError: the architecture, or something that it asks for, is not supported, or a number is missing.
         """
-        architecture = _architecture(hf)
-        quantized = hf.get("quantization_config")
+        architecture = _architecture(Entries(hf))
+        quantized = Entries(hf).entries("quantization_config").content
         try:
             quantization = QuantizedFormat.parse(quantized) if quantized else None
         except ValueError as error:
             raise ModelError(str(error)) from None
-        try:
-            fields = _gpt2_fields(hf) if architecture == "GPT2LMHeadModel" else _llama_fields(hf, architecture)
-            config = cls(architecture=architecture, quantization=quantization, **fields)
-        except KeyError as missing:
-            raise ModelError(f"config.json of a {architecture} has no entry {missing}") from None
+        read = _gpt2_fields if architecture == "GPT2LMHeadModel" else _llama_fields
+        config = cls(architecture=architecture, quantization=quantization, **read(Entries(hf), architecture))
         config._check()
         return config
+
+    def also_ends_at(self, token: int | None) -> ModelConfig:
+        """This with one more token that ends a text, if there is such a token in the vocabulary."""
+        if token is None or token in self.eos_token_ids or not 0 <= token < self.vocab_size:
+            return self
+        return replace(self, eos_token_ids=(*self.eos_token_ids, token))
 
     def _check(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
             raise ModelError(f"activation {self.hidden_act!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
         if self.num_heads % self.num_kv_heads:
             raise ModelError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} KV heads evenly")
+        if self.architecture != "GPT2LMHeadModel" and (self.head_dim < 4 or self.head_dim % 2):
+            raise ModelError(f"heads of {self.head_dim} elements are not supported: RoPE turns pairs, two at least")
+        if self.max_position_embeddings > MAX_POSITIONS:
+            raise ModelError(
+                f"a context of {self.max_position_embeddings} tokens is not supported, {MAX_POSITIONS} are at most"
+            )
 
 
-def _architecture(hf: dict[str, Any]) -> str:
-    named = hf.get("architectures") or [ARCHITECTURES.get(hf.get("model_type", ""))]
+def _architecture(hf: Entries) -> str:
+    named = hf.many("architectures", str, None) or [ARCHITECTURES.get(hf.text("model_type", ""), "")]
     for name in named:
         if name in ARCHITECTURES.values():
             return name
-    asked = named[0] or hf.get("model_type") or "none named"
+    asked = named[0] or hf.text("model_type", "none named")
     supported = ", ".join(ARCHITECTURES.values())
     raise ModelError(f"model architecture {asked!r} is not supported; supported are {supported}")
 
 
-def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
-
-
-def _shared_fields(hf: dict[str, Any], bos: int, eos: int) -> dict[str, Any]:
+def _shared_fields(hf: Entries, bos: int, eos: int) -> dict[str, Any]:
+    """`bos` and `eos` are the family's, for files that are silent; one that says ``null`` means that there is none."""
+    vocab_size = hf.whole("vocab_size")
+    named = Entries({"bos_token_id": bos, "eos_token_id": eos} | hf.content, hf.where)
     return {
-        "vocab_size": hf["vocab_size"],
-        "bos_token_id": hf.get("bos_token_id", bos),
-        "eos_token_ids": _token_ids(hf.get("eos_token_id", eos)),
-        "torch_dtype": hf.get("dtype") or hf.get("torch_dtype"),
+        "vocab_size": vocab_size,
+        "bos_token_id": next(iter(named.token_ids("bos_token_id", vocab_size) or ()), None),
+        "eos_token_ids": tuple(named.token_ids("eos_token_id", vocab_size) or ()),
+        "torch_dtype": hf.text("dtype", None) or hf.text("torch_dtype", None),
     }
 
 
-def _llama_fields(hf: dict[str, Any], architecture: str) -> dict[str, Any]:
+def _llama_fields(hf: Entries, architecture: str) -> dict[str, Any]:
     """LLaMA and Mistral; where the file is silent, transformers' defaults for them."""
     mistral = architecture == "MistralForCausalLM"
-    heads = hf["num_attention_heads"]
-    theta, scaling = _rope(hf)
+    heads, hidden = hf.whole("num_attention_heads"), hf.whole("hidden_size")
+    theta, scaling, context = _rope(hf)
+    silent = "num_key_value_heads" not in hf.content
     return _shared_fields(hf, bos=1, eos=2) | {
-        "hidden_size": hf["hidden_size"],
-        "intermediate_size": hf["intermediate_size"],
-        "num_layers": hf["num_hidden_layers"],
+        "hidden_size": hidden,
+        "intermediate_size": hf.whole("intermediate_size"),
+        "num_layers": hf.whole("num_hidden_layers", high=MAX_LAYERS),
         "num_heads": heads,
-        "num_kv_heads": hf.get("num_key_value_heads") or (8 if mistral and "num_key_value_heads" not in hf else heads),
-        "head_dim": hf.get("head_dim") or hf["hidden_size"] // heads,
-        "max_position_embeddings": hf["max_position_embeddings"],
-        "norm_eps": hf.get("rms_norm_eps", 1e-6),
-        "hidden_act": hf.get("hidden_act", "silu"),
+        "num_kv_heads": hf.whole("num_key_value_heads", 8 if mistral and silent else heads),
+        "head_dim": hf.whole("head_dim", hidden // heads),
+        "max_position_embeddings": context,
+        "norm_eps": hf.number("rms_norm_eps", 1e-6),
+        "hidden_act": hf.text("hidden_act", "silu"),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "tie_word_embeddings": hf.get("tie_word_embeddings", False),
-        "sliding_window": hf.get("sliding_window", 4096) if mistral else None,
-        "attention_bias": False if mistral else hf.get("attention_bias", False),
-        "mlp_bias": False if mistral else hf.get("mlp_bias", False),
+        "tie_word_embeddings": hf.flag("tie_word_embeddings", False),
+        "sliding_window": hf.whole("sliding_window", 4096 if "sliding_window" not in hf.content else None) if mistral else None,
+        "attention_bias": False if mistral else hf.flag("attention_bias", False),
+        "mlp_bias": False if mistral else hf.flag("mlp_bias", False),
     }
 
 
-def _rope(hf: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """(theta, scaling), from transformers 5's ``rope_parameters`` or the older ``rope_theta`` and ``rope_scaling``."""
-    given = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = given.get("rope_theta", hf.get("rope_theta", 10000.0))
-    kind = given.get("rope_type", given.get("type", "default"))
-    if given.get("partial_rotary_factor", hf.get("partial_rotary_factor")) not in (None, 1.0):
+def _rope(hf: Entries) -> tuple[float, dict[str, Any] | None, int]:
+    """(theta, scaling, context), from transformers 5's ``rope_parameters`` or the older ``rope_theta`` and ``rope_scaling``.
+
+    With linear scaling the context is the factor times that of the original model, as in vLLM: ``max_position_embeddings``,
+    or ``original_max_position_embeddings`` where the file has both. With "llama3" the first is always the whole context.
+    """
+    given = hf.entries("rope_parameters" if hf.content.get("rope_parameters") else "rope_scaling")
+    trained = hf.whole("max_position_embeddings")
+    theta = float(given.number("rope_theta", hf.number("rope_theta", 10000.0, above=True), above=True))
+    kind = given.text("rope_type", given.text("type", "default"))
+    if given.number("partial_rotary_factor", hf.number("partial_rotary_factor", 1.0)) != 1.0:
         raise ModelError("RoPE over a part of the head (partial_rotary_factor) is not supported")
     if kind == "default":
-        return float(theta), None
+        return theta, None, trained
     if kind not in ROPE_PARAMETERS:
         raise ModelError(f"RoPE scaling {kind!r} is not supported; supported are default, {', '.join(ROPE_PARAMETERS)}")
-    given.setdefault("original_max_position_embeddings", hf["max_position_embeddings"])
-    return float(theta), {"rope_type": kind} | {name: given[name] for name in ROPE_PARAMETERS[kind]}
+    scaling: dict[str, Any] = {"rope_type": kind}
+    original = given.whole("original_max_position_embeddings", trained)
+    for name in ROPE_PARAMETERS[kind]:
+        whole = name == "original_max_position_embeddings"
+        scaling[name] = original if whole else given.number(name, low=1.0 if name == "factor" else 0.0)
+    if kind == "llama3" and not scaling["high_freq_factor"] > scaling["low_freq_factor"] > 0:
+        raise ModelError("RoPE scaling llama3 needs a low_freq_factor above 0 and a high_freq_factor above that")
+    if kind != "linear":
+        return theta, scaling, trained
+    return theta, scaling, max(trained, min(int(original * scaling["factor"]), MAX_WHOLE))
 
 
-def _gpt2_fields(hf: dict[str, Any]) -> dict[str, Any]:
-    if not hf.get("scale_attn_weights", True) or hf.get("scale_attn_by_inverse_layer_idx", False):
+def _gpt2_fields(hf: Entries, architecture: str) -> dict[str, Any]:
+    if not hf.flag("scale_attn_weights", True) or hf.flag("scale_attn_by_inverse_layer_idx", False):
         raise ModelError("GPT-2 with scale_attn_weights=false or scale_attn_by_inverse_layer_idx=true is not supported")
+    heads, hidden = hf.whole("n_head"), hf.whole("n_embd")
+    if hidden % heads:
+        raise ModelError(f"config.json: n_embd, {hidden}, is no multiple of n_head, {heads}")
     return _shared_fields(hf, bos=50256, eos=50256) | {
-        "hidden_size": hf["n_embd"],
-        "intermediate_size": hf.get("n_inner") or 4 * hf["n_embd"],
-        "num_layers": hf["n_layer"],
-        "num_heads": hf["n_head"],
-        "num_kv_heads": hf["n_head"],
-        "head_dim": hf["n_embd"] // hf["n_head"],
-        "max_position_embeddings": hf["n_positions"],
-        "norm_eps": hf.get("layer_norm_epsilon", 1e-5),
-        "hidden_act": hf.get("activation_function", "gelu_new"),
-        "tie_word_embeddings": hf.get("tie_word_embeddings", True),
+        "hidden_size": hidden,
+        "intermediate_size": hf.whole("n_inner", 4 * hidden),
+        "num_layers": hf.whole("n_layer", high=MAX_LAYERS),
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": hidden // heads,
+        "max_position_embeddings": hf.whole("n_positions"),
+        "norm_eps": hf.number("layer_norm_epsilon", 1e-5),
+        "hidden_act": hf.text("activation_function", "gelu_new"),
+        "tie_word_embeddings": hf.flag("tie_word_embeddings", True),
         "attention_bias": True,
         "mlp_bias": True,
     }
@@ -207,7 +234,7 @@ class Alias:
 _SMOLLM2_135M = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
     "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5, "rope_theta": 100000.0, "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2,
+    "rms_norm_eps": 1e-5, "rope_theta": 100000.0, "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": [2, 0],
 }  # fmt: skip
 _LLAMA_7B = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,

@@ -1,0 +1,108 @@
+"""Small GGUF files, written as llama.cpp's converter writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as GGMLType
+from transformers import LlamaForCausalLM
+
+from solutions.tests.tiny_models import CHAT_TEMPLATE, byte_tokenizer, make_tiny_llama
+
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 262}
+"""K-quants have blocks of 256."""
+
+
+def llama_cpp_names(model: LlamaForCausalLM) -> Iterator[tuple[str, np.ndarray]]:
+    """llama.cpp's names and layout: the rows of q and k reordered within each head."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        values = tensor.numpy()
+        layer = name.split(".")[-2]
+        if layer in heads:
+            halves = values.reshape(heads[layer], 2, -1, *values.shape[1:])
+            values = halves.swapaxes(1, 2).reshape(values.shape)
+        yield names.get_name(name, try_suffixes=(".weight", ".bias")), values
+
+
+def write_gguf(path: Path, model: LlamaForCausalLM, kind: GGMLType = GGMLType.F32, drop: str = "", **extra: Any) -> Path:
+    """A GGUF file of a tiny model; matrices are stored as `kind`, `extra` are more tensors and keys (``a__b`` is a.b)."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    vocab = byte_tokenizer().get_vocab()
+    tokens = [*sorted(vocab, key=vocab.get), "ab", "ĊĊ", "ĠĠ"]
+    names = extra.pop("names", [])
+    tokens[: len(names)] = names
+    writer.add_tokenizer_pre(extra.pop("pre", "smollm"))
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in ("<s>", "</s>", "<pad>") else 1 for token in tokens])
+    writer.add_token_merges(extra.pop("merges", ["a b", "Ċ Ċ", "Ġ Ġ"]))
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(extra.pop("tokenizer__ggml__eos_token_id", config.eos_token_id))
+    writer.add_pad_token_id(config.pad_token_id)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    write_model(writer, model, kind, drop, **extra)
+    return path
+
+
+def write_model(
+    writer: gguf.GGUFWriter, model: LlamaForCausalLM, kind: GGMLType = GGMLType.F32, drop: str = "", **extra: Any
+) -> None:
+    config = model.config
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    random = np.random.default_rng(0)
+    tensors = dict(llama_cpp_names(model)) | {k: v for k, v in extra.items() if isinstance(v, np.ndarray)}
+    for name, values in tensors.items():
+        if name == drop:
+            continue
+        if values.ndim == 1 or kind == GGMLType.F32:
+            writer.add_tensor(name, values)
+        elif "K" in kind.name.split("_"):  # nothing here can write these: random bytes, which are as good as any
+            shape = gguf.quant_shape_to_byte_shape(values.shape, kind)
+            writer.add_tensor(name, random.integers(0, 256, shape, dtype=np.uint8), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    for key, value in extra.items():
+        key = key.replace("__", ".")
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BYOV_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "gguf"
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), **WIDE)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, tiny_model: LlamaForCausalLM, cache: Path) -> Path:
+    return write_gguf(tmp_path / "tiny.gguf", tiny_model)

@@ -1,0 +1,136 @@
+"""What ``config.json`` says, as the engine understands it; and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, MistralConfig
+
+from solutions.batching.sequence import SamplingParams
+from solutions.core.engine import LLM
+from solutions.models.config.entries import ModelError
+from solutions.models.config.model_config import ALIASES, ModelConfig
+from solutions.tests.tiny_models import make_tiny_llama
+
+
+def raises(what: str) -> Any:
+    return pytest.raises(ModelError, match=what)
+
+
+@pytest.mark.parametrize(
+    ("alias", "reference"),
+    [
+        ("llama-7b", LlamaConfig(architectures=["LlamaForCausalLM"])),  # transformers' defaults are these models
+        ("mistral-7b", MistralConfig(architectures=["MistralForCausalLM"], rms_norm_eps=1e-5, max_position_embeddings=32768)),
+        ("gpt2", GPT2Config(architectures=["GPT2LMHeadModel"])),
+    ],
+    ids=["llama", "mistral", "gpt2"],
+)  # fmt: skip
+def test_built_in_configs(alias: str, reference: Any) -> None:
+    ours = ALIASES[alias].config
+    assert ours == ModelConfig.from_hf(reference.to_dict())
+    assert ours.num_heads * ours.head_dim == ours.hidden_size == reference.hidden_size
+    assert ours.intermediate_size == (getattr(reference, "intermediate_size", None) or 4 * reference.hidden_size)
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["FalconForCausalLM"]}, "'FalconForCausalLM' is not supported; supported are LlamaForCausalLM"),
+        ({"architectures": None, "model_type": "bert"}, "'bert' is not supported"),
+        ({"architectures": None}, "'none named' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported; supported are default, linear"),
+        ({"rope_scaling": {"type": "linear"}}, "no entry 'factor'"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"hidden_act": "swish2"}, "'swish2' is not supported; supported are silu"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized with fp8 are not supported"),
+        ({"num_key_value_heads": 3}, "4 query heads cannot share 3 KV heads"),
+        ({"hidden_size": None, "num_attention_heads": None}, "no entry"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of str, got 'LlamaForCausalLM'"),
+        ({"hidden_size": "32"}, "hidden_size must be a whole number from 1 to .*, got '32'"),
+        ({"num_hidden_layers": 1.5}, "num_hidden_layers must be a whole number from 1 to 9999, got 1.5"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a whole number"),
+        ({"vocab_size": True}, "vocab_size must be a whole number .*, got True"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number of at least 0, got nan"),
+        ({"rope_theta": 0}, "rope_theta must be a number above 0, got 0"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor must be a number of at least 1"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2}}, "'longrope' is not supported"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor above that"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
+        ({"head_dim": 7}, "heads of 7 elements are not supported"),
+        ({"max_position_embeddings": 2**24 + 1}, "a context of 16777217 tokens is not supported"),
+        ({"quantization_config": ["gptq"]}, "quantization_config must be an object"),
+        ({"eos_token_id": "2"}, "eos_token_id must be a token id or a list of them, got '2'"),
+        ({"eos_token_id": [2, 2.0]}, "eos_token_id must be a token id or a list of them"),
+    ],
+)  # fmt: skip
+def test_unsupported_config(changes: dict[str, Any], message: str) -> None:
+    config = {key: value for key, value in (LLAMA | changes).items() if value is not None}
+    with raises(message):
+        ModelConfig.from_hf(config)
+
+
+def test_model_type_alone_is_enough() -> None:
+    config = ModelConfig.from_hf(LLAMA | {"architectures": None, "model_type": "llama"})
+    assert config.architecture == "LlamaForCausalLM"
+    assert (config.num_kv_heads, config.head_dim, config.rope_theta) == (4, 8, 10000.0)
+
+
+@pytest.mark.parametrize("name", sorted(LLAMA))
+def test_null_for_what_every_model_has(name: str) -> None:
+    with raises(f"config.json has no entry '{name}'" if name != "architectures" else "'none named' is not supported"):
+        ModelConfig.from_hf(LLAMA | {name: None})
+
+
+def test_null_for_what_has_a_default() -> None:
+    names = ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rms_norm_eps", "hidden_act", "sliding_window")
+    named = LLAMA | dict.fromkeys(names) | {"tie_word_embeddings": None, "attention_bias": None, "dtype": None}
+    assert ModelConfig.from_hf(named) == ModelConfig.from_hf(LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "positions", "default", "longest"),
+    [
+        ({"type": "linear", "factor": 4.0}, 4096, 16384, 16384),  # Vicuna 1.5 16k
+        ({"rope_type": "linear", "factor": 2.5}, 4096, 10240, 10240),
+        ({"rope_type": "linear", "factor": 4.0, "original_max_position_embeddings": 4096}, 16384, 16384, 16384),
+        ({"rope_type": "dynamic", "factor": 2.0}, 4096, 4096, 8192),
+        (LLAMA3, 131072, 131072, 131072),
+        (None, 4096, 4096, 4096),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_context_that_scaling_gives(scaling: dict[str, Any] | None, positions: int, default: int, longest: int) -> None:
+    """As vLLM's `_get_and_verify_max_len`: the factor times the original context, but Llama 3's files say the whole one."""
+    config = ModelConfig.from_hf(LLAMA | {"max_position_embeddings": positions, "rope_scaling": scaling})
+    assert (config.max_position_embeddings, config.max_context) == (default, longest)
+
+
+def test_linear_scaling_reaches_over_the_whole_context(tmp_path: Path) -> None:
+    """Four times 32 positions, against transformers' logits at all of them."""
+    scaling = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    oracle = make_tiny_llama(tmp_path, max_position_embeddings=32, rope_parameters=scaling)
+    ids = torch.randint(0, 256, (120,), generator=torch.Generator().manual_seed(1)).tolist()
+    llm = LLM(str(tmp_path), dtype="float32")
+    assert llm.llm_engine.limits.max_model_len == 128
+    expected = oracle.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8, eos_token_id=None)[0, 120:].tolist()
+    output = llm.generate(
+        {"prompt_token_ids": ids}, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False
+    )
+    assert output[0].outputs[0].token_ids == expected
