@@ -67,7 +67,7 @@ def bare_engine(parts: Recorder, names: tuple[str, ...] = ()) -> LLMEngine:
     engine.scheduler = engine.batch = engine.executor = engine.outputs = engine.block_manager = parts
     engine.observers = [parts]
     engine._sequences = {name: [] for name in names}
-    engine._counters = {"prompt": 0, "generation": 0, "steps": 0}
+    engine._counters = {"generation": 0, "steps": 0}
     engine._peak_usage = 0.0
     return engine
 
