@@ -53,8 +53,8 @@ def _quoted(text: str) -> str:
 
 
 def context_error(limit: int, num_tokens: int, prompt: str, asked: tuple[str, int] | None = None) -> RequestError:
-    """The refusal of a request that does not fit into the context, in OpenAI's words: clients search for the first sentence,
-    and some read the numbers.
+    """The refusal of a request that does not fit into the context, in OpenAI's words: LiteLLM searches for the first sentence,
+    LangChain for the code, in the text too, and others read the numbers.
 
     Args:
         limit: of prompt and answer, in tokens. num_tokens: of the prompt. prompt: the field that holds it.
@@ -62,8 +62,9 @@ def context_error(limit: int, num_tokens: int, prompt: str, asked: tuple[str, in
     """
     start = f"This model's maximum context length is {limit} tokens. However, "
     if asked is None:
-        text = f"your {prompt} resulted in {num_tokens} tokens. Please reduce the length of the {prompt}."
+        text = f"your {prompt} resulted in {num_tokens} tokens. Please reduce the length of the {prompt} ({CONTEXT_LENGTH})."
         return RequestError(start + text, prompt, code=CONTEXT_LENGTH)
     field, count = asked
     text = f"you requested {num_tokens + count} tokens ({num_tokens} in the {prompt}, {count} in the completion)."
-    return RequestError(f"{start}{text} Please reduce the length of the {prompt} or {field}.", field, code=CONTEXT_LENGTH)
+    advice = f"Please reduce the length of the {prompt} or {field} ({CONTEXT_LENGTH})."
+    return RequestError(f"{start}{text} {advice}", field, code=CONTEXT_LENGTH)

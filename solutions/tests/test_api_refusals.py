@@ -187,6 +187,7 @@ def test_a_request_that_does_not_fit_says_so_in_openais_words(client: openai.Ope
             with pytest.raises(openai.BadRequestError) as caught:
                 post(client, path, {"model": MODEL, "stream": stream, **fields})
             assert caught.value.code == "context_length_exceeded"
+            assert "context_length_exceeded" in caught.value.body["message"]  # newer clients show no more than that
             assert caught.value.type == "invalid_request_error"
             assert caught.value.body["message"].startswith(f"{start}{said}. Please reduce the length of the ")
     fits = client.completions.create(
