@@ -111,11 +111,13 @@ class BlockManager:
         """Whether `num_blocks` can be taken from the free blocks, with the watermark left over if it is to be kept."""
         return num_blocks + (self.watermark_blocks if keep_watermark else 0) <= self.allocator.num_free
 
+    def _looks_up(self, seq: Sequence) -> bool:
+        """Whether a sequence may find blocks: log-probabilities of the prompt need logits that cached blocks would skip."""
+        return self.prefix_cache is not None and seq.params.prompt_logprobs is None
+
     def _match(self, seq: Sequence) -> list[int]:
-        # Log-probabilities of the prompt need the prompt's logits, which cached blocks would skip.
-        if self.prefix_cache is None or seq.params.prompt_logprobs is not None:
-            return []
-        return self.prefix_cache.match(seq)
+        """The cached blocks that a waiting sequence begins with; none if it does not look them up."""
+        return self.prefix_cache.match(seq) if self._looks_up(seq) else []
 
     # A sequence's life
 
@@ -126,7 +128,8 @@ class BlockManager:
     def allocate(self, seq: Sequence) -> int:
         """Give a waiting sequence blocks for all its tokens: those that the prefix cache has (`_match`) shared, then new ones.
 
-        The cache's counters take note (`record`) of a sequence that comes for the first time, not of one that was preempted.
+        The cache's counters take note (`record`) of a sequence that looks its blocks up (`_looks_up`), and comes for the first
+        time, not of one that was preempted.
 
         Returns:
             Number of tokens whose keys and values are in the cache already; a multiple of the block size.
@@ -139,7 +142,7 @@ class BlockManager:
             self.allocator.share(block)
         self._set_table(seq, hits + self._new_blocks(self.num_blocks_for(len(seq.tokens)) - len(hits)))
         num_cached = len(hits) * self.block_size
-        if self.prefix_cache is not None and seq.num_preemptions == 0:
+        if self._looks_up(seq) and seq.num_preemptions == 0:
             self.prefix_cache.record(len(seq.tokens), num_cached)
         return num_cached
 

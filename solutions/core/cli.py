@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..batching.sequence import SamplingParams
+from .chat_template import render_chat
 from .config import add_engine_flags, config_from_flags
 from .input import Prompt
 from .output import RequestOutput
@@ -131,9 +132,9 @@ def _chat(llm: Any, params: SamplingParams, system: str | None) -> None:
         if not text:
             return
         messages.append({"role": "user", "content": text})
-        token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         start = time.perf_counter()
         try:
+            token_ids = render_chat(tokenizer, messages)
             output = _stream(llm.llm_engine, {"prompt_token_ids": token_ids}, params, show_prompt=False)
         except ValueError as error:  # the conversation outgrew the context, say
             print(f"error: {error}", file=sys.stderr)

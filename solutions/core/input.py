@@ -20,6 +20,17 @@ if TYPE_CHECKING:
     from xgrammar import CompiledGrammar
 
 
+class ContextLengthError(ValueError):
+    """A prompt leaves no room in the context for a token of an answer; `num_tokens` is its length."""
+
+    def __init__(self, num_tokens: int, max_model_len: int) -> None:
+        super().__init__(
+            f"the prompt has {num_tokens} tokens; with max_model_len {max_model_len} at most {max_model_len - 1} leave room "
+            "for an answer"
+        )
+        self.num_tokens = num_tokens
+
+
 class TokensPrompt(TypedDict, total=False):
     """A prompt that is tokenized already, or a text with a cache salt."""
 
@@ -73,6 +84,7 @@ class InputProcessor:
         """Make a request. The form of its answer is not compiled yet: see `complete`, or `compile` where nobody may wait.
 
         Raises:
+            ContextLengthError: the prompt is too long.
             ValueError: something about it is wrong; the message says what and what would be right.
         """
         if isinstance(prompt, str):
@@ -148,16 +160,26 @@ class InputProcessor:
             raise ValueError("the prompt is empty; give at least one token")
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer here; give prompt_token_ids instead of text")
-        return self.tokenizer.encode(text)
+        return self._encode("the prompt", text)
+
+    def _encode(self, name: str, text: str, **options: Any) -> list[int]:
+        """Token ids of a text."""
+        self._check_text(name, text)
+        return self.tokenizer.encode(text, **options)
+
+    @staticmethod
+    def _check_text(name: str, text: str) -> None:
+        """Raises ValueError if a text is none: half of a surrogate pair is no character."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name}: character {error.start} is half of a surrogate pair; send whole characters") from None
 
     def _check_token_ids(self, token_ids: list[int]) -> None:
         if len(token_ids) == 0:
             raise ValueError("the prompt is empty; give at least one token")
         if len(token_ids) >= self.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(token_ids)} tokens; with max_model_len {self.max_model_len} at most "
-                f"{self.max_model_len - 1} leave room for an answer"
-            )
+            raise ContextLengthError(len(token_ids), self.max_model_len)
         self._check_vocabulary("prompt_token_ids", token_ids)
 
     def _check_vocabulary(self, name: str, token_ids: list[int]) -> None:
@@ -176,11 +198,13 @@ class InputProcessor:
         self._check_vocabulary("bad_words_token_ids", [token for word in params.bad_words_token_ids for token in word])
         if self.tokenizer is None and (params.stop or params.bad_words):
             raise ValueError("stop and bad_words need a tokenizer, and this model has none here")
+        for text in params.stop:
+            self._check_text("stop", text)
         if not params.bad_words:
             return params
         # A word looks different at the start of a text and after a space.
         spellings = [prefix + word.lstrip() for word in params.bad_words for prefix in ("", " ")]
-        token_ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in spellings]
+        token_ids = [self._encode("bad_words", text, add_special_tokens=False) for text in spellings]
         for text, word in zip(spellings, token_ids, strict=True):  # the tokenizer may know more tokens than the model
             self._check_vocabulary(f"bad_words {text!r}", word)
         return replace(params, bad_words_token_ids=[word for word in token_ids if word])

@@ -7,7 +7,7 @@ from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from .openai_protocol import error_body
+from .errors import error_body
 
 
 class TimedConnection(AutoHTTPProtocol):

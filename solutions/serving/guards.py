@@ -25,7 +25,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..batching.scheduler_config import QueueFullError
 from .async_engine import EngineDeadError
-from .openai_protocol import RequestError, describe_validation_error, error_body
+from .errors import RequestError, error_body
+from .openai_protocol import describe_validation_error
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +39,11 @@ REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 API_KEY_VARIABLE = "BYOV_API_KEY"
 
 
-def error_response(message: str, status: int, param: str | None = None, headers: Any = None) -> JSONResponse:
+def error_response(
+    message: str, status: int, param: str | None = None, headers: Any = None, code: str | None = None
+) -> JSONResponse:
     """An OpenAI error body."""
-    return JSONResponse(error_body(message, status, param).model_dump(), status, headers=headers)
+    return JSONResponse(error_body(message, status, param, code).model_dump(), status, headers=headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -48,7 +51,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> Response:
-        return error_response(str(error), error.status, error.param)
+        return error_response(str(error), error.status, error.param, code=error.code)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
@@ -65,12 +68,10 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(http: Request, error: HTTPException) -> Response:
+        if isinstance(error.__cause__, RequestError):  # of a body that cannot be read; FastAPI has a text of its own for that
+            return await refused(http, error.__cause__)
         message = f"{http.method} {http.url.path}: {error.detail}"
         return error_response(message, error.status_code, headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def bug(_: Request, __: Exception) -> Response:
-        return error_response("internal server error", 500)
 
 
 def read_api_keys(given: Iterable[str], file: Path | None) -> list[str]:
@@ -156,6 +157,48 @@ class BodyLimit:
     def _refusal(self) -> Response:
         # the client is still sending: it learns from the closed connection that nobody listens
         return error_response(f"the body has more than {self.max_bytes} bytes", 413, headers={"Connection": "close"})
+
+
+class Bugs:
+    """Answers with 500 what the app did not foresee, and writes it to the log.
+
+    The connection stays open: without this the server would close it after the answer, under the client's next request.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception:
+            if started:  # an answer that breaks off must not look complete
+                raise
+            logger.exception("A request has failed: %s %s", scope["method"], scope["path"])
+            await error_response("internal server error", 500)(scope, receive, send)
+
+
+class TrailingSlashes:
+    """``/v1/models/`` is ``/v1/models``. A redirect would lose some clients' bodies, and its way behind a proxy."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if scope["type"] == "http" and path.endswith("/") and not path.startswith(OPEN_FOLDER):
+            scope["path"] = path.rstrip("/") or "/"
+        await self.app(scope, receive, send)
 
 
 class JsonLines(logging.Formatter):

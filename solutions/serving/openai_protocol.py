@@ -1,7 +1,7 @@
-"""The OpenAI API as data: requests, checked field by field, and the error body. Answers are in `openai_answers.py`.
+"""The OpenAI API as data: requests, checked field by field. Answers are in `openai_answers.py`, errors in `errors.py`.
 
 A field that this server cannot honour is refused by name, never ignored. Only a value that means "not set" passes:
-``null``, or the default that OpenAI documents (see `UNSUPPORTED`).
+``null``, or the default that OpenAI documents (see `UNSUPPORTED`). So does what changes no answer (see `HINTS`).
 
 Source: https://platform.openai.com/docs/api-reference (completions, chat, models); the fields beyond it are vLLM's.
 """
@@ -20,11 +20,14 @@ from pydantic import (
     PlainValidator,
     Strict,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
     model_validator,
 )
 
 from ..batching.sequence import MAX_LOGPROBS, RequestOutputKind, SamplingParams, StructuredOutput
+from .errors import RequestError
 
 MAX_CHOICES = 128
 """Most choices (`n`) a request may ask for, the OpenAI limit."""
@@ -33,20 +36,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "function_call": (None, "none"),
     "functions": (None, []),
-    "include_obfuscation": (None, False),
-    "metadata": (None, {}),
     "modalities": (None, ["text"]),
     "moderation": (None,),
     "name": (None,),
     "annotations": (None, []),
-    "parallel_tool_calls": (None, True),
-    "prediction": (None,),
-    "prompt_cache_key": (None,),
-    "prompt_cache_options": (None,),
-    "prompt_cache_retention": (None,),
     "reasoning_effort": (None,),
     "refusal": (None,),
-    "safety_identifier": (None,),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "suffix": (None, ""),
@@ -58,6 +53,13 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (None,),
 }
 """Fields of the OpenAI API that are refused, each with the values that mean "not set" and therefore pass."""
+
+HINTS = frozenset({
+    "include_obfuscation", "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "safety_identifier",
+})  # fmt: skip
+"""Fields of the OpenAI API that change no answer of this server, whatever they say: who asks, what may be cached for how long,
+what the answer will probably be, how the tools are called that it does not have. They are accepted."""
 
 Int = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
@@ -73,53 +75,34 @@ def _text_or_list(value: Any) -> Any:
     raise ValueError("must be a string or a list")
 
 
+def _schema(value: Any) -> Any:
+    """An object, or its text."""
+    if isinstance(value, (dict, str)):
+        return value
+    raise ValueError("must be a JSON schema: an object, or the text of one")
+
+
 Strings = Annotated[list[str], BeforeValidator(_text_or_list, json_schema_input_type=str | list[str])]
-
-
-class RequestError(Exception):
-    """A request that is refused: an HTTP status, one clear line, and the field at fault."""
-
-    def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
-        super().__init__(message)
-        self.param = param
-        self.status = status
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
 
 
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None = None
-    code: int
-    """The HTTP status."""
-
-
-class ErrorBody(BaseModel):
-    error: ErrorDetail
-
-
-MAX_MESSAGE = 500
-_ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-
-
-def error_body(message: str, status: int, param: str | None = None) -> ErrorBody:
-    """The body of every answer that is not a success."""
-    if len(message) > MAX_MESSAGE:  # it may quote what the client sent
-        message = message[:MAX_MESSAGE] + "…"
-    kind = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return ErrorBody(error=ErrorDetail(message=message, type=kind, param=param, code=status))
+def field_path(keys: list[Any]) -> str:
+    """The place of a value in a body as a person would write it, such as ``messages[1].name``: a number is a place in a list, a
+    text a field."""
+    path = ""
+    for key in keys:
+        path += f"[{key}]" if isinstance(key, int) else f".{key}" if path else key
+    return path
 
 
 def describe_validation_error(error: dict[str, Any]) -> tuple[str, str | None]:
     """The first of pydantic's errors as one line and the path of the field, such as ``messages[1].name``."""
-    kind, loc = error["type"], [part for part in error["loc"] if part != "body"]
+    kind, loc = error["type"], list(error["loc"][1:])  # the first part says only that it is the body's
     if kind == "json_invalid":
         return f"the body is not valid JSON: {error['ctx']['error']} at character {loc[0]}", None
-    path = ""
-    for part in loc:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    path = field_path(loc)
     if not path:
         if kind == "value_error":
             return error["msg"].removeprefix("Value error, "), None
@@ -136,7 +119,10 @@ def describe_validation_error(error: dict[str, Any]) -> tuple[str, str | None]:
 
 
 class Request(BaseModel):
-    """Base of all requests: unknown fields are errors, unsupported ones pass only where they mean "not set"."""
+    """Base of all requests: unknown fields are errors, unsupported ones pass only where they mean "not set" or change nothing.
+
+    A null means "not set" in any field, also in one that this request does not have: clients write all that they know of.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -149,13 +135,15 @@ class Request(BaseModel):
         return {
             name: value
             for name, value in data.items()
-            if name in supported or name not in UNSUPPORTED or value not in UNSUPPORTED[name]
+            if name in supported or not (value is None or name in HINTS or value in UNSUPPORTED.get(name, ()))
         }
 
 
 class StreamOptions(Request):
     include_usage: Bool | None = None
     """Ends the stream with a chunk that has the usage and no choices."""
+    continuous_usage_stats: Bool | None = None
+    """vLLM's: with `include_usage`, every chunk has the usage of its choice so far."""
 
 
 class JsonSchema(Request):
@@ -217,7 +205,7 @@ class GenerationRequest(Request):
     priority: Int | None = None
     """Lower goes first, where the engine schedules by priority."""
     response_format: ResponseFormat | None = None
-    guided_json: dict[str, Any] | str | None = None
+    guided_json: Annotated[Any, PlainValidator(_schema, json_schema_input_type=dict[str, Any] | str)] | None = None
     """vLLM's, as the three below: a JSON schema."""
     guided_regex: str | None = None
     guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
@@ -267,6 +255,11 @@ class GenerationRequest(Request):
     def include_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of a stream has a usage."""
+        return self.include_usage and bool(self.stream_options.continuous_usage_stats)
 
     @property
     def token_limit(self) -> tuple[str, int | None]:
@@ -355,9 +348,12 @@ class CompletionRequest(GenerationRequest):
     @field_validator("best_of")
     @classmethod
     def _check_best_of(cls, best_of: int | None, info: ValidationInfo) -> int | None:
-        if best_of is not None and best_of < (info.data.get("n") or 1):
+        n = info.data.get("n") or 1
+        if best_of is None or best_of == n:  # all of them, so there is nothing to choose
+            return None
+        if best_of < n:
             raise ValueError("must be at least n")
-        if best_of is not None and info.data.get("stream"):
+        if info.data.get("stream"):
             raise ValueError("which is best is known at the end, so it cannot be streamed")
         return best_of
 
@@ -374,18 +370,27 @@ class TextPart(Request):
     text: str
 
 
-def _parts(value: Any) -> Any:
-    """A text is one part."""
-    return [{"type": "text", "text": value}] if isinstance(value, str) else _text_or_list(value)
+def _text_or_parts(value: Any, check_parts: ValidatorFunctionWrapHandler) -> Any:
+    """Either, as it came. A union of pydantic's would put the names of its members into the path of an error."""
+    return value if isinstance(value, str) else check_parts(_text_or_list(value))
 
 
 class ChatMessage(Request):
     role: Literal["system", "user", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])]
+    content: Annotated[list[TextPart], WrapValidator(_text_or_parts, json_schema_input_type=str | list[TextPart])]
+    """A text or parts, as it came; of the assistant, who may have had nothing to say, also null."""
 
-    def text(self) -> str:
-        """The content; several parts are joined by line breaks."""
-        return "\n".join(part.text for part in self.content)
+    def as_dict(self) -> dict[str, Any]:
+        """Role and content, for a chat template."""
+        content = self.content
+        return {"role": self.role, "content": content if isinstance(content, str) else [part.model_dump() for part in content]}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _allow_silence(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("role") == "assistant" and data.get("content") is None:
+            return {**data, "content": ""}
+        return data
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -410,7 +415,7 @@ class ChatCompletionRequest(GenerationRequest):
     @field_validator("top_logprobs")
     @classmethod
     def _check_top_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and not info.data.get("logprobs"):
+        if value and not info.data.get("logprobs"):
             raise ValueError("only allowed with logprobs: true")
         return value
 
@@ -433,8 +438,8 @@ class TokenizeRequest(Request):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    add_special_tokens: Bool = True
-    """Of a text; a conversation's are in its template."""
+    add_special_tokens: Bool | None = None
+    """Of a text, and yes if it is not set; a conversation's are in its template."""
 
     @model_validator(mode="after")
     def _check_source(self) -> TokenizeRequest:

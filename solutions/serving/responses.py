@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from pydantic import BaseModel
 
 from ..core.output import CompletionOutput, RequestOutput
 from .async_engine import EngineDeadError
+from .errors import error_body
 from .openai_answers import (
     AssistantMessage,
     ChatChoice,
@@ -31,7 +33,6 @@ from .openai_protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,
-    error_body,
 )
 from .output_stream import OutputStream
 from .token_logprobs import chat_logprobs, completion_logprobs, prompt_texts
@@ -57,25 +58,38 @@ class Reply(ABC):
         self.prompts = prompts
         self._first_choice = {request_id: i * self.n for i, request_id in enumerate(prompts)}
         self._cached: dict[str, int] = {}
-        self._completion_tokens = 0
+        self._tokens: Counter[int] = Counter()  # choice → tokens of what was generated for it so far
 
     @property
     def usage(self) -> Usage:
         """Tokens of everything that went through `choices` so far; a prompt counts once."""
-        prompt = sum(map(len, self.prompts.values()))
+        prompt, completion = sum(map(len, self.prompts.values())), self._tokens.total()
         return Usage(
             prompt_tokens=prompt,
-            completion_tokens=self._completion_tokens,
-            total_tokens=prompt + self._completion_tokens,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self._cached.values())),
         )
 
+    def usage_so_far(self, index: int, num_tokens: int | None = None) -> Usage | None:
+        """What a chunk of a stream says of its choice, as vLLM does: its prompt, and its own tokens so far, `num_tokens` or
+        those that went through `choices`. None unless the request wants that."""
+        if not self.request.continuous_usage:
+            return None
+        request_id = list(self.prompts)[index // self.n]
+        prompt, completion = len(self.prompts[request_id]), self._tokens[index] if num_tokens is None else num_tokens
+        cached = PromptTokensDetails(cached_tokens=self._cached.get(request_id, 0))
+        return Usage(
+            prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion, prompt_tokens_details=cached
+        )  # fmt: skip
+
     def choices(self, output: RequestOutput) -> Iterable[tuple[int, CompletionOutput]]:
-        """The sequences in an output with the index of their choice; counts their tokens."""
+        """The sequences in an output with the index of their choice; counts the tokens of each choice (`_tokens`)."""
         self._cached[output.request_id] = output.num_cached_tokens
         for sequence in output.outputs:
-            self._completion_tokens += len(sequence.token_ids)
-            yield self._first_choice[output.request_id] + sequence.index, sequence
+            index = self._first_choice[output.request_id] + sequence.index
+            self._tokens[index] += len(sequence.token_ids)
+            yield index, sequence
 
     @abstractmethod
     def whole(self, outputs: list[RequestOutput]) -> BaseModel:
@@ -84,7 +98,7 @@ class Reply(ABC):
 
     @abstractmethod
     def opening(self) -> Iterable[BaseModel]:
-        """Chunks that come before any token."""
+        """Chunks that come just before the first token."""
         ...
 
     @abstractmethod
@@ -121,10 +135,11 @@ class CompletionReply(Reply):
 
     def opening(self) -> Iterable[CompletionResponse]:
         for index in range(len(self.prompts) * self.n) if self.request.echo else ():
-            yield CompletionResponse(**self.head, choices=[CompletionChoice(index=index, text=self._echo(index))])
+            choice = CompletionChoice(index=index, text=self._echo(index))
+            yield CompletionResponse(**self.head, choices=[choice], usage=self.usage_so_far(index, 0))
 
     def chunk(self, index: int, sequence: CompletionOutput) -> CompletionResponse:
-        return CompletionResponse(**self.head, choices=[self._choice(index, sequence)])
+        return CompletionResponse(**self.head, choices=[self._choice(index, sequence)], usage=self.usage_so_far(index))
 
     def closing(self) -> CompletionResponse:
         return CompletionResponse(**self.head, choices=[], usage=self.usage)
@@ -132,7 +147,7 @@ class CompletionReply(Reply):
     def _best(self, output: RequestOutput) -> RequestOutput:
         """The output with the `n` sequences that are likeliest per token; the others cost what they cost."""
         ranked = sorted(output.outputs, key=lambda each: -each.cumulative_logprob / max(1, len(each.token_ids)))
-        self._completion_tokens += sum(len(each.token_ids) for each in ranked[self.n :])
+        self._tokens[-1] += sum(len(each.token_ids) for each in ranked[self.n :])  # of no choice
         return replace(output, outputs=[replace(each, index=i) for i, each in enumerate(ranked[: self.n])])
 
     def _choice(self, index: int, sequence: CompletionOutput) -> CompletionChoice:
@@ -193,10 +208,10 @@ class ChatReply(Reply):
         return ChatCompletionResponse(**self.head, choices=choices, usage=self.usage)
 
     def opening(self) -> Iterable[ChatCompletionChunk]:
-        """A chunk for each choice, with the role and an empty text: who speaks is known before the first token is."""
+        """A chunk for each choice, with the role and an empty text, and the usage of no token yet (`usage_so_far`)."""
         for index in range(self.n):
-            delta = Delta(role="assistant", content="")
-            yield ChatCompletionChunk(**self.head, choices=[ChatChunkChoice(index=index, delta=delta)])
+            choice = ChatChunkChoice(index=index, delta=Delta(role="assistant", content=""))
+            yield ChatCompletionChunk(**self.head, choices=[choice], usage=self.usage_so_far(index, 0))
 
     def chunk(self, index: int, sequence: CompletionOutput) -> ChatCompletionChunk:
         choice = ChatChunkChoice(
@@ -206,7 +221,7 @@ class ChatReply(Reply):
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
         )
-        return ChatCompletionChunk(**self.head, choices=[choice])
+        return ChatCompletionChunk(**self.head, choices=[choice], usage=self.usage_so_far(index))
 
     def closing(self) -> ChatCompletionChunk:
         return ChatCompletionChunk(**self.head, choices=[], usage=self.usage)
@@ -220,17 +235,20 @@ class ChatReply(Reply):
 async def server_sent_events(reply: Reply, stream: OutputStream) -> AsyncIterator[str]:
     """The answer as server-sent events, each given out as soon as it is known: the opening chunks, a chunk for each piece of
     a choice, the usage if the request asks for it, ``[DONE]``. A piece without text or log-probabilities is no event, unless
-    it ends its choice: its text is held back.
+    it ends its choice: its text is held back. The opening waits for the first piece: clients take the first event's time for
+    that of the first token.
 
     After the start the HTTP status is out; an error then is one more event, before ``[DONE]``: 503 and its message when the
     engine is dead, else 500 and nothing of what happened, which is for the log.
     """
     try:
-        for chunk in reply.opening():
-            yield _event(chunk)
+        is_open = False
         async for output in stream:
             for index, sequence in reply.choices(output):
                 if sequence.text or sequence.logprobs or sequence.finished:  # else text is held back
+                    for chunk in () if is_open else reply.opening():
+                        yield _event(chunk)
+                    is_open = True
                     yield _event(reply.chunk(index, sequence))
         if reply.request.include_usage:
             yield _event(reply.closing())

@@ -36,8 +36,9 @@ class ByteTokenizer:
     def convert_ids_to_tokens(self, token_id: int) -> str:
         return chr(token_id)  # what byte-level BPE calls a printable byte
 
-    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> list[int]:
-        return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>")
+    def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool = True, **_: Any) -> list[int] | str:
+        text = "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+        return self.encode(text) if tokenize else text
 
 
 def letter(index: int, position: int) -> str:

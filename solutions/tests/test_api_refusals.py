@@ -5,6 +5,7 @@ Driven by the real `openai` client against the server in a process of its own wi
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -13,6 +14,8 @@ import pytest
 
 from solutions.tests.real_server import CONTEXT, GREEDY, MODEL
 
+JSON = {"Content-Type": "application/json"}
+START = f'{{"model": "{MODEL}", "prompt": "Hi", '.encode()
 HI = [{"role": "user", "content": "hi"}]
 BAD_COMPLETIONS = [  # fields, the field at fault
     ({"prompt": ""}, "prompt"),
@@ -63,6 +66,22 @@ BAD_COMPLETIONS = [  # fields, the field at fault
     ({"best_of": 2, "stream": True}, "best_of"),
     ({"best_of": 1000}, "best_of"),
     ({"nonsense": 1}, "nonsense"),
+    ({"body": 1}, "body"),
+    ({"stream": True, "stream_options": {"body": 1}}, "stream_options.body"),
+    ({"guided_json": 5}, "guided_json"),
+    ({"top_k": 10**400}, None),
+    ({"prompt": "half of \ud83d"}, "prompt"),
+    ({"prompt": ["good", "\udc00"]}, "prompt[1]"),
+    ({"stop": ["a", "\ud800"]}, "stop[1]"),
+    ({"cache_salt": "\ud800"}, "cache_salt"),
+    ({"user": "\ud800"}, "user"),
+    ({"guided_choice": ["\ud800"]}, "guided_choice[0]"),
+    ({"guided_regex": "\ud800"}, "guided_regex"),
+    ({"guided_grammar": "\ud800"}, "guided_grammar"),
+    ({"guided_json": {"const": "\ud800"}}, "guided_json.const"),
+    ({"guided_json": {"properties": {"\ud800": {}}}}, "guided_json.properties.\\ud800"),
+    ({"\ud800": 1}, "\\ud800"),
+    ({"line\nbreak": 1}, "line\\nbreak"),
 ]
 BAD_CHATS = [
     ({"messages": []}, "messages"),
@@ -98,6 +117,14 @@ BAD_CHATS = [
     ({"reasoning_effort": "low"}, "reasoning_effort"),
     ({"service_tier": "flex"}, "service_tier"),
     ({"store": True}, "store"),
+    ({"messages": [{"role": "user", "content": "\ud83d"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}]}, "messages[0].content[0].text"),
+    ({"messages": [*HI, {"role": "assistant", "content": 5}]}, "messages[1].content"),
+    ({"messages": [{"role": "user", "content": "x", "body": 1}]}, "messages[0].body"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": "\ud800"}}}},
+        "response_format.json_schema.schema.const",
+    ),
 ]
 
 
@@ -106,10 +133,17 @@ def assert_serves(client: openai.OpenAI) -> None:
     assert client.completions.create(**GREEDY, prompt="Hi", max_tokens=1).choices[0].finish_reason == "length"
 
 
+def post(client: openai.OpenAI, path: str, body: dict[str, Any]) -> Any:
+    """Send a body as it is: the client's own writer of JSON has no halves of characters."""
+    return client.post(path, cast_to=object, content=json.dumps(body).encode(), options={"headers": JSON})
+
+
 def assert_refused(error: openai.APIStatusError, status: int, param: str | None) -> None:
-    assert error.status_code == error.body["code"] == status
-    assert error.param == param
     message = error.body["message"]
+    too_long = message.startswith(f"This model's maximum context length is {CONTEXT} tokens. However, you")
+    assert error.status_code == status
+    assert error.body["code"] == ("context_length_exceeded" if too_long else status)
+    assert error.param == param
     assert "\n" not in message
     assert "/" not in message.replace("/v1/", "")  # no paths
     assert param is None or param.split("[")[0] in message or param in ("prompt", "messages")
@@ -119,7 +153,7 @@ def assert_refused(error: openai.APIStatusError, status: int, param: str | None)
 def test_a_bad_completion_request_is_refused_by_name(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:
     body = {"model": MODEL, "prompt": "Hi", **fields}
     with pytest.raises(openai.BadRequestError) as caught:
-        client.completions.create(model=MODEL, prompt="Hi", extra_body=body)
+        post(client, "/completions", body)
     assert_refused(caught.value, 400, param)
     assert_serves(client)
 
@@ -152,9 +186,97 @@ def test_a_schema_that_cannot_be_honoured_is_refused_with_keyword_and_path(
 def test_a_bad_chat_request_is_refused_by_name(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:
     body = {"model": MODEL, "messages": HI, **fields}
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model=MODEL, messages=HI, extra_body=body)
+        post(client, "/chat/completions", body)
     assert_refused(caught.value, 400, param)
     assert_serves(client)
+
+
+def test_a_request_that_does_not_fit_says_so_in_openais_words(client: openai.OpenAI, tokenizer: Any) -> None:
+    """The first sentence is what LiteLLM searches for, the code what LangChain does; the numbers are the tokenizer's."""
+    text = "word " * CONTEXT
+    in_prompt = len(tokenizer.encode(text))
+    in_chat = len(tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"])
+    in_hi = len(tokenizer.apply_chat_template(HI, add_generation_prompt=True)["input_ids"])
+    start = f"This model's maximum context length is {CONTEXT} tokens. However, "
+    for path, fields, said in (
+        ("/completions", {"prompt": text}, f"your prompt resulted in {in_prompt} tokens"),
+        ("/completions", {"prompt": [[7], [7] * CONTEXT]}, f"your prompt resulted in {CONTEXT} tokens"),
+        ("/completions", {"prompt": [7] * 12, "max_tokens": CONTEXT - 11},
+         f"you requested {CONTEXT + 1} tokens (12 in the prompt, {CONTEXT - 11} in the completion)"),
+        ("/chat/completions", {"messages": [{"role": "user", "content": text}]}, f"your messages resulted in {in_chat} tokens"),
+        ("/chat/completions", {"messages": HI, "max_completion_tokens": CONTEXT},
+         f"you requested {CONTEXT + in_hi} tokens ({in_hi} in the messages, {CONTEXT} in the completion)"),
+    ):  # fmt: skip
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError) as caught:
+                post(client, path, {"model": MODEL, "stream": stream, **fields})
+            assert caught.value.code == "context_length_exceeded"
+            assert "context_length_exceeded" in caught.value.body["message"]  # newer clients show no more than that
+            assert caught.value.type == "invalid_request_error"
+            assert caught.value.body["message"].startswith(f"{start}{said}. Please reduce the length of the ")
+    fits = client.completions.create(
+        model=MODEL, prompt=[7] * 12, max_tokens=CONTEXT - 12, logit_bias={tokenizer.eos_token_id: 100}
+    )
+    assert fits.choices[0].finish_reason == "stop"
+
+
+def test_hints_that_change_no_answer_are_accepted(client: openai.OpenAI) -> None:
+    hints = {
+        "metadata": {"team": "a"}, "safety_identifier": "u", "prompt_cache_key": "k", "prompt_cache_retention": "24h",
+        "parallel_tool_calls": False, "prediction": {"type": "content", "content": "Hello"}, "user": "u",
+    }  # fmt: skip
+    asked = {**GREEDY, "messages": HI, "max_tokens": 4}
+    plain = client.chat.completions.create(**asked).choices[0].message.content
+    assert client.chat.completions.create(**asked, extra_body=hints).choices[0].message.content == plain
+
+
+def test_null_is_not_set_in_any_field(client: openai.OpenAI) -> None:
+    """Clients write all the fields that they know of, of both endpoints and of other servers."""
+    names = (
+        "echo", "suffix", "best_of", "logprobs", "top_logprobs", "max_completion_tokens", "n", "stop", "tools", "tool_choice",
+        "functions", "prompt_logprobs", "truncate_prompt_tokens", "chat_template", "add_generation_prompt", "stream_options",
+        "guided_json", "response_format", "reasoning_effort", "extra_of_somebody", "store", "body", "stream", "min_tokens",
+    )  # fmt: skip
+    nulls = dict.fromkeys(names)
+    assert post(client, "/completions", {"model": MODEL, "prompt": "Hi", "messages": None, "max_tokens": 2, **nulls})["choices"]
+    messages = [
+        {"role": "system", "content": "Be brief.", "name": None}, {"role": "user", "content": "Hi", "tool_calls": None},
+        {"role": "assistant", "content": None, "refusal": None, "audio": None},
+        {"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": None}]},
+    ]  # fmt: skip
+    chat = {"model": MODEL, "messages": messages, "prompt": None, "max_tokens": 2, **nulls}
+    assert post(client, "/chat/completions", chat)["choices"]
+    root = str(client.base_url).removesuffix("/v1/")
+    tokens = httpx.post(f"{root}/tokenize", json={"prompt": "Hi", "messages": None, "add_special_tokens": None, "x": None})
+    assert tokens.json()["count"] == 1
+
+
+def test_an_assistant_may_have_said_nothing(client: openai.OpenAI, tokenizer: Any) -> None:
+    turns = [*HI, {"role": "assistant", "content": None}, {"role": "user", "content": "Well?"}]
+    asked = {"model": MODEL, "max_tokens": 1}
+    missing = [*HI, {"role": "assistant"}, {"role": "user", "content": "Well?"}]
+    expected = len(
+        tokenizer.apply_chat_template(
+            [turn | {"content": turn["content"] or ""} for turn in turns], add_generation_prompt=True
+        )["input_ids"]
+    )
+    for messages in (turns, missing):
+        assert post(client, "/chat/completions", asked | {"messages": messages})["usage"]["prompt_tokens"] == expected
+
+
+def test_asking_for_no_alternatives_is_no_demand(client: openai.OpenAI) -> None:
+    answer = post(client, "/chat/completions", {"model": MODEL, "messages": HI, "max_tokens": 1, "top_logprobs": 0})
+    assert answer["choices"][0]["logprobs"] is None
+
+
+def test_the_best_of_one_is_streamed(client: openai.OpenAI) -> None:
+    asked = {**GREEDY, "prompt": "The sky is", "max_tokens": 4}
+    plain = client.completions.create(**asked).choices[0].text
+    assert client.completions.create(**asked, best_of=1).choices[0].text == plain
+    assert "".join(chunk.choices[0].text for chunk in client.completions.create(**asked, best_of=1, stream=True)) == plain
+    seeded = {"model": MODEL, "prompt": "Once", "max_tokens": 4, "seed": 3, "n": 3}
+    texts = [choice.text for choice in client.completions.create(**seeded).choices]
+    assert [choice.text for choice in client.completions.create(**seeded, best_of=3).choices] == texts
 
 
 def test_values_that_mean_not_set_pass(client: openai.OpenAI) -> None:
@@ -174,22 +296,63 @@ def test_an_unknown_model_is_404(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[1]", b'"text"', b"\xff\xfe", b'{"model": "\xff"}', b"[" * 100_000, b'{"a":' * 100_000, b'{"model": "x"}'],
-    ids=["empty", "cut off", "list", "string", "not UTF-8", "not UTF-8 inside", "deep list", "deep object", "no prompt"],
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b'"text"',
+        b"\xff\xfe",
+        b'{"model": "\xff"}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"model": "x"}',
+        START + b'"guided_json": {"a":' + b"[" * 900 + b"]" * 900 + b"}}",
+        START + b'"metadata": ' + b'{"a":' * 300 + b"1" + b"}" * 301,
+        START + b'"seed": ' + b"9" * 5000 + b"}",
+        START + b'"user": "\xed\xa0\x80"}',
+    ],
+    ids=[
+        "empty",
+        "cut off",
+        "list",
+        "string",
+        "not UTF-8",
+        "not UTF-8 inside",
+        "deep list",
+        "deep object",
+        "no prompt",
+        "deep schema",
+        "deep metadata",
+        "long number",
+        "surrogate in UTF-8",
+    ],
 )
 def test_a_bad_body_is_a_400(url: str, client: openai.OpenAI, body: bytes) -> None:
     response = httpx.post(f"{url}/completions", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert response.json()["error"].keys() == {"message", "type", "param", "code"}
     assert response.json()["error"]["type"] == "invalid_request_error"
+    assert "There was an error" not in response.json()["error"]["message"]  # that says nothing
     assert_serves(client)
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_numbers_that_are_none_are_refused(url: str, client: openai.OpenAI, value: str) -> None:
-    body = f'{{"model": "{MODEL}", "prompt": "Hi", "temperature": {value}}}'
-    response = httpx.post(f"{url}/completions", content=body, headers={"Content-Type": "application/json"})
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "temperature")
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", "-1e400"])
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        ('"temperature": VALUE', "temperature"),
+        ('"logit_bias": {"5": VALUE}', "logit_bias.5"),
+        ('"guided_json": {"type": "number", "maximum": VALUE}', "guided_json.maximum"),
+        ('"guided_json": {"enum": [1, [VALUE]]}', "guided_json.enum[1][0]"),
+        ('"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"minimum": VALUE}}}',
+         "response_format.json_schema.schema.minimum"),
+        ('"metadata": {"a": VALUE}', "metadata.a"),
+    ],
+)  # fmt: skip
+def test_numbers_that_are_none_are_refused(url: str, client: openai.OpenAI, field: str, param: str, value: str) -> None:
+    body = f'{{"model": "{MODEL}", "prompt": "Hi", {field.replace("VALUE", value)}}}'
+    response = httpx.post(f"{url}/completions", content=body, headers=JSON)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
     assert_serves(client)
 
 

@@ -45,10 +45,11 @@ def samples(metrics: EngineMetrics) -> dict[tuple[str, str], float]:
 
 
 def step(metrics: EngineMetrics, now: float, *sequences: Sequence, tokens: int = 1) -> None:
-    """A step in which each sequence gets a token."""
+    """A step in which each sequence gets a token, its first behind its prompt."""
+    scheduled = {seq: tokens if seq.num_output_tokens else seq.num_prompt_tokens + tokens - 1 for seq in sequences}
     for seq in sequences:
         seq.tokens += [7] * tokens
-    metrics.on_step(SchedulerOutput(dict.fromkeys(sequences, tokens), list(sequences)), now)
+    metrics.on_step(SchedulerOutput(scheduled, list(sequences)), now)
 
 
 def sequence(seq_id: int, arrival: float, scheduled: float) -> Sequence:
@@ -108,7 +109,7 @@ def test_times_are_those_of_the_steps() -> None:
         (metrics.decode, 1, 0.75),
         (metrics.prompt_len, 1, 3),
         (metrics.output_len, 1, 3),
-        (metrics.step_size, 3, 3),
+        (metrics.step_size, 3, 3 + 3),  # the prompt, and three tokens
     ):
         assert (sum(histogram.counts), histogram.sum) == (count, pytest.approx(total)), histogram.name
     assert metrics.finished == {"length": 1}
@@ -122,7 +123,7 @@ def test_sequences_that_waited_differently_are_told_apart() -> None:
     step(metrics, 1.1875, first, second, third)
     assert metrics.between.sum == 0.0625 + 0.125 + 0.1875 + 0.125
     assert metrics.between.counts[6:10] == [1, 0, 2, 1]  # up to 75, 100, 150 and 200 ms
-    assert metrics.step_size.sum == 7
+    assert metrics.step_size.sum == 3 * 3 + 7  # prompts, and tokens
 
 
 def test_several_tokens_of_a_step_are_one_wait() -> None:
@@ -196,7 +197,7 @@ def test_counts_of_a_real_engine_are_the_truth(tmp_path, settings) -> None:
     found = samples(metrics)
     assert found["vllm:request_success_total", "length"] == len(lengths) == 5
     assert found["vllm:request_success_total", "abort"] == 1
-    assert found["vllm:prompt_tokens_total", ""] == sum(map(len, prompts)) + 3
+    assert found["vllm:prompt_tokens_total", ""] == sum(map(len, prompts))  # who left had not run
     assert found["vllm:request_generation_tokens_count", ""] == 6
     assert found["vllm:request_generation_tokens_sum", ""] == found["vllm:generation_tokens_total", ""]
     assert found["vllm:request_generation_tokens_sum", ""] - sum(lengths.values()) < 50
@@ -210,6 +211,47 @@ def test_counts_of_a_real_engine_are_the_truth(tmp_path, settings) -> None:
     assert metrics._times == {}
     parts = [found[f"vllm:request_{name}_time_seconds_sum", ""] for name in ("queue", "prefill", "decode")]
     assert sum(parts) <= found["vllm:e2e_request_latency_seconds_sum", ""] + 1e-6
+
+
+@pytest.mark.parametrize("settings", [{}, {"speculative_config": {"method": "ngram"}}], ids=["plain", "ngram"])
+def test_tokens_are_counted_when_they_are_computed_as_in_vllm(tmp_path, settings) -> None:
+    """By arithmetic: prompts in chunks and at once, one that looks nothing up, one that leaves before it runs."""
+    make_tiny_llama(tmp_path)
+    llm = LLM(
+        str(tmp_path), dtype="float32", max_model_len=96, num_gpu_blocks_override=32, max_num_seqs=2, block_size=4,
+        max_num_batched_tokens=16, **settings,
+    )  # fmt: skip
+    engine = llm.llm_engine
+    metrics = EngineMetrics("m", engine.stats, 96)
+    engine.observers.append(metrics)
+    prompts = {"chunks": [5, 6, 7, 8] * 10, "short": [9] * 3, "scored": [7] * 20}
+    for name, prompt in prompts.items():
+        params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, prompt_logprobs=0 if name == "scored" else None)
+        engine.add_request(name, {"prompt_token_ids": prompt}, params)
+    engine.add_request("left", {"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=9))
+    assert samples(metrics)["vllm:prompt_tokens_total", ""] == 0
+    engine.step()  # a chunk of the first prompt
+    assert samples(metrics)["vllm:prompt_tokens_total", ""] == 0
+    engine.abort_request("left")
+    while engine.has_unfinished_requests():
+        engine.step()
+    found = samples(metrics)
+    computed, generated = 40 + 3 + 20, 3 * 9
+    assert found["vllm:prompt_tokens_total", ""] == computed
+    assert found["vllm:generation_tokens_total", ""] == generated
+    assert found["vllm:iteration_tokens_total_sum", ""] == computed + generated
+    assert found["vllm:iteration_tokens_total_count", ""] == engine.stats().num_steps
+    assert found["vllm:prefix_cache_queries_total", ""] == 40 + 3
+    assert found["vllm:prefix_cache_hits_total", ""] == 0
+    (again,) = llm.generate(
+        {"prompt_token_ids": [5, 6, 7, 8] * 10}, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False
+    )
+    cached = again.num_cached_tokens
+    assert cached == 36  # whole blocks, and a token is left to compute
+    found = samples(metrics)
+    assert found["vllm:prompt_tokens_total", ""] == computed + 40
+    assert found["vllm:iteration_tokens_total_sum", ""] == computed + generated + 40 - cached + 1
+    assert found["vllm:prefix_cache_queries_total", ""] == 40 + 3 + 40
 
 
 def test_the_dashboard_and_the_configuration_fit() -> None:

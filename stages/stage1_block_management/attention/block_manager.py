@@ -109,11 +109,13 @@ class BlockManager:
         # free ones. Write `_fits` first.
         raise NotImplementedError("Stage 1 · Task 1.4: BlockManager._fits, see IMPLEMENTATION_GUIDE.md#task-1-4")
 
+    def _looks_up(self, seq: Sequence) -> bool:
+        """Whether a sequence may find blocks: log-probabilities of the prompt need logits that cached blocks would skip."""
+        return self.prefix_cache is not None and seq.params.prompt_logprobs is None
+
     def _match(self, seq: Sequence) -> list[int]:
-        # Log-probabilities of the prompt need the prompt's logits, which cached blocks would skip.
-        if self.prefix_cache is None or seq.params.prompt_logprobs is not None:
-            return []
-        return self.prefix_cache.match(seq)
+        """The cached blocks that a waiting sequence begins with; none if it does not look them up."""
+        return self.prefix_cache.match(seq) if self._looks_up(seq) else []
 
     # A sequence's life
 
@@ -124,7 +126,8 @@ class BlockManager:
     def allocate(self, seq: Sequence) -> int:
         """Give a waiting sequence blocks for all its tokens: those that the prefix cache has (`_match`) shared, then new ones.
 
-        The cache's counters take note (`record`) of a sequence that comes for the first time, not of one that was preempted.
+        The cache's counters take note (`record`) of a sequence that looks its blocks up (`_looks_up`), and comes for the first
+        time, not of one that was preempted.
 
         Returns:
             Number of tokens whose keys and values are in the cache already; a multiple of the block size.

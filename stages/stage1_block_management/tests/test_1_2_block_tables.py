@@ -379,6 +379,17 @@ def test_prompt_logprobs_need_the_whole_prompt() -> None:
     check_equal(set(manager.tables[0]) & set(manager.tables[1]), set(), "common blocks")
 
 
+def test_who_looks_nothing_up_is_not_counted() -> None:
+    """Of two prompts, 9 tokens each, the second wants its log-probabilities: 9 tokens were looked up, not 18.
+
+    Why: the hit rate is what was found of what was asked for. Who does not ask is no miss.
+    """
+    manager = BlockManager(8, 4)
+    manager.allocate(sequence(0, 9))
+    manager.allocate(sequence(1, 9, prompt_logprobs=0))
+    check_equal((manager.prefix_cache.num_queries, manager.prefix_cache.num_hits), (9, 0), "tokens looked up and found")
+
+
 class GrowingSequences(RuleBasedStateMachine):
     """Sequences come, grow and go; the model knows only how many tokens each of them has room for."""
 

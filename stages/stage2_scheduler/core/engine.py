@@ -16,6 +16,7 @@ from ..batching.scheduler_config import SchedulerConfig
 from ..batching.scheduler_output import SchedulerOutput
 from ..batching.sequence import RequestOutputKind, SamplingParams, Sequence
 from ..models.loader import load_tokenizer, resolve_model, with_tokenizer
+from .chat_template import render_chat
 from .cli import main
 from .config import DEFAULT_MODEL, EngineConfig
 from .draft_model import make_proposer
@@ -115,7 +116,7 @@ class LLMEngine:
         self.observers: list[EngineObserver] = []
         self._sequences: dict[str, list[Sequence]] = {}
         self._next_seq_id = 0
-        self._counters = {"prompt": 0, "generation": 0, "steps": 0}
+        self._counters = {"generation": 0, "steps": 0}
         self._peak_usage = 0.0
         self._report = startup_report(config, limits, device, dtype, self.executor.attention_backend, clock.laps)
 
@@ -142,7 +143,6 @@ class LLMEngine:
         self.scheduler.add(sequences[0])
         self._next_seq_id += len(sequences)
         self._sequences[request.request_id] = sequences
-        self._counters["prompt"] += len(request.prompt_token_ids)
         self.outputs.add(request, sequences)
 
     def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> None:
@@ -202,7 +202,7 @@ class LLMEngine:
             prefix_cache_queries=cache.num_queries if cache else 0,
             prefix_cache_hits=cache.num_hits if cache else 0,
             num_preemptions=self.scheduler.num_preemptions,
-            num_prompt_tokens=self._counters["prompt"],
+            num_prompt_tokens=self.outputs.num_prompt_tokens,
             num_generation_tokens=self._counters["generation"] + num_extra,
             num_steps=self._counters["steps"],
             spec_decode_num_drafts=drafts[0],
@@ -292,12 +292,13 @@ class LLM:
         self, messages: Many[dict[str, str]] | Many[Many[dict[str, str]]],
         sampling_params: SamplingParams | Many[SamplingParams] | None = None, *, use_tqdm: bool = True,
     ) -> list[RequestOutput]:  # fmt: skip
-        """Answer one conversation or many, each a list of ``{"role": ..., "content": ...}``."""
+        """Answer one conversation or many, each a list of ``{"role": ..., "content": ...}``.
+
+        Raises:
+            ValueError: see `render_chat` and `generate`.
+        """
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        template = self.get_tokenizer().apply_chat_template
-        prompts = [
-            {"prompt_token_ids": template(list(c), add_generation_prompt=True, return_dict=False)} for c in conversations
-        ]
+        prompts = [{"prompt_token_ids": render_chat(self.get_tokenizer(), list(one))} for one in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def _run(self, requests: list[EngineRequest], show_progress: bool) -> list[RequestOutput]:

@@ -200,6 +200,8 @@ class OutputProcessor:
         self._requests: dict[str, _RequestState] = {}
         self._states: dict[int, _SequenceState] = {}
         self._texts = None if tokenizer is None else TokenTexts(self._tokenizer)
+        self.num_prompt_tokens = 0
+        """Of the prompts that got a first token; a prompt counts once, whatever `n`."""
         self.num_cut_tokens = 0
         """Tokens that speculation brought in vain, because a stop string came before them."""
 
@@ -234,7 +236,7 @@ class OutputProcessor:
         `_read` takes in a sequence's new text and closes it when it has ended; where the sequence is `lazy` this waits for the
         end. A request with FINAL_ONLY gets its one output when `num_unfinished` has come to 0. With DELTA an output holds the
         sequences that advanced, otherwise all. The metrics keep the times of the first and the last token, and with the first
-        token when the request's first sequence was first scheduled.
+        token when the request's first sequence was first scheduled; with it `num_prompt_tokens` counts the request's prompt.
 
         Args:
             sequences: those that got tokens in this step: one, which is ``tokens[-1]``, or with speculation some more before

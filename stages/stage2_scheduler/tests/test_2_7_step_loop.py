@@ -111,7 +111,7 @@ def test_step_keeps_the_counters() -> None:
     engine.step()
     parts.usage = 0.1
     engine.step()
-    check_equal(engine._counters, {"prompt": 0, "generation": 4, "steps": 2}, "counters")
+    check_equal(engine._counters, {"generation": 4, "steps": 2}, "counters")
     check_equal(engine._peak_usage, 0.25, "peak of the blocks' usage")
 
 
@@ -340,6 +340,18 @@ def test_times_of_a_request() -> None:
     check_equal(
         (metrics.first_token_time, metrics.last_token_time, metrics.finished_time), (3.0, 5.0, 5.0), "times, last token"
     )
+
+
+def test_a_prompt_counts_with_its_first_token() -> None:
+    """A prompt's tokens are counted when its first token comes, once, and not when the request was added.
+
+    Why: who leaves the queue unserved has used nothing, and prompt tokens a second is what tells two servers apart.
+    """
+    stream, (a, b) = Stream(), letters("ab")
+    check_equal(stream.processor.num_prompt_tokens, 0, "prompt tokens before the first token")
+    for token in (a, b):
+        stream.emit({0: token})
+        check_equal(stream.processor.num_prompt_tokens, stream.sequences[0].num_prompt_tokens, "prompt tokens")
 
 
 def test_delta_holds_those_that_advanced() -> None:

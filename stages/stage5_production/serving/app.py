@@ -14,8 +14,11 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
+from ..core.chat_template import render_chat
 from .async_engine import AsyncEngine
-from .guards import BodyLimit, KeyGuard, RequestIds, add_error_handlers
+from .errors import ErrorBody, RequestError, context_error
+from .guards import BodyLimit, Bugs, KeyGuard, RequestIds, TrailingSlashes, add_error_handlers
+from .json_body import JsonRoute
 from .live.feed import add_live_page
 from .metrics import CONTENT_TYPE, EngineMetrics
 from .openai_answers import (
@@ -32,9 +35,7 @@ from .openai_protocol import (
     ChatMessage,
     CompletionRequest,
     DetokenizeRequest,
-    ErrorBody,
     GenerationRequest,
-    RequestError,
     TokenizeRequest,
 )
 from .output_stream import OutputStream
@@ -86,12 +87,15 @@ def create_app(
 
     engine = async_engine.engine
     app = FastAPI(title="Build your own vLLM", version=package_version(), lifespan=lifespan)
+    app.router.route_class = JsonRoute
     add_error_handlers(app)
+    app.add_middleware(Bugs)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     if api_keys:
         app.add_middleware(KeyGuard, api_keys=api_keys)
     if allowed_origins:
         app.add_middleware(CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(TrailingSlashes)
     app.add_middleware(RequestIds)
     metrics = EngineMetrics(served_model_names[0], engine.stats, engine.limits.max_model_len)
     engine.observers.append(metrics)
@@ -158,7 +162,7 @@ def add_openai_routes(
     @app.post("/v1/chat/completions", response_model=ChatCompletionResponse, responses=ERRORS | STREAMED)
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         check_model(body.model)
-        prompt = await asyncio.to_thread(render_chat, async_engine.engine.tokenizer, body.messages)
+        prompt = await asyncio.to_thread(chat_prompt, async_engine.engine.tokenizer, body.messages)
         return await respond(async_engine, http, body, [prompt], ChatReply, "chatcmpl")
 
 
@@ -232,24 +236,25 @@ async def engine_requests(
         RequestError: a prompt or a parameter is not valid, or needs what this server was not started with.
         QueueFullError, EngineDeadError: see `AsyncEngine.prepare`.
     """
+    from ..core.input import ContextLengthError  # imports torch, which has to wait until the port is ours
+
     params = body.to_sampling_params()
     salt = ":".join(part for part in (tenant, body.cache_salt) if part is not None) or None
     if body.priority and engine.engine.config.scheduling_policy != "priority":
         raise RequestError("priority needs a server that was started with --scheduling-policy priority", "priority")
+    limit = engine.engine.limits.max_model_len
     try:
         requests = await engine.prepare(
             reply_id, [engine_prompt(prompt, salt) for prompt in prompts], params, body.priority or 0, tenant or address
         )
+    except ContextLengthError as error:
+        raise context_error(limit, error.num_tokens, body.prompt_field) from error
     except ValueError as error:
         raise body.refusal(error) from error
-    limit = engine.engine.limits.max_model_len
     longest = max(len(request.prompt_token_ids) for request in requests)
     field, asked = body.token_limit
     if asked is not None and longest + asked > limit:
-        raise RequestError(
-            f"{field} is too large: {longest} tokens of prompt and {asked} to generate exceed the context of {limit}",
-            field,
-        )
+        raise context_error(limit, longest, body.prompt_field, (field, asked))
     return requests
 
 
@@ -277,25 +282,20 @@ def tokens_of(tokenizer: Any, body: TokenizeRequest) -> list[int]:
         RequestError: the model has no tokenizer or no template.
     """
     if body.messages is not None:
-        return render_chat(tokenizer, body.messages)
-    return need_tokenizer(tokenizer, "prompt").encode(body.prompt, add_special_tokens=body.add_special_tokens)
+        return chat_prompt(tokenizer, body.messages)
+    return need_tokenizer(tokenizer, "prompt").encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
 
 
-def render_chat(tokenizer: Any, messages: list[ChatMessage]) -> list[int]:
+def chat_prompt(tokenizer: Any, messages: list[ChatMessage]) -> list[int]:
     """The conversation as token ids, by the model's chat template, up to where the assistant speaks.
 
     Raises:
         RequestError: the model has no chat template, or it does not take this conversation.
     """
-    from jinja2 import TemplateError  # loaded by the tokenizer anyway
-
-    if tokenizer is None or not tokenizer.chat_template:
-        raise RequestError("this model has no chat template; use /v1/completions", "messages")
-    conversation = [{"role": message.role, "content": message.text()} for message in messages]
     try:
-        return tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
-    except TemplateError as error:
-        raise RequestError(f"the model's chat template does not take these messages: {error}", "messages") from error
+        return render_chat(tokenizer, [message.as_dict() for message in messages])
+    except ValueError as error:
+        raise RequestError(f"{error}; /v1/completions takes any prompt", "messages") from error
 
 
 async def unless_left(http: Request, work: Coroutine[Any, Any, list[EngineRequest]]) -> list[EngineRequest] | None:

@@ -85,7 +85,7 @@ class EngineMetrics(Collector):
         self.labels = {"model_name": model_name}
         self._stats = stats
         self._lock = threading.Lock()
-        self._times: dict[Sequence, list[float]] = {}  # of the first token and of the last so far
+        self._times: dict[Sequence, list[float]] = {}  # of the first token and of the last so far, and how many there are
         self.finished: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()
         lengths = one_two_five(max_model_len)
@@ -100,7 +100,9 @@ class EngineMetrics(Collector):
         self.decode = Histogram("vllm:request_decode_time_seconds", "From the first token to the last.", REQUEST)
         self.prompt_len = Histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", lengths)
         self.output_len = Histogram("vllm:request_generation_tokens", "Generated tokens of a request.", lengths)
-        self.step_size = Histogram("vllm:iteration_tokens_total", "Tokens computed in a step.", STEP)
+        self.step_size = Histogram(
+            "vllm:iteration_tokens_total", "Prompt tokens computed and tokens generated in a step.", STEP
+        )
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
 
@@ -108,7 +110,12 @@ class EngineMetrics(Collector):
 
     def on_step(self, decision: SchedulerOutput, now: float) -> None:
         """A step has ended: `now` is the time of the tokens that it sampled. A sequence's first is timed from its arrival, each
-        other from the one before, several of a step as one; one that has finished is entered and forgotten (`_end`)."""
+        other from the one before, several of a step as one; one that has finished is entered and forgotten (`_end`).
+
+        As vLLM counts, the size of a step is the prompt tokens that it computed, which is all that is scheduled of a sequence
+        without a token yet, and the tokens that it generated, a first one among them. What is computed again behind a
+        preemption is neither.
+        """
         raise NotImplementedError("Stage 5 · Task 5.8: EngineMetrics.on_step, see IMPLEMENTATION_GUIDE.md#task-5-8")
 
     def on_abort(self, sequences: Iterable[Sequence], now: float) -> None:
@@ -145,7 +152,7 @@ class EngineMetrics(Collector):
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries),
             ("prefix_cache_hits", "Prompt tokens found there.", stats.prefix_cache_hits),
             ("num_preemptions", "Sequences that lost their blocks and came again.", stats.num_preemptions),
-            ("prompt_tokens", "Prompt tokens of all requests.", stats.num_prompt_tokens),
+            ("prompt_tokens", "Tokens of prompts that are computed or found in the cache.", stats.num_prompt_tokens),
             ("generation_tokens", "Tokens generated.", stats.num_generation_tokens),
             ("spec_decode_num_drafts", "Steps of a sequence with drafts.", stats.spec_decode_num_drafts),
             ("spec_decode_num_draft_tokens", "Tokens drafted.", stats.spec_decode_num_draft_tokens),

@@ -71,6 +71,17 @@ def test_tokens_add_up_over_deltas() -> None:
     check_equal(numbers(one), (3, 5, 8, 0), "usage at the end")
 
 
+def test_tokens_are_counted_by_choice() -> None:
+    """Two choices of one prompt, with 3 and 1 tokens: so says `_tokens`.
+
+    Why: a stream may bring a usage in every chunk (`continuous_usage_stats`), that of its choice.
+    """
+    one = reply(2, [1, 2], [3])
+    list(one.choices(output("r-1", (0, [5]), (1, [6]), finished=False)))
+    list(one.choices(output("r-1", (0, [7, 8]))))
+    check_equal(dict(one._tokens), {2: 3, 3: 1}, "choice and tokens")
+
+
 def test_asking_for_the_usage_changes_nothing() -> None:
     """Twice the same.
 

@@ -135,7 +135,7 @@ def test_usage_comes_last_and_when_asked_for(wanted: bool) -> None:
 
 
 def test_a_piece_is_sent_when_it_is_there() -> None:
-    """The first event can be read before there is any output, the second before there is a second output.
+    """The opening and the first piece can be read before there is a second output.
 
     Why: this is what streaming is for. Who gathers first and sends then has written the whole answer with more bytes.
     """
@@ -148,14 +148,46 @@ def test_a_piece_is_sent_when_it_is_there() -> None:
                 yield await ready.get()
 
         stream = server_sent_events(PlainReply(), slowly())
-        got = [await asyncio.wait_for(anext(stream), 10)]
-        for text in "ab":
+        got = []
+        for text, count in (("a", 2), ("b", 1)):
             ready.put_nowait(output(piece(text)))
-            got.append(await asyncio.wait_for(anext(stream), 10))
+            got += [await asyncio.wait_for(anext(stream), 10) for _ in range(count)]
         await stream.aclose()  # a client that leaves: nothing may be caught here
         return [says(event) for event in got]
 
     check_equal(asyncio.run(main()), ["open", "0:a", "0:b"], "events, one after the other")
+
+
+def test_the_opening_waits_for_the_first_piece() -> None:
+    """Two outputs without text, then one with: what comes before it is read, the opening goes out with it, and only once.
+
+    Why: a prompt of 10,000 tokens takes seconds. Load generators take the first event's time for that of the first token, and
+    an event that leaves before has them report milliseconds.
+    """
+
+    async def main() -> list[tuple[int, str]]:
+        given = 0
+
+        async def counted() -> AsyncIterator[RequestOutput]:
+            nonlocal given
+            for text in ("", "", "a", "b"):
+                given += 1
+                yield output(piece(text))
+
+        return [(given, says(event)) async for event in server_sent_events(PlainReply(), counted())]
+
+    expected = [(3, "open"), (3, "0:a"), (4, "0:b"), (4, "[DONE]")]
+    check_equal(asyncio.run(main()), expected, "outputs that were read before an event, and the event")
+
+
+def test_an_error_before_the_first_piece_opens_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """The engine dies while the prompt is computed: the error and ``[DONE]``.
+
+    Why: nobody has spoken yet.
+    """
+    with caplog.at_level(logging.CRITICAL):
+        got = events(PlainReply(), EngineDeadError("the engine is dead"))
+    check_equal((json.loads(got[0])["error"]["code"], got[1:]), (503, ["[DONE]"]), "code, and the events behind")
 
 
 @pytest.mark.parametrize(
@@ -189,9 +221,9 @@ def test_a_bug_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_every_choice_opens_with_its_role() -> None:
-    """Three choices: three chunks with the role and an empty text, before any token.
+    """Three choices: three chunks with the role and an empty text.
 
-    Why: a client shows who speaks, and that something comes, while the prompt is still computed.
+    Why: the role comes once; clients take it from the first chunk of each choice.
     """
     body = ChatCompletionRequest(model="m", messages=[{"role": "user", "content": "hi"}], n=3)
     chunks = list(ChatReply("id", body, {"r": [1]}, None).opening())

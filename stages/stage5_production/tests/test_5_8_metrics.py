@@ -27,10 +27,10 @@ def finish(seq: Sequence, reason: str) -> Sequence:
 
 
 def step(metrics: EngineMetrics, now: float, *sampled: Sequence, tokens: int = 1, beside: int = 0) -> None:
-    """A step in which sequences get tokens, and a chunk of somebody's prompt is computed beside."""
+    """A step in which sequences get tokens, their first behind their prompt, and a chunk of somebody's prompt beside."""
+    scheduled = {seq: tokens if seq.num_output_tokens else seq.num_prompt_tokens + tokens - 1 for seq in sampled}
     for seq in sampled:
         seq.tokens += [7] * tokens
-    scheduled = dict.fromkeys(sampled, tokens)
     if beside:
         scheduled[sequence(99, prompt=beside)] = beside
     metrics.on_step(SchedulerOutput(scheduled, list(sampled)), now)
@@ -126,9 +126,35 @@ def test_the_size_of_a_step_counts_prompts_too() -> None:
 
     Why: what a step costs depends on all of its tokens.
     """
-    metrics = make()
-    step(metrics, 1.0, sequence(0), sequence(1), beside=30)
-    check_equal(entered(metrics.step_size), (1, 32.0), "tokens of a step: count, sum")
+    metrics, pair = make(), [sequence(0), sequence(1)]
+    step(metrics, 1.0, *pair)
+    step(metrics, 2.0, *pair, beside=30)
+    check_equal(entered(metrics.step_size), (2, 8.0 + 32.0), "tokens of two steps: count, sum")
+
+
+def test_a_prompt_and_its_first_token_are_of_one_step() -> None:
+    """A prompt of 3 tokens is computed and a token generated: 4. Then 1, then 5 that speculation brought.
+
+    Why: over all steps that is what went in and what came out, as vLLM counts; dashboards compare the two.
+    """
+    metrics, seq = make(), sequence(prompt=3)
+    for now, tokens in ((1.0, 1), (2.0, 1), (3.0, 5)):
+        step(metrics, now, seq, tokens=tokens)
+    check_equal(entered(metrics.step_size), (3, 3.0 + 7.0), "tokens of three steps: count, sum")
+
+
+def test_what_is_computed_again_is_not_counted_again() -> None:
+    """A sequence with 3 + 2 tokens comes back after a preemption: all 5 are computed again, 2 and then 3 that bring the next.
+
+    Why: a server that preempts much would look like one that gets much done.
+    """
+    metrics, seq = make(), sequence(prompt=3)
+    step(metrics, 1.0, seq)
+    step(metrics, 2.0, seq)
+    metrics.on_step(SchedulerOutput({seq: 2}, []), 3.0)
+    seq.tokens.append(7)
+    metrics.on_step(SchedulerOutput({seq: 3}, [seq]), 4.0)
+    check_equal(entered(metrics.step_size), (4, 4.0 + 1.0 + 0.0 + 1.0), "tokens of four steps: count, sum")
 
 
 def test_a_request_is_entered_when_it_ends() -> None:

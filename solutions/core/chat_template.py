@@ -1,0 +1,153 @@
+"""Conversations as token ids, in the form that a model's chat template can read.
+
+A message's content is a text or a list of parts, ``{"type": "text", "text": ...}``. Some templates read only the one, some only
+the other, and one that gets the wrong form says nothing: in Jinja a loop over a text finds no parts, and writes none. So a
+template is tried first, with the same roles and a made-up word for each text, and what it writes shows which words it has read.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+Form = Literal["text", "parts", "part"]
+"""A text; parts; one part, with the whole text."""
+Shape = tuple[tuple[str, int | None], ...]
+"""The role of each message, and the number of its parts; None: it came as a text."""
+MARK = "zqmark"
+"""A key of a part that no template asks for: where it is in the prompt, the list of parts was written as it is."""
+MANY_MESSAGES = 256
+"""From here on only a few ways are tried: each costs as much as the template itself."""
+
+
+def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> list[int]:
+    """A conversation as token ids, up to where the assistant speaks.
+
+    A message stays in the form in which it came, unless the template reads only the other. As a text, parts are joined by line
+    breaks.
+
+    Args:
+        tokenizer: of transformers.
+        messages: each with a role and a content; a content that is None or missing is empty.
+
+    Raises:
+        ValueError: there is no chat template, it does not take this conversation, or it leaves out all that the user says.
+    """
+    if tokenizer is None or not tokenizer.chat_template:
+        raise ValueError("this model has no chat template")
+    contents = [_parts(message) for message in messages]
+    came_as_text = [not isinstance(message.get("content"), list) for message in messages]
+    shape = tuple(
+        (message["role"], None if text else len(parts))
+        for message, text, parts in zip(messages, came_as_text, contents, strict=True)
+    )
+    try:
+        forms, unread = _readable(_Template(tokenizer), shape)
+        conversation = [
+            {**message, "content": _content(parts, form)}
+            for message, parts, form in zip(messages, contents, forms, strict=True)
+        ]
+        token_ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # a template is a program, and may fail in any way
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"the model's chat template does not take these messages: {reason}") from error
+    said = [index for index, message in enumerate(messages) if message["role"] == "user" and any(contents[index])]
+    if said and unread.issuperset(said):
+        raise ValueError("the model's chat template leaves out what the user says")
+    return token_ids
+
+
+class _Template:
+    """A tokenizer's template; equal to others of the same text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.text = repr(tokenizer.chat_template)  # of several templates, a dictionary
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Template) and self.text == other.text
+
+    def unread(self, shape: Shape, forms: Sequence[Form]) -> frozenset[int]:
+        """Which messages of a conversation the template does not write in full, if they come in these forms.
+
+        Raises:
+            Exception: of any kind; the template does not take them.
+        """
+        words = [[f"zq{index}x{part}qz" for part in range(parts or 1)] for index, (_, parts) in enumerate(shape)]
+        conversation = [
+            {"role": role, "content": _content(said, form, {MARK: MARK})}
+            for (role, _), said, form in zip(shape, words, forms, strict=True)
+        ]
+        prompt = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False).lower()
+        if MARK in prompt:
+            raise ValueError("it writes lists of parts as they are")
+        return frozenset(index for index, said in enumerate(words) if not all(word in prompt for word in said))
+
+
+@lru_cache(maxsize=256)
+def _readable(template: _Template, shape: Shape) -> tuple[tuple[Form, ...], frozenset[int]]:
+    """A form for each message so that the template reads as many as it ever does, and those that it does not read even so.
+
+    Raises:
+        Exception: of any kind; the template takes none of the ways, and this is what it says of texts.
+    """
+    best: tuple[tuple[Form, ...], frozenset[int]] | None = None
+    for forms in _ways(shape):
+        try:
+            unread = template.unread(shape, forms)
+        except Exception:  # not a form for this template
+            continue
+        if best is None or len(unread) < len(best[1]):
+            best = forms, unread
+        if not unread:
+            return best
+    if best is None:
+        texts: tuple[Form, ...] = ("text",) * len(shape)
+        return texts, template.unread(shape, texts)
+    for other in ("part", "text"):  # of one role, some messages may be read in another form than the rest
+        forms = tuple(other if index in best[1] else form for index, form in enumerate(best[0]))
+        try:
+            unread = template.unread(shape, forms)
+        except Exception:
+            continue
+        if len(unread) < len(best[1]):
+            best = forms, unread
+    return best
+
+
+def _ways(shape: Shape) -> Iterator[tuple[Form, ...]]:
+    """As it came; all in one form; each choice of a form by role."""
+    yield tuple("text" if parts is None else "parts" for _, parts in shape)
+    roles = list(dict.fromkeys(role for role, _ in shape))
+    choices: list[tuple[Form, ...]] = [(form,) * len(roles) for form in ("text", "parts", "part")]
+    if len(shape) < MANY_MESSAGES:
+        choices += itertools.product(("text", "parts", "part"), repeat=len(roles))
+    for choice in choices:
+        by_role = dict(zip(roles, choice, strict=True))
+        yield tuple(by_role[role] for role, _ in shape)
+
+
+def _parts(message: dict[str, Any]) -> list[str]:
+    """The texts of a message's content.
+
+    Raises:
+        ValueError: something in it is no text.
+    """
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return [content or ""]
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+        raise ValueError('the content of a message must be a text or a list of {"type": "text", "text": "..."}')
+    return [part["text"] for part in content]
+
+
+def _content(texts: list[str], form: Form, more: dict[str, str] | None = None) -> str | list[dict[str, str]]:
+    """Texts in a form; `more` goes into each part."""
+    if form == "text":
+        return "\n".join(texts)
+    return [{"type": "text", "text": text, **(more or {})} for text in (texts if form == "parts" else ["\n".join(texts)])]
