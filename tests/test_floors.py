@@ -104,3 +104,7 @@ def test_the_platform_imports_nothing_of_the_engine() -> None:
     assert {other for file, others in files().items() if file.startswith("core/platform/") for other in others} <= {
         file for file in files() if file.startswith("core/platform/")
     }
+
+
+def test_core_holds_few_files() -> None:
+    assert len([path for path in (ROOT / "core").iterdir() if path.is_file()]) <= MOST_IN_CORE

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..batching.sequence import SamplingParams
-from .chat_template import render_chat
 from .config import add_engine_flags, config_from_flags
 from .input import Prompt
 from .output import RequestOutput
+from .text.chat_template import render_chat
 
 EPILOG = """examples:
   complete one prompt, as it is generated

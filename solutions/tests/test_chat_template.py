@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from solutions.core.chat_template import render_chat
 from solutions.core.engine import LLM
+from solutions.core.text.chat_template import render_chat
 from solutions.tests.tiny_models import make_tiny_llama
 
 START = "{% for message in messages %}<{{ message.role }}>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,3 +57,51 @@ def same(value: Any) -> Any:
 def goal(*claims: Claim) -> Goal:
     """All these claims, each once, without those that say nothing."""
     return tuple(dict.fromkeys(claim for claim in claims if claim.schema.value is not claim.holds))
+
+
+class Reasoning(abc.ABC):
+    """What those who know single keywords ask of the one who knows them all (`schema_logic.Logic`).
+
+    Attributes:
+        never: a claim that no value meets.
+
+    Raises:
+        ValueError: from each method: a keyword cannot be had, or the schema is too large.
+    """
+
+    never = NEVER
+
+    @abc.abstractmethod
+    def spend(self, steps: int) -> None:
+        """Count work, and give up where it becomes too much."""
+        ...
+
+    @abc.abstractmethod
+    def branches(self, wanted: Goal, group: str) -> tuple[Branch, ...]:
+        """The branches of a goal for values of one type; none: no such value meets it."""
+        ...
+
+    @abc.abstractmethod
+    def claim(self, claim: Claim, group: str) -> tuple[Branch, ...]:
+        """The branches of one claim."""
+        ...
+
+    @abc.abstractmethod
+    def any_of(self, choices: list[tuple[Branch, ...]]) -> tuple[Branch, ...]:
+        """The branches of a choice."""
+        ...
+
+    @abc.abstractmethod
+    def all_of(self, parts: list[tuple[Branch, ...]]) -> tuple[Branch, ...]:
+        """The branches of several demands at once."""
+        ...
+
+    @abc.abstractmethod
+    def claim_of(self, value: Any, path: str) -> Claim:
+        """That a schema at a path of the document holds."""
+        ...
+
+    @abc.abstractmethod
+    def inside(self, schema: Schema, *names: str) -> Claim:
+        """That a schema inside of another holds; one that is not there holds always."""
+        ...

@@ -5,16 +5,13 @@ Each function returns branches, or None where the keyword says nothing about thi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .claims import Branch, Reasoning
 from .formats import EXACT, FORMATS
 from .schema_document import IN_PLACE, Schema, child, refuse
 
-if TYPE_CHECKING:
-    from .claims import Branch
-    from .schema_logic import Logic
-
-Branches = tuple["Branch", ...]
+Branches = tuple[Branch, ...]
 ALWAYS: Branches = ((),)
 
 
@@ -30,7 +27,7 @@ def _range(name: str, keyword: str, value: Any, holds: bool, *more: Any) -> Bran
     return ALWAYS if (low, high) == (0, None) else (((name, low, high, *more),),)
 
 
-def number_demands(schema: Schema, keyword: str, holds: bool, logic: Logic) -> Branches | None:
+def number_demands(schema: Schema, keyword: str, holds: bool, logic: Reasoning) -> Branches | None:
     value = schema.value[keyword]
     if keyword == "multipleOf":
         return ((("multiple", value, holds, schema.path),),)
@@ -41,7 +38,7 @@ def number_demands(schema: Schema, keyword: str, holds: bool, logic: Logic) -> B
     return ((("low" if above == holds else "high", value, strict == holds),),)
 
 
-def string_demands(schema: Schema, keyword: str, holds: bool, logic: Logic) -> Branches | None:
+def string_demands(schema: Schema, keyword: str, holds: bool, logic: Reasoning) -> Branches | None:
     value = schema.value[keyword]
     if keyword in ("minLength", "maxLength"):
         return _range("length", keyword, value, holds)
@@ -56,7 +53,7 @@ def string_demands(schema: Schema, keyword: str, holds: bool, logic: Logic) -> B
     return None
 
 
-def array_demands(schema: Schema, keyword: str, holds: bool, logic: Logic) -> Branches | None:
+def array_demands(schema: Schema, keyword: str, holds: bool, logic: Reasoning) -> Branches | None:
     value, here = schema.value, schema.value[keyword]
     if keyword in ("minItems", "maxItems"):
         return _range("size", keyword, here, holds)
@@ -95,7 +92,7 @@ def array_demands(schema: Schema, keyword: str, holds: bool, logic: Logic) -> Br
     return None
 
 
-def object_demands(schema: Schema, keyword: str, holds: bool, logic: Logic) -> Branches | None:
+def object_demands(schema: Schema, keyword: str, holds: bool, logic: Reasoning) -> Branches | None:
     value, here, path = schema.value, schema.value[keyword], schema.path
     if keyword in ("minProperties", "maxProperties"):
         return _range("count", keyword, here, holds, path)
@@ -135,11 +132,11 @@ def object_demands(schema: Schema, keyword: str, holds: bool, logic: Logic) -> B
     return None
 
 
-def _without(name: str, logic: Logic) -> tuple[Any, ...]:
+def _without(name: str, logic: Reasoning) -> tuple[Any, ...]:
     return ("member", name, logic.never)
 
 
-def _dependent(schema: Schema, keyword: str, holds: bool, logic: Logic) -> Branches:
+def _dependent(schema: Schema, keyword: str, holds: bool, logic: Reasoning) -> Branches:
     """What a member brings with it, if it is there."""
     found: list[Branches] = []
     for name, follows in schema.value[keyword].items():

@@ -7,17 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .automata import ALL, ANY_TEXT, Automaton, CharSet, any_of, build, complement, either, intersect, literal, one_of, repeat
-from .claims import GROUPS, Branch, Claim, Demand, Goal, goal, group_of, same
+from .claims import GROUPS, Branch, Claim, Demand, Goal, Reasoning, goal, group_of, same
 from .ecma_regex import lengths, search, whole
 from .formats import FORMATS
 from .numbers import Bounds, numbers
 from .schema_document import refuse
-
-if TYPE_CHECKING:
-    from .schema_logic import Logic
 
 MAX_COUNTED = 3_000
 """States of an automaton that counts characters besides; a longest length that needs more is taken to be less."""
@@ -201,7 +198,7 @@ class Members:
     path: str = "$"
 
 
-def _names_of(logic: Logic, demand: Demand) -> Callable[[str], bool]:
+def _names_of(logic: Reasoning, demand: Demand) -> Callable[[str], bool]:
     """Whether a "rest" or "some" demand is about a name."""
     names, patterns, only = (*demand[1:3], None) if demand[0] == "rest" else demand[1:4]
     path = demand[-1]
@@ -228,7 +225,7 @@ def _outside(found: Automaton, names: Any, path: str) -> Automaton:
     return _named("properties", path, intersect, found, complement(build(either(*map(literal, names)))))
 
 
-def members(logic: Logic, branch: Branch) -> list[Members]:
+def members(logic: Reasoning, branch: Branch) -> list[Members]:
     """The objects of a branch: one choice or several."""
     single, like, rest = having(branch, "member"), having(branch, "like"), having(branch, "rest")
     needed = [demand[1] for demand in having(branch, "need")]
@@ -260,7 +257,7 @@ def members(logic: Logic, branch: Branch) -> list[Members]:
     return found
 
 
-def _others(logic: Logic, branch: Branch, taken: list[str], name_goal: Goal, path: str) -> list[tuple[Automaton, Goal]]:
+def _others(logic: Reasoning, branch: Branch, taken: list[str], name_goal: Goal, path: str) -> list[tuple[Automaton, Goal]]:
     """The names that have no goal of their own, parted by what their members must meet."""
     start = build(ANY_TEXT)
     if name_goal:
@@ -291,7 +288,7 @@ def _others(logic: Logic, branch: Branch, taken: list[str], name_goal: Goal, pat
     return [(names, wanted) for names, wanted in parted if not any(claim.never for claim in wanted)]
 
 
-def _language_of(logic: Logic, branch: Branch) -> Automaton:
+def _language_of(logic: Reasoning, branch: Branch) -> Automaton:
     """The texts of a branch as an automaton."""
     listed = values(logic, branch)
     if listed is not None:
@@ -302,7 +299,7 @@ def _language_of(logic: Logic, branch: Branch) -> Automaton:
     )
 
 
-def _with_some(logic: Logic, one: Members, demand: Demand) -> list[Members]:
+def _with_some(logic: Reasoning, one: Members, demand: Demand) -> list[Members]:
     """The choices of an object of which some member outside certain names must meet a claim."""
     _, names, patterns, only, claim, path = demand
     about = _names_of(logic, demand)
@@ -330,7 +327,7 @@ def _same(listed: tuple[str, ...]) -> frozenset[Any]:
     return frozenset(same(json.loads(text)) for text in listed)
 
 
-def _holds(logic: Logic, branch: Branch, value: Any) -> bool:
+def _holds(logic: Reasoning, branch: Branch, value: Any) -> bool:
     """Whether a value meets all of a branch's demands."""
     kind = group_of(value)
     for _, listed, holds, *_ in having(branch, "values"):
@@ -356,7 +353,7 @@ def _number_holds(branch: Branch, value: int | float) -> bool:
     )
 
 
-def _items_hold(logic: Logic, wanted: Items, value: list[Any]) -> bool:
+def _items_hold(logic: Reasoning, wanted: Items, value: list[Any]) -> bool:
     if not wanted.low <= len(value) or (wanted.high is not None and len(value) > wanted.high):
         return False
     if wanted.unique and len({same(one) for one in value}) < len(value):
@@ -371,7 +368,7 @@ def _items_hold(logic: Logic, wanted: Items, value: list[Any]) -> bool:
     return True
 
 
-def _members_hold(logic: Logic, branch: Branch, value: dict[str, Any]) -> bool:
+def _members_hold(logic: Reasoning, branch: Branch, value: dict[str, Any]) -> bool:
     low, high = extent(branch, "count")
     if len(value) < low or (high is not None and len(value) > high):
         return False
@@ -387,13 +384,13 @@ def _members_hold(logic: Logic, branch: Branch, value: dict[str, Any]) -> bool:
     return all(any(_names_of(logic, d)(name) and meets(logic, (d[4],), one) for name, one in value.items()) for d in some)
 
 
-def meets(logic: Logic, wanted: Goal, value: Any) -> bool:
+def meets(logic: Reasoning, wanted: Goal, value: Any) -> bool:
     """Whether a value meets a goal; a format is an annotation here, for the value is the schema's own."""
     logic.spend(1)
     return any(_holds(logic, branch, value) for branch in logic.branches(wanted, group_of(value)))
 
 
-def values(logic: Logic, branch: Branch) -> list[str] | None:
+def values(logic: Reasoning, branch: Branch) -> list[str] | None:
     """The values, as JSON texts in the schema's order, of a branch that lists them; None: it does not."""
     lists = [demand[1] for demand in having(branch, "values") if demand[2]]
     if not lists:
@@ -401,7 +398,7 @@ def values(logic: Logic, branch: Branch) -> list[str] | None:
     return [text for text in dict.fromkeys(lists[0]) if _holds(logic, branch, json.loads(text))]
 
 
-def impossible(logic: Logic, branch: Branch, group: str, depth: int) -> bool:
+def impossible(logic: Reasoning, branch: Branch, group: str, depth: int) -> bool:
     """Whether plainly no value meets a branch; it may be so though it is not plain."""
     listed = values(logic, branch)
     if listed is not None:
@@ -429,5 +426,5 @@ def _formats_apart(branch: Branch) -> bool:
     return reduce(intersect, languages).empty or texts(branch, False).empty
 
 
-def _nothing(logic: Logic, wanted: Goal, depth: int) -> bool:
+def _nothing(logic: Reasoning, wanted: Goal, depth: int) -> bool:
     return all(impossible(logic, branch, group, depth) for group in GROUPS for branch in logic.branches(wanted, group))

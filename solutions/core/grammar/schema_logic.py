@@ -26,21 +26,19 @@ from typing import Any
 
 from . import schema_demands as demands
 from . import schema_facts as facts
-from .claims import NEVER, Branch, Claim, Goal, group_of
+from .claims import Branch, Claim, Goal, Reasoning, group_of
 from .schema_document import Document, Schema, child, refuse
 
 MAX_STEPS = 200_000
 """Demands looked at for one schema."""
 
 
-class Logic:
+class Logic(Reasoning):
     """Turns goals into branches.
 
     Raises:
         ValueError: from each method: a keyword cannot be had, or the schema is too large.
     """
-
-    never = NEVER
 
     def __init__(self, document: Document) -> None:
         self.document = document

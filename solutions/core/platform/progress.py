@@ -1,4 +1,4 @@
-"""A progress bar that only appears when the work turns out to take long."""
+"""Progress bars on standard error, for people: silent where that is no terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 SHOW_AFTER = 1.0
 """Seconds."""
@@ -45,3 +53,34 @@ class LateBar:
             self._bar.start()
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self._done)
+
+
+class GenerationProgress:
+    """Counts finished requests and shows tokens a second, on standard error; silent where that is no terminal.
+
+    Args:
+        num_requests: requests to finish.
+        enabled: False shows nothing.
+    """
+
+    def __init__(self, num_requests: int, enabled: bool) -> None:
+        self._num_tokens = 0
+        self._start = time.perf_counter()
+        self._bar = Progress(
+            TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[rate]}"),
+            console=Console(file=sys.stderr), disable=not (enabled and sys.stderr.isatty()), transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task("requests", total=num_requests, rate="")
+
+    def __enter__(self) -> GenerationProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def advance(self, num_tokens: int) -> None:
+        """Count one finished request, and the tokens of its answers."""
+        self._num_tokens += num_tokens
+        rate = self._num_tokens / max(1e-9, time.perf_counter() - self._start)
+        self._bar.update(self._task, advance=1, rate=f"{rate:.0f} tok/s")

@@ -16,17 +16,17 @@ from ..batching.scheduler_config import SchedulerConfig
 from ..batching.scheduler_output import SchedulerOutput
 from ..batching.sequence import RequestOutputKind, SamplingParams, Sequence
 from ..models.loader import load_tokenizer, resolve_model, with_tokenizer
-from .chat_template import render_chat
 from .cli import main
 from .config import DEFAULT_MODEL, EngineConfig
 from .draft_model import make_proposer
 from .executor import local_model
 from .input import EngineRequest, InputProcessor, Prompt
 from .output import OutputProcessor, RequestOutput
-from .progress import GenerationProgress
+from .platform.progress import GenerationProgress
 from .scheduler import Scheduler
 from .speculative import SpeculativeScheduler
 from .startup import make_executor, resolve_limits, startup_report
+from .text.chat_template import render_chat
 from .worker import pick_device, pick_dtype
 
 
@@ -308,7 +308,7 @@ class LLM:
                 while self.llm_engine.has_unfinished_requests():
                     for output in self.llm_engine.step():
                         finished[output.request_id] = output
-                        progress.advance(output)
+                        progress.advance(sum(len(each.token_ids) for each in output.outputs))
         except BaseException:  # an interrupt, say, must not leave requests behind for the next call
             for request in requests:
                 self.llm_engine.abort_request(request.request_id)
