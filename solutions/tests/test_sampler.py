@@ -317,3 +317,26 @@ def test_logits_of_a_broken_model_give_some_token() -> None:
         output = Sampler(V)(logits, [seq_of(i, seed=i, **params) for i in range(3)])
         assert all(0 <= token < V for token in output.token_ids)
         assert output.token_ids[2:] == Sampler(V)(logits[2:], [seq_of(2, seed=2, **params)]).token_ids
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e-45, 1e-30, 1e-5])
+@pytest.mark.parametrize("temperature", [0.0, 2e-5, 1.0, 1e300])
+def test_a_repetition_penalty_near_zero_leaves_numbers(penalty: float, temperature: float) -> None:
+    """Of the tokens that have occurred, those with a positive logit go up without end, and nothing else can come; a token that
+    is not allowed stays out, although it has occurred."""
+    logits = torch.zeros(1, 64)
+    logits[0, :5] = torch.tensor([0.5, 2.0, -1.0, 3.0, 1.0])
+    params = SamplingParams(
+        temperature=temperature,
+        repetition_penalty=penalty,
+        allowed_token_ids=[0, 1, 2, 4, *range(5, 64)],
+        max_tokens=99,
+        seed=1,
+    )
+    seq = Sequence(0, [1, 2, 3, 0], params)
+    drawn = set()
+    for _ in range(20):
+        (token,) = Sampler(64)(logits, [seq]).token_ids
+        drawn.add(token)
+        seq.tokens.append(token)
+    assert drawn <= ({0, 1} if temperature < 1e300 else set(range(64)) - {3})

@@ -347,7 +347,7 @@ def test_a_draining_server_finishes_and_is_not_ready_and_a_second_signal_aborts(
             process.send_signal(signal.SIGTERM)
             with pytest.raises((httpx.HTTPError, openai.APIError)):
                 list(stream)
-        process.wait(5)
+        process.wait(20)
 
 
 def test_the_log_in_json_has_a_line_for_each_request() -> None:

@@ -15,6 +15,7 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from solutions.core import cli
+from solutions.core.engine import LLM
 from solutions.models.config.entries import ModelError
 from solutions.models.loader import load_tokenizer, resolve_model
 from solutions.models.tokenizer_files import read_tokenizer
@@ -208,7 +209,7 @@ def test_folder_that_cannot_be_loaded_is_one_line(copy: Path, case: str, capsys:
     assert api_server.main(["--model", str(copy), "--port", "0", "--dtype", "float32"]) == 1
     assert f"error: {line}\n" in capsys.readouterr().err
     with pytest.raises(SystemExit) as left:
-        cli.main(["--model", str(copy), "--prompt", "a", "--dtype", "float32"])
+        cli.main(LLM, ["--model", str(copy), "--prompt", "a", "--dtype", "float32"])
     assert left.value.code == f"error: {line}"
 
 

@@ -55,6 +55,10 @@ class TokenCounts:
         self._seen = len(tokens)
 
 
+LARGEST = 1e30
+"""What a penalty may make of a logit: a temperature divides it later, and infinite logits have no probabilities."""
+
+
 class LogitsProcessors:
     """The operations that one batch asks for, in vLLM's order: structured_output, allowed_token_ids, bad_words, min_tokens,
     logit_bias, repetition penalty, frequency penalty, presence penalty.
@@ -149,7 +153,8 @@ class LogitsProcessors:
         places = to_device(index, torch.int64, self._device)
         count, repetition, frequency, presence = to_device(np.stack(host), torch.float32, self._device)
         logit = flat[places]
-        logit = torch.where(logit > 0, logit / repetition, logit * repetition)
+        repetition = repetition.clamp_min(1 / LARGEST)  # 0 times what is forbidden would be no number
+        logit = torch.where(logit > 0, logit / repetition, logit * repetition).clamp_max_(LARGEST)
         flat[places] = logit - frequency * count - presence * (count > 0)
 
 
