@@ -18,7 +18,7 @@ FILES = sorted(
     for pattern in (
         "tests/**/*.py",
         "solutions/tests/**/*.py",
-        "stages/course/**/*.py",
+        "stages/course/fixtures/*.py",
         "stages/*/tests/**/*.py",
         "conftest.py",
     )
