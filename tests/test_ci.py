@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -83,3 +86,16 @@ def test_ci_runs_the_fuzz_and_the_other_compiler() -> None:
         "clang make test-cpu-kernels CXX=clang++",
     ):  # fmt: skip
         assert any(command.startswith(phase) for command in commands)
+
+
+def test_the_container_and_the_workflow_call_what_is_there() -> None:
+    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    recipe = (ROOT / "Dockerfile").read_text()
+    container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    commands = re.findall(r"\bmake ([a-z][a-z0-9-]*)", recipe) + re.findall(r'"make", "([a-z-]+)"', recipe)
+    commands += re.findall(r"make ([a-z-]+)", container["postCreateCommand"])
+    assert {"setup", "serve"} <= set(commands) <= targets
+    assert (ROOT / ".devcontainer" / container["build"]["dockerfile"]).resolve() == ROOT / "Dockerfile"
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    for command in re.findall(r"run: (?:sudo )?(\S+)", workflow):
+        assert os.access(ROOT / command, os.X_OK), command

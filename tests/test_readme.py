@@ -61,3 +61,11 @@ def test_every_flag_of_the_engine_exists(document: str) -> None:
     commands = re.findall(r"-m solutions\.(?:core|serving)\.\S+(.*)|(?<!PIP_)ARGS=\"(.*?)\"", code(document))
     used = {flag for line in commands for text in line for flag in re.findall(r"--[a-z][a-z-]*", text)}
     assert used - known == set()
+
+
+def test_the_engine_s_readme_names_every_file_of_it() -> None:
+    text = (ROOT / "solutions/README.md").read_text()
+    files = (path for suffix in ("py", "h", "cu") for path in (ROOT / "solutions").rglob(f"*.{suffix}"))
+    engine = [path for path in files if "tests" not in path.parts and path.name != "__init__.py"]
+    assert len(engine) > 100
+    assert [str(path.relative_to(ROOT)) for path in engine if f"`{path.name}`" not in text] == []
