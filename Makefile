@@ -42,11 +42,13 @@ ifeq ($(strip $(VENV)),)
 RUN   := $(PYTHON)
 STAMP :=
 LAB_STAMP :=
+GUIDE_STAMP :=
 else
 # The stamp's name holds a hash of what was installed: when it is there, set-up has nothing to do.
 RUN   := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up-$(shell (cat pyproject.toml constraints.txt; echo "$(CURDIR)") | cksum | cut -d ' ' -f 1)
 LAB_STAMP := $(STAMP)-lab
+GUIDE_STAMP := $(STAMP)-guide
 endif
 
 SANITIZED = CXX=g++ CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
@@ -138,6 +140,9 @@ reset-stage-5: $(STAMP) ## Start stage 5 over, likewise
 
 reset-stage-6: $(STAMP) ## Start stage 6 over, likewise
 	@$(COURSE) reset --stage 6 $(if $(YES),--yes)
+
+guide: $(GUIDE_STAMP) ## Open the course's text as a website (ARGS=build: only build it, into build/guide, and check its links)
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs $(or $(ARGS),serve --open)
 
 lab: $(LAB_STAMP) ## Open the notebooks in Jupyter
 	@$(RUN) -m jupyterlab notebooks
@@ -253,7 +258,7 @@ clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: fuzz test-all bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-serving bench-page bench-scaling bench-gpu test-gpu bench-compare bench-latency bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 test-stage-6 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 reset-stage-6 lab notebooks test test-parity test-api check-course mutation grade starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: guide fuzz test-all bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-serving bench-page bench-scaling bench-gpu test-gpu bench-compare bench-latency bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 test-stage-6 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 reset-stage-6 lab notebooks test test-parity test-api check-course mutation grade starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"
@@ -281,4 +286,9 @@ $(STAMP):
 $(LAB_STAMP): $(STAMP)
 	@echo "Installing Jupyter into $(VENV)"
 	@set -o pipefail; $(PIP_INSTALL) -e '.[notebooks]' | $(ONE_LINE) || { $(PIP_FAILED); }
+	@touch $@
+
+$(GUIDE_STAMP): $(STAMP)
+	@echo "Installing MkDocs into $(VENV)"
+	@set -o pipefail; $(PIP_INSTALL) -e '.[guide]' | $(ONE_LINE) || { $(PIP_FAILED); }
 	@touch $@

@@ -72,7 +72,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--memory-gib", type=float, default=6, metavar="G", help="memory for a task's tests (default: 6)")
     parser.add_argument(
-        "--guide-url", metavar="URL", help="where reports link to for the course's text (default: a copy in the output folder)"
+        "--guide-url", metavar="URL",
+        help="this repository's root on the web, for reports to link to the course's text (default: a copy beside them)",
     )  # fmt: skip
     args = parser.parse_args(argv)
     parser.check_counts(args, "jobs", "task_seconds", "memory_gib")
@@ -150,14 +151,17 @@ def grade_all(args: argparse.Namespace, workshop: Workshop, stages: list[Stage],
             grade = grader.grade(submission, step)
             grades.append(grade)
             folder = output_of(args.output, submission, submissions)
-            write_grade(folder, grade, args.guide_url or link_to_guide(args.output, folder), sandbox)
+            write_grade(folder, grade, args.guide_url or link_to_guide(args.output, folder, workshop.course), sandbox)
     return grades
 
 
-def link_to_guide(output: Path, folder: Path) -> str:
-    """Copy the course's text to the output folder; its address from a report in `folder`."""
-    shutil.copyfile(ROOT / GUIDE, output / GUIDE)
-    return f"{'' if folder == output else '../'}{GUIDE}"
+def link_to_guide(output: Path, folder: Path, course: list[Stage]) -> str:
+    """Copy the course's text to the output folder; the copy's address from a report in `folder`."""
+    for file in (GUIDE, *(stage.chapter for stage in course)):
+        copy = output / "guide" / file
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / file, copy)
+    return "guide" if folder == output else "../guide"
 
 
 def output_of(output: Path, submission: Submission, submissions: list[Submission]) -> Path:

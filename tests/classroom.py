@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.course.tools.catalog import CourseError, Task, find_stage, load_course
+from stages.course.tools.catalog import GUIDE, CourseError, Task, find_stage, load_course
 from stages.course.tools.runner import FAILED, NO_PLUGINS, PASSED, TODO, TestResult
 from stages.make_starters import render
 from tests.warm import Ended, Job, Warm
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("pyproject.toml", "constraints.txt", "Makefile", "README.md", "IMPLEMENTATION_GUIDE.md")
+COPIED = ("pyproject.toml", "constraints.txt", "Makefile", "README.md", GUIDE)
 PYTEST = ["-q", "--tb=native", "--disable-warnings", "--color=no", *NO_PLUGINS]
 """How pytest is called."""
 NOT_COPIED = ("__pycache__", ".pytest_cache", ".hypothesis")

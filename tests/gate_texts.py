@@ -7,7 +7,7 @@ import inspect
 import re
 from pathlib import Path
 
-from stages.course.tools.catalog import GUIDE, Stage, Task
+from stages.course.tools.catalog import Stage, Task
 from stages.course.tools.targets import parse
 from stages.make_starters import render
 from tests.classroom import Classroom
@@ -91,19 +91,19 @@ def _about_hints(task: Task) -> list[str]:
 
 
 def guide_has_sections(room: Classroom, stage: Stage) -> list[str]:
-    """The guide has a section for every task, at the anchor that every message of the course points to."""
-    path = room.folder / GUIDE
+    """The stage's chapter has a section for every task, at the anchor that every message of the course points to."""
+    path = room.folder / stage.chapter
     if not path.exists():
-        return [f"{GUIDE} is missing; write it"]
+        return [f"{stage.chapter} is missing; write it"]
     # from each anchor to the next
     sections = re.split(r'<a (?:id|name)="([^"]+)">', path.read_text(encoding="utf-8"))
     texts = dict(zip(sections[1::2], sections[2::2], strict=True))
     complaints = []
     for task in stage.tasks:
         if task.guide not in texts:
-            complaints.append(f'{GUIDE} has no <a id="{task.guide}"></a>; write the section of task {task.id}')
+            complaints.append(f'{stage.chapter} has no <a id="{task.guide}"></a>; write the section of task {task.id}')
         elif len(texts[task.guide]) < SHORTEST_SECTION or not re.search(r"^#+ ", texts[task.guide], re.MULTILINE):
-            complaints.append(f"the section {task.guide} of {GUIDE} has no heading or hardly a text; write it")
+            complaints.append(f"the section {task.guide} of {stage.chapter} has no heading or hardly a text; write it")
     return complaints
 
 

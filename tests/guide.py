@@ -15,13 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from stages.course.tools.catalog import Stage, Target, Task, load_course
+from stages.course.tools.catalog import GUIDE, Stage, Target, Task, load_course
 from stages.course.tools.targets import find_function, find_lines, is_python
 from stages.make_starters import render
 
 ROOT = Path(__file__).parents[1]
 COURSE = load_course()
 TASKS = [task for stage in COURSE for task in stage.tasks]
+APPENDICES = {"appendix-a": "docs/appendix_a_cpu_step.md", "appendix-b": "docs/appendix_b_gpu_floor.md"}
+FILES = [GUIDE, *(stage.chapter for stage in COURSE), *APPENDICES.values()]
+"""The guide's files, from the repository's root, in the order of reading."""
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 PARTS = ("Interface", "Invariants", "Worked example", "Traps", "Test it", "In a production engine", "Read on")
 """What a task's section is made of; each begins a paragraph in bold."""
@@ -74,7 +77,7 @@ def examples(text: str, package: str = "solutions") -> dict[str, str]:
         package: what stands in for `stages`, which may be unfinished.
     """
     found = {}
-    for piece in re.split(r"^(?=#{2,3} )", text, flags=re.MULTILINE):
+    for piece in re.split(r"^(?=## )", text, flags=re.MULTILINE):
         blocks = re.findall(r"^```python\n(>>> .*?)^```$", piece, re.MULTILINE | re.DOTALL)
         if blocks:
             found[piece.splitlines()[0].lstrip("# ")] = "".join(blocks).replace("from stages.", f"from {package}.")
@@ -84,18 +87,17 @@ def examples(text: str, package: str = "solutions") -> dict[str, str]:
 # Finding what is wrong
 
 
-def section_problems(text: str, course: list[Stage]) -> list[str]:
-    """Chapters and tasks that are not there, not in order, or not under their title."""
-    expected = ["preface"]
-    for stage in course:
-        expected += [f"chapter-{stage.number}", *(task.guide for task in stage.tasks)]
-    found = [name for name in anchors(text) if name in expected or name.startswith("task-")]
-    problems = [] if found == expected else [f"anchors {found}, expected {expected}"]
-    for stage in course:
-        titles = {f"chapter-{stage.number}": f"## Chapter {stage.number} · {stage.title}"}
-        titles |= {task.guide: f"### Task {task.id} · {task.title}" for task in stage.tasks}
-        problems += [title for name, title in titles.items() if f'<a id="{name}"></a>\n{title}\n' not in text]
-    return problems
+def section_problems(chapter: str, stage: Stage) -> list[str]:
+    """A chapter's head and tasks that are not there, not in order, or not under their title."""
+    titles = {f"chapter-{stage.number}": f"# Chapter {stage.number} · {stage.title}"}
+    titles |= {task.guide: f"## Task {task.id} · {task.title}" for task in stage.tasks}
+    problems = [] if anchors(chapter) == list(titles) else [f"anchors {anchors(chapter)}, expected {list(titles)}"]
+    return problems + [title for name, title in titles.items() if f'<a id="{name}"></a>\n{title}\n' not in chapter]
+
+
+def table_of_tasks(course: list[Stage]) -> list[str]:
+    """The rows that the hub's table must have: each task with its section and its minutes."""
+    return [f"| [{task.id}]({task.section}) | {task.title} | {task.minutes} |" for stage in course for task in stage.tasks]
 
 
 def task_problems(section: str, stage: Stage, task: Task) -> list[str]:
@@ -143,12 +145,19 @@ def code_of(text: str) -> str:
     return "\n".join(FENCE.findall(text) + inline_code(text))
 
 
-def dead_links(text: str) -> list[str]:
-    """Links inside the guide or the repository that lead nowhere."""
-    links = re.findall(r"\]\(([^)\s]+)\)", prose(text))
-    inside = [link for link in links if link.startswith("#") and link[1:] not in anchors(text)]
-    files = [link for link in links if not link.startswith("#") and "://" not in link]
-    return inside + [link for link in files if not (ROOT / link.split("#")[0]).exists()]
+def dead_links(text: str, file: str) -> list[str]:
+    """Links of a text to itself or to the repository that lead nowhere; `file` is where the text lies."""
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(text)):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / file).parent / path
+        if "://" in link:
+            continue
+        found = not path or target.exists()
+        if found and anchor:
+            found = anchor in anchors(target.read_text(encoding="utf-8") if path else text)
+        dead += [] if found else [link]
+    return dead
 
 
 @dataclass
@@ -275,7 +284,7 @@ def main(argv: list[str]) -> int:
     if task is None:
         print(f"write the number of a task: python -m tests.guide {TASKS[0].id} (up to {TASKS[-1].id})")
         return 2
-    text = (ROOT / "IMPLEMENTATION_GUIDE.md").read_text(encoding="utf-8")
+    text = (ROOT / task.chapter).read_text(encoding="utf-8")
     failed, report = run_examples(task.id, examples(text, "stages")[f"Task {task.id} · {task.title}"])
     print(report or f"The examples of task {task.id} print what the guide says.")
     return min(failed, 1)

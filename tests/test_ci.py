@@ -81,8 +81,9 @@ def test_ci_runs_the_fuzz_and_the_other_compiler() -> None:
     lines = (ROOT / ".ci/run").read_text().splitlines()
     commands = [line.split("phase ", 1)[1] for line in lines if "phase " in line]
     for phase in (
-        "tools .ci/tools", "set-up make setup", "lint make lint", "tests make test", "course make check-course",
-        "notebooks make notebooks", "fuzz make fuzz MINUTES=2", "clang make test-cpu-kernels CXX=clang++",
+        "tools .ci/tools", "set-up make setup", "lint make lint", "guide make guide ARGS=build", "tests make test",
+        "course make check-course", "notebooks make notebooks", "fuzz make fuzz MINUTES=2",
+        "clang make test-cpu-kernels CXX=clang++",
     ):  # fmt: skip
         assert any(command.startswith(phase) for command in commands)
 

@@ -83,7 +83,7 @@ def test_fresh_starters_have_everything_to_do_and_say_where_to_begin(room: Class
     text = room.read(room.path(1, ALLOCATOR)).splitlines()
     line = next(number for number, content in enumerate(text, 1) if "def allocate" in content)
     assert f"stages/stage1_block_management/{ALLOCATOR}:{line}" in ended.output
-    for word in ("next: task 1.1", "OrderedDict", "make hint TASK=1.1 LEVEL=2", "IMPLEMENTATION_GUIDE.md#task-1-1"):
+    for word in ("next: task 1.1", "OrderedDict", "make hint TASK=1.1 LEVEL=2", "stage1_block_management/GUIDE.md#task-1-1"):
         assert word in ended.output
     assert "Traceback" not in ended.output
 

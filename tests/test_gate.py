@@ -26,7 +26,7 @@ FIRST = "stages/stage1_sums/tests/test_1_1.py"
 SECOND = "stages/stage1_sums/tests/test_1_2.py"
 SUMS, COURSE = "stages/stage1_sums/toys/sums.py", "stages/course.toml"
 REFERENCE_SUMS = "solutions/toys/sums.py"
-GUIDE, MUTANTS = "IMPLEMENTATION_GUIDE.md", "tests/mutants/stage1.toml"
+CHAPTER, MUTANTS = "stages/stage1_sums/GUIDE.md", "tests/mutants/stage1.toml"
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +117,10 @@ BREAKS: list[tuple[gate.Rule, Callable[[Toy], None], str]] = [
     (gate.tasks_are_complete, edit(COURSE, HINTS[2], HINTS[1]), "task 1.1 says a hint twice"),
     (gate.tasks_are_complete, edit(COURSE, HINTS[1], "x"), "hint 2 of task 1.1 says nothing: 'x'"),
     (gate.tasks_are_complete, edit(COURSE, HINTS[0], "Add. " * 41), "the first hint of task 1.1 has 204 characters"),
-    (gate.guide_has_sections, remove(GUIDE), "IMPLEMENTATION_GUIDE.md is missing"),
-    (gate.guide_has_sections, edit(GUIDE, '"task-1-2"', '"task-1.2"'), "write the section of task 1.2"),
-    (gate.guide_has_sections, edit(GUIDE, SECTION, "See above."), "the section task-1-1 of IMPLEMENTATION_GUIDE.md has no"),
-    (gate.guide_has_sections, edit(GUIDE, "## half", "half"), "the section task-2-1 of IMPLEMENTATION_GUIDE.md has no"),
+    (gate.guide_has_sections, remove(CHAPTER), "stages/stage1_sums/GUIDE.md is missing"),
+    (gate.guide_has_sections, edit(CHAPTER, '"task-1-2"', '"task-1.2"'), "write the section of task 1.2"),
+    (gate.guide_has_sections, edit(CHAPTER, SECTION, "See above."), "the section task-1-1 of stages/stage1_sums/GUIDE.md"),
+    (gate.guide_has_sections, edit(CHAPTER, "## double", "double"), "stages/stage1_sums/GUIDE.md has no heading"),
     (gate.tests_are_explained, remove(SECOND), "test_1_2.py is missing; write the tests of task 1.2"),
     (gate.tests_are_explained, edit(FIRST, "def test_double_3", "def other"), "test_1_1.py has 3 tests; a task needs 4"),
     (gate.tests_are_explained, edit(FIRST, "Why: ", "Because "), "test_double_0 does not say why it matters"),
@@ -264,10 +264,10 @@ def test_the_command_reports_and_fails(
     assert "The course holds" in capsys.readouterr().out
     kills = json.loads(file.read_text())["kills"]
     assert kills[0] == {"mutant": "number-+-2", "task": "1.1", "killed_by": "test_double_0", "complaint": ""}
-    toy.remove(GUIDE)
+    toy.remove("stages/stage2_halves/GUIDE.md")
     assert gate.main(["--stage", "2", "--no-mutants"]) == 1
     printed = capsys.readouterr().out
-    assert "IMPLEMENTATION_GUIDE.md is missing; write it" in printed
+    assert "stages/stage2_halves/GUIDE.md is missing; write it" in printed
     assert "test_half_0" not in printed
     with pytest.raises(SystemExit):
         gate.main(["--stage", "7"])

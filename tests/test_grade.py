@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -453,21 +454,21 @@ def test_gradescope_gets_what_it_asks_for(toys: Toys) -> None:
 
 def test_reports_say_what_was_expected_and_where_to_read_on(toys: Toys) -> None:
     grade = example(toys.workshop.course[0])
-    text = report.markdown(grade, "guide.md", "none")
+    text = report.markdown(grade, "guide", "none")
     for piece in (
         "20.5 of 30 points",
-        "guide.md#task-1-2",
+        "guide/stages/stage1_sums/GUIDE.md#task-1-2",
         "a flag",
         "````text\nchecks it",
         "| KV memory | 60 % | 100 % | 0.60 |",
     ):
         assert piece in text
-    html = page.html(grade, "guide.md", "none")
+    html = page.html(grade, "guide", "none")
     for piece in (
         'lang="en"',
         "prefers-color-scheme: dark",
         'role="img" aria-label="Points: ',
-        'href="guide.md#task-1-2"',
+        'href="guide/stages/stage1_sums/GUIDE.md#task-1-2"',
         "1 &lt; 2",
     ):
         assert piece in html
@@ -507,6 +508,8 @@ def test_two_checkouts_from_the_command_line(workshop: Workshop, tmp_path: Path)
     assert [(row["name"], row["points"], row["max_points"]) for row in rows] == [("ada", 10, 110), ("bob", 0, 110)]
     assert "missing; the empty starter counts" in (out / "ada" / "report.md").read_text()
     assert {path.name for path in (out / "bob").iterdir()} == {"results.json", "report.md", "report.html"}
+    (link,) = set(re.findall(r"\((\S+)#task-1-1\)", (out / "bob" / "report.md").read_text()))
+    assert '<a id="task-1-1">' in (out / "bob" / link).read_text()
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ import pytest
 
 from solutions.benchmarks.roofline import CARDS, decode_cost
 from solutions.models.config.model_config import ALIASES
-from stages.course.tools.catalog import Task
+from stages.course.tools.catalog import Stage, Task
 from tests.guide import (
     COURSE,
+    FILES,
     FOREIGN,
     PARTS,
     ROOT,
@@ -33,20 +34,29 @@ from tests.guide import (
     run_examples,
     section_problems,
     sections,
+    table_of_tasks,
     task_problems,
     unfinished_engine,
     unknown_commands,
 )
 
-GUIDE = (ROOT / "IMPLEMENTATION_GUIDE.md").read_text(encoding="utf-8")
+TEXTS = {file: (ROOT / file).read_text(encoding="utf-8") for file in FILES}
+HUB, *_ = TEXTS.values()
+GUIDE = "\n".join(TEXTS.values())
 RESULTS = ROOT / "benchmarks/results"
 NAMES = Names.of(ROOT / "solutions")
 SECTIONS = sections(GUIDE)
 EXAMPLES = examples(GUIDE)
 
 
-def test_every_chapter_and_task_stands_at_its_anchor_in_order() -> None:
-    assert section_problems(GUIDE, COURSE) == []
+@pytest.mark.parametrize("stage", COURSE, ids=lambda stage: str(stage.number))
+def test_every_chapter_and_task_stands_at_its_anchor_in_order(stage: Stage) -> None:
+    assert section_problems(TEXTS[stage.chapter], stage) == []
+
+
+def test_the_parts_come_in_order_and_no_anchor_twice() -> None:
+    parts = [name for name in anchors(GUIDE) if not name.startswith("task-")]
+    assert parts == ["preface", "tasks", *(f"chapter-{stage.number}" for stage in COURSE), "appendix-a", "appendix-b"]
     assert len(set(anchors(GUIDE))) == len(anchors(GUIDE)), "an anchor is there twice"
 
 
@@ -54,6 +64,10 @@ def test_every_chapter_and_task_stands_at_its_anchor_in_order() -> None:
 def test_every_task_has_all_parts_and_names_its_functions(task: Task) -> None:
     stage = next(stage for stage in COURSE if stage.number == task.stage)
     assert task_problems(SECTIONS[task.guide], stage, task) == []
+
+
+def test_the_table_of_tasks_is_the_course() -> None:
+    assert re.findall(r"^\| \[\d.*$", sections(HUB)["tasks"], re.MULTILINE) == table_of_tasks(COURSE)
 
 
 def test_every_path_exists() -> None:
@@ -64,8 +78,13 @@ def test_every_command_exists() -> None:
     assert unknown_commands(GUIDE) == []
 
 
-def test_every_link_leads_somewhere() -> None:
-    assert dead_links(GUIDE) == []
+@pytest.mark.parametrize("file", FILES)
+def test_every_link_leads_somewhere(file: str) -> None:
+    assert dead_links(TEXTS[file], file) == []
+
+
+def test_the_hub_leads_to_every_file() -> None:
+    assert [file for file in FILES[1:] if f"]({file})" not in HUB] == []
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -212,12 +231,14 @@ def test_the_floors_are_computed(batch: int) -> None:
 
 
 def test_the_check_of_sections_sees_what_is_missing() -> None:
-    task = TASKS[1]
-    assert section_problems(GUIDE.replace(f'<a id="{task.guide}"></a>\n', ""), COURSE) != []
-    assert section_problems(GUIDE.replace(f"Task {task.id} · {task.title}", f"Task {task.id} · Another"), COURSE) != []
-    swapped = GUIDE.replace('id="task-1-1"', 'id="x"').replace('id="task-1-2"', 'id="task-1-1"').replace('"x"', '"task-1-2"')
-    assert section_problems(swapped, COURSE) != []
-    assert section_problems(GUIDE + '\n<a id="task-9-9"></a>\n', COURSE) != []
+    stage, task = COURSE[0], COURSE[0].tasks[1]
+    text = TEXTS[stage.chapter]
+    assert section_problems(text.replace(f'<a id="{task.guide}"></a>\n', ""), stage) != []
+    assert section_problems(text.replace(f"Task {task.id} · {task.title}", f"Task {task.id} · Another"), stage) != []
+    assert section_problems(text.replace("# Chapter 1 ·", "# Chapter 2 ·"), stage) != []
+    swapped = text.replace('id="task-1-1"', 'id="x"').replace('id="task-1-2"', 'id="task-1-1"').replace('"x"', '"task-1-2"')
+    assert section_problems(swapped, stage) != []
+    assert section_problems(text + '\n<a id="task-9-9"></a>\n', stage) != []
 
 
 @pytest.mark.parametrize("part", [*PARTS, "BlockManager.fork", "30 minutes", "TASK=1.3"])
@@ -247,8 +268,9 @@ def test_the_check_of_commands_sees_wrong_ones() -> None:
 
 
 def test_the_check_of_links_sees_dead_ones() -> None:
-    text = '<a id="here"></a>\n[a](#here) [b](#there) [c](README.md) [d](nothing.md) [e](https://example.org)'
-    assert dead_links(text) == ["#there", "nothing.md"]
+    text = '<a id="here"></a>\n[a](#here) [b](#there) [c](../README.md) [d](README.md) [e](https://example.org)'
+    text += " [f](../stages/stage1_block_management/GUIDE.md#task-1-2) [g](../IMPLEMENTATION_GUIDE.md#task-1-2)"
+    assert dead_links(text, "docs/text.md") == ["#there", "README.md", "../IMPLEMENTATION_GUIDE.md#task-1-2"]
 
 
 @pytest.mark.parametrize(
@@ -288,7 +310,7 @@ def test_the_check_of_symbols_knows_a_right_one(code: str) -> None:
 
 
 def test_the_check_of_examples_sees_a_wrong_number() -> None:
-    text = "### Blocks\n\n```python\n>>> from stages.memory.block_allocator import BlockAllocator\n"
+    text = "## Blocks\n\n```python\n>>> from stages.memory.block_allocator import BlockAllocator\n"
     text += ">>> a = BlockAllocator(4)\n```\n"
     text += "\nThen:\n\n```python\n>>> a.allocate()\n0\n```\n"
     (name, code), *_ = examples(text).items()

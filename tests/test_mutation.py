@@ -31,7 +31,7 @@ class Box:
 def other(x):
     return x + 1
 '''
-TASK = Task("1.1", "t", (), "", "", 1, 20, "", ())
+TASK = Task("1.1", "t", (), "", "", "", 1, 20, "", ())
 
 
 @pytest.fixture(scope="module")

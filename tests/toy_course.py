@@ -119,16 +119,17 @@ def make_toy(root: Path) -> Toy:
     toy.write("pyproject.toml", PYPROJECT)
     for file, text in REFERENCE.items():
         toy.write(f"solutions/{file}", text)
-    course, guide = "", "# Guide\n"
+    course = ""
     for number, folder in FOLDERS.items():
         course += f'\n[[stage]]\nnumber = {number}\ntitle = "Toys"\nfolder = "{folder}"\n'
         toy.write(f"stages/{folder}/README.md", "# A toy\n")
-        bank = ""
+        bank, chapter = "", "# Toys\n"
         for task_id, file, function, cases in TASKS:
             if task_id.startswith(number):
                 course += task_entry(task_id, file, function)
-                guide += f'\n<a id="task-{task_id.replace(".", "-")}"></a>\n## {function}\n\n{SECTION}\n'
+                chapter += f'\n<a id="task-{task_id.replace(".", "-")}"></a>\n## {function}\n\n{SECTION}\n'
                 toy.write(f"stages/{folder}/tests/test_{task_id.replace('.', '_')}.py", text_of_tests(file, function, cases))
+        toy.write(f"stages/{folder}/GUIDE.md", chapter)
         if number == "1":
             bank += mutant_entry("1.1", "toys/sums.py", "number + number", "number + 2")
             bank += mutant_entry("1.2", "toys/sums.py", "double(double(number))", "double(number)")
@@ -137,5 +138,4 @@ def make_toy(root: Path) -> Toy:
             bank += mutant_entry("2.1", "toys/halves.py", "number // 2", "-number // 2")
         toy.write(f"tests/mutants/stage{number}.toml", bank)
     toy.write("stages/course.toml", course)
-    toy.write("IMPLEMENTATION_GUIDE.md", guide)
     return toy

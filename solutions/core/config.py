@@ -57,7 +57,7 @@ class EngineConfig:
         ("auto", "int8", "fp8"),
     )
     touch_kv_cache: bool = _flag(
-        False, "on a CPU: write the KV cache once at start, a second a GB or so, which its first users would wait for"
+        False, "on a CPU: write the KV cache at start; costs about 1 s per GB, and spares the first requests that delay"
     )
     gpu_memory_utilization: float = _flag(
         0.9, "share of a GPU's memory that weights, activations and KV blocks may take together"

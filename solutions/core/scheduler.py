@@ -17,7 +17,7 @@ from ..batching.scheduler_output import SchedulerOutput
 from ..batching.sequence import Sequence, SequenceStatus
 
 LPM_PATIENCE = 10.0
-"""Seconds after which a waiting sequence is overtaken no more by others of whose prompts more is cached."""
+"""After this many seconds, sequences with more of their prompt cached may no longer overtake a waiting one."""
 
 
 class Scheduler:

@@ -48,8 +48,8 @@ class AsyncEngine:
         stall_seconds: a step that takes longer counts as a failure of the engine.
 
     Attributes:
-        may_step: asked before each step; while it says no, the engine rests with its requests. After a change of mind call
-            `between_steps`, or the thread sleeps on.
+        may_step: asked before each step. While it returns False, requests stay queued and no step runs; call `between_steps`
+            when its answer changes.
         on_death: called on the loop when the engine has failed, once all its requests have been told.
         on_rejection: called with the reason when a queue is full: "requests" or "tokens" on the engine's thread, "forms" on
             the loop.

@@ -11,8 +11,8 @@ from ..core.output import RequestOutput
 class OutputStream(AsyncIterator[RequestOutput]):
     """Outputs of the requests of one submission, as the engine makes them; ends when all have finished.
 
-    At most one output a request waits here: a reader who is slower than the engine gets what has come meanwhile in one piece,
-    so that what he leaves lying is never more than the text itself.
+    At most one output a request waits here: for a reader who is slower than the engine, unread outputs are merged, so the
+    backlog never exceeds the answer's text.
 
     `close` aborts what is unfinished; call it (or leave an ``async with``) whenever the stream is not read to its end.
 

@@ -30,7 +30,7 @@ def html(grade: Grade, guide: str, walls: str) -> str:
     """The page.
 
     Args:
-        guide: address of the course's text, to which anchors are added. walls: what kept the graded code in.
+        guide: address of a folder that has the course's text at the repository's paths. walls: what kept the graded code in.
     """
     title = f"{escape(grade.name)}: {grade.points:g} of {grade.max_points} points"
     parts = [f"<h1>{title}</h1>", f"<p>{grade.percent:g} % of what could be had.</p>", _stages_plot(grade)]
@@ -80,7 +80,7 @@ def _table(caption: str, columns: list[str], rows: list[list[str]], numbers: int
 def _tasks_table(tasks: list[TaskGrade], guide: str) -> str:
     rows = [
         [
-            _status(item.status), f'<a href="{escape(guide)}#{item.task.guide}">{item.task.id}</a>', escape(item.task.title),
+            _status(item.status), f'<a href="{escape(guide)}/{item.task.section}">{item.task.id}</a>', escape(item.task.title),
             tests(item), f"{item.points}/{item.max_points}", f"{item.seconds:g}",
         ]
         for item in tasks
@@ -111,7 +111,7 @@ def _task(item: TaskGrade, guide: str) -> str:
     parts = [f'<h3 id="{item.task.guide}">Task {item.task.id}: {escape(item.task.title)}</h3>']
     if item.reason:
         parts.append(f"<p>{_status(item.status)}: {escape(item.reason)}</p>")
-    link = f'<a href="{escape(guide)}#{item.task.guide}">section {item.task.id} of the guide</a>'
+    link = f'<a href="{escape(guide)}/{item.task.section}">section {item.task.id} of the guide</a>'
     parts.append(f"<p>{escape(item.task.purpose)} Read {link}.</p>")
     shown, others = shown_failures(item)
     parts += [f'<h4>{escape(name)}</h4>\n<pre tabindex="0">{escape(text)}</pre>' for name, text in shown]

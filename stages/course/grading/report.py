@@ -17,7 +17,7 @@ def markdown(grade: Grade, guide: str, walls: str) -> str:
     """The report.
 
     Args:
-        guide: address of the course's text, to which anchors are added. walls: what kept the graded code in.
+        guide: address of a folder that has the course's text at the repository's paths. walls: what kept the graded code in.
     """
     lines = [f"# {grade.name}: {grade.points:g} of {grade.max_points} points ({grade.percent:g} %)", ""]
     for title, items in (("Not counted", grade.flags), ("Notes", grade.notes)):
@@ -25,7 +25,7 @@ def markdown(grade: Grade, guide: str, walls: str) -> str:
             lines += [f"## {title}", "", *(f"- {item}" for item in items), ""]
     lines += ["## Tasks", "", "| | task | | tests | points | seconds |", "|---|---|---|--:|--:|--:|"]
     lines += [
-        f"| {MARKS[i.status]} {i.status} | [{i.task.id}]({guide}#{i.task.guide}) | {i.task.title} | {tests(i)} "
+        f"| {MARKS[i.status]} {i.status} | [{i.task.id}]({guide}/{i.task.section}) | {i.task.title} | {tests(i)} "
         f"| {i.points}/{i.max_points} | {i.seconds:g} |"
         for i in grade.tasks
     ]
@@ -69,7 +69,7 @@ def _task(item: TaskGrade, guide: str) -> list[str]:
     lines = [f"### Task {item.task.id}: {item.task.title}", ""]
     if item.reason:
         lines += [_quoted(item.reason), ""]
-    lines += [f"{item.task.purpose} Read [the guide's section]({guide}#{item.task.guide})."]
+    lines += [f"{item.task.purpose} Read [the guide's section]({guide}/{item.task.section})."]
     shown, others = shown_failures(item)
     for name, text in shown:
         fence = "`" * max(3, 1 + max((len(run) for run in _backticks(text)), default=0))

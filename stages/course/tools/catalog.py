@@ -9,6 +9,8 @@ from pathlib import Path
 STAGES_FOLDER = Path(__file__).parents[2]
 ROOT = STAGES_FOLDER.parent
 GUIDE = "IMPLEMENTATION_GUIDE.md"
+"""The course's text begins here; each stage's chapter lies in the stage's folder."""
+CHAPTER = "GUIDE.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +35,10 @@ class Task:
     targets: tuple[Target, ...]
     tests: str
     """File of its tests, relative to the stage's folder."""
+    chapter: str
+    """File of its stage's chapter, from the repository's root."""
     guide: str
-    """Anchor in the guide."""
+    """Anchor of its section in the chapter."""
     points: int
     minutes: int
     purpose: str
@@ -43,6 +47,11 @@ class Task:
     @property
     def stage(self) -> int:
         return int(self.id.split(".")[0])
+
+    @property
+    def section(self) -> str:
+        """Where its section of the guide is, from the repository's root: file and anchor."""
+        return f"{self.chapter}#{self.guide}"
 
     @property
     def marker(self) -> str:
@@ -73,6 +82,11 @@ class Stage:
         return STAGES_FOLDER / self.folder
 
     @property
+    def chapter(self) -> str:
+        """File of its chapter, from the repository's root."""
+        return chapter_of(self.folder)
+
+    @property
     def files(self) -> list[str]:
         """The starter files, in the order in which the tasks meet them."""
         return list(dict.fromkeys(target.file for task in self.tasks for target in task.targets))
@@ -95,7 +109,7 @@ def load_course(path: Path = STAGES_FOLDER / "course.toml") -> list[Stage]:
     stages = []
     for entry in tomllib.loads(path.read_text(encoding="utf-8"))["stage"]:
         try:
-            tasks = tuple(_task(task) for task in entry["task"])
+            tasks = tuple(_task(task, chapter_of(entry["folder"])) for task in entry["task"])
             settings, given = entry.get("settings", {}), tuple(entry.get("given", []))
             stages.append(Stage(entry["number"], entry["title"], entry["folder"], tasks, settings, given))
         except (KeyError, TypeError, ValueError) as error:
@@ -103,14 +117,19 @@ def load_course(path: Path = STAGES_FOLDER / "course.toml") -> list[Stage]:
     return stages
 
 
-def _task(entry: dict) -> Task:
+def chapter_of(folder: str) -> str:
+    """File of the chapter in a stage's folder, from the repository's root."""
+    return f"{STAGES_FOLDER.name}/{folder}/{CHAPTER}"
+
+
+def _task(entry: dict, chapter: str) -> Task:
     targets = []
     for text in entry["targets"]:
         file, _, name = text.partition(":")
         targets.append(Target(file, name))
     return Task(
-        entry["id"], entry["title"], tuple(targets), entry["tests"], entry["guide"], entry["points"], entry["minutes"],
-        " ".join(entry["purpose"].split()), tuple(" ".join(hint.split()) for hint in entry["hints"]),
+        entry["id"], entry["title"], tuple(targets), entry["tests"], chapter, entry["guide"], entry["points"],
+        entry["minutes"], " ".join(entry["purpose"].split()), tuple(" ".join(hint.split()) for hint in entry["hints"]),
     )  # fmt: skip
 
 

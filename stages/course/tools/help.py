@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
 
-from stages.course.tools.catalog import GUIDE, ROOT, CourseError, Stage, Target, Task
+from stages.course.tools.catalog import ROOT, CourseError, Stage, Target, Task
 from stages.course.tools.page import labelled, places
 from stages.course.tools.preflight import inspect_stage
 from stages.course.tools.runner import PASSED, run_stage
@@ -34,7 +34,7 @@ def show_hint(console: Console, stage: Stage, task: Task, level: int) -> None:
     rows += [(f"hint {number}", task.hints[number - 1]) for number in range(1, level + 1)]
     if level < len(task.hints):
         rows.append(("", f"make hint TASK={task.id} LEVEL={level + 1}"))
-    rows.append(("guide", f"{GUIDE}#{task.guide}"))
+    rows.append(("guide", task.section))
     console.print(Panel(labelled(rows), title=f"task {task.id}, {task.title}", border_style="cyan", title_align="left"))
 
 

@@ -8,7 +8,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from stages.course.tools.catalog import GUIDE, Stage, Target, Task
+from stages.course.tools.catalog import Stage, Target, Task
 from stages.course.tools.preflight import Inspection, Problem
 from stages.course.tools.runner import FAILED, PASSED, SKIPPED, TODO, StageResult, TaskResult, TestResult, run_stage
 
@@ -101,7 +101,7 @@ def next_panel(stage: Stage, item: TaskResult, inspection: Inspection) -> Panel:
     if missing and item.state == TODO:
         rows.append(("first", f"task {', '.join(sorted(missing))}, on which this one stands and which is not written yet"))
     rows += [("what", task.purpose), ("hint", task.hints[0]), ("", f"make hint TASK={task.id} LEVEL=2")]
-    rows.append(("guide", f"{GUIDE}#{task.guide}"))
+    rows.append(("guide", task.section))
     title = f"next: task {task.id}, {task.title} (about {task.minutes} minutes)"
     return Panel(labelled(rows), title=title, border_style="cyan", title_align="left")
 

@@ -10,7 +10,7 @@ import re
 import textwrap
 import threading
 
-from stages.course.tools.catalog import GUIDE, CourseError, Task
+from stages.course.tools.catalog import CourseError, Task
 
 WIDTH = 120
 LONGEST_LINE = 128
@@ -87,7 +87,7 @@ def emptied(text: str, file: str, task: Task, name: str, hint: str | None) -> tu
     Raises:
         CourseError: the function is not there, or has no docstring to stand on.
     """
-    message = f"{task.marker} {name}, see {GUIDE}#{task.guide}"
+    message = f"{task.marker} {name}, see {task.section}"
     if not is_python(file):
         lines = _marked_lines(text, name)
         if lines is None:

@@ -59,7 +59,9 @@ class BlockManager:
         """Blocks that hold `num_tokens` tokens."""
         # Hint: Position p lies in block table[p // block_size] at offset p % block_size. Helpers below do the rest:
         # `_match` asks the cache, `_new_blocks` takes blocks, `_set_table` enters a table.
-        raise NotImplementedError("Stage 1 · Task 1.2: BlockManager.num_blocks_for, see IMPLEMENTATION_GUIDE.md#task-1-2")
+        raise NotImplementedError(
+            "Stage 1 · Task 1.2: BlockManager.num_blocks_for, see stages/stage1_block_management/GUIDE.md#task-1-2"
+        )
 
     @property
     def usage(self) -> float:
@@ -71,7 +73,9 @@ class BlockManager:
 
         Blocks that the prefix cache has need no new one, unless they wait in the free queue: to use those takes a free block.
         """
-        raise NotImplementedError("Stage 1 · Task 1.4: BlockManager.can_allocate, see IMPLEMENTATION_GUIDE.md#task-1-4")
+        raise NotImplementedError(
+            "Stage 1 · Task 1.4: BlockManager.can_allocate, see stages/stage1_block_management/GUIDE.md#task-1-4"
+        )
 
     def num_cached_blocks(self, seq: Sequence) -> int:
         """How many blocks of a waiting sequence's beginning the prefix cache has at this moment."""
@@ -96,18 +100,24 @@ class BlockManager:
 
     def can_swap_out(self, seq: Sequence) -> bool:
         """Whether host memory has room for what is computed of a running sequence; a `NULL_BLOCK` takes none."""
-        raise NotImplementedError("Stage 1 · Task 1.4: BlockManager.can_swap_out, see IMPLEMENTATION_GUIDE.md#task-1-4")
+        raise NotImplementedError(
+            "Stage 1 · Task 1.4: BlockManager.can_swap_out, see stages/stage1_block_management/GUIDE.md#task-1-4"
+        )
 
     def can_swap_in(self, seq: Sequence, keep_watermark: bool = True) -> bool:
         """Whether a swapped-out sequence fits with all its tokens, with the watermark left over if it is to be kept; a
         `NULL_BLOCK` of its host table needs no block."""
-        raise NotImplementedError("Stage 1 · Task 1.4: BlockManager.can_swap_in, see IMPLEMENTATION_GUIDE.md#task-1-4")
+        raise NotImplementedError(
+            "Stage 1 · Task 1.4: BlockManager.can_swap_in, see stages/stage1_block_management/GUIDE.md#task-1-4"
+        )
 
     def _fits(self, num_blocks: int, keep_watermark: bool) -> bool:
         """Whether `num_blocks` can be taken from the free blocks, with the watermark left over if it is to be kept."""
         # Hint: All questions come down to one comparison: blocks needed, plus the watermark if it is kept, against the
         # free ones. Write `_fits` first.
-        raise NotImplementedError("Stage 1 · Task 1.4: BlockManager._fits, see IMPLEMENTATION_GUIDE.md#task-1-4")
+        raise NotImplementedError(
+            "Stage 1 · Task 1.4: BlockManager._fits, see stages/stage1_block_management/GUIDE.md#task-1-4"
+        )
 
     def _looks_up(self, seq: Sequence) -> bool:
         """Whether a sequence may find blocks: log-probabilities of the prompt need logits that cached blocks would skip."""
@@ -135,14 +145,16 @@ class BlockManager:
         Raises:
             OutOfBlocksError: `can_allocate` was not asked.
         """
-        raise NotImplementedError("Stage 1 · Task 1.2: BlockManager.allocate, see IMPLEMENTATION_GUIDE.md#task-1-2")
+        raise NotImplementedError(
+            "Stage 1 · Task 1.2: BlockManager.allocate, see stages/stage1_block_management/GUIDE.md#task-1-2"
+        )
 
     def fork(self, parent: Sequence, child: Sequence, num_tokens: int) -> None:
         """Let `child` share the blocks that hold the first `num_tokens` tokens of `parent`; nothing is copied until one of
         them writes to a shared block. A `NULL_BLOCK`, which the window has left in the table, has nothing to share."""
         # Hint: A fork copies a list of block ids and counts references; not one key or value moves. Slicing a list
         # gives you a new one.
-        raise NotImplementedError("Stage 1 · Task 1.3: BlockManager.fork, see IMPLEMENTATION_GUIDE.md#task-1-3")
+        raise NotImplementedError("Stage 1 · Task 1.3: BlockManager.fork, see stages/stage1_block_management/GUIDE.md#task-1-3")
 
     def append_slots(self, seq: Sequence, num_tokens: int, copies: BlockPairs) -> bool:
         """Make sure that a running sequence has slots of its own for the `num_tokens` tokens after the computed ones.
@@ -156,7 +168,9 @@ class BlockManager:
         Returns:
             False, with nothing changed, when there are too few free blocks.
         """
-        raise NotImplementedError("Stage 1 · Task 1.2: BlockManager.append_slots, see IMPLEMENTATION_GUIDE.md#task-1-2")
+        raise NotImplementedError(
+            "Stage 1 · Task 1.2: BlockManager.append_slots, see stages/stage1_block_management/GUIDE.md#task-1-2"
+        )
 
     def extend(self, seq: Sequence, num_tokens: int) -> bool:
         """Give a running sequence, all of whose tokens have slots, `num_tokens` more behind them, if the watermark stays free.
@@ -182,7 +196,9 @@ class BlockManager:
         Returns:
             (shared block, new block): the first is to be copied to the second before the step writes.
         """
-        raise NotImplementedError("Stage 1 · Task 1.3: BlockManager._copy_on_write, see IMPLEMENTATION_GUIDE.md#task-1-3")
+        raise NotImplementedError(
+            "Stage 1 · Task 1.3: BlockManager._copy_on_write, see stages/stage1_block_management/GUIDE.md#task-1-3"
+        )
 
     def cache_full_blocks(self, seq: Sequence, num_tokens: int) -> None:
         """Enter the blocks that the next `num_tokens` tokens of a sequence will fill into the prefix cache.
@@ -237,7 +253,9 @@ class BlockManager:
         Returns:
             (device block, host block) pairs to copy.
         """
-        raise NotImplementedError("Stage 1 · Task 1.4: BlockManager.swap_out, see IMPLEMENTATION_GUIDE.md#task-1-4")
+        raise NotImplementedError(
+            "Stage 1 · Task 1.4: BlockManager.swap_out, see stages/stage1_block_management/GUIDE.md#task-1-4"
+        )
 
     def swap_in(self, seq: Sequence) -> BlockPairs:
         """Move a sequence back, with slots for all its tokens, and free its host blocks.
@@ -247,13 +265,17 @@ class BlockManager:
         Returns:
             (host block, device block) pairs to copy.
         """
-        raise NotImplementedError("Stage 1 · Task 1.4: BlockManager.swap_in, see IMPLEMENTATION_GUIDE.md#task-1-4")
+        raise NotImplementedError(
+            "Stage 1 · Task 1.4: BlockManager.swap_in, see stages/stage1_block_management/GUIDE.md#task-1-4"
+        )
 
     # For the step that runs
 
     def slot_mapping(self, seq: Sequence, start: int, end: int) -> list[int]:
         """Slots of the tokens at positions ``start .. end - 1``."""
-        raise NotImplementedError("Stage 1 · Task 1.2: BlockManager.slot_mapping, see IMPLEMENTATION_GUIDE.md#task-1-2")
+        raise NotImplementedError(
+            "Stage 1 · Task 1.2: BlockManager.slot_mapping, see stages/stage1_block_management/GUIDE.md#task-1-2"
+        )
 
     def take_changed(self) -> set[int]:
         """Sequences whose block table changed since the last call; who mirrors the tables copies only these."""

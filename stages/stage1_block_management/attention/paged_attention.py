@@ -108,7 +108,9 @@ class NaiveBackend(AttentionBackend):
     ) -> Tensor:  # fmt: skip
         """See `AttentionBackend.attend`. Scores, softmax and sums are computed in `compute_dtype`, one sequence at a time; what
         the block table holds beside the visible context is not read."""
-        raise NotImplementedError("Stage 1 · Task 1.6: NaiveBackend.attend, see IMPLEMENTATION_GUIDE.md#task-1-6")
+        raise NotImplementedError(
+            "Stage 1 · Task 1.6: NaiveBackend.attend, see stages/stage1_block_management/GUIDE.md#task-1-6"
+        )
 
 
 def gather_context(kv_cache: Tensor, block_table: Tensor, left: int, right: int) -> tuple[Tensor, Tensor]:
@@ -123,4 +125,4 @@ def gather_context(kv_cache: Tensor, block_table: Tensor, left: int, right: int)
     """
     # Hint: Write first, then one sequence at a time: gather its K and V into contiguous tensors, and from there it is
     # the attention you know. The queries are the LAST tokens of the context.
-    raise NotImplementedError("Stage 1 · Task 1.6: gather_context, see IMPLEMENTATION_GUIDE.md#task-1-6")
+    raise NotImplementedError("Stage 1 · Task 1.6: gather_context, see stages/stage1_block_management/GUIDE.md#task-1-6")

@@ -51,11 +51,15 @@ class BlockAllocator:
         """
         # Hint: An OrderedDict is a queue that you can also take things out of the middle of: popitem(last=False),
         # move_to_end, del.
-        raise NotImplementedError("Stage 1 · Task 1.1: BlockAllocator.allocate, see IMPLEMENTATION_GUIDE.md#task-1-1")
+        raise NotImplementedError(
+            "Stage 1 · Task 1.1: BlockAllocator.allocate, see stages/stage1_block_management/GUIDE.md#task-1-1"
+        )
 
     def share(self, block: int) -> None:
         """Add a reference to a block, used or free."""
-        raise NotImplementedError("Stage 1 · Task 1.1: BlockAllocator.share, see IMPLEMENTATION_GUIDE.md#task-1-1")
+        raise NotImplementedError(
+            "Stage 1 · Task 1.1: BlockAllocator.share, see stages/stage1_block_management/GUIDE.md#task-1-1"
+        )
 
     def free(self, block: int, reuse_first: bool = False) -> None:
         """Drop a reference; with the last one the block joins the free queue.
@@ -67,7 +71,9 @@ class BlockAllocator:
         Raises:
             ValueError: the block is free already; the message names it.
         """
-        raise NotImplementedError("Stage 1 · Task 1.1: BlockAllocator.free, see IMPLEMENTATION_GUIDE.md#task-1-1")
+        raise NotImplementedError(
+            "Stage 1 · Task 1.1: BlockAllocator.free, see stages/stage1_block_management/GUIDE.md#task-1-1"
+        )
 
     def is_shared(self, block: int) -> bool:
         """Whether more than one block table holds the block, so that writing to it needs a copy first."""

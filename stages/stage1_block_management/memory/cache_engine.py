@@ -19,14 +19,14 @@ def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: i
     """Bytes of one block: keys and values of `block_size` tokens in all layers."""
     # Hint: A token has a key and a value in every layer for every KV head. And a cache whose block and offset axes are
     # flattened into one is indexed by slot.
-    raise NotImplementedError("Stage 1 · Task 1.5: block_bytes, see IMPLEMENTATION_GUIDE.md#task-1-5")
+    raise NotImplementedError("Stage 1 · Task 1.5: block_bytes, see stages/stage1_block_management/GUIDE.md#task-1-5")
 
 
 def num_blocks_for_budget(
     budget_bytes: int, num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> int:
     """How many whole blocks fit into `budget_bytes`; 0 if not even one does."""
-    raise NotImplementedError("Stage 1 · Task 1.5: num_blocks_for_budget, see IMPLEMENTATION_GUIDE.md#task-1-5")
+    raise NotImplementedError("Stage 1 · Task 1.5: num_blocks_for_budget, see stages/stage1_block_management/GUIDE.md#task-1-5")
 
 
 def write_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -37,7 +37,7 @@ def write_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor)
         kv_cache: [2, num_blocks, block_size, H_kv, D].
         slot_mapping: [T] int64, a different slot for each token: ``block * block_size + offset``.
     """
-    raise NotImplementedError("Stage 1 · Task 1.5: write_kv, see IMPLEMENTATION_GUIDE.md#task-1-5")
+    raise NotImplementedError("Stage 1 · Task 1.5: write_kv, see stages/stage1_block_management/GUIDE.md#task-1-5")
 
 
 def quantize_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ def move_blocks(source: list[Tensor], target: list[Tensor], pairs: BlockPairs) -
         ValueError: a destination appears twice.
         IndexError: there is no such block (see `check_blocks`).
     """
-    raise NotImplementedError("Stage 1 · Task 1.5: move_blocks, see IMPLEMENTATION_GUIDE.md#task-1-5")
+    raise NotImplementedError("Stage 1 · Task 1.5: move_blocks, see stages/stage1_block_management/GUIDE.md#task-1-5")
 
 
 class CacheEngine:

@@ -70,7 +70,7 @@ class ContinuousBatch:
         """
         # Hint: Write it with plain loops over `decision.scheduled` first. np.repeat and np.cumsum can take the loops
         # out later.
-        raise NotImplementedError("Stage 2 · Task 2.6: ContinuousBatch.build, see IMPLEMENTATION_GUIDE.md#task-2-6")
+        raise NotImplementedError("Stage 2 · Task 2.6: ContinuousBatch.build, see stages/stage2_scheduler/GUIDE.md#task-2-6")
 
     def _mirror_tables(self, decision: SchedulerOutput, tables: dict[int, list[int]]) -> None:
         for seq_id in decision.removed:

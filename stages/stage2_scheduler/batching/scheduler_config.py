@@ -13,12 +13,12 @@ def fcfs(seq: Sequence) -> tuple[int, ...]:
     """Sort key for first come, first served: by arrival, which `seq_id` counts."""
     # Hint: A tuple is compared entry by entry, so a tie-break is a second entry. The module `bisect` can insert into a
     # sorted list.
-    raise NotImplementedError("Stage 2 · Task 2.2: fcfs, see IMPLEMENTATION_GUIDE.md#task-2-2")
+    raise NotImplementedError("Stage 2 · Task 2.2: fcfs, see stages/stage2_scheduler/GUIDE.md#task-2-2")
 
 
 def priority(seq: Sequence) -> tuple[int, ...]:
     """Sort key: the lower `priority` first, ties by arrival."""
-    raise NotImplementedError("Stage 2 · Task 2.2: priority, see IMPLEMENTATION_GUIDE.md#task-2-2")
+    raise NotImplementedError("Stage 2 · Task 2.2: priority, see stages/stage2_scheduler/GUIDE.md#task-2-2")
 
 
 POLICIES: dict[str, Callable[[Sequence], tuple[Any, ...]]] = {"fcfs": fcfs, "priority": priority, "lpm": fcfs}

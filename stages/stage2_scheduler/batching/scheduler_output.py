@@ -53,4 +53,4 @@ class SchedulerOutput:
     def add(self, seq: Sequence, num_tokens: int) -> None:
         """Let a sequence compute its next `num_tokens` tokens; if none is left after them, it is one of `sampled`."""
         # Hint: A loop that looks at waiting[0] and nothing else: each turn either admits it or ends the loop.
-        raise NotImplementedError("Stage 2 · Task 2.3: SchedulerOutput.add, see IMPLEMENTATION_GUIDE.md#task-2-3")
+        raise NotImplementedError("Stage 2 · Task 2.3: SchedulerOutput.add, see stages/stage2_scheduler/GUIDE.md#task-2-3")

@@ -312,17 +312,23 @@ class Sequence:
         """The tokens generated so far."""
         # Hint: Nothing needs a loop or a copy but the output itself: everything else is a difference of lengths or a
         # comparison.
-        raise NotImplementedError("Stage 2 · Task 2.1: Sequence.output_token_ids, see IMPLEMENTATION_GUIDE.md#task-2-1")
+        raise NotImplementedError(
+            "Stage 2 · Task 2.1: Sequence.output_token_ids, see stages/stage2_scheduler/GUIDE.md#task-2-1"
+        )
 
     @property
     def num_output_tokens(self) -> int:
         """How many tokens are generated so far; asked at every step, so it copies no list."""
-        raise NotImplementedError("Stage 2 · Task 2.1: Sequence.num_output_tokens, see IMPLEMENTATION_GUIDE.md#task-2-1")
+        raise NotImplementedError(
+            "Stage 2 · Task 2.1: Sequence.num_output_tokens, see stages/stage2_scheduler/GUIDE.md#task-2-1"
+        )
 
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens, of prompt and output alike, whose keys and values are not in the KV cache: what a step may still compute."""
-        raise NotImplementedError("Stage 2 · Task 2.1: Sequence.num_uncomputed_tokens, see IMPLEMENTATION_GUIDE.md#task-2-1")
+        raise NotImplementedError(
+            "Stage 2 · Task 2.1: Sequence.num_uncomputed_tokens, see stages/stage2_scheduler/GUIDE.md#task-2-1"
+        )
 
     @property
     def finished(self) -> bool:
@@ -338,7 +344,7 @@ class Sequence:
         Returns:
             True when the sequence has ended; its status stays for the scheduler to change.
         """
-        raise NotImplementedError("Stage 2 · Task 2.1: Sequence.append_token, see IMPLEMENTATION_GUIDE.md#task-2-1")
+        raise NotImplementedError("Stage 2 · Task 2.1: Sequence.append_token, see stages/stage2_scheduler/GUIDE.md#task-2-1")
 
     def __repr__(self) -> str:
         return (

@@ -186,7 +186,7 @@ class LLMEngine:
         """
         # Hint: step is four calls in a row. For emit, go through `sequences` by index, as the row is what finds a
         # sequence's logprobs.
-        raise NotImplementedError("Stage 2 · Task 2.7: LLMEngine.step, see IMPLEMENTATION_GUIDE.md#task-2-7")
+        raise NotImplementedError("Stage 2 · Task 2.7: LLMEngine.step, see stages/stage2_scheduler/GUIDE.md#task-2-7")
 
     def stats(self) -> EngineStats:
         """State and counters at this moment."""

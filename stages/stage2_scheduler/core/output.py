@@ -246,7 +246,7 @@ class OutputProcessor:
         """
         # Hint: step is four calls in a row. For emit, go through `sequences` by index, as the row is what finds a
         # sequence's logprobs.
-        raise NotImplementedError("Stage 2 · Task 2.7: OutputProcessor.emit, see IMPLEMENTATION_GUIDE.md#task-2-7")
+        raise NotImplementedError("Stage 2 · Task 2.7: OutputProcessor.emit, see stages/stage2_scheduler/GUIDE.md#task-2-7")
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """The last output of a request that is given up, with all it has produced; None if the request is unknown.

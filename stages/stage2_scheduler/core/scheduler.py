@@ -17,7 +17,7 @@ from ..batching.scheduler_output import SchedulerOutput
 from ..batching.sequence import Sequence, SequenceStatus
 
 LPM_PATIENCE = 10.0
-"""Seconds after which a waiting sequence is overtaken no more by others of whose prompts more is cached."""
+"""After this many seconds, sequences with more of their prompt cached may no longer overtake a waiting one."""
 
 
 class Scheduler:
@@ -50,7 +50,7 @@ class Scheduler:
         """
         # Hint: A tuple is compared entry by entry, so a tie-break is a second entry. The module `bisect` can insert
         # into a sorted list.
-        raise NotImplementedError("Stage 2 · Task 2.2: Scheduler.add, see IMPLEMENTATION_GUIDE.md#task-2-2")
+        raise NotImplementedError("Stage 2 · Task 2.2: Scheduler.add, see stages/stage2_scheduler/GUIDE.md#task-2-2")
 
     def has_unfinished(self) -> bool:
         """Whether there is anything left to do."""
@@ -91,7 +91,9 @@ class Scheduler:
         """
         # Hint: Walk over `running` with an index. One sequence takes min(what it has left, budget minus one token for
         # each behind it, `_max_chunk`).
-        raise NotImplementedError("Stage 2 · Task 2.4: Scheduler.schedule_running, see IMPLEMENTATION_GUIDE.md#task-2-4")
+        raise NotImplementedError(
+            "Stage 2 · Task 2.4: Scheduler.schedule_running, see stages/stage2_scheduler/GUIDE.md#task-2-4"
+        )
 
     def admit_waiting(self, output: SchedulerOutput, budget: int) -> None:
         """Admit from the front of the queue while budget, memory and `max_num_seqs` allow; never skip the first.
@@ -106,7 +108,7 @@ class Scheduler:
             budget: tokens that the step may still hold.
         """
         # Hint: A loop that looks at waiting[0] and nothing else: each turn either admits it or ends the loop.
-        raise NotImplementedError("Stage 2 · Task 2.3: Scheduler.admit_waiting, see IMPLEMENTATION_GUIDE.md#task-2-3")
+        raise NotImplementedError("Stage 2 · Task 2.3: Scheduler.admit_waiting, see stages/stage2_scheduler/GUIDE.md#task-2-3")
 
     def sort_by_prefix(self) -> None:
         """Longest prefix match: bring the waiting sequences of whose tokens most are cached to the front, ties by arrival.
@@ -161,7 +163,7 @@ class Scheduler:
         Returns:
             False, with nothing changed, when memory is short.
         """
-        raise NotImplementedError("Stage 2 · Task 2.5: Scheduler.swap_in, see IMPLEMENTATION_GUIDE.md#task-2-5")
+        raise NotImplementedError("Stage 2 · Task 2.5: Scheduler.swap_in, see stages/stage2_scheduler/GUIDE.md#task-2-5")
 
     def preempt(self, seq: Sequence, output: SchedulerOutput) -> None:
         """Take the blocks of a sequence that has just left `running`, and put it into `waiting` at its place.
@@ -175,7 +177,7 @@ class Scheduler:
         """
         # Hint: Ask what the sequence still has after it lost its blocks: with recompute nothing, with swap everything
         # that was computed. `num_computed_tokens` must say so.
-        raise NotImplementedError("Stage 2 · Task 2.5: Scheduler.preempt, see IMPLEMENTATION_GUIDE.md#task-2-5")
+        raise NotImplementedError("Stage 2 · Task 2.5: Scheduler.preempt, see stages/stage2_scheduler/GUIDE.md#task-2-5")
 
     def update(self, output: SchedulerOutput, token_ids: list[int]) -> None:
         """Enter the results of a step: advance, append, finish, free.
@@ -187,7 +189,7 @@ class Scheduler:
             output: the decision that was carried out.
             token_ids: one new token for each sequence of ``output.sampled``, in that order.
         """
-        raise NotImplementedError("Stage 2 · Task 2.4: Scheduler.update, see IMPLEMENTATION_GUIDE.md#task-2-4")
+        raise NotImplementedError("Stage 2 · Task 2.4: Scheduler.update, see stages/stage2_scheduler/GUIDE.md#task-2-4")
 
     def _release_children(self, parent: Sequence) -> None:
         """Queue the other sequences of a request once the prompt that they share is computed."""

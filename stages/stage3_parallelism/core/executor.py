@@ -117,7 +117,9 @@ class LockstepExecutor(Executor):
 
     def create_cache(self, num_blocks: int, block_size: int, num_host_blocks: int) -> None:
         """Set up the KV cache on every rank, the same number of blocks on each."""
-        raise NotImplementedError("Stage 3 · Task 3.8: LockstepExecutor.create_cache, see IMPLEMENTATION_GUIDE.md#task-3-8")
+        raise NotImplementedError(
+            "Stage 3 · Task 3.8: LockstepExecutor.create_cache, see stages/stage3_parallelism/GUIDE.md#task-3-8"
+        )
 
     def execute(self, batch: FlatBatch) -> StepResult:
         """Let every rank compute one step, and sample on this one.
@@ -125,7 +127,9 @@ class LockstepExecutor(Executor):
         Raises:
             WorkerDiedError: another rank has ended, before or within the step.
         """
-        raise NotImplementedError("Stage 3 · Task 3.8: LockstepExecutor.execute, see IMPLEMENTATION_GUIDE.md#task-3-8")
+        raise NotImplementedError(
+            "Stage 3 · Task 3.8: LockstepExecutor.execute, see stages/stage3_parallelism/GUIDE.md#task-3-8"
+        )
 
     def check_health(self) -> None:
         for other in self._others:
@@ -187,7 +191,7 @@ def step_arrays(batch: FlatBatch) -> StepArrays:
     """What the other ranks need to know of a step."""
     # Hint: Walk through Worker.execute and mark each line that talks to other ranks or changes the KV cache: the others
     # must do those, in that order, and need nothing else.
-    raise NotImplementedError("Stage 3 · Task 3.8: step_arrays, see IMPLEMENTATION_GUIDE.md#task-3-8")
+    raise NotImplementedError("Stage 3 · Task 3.8: step_arrays, see stages/stage3_parallelism/GUIDE.md#task-3-8")
 
 
 def local_model(model: ModelConfig, config: EngineConfig) -> ModelConfig:

@@ -219,7 +219,7 @@ class Worker:
         part."""
         # Hint: Walk through Worker.execute and mark each line that talks to other ranks or changes the KV cache: the
         # others must do those, in that order, and need nothing else.
-        raise NotImplementedError("Stage 3 · Task 3.8: Worker.follow, see IMPLEMENTATION_GUIDE.md#task-3-8")
+        raise NotImplementedError("Stage 3 · Task 3.8: Worker.follow, see stages/stage3_parallelism/GUIDE.md#task-3-8")
 
     def move_blocks(self, swap_out: BlockPairs, swap_in: BlockPairs, copies: BlockPairs) -> None:
         """Copy KV blocks as the scheduler has decided, before a step runs."""

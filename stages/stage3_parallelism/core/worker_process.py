@@ -103,11 +103,11 @@ class StepBoard:
         """Lay out a step; returns the arrays' shapes, by which `read` finds them."""
         # Hint: Walk through Worker.execute and mark each line that talks to other ranks or changes the KV cache: the
         # others must do those, in that order, and need nothing else.
-        raise NotImplementedError("Stage 3 · Task 3.8: StepBoard.write, see IMPLEMENTATION_GUIDE.md#task-3-8")
+        raise NotImplementedError("Stage 3 · Task 3.8: StepBoard.write, see stages/stage3_parallelism/GUIDE.md#task-3-8")
 
     def read(self, shapes: list[list[int]]) -> StepArrays:
         """A copy of the step that was laid out with these shapes."""
-        raise NotImplementedError("Stage 3 · Task 3.8: StepBoard.read, see IMPLEMENTATION_GUIDE.md#task-3-8")
+        raise NotImplementedError("Stage 3 · Task 3.8: StepBoard.read, see stages/stage3_parallelism/GUIDE.md#task-3-8")
 
 
 @dataclass(slots=True)

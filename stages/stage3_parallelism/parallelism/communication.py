@@ -165,7 +165,7 @@ def ring_reduce_scatter(chunks: list[Tensor], communicator: Communicator) -> Ten
     """
     # Hint: You have written both already. What differs is with which chunk a rank begins, so that rank r ends with
     # chunk r.
-    raise NotImplementedError("Stage 3 · Task 3.2: ring_reduce_scatter, see IMPLEMENTATION_GUIDE.md#task-3-2")
+    raise NotImplementedError("Stage 3 · Task 3.2: ring_reduce_scatter, see stages/stage3_parallelism/GUIDE.md#task-3-2")
 
 
 def ring_all_gather(chunks: list[Tensor], communicator: Communicator) -> list[Tensor]:
@@ -177,7 +177,7 @@ def ring_all_gather(chunks: list[Tensor], communicator: Communicator) -> list[Te
     Returns:
         The same list, all of it filled.
     """
-    raise NotImplementedError("Stage 3 · Task 3.2: ring_all_gather, see IMPLEMENTATION_GUIDE.md#task-3-2")
+    raise NotImplementedError("Stage 3 · Task 3.2: ring_all_gather, see stages/stage3_parallelism/GUIDE.md#task-3-2")
 
 
 def ring_all_reduce(x: Tensor, communicator: Communicator) -> Tensor:
@@ -195,4 +195,4 @@ def ring_all_reduce(x: Tensor, communicator: Communicator) -> Tensor:
     """
     # Hint: Draw four ranks in a circle and one column for each chunk. In every round each rank hands one chunk to its
     # right.
-    raise NotImplementedError("Stage 3 · Task 3.1: ring_all_reduce, see IMPLEMENTATION_GUIDE.md#task-3-1")
+    raise NotImplementedError("Stage 3 · Task 3.1: ring_all_reduce, see stages/stage3_parallelism/GUIDE.md#task-3-1")

@@ -46,7 +46,7 @@ def join(
     """
     # Hint: A store is a dictionary that several processes share. Whoever arrives writes its name there, then waits for
     # all the others.
-    raise NotImplementedError("Stage 3 · Task 3.7: join, see IMPLEMENTATION_GUIDE.md#task-3-7")
+    raise NotImplementedError("Stage 3 · Task 3.7: join, see stages/stage3_parallelism/GUIDE.md#task-3-7")
 
 
 def has_come(rank: int, store: dist.Store) -> bool:
@@ -65,7 +65,7 @@ def cores_of(rank: int, size: int) -> list[int]:
 
     With more ranks than cores several ranks share one.
     """
-    raise NotImplementedError("Stage 3 · Task 3.7: cores_of, see IMPLEMENTATION_GUIDE.md#task-3-7")
+    raise NotImplementedError("Stage 3 · Task 3.7: cores_of, see stages/stage3_parallelism/GUIDE.md#task-3-7")
 
 
 def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: float = TIMEOUT_SECONDS) -> list[Any]:
@@ -114,7 +114,7 @@ def _collect(processes: list[Any], results: Any, deadline: float) -> list[Any]:
         RuntimeError: a rank failed, with its traceback, or died without a word, with its exit code.
         TimeoutError: time is up; the message names the ranks that are missing.
     """
-    raise NotImplementedError("Stage 3 · Task 3.7: _collect, see IMPLEMENTATION_GUIDE.md#task-3-7")
+    raise NotImplementedError("Stage 3 · Task 3.7: _collect, see stages/stage3_parallelism/GUIDE.md#task-3-7")
 
 
 def _rank_main(

@@ -67,7 +67,7 @@ class Shard:
         Raises:
             ValueError: the tensor has not `full` rows (or columns).
         """
-        raise NotImplementedError("Stage 3 · Task 3.3: Shard.of, see IMPLEMENTATION_GUIDE.md#task-3-3")
+        raise NotImplementedError("Stage 3 · Task 3.3: Shard.of, see stages/stage3_parallelism/GUIDE.md#task-3-3")
 
     def times(self, size: int) -> Shard:
         """The same part where each unit is `size` rows wide."""
@@ -96,7 +96,7 @@ class TensorParallel:
         """As even a part of `units` as there is; the first ranks have the larger ones."""
         # Hint: An output of a linear layer is a row of its weight, which is [out, in]. So cutting outputs is cutting
         # rows, of weight and bias alike.
-        raise NotImplementedError("Stage 3 · Task 3.3: TensorParallel.share, see IMPLEMENTATION_GUIDE.md#task-3-3")
+        raise NotImplementedError("Stage 3 · Task 3.3: TensorParallel.share, see stages/stage3_parallelism/GUIDE.md#task-3-3")
 
     def heads(self, model: ModelConfig) -> tuple[Shard, Shard]:
         """This rank's query heads and KV heads.
@@ -109,7 +109,7 @@ class TensorParallel:
         """
         # Hint: Deal out whole groups: a KV head with its query heads. Only when there are more ranks than KV heads is a
         # group cut.
-        raise NotImplementedError("Stage 3 · Task 3.5: TensorParallel.heads, see IMPLEMENTATION_GUIDE.md#task-3-5")
+        raise NotImplementedError("Stage 3 · Task 3.5: TensorParallel.heads, see stages/stage3_parallelism/GUIDE.md#task-3-5")
 
     def mlp(self, model: ModelConfig) -> Shard:
         """This rank's columns of the MLP's hidden layer."""
@@ -120,7 +120,9 @@ class TensorParallel:
         """This rank's token ids. All parts are of the same size, so the last ones may reach past the vocabulary: padding."""
         # Hint: A rank that does not have a token's row gives zeros, and the sum over the ranks is the row. At the top
         # every rank has some tokens' logits, and all are put side by side.
-        raise NotImplementedError("Stage 3 · Task 3.6: TensorParallel.vocabulary, see IMPLEMENTATION_GUIDE.md#task-3-6")
+        raise NotImplementedError(
+            "Stage 3 · Task 3.6: TensorParallel.vocabulary, see stages/stage3_parallelism/GUIDE.md#task-3-6"
+        )
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over all ranks, in place."""
@@ -160,7 +162,7 @@ class ColumnParallelLinear(Linear):
             ValueError: the checkpoint's tensor has another shape, or another order.
         """
         raise NotImplementedError(
-            "Stage 3 · Task 3.3: ColumnParallelLinear.weight_loader, see IMPLEMENTATION_GUIDE.md#task-3-3"
+            "Stage 3 · Task 3.3: ColumnParallelLinear.weight_loader, see stages/stage3_parallelism/GUIDE.md#task-3-3"
         )
 
 
@@ -169,7 +171,9 @@ class QKVParallelLinear(ColumnParallelLinear):
 
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         """The pieces "q", "k" and "v": this rank's heads of `config`, each `head_dim` outputs wide."""
-        raise NotImplementedError("Stage 3 · Task 3.5: QKVParallelLinear.__init__, see IMPLEMENTATION_GUIDE.md#task-3-5")
+        raise NotImplementedError(
+            "Stage 3 · Task 3.5: QKVParallelLinear.__init__, see stages/stage3_parallelism/GUIDE.md#task-3-5"
+        )
 
 
 class GateUpParallelLinear(ColumnParallelLinear):
@@ -224,7 +228,9 @@ class RowParallelLinear(Linear):
         """
         # Hint: The result is a sum over the ranks. Ask of every term, the product, the bias and the residual: how often
         # would it be in that sum?
-        raise NotImplementedError("Stage 3 · Task 3.4: RowParallelLinear.forward, see IMPLEMENTATION_GUIDE.md#task-3-4")
+        raise NotImplementedError(
+            "Stage 3 · Task 3.4: RowParallelLinear.forward, see stages/stage3_parallelism/GUIDE.md#task-3-4"
+        )
 
     def expect_quantized(self, form: QuantizedFormat) -> None:
         """Groups that a border between ranks cuts become smaller ones, each with the whole group's scale and zero.
@@ -245,7 +251,9 @@ class RowParallelLinear(Linear):
         Raises:
             ValueError: the checkpoint's tensor has another shape.
         """
-        raise NotImplementedError("Stage 3 · Task 3.4: RowParallelLinear.weight_loader, see IMPLEMENTATION_GUIDE.md#task-3-4")
+        raise NotImplementedError(
+            "Stage 3 · Task 3.4: RowParallelLinear.weight_loader, see stages/stage3_parallelism/GUIDE.md#task-3-4"
+        )
 
 
 class VocabParallelEmbedding(Embedding):
@@ -258,7 +266,9 @@ class VocabParallelEmbedding(Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """[T] -> [T, hidden], the rows of all ids on every rank."""
-        raise NotImplementedError("Stage 3 · Task 3.6: VocabParallelEmbedding.forward, see IMPLEMENTATION_GUIDE.md#task-3-6")
+        raise NotImplementedError(
+            "Stage 3 · Task 3.6: VocabParallelEmbedding.forward, see stages/stage3_parallelism/GUIDE.md#task-3-6"
+        )
 
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
         load_vocabulary(param, loaded, self.rows)
@@ -281,7 +291,7 @@ def load_vocabulary(param: nn.Parameter, loaded: Tensor, rows: Shard) -> None:
     Raises:
         ValueError: the checkpoint's tensor has another shape.
     """
-    raise NotImplementedError("Stage 3 · Task 3.6: load_vocabulary, see IMPLEMENTATION_GUIDE.md#task-3-6")
+    raise NotImplementedError("Stage 3 · Task 3.6: load_vocabulary, see stages/stage3_parallelism/GUIDE.md#task-3-6")
 
 
 class ParallelLMHead(WeightLayer):
@@ -296,7 +306,7 @@ class ParallelLMHead(WeightLayer):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[N, hidden] -> [N, V]: each rank computes its tokens' logits, all get all, and the padding is cut off."""
-        raise NotImplementedError("Stage 3 · Task 3.6: ParallelLMHead.forward, see IMPLEMENTATION_GUIDE.md#task-3-6")
+        raise NotImplementedError("Stage 3 · Task 3.6: ParallelLMHead.forward, see stages/stage3_parallelism/GUIDE.md#task-3-6")
 
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
         load_vocabulary(param, loaded, self.rows)

@@ -77,7 +77,7 @@ __device__ inline float sum_over_lanes(float x) {
     // TASK 4.8 begin: sum_over_lanes
     // Hint: Draw the threads of a block in rows of LANES: a row, a group, takes one key, and each of its lanes N of the
     // key's numbers. Who has the whole score?
-#error "Stage 4 · Task 4.8: sum_over_lanes, see IMPLEMENTATION_GUIDE.md#task-4-8"
+#error "Stage 4 · Task 4.8: sum_over_lanes, see stages/stage4_optimization/GUIDE.md#task-4-8"
     // TASK 4.8 end
 }
 
@@ -131,7 +131,7 @@ struct Sum {
 // Merges rows that lie `stride` apart.
 __device__ inline Sum merge(const float* rows, int count, int stride, int dimension) {
     // TASK 4.8 begin: merge
-#error "Stage 4 · Task 4.8: merge, see IMPLEMENTATION_GUIDE.md#task-4-8"
+#error "Stage 4 · Task 4.8: merge, see stages/stage4_optimization/GUIDE.md#task-4-8"
     // TASK 4.8 end
 }
 
@@ -163,7 +163,7 @@ __device__ void attend(const Step& s, int token, Heads heads, Keys keys, float* 
     const int block_mask = (1 << s.block_shift) - 1;
 
     // TASK 4.8 begin: attend
-#error "Stage 4 · Task 4.8: attend, see IMPLEMENTATION_GUIDE.md#task-4-8"
+#error "Stage 4 · Task 4.8: attend, see stages/stage4_optimization/GUIDE.md#task-4-8"
     // TASK 4.8 end
 #pragma unroll
     for (int h = 0; h < HEADS; ++h) {

@@ -183,7 +183,7 @@ def visit_keys(
         Of each row the largest score, -inf if it saw no key; the sum of weights exp2(score - largest), [BLOCK_M] each; and the
         sum of values by these weights, [BLOCK_M, D_PADDED]; all float32.
     """
-    raise NotImplementedError("Stage 4 · Task 4.7: visit_keys, see IMPLEMENTATION_GUIDE.md#task-4-7")
+    raise NotImplementedError("Stage 4 · Task 4.7: visit_keys, see stages/stage4_optimization/GUIDE.md#task-4-7")
 
 
 @triton.jit
@@ -208,7 +208,7 @@ def gather(cache, at, mask, D: tl.constexpr, D_PADDED: tl.constexpr, KIND: tl.co
     """The cached vectors numbered `at`, without scales: [BLOCK_N, D_PADDED] in the type KIND, zeros where `mask` is false."""
     # Hint: Write the softmax of numbers that you see only once, one after the other, on paper: what has to happen to
     # the sum so far when a larger one comes?
-    raise NotImplementedError("Stage 4 · Task 4.7: gather, see IMPLEMENTATION_GUIDE.md#task-4-7")
+    raise NotImplementedError("Stage 4 · Task 4.7: gather, see stages/stage4_optimization/GUIDE.md#task-4-7")
 
 
 @triton.jit
@@ -221,4 +221,4 @@ def merge_splits(
     Args:
         partial_sums, partial_stats: see `attend`; an empty split has top −inf and sums 0. output: [T, H, D]. num_rows: T · H.
     """
-    raise NotImplementedError("Stage 4 · Task 4.7: merge_splits, see IMPLEMENTATION_GUIDE.md#task-4-7")
+    raise NotImplementedError("Stage 4 · Task 4.7: merge_splits, see stages/stage4_optimization/GUIDE.md#task-4-7")

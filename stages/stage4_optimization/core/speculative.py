@@ -143,7 +143,7 @@ class NgramIndex:
         """
         # Hint: Look for the last few tokens earlier in the text, and copy what followed. A dictionary finds them
         # without a search.
-        raise NotImplementedError("Stage 4 · Task 4.9: NgramIndex.update, see IMPLEMENTATION_GUIDE.md#task-4-9")
+        raise NotImplementedError("Stage 4 · Task 4.9: NgramIndex.update, see stages/stage4_optimization/GUIDE.md#task-4-9")
 
     def propose(self, tokens: list[int], count: int) -> list[int]:
         """What followed when the text last said what it says now: the last `max_n` tokens, or fewer, down to `min_n`.
@@ -159,7 +159,7 @@ class NgramIndex:
         Returns:
             `count` tokens, or none where no n-gram has occurred before.
         """
-        raise NotImplementedError("Stage 4 · Task 4.9: NgramIndex.propose, see IMPLEMENTATION_GUIDE.md#task-4-9")
+        raise NotImplementedError("Stage 4 · Task 4.9: NgramIndex.propose, see stages/stage4_optimization/GUIDE.md#task-4-9")
 
 
 class NgramProposer(Proposer):

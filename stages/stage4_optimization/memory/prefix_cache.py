@@ -30,7 +30,7 @@ def hash_block(parent: bytes, token_ids: list[int], cache_salt: str | None = Non
     """
     # Hint: Two blocks hold the same keys and values exactly if the same tokens stand in them and before them. So what
     # must go into a block's hash?
-    raise NotImplementedError("Stage 4 · Task 4.1: hash_block, see IMPLEMENTATION_GUIDE.md#task-4-1")
+    raise NotImplementedError("Stage 4 · Task 4.1: hash_block, see stages/stage4_optimization/GUIDE.md#task-4-1")
 
 
 class PrefixCache:
@@ -64,7 +64,9 @@ class PrefixCache:
 
     def block_hashes(self, seq: Sequence, num_blocks: int) -> list[bytes]:
         """Hashes of the first `num_blocks` blocks of a sequence; they are kept on the sequence and never computed twice."""
-        raise NotImplementedError("Stage 4 · Task 4.1: PrefixCache.block_hashes, see IMPLEMENTATION_GUIDE.md#task-4-1")
+        raise NotImplementedError(
+            "Stage 4 · Task 4.1: PrefixCache.block_hashes, see stages/stage4_optimization/GUIDE.md#task-4-1"
+        )
 
     def match(self, seq: Sequence) -> list[int]:
         """The longest run of cached blocks that a sequence begins with.
@@ -75,16 +77,16 @@ class PrefixCache:
         Returns:
             Block ids in order; nothing about them is changed.
         """
-        raise NotImplementedError("Stage 4 · Task 4.1: PrefixCache.match, see IMPLEMENTATION_GUIDE.md#task-4-1")
+        raise NotImplementedError("Stage 4 · Task 4.1: PrefixCache.match, see stages/stage4_optimization/GUIDE.md#task-4-1")
 
     def insert(self, block_hash: bytes, block: int) -> None:
         """Record what a block holds. The first block with a hash keeps it; a later twin stays uncached."""
         # Hint: Two dictionaries, one each way. After each call both must agree.
-        raise NotImplementedError("Stage 4 · Task 4.2: PrefixCache.insert, see IMPLEMENTATION_GUIDE.md#task-4-2")
+        raise NotImplementedError("Stage 4 · Task 4.2: PrefixCache.insert, see stages/stage4_optimization/GUIDE.md#task-4-2")
 
     def forget(self, block: int) -> None:
         """Drop a block's entry, if it has one, because the block is about to be overwritten."""
-        raise NotImplementedError("Stage 4 · Task 4.2: PrefixCache.forget, see IMPLEMENTATION_GUIDE.md#task-4-2")
+        raise NotImplementedError("Stage 4 · Task 4.2: PrefixCache.forget, see stages/stage4_optimization/GUIDE.md#task-4-2")
 
     def clear(self) -> None:
         """Forget every block."""
@@ -93,7 +95,7 @@ class PrefixCache:
 
     def record(self, num_queries: int, num_hits: int) -> None:
         """Count the tokens of one admitted prompt and those of them that were found."""
-        raise NotImplementedError("Stage 4 · Task 4.2: PrefixCache.record, see IMPLEMENTATION_GUIDE.md#task-4-2")
+        raise NotImplementedError("Stage 4 · Task 4.2: PrefixCache.record, see stages/stage4_optimization/GUIDE.md#task-4-2")
 
     def check_invariants(self) -> None:
         """Both directions of the map agree.

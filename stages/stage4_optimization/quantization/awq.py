@@ -34,7 +34,7 @@ def output_error(difference: Tensor, covariance: Tensor) -> Tensor:
     [K, K]. Returns [N]."""
     # Hint: Multiplying a column by 2 and its input by 1/2 changes nothing, until you round: which of the two matrices
     # lies closer to its rounded version?
-    raise NotImplementedError("Stage 4 · Task 4.5: output_error, see IMPLEMENTATION_GUIDE.md#task-4-5")
+    raise NotImplementedError("Stage 4 · Task 4.5: output_error, see stages/stage4_optimization/GUIDE.md#task-4-5")
 
 
 def search_scale(weight: Tensor, magnitude: Tensor, covariance: Tensor, bits: int, group_size: int, symmetric: bool) -> Tensor:
@@ -49,7 +49,7 @@ def search_scale(weight: Tensor, magnitude: Tensor, covariance: Tensor, bits: in
     Returns:
         s, [K] float32; ones where alpha = 0 is best.
     """
-    raise NotImplementedError("Stage 4 · Task 4.5: search_scale, see IMPLEMENTATION_GUIDE.md#task-4-5")
+    raise NotImplementedError("Stage 4 · Task 4.5: search_scale, see stages/stage4_optimization/GUIDE.md#task-4-5")
 
 
 def quantize_clipped(weight: Tensor, covariance: Tensor, bits: int, group_size: int, symmetric: bool) -> GroupQuantized:

@@ -64,7 +64,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     """
     # Hint: Do it on paper for one row and two columns: round the first, see what error it makes in the output, and move
     # the second so that the output moves back.
-    raise NotImplementedError("Stage 4 · Task 4.4: inverse_factor, see IMPLEMENTATION_GUIDE.md#task-4-4")
+    raise NotImplementedError("Stage 4 · Task 4.4: inverse_factor, see stages/stage4_optimization/GUIDE.md#task-4-4")
 
 
 def fix_columns(weight: Tensor, factor: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +80,7 @@ def fix_columns(weight: Tensor, factor: Tensor, bits: int, group_size: int, symm
     Returns:
         Codes [N, K] uint8, scales and zeros [N, G].
     """
-    raise NotImplementedError("Stage 4 · Task 4.4: fix_columns, see IMPLEMENTATION_GUIDE.md#task-4-4")
+    raise NotImplementedError("Stage 4 · Task 4.4: fix_columns, see stages/stage4_optimization/GUIDE.md#task-4-4")
 
 
 def quantize_layer(layer: LayerInputs, recipe: Recipe) -> dict[str, GroupQuantized]:

@@ -113,7 +113,7 @@ class Server(uvicorn.Server):
         and raise it again when it has ended, before the engine is closed."""
         # Hint: Three ends: a signal that waits, a signal that does not, and an engine that is dead. What does each of
         # them owe to those who still read?
-        raise NotImplementedError("Stage 5 · Task 5.9: Server.handle_exit, see IMPLEMENTATION_GUIDE.md#task-5-9")
+        raise NotImplementedError("Stage 5 · Task 5.9: Server.handle_exit, see stages/stage5_production/GUIDE.md#task-5-9")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -318,7 +318,7 @@ async def close_on_disconnect(http: Request, stream: OutputStream) -> None:
     """Close a stream as soon as the client has left; other messages of ASGI say nothing of that."""
     # Hint: Follow what is held: the connection knows who left, the stream knows which requests were his, the engine has
     # their blocks. Each tells the next.
-    raise NotImplementedError("Stage 5 · Task 5.6: close_on_disconnect, see IMPLEMENTATION_GUIDE.md#task-5-6")
+    raise NotImplementedError("Stage 5 · Task 5.6: close_on_disconnect, see stages/stage5_production/GUIDE.md#task-5-6")
 
 
 class EventStreamResponse(StreamingResponse):

@@ -48,8 +48,8 @@ class AsyncEngine:
         stall_seconds: a step that takes longer counts as a failure of the engine.
 
     Attributes:
-        may_step: asked before each step; while it says no, the engine rests with its requests. After a change of mind call
-            `between_steps`, or the thread sleeps on.
+        may_step: asked before each step. While it returns False, requests stay queued and no step runs; call `between_steps`
+            when its answer changes.
         on_death: called on the loop when the engine has failed, once all its requests have been told.
         on_rejection: called with the reason when a queue is full: "requests" or "tokens" on the engine's thread, "forms" on
             the loop.
@@ -84,7 +84,7 @@ class AsyncEngine:
         engine's processes that compile grammars are ended before that (`engine.input.close`)."""
         # Hint: Three ends: a signal that waits, a signal that does not, and an engine that is dead. What does each of
         # them owe to those who still read?
-        raise NotImplementedError("Stage 5 · Task 5.9: AsyncEngine.shutdown, see IMPLEMENTATION_GUIDE.md#task-5-9")
+        raise NotImplementedError("Stage 5 · Task 5.9: AsyncEngine.shutdown, see stages/stage5_production/GUIDE.md#task-5-9")
 
     @property
     def is_running(self) -> bool:
@@ -184,16 +184,16 @@ class AsyncEngine:
         next step border, by one command for all of them. Ids that are not known here have finished, and are no news."""
         # Hint: Follow what is held: the connection knows who left, the stream knows which requests were his, the engine
         # has their blocks. Each tells the next.
-        raise NotImplementedError("Stage 5 · Task 5.6: AsyncEngine._abort, see IMPLEMENTATION_GUIDE.md#task-5-6")
+        raise NotImplementedError("Stage 5 · Task 5.6: AsyncEngine._abort, see stages/stage5_production/GUIDE.md#task-5-6")
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """Put a step's outputs into their streams, and forget the streams of requests that have finished."""
-        raise NotImplementedError("Stage 5 · Task 5.5: AsyncEngine._deliver, see IMPLEMENTATION_GUIDE.md#task-5-5")
+        raise NotImplementedError("Stage 5 · Task 5.5: AsyncEngine._deliver, see stages/stage5_production/GUIDE.md#task-5-5")
 
     def _fail(self, reason: str) -> None:
         """The engine is dead, for good and for this reason: end every stream with an `EngineDeadError`, then call `on_death`,
         unless this is how a shutdown ends. Only the first death counts."""
-        raise NotImplementedError("Stage 5 · Task 5.9: AsyncEngine._fail, see IMPLEMENTATION_GUIDE.md#task-5-9")
+        raise NotImplementedError("Stage 5 · Task 5.9: AsyncEngine._fail, see stages/stage5_production/GUIDE.md#task-5-9")
 
     # -------------------------------------------------------------------------------------------- on the engine thread
 
@@ -206,7 +206,7 @@ class AsyncEngine:
         """
         # Hint: Who may touch what? The engine: only its thread. Streams: only the loop. What crosses the border is a
         # callable, in one direction or the other.
-        raise NotImplementedError("Stage 5 · Task 5.5: AsyncEngine._run, see IMPLEMENTATION_GUIDE.md#task-5-5")
+        raise NotImplementedError("Stage 5 · Task 5.5: AsyncEngine._run, see stages/stage5_production/GUIDE.md#task-5-5")
 
     def _next_commands(self) -> list[Callable[[], None]] | None:
         """Sleep until there is something to do: a command, requests to step for, or the end. While it sleeps, it checks the
@@ -215,7 +215,9 @@ class AsyncEngine:
         Returns:
             All commands, oldest first, none of which comes again; None when the thread has to end.
         """
-        raise NotImplementedError("Stage 5 · Task 5.5: AsyncEngine._next_commands, see IMPLEMENTATION_GUIDE.md#task-5-5")
+        raise NotImplementedError(
+            "Stage 5 · Task 5.5: AsyncEngine._next_commands, see stages/stage5_production/GUIDE.md#task-5-5"
+        )
 
     def _has_work(self) -> bool:
         """Whether there is a step to make, and it may be made."""
@@ -225,7 +227,7 @@ class AsyncEngine:
         """Submit all requests of a stream, or none: where one is refused, by `_admit` or by the engine, those before it are
         aborted. By `_post` the stream is told that they are taken, or the error; and `on_rejection` the reason of a full queue.
         """
-        raise NotImplementedError("Stage 5 · Task 5.7: AsyncEngine._accept, see IMPLEMENTATION_GUIDE.md#task-5-7")
+        raise NotImplementedError("Stage 5 · Task 5.7: AsyncEngine._accept, see stages/stage5_production/GUIDE.md#task-5-7")
 
     def _admit(self, request: EngineRequest) -> None:
         """Let a request in, or not.
@@ -234,7 +236,7 @@ class AsyncEngine:
             QueueFullError: more than `max_waiting_tokens` (None: no limit) would wait, "tokens"; an empty queue takes any.
         """
         # Hint: A request may be a list of prompts. What has to be undone when the third of them finds no room?
-        raise NotImplementedError("Stage 5 · Task 5.7: AsyncEngine._admit, see IMPLEMENTATION_GUIDE.md#task-5-7")
+        raise NotImplementedError("Stage 5 · Task 5.7: AsyncEngine._admit, see stages/stage5_production/GUIDE.md#task-5-7")
 
     def _abort_now(self, request_ids: list[str]) -> None:
         for request_id in request_ids:

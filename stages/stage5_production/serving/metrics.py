@@ -59,7 +59,7 @@ class Histogram:
         """Enter a value, `count` times, into the first bucket whose bound is not below it."""
         # Hint: Draw a request as a line: arrival, first step, first token, tokens, last token. Each histogram is the
         # distance between two of these points.
-        raise NotImplementedError("Stage 5 · Task 5.8: Histogram.observe, see IMPLEMENTATION_GUIDE.md#task-5-8")
+        raise NotImplementedError("Stage 5 · Task 5.8: Histogram.observe, see stages/stage5_production/GUIDE.md#task-5-8")
 
     def family(self, labels: dict[str, str]) -> Metric:
         """As Prometheus wants it: how many values were at most each bound."""
@@ -116,7 +116,7 @@ class EngineMetrics(Collector):
         without a token yet, and the tokens that it generated, a first one among them. What is computed again behind a
         preemption is neither.
         """
-        raise NotImplementedError("Stage 5 · Task 5.8: EngineMetrics.on_step, see IMPLEMENTATION_GUIDE.md#task-5-8")
+        raise NotImplementedError("Stage 5 · Task 5.8: EngineMetrics.on_step, see stages/stage5_production/GUIDE.md#task-5-8")
 
     def on_abort(self, sequences: Iterable[Sequence], now: float) -> None:
         """Sequences were ended from outside, those that had finished before not counted."""
@@ -133,7 +133,7 @@ class EngineMetrics(Collector):
     def _end(self, seq: Sequence, now: float) -> None:
         """Enter what is known of a sequence that is over: its lengths, its reason, and how long it waited, was prefilled and
         decoded, and lasted. One that was never scheduled has waited until now; one without a token was neither."""
-        raise NotImplementedError("Stage 5 · Task 5.8: EngineMetrics._end, see IMPLEMENTATION_GUIDE.md#task-5-8")
+        raise NotImplementedError("Stage 5 · Task 5.8: EngineMetrics._end, see stages/stage5_production/GUIDE.md#task-5-8")
 
     # ------------------------------------------------------------------------------------------ read by Prometheus
 

@@ -91,12 +91,12 @@ Strings = Annotated[list[str], BeforeValidator(_text_or_list, json_schema_input_
 def field_path(keys: list[Any]) -> str:
     """The place of a value in a body as a person would write it, such as ``messages[1].name``: a number is a place in a list, a
     text a field."""
-    raise NotImplementedError("Stage 5 · Task 5.1: field_path, see IMPLEMENTATION_GUIDE.md#task-5-1")
+    raise NotImplementedError("Stage 5 · Task 5.1: field_path, see stages/stage5_production/GUIDE.md#task-5-1")
 
 
 def describe_validation_error(error: dict[str, Any]) -> tuple[str, str | None]:
     """The first of pydantic's errors as one line and the path of the field, such as ``messages[1].name``."""
-    raise NotImplementedError("Stage 5 · Task 5.1: describe_validation_error, see IMPLEMENTATION_GUIDE.md#task-5-1")
+    raise NotImplementedError("Stage 5 · Task 5.1: describe_validation_error, see stages/stage5_production/GUIDE.md#task-5-1")
 
 
 # --------------------------------------------------------------------------------------------------------- requests
@@ -255,7 +255,9 @@ class GenerationRequest(Request):
         `structured_output`, if there is a `form`, and always `output_kind`: DELTA for a stream, else FINAL_ONLY."""
         # Hint: The names are the same on both sides; only what differs needs a line of its own: texts for token ids,
         # two names for one limit, two fields for one number.
-        raise NotImplementedError("Stage 5 · Task 5.1: GenerationRequest.sampling_fields, see IMPLEMENTATION_GUIDE.md#task-5-1")
+        raise NotImplementedError(
+            "Stage 5 · Task 5.1: GenerationRequest.sampling_fields, see stages/stage5_production/GUIDE.md#task-5-1"
+        )
 
     def to_sampling_params(self) -> SamplingParams:
         """The engine's parameters.
@@ -408,7 +410,7 @@ class ChatCompletionRequest(GenerationRequest):
         """The fields of `SamplingParams` that this request sets; without a limit None, up to the model's context, and as
         log-probabilities a number, 0 for those of the token alone."""
         raise NotImplementedError(
-            "Stage 5 · Task 5.1: ChatCompletionRequest.sampling_fields, see IMPLEMENTATION_GUIDE.md#task-5-1"
+            "Stage 5 · Task 5.1: ChatCompletionRequest.sampling_fields, see stages/stage5_production/GUIDE.md#task-5-1"
         )
 
 

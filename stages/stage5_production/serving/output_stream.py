@@ -11,8 +11,8 @@ from ..core.output import RequestOutput
 class OutputStream(AsyncIterator[RequestOutput]):
     """Outputs of the requests of one submission, as the engine makes them; ends when all have finished.
 
-    At most one output a request waits here: a reader who is slower than the engine gets what has come meanwhile in one piece,
-    so that what he leaves lying is never more than the text itself.
+    At most one output a request waits here: for a reader who is slower than the engine, unread outputs are merged, so the
+    backlog never exceeds the answer's text.
 
     `close` aborts what is unfinished; call it (or leave an ``async with``) whenever the stream is not read to its end.
 
@@ -39,7 +39,7 @@ class OutputStream(AsyncIterator[RequestOutput]):
         """
         # Hint: Who may touch what? The engine: only its thread. Streams: only the loop. What crosses the border is a
         # callable, in one direction or the other.
-        raise NotImplementedError("Stage 5 · Task 5.5: OutputStream.__anext__, see IMPLEMENTATION_GUIDE.md#task-5-5")
+        raise NotImplementedError("Stage 5 · Task 5.5: OutputStream.__anext__, see stages/stage5_production/GUIDE.md#task-5-5")
 
     async def __aenter__(self) -> OutputStream:
         return self
@@ -52,7 +52,7 @@ class OutputStream(AsyncIterator[RequestOutput]):
         changes nothing."""
         # Hint: Follow what is held: the connection knows who left, the stream knows which requests were his, the engine
         # has their blocks. Each tells the next.
-        raise NotImplementedError("Stage 5 · Task 5.6: OutputStream.close, see IMPLEMENTATION_GUIDE.md#task-5-6")
+        raise NotImplementedError("Stage 5 · Task 5.6: OutputStream.close, see stages/stage5_production/GUIDE.md#task-5-6")
 
     def accept(self) -> None:
         """The engine took all requests."""
@@ -69,4 +69,4 @@ class OutputStream(AsyncIterator[RequestOutput]):
 
     def put(self, output: RequestOutput) -> None:
         """Take an output of the engine, for who reads next: joined to one of the same request that still waits."""
-        raise NotImplementedError("Stage 5 · Task 5.5: OutputStream.put, see IMPLEMENTATION_GUIDE.md#task-5-5")
+        raise NotImplementedError("Stage 5 · Task 5.5: OutputStream.put, see stages/stage5_production/GUIDE.md#task-5-5")

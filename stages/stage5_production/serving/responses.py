@@ -65,7 +65,7 @@ class Reply(ABC):
         """Tokens of everything that went through `choices` so far; a prompt counts once."""
         # Hint: `_first_choice` knows where a prompt's choices begin. And what a prompt found in the cache is said again
         # with every output.
-        raise NotImplementedError("Stage 5 · Task 5.2: Reply.usage, see IMPLEMENTATION_GUIDE.md#task-5-2")
+        raise NotImplementedError("Stage 5 · Task 5.2: Reply.usage, see stages/stage5_production/GUIDE.md#task-5-2")
 
     def usage_so_far(self, index: int, num_tokens: int | None = None) -> Usage | None:
         """What a chunk of a stream says of its choice, as vLLM does: its prompt, and its own tokens so far, `num_tokens` or
@@ -81,7 +81,7 @@ class Reply(ABC):
 
     def choices(self, output: RequestOutput) -> Iterable[tuple[int, CompletionOutput]]:
         """The sequences in an output with the index of their choice; counts the tokens of each choice (`_tokens`)."""
-        raise NotImplementedError("Stage 5 · Task 5.2: Reply.choices, see IMPLEMENTATION_GUIDE.md#task-5-2")
+        raise NotImplementedError("Stage 5 · Task 5.2: Reply.choices, see stages/stage5_production/GUIDE.md#task-5-2")
 
     @abstractmethod
     def whole(self, outputs: list[RequestOutput]) -> BaseModel:
@@ -201,7 +201,7 @@ class ChatReply(Reply):
 
     def opening(self) -> Iterable[ChatCompletionChunk]:
         """A chunk for each choice, with the role and an empty text, and the usage of no token yet (`usage_so_far`)."""
-        raise NotImplementedError("Stage 5 · Task 5.3: ChatReply.opening, see IMPLEMENTATION_GUIDE.md#task-5-3")
+        raise NotImplementedError("Stage 5 · Task 5.3: ChatReply.opening, see stages/stage5_production/GUIDE.md#task-5-3")
 
     def chunk(self, index: int, sequence: CompletionOutput) -> ChatCompletionChunk:
         choice = ChatChunkChoice(
@@ -232,11 +232,11 @@ async def server_sent_events(reply: Reply, stream: OutputStream) -> AsyncIterato
     engine is dead, else 500 and nothing of what happened, which is for the log.
     """
     # Hint: An async generator: what you yield goes out at once, and between two yields the client waits with you.
-    raise NotImplementedError("Stage 5 · Task 5.3: server_sent_events, see IMPLEMENTATION_GUIDE.md#task-5-3")
+    raise NotImplementedError("Stage 5 · Task 5.3: server_sent_events, see stages/stage5_production/GUIDE.md#task-5-3")
     yield  # which makes it a generator; keep a yield
 
 
 def _event(data: BaseModel) -> str:
     """An event as it goes over the wire: a line that begins with ``data: `` and holds the JSON, then an empty line (WHATWG
     HTML, §9.2)."""
-    raise NotImplementedError("Stage 5 · Task 5.3: _event, see IMPLEMENTATION_GUIDE.md#task-5-3")
+    raise NotImplementedError("Stage 5 · Task 5.3: _event, see stages/stage5_production/GUIDE.md#task-5-3")

@@ -57,7 +57,7 @@ def in_turns(
     """
     # Hint: Two systems run beside each other so that what disturbs one disturbs the other. What would still favour the
     # second?
-    raise NotImplementedError("Stage 6 · Task 6.6: in_turns, see IMPLEMENTATION_GUIDE.md#task-6-6")
+    raise NotImplementedError("Stage 6 · Task 6.6: in_turns, see stages/stage6_benchmark/GUIDE.md#task-6-6")
 
 
 def check_same_work(results: Mapping[str, Sequence[Measurement]]) -> None:
@@ -66,7 +66,7 @@ def check_same_work(results: Mapping[str, Sequence[Measurement]]) -> None:
     Raises:
         ValueError: one had not; its name and numbers are in the message.
     """
-    raise NotImplementedError("Stage 6 · Task 6.6: check_same_work, see IMPLEMENTATION_GUIDE.md#task-6-6")
+    raise NotImplementedError("Stage 6 · Task 6.6: check_same_work, see stages/stage6_benchmark/GUIDE.md#task-6-6")
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
@@ -80,7 +80,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     Raises:
         ValueError: there are no pairs, or not as many of one as of the other.
     """
-    raise NotImplementedError("Stage 6 · Task 6.6: ratio, see IMPLEMENTATION_GUIDE.md#task-6-6")
+    raise NotImplementedError("Stage 6 · Task 6.6: ratio, see stages/stage6_benchmark/GUIDE.md#task-6-6")
 
 
 def student_t(degrees: int) -> float:

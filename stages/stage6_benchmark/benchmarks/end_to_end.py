@@ -55,7 +55,7 @@ def arrivals(count: int, rate: float, *, burst: int = 1, seed: int = 0) -> list[
     """
     # Hint: `now()` is the time, on a clock that the tests can turn. In one of the loops nobody waits for an answer
     # before the next request; in the other everybody does.
-    raise NotImplementedError("Stage 6 · Task 6.2: arrivals, see IMPLEMENTATION_GUIDE.md#task-6-2")
+    raise NotImplementedError("Stage 6 · Task 6.2: arrivals, see stages/stage6_benchmark/GUIDE.md#task-6-2")
 
 
 async def open_loop(send: Send, requests: Iterable[BenchRequest], times: Iterable[float]) -> list[Stream]:
@@ -69,7 +69,7 @@ async def open_loop(send: Send, requests: Iterable[BenchRequest], times: Iterabl
         client that is behind its plan makes no wait look shorter (Tene, "How NOT to Measure Latency", 2013: coordinated
         omission).
     """
-    raise NotImplementedError("Stage 6 · Task 6.2: open_loop, see IMPLEMENTATION_GUIDE.md#task-6-2")
+    raise NotImplementedError("Stage 6 · Task 6.2: open_loop, see stages/stage6_benchmark/GUIDE.md#task-6-2")
 
 
 async def closed_loop(
@@ -83,7 +83,7 @@ async def closed_loop(
     Returns:
         A stream a request that was sent, in the order of `requests`.
     """
-    raise NotImplementedError("Stage 6 · Task 6.2: closed_loop, see IMPLEMENTATION_GUIDE.md#task-6-2")
+    raise NotImplementedError("Stage 6 · Task 6.2: closed_loop, see stages/stage6_benchmark/GUIDE.md#task-6-2")
 
 
 # To whom

@@ -38,17 +38,17 @@ class Stream:
         """Time to the first token, in seconds."""
         # Hint: Every one of them is a difference of two entries of `times`, or of the first of them and `start`. Which
         # two?
-        raise NotImplementedError("Stage 6 · Task 6.1: Stream.ttft, see IMPLEMENTATION_GUIDE.md#task-6-1")
+        raise NotImplementedError("Stage 6 · Task 6.1: Stream.ttft, see stages/stage6_benchmark/GUIDE.md#task-6-1")
 
     @property
     def tpot(self) -> float | None:
         """Time per output token after the first, in seconds; None for an answer of one token, after which nobody waits."""
-        raise NotImplementedError("Stage 6 · Task 6.1: Stream.tpot, see IMPLEMENTATION_GUIDE.md#task-6-1")
+        raise NotImplementedError("Stage 6 · Task 6.1: Stream.tpot, see stages/stage6_benchmark/GUIDE.md#task-6-1")
 
     @property
     def itl(self) -> list[float]:
         """Inter-token latencies: the wait before each piece but the first, in seconds."""
-        raise NotImplementedError("Stage 6 · Task 6.1: Stream.itl, see IMPLEMENTATION_GUIDE.md#task-6-1")
+        raise NotImplementedError("Stage 6 · Task 6.1: Stream.itl, see stages/stage6_benchmark/GUIDE.md#task-6-1")
 
     @property
     def latency(self) -> float:
@@ -68,7 +68,7 @@ def percentile(values: Sequence[float], q: float) -> float:
     Raises:
         ValueError: there are no values, or `q` is no percentage.
     """
-    raise NotImplementedError("Stage 6 · Task 6.1: percentile, see IMPLEMENTATION_GUIDE.md#task-6-1")
+    raise NotImplementedError("Stage 6 · Task 6.1: percentile, see stages/stage6_benchmark/GUIDE.md#task-6-1")
 
 
 def percentiles(seconds: Iterable[float]) -> dict[str, float]:
@@ -87,7 +87,7 @@ def latencies(streams: Iterable[Stream]) -> dict[str, dict[str, float]]:
 
     Every request counts once in TTFT, TPOT and latency, and every wait once in ITL, however long its request.
     """
-    raise NotImplementedError("Stage 6 · Task 6.1: latencies, see IMPLEMENTATION_GUIDE.md#task-6-1")
+    raise NotImplementedError("Stage 6 · Task 6.1: latencies, see stages/stage6_benchmark/GUIDE.md#task-6-1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class Limits:
         """Whether an answer came in time; at a limit is in time, and what has no answer is not."""
         # Hint: An answer is in time or it is not; count those that are. What do you divide by: by time, by what was
         # asked, by what was answered?
-        raise NotImplementedError("Stage 6 · Task 6.5: Limits.are_met_by, see IMPLEMENTATION_GUIDE.md#task-6-5")
+        raise NotImplementedError("Stage 6 · Task 6.5: Limits.are_met_by, see stages/stage6_benchmark/GUIDE.md#task-6-5")
 
 
 def attainment(streams: Sequence[Stream], limits: Limits) -> float:
@@ -110,7 +110,7 @@ def attainment(streams: Sequence[Stream], limits: Limits) -> float:
     Raises:
         ValueError: there are none.
     """
-    raise NotImplementedError("Stage 6 · Task 6.5: attainment, see IMPLEMENTATION_GUIDE.md#task-6-5")
+    raise NotImplementedError("Stage 6 · Task 6.5: attainment, see stages/stage6_benchmark/GUIDE.md#task-6-5")
 
 
 def goodput(streams: Iterable[Stream], seconds: float, limits: Limits) -> float:
@@ -120,7 +120,7 @@ def goodput(streams: Iterable[Stream], seconds: float, limits: Limits) -> float:
     Args:
         seconds: that the whole run took.
     """
-    raise NotImplementedError("Stage 6 · Task 6.5: goodput, see IMPLEMENTATION_GUIDE.md#task-6-5")
+    raise NotImplementedError("Stage 6 · Task 6.5: goodput, see stages/stage6_benchmark/GUIDE.md#task-6-5")
 
 
 def sustained_rate(measured: Iterable[tuple[float, float]], share: float = 0.9) -> float:
@@ -132,7 +132,7 @@ def sustained_rate(measured: Iterable[tuple[float, float]], share: float = 0.9) 
     Args:
         measured: (rate, attainment) in any order.
     """
-    raise NotImplementedError("Stage 6 · Task 6.5: sustained_rate, see IMPLEMENTATION_GUIDE.md#task-6-5")
+    raise NotImplementedError("Stage 6 · Task 6.5: sustained_rate, see stages/stage6_benchmark/GUIDE.md#task-6-5")
 
 
 def summarise(streams: Sequence[Stream], limits: Limits) -> dict[str, object]:

@@ -59,7 +59,7 @@ class Usage:
         """Share of the reserved slots that hold no token."""
         # Hint: Colour the slots of a memory: one colour for those that hold a token, one for those that will, one for
         # those that never do, and white. Count each colour.
-        raise NotImplementedError("Stage 6 · Task 6.4: Usage.waste, see IMPLEMENTATION_GUIDE.md#task-6-4")
+        raise NotImplementedError("Stage 6 · Task 6.4: Usage.waste, see stages/stage6_benchmark/GUIDE.md#task-6-4")
 
 
 class UsageMeter:
@@ -76,7 +76,7 @@ class UsageMeter:
 
     def add(self, sequences: Iterable[tuple[int, int, int]]) -> None:
         """Take one snapshot: (tokens held, slots reserved, tokens when it ends) of every running sequence."""
-        raise NotImplementedError("Stage 6 · Task 6.4: UsageMeter.add, see IMPLEMENTATION_GUIDE.md#task-6-4")
+        raise NotImplementedError("Stage 6 · Task 6.4: UsageMeter.add, see stages/stage6_benchmark/GUIDE.md#task-6-4")
 
     def result(self, preemptions: int = 0) -> Usage:
         """The averages.
@@ -195,7 +195,7 @@ def simulate_contiguous(
     Raises:
         ValueError: not even one sequence fits, or the requests are too few.
     """
-    raise NotImplementedError("Stage 6 · Task 6.4: simulate_contiguous, see IMPLEMENTATION_GUIDE.md#task-6-4")
+    raise NotImplementedError("Stage 6 · Task 6.4: simulate_contiguous, see stages/stage6_benchmark/GUIDE.md#task-6-4")
 
 
 def simulate_paged(system: str, capacity: int, lengths: Lengths, block_size: int) -> Usage:

@@ -83,7 +83,7 @@ def run_engine(llm: LLM, requests: Many[BenchRequest], show_progress: bool = Fal
         RuntimeError: a request came back with another number of tokens than it asked for.
     """
     # Hint: Write down what happens before the clock, while it runs, and after it. Little belongs in the middle.
-    raise NotImplementedError("Stage 6 · Task 6.3: run_engine, see IMPLEMENTATION_GUIDE.md#task-6-3")
+    raise NotImplementedError("Stage 6 · Task 6.3: run_engine, see stages/stage6_benchmark/GUIDE.md#task-6-3")
 
 
 def _latencies(outputs: Many[RequestOutput]) -> dict[str, float]:
@@ -166,12 +166,12 @@ def left_pad(prompts: Many[list[int]]) -> tuple[Tensor, Tensor]:
 def warm_up_requests(requests: Many[BenchRequest]) -> list[BenchRequest]:
     """The first `WARM_UP_REQUESTS` with at most `WARM_UP_TOKENS` to generate: they go through the same code and memory as the
     real ones. Each begins with another token, or a prefix cache would know the real prompts afterwards."""
-    raise NotImplementedError("Stage 6 · Task 6.3: warm_up_requests, see IMPLEMENTATION_GUIDE.md#task-6-3")
+    raise NotImplementedError("Stage 6 · Task 6.3: warm_up_requests, see stages/stage6_benchmark/GUIDE.md#task-6-3")
 
 
 def warmed(run: Callable[[Many[BenchRequest]], Measurement], requests: Many[BenchRequest]) -> Callable[[], Measurement]:
     """Warm a system up with other, short requests, which do not count; returns what runs the real ones."""
-    raise NotImplementedError("Stage 6 · Task 6.3: warmed, see IMPLEMENTATION_GUIDE.md#task-6-3")
+    raise NotImplementedError("Stage 6 · Task 6.3: warmed, see stages/stage6_benchmark/GUIDE.md#task-6-3")
 
 
 def peak_memory_bytes() -> int:

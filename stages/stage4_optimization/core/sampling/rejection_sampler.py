@@ -66,7 +66,7 @@ def rejection_sample(draft: list[int], draft_probs: Tensor, target_probs: Tensor
     """
     # Hint: Where the draft model finds a token less likely than the target does, the token can always stay. Where it
     # finds it more likely, it comes too often: how often may it stay?
-    raise NotImplementedError("Stage 4 · Task 4.10: rejection_sample, see IMPLEMENTATION_GUIDE.md#task-4-10")
+    raise NotImplementedError("Stage 4 · Task 4.10: rejection_sample, see stages/stage4_optimization/GUIDE.md#task-4-10")
 
 
 def draw_one(weights: Tensor, u: float) -> int:
@@ -116,7 +116,7 @@ def verify(
 
 def _while_equal(draft: list[int], own: list[int]) -> list[int]:
     """The target's own tokens up to the first that is not the drafted one; that one included."""
-    raise NotImplementedError("Stage 4 · Task 4.10: _while_equal, see IMPLEMENTATION_GUIDE.md#task-4-10")
+    raise NotImplementedError("Stage 4 · Task 4.10: _while_equal, see stages/stage4_optimization/GUIDE.md#task-4-10")
 
 
 def _until_stop(seq: Sequence, length: int, new: list[int]) -> list[int]:

@@ -89,4 +89,4 @@ def w4a16_kernel(
     """
     # Hint: Write the kernel for x and weights in float first: a loop over K in steps of BLOCK_K, tl.load of both tiles,
     # tl.dot. Then exchange the load of the weights.
-    raise NotImplementedError("Stage 4 · Task 4.6: w4a16_kernel, see IMPLEMENTATION_GUIDE.md#task-4-6")
+    raise NotImplementedError("Stage 4 · Task 4.6: w4a16_kernel, see stages/stage4_optimization/GUIDE.md#task-4-6")

@@ -41,7 +41,9 @@ class GroupQuantized:
 
     def dequantize(self) -> Tensor:
         """The matrix that the codes stand for, [N, K] float32, its columns in their own order."""
-        raise NotImplementedError("Stage 4 · Task 4.3: GroupQuantized.dequantize, see IMPLEMENTATION_GUIDE.md#task-4-3")
+        raise NotImplementedError(
+            "Stage 4 · Task 4.3: GroupQuantized.dequantize, see stages/stage4_optimization/GUIDE.md#task-4-3"
+        )
 
 
 def group_parameters(weight: Tensor, bits: int, symmetric: bool, whole_zeros: bool = True) -> tuple[Tensor, Tensor]:
@@ -59,12 +61,12 @@ def group_parameters(weight: Tensor, bits: int, symmetric: bool, whole_zeros: bo
     """
     # Hint: Write down the 16 values that a group with scale s and zero z can say: (0 - z) * s up to (15 - z) * s. Which
     # s and z make the least weight the first and the largest the last?
-    raise NotImplementedError("Stage 4 · Task 4.3: group_parameters, see IMPLEMENTATION_GUIDE.md#task-4-3")
+    raise NotImplementedError("Stage 4 · Task 4.3: group_parameters, see stages/stage4_optimization/GUIDE.md#task-4-3")
 
 
 def quantize_columns(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
     """The nearest codes, [N, g] float32 whole numbers, of weights [N, g] with one scale and zero [N] a row."""
-    raise NotImplementedError("Stage 4 · Task 4.3: quantize_columns, see IMPLEMENTATION_GUIDE.md#task-4-3")
+    raise NotImplementedError("Stage 4 · Task 4.3: quantize_columns, see stages/stage4_optimization/GUIDE.md#task-4-3")
 
 
 def quantize_groups(
@@ -114,9 +116,9 @@ def pack_int32(values: Tensor, bits: int) -> Tensor:
     Raises:
         ValueError: they do not fill whole words.
     """
-    raise NotImplementedError("Stage 4 · Task 4.3: pack_int32, see IMPLEMENTATION_GUIDE.md#task-4-3")
+    raise NotImplementedError("Stage 4 · Task 4.3: pack_int32, see stages/stage4_optimization/GUIDE.md#task-4-3")
 
 
 def unpack_int32(packed: Tensor, bits: int) -> Tensor:
     """The codes in words [..., w]: [..., w · 32 / bits] uint8, what `pack_int32` was given."""
-    raise NotImplementedError("Stage 4 · Task 4.3: unpack_int32, see IMPLEMENTATION_GUIDE.md#task-4-3")
+    raise NotImplementedError("Stage 4 · Task 4.3: unpack_int32, see stages/stage4_optimization/GUIDE.md#task-4-3")

@@ -208,11 +208,11 @@ class StopStrings:
         """Take a piece of text; give out what is sure to stay. With `armed` False a match in this piece is none."""
         # Hint: How many characters at the end of what you have can still be a part of a stop string that is not
         # complete?
-        raise NotImplementedError("Stage 5 · Task 5.4: StopStrings.push, see IMPLEMENTATION_GUIDE.md#task-5-4")
+        raise NotImplementedError("Stage 5 · Task 5.4: StopStrings.push, see stages/stage5_production/GUIDE.md#task-5-4")
 
     def flush(self) -> str:
         """The text held back, once nothing more comes."""
-        raise NotImplementedError("Stage 5 · Task 5.4: StopStrings.flush, see IMPLEMENTATION_GUIDE.md#task-5-4")
+        raise NotImplementedError("Stage 5 · Task 5.4: StopStrings.flush, see stages/stage5_production/GUIDE.md#task-5-4")
 
 
 class TextSource(Protocol):
