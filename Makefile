@@ -215,7 +215,7 @@ bench-memory: $(STAMP) ## KV memory that holds tokens: paged against reserved in
 	@$(RUN) benchmarks/memory.py $(ARGS)
 
 bench-overhead: $(STAMP) ## What a step costs the host besides the model, in µs a sequence
-	@$(RUN) benchmarks/overhead.py $(ARGS)
+	@$(RUN) -m solutions.benchmarks.overhead $(ARGS)
 
 bench-compare: $(STAMP) ## This engine beside transformers and other servers on the same work (ARGS="--url NAME=URL")
 	@$(RUN) benchmarks/compare.py --model $(MODEL) $(ARGS)
@@ -224,34 +224,34 @@ bench-latency: $(STAMP) ## How long a server's clients wait at growing load: per
 	@$(RUN) benchmarks/latency.py --model $(MODEL) $(ARGS)
 
 bench-kernels: $(STAMP) ## The CPU kernels against this machine's limits and PyTorch's operators
-	@$(RUN) benchmarks/kernels.py $(ARGS)
+	@$(RUN) -m solutions.benchmarks.kernels $(ARGS)
 
 bench-profile: $(STAMP) ## Where a decode step's time goes on a CPU, operator by operator
-	@$(RUN) benchmarks/step_profile.py --model $(MODEL) $(ARGS)
+	@$(RUN) -m solutions.benchmarks.step_profile --model $(MODEL) $(ARGS)
 
 bench-serving: $(STAMP) ## 256 streams at once to the server for two minutes, between two offline runs of the engine
-	@$(RUN) benchmarks/serving.py --model $(MODEL) $(ARGS)
+	@$(RUN) -m solutions.benchmarks.serving --model $(MODEL) $(ARGS)
 
 bench-page: $(STAMP) ## How many frames a second the page draws with 256 running requests
-	@$(RUN) benchmarks/page.py $(ARGS)
+	@$(RUN) -m solutions.benchmarks.page $(ARGS)
 
 bench-replicas: $(STAMP) ## Two engines behind one endpoint: requests by cached prefix against round robin
-	@$(RUN) benchmarks/replicas.py --model $(MODEL) $(ARGS)
+	@$(RUN) -m solutions.benchmarks.replicas --model $(MODEL) $(ARGS)
 
 bench-gpu: $(STAMP) ## LLaMA-7B with random weights on a GPU, against that GPU's limits
-	@$(RUN) benchmarks/gpu.py $(ARGS)
+	@$(RUN) -m solutions.benchmarks.gpu $(ARGS)
 
 bench-scaling: $(STAMP) ## One model on 1, 2, 4 and 8 GPUs, or on as many cores, and the cost of sums over ranks
-	@$(RUN) benchmarks/scaling.py $(ARGS)
+	@$(RUN) -m solutions.benchmarks.scaling $(ARGS)
 
 bench-speculative: $(STAMP) ## Speculative decoding against plain decoding, by kind of text and batch size
-	@$(RUN) benchmarks/speculative.py --model $(MODEL) $(ARGS)
+	@$(RUN) -m solutions.benchmarks.speculative --model $(MODEL) $(ARGS)
 
 bench-prefix: $(STAMP) ## What the prefix cache gains on a common beginning and a chat, and costs without hits
-	@$(RUN) benchmarks/prefix_cache.py --model $(MODEL) $(ARGS)
+	@$(RUN) -m solutions.benchmarks.prefix_cache --model $(MODEL) $(ARGS)
 
 bench-quality: $(STAMP) ## Perplexity in 16 bits, int8, int4, and 4 bits by RTN, GPTQ and AWQ; takes half an hour
-	@$(RUN) benchmarks/quality.py --model $(MODEL) $(ARGS)
+	@$(RUN) -m solutions.benchmarks.quality --model $(MODEL) $(ARGS)
 
 ##@ Tidy up
 clean: ## Remove .venv, caches and build outputs; the next command sets up again

@@ -1,39 +1,5 @@
 """This engine, transformers, and any OpenAI server on the same requests, in turns: who is faster, and is it certain?
 
-Run it: ``python benchmarks/compare.py --help``.
-"""
-
-from __future__ import annotations
-
-import argparse
-import sys
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict
-from functools import partial
-from pathlib import Path
-from typing import Any
-
-import matplotlib as mpl
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installed package
-
-from solutions.benchmarks.comparison import in_turns, rates, ratio
-from solutions.benchmarks.datasets import WORKLOADS, BenchRequest, make_requests
-from solutions.benchmarks.end_to_end import first_model, run_server
-from solutions.benchmarks.report import Parser, record, show_table, spread, write_json
-from solutions.benchmarks.servers import MAX_SEQUENCES, STARTERS, start
-from solutions.benchmarks.serving import running_server
-from solutions.benchmarks.throughput import Measurement, load_hf, run_engine, run_hf, warm_up_requests
-from solutions.core.config import DEFAULT_MODEL
-from solutions.core.engine import LLM
-from solutions.core.platform.machine import pick_threads
-from solutions.core.worker import pick_device, pick_dtype
-from solutions.models.loader import resolve_model
-
-DESCRIPTION = """\
 Output tokens a second with everything there at once. All systems run the same requests in turns, every second time in the
 opposite order, so what disturbs the machine disturbs all; the first one is then compared with each other, run by run.
 
@@ -45,8 +11,7 @@ opposite order, so what disturbs the machine disturbs all; the first one is then
   W6  32 prompts that repeat themselves, 128 in, 128 out: what n-gram speculation is for
 Prompts are random token ids, greedy, the end of sequence ignored; a system that does other work ends the comparison. A server
 gets the ids as streamed completions; its time includes HTTP, which works against it by some percent.
-"""
-EPILOG = """\
+
 systems of --backends:
   bf16 int8 int4 int8-kv invariant eager portable float32   this engine with those settings, offline
   server                                                    this engine's server
@@ -61,6 +26,35 @@ examples:
   a server that you have started (vLLM, llama.cpp, TGI, SGLang, OpenVINO)
     python benchmarks/compare.py --backends bf16 --url sglang=http://localhost:30000/v1
 """
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installed package
+
+from solutions.benchmarks.comparison import in_turns, rates, ratio
+from solutions.benchmarks.datasets import WORKLOADS, BenchRequest, make_requests
+from solutions.benchmarks.end_to_end import first_model, run_server
+from solutions.benchmarks.report import Parser, drawing, finish, one_line_errors, place, say, show_table, spread
+from solutions.benchmarks.servers import MAX_SEQUENCES, STARTERS, running_server, start
+from solutions.benchmarks.throughput import Measurement, load_hf, run_engine, run_hf, warm_up_requests
+from solutions.core.config import DEFAULT_MODEL
+from solutions.core.engine import LLM
+from solutions.core.platform.machine import pick_threads
+from solutions.core.worker import pick_device, pick_dtype
+from solutions.models.loader import resolve_model
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "bf16": {"dtype": "auto"},
     "int8": {"quantization": "int8"},
@@ -81,31 +75,21 @@ Runner = Callable[[list[BenchRequest]], Measurement]
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Flags; exits with one line if one is wrong."""
-    parser = Parser(usage="python benchmarks/compare.py [flag ...]", description=DESCRIPTION, epilog=EPILOG)
+    parser = Parser("compare", __doc__)
+    parser.add_flag("--model", DEFAULT_MODEL, "what to run")
+    parser.add_flag("--workloads", ["W1", "W2", "W3", "W4"], "see above", choices=tuple(WORKLOADS))
     names = [*SETTINGS, "hf", "server", *STARTERS]
-    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"what to run (default: {DEFAULT_MODEL})")
-    parser.add_argument(
-        "--workloads", nargs="+", choices=tuple(WORKLOADS), default=["W1", "W2", "W3", "W4"], help="default: W1-W4"
-    )
-    parser.add_argument("--backends", nargs="*", choices=names, metavar="NAME", default=["bf16", "int8", "hf"],
-                        help="see below (default: bf16 int8 hf)")  # fmt: skip
+    parser.add_flag("--backends", ["bf16", "int8", "hf"], "see above", nargs="*", choices=names, metavar="NAME")
     parser.add_argument("--url", nargs="+", default=[], metavar="NAME=URL", help="servers to measure too, with /v1 at the end")
     parser.add_argument("--api-key", help="for the servers of --url")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each, in turns (default: 3)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw speeds and ratios, PNG or SVG")
-    parser.add_argument("--output-json", type=Path, metavar="FILE", help="write results, machine, versions and flags")
+    parser.add_flag("--repeats", 3, "runs of each, in turns")
+    parser.output_flags("speeds and ratios")
     args = parser.parse_args(argv)
-    parser.check_counts(args, "repeats")
     if not all("=" in server for server in args.url):
         parser.error("--url wants NAME=URL, such as vllm=http://localhost:8001/v1")
     if not args.backends and not args.url:
         parser.error("there is nothing to measure: give --backends or --url")
     return args
-
-
-def say(line: str) -> None:
-    """A line about what is going on, beside the results."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def make_runner(name: str, args: argparse.Namespace, stack: ExitStack) -> Runner:
@@ -116,11 +100,9 @@ def make_runner(name: str, args: argparse.Namespace, stack: ExitStack) -> Runner
     """
     if name == "hf":
         source, device = resolve_model(args.model), pick_device("auto")
-        model = load_hf(source, "auto", pick_dtype("auto", device, source.config.torch_dtype), device)
-        return lambda requests: run_hf(model, requests)
+        return partial(run_hf, load_hf(source, "auto", pick_dtype("auto", device, source.config.torch_dtype), device))
     if name in SETTINGS:
-        llm = LLM(args.model, touch_kv_cache=True, **SETTINGS[name])
-        return lambda requests: run_engine(llm, requests)
+        return partial(run_engine, LLM(args.model, touch_kv_cache=True, **SETTINGS[name]))
     if name == "server":
         flags = ("--model", args.model, "--max-num-seqs", str(MAX_SEQUENCES), "--touch-kv-cache")
         _, url = stack.enter_context(running_server(*flags))
@@ -205,46 +187,34 @@ def show(summary: dict[str, Any], setting: str) -> None:
     show_table(f"How many times faster {first} is", ["than", *summary], rows, caption=caption)
 
 
-def plot(summary: dict[str, Any], path: Path) -> None:
+def draw(summary: dict[str, Any], path: Path) -> None:
     """Draw the speeds, with a line from the slowest to the fastest run."""
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(summary), figsize=(3 * len(summary), 3.2), layout="constrained", squeeze=False)
     colors = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#F0E442", "#999999")
-    for axes, (workload, by_name) in zip(panels[0], summary.items(), strict=True):
-        for place, (name, entry) in enumerate(by_name.items()):
-            rate = entry["output_tokens_per_second"]
-            axes.barh(name, rate["median"], color=colors[place % len(colors)])
-            axes.plot([rate["min"], rate["max"]], [name, name], color="black", lw=1.5)
-            axes.text(rate["max"], place, f" {rate['median']:.0f}", va="center")
-        axes.set(title=workload, xlabel="output tokens a second")
-        axes.margins(x=0.25)
-        axes.invert_yaxis()
-    figure.savefig(path, dpi=120)
+    with drawing(path, len(summary), dpi=120, figsize=(3 * len(summary), 3.2), squeeze=False) as panels:
+        for axes, (workload, by_name) in zip(panels[0], summary.items(), strict=True):
+            for number, (name, entry) in enumerate(by_name.items()):
+                rate = entry["output_tokens_per_second"]
+                axes.barh(name, rate["median"], color=colors[number % len(colors)])
+                axes.plot([rate["min"], rate["max"]], [name, name], color="black", lw=1.5)
+                axes.text(rate["max"], number, f" {rate['median']:.0f}", va="center")
+            axes.set(title=workload, xlabel="output tokens a second")
+            axes.margins(x=0.25)
+            axes.invert_yaxis()
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print, write; exits with one line on a problem."""
+    """Measure, print, draw, write; exits with one line on a problem."""
     args = parse_flags(argv)
-    on_cpu = pick_device("auto").type == "cpu"
-    if on_cpu:
+    device = pick_device("auto")
+    if device.type == "cpu":
         torch.set_num_threads(pick_threads())
-    try:
-        with ExitStack() as stack:
-            runners = make_runners(args, stack)
-            has_servers = len(runners) > sum(name in SETTINGS or name == "hf" for name in args.backends)
-            found = {name: measure(runners, name, args.repeats, PAUSE if has_servers else 0) for name in args.workloads}
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with one_line_errors(RuntimeError), ExitStack() as stack:
+        runners = make_runners(args, stack)
+        has_servers = len(runners) > sum(name in SETTINGS or name == "hf" for name in args.backends)
+        found = {name: measure(runners, name, args.repeats, PAUSE if has_servers else 0) for name in args.workloads}
     summary = summarise(found)
-    show(summary, f"{torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name())
-    if args.plot is not None:
-        plot(summary, args.plot)
-    if args.output_json is not None:
-        write_json(args.output_json, record("compare", vars(args) | {"threads": torch.get_num_threads()}, summary))
+    show(summary, place(device))
+    finish(args, "compare", summary, partial(draw, summary), threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -1,33 +1,5 @@
 """How long clients of a server wait, at growing load: percentiles of TTFT, TPOT and ITL, and goodput.
 
-Run it: ``python benchmarks/latency.py --help``.
-"""
-
-from __future__ import annotations
-
-import argparse
-import asyncio
-import shlex
-import sys
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
-
-import matplotlib as mpl
-from rich.console import Console
-from rich.progress import Progress
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installed package
-
-from solutions.benchmarks.datasets import DATASETS_HELP, Workload, add_workload_flags, make_requests, pick_workload
-from solutions.benchmarks.end_to_end import Client, arrivals, check_tokens, first_model
-from solutions.benchmarks.latency import Limits, Stream, summarise, sustained_rate
-from solutions.benchmarks.report import Parser, record, show_table, write_json
-from solutions.benchmarks.serving import running_server
-from solutions.benchmarks.throughput import warm_up_requests
-from solutions.core.config import DEFAULT_MODEL
-
-DESCRIPTION = f"""\
 Two kinds of load on a server, and what its clients see of it.
 
   closed loop  --concurrency users, each of whom asks again once answered: a slow server is asked less, so waits look short
@@ -36,8 +8,7 @@ Two kinds of load on a server, and what its clients see of it.
 Without --rates, the rates are --loads, as shares of what the closed loop with the most users was served. Goodput counts the
 answers a second whose first token came within --ttft-limit and the further ones within --tpot-limit in the mean.
 
-{DATASETS_HELP}"""
-EPILOG = """\
+DATASETS
 examples:
   the default model
     python benchmarks/latency.py
@@ -48,6 +19,31 @@ examples:
   the same number of requests, but eight at a time
     python benchmarks/latency.py --rates 2 --burst 8
 """
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shlex
+import sys
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installed package
+
+from solutions.benchmarks.datasets import DATASETS_HELP, Workload, add_workload_flags, make_requests, parse_workload
+from solutions.benchmarks.end_to_end import Client, arrivals, check_tokens, first_model
+from solutions.benchmarks.latency import Limits, Stream, summarise, sustained_rate
+from solutions.benchmarks.report import Parser, drawing, finish, one_line_errors, say, show_table
+from solutions.benchmarks.servers import running_server
+from solutions.benchmarks.throughput import warm_up_requests
+from solutions.core.config import DEFAULT_MODEL
+
 COLUMNS = (
     "load", "offered", "served", "tok/s", "TTFT p50", "p90", "p99", "TPOT p50", "p99", "ITL p99", "in time", "goodput",
 )  # fmt: skip
@@ -55,38 +51,29 @@ COLUMNS = (
 
 def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Workload]:
     """Flags and the workload that they describe; exits with one line if they do not fit together."""
-    parser = Parser(usage="python benchmarks/latency.py [flag ...]", description=DESCRIPTION, epilog=EPILOG)
+    parser = Parser("latency", __doc__.replace("DATASETS", DATASETS_HELP))
     add_workload_flags(parser)
     group = parser.add_argument_group("load")
-    group.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="users (default: 1 8 32)")
-    group.add_argument(
-        "--rates", type=float, nargs="+", metavar="R", help="requests a second of the open loop; inf: all at once"
-    )
-    group.add_argument(
-        "--loads", type=float, nargs="+", default=[0.25, 0.5, 0.75, 0.9], metavar="S",
-        help="shares of the capacity instead (default: 0.25 0.5 0.75 0.9)",
-    )  # fmt: skip
-    group.add_argument("--burst", type=int, default=1, help="requests that arrive together (default: 1)")
+    parser.add_flag("--concurrency", [1, 8, 32], "users", group, metavar="N")
+    text = "requests a second of the open loop; inf: all at once"
+    group.add_argument("--rates", type=float, nargs="+", metavar="R", help=text)
+    parser.add_flag("--loads", [0.25, 0.5, 0.75, 0.9], "shares of the capacity instead", group, metavar="S")
+    parser.add_flag("--burst", 1, "requests that arrive together", group)
     group = parser.add_argument_group("measurement")
     group.add_argument("--model", help=f"what to serve, or which model of the server (default: {DEFAULT_MODEL}, or its first)")
     group.add_argument("--url", help="a server that runs already, with /v1 at the end; else this engine's is started")
     group.add_argument("--api-key", help="for the server")
     group.add_argument("--serve", default="", metavar="FLAGS", help="flags of the server that is started, in one string")
-    group.add_argument("--ttft-limit", type=float, default=1000.0, metavar="MS", help="milliseconds (default: 1000)")
-    group.add_argument("--tpot-limit", type=float, default=100.0, metavar="MS", help="milliseconds (default: 100)")
-    group.add_argument("--repeats", type=int, default=1, help="of each load, put together; other arrivals (default: 1)")
-    group.add_argument("--plot", type=Path, metavar="FILE", help="draw the waits over the load, PNG or SVG")
-    group.add_argument("--output-json", type=Path, metavar="FILE", help="write results, machine, versions and flags")
-    args = parser.parse_args(argv)
-    parser.check_counts(args, "concurrency", "burst", "repeats")
+    parser.add_flag("--ttft-limit", 1000.0, "milliseconds", group, metavar="MS")
+    parser.add_flag("--tpot-limit", 100.0, "milliseconds", group, metavar="MS")
+    parser.add_flag("--repeats", 1, "of each load, put together; other arrivals", group)
+    parser.output_flags("the waits over the load")
+    args, workload = parse_workload(parser, argv)
     if min([*(args.rates or args.loads), args.ttft_limit, args.tpot_limit]) <= 0:
         parser.error("--rates, --loads and the limits must be above 0")
     if args.url and args.serve:
         parser.error("--serve is for the server that is started, and --url names one that runs")
-    try:
-        return args, pick_workload(args)
-    except ValueError as error:
-        parser.error(str(error))
+    return args, workload
 
 
 class Load:
@@ -115,9 +102,8 @@ class Load:
             if kind == "users":
                 load = self.client.closed_loop(requests, int(size))
             else:
-                load = self.client.open_loop(
-                    requests, arrivals(len(requests), size, burst=self.args.burst, seed=self._seed)
-                )  # fmt: skip
+                times = arrivals(len(requests), size, burst=self.args.burst, seed=self._seed)
+                load = self.client.open_loop(requests, times)
             found = asyncio.run(load)
             check_tokens(requests, found)
             offset = seconds - min(stream.start for stream in found)
@@ -170,51 +156,40 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
     show_table(title, COLUMNS, cells, caption="offered, served and goodput in requests a second; waits in milliseconds")
 
 
-def plot(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+def draw(rows: list[dict[str, Any]], limits: dict[str, float], path: Path) -> None:
     """Draw the open loop's waits and goodput over the rate."""
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
-
     rows = [row for row in rows if row["kind"] == "rate"]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     rates = [row["size"] for row in rows]
-    for place, kind, limit in ((axes[0], "ttft", args.ttft_limit), (axes[1], "tpot", args.tpot_limit)):
-        for which, marker, color in (("p50", "o", "#0072B2"), ("p90", "^", "#E69F00"), ("p99", "s", "#D55E00")):
-            values = [row.get(f"{kind}_ms", {}).get(which, float("nan")) for row in rows]
-            place.plot(rates, values, f"{marker}-", color=color, label=which)
-        place.axhline(limit, color="black", lw=0.8, ls="--", label="limit")
-        place.set(xlabel="requests a second", ylabel="ms", title=kind.upper(), yscale="log")
-        place.legend(frameon=False)
-    axes[2].plot(rates, [row["requests_per_second"] for row in rows], "o-", color="#56B4E9", label="answered")
-    axes[2].plot(rates, [row["goodput"] for row in rows], "s-", color="#009E73", label="answered in time")
-    axes[2].set(xlabel="requests a second", ylabel="a second", title="goodput", ylim=(0, None))
-    axes[2].legend(frameon=False)
-    figure.savefig(args.plot, dpi=120)
+    with drawing(path, 3, dpi=120, figsize=(12, 3.4)) as panels:
+        for axes, (kind, limit) in zip(panels, limits.items(), strict=False):
+            for which, marker, color in (("p50", "o", "#0072B2"), ("p90", "^", "#E69F00"), ("p99", "s", "#D55E00")):
+                values = [row.get(f"{kind}_ms", {}).get(which, float("nan")) for row in rows]
+                axes.plot(rates, values, f"{marker}-", color=color, label=which)
+            axes.axhline(limit, color="black", lw=0.8, ls="--", label="limit")
+            axes.set(xlabel="requests a second", ylabel="ms", title=kind.upper(), yscale="log")
+            axes.legend(frameon=False)
+        panels[2].plot(rates, [row["requests_per_second"] for row in rows], "o-", color="#56B4E9", label="answered")
+        panels[2].plot(rates, [row["goodput"] for row in rows], "s-", color="#009E73", label="answered in time")
+        panels[2].set(xlabel="requests a second", ylabel="a second", title="goodput", ylim=(0, None))
+        panels[2].legend(frameon=False)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print, write; exits with one line on a problem."""
+    """Measure, print, draw, write; exits with one line on a problem."""
     args, workload = parse_flags(argv)
-    try:
-        with ExitStack() as stack:
-            url = args.url
-            if url is None:
-                print("starting the server", file=sys.stderr, flush=True)
-                _, url = stack.enter_context(running_server("--model", args.model or DEFAULT_MODEL, *shlex.split(args.serve)))
-            model = (args.model if args.url else None) or first_model(url, args.api_key)
-            rows = measure(Load(Client(url, model, args.api_key), workload, args), args)
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with one_line_errors(RuntimeError), ExitStack() as stack:
+        url = args.url
+        if url is None:
+            say("starting the server")
+            _, url = stack.enter_context(running_server("--model", args.model or DEFAULT_MODEL, *shlex.split(args.serve)))
+        model = (args.model if args.url else None) or first_model(url, args.api_key)
+        rows = measure(Load(Client(url, model, args.api_key), workload, args), args)
     show(rows, f"{model}, {workload.dataset}: {workload.num_prompts * args.repeats} requests a row")
     best = sustained_rate((row["size"], row["attainment"]) for row in rows if row["kind"] == "rate")
-    limits = f"{args.ttft_limit:.0f} ms to the first token and {args.tpot_limit:.0f} ms for each further one"
-    print(f"90 % within {limits}: up to {best:.2f} requests a second of those measured")
-    if args.plot is not None:
-        plot(rows, args)
-    if args.output_json is not None:
-        write_json(args.output_json, record("latency", vars(args), {"rows": rows, "sustained_rate": best}))
+    limits = {"ttft": args.ttft_limit, "tpot": args.tpot_limit}
+    within = f"{args.ttft_limit:.0f} ms to the first token and {args.tpot_limit:.0f} ms for each further one"
+    print(f"90 % within {within}: up to {best:.2f} requests a second of those measured")
+    finish(args, "latency", {"rows": rows, "sustained_rate": best}, partial(draw, rows, limits))
 
 
 if __name__ == "__main__":

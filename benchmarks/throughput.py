@@ -1,56 +1,13 @@
 """How many tokens a second: this engine, and beside it transformers in static batches, on the same requests.
 
-Run it: ``python benchmarks/throughput.py --help``.
-"""
-
-from __future__ import annotations
-
-import argparse
-import sys
-from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
-
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installed package
-
-from solutions.benchmarks.comparison import in_turns, rates, ratio
-from solutions.benchmarks.datasets import (
-    DATASETS_HELP,
-    BenchRequest,
-    Workload,
-    add_workload_flags,
-    check_context,
-    make_requests,
-    pick_workload,
-)
-from solutions.benchmarks.report import Parser, record, show_table, spread, write_json
-from solutions.benchmarks.throughput import (
-    Measurement,
-    load_hf,
-    peak_memory_bytes,
-    run_engine,
-    run_hf,
-    warmed,
-)
-from solutions.core.config import add_engine_flags, config_from_flags
-from solutions.core.engine import LLM
-from solutions.core.platform.machine import pick_threads
-from solutions.core.worker import pick_device, pick_dtype
-from solutions.models.loader import resolve_model
-
-DESCRIPTION = f"""\
 Offline throughput: all requests are there at once, and the clock runs until the last token is out.
 
 Output tokens a second count only what the requests asked for. A static batch of transformers also computes tokens that
 nobody asked for, because it goes on until its longest output is done; the last column of the table says how much of its
 work was useful. Both backends run the same weights in the same precision with the same number of threads, greedy, with
-the end of sequence ignored.
+the end of sequence ignored. Numbers are comparable only on an idle machine; the record keeps the load that it saw.
 
-{DATASETS_HELP}"""
-EPILOG = """\
+DATASETS
 examples:
   the engine alone
     python benchmarks/throughput.py --model smollm2-135m --input-len 128 --output-len 256
@@ -61,69 +18,80 @@ examples:
     python benchmarks/throughput.py --dataset shared-prefix --no-enable-prefix-caching
   a model that you do not have: random weights run as fast as real ones
     python benchmarks/throughput.py --model llama-7b --load-format dummy --num-prompts 8 --output-len 16
-Numbers are comparable only on an idle machine; the record keeps the load that it saw.
 """
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installed package
+
+from solutions.benchmarks.comparison import in_turns, rates, ratio
+from solutions.benchmarks.datasets import (
+    DATASETS_HELP,
+    Workload,
+    add_workload_flags,
+    check_context,
+    make_requests,
+    parse_workload,
+)
+from solutions.benchmarks.report import Parser, finish, one_line_errors, place, say, show_table, spread
+from solutions.benchmarks.throughput import Measurement, load_hf, peak_memory_bytes, run_engine, run_hf, warmed
+from solutions.core.config import EngineConfig, add_engine_flags, config_from_flags
+from solutions.core.engine import LLM
+from solutions.core.platform.machine import pick_threads
+from solutions.core.worker import pick_device, pick_dtype
+from solutions.models.loader import resolve_model
+
 BACKENDS = {"engine": ("engine",), "hf": ("hf",), "both": ("engine", "hf"), "engine,hf": ("engine", "hf")}
 LABELS = {"engine": "this engine", "hf": "transformers"}
 
 
 def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Workload]:
     """Flags and the workload that they describe; exits with one line if they do not fit together."""
-    parser = Parser(usage="python benchmarks/throughput.py [flag ...]", description=DESCRIPTION, epilog=EPILOG)
+    parser = Parser("throughput", __doc__.replace("DATASETS", DATASETS_HELP))
     add_workload_flags(parser)
     group = parser.add_argument_group("measurement")
-    group.add_argument(
-        "--backend", choices=tuple(BACKENDS), default="engine", metavar="{engine,hf,both}",
-        help="this engine, transformers, or both in turn (default: engine)",
-    )  # fmt: skip
-    group.add_argument("--batch-size", type=int, default=32, help="of transformers' static batches (default: 32)")
-    group.add_argument("--repeats", type=int, default=1, help="runs of each backend, in turn (default: 1)")
-    group.add_argument("--output-json", type=Path, metavar="FILE", help="write results, machine, versions and flags")
+    text = "this engine, transformers, or both in turn"
+    parser.add_flag("--backend", "engine", text, group, choices=tuple(BACKENDS), metavar="{engine,hf,both}")
+    parser.add_flag("--batch-size", 32, "of transformers' static batches", group)
+    parser.add_flag("--repeats", 1, "runs of each backend, in turn", group)
+    parser.output_flags()
     add_engine_flags(parser)
-    args = parser.parse_args(argv)
-    parser.check_counts(args, "repeats", "batch_size")
-    try:
-        return args, pick_workload(args)
-    except ValueError as error:
-        parser.error(str(error))
+    return parse_workload(parser, argv)
 
 
-class Bench:
-    """The backends that were asked for, loaded and warm.
-
-    Args:
-        args: parsed flags. workload: what to run.
+def load(args: argparse.Namespace, workload: Workload, config: EngineConfig) -> dict[str, Callable[[], Measurement]]:
+    """The backends that were asked for, warm; the flags get the precision that they run in.
 
     Raises:
         ValueError: the model cannot be had or the requests do not fit it.
     """
-
-    def __init__(self, args: argparse.Namespace, workload: Workload) -> None:
-        config = config_from_flags(args)
-        source = resolve_model(config.model, config.load_format)
-        self.device = device = pick_device(config.device)
-        self.dtype = pick_dtype(config.dtype, device, source.config.torch_dtype)
-        self.requests = make_requests(workload, source.config.vocab_size, args.data_seed)
-        check_context(self.requests, config.max_model_len or source.config.max_position_embeddings)
-        self.runners: dict[str, Callable[[], Measurement]] = {}
-        if device.type == "cpu":
-            torch.set_num_threads(pick_threads())
-        if "engine" in BACKENDS[args.backend]:
-            say("loading the engine")
-            llm = LLM(**config.to_args())
-            self._add("engine", lambda requests: run_engine(llm, requests, True))
-        if "hf" in BACKENDS[args.backend]:
-            say("loading transformers")
-            model = load_hf(source, config.load_format, self.dtype, device)
-            self._add("hf", lambda requests: run_hf(model, requests, args.batch_size, True))
-
-    def _add(self, name: str, run: Callable[[list[BenchRequest]], Measurement]) -> None:
-        self.runners[name] = warmed(run, self.requests)
-
-
-def say(line: str) -> None:
-    """A line about what is going on, beside the results."""
-    print(line, file=sys.stderr, flush=True)
+    source, device = resolve_model(config.model, config.load_format), pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device, source.config.torch_dtype)
+    args.dtype = str(dtype).removeprefix("torch.")
+    requests = make_requests(workload, source.config.vocab_size, args.data_seed)
+    check_context(requests, config.max_model_len or source.config.max_position_embeddings)
+    if device.type == "cpu":
+        torch.set_num_threads(pick_threads())
+    runners = {}
+    for name in BACKENDS[args.backend]:
+        say(f"loading {LABELS[name]}")
+        if name == "engine":
+            run = partial(run_engine, LLM(**config.to_args()), show_progress=True)
+        else:
+            model = load_hf(source, config.load_format, dtype, device)
+            run = partial(run_hf, model, batch_size=args.batch_size, show_progress=True)
+        runners[name] = warmed(run, requests)
+    return runners
 
 
 def summarise(results: dict[str, list[Measurement]]) -> dict[str, Any]:
@@ -138,12 +106,10 @@ def summarise(results: dict[str, list[Measurement]]) -> dict[str, Any]:
     }
     if len(results) == 2:
         summary["ratio_engine_to_hf"] = asdict(ratio(rates(results["engine"]), rates(results["hf"])))
-    # with two backends, both models are in it
-    summary["peak_memory_bytes"] = peak_memory_bytes()
-    return summary
+    return summary | {"peak_memory_bytes": peak_memory_bytes()}  # with two backends, both models are in it
 
 
-def show(workload: Workload, results: dict[str, list[Measurement]], summary: dict[str, Any], setting: str) -> None:
+def show(dataset: str, results: dict[str, list[Measurement]], summary: dict[str, Any], setting: str) -> None:
     """Print the table."""
     rows = []
     for name, runs in results.items():
@@ -153,12 +119,10 @@ def show(workload: Workload, results: dict[str, list[Measurement]], summary: dic
         own = [rate["median"], rate["min"], rate["max"], total["median"], seconds]
         rows.append([LABELS[name], *(f"{value:,.1f}" for value in own), f"{useful:.0%}"])
     run = next(iter(results.values()))[0]
-    title = (
-        f"{workload.dataset}: {run.num_requests} requests, {run.num_prompt_tokens:,} prompt tokens, "
-        f"{run.num_output_tokens:,} output tokens; {setting}"
-    )
+    work = f"{run.num_requests} requests, {run.num_prompt_tokens:,} prompt tokens, {run.num_output_tokens:,} output tokens"
     columns = ["", "output tok/s", "lowest", "highest", "total tok/s", "seconds", "useful work"]
-    show_table(title, columns, rows, caption=f"peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB")
+    memory = f"peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB"
+    show_table(f"{dataset}: {work}; {setting}", columns, rows, memory)
     if found := summary.get("ratio_engine_to_hf"):
         print(f"this engine / transformers: {found['mean']:.2f}x ({found['low']:.2f} to {found['high']:.2f})")
     if "engine" in results:
@@ -169,23 +133,13 @@ def show(workload: Workload, results: dict[str, list[Measurement]], summary: dic
 def main(argv: list[str] | None = None) -> None:
     """Measure, print, write; exits with one line on a problem."""
     args, workload = parse_flags(argv)
-    try:
-        bench = Bench(args, workload)
-        results = in_turns(
-            bench.runners, args.repeats, lambda name, number: say(f"{LABELS[name]}: run {number} of {args.repeats}")
-        )
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with one_line_errors():
+        config = config_from_flags(args)
+        runners = load(args, workload, config)
+        results = in_turns(runners, args.repeats, lambda name, number: say(f"{LABELS[name]}: run {number} of {args.repeats}"))
     summary = summarise(results)
-    place = f"{torch.get_num_threads()} threads" if bench.device.type == "cpu" else torch.cuda.get_device_name(bench.device)
-    setting = f"{args.model}, {str(bench.dtype).removeprefix('torch.')}, {place}"
-    show(workload, results, summary, setting)
-    if args.output_json is not None:
-        flags = vars(args) | {"dtype": str(bench.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
-        write_json(args.output_json, record("throughput", flags, summary))
-        say(f"written: {args.output_json}")
+    show(workload.dataset, results, summary, f"{args.model}, {args.dtype}, {place(pick_device(config.device))}")
+    finish(args, "throughput", summary, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

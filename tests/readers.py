@@ -249,7 +249,8 @@ def flags_of(path: Path) -> Iterator[tuple[str, str]]:
     """The flags that a file gives to parsers: the name of the result's attribute, and how it is written."""
     for node in ast.walk(ast.parse(path.read_text())):
         match node:
-            case ast.Call(func=ast.Attribute(attr="add_argument"), args=[*names], keywords=keywords):
+            case ast.Call(func=ast.Attribute(attr="add_argument" | "add_flag" as method), args=[*names], keywords=keywords):
+                names = names if method == "add_argument" else names[:1]  # of a benchmark, whose default comes next
                 written = [name.value for name in names if isinstance(name, ast.Constant)]
                 action = {k.arg: k.value.value for k in keywords if isinstance(k.value, ast.Constant)}
                 if written and action.get("action") not in ("help", "version"):

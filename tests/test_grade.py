@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.grade import main
 from stages.course.grading import page, report, results, scoring
+from stages.course.grading.command import main
 from stages.course.grading.grader import Grader, hidden_folders
 from stages.course.grading.integrity import offences, uses_the_reference
 from stages.course.grading.performance import Bench

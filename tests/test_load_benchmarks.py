@@ -12,21 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.page import main as page_command
-from benchmarks.serving import main as serving_command
 from solutions.benchmarks import page
 from solutions.benchmarks.datasets import BenchRequest
 from solutions.benchmarks.end_to_end import Client, arrivals, first_model, run_server
 from solutions.benchmarks.latency import Limits, Stream, goodput, latencies, percentiles
-from solutions.benchmarks.serving import (
-    Watched,
-    as_flags,
-    chat_sized_requests,
-    feed_cost,
-    running_server,
-    totals,
-    under_watch,
-)
+from solutions.benchmarks.page import main as page_command
+from solutions.benchmarks.servers import as_flags, running_server
+from solutions.benchmarks.serving import Watched, chat_sized_requests, feed_cost, totals, under_watch
+from solutions.benchmarks.serving import main as serving_command
 from solutions.core.output import RequestOutput
 from solutions.models.loader import load_tokenizer, resolve_model
 from solutions.tests.fake_engine import FakeEngine

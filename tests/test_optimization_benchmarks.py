@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import prefix_cache as prefix_command
-from benchmarks import quality as quality_command
-from benchmarks import speculative as speculative_command
+from solutions.benchmarks import prefix_cache as prefix_command
+from solutions.benchmarks import quality as quality_command
+from solutions.benchmarks import speculative as speculative_command
 from solutions.benchmarks.prefix_cache import chat, hits_by_policy
 from solutions.benchmarks.quality import cut_text, perplexity, python_topics
 from solutions.benchmarks.speculative import PLAIN, Row
@@ -84,11 +84,12 @@ def test_speculation_is_measured_and_kept(tmp_path: Path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("command", "flags", "message"),
     [
-        (speculative_command, ["--repeats", "0"], "all counts must be at least 1"),
+        (speculative_command, ["--repeats", "0"], "--repeats must be at least 1, got 0"),
         (speculative_command, ["--model", "no-such-model"], "there is no model"),
-        (quality_command, ["--groups", "0"], "all counts must be at least 1"),
+        (quality_command, ["--groups", "0"], "--groups must be at least 1, got 0"),
+        (quality_command, ["--length", "1"], "--length must be at least 2, got 1"),
         (quality_command, ["--model", "no-such-model"], "there is no model"),
-        (prefix_command, ["--num-requests", "1"], "--num-requests at least 2"),
+        (prefix_command, ["--num-requests", "1"], "--num-requests must be at least 2, got 1"),
         (prefix_command, ["--prefix-len", "1000"], "1,000 tokens together at most"),
         (prefix_command, ["--model", "no-such-model"], "there is no model"),
     ],

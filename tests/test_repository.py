@@ -80,6 +80,21 @@ def test_functions_fit_a_screen(path: Path) -> None:
     assert {name: length for name, length in lengths.items() if length > 80} == {}
 
 
+PAGES = {"compare.py", "grade.py", "latency.py", "memory.py", "throughput.py"}
+"""Commands that people and graders type by the path of a file."""
+MOST_BENCHMARK_LINES = 5050
+
+
+def test_each_measurement_has_one_place() -> None:
+    """`benchmarks/` holds results and pages; what measures is in `solutions/benchmarks/`, and runs by ``-m``."""
+    pages = {path.name for path in (ROOT / "benchmarks").iterdir() if path.name != "__pycache__"}
+    assert pages == PAGES | {"results"}
+    modules = files("solutions/benchmarks", {".py"})
+    assert {path.name for path in modules} & PAGES == {"latency.py", "memory.py", "throughput.py"}
+    lines = sum(path.read_text().count("\n") for path in (*modules, *files("benchmarks", {".py"})))
+    assert lines <= MOST_BENCHMARK_LINES
+
+
 def makefile_targets() -> dict[str, str | None]:
     """Each target a person may type, and its line of help."""
     rules = re.findall(r"^([a-z][a-z0-9-]*):(?!=)(?:.*?## (.*)|.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)

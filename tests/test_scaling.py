@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import scaling as command
-from solutions.benchmarks.roofline import CARDS, decode_cost
+from solutions.benchmarks import scaling as command
 from solutions.benchmarks.scaling import RankTime, medians, possible_ranks, write_shape
-from solutions.benchmarks.scaling_model import LINKS, LLAMA_70B, Link, direct_seconds, predict_decode, ring_seconds, speedup
 from solutions.core.platform.machine import available_cores
+from solutions.models.costs.roofline import CARDS, decode_cost
+from solutions.models.costs.scaling import LINKS, LLAMA_70B, Link, direct_seconds, predict_decode, ring_seconds, speedup
 from solutions.models.loader import resolve_model
 from solutions.tests.tiny_models import make_tiny_llama
 
@@ -53,8 +53,8 @@ def test_medians_are_of_each_figure_and_kind() -> None:
     ("flags", "message"),
     [
         (["--ranks", "4096"], "error: --ranks 4096: this machine has fewer devices"),
-        (["--steps", "0"], "all counts must be at least 1"),
-        (["--context", "48", "--steps", "24"], "--context more than twice --steps"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--context", "48", "--steps", "24"], "--context must be more than twice --steps"),
         (["--model", "no/such/model/here", "--ranks", "1"], "error: there is no model"),
     ],
 )

@@ -173,7 +173,7 @@ Prompts are random tokens from a fixed seed, so two runs anywhere measure the sa
 
 
 def add_workload_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that name or spell out a workload, for `pick_workload`."""
+    """Flags that name or spell out a workload, for `parse_workload`."""
     group = parser.add_argument_group("workload")
     group.add_argument("--dataset", choices=tuple(DATASETS), help="see above (default: random)")
     group.add_argument("--num-prompts", type=int, help="requests (default: 32; mixed: 64)")
@@ -186,17 +186,17 @@ def add_workload_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data-seed", type=int, default=0, help="seed of lengths and tokens (default: 0)")
 
 
-def pick_workload(args: argparse.Namespace) -> Workload:
-    """The workload that the flags name or spell out.
-
-    Raises:
-        ValueError: they contradict each other.
-    """
+def parse_workload(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, Workload]:
+    """All flags, and the workload that they name or spell out; exits with one line if they do not fit together."""
+    args = parser.parse_args(argv)
     own = {name: getattr(args, name) for name in ("num_prompts", "input_len", "output_len", "prefix_len")}
     own = {name: value for name, value in own.items() if value is not None}
-    if args.workload is None:
-        dataset = args.dataset or "random"
-        return Workload(dataset, **(DATASETS[dataset] | own))
-    if args.dataset is not None or own:
-        raise ValueError(f"--workload {args.workload} sets dataset and lengths; leave the other workload flags out")
-    return WORKLOADS[args.workload]
+    if args.workload is not None:
+        if args.dataset is not None or own:
+            parser.error(f"--workload {args.workload} sets dataset and lengths; leave the other workload flags out")
+        return args, WORKLOADS[args.workload]
+    dataset = args.dataset or "random"
+    try:
+        return args, Workload(dataset, **(DATASETS[dataset] | own))
+    except ValueError as error:
+        parser.error(str(error))

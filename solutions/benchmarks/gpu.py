@@ -1,16 +1,24 @@
-"""A model on one device against that device's own limits: decode steps, prompts, and attention by each backend.
+"""LLaMA-7B on one GPU beside what that GPU can do, and the floors of a step computed for known cards.
 
-Everything is compared with what the same card just reached: the bandwidth of a large copy and the rate of a large product.
+What a step takes on this GPU beside the least it could take. First, computed and not measured, the floors of a decode step on
+known cards. Then, if there is a GPU: the bandwidth of a large copy and the rate of a large product, which all else is compared
+with; attention alone by each backend; decode steps and prompts of the whole model, with CUDA graphs and without. Random weights
+do, so nothing is downloaded.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +26,18 @@ from torch import Tensor
 from ..attention.backends import make_backend
 from ..attention.paged_attention import AttentionMetadata
 from ..batching.sequence import SamplingParams
+from ..core.config import EngineConfig
 from ..core.cuda_graphs import CudaGraphRecorder
 from ..core.engine import LLMEngine
 from ..memory.cache_engine import quantize_vectors
-from .roofline import Card, StepCost, decode_cost, prefill_cost
+from ..models.config.model_config import ModelConfig
+from ..models.costs.roofline import CARDS, Card, StepCost, decode_cost, prefill_cost
+from ..models.loader import resolve_model
+from .report import Parser, finish, one_line_errors, show_table
 
+BACKENDS = ["triton", "cuda", "torch"]
+KV_CACHE_DTYPES = ("auto", "fp8", "int8")
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 CACHE_BYTES = 256 << 20
 """More than any card's second-level cache holds."""
 
@@ -197,3 +212,110 @@ def measure_attention(
     seconds = seconds_of(run, device, repeats) / num_layers
     moved = 2 * batch * context * num_kv_heads * (head_dim * kind.itemsize + (2 if scales else 0))  # a scale is a float16
     return AttentionTime(name, kv_cache_dtype, batch, context, seconds, moved / seconds / card.bandwidth)
+
+
+# The command
+
+
+def show_floors(model: ModelConfig, args: argparse.Namespace) -> None:
+    """The computed table: floors of a decode step on known cards."""
+    rows = []
+    for batch in args.batches:
+        cost = decode_cost(model, batch, args.context)
+        moved = cost.weight_bytes + cost.kv_bytes
+        cells = []
+        for card in CARDS:
+            floor = cost.floor(card)
+            rate = f"{batch / floor:,.0f}" if moved < card.memory else "too large"
+            cells.append(f"{floor * 1e3:.2f} ({rate})")
+        operations = cost.product_operations + cost.attention_operations
+        rows.append([str(batch), f"{moved / 1e9:.1f}", f"{operations / 1e12:.2f}", *cells])
+    title = f"Computed, not measured: a decode step of {args.model} in bfloat16 at a context of {args.context}"
+    show_table(title, ["batch", "GB", "TFLOP", *(f"{card.name}, ms (tok/s)" for card in CARDS)], rows)
+
+
+def show_steps(title: str, steps: list[StepTime]) -> list[dict[str, Any]]:
+    """Print a table of measured steps; returns them ready for JSON."""
+    rows = [
+        [step.what, str(step.batch), f"{step.context:.0f}", f"{step.seconds * 1e3:.2f}", f"{step.floor * 1e3:.2f}",
+         f"{step.floor / step.seconds:.0%}", f"{step.bandwidth_share:.0%}", f"{step.tokens_per_second:,.0f}"]
+        for step in steps
+    ]  # fmt: skip
+    show_table(title, ["step", "batch", "context", "ms", "floor, ms", "of the floor", "of bandwidth", "tok/s"], rows)
+    return [asdict(step) | {"tokens_per_second": step.tokens_per_second} for step in steps]
+
+
+def measure_model(args: argparse.Namespace, backend: str, card: Card, first: bool) -> dict[str, list[dict[str, Any]]]:
+    """The model with one attention backend: all batches and prompts with the first, one batch with the others."""
+    batches = args.batches if first else args.batches[1:2] or args.batches[:1]
+    config = EngineConfig(
+        model=args.model, device="cuda", dtype="bfloat16", load_format="dummy", attention_backend=backend,
+        max_model_len=max(args.context, *args.prompts) + 1, max_num_seqs=max(batches),
+    )  # fmt: skip
+    engine = LLMEngine(config)
+    worker, title = engine.executor.worker, f"{args.model} on {card.name}, {backend} attention"
+    steps = [measure_decode(engine, card, batch, args.context, args.steps) for batch in batches]
+    steps += [measure_prefill(engine, card, length, args.steps) for length in (args.prompts if first else ())]
+    results = {"steps": show_steps(f"{title}, {'CUDA graphs' if worker.graphs else 'no graphs'}", steps)}
+    if first and worker.graphs is not None:
+        worker.graphs = None
+        eager = [measure_decode(engine, card, batch, args.context, args.steps) for batch in batches]
+        results["eager"] = show_steps(f"{title}, --enforce-eager", eager)
+    return results
+
+
+def measure(args: argparse.Namespace, model: ModelConfig) -> dict[str, Any]:
+    """Everything that needs the card."""
+    device = torch.device("cuda")
+    with torch.inference_mode():
+        card = measure_card(device)
+        print(f"{card.name}: copies {card.bandwidth / 1e9:,.0f} GB/s, multiplies {card.rate / 1e12:,.0f} TFLOP/s in bfloat16")
+        attention = [
+            measure_attention(
+                name, card, device, (model.num_heads, model.num_kv_heads), model.head_dim, batch, args.context,
+                block_size=16, repeats=args.steps, kv_cache_dtype=kind,
+            )
+            for batch in args.batches
+            for name in args.backends
+            for kind in (KV_CACHE_DTYPES if name == "triton" else ("auto",))
+        ]  # fmt: skip
+    rows = [
+        [t.backend, t.kv_cache_dtype, str(t.batch), f"{t.seconds * 1e6:.1f}", f"{t.bandwidth_share:.0%}"] for t in attention
+    ]
+    show_table(f"Attention of one layer, context {args.context}", ["backend", "KV cache", "batch", "µs", "of bandwidth"], rows)
+    results: dict[str, Any] = {"card": asdict(card), "attention": [asdict(t) for t in attention]}
+    for i, name in enumerate(args.backends):
+        results[name] = measure_model(args, name, card, first=i == 0)
+        gc.collect()  # the engine's memory is for the next one
+        torch.cuda.empty_cache()
+    return results
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compute, measure, print, write; exits with one line on a problem."""
+    parser = Parser("gpu", __doc__)
+    parser.add_flag("--model", "llama-7b", "run with random weights")
+    parser.add_flag("--batches", [1, 32, 64, 256], "of decode steps")
+    parser.add_flag("--context", 1024, "tokens of each; fewer if memory is short")
+    parser.add_flag("--prompts", [512, 2000], "lengths of prompts")
+    text = "the first runs everything, the others attention alone and the second batch"
+    parser.add_flag("--backends", BACKENDS, text, choices=BACKENDS)
+    parser.add_flag("--steps", 24, "measurements, of which the median counts")
+    parser.output_flags()
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        model = resolve_model(args.model, "dummy").config
+        show_floors(model, args)
+        if not torch.cuda.is_available():
+            print("no GPU here: nothing is measured. What is above is computed.")
+            return
+        for name in args.backends:
+            make_backend(name, "cuda", torch.bfloat16, model.head_dim)  # says now what cannot run
+        results = measure(args, model)
+    name = re.sub(r"[^a-z0-9]+", "-", results["card"]["name"].lower()).strip("-")
+    args.output_json = args.output_json or RESULTS / f"{name}_gpu.json"
+    finish(args, "gpu", results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,18 +1,25 @@
-"""How fast each CPU kernel runs beside what the machine allows, PyTorch's own operators, and the portable path.
+"""Each CPU kernel beside the machine's limits, PyTorch's operators and the portable path.
 
 A kernel's floor is the longer of two times: its bytes over the bandwidth with which this machine reads memory, and its
-operations over the best rate at which it multiplies matrices. Both are measured here, in the same run. Weights and caches are
-rotated through copies larger than any cache of the processor, as a model's layers are, and the kernels here run as in a model,
-from a recording; PyTorch's are called from Python, which costs them a few microseconds each.
+operations over the best rate at which it multiplies matrices. Both are measured here, in the same run; the share says how near
+a kernel comes. Weights and caches are rotated through copies larger than any cache of the processor, as a model's layers are,
+and the kernels here run as in a model, from a recording; PyTorch's are called from Python, which costs them a few microseconds
+each.
+
+  linear     the matrix products of SmolLM2-135M, packed; beside PyTorch's on plain weights of the same type (int8, int4: bf16)
+  attention  one layer over shuffled blocks of 16; beside the batched PyTorch path, and PyTorch's own on contiguous K and V
+  rms_norm   between two products
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +29,10 @@ from ..attention.backends import make_backend
 from ..attention.paged_attention import AttentionBackend, AttentionMetadata
 from ..core.platform import native
 from ..core.platform.huge_pages import zeros_in_huge_pages
+from ..core.platform.machine import pick_threads
 from ..models.kernels.layers_cpu import NativeNorm
 from ..quantization.kernels.linear_cpu import PackedLinear
+from .report import Parser, drawing, finish, show_table, tracked
 
 MATRICES = {"qkv": (576, 960), "o": (576, 576), "gate_up": (576, 3072), "down": (1536, 576), "head": (576, 49152)}
 """The matrix products of SmolLM2-135M: name → (in, out) features."""
@@ -213,3 +222,59 @@ def all_kernels(ceilings: Ceilings, repeats: int) -> list[Callable[[], Timing]]:
         todo += [partial(attention, "prompt", [length], [length], precision) for length in (128, 512, 2048)]
         todo.append(partial(attention, "chunk of 128", [128], [2048], precision))
     return [*todo, *(partial(measure_norm, ceilings, rows, repeats) for rows in (1, 32, 512))]
+
+
+# The command
+
+
+def show(ceilings: Ceilings, timings: list[Timing]) -> None:
+    """Print the table."""
+    rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in ceilings.operations.items())
+    rows = []
+    for t in timings:
+        peers = ", ".join(f"{name} {seconds / t.seconds:.1f}x" for name, seconds in t.peers.items())
+        rate = f"{t.bytes / t.seconds / 1e9:.1f}", f"{t.operations / t.seconds / 1e9:.0f}"
+        rows.append([f"{t.kernel}, {t.size}", t.precision, f"{t.seconds * 1e6:.1f}", *rate, f"{t.share:.0%}", peers])
+    columns = ["kernel", "type", "µs", "GB/s", "GFLOP/s", "of the floor", "how many times as long others take"]
+    title = f"Reads {ceilings.read_bytes / 1e9:.0f} GB/s; matrix products, GFLOP/s: {rates}; {torch.get_num_threads()} threads"
+    show_table(title, columns, rows)
+
+
+def draw(timings: list[Timing], path: Path) -> None:
+    """The share of the floor that each kernel and its peers reach."""
+    colours = {"ours": "#0072B2", "torch": "#E69F00", "portable": "#009E73", "SDPA, contiguous": "#CC79A7"}
+    with drawing(path, figsize=(10, 0.22 * len(timings) + 1.5)) as axes:
+        for row, t in enumerate(timings):
+            axes.barh(row, t.share, color="#D9E8F2", height=0.9)
+            for name, seconds in {"ours": t.seconds, **t.peers}.items():
+                axes.plot(t.floor / seconds, row, "o", color=colours[name], markersize=5)
+        axes.set_yticks(range(len(timings)), [f"{t.kernel}, {t.size}, {t.precision}" for t in timings], fontsize=7)
+        axes.set(
+            ylim=(len(timings) - 0.5, -0.5), xlim=(0, max(1.1, *(t.share for t in timings))),
+            xlabel="share of what memory or multipliers allow (1 is the floor)",
+            title="CPU kernels against this machine's limits",
+        )  # fmt: skip
+        axes.legend(handles=[axes.plot([], [], "o", color=c, label=name)[0] for name, c in colours.items()], loc="lower right")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print, draw, write; exits with one line if there are no kernels."""
+    parser = Parser("kernels", __doc__)
+    parser.add_flag("--repeats", 15, "measurements of each, of which the median counts")
+    parser.output_flags("the shares")
+    args = parser.parse_args(argv)
+    if native.load() is None:
+        sys.exit(f"error: there are no C++ kernels here: {native.why_not}")
+    torch.set_num_threads(pick_threads())
+    native.set_threads(torch.get_num_threads())
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        ceilings = measure_ceilings(args.repeats)
+        timings = [measure() for measure in tracked(all_kernels(ceilings, args.repeats), "measuring")]
+    show(ceilings, timings)
+    results = {"ceilings": asdict(ceilings), "kernels": [asdict(t) | {"share": t.share} for t in timings]}
+    finish(args, "kernels", results, partial(draw, timings))
+
+
+if __name__ == "__main__":
+    main()

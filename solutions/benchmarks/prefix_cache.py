@@ -1,15 +1,21 @@
-"""What the prefix cache gains and costs: a common beginning, a chat, prompts that share nothing, and whose turn it is."""
+"""What the prefix cache gains on a common beginning and a chat, what it costs where nothing is shared, and who goes first.
+
+Four small measurements, with and without the cache (--no-enable-prefix-caching) where time is compared.
+"""
 
 from __future__ import annotations
 
+import argparse
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from ..batching.sequence import SamplingParams
+from ..core.config import DEFAULT_MODEL
 from ..core.engine import LLM
-
-TOKEN_IDS = (1000, 40_000)
+from .datasets import TOKEN_IDS
+from .report import Parser, finish, one_line_errors, show_table, spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,3 +134,56 @@ def hits_by_policy(model: str, num_groups: int, group_size: int, prefix_len: int
         stats = llm.llm_engine.stats()
         shares[policy] = stats.prefix_cache_hits / stats.prefix_cache_queries
     return shares
+
+
+# The command
+
+
+def show(
+    args: argparse.Namespace, shared: SharedPrefix, turns: list[ChatTurn], ratios: dict[str, Any], policies: dict[str, float]
+) -> None:
+    """Print a table for each measurement."""
+    rows = [
+        ["first of those with a common beginning", f"{shared.first * 1e3:.1f}", ""],
+        ["the others, median", f"{shared.others * 1e3:.1f}", f"{shared.first / shared.others:.1f}x"],
+        ["without the cache, median", f"{shared.without * 1e3:.1f}", f"{shared.first / shared.without:.1f}x"],
+    ]
+    title = f"{args.num_requests} requests with {args.prefix_len} common tokens and {args.own_len} of their own, one by one"
+    show_table(title, ["time to first token", "ms", "faster than the first"], rows)
+    rows = [[str(i), str(t.prompt), str(t.cached), str(t.prompt - t.cached), str(t.new)] for i, t in enumerate(turns, 1)]
+    show_table("A chat", ["turn", "tokens so far", "cached", "computed", "of them new"], rows, "answers have 32 tokens")
+    cost = [[f"{ratios['median']:.3f}", f"{ratios['min']:.3f} to {ratios['max']:.3f}"]]
+    show_table("Throughput with the cache over that without, nothing shared", ["median of pairs", "range"], cost)
+    rows = [[name, f"{share:.0%}"] for name, share in policies.items()]
+    show_table("Prompt tokens cached when 6 groups come in turns and 2 beginnings fit", ["policy", "cached"], rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print, write; exits with one line on a problem."""
+    parser = Parser("prefix_cache", __doc__)
+    parser.add_flag("--model", DEFAULT_MODEL, "alias or folder")
+    parser.add_flag("--num-requests", 32, "with a common beginning, and with none")
+    parser.add_flag("--prefix-len", 512, "tokens of the common beginning")
+    parser.add_flag("--own-len", 16, "tokens behind it")
+    parser.add_flag("--turns", 6, "of the chat")
+    parser.add_flag("--repeats", 7, "pairs of runs on prompts that share nothing")
+    parser.add_argument("--data-seed", type=int, default=0, help="seed of the prompts (default: 0)")
+    parser.output_flags()
+    args = parser.parse_args(argv)
+    if args.num_requests < 2:
+        parser.error(f"--num-requests must be at least 2, got {args.num_requests}")
+    if args.prefix_len + args.own_len > 1000:
+        parser.error("--prefix-len and --own-len may be 1,000 tokens together at most")
+    with one_line_errors():
+        shared = shared_prefix(args.model, args.num_requests, args.prefix_len, args.own_len, args.data_seed)
+        turns = chat(args.model, args.turns, 48, 32, args.data_seed)
+        ratios = spread(cost_without_hits(args.model, args.num_requests, 128, 32, args.repeats, args.data_seed))
+        policies = hits_by_policy(args.model, 6, 4, args.prefix_len, args.own_len, args.data_seed)
+    show(args, shared, turns, ratios, policies)
+    results = {"shared_prefix": asdict(shared), "chat": [asdict(t) for t in turns], "ratios_without_hits": ratios,
+               "cached_by_policy": policies}  # fmt: skip
+    finish(args, "prefix_cache", results)
+
+
+if __name__ == "__main__":
+    main()

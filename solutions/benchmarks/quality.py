@@ -1,4 +1,7 @@
-"""What quantization costs in quality: perplexity of one model in several precisions, on text that calibration has not seen.
+"""Perplexity and size of one model in several precisions, on text that calibration has not seen.
+
+Measured are the model's own precision, --quantization int8 and int4, --kv-cache-dtype int8, and 4-bit checkpoints that are made
+on the spot: rounded to nearest (RTN), GPTQ and AWQ. Making them takes minutes each; --folder keeps them.
 
 The text is the language reference that comes with Python, as `help()` shows it (the topics of ``pydoc_data``, PSF licence):
 natural English on every machine, nothing to download. It is cut into pieces; every sixth is held out, the others calibrate.
@@ -6,19 +9,25 @@ natural English on every machine, nothing to download. It is cut into pieces; ev
 
 from __future__ import annotations
 
+import argparse
 import math
+import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..batching.sequence import SamplingParams
+from ..core.config import DEFAULT_MODEL
 from ..core.engine import LLM
 from ..models.loader import load_tokenizer, resolve_model
+from ..quantization import awq, gptq
 from ..quantization.calibration import MATRICES, Calibration
 from ..quantization.layerwise import split_pieces
 from ..quantization.layout.checkpoint import QuantizedFormat, write_model
 from ..quantization.layout.groups import GroupQuantized, quantize_groups
+from .report import Parser, drawing, finish, one_line_errors, say, show_table, tracked
 
 HELD_OUT = 6
 """Every so many pieces, one is kept from calibration."""
@@ -92,3 +101,98 @@ def write_rounded(model: str, folder: Path, group_size: int) -> None:
             layers |= split_pieces(matrix, f"model.layers.{index}.{name}", quantized)
     form = QuantizedFormat("gptq", 4, group_size, zeros_less_one=True)
     write_model(folder, source.path, layers, form, symmetric=False)
+
+
+# The command
+
+CAPTION = (
+    "The default model's weights come from a file of 4 bits in groups of 32, which int4 gives back nearly as they are; "
+    "RTN, GPTQ and AWQ take other groups, on which that file's values do not lie."
+)
+
+
+def make_models(args: argparse.Namespace, folder: Path, text: str) -> dict[str, dict[str, Any]]:
+    """Make the 4-bit models that are not there yet; name → arguments of the engine."""
+    calibration = folder / "calibration.txt"
+    calibration.write_text(text)
+    methods = {"RTN": None, "GPTQ": (gptq, []), "GPTQ, act-order": (gptq, ["--act-order"]), "AWQ": (awq, [])}
+    settings = {}
+    for size in args.groups:
+        for name, method in methods.items():
+            target = folder / f"{name.lower().replace(', ', '-')}-{size}"
+            settings[f"{name}, groups of {size}"] = {"model": str(target)}
+            if (target / "config.json").is_file():
+                continue
+            say(f"{name}, groups of {size}")
+            if method is None:
+                write_rounded(args.model, target, size)
+                continue
+            module, flags = method
+            module.main([
+                "--model", args.model, "--group-size", str(size), "--calibration-file", str(calibration), "--num-samples",
+                str(args.num_samples), "--sequence-length", str(args.length), "--output", str(target), *flags,
+            ])  # fmt: skip
+    return settings
+
+
+def show(model: str, results: list[Quality]) -> None:
+    """Print a row for each precision."""
+    base = results[0]
+    rounded = {r.name.rpartition(" ")[2]: r for r in results if r.name.startswith("RTN")}
+    rows = []
+    for r in results:
+        gap = math.log(r.perplexity / base.perplexity)
+        closed = ""
+        if r.name.startswith(("GPTQ", "AWQ")):
+            closed = f"{1 - gap / math.log(rounded[r.name.rpartition(' ')[2]].perplexity / base.perplexity):.0%}"
+        numbers = [f"{r.perplexity:.3f}", f"{r.perplexity / base.perplexity - 1:+.2%}", f"{gap:.4f}", closed]
+        rows.append([r.name, *numbers, f"{r.weight_bytes / 2**20:.0f}"])
+    columns = ["precision", "perplexity", "more", "nats a token more", "of RTN's gap closed", "MiB of weights"]
+    show_table(f"{model} on Python's documentation", columns, rows, CAPTION)
+
+
+def draw(results: list[Quality], path: Path) -> None:
+    """A row for each precision: how much its perplexity is above the first one's, and the size of its weights."""
+    more = [100 * (r.perplexity / results[0].perplexity - 1) for r in results]
+    colors = ["#0072B2" if "groups" in r.name else "#D55E00" for r in results]
+    with drawing(path, figsize=(7.5, 0.6 + 0.32 * len(results))) as axes:
+        bars = axes.barh([r.name for r in results], more, color=colors)
+        labels = [f"{r.perplexity:.2f}, {r.weight_bytes / 2**20:.0f} MiB of weights" for r in results]
+        axes.bar_label(bars, labels, padding=4, fontsize=8)
+        axes.set(xlabel="perplexity more than 16 bits', in %", xlim=(0, 1.45 * max(*more, 1e-9)))
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make models, measure, print, draw, write; exits with one line on a problem."""
+    parser = Parser("quality", __doc__)
+    parser.add_flag("--model", DEFAULT_MODEL, "alias or folder of a LLaMA or Mistral")
+    parser.add_flag("--groups", [64, 128], "group sizes")
+    parser.add_flag("--pieces", 24, "of held-out text")
+    parser.add_flag("--length", 512, "tokens of a piece, at least 2")
+    parser.add_flag("--num-samples", 64, "pieces of calibration text")
+    parser.add_argument("--folder", type=Path, help="where the 4-bit models are kept and, if there, taken from")
+    parser.output_flags("perplexity against size")
+    args = parser.parse_args(argv)
+    if args.length < 2:
+        parser.error(f"--length must be at least 2, got {args.length}")
+    with one_line_errors(), tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        held_out, text = cut_text(args.model, args.length, args.pieces)
+        whole = {"model": args.model}
+        settings = {
+            "16 bits": whole,
+            "int8 KV cache": whole | {"kv_cache_dtype": "int8"},
+            "int8": whole | {"quantization": "int8"},
+            "int4, groups of 32": whole | {"quantization": "int4"},
+        } | make_models(args, folder, text)
+        results = list(tracked(measure(settings, held_out), "precisions", len(settings)))
+    show(args.model, results)
+    tokens = sum(len(piece) - 1 for piece in held_out)
+    finish(args, "quality", {"tokens": tokens, "runs": [asdict(r) for r in results]}, partial(draw, results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,23 +1,37 @@
-"""What routing by prefix gains: the same requests to the same engines, once by cached prefix and once in turn.
+"""Several engines behind one endpoint: requests routed by cached prefix against requests dealt out in turn.
 
 Users come in groups, and all prompts of a group begin alike: a long system prompt, a document, a conversation so far. An
-engine's KV cache holds the beginnings of its share of the groups and not those of all. In turn, every engine sees every group
-and finds little of it; by prefix, each keeps to some groups.
+engine's KV cache under Ray Serve holds the beginnings of its share of the groups and not those of all. In turn, every engine
+sees every group and finds little of it; by prefix, each keeps to some groups. Both routers have engines of their own, which
+work in turn, on the same requests in random order; each round has new ones, so nothing is cached before it.
+
+examples:
+  what results quote
+    python -m solutions.benchmarks.replicas --output-json replicas.json
+  longer beginnings
+    python -m solutions.benchmarks.replicas --prefix-len 1024
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import os
 import random
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from typing import Any
 
+from ..core.config import DEFAULT_MODEL, EngineConfig
+from ..core.platform.machine import available_cores
 from .datasets import TOKEN_IDS, BenchRequest
 from .end_to_end import Client, check
 from .latency import Stream, percentiles
+from .report import Parser, finish, one_line_errors, say, show_table, spread
 
 ROUTERS = ("prefix", "round_robin")
 
@@ -131,3 +145,75 @@ def serving(settings: dict[str, Any], replicas: int, port: int, cores: int) -> I
         yield {router: f"http://127.0.0.1:{port}/{router}/v1" for router in ROUTERS}
     finally:
         ray.shutdown()
+
+
+# The command
+
+
+def run(args: argparse.Namespace, groups: Groups) -> dict[str, list[Measured]]:
+    """Router → its rounds.
+
+    Raises:
+        ValueError: Ray is not installed, or a model cannot be had.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = args.prefix_len + args.input_len + args.output_len + EngineConfig().block_size
+    settings = {"model": args.model, "max_model_len": context, "num_gpu_blocks_override": args.kv_blocks}
+    results: dict[str, list[Measured]] = {router: [] for router in ROUTERS}
+    say(f"starting {len(ROUTERS)} times {args.replicas} engines")
+    with serving(settings, args.replicas, port, available_cores()) as urls:
+        for url in urls.values():  # short ones, so that every engine has run once
+            measure(url, args.model, Groups(8, 4, 16, 16, 8).make(seed=99), args.concurrency)
+        for number in range(args.rounds):
+            for router, url in urls.items():
+                say(f"{router}: round {number + 1} of {args.rounds}")
+                results[router].append(measure(url, args.model, groups.make(seed=number), args.concurrency))
+    return results
+
+
+def show(summary: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
+    """Print the table: a row a router, medians of the rounds."""
+    rows = []
+    for router, by_name in summary.items():
+        hits, p50, p99, rate = (found["median"] for found in by_name.values())
+        rows.append([router, f"{100 * hits:.1f} %", f"{p50:.0f}", f"{p99:.0f}", f"{rate:.1f}"])
+    title = (
+        f"{args.replicas} engines of {args.model} with {args.kv_blocks} KV blocks each; {args.groups} groups of "
+        f"{args.requests} requests, {args.prefix_len} common tokens and {args.input_len} own"
+    )
+    columns = ["router", "prompt tokens cached", "TTFT p50, ms", "TTFT p99, ms", "output tok/s"]
+    show_table(title, columns, rows, f"medians of {args.rounds} rounds, {args.concurrency} requests at once")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print, write; exits with one line on a problem."""
+    parser = Parser("replicas", __doc__)
+    parser.add_flag("--model", DEFAULT_MODEL, "what to run")
+    parser.add_flag("--replicas", 2, "engines of each router")
+    parser.add_flag("--groups", 8, "beginnings")
+    parser.add_flag("--requests", 8, "of each group in a round")
+    parser.add_flag("--prefix-len", 512, "tokens of a beginning")
+    parser.add_flag("--input-len", 64, "tokens after it")
+    parser.add_flag("--output-len", 32, "tokens to generate")
+    parser.add_flag("--concurrency", 8, "requests under way at once")
+    parser.add_flag("--rounds", 3, "of each router, in turn, of which the median counts")
+    parser.add_argument("--kv-blocks", type=int, help="of each engine; default: its share of the beginnings and what runs")
+    parser.output_flags()
+    args = parser.parse_args(argv)
+    if args.kv_blocks is not None and args.kv_blocks < 1:
+        parser.error(f"--kv-blocks must be at least 1, got {args.kv_blocks}")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    groups = Groups(args.groups, args.requests, args.prefix_len, args.input_len, args.output_len, args.concurrency)
+    args.kv_blocks = args.kv_blocks or groups.blocks_for(args.replicas, EngineConfig().block_size)
+    with one_line_errors():
+        results = run(args, groups)
+    names = [field.name for field in fields(Measured)]
+    summary = {router: {name: spread(getattr(r, name) for r in rounds) for name in names} for router, rounds in results.items()}
+    show(summary, args)
+    finish(args, "replicas", summary, workload=asdict(groups), ray=version("ray"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""What every measurement is kept with: the machine, the versions, the command; and how it is shown."""
+"""What all measurements share: their flags, bars, tables and pictures, and the record that each result is kept with."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from ..core.doctor import instruction_sets, processor_name
@@ -25,24 +27,133 @@ from ..core.platform.machine import available_cores, cpu_flags, total_memory
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 LOAD_AT_START = os.getloadavg()[0]
 """What others were doing on the machine, before a measurement's own work fills it."""
+PICTURES = (".png", ".svg", ".pdf")
+PAGES = ("compare", "grade", "latency", "memory", "throughput")
+"""Commands that people type by the path of a file; all others are modules."""
+
+
+def command(name: str) -> str:
+    """How a measurement is started."""
+    return f"python benchmarks/{name}.py" if name in PAGES else f"python -m solutions.benchmarks.{name}"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose every complaint is one line, and whose help keeps the lines of its examples."""
+    """An argument parser whose every complaint is one line, and whose help keeps its lines.
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+    Args:
+        name: of the measurement. text: the help; its examples are printed behind the flags. required: flags for the usage.
+    """
+
+    def __init__(self, name: str, text: str, required: str = "") -> None:
+        text, _, examples = text.partition("\nexamples:\n")
+        super().__init__(
+            usage=f"{command(name)} {required}[flag ...]", description=text, epilog=examples and f"examples:\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        )  # fmt: skip
+        self._counts: list[str] = []
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (--help explains every flag)\n")
 
-    def check_counts(self, args: argparse.Namespace, *names: str) -> None:
-        """Exit with one line if one of these arguments, a number or a list of numbers, is below 1; None is a default."""
-        for name in names:
-            value = getattr(args, name)
+    def add_flag(
+        self, name: str, default: Any, text: str, group: argparse._ArgumentGroup | None = None, **settings: Any
+    ) -> None:  # fmt: skip
+        """Add a flag whose type is its default's; a list takes several values. Whole numbers must be at least 1.
+
+        Args:
+            text: the help, to which the default is added. settings: as of `add_argument`.
+        """
+        is_list = isinstance(default, list)
+        kind = type(default[0] if is_list else default)
+        if kind is int:
+            self._counts.append(name)
+        shown = " ".join(map(str, default)) if is_list else default
+        settings = {"type": kind, "nargs": "+" if is_list else None} | settings
+        (group or self).add_argument(name, default=default, help=f"{text} (default: {shown})", **settings)
+
+    def output_flags(self, picture: str | None = None) -> None:
+        """Add the flags of what `finish` writes.
+
+        Args:
+            picture: what it shows; None if there is none.
+        """
+        if picture is not None:
+            self.add_argument("--plot", type=Path, metavar="FILE", help=f"draw {picture}, as PNG, SVG or PDF")
+        self.add_argument("--output-json", type=Path, metavar="FILE", help="write results, machine, versions and flags")
+        self.set_defaults(plot=None)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        """The flags; exits with one line if one is wrong."""
+        found = super().parse_args(args, namespace)
+        if getattr(found, "plot", None) is not None and found.plot.suffix not in PICTURES:
+            self.error(f"--plot must end in {', '.join(PICTURES)}, got {found.plot}")
+        for name in self._counts:
+            value = getattr(found, name.lstrip("-").replace("-", "_"))
             lowest = min(value) if isinstance(value, list) else value
-            if lowest is not None and lowest < 1:
-                self.error(f"--{name.replace('_', '-')} must be at least 1, got {lowest}")
+            if lowest < 1:
+                self.error(f"{name} must be at least 1, got {lowest}")
+        return found
+
+
+@contextmanager
+def one_line_errors(*more: type[Exception]) -> Iterator[None]:
+    """Ends the program with one line on a ValueError or one of `more`, and quietly when it is interrupted."""
+    try:
+        yield
+    except (ValueError, *more) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def place(device: torch.device) -> str:
+    """What computes: a GPU's name, or the number of threads."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+
+
+def say(line: str) -> None:
+    """A line about what is going on, beside the results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def tracked(items: Iterable[Any], text: str, total: int | None = None) -> Iterator[Any]:
+    """The items one by one, with a bar on standard error where that is a terminal."""
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        yield from bar.track(items, total=total, description=text)
+
+
+@contextmanager
+def drawing(path: Path, columns: int = 1, dpi: int = 90, **settings: Any) -> Iterator[Any]:
+    """Axes, an array of them if there are several columns; what is drawn on them is written to `path`.
+
+    Args:
+        settings: as of `matplotlib.pyplot.subplots`.
+    """
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, columns, layout="constrained", **settings)
+    yield axes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi)
+    pyplot.close(figure)
+
+
+def finish(
+    args: argparse.Namespace, name: str, results: Any, draw: Callable[[Path], None] | None = None, **flags: Any
+) -> None:  # fmt: skip
+    """Draw and write what was measured, each if a flag asks for it.
+
+    Args:
+        name: of the measurement. flags: settings that are not among `args`.
+    """
+    if args.plot is not None and draw is not None:
+        draw(args.plot)
+    if args.output_json is not None:
+        write_json(args.output_json, record(name, vars(args) | flags, results))
+        say(f"written: {args.output_json}")
 
 
 def hardware() -> dict[str, Any]:
@@ -97,7 +208,7 @@ def record(benchmark: str, flags: dict[str, Any], results: Any) -> dict[str, Any
     return {
         "benchmark": benchmark,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", f"benchmarks/{benchmark}.py", *without_outputs(sys.argv[1:])]),
+        "command": " ".join([command(benchmark), *without_outputs(sys.argv[1:])]),
         "git_commit": git_commit(),
         "hardware": hardware(),
         "versions": versions(),

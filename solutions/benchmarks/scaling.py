@@ -1,6 +1,9 @@
-"""A model on one device and on several, in lock step: what more ranks bring, and what their sums cost.
+"""One model on 1, 2, 4 and 8 devices in lock step, and what sums over ranks cost by each way to make them.
 
-On a CPU a device is one core. Every size runs in a process of its own, which is bound to as many cores as it has ranks.
+How much faster a model runs when its matrices are cut over more devices (--tensor-parallel-size), each rank on a GPU of its own
+or, without any, on one core. Weights are random, so nothing is downloaded. Sizes for which there are no devices are left out.
+Every size runs in a process of its own, which is bound to as many cores as it has ranks. Beside it on a CPU: the time of one
+sum over two ranks by the ring of the course, by gloo and through shared memory.
 """
 
 from __future__ import annotations
@@ -9,8 +12,11 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
+import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +24,18 @@ import torch
 
 from ..core.config import EngineConfig
 from ..core.engine import LLMEngine
+from ..core.platform import native
 from ..core.platform.machine import available_cores
+from ..models.costs.roofline import Card, num_product_weights
+from ..models.loader import resolve_model
 from ..parallelism.communication import Communicator, ring_all_reduce
 from ..parallelism.distributed import run_ranks
 from ..parallelism.shared_memory import SharedMemoryCommunicator
 from .gpu import measure_decode, measure_prefill
 from .kernels import read_bandwidth
-from .roofline import Card, num_product_weights
+from .report import Parser, drawing, finish, one_line_errors, show_table, tracked
 
+COLLECTIVE_SIZES, COLLECTIVE_REPEATS = [1 << n for n in range(8, 25, 2)], 50
 SHAPE_1B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048,
     "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
@@ -210,3 +220,83 @@ def _time_collectives(
                 sent.append(sum(traffic.bytes_sent for traffic in communicator.traffic.values()))
             found[method, size] = statistics.median(times[3:]), statistics.fmean(sent)
     return found
+
+
+# The command
+
+
+def show_ranks(model: str, times: list[RankTime]) -> None:
+    """Print how each kind of step scales."""
+    first = {(t.what, t.batch): t for t in reversed(times)}
+    rows = []
+    for t in times:
+        share = "" if t.communication is None else f"{t.communication:.1%}"
+        faster = first[t.what, t.batch].seconds / t.seconds
+        reads = "" if t.read_bandwidth is None else f"{t.read_bandwidth / 1e9:.1f}"
+        cells = [str(t.ranks), f"{t.context:.0f}", f"{t.seconds * 1e3:.2f}", f"{t.weight_bandwidth / 1e9:.1f}", reads, share]
+        rows.append([f"{t.what}, batch {t.batch}", *cells, f"{faster:.2f}x"])
+    where = "GPUs" if torch.cuda.is_available() else "cores"
+    columns = ["step", where, "context", "ms", "weights, GB/s", "can read, GB/s", "in sums", "as fast"]
+    show_table(f"{model} in bfloat16, random weights", columns, rows)
+
+
+def show_collectives(times: list[CollectiveTime]) -> None:
+    """Print the time of one sum by size and way."""
+    methods = list(dict.fromkeys(t.method for t in times))
+    seconds = {(t.method, t.bytes): t.seconds for t in times}
+    rows = [[f"{size:,}", *(f"{seconds[m, size] * 1e6:,.1f}" for m in methods)] for size in sorted({t.bytes for t in times})]
+    show_table(f"One sum over {times[0].ranks} ranks of one core each, µs", ["bytes", *methods], rows)
+
+
+def draw(times: list[CollectiveTime], path: Path) -> None:
+    """Time of a sum against its size."""
+    with drawing(path, figsize=(7, 4.2)) as axes:
+        for method, colour in {"ring": "#E69F00", "gloo": "#CC79A7", "shared memory": "#0072B2"}.items():
+            points = [(t.bytes, t.seconds * 1e6) for t in times if t.method == method]
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=method)
+        axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel="µs, median of the slowest rank")
+        axes.set_title(f"One all-reduce over {times[0].ranks} ranks of one host")
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print, draw, write; exits with one line on a problem."""
+    parser = Parser("scaling", __doc__)
+    parser.add_flag("--model", "1b", "alias or folder; 1b: the shape of TinyLlama-1.1B")
+    parser.add_flag("--ranks", [1, 2, 4, 8], "sizes to measure")
+    parser.add_flag("--batches", [1, 8], "of decode steps")
+    parser.add_flag("--context", 256, "tokens of each sequence")
+    parser.add_flag("--prompt", 256, "tokens of the measured prompt")
+    parser.add_flag("--steps", 24, "measurements, of which the median counts")
+    parser.add_flag("--repeats", 3, "runs of each size, in turn; medians count")
+    parser.add_argument("--disable-cpu-kernels", action="store_true", help="PyTorch's products, and sums through gloo")
+    parser.output_flags("sums by size and way")
+    args = parser.parse_args(argv)
+    if args.context <= 2 * args.steps:
+        parser.error("--context must be more than twice --steps")
+    sizes = possible_ranks(sorted(set(args.ranks)))
+    if not sizes:
+        sys.exit(f"error: --ranks {' '.join(map(str, args.ranks))}: this machine has fewer devices")
+    collectives, runs = [], []
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        model = str(write_shape(Path(folder))) if args.model == "1b" else args.model
+        with one_line_errors(RuntimeError):
+            resolve_model(model, "dummy")  # says now if there is none
+            for size in tracked(sizes * args.repeats, "ranks"):
+                kernels = not args.disable_cpu_kernels
+                runs += measure_ranks(model, size, args.batches, args.context, args.prompt, args.steps, kernels)
+        times = medians(runs)
+        show_ranks(args.model, times)
+        if not torch.cuda.is_available() and native.load() is not None and 2 in sizes:
+            memory = Path(folder) / "memory"
+            memory.touch()
+            collectives = measure_collectives(2, COLLECTIVE_SIZES, COLLECTIVE_REPEATS, memory)
+            show_collectives(collectives)
+    results = {"steps": times, "runs": runs} | ({"collectives": collectives} if collectives else {})
+    results = {name: [asdict(t) for t in every] for name, every in results.items()}
+    finish(args, "scaling", results, partial(draw, collectives) if collectives else None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,18 +1,21 @@
-"""Servers of others that a comparison starts by itself: vLLM's and llama.cpp's, where they are installed."""
+"""Servers that measurements start by themselves: this engine's, and vLLM's and llama.cpp's, where they are installed."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -20,6 +23,9 @@ from ..core.platform.machine import pick_threads
 from ..models.config.model_config import ALIASES
 from ..models.loader import resolve_model
 
+ROOT = Path(__file__).parents[2]
+PACKAGE = __name__.partition(".")[0]
+"""`solutions`, or `stages` when a learner's server is to be started."""
 START_SECONDS = 300.0
 CONTEXT = 1024
 """Tokens of a sequence, enough for every workload with a name."""
@@ -27,6 +33,37 @@ MAX_SEQUENCES = 64
 
 Launch = tuple[list[str], dict[str, str]]
 """A command, and the variables that it wants besides this process's environment."""
+
+
+@contextmanager
+def running_server(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The server as a process of its own on a free port, and its address with ``/v1``; it is killed if it still runs then.
+
+    Raises:
+        RuntimeError: it does not start; the message is what it printed.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-m", f"{PACKAGE}.serving.api_server", "--host", "127.0.0.1", "--port", "0", *flags]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as server:  # fmt: skip
+        try:
+            lines: list[str] = []
+            for line in server.stdout:
+                lines.append(line)
+                if found := re.search(r"http://\S+/v1", line):
+                    break
+            else:
+                raise RuntimeError("the server did not start:\n" + "".join(lines))
+            yield server, found[0]
+        finally:
+            server.kill()
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """The engine's settings on the server's command line."""
+    names = {name: "--" + name.replace("_", "-") for name in settings}
+    return [names[name] if value is True else f"{names[name]}={value}" for name, value in settings.items()]
 
 
 @contextmanager

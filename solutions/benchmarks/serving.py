@@ -1,69 +1,52 @@
-"""A server under load, beside the same engine without one: what HTTP and tokenization cost, whether anything leaks, and
-whether the server's own measurements are those of its clients.
+"""Many streams at once to the server for minutes, between two runs of the same engine without one.
 
-Server, client and offline engine are processes of their own; only one of server and offline engine works at a time.
+A server in a process of its own, a client in another, which keeps --streams requests under way: prompts of 16 to 112 tokens as
+text, streamed answers of 64 to 192, a new request whenever one has ended. Before and after it the same engine runs the same
+requests offline, from token ids to token ids. The difference is what HTTP and text cost, the client's own work included where
+it shares the server's processor cores.
+
+Meanwhile /health is asked every 50 ms and the server's memory measured every second, to see whether anything leaks. In the end
+the server's histograms are compared with what the client has measured.
+
+examples:
+  what results quote
+    python -m solutions.benchmarks.serving --output-json serving.json
+  what it costs when somebody watches, among so much noise a matter of minutes
+    python -m solutions.benchmarks.serving --feed --seconds 300
+  a first look
+    python -m solutions.benchmarks.serving --streams 32 --seconds 20 --warm-up 5
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import multiprocessing
-import os
 import random
-import re
-import subprocess
-import sys
+import signal
+import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from ..batching.sequence import RequestOutputKind, SamplingParams
+from ..core.config import DEFAULT_MODEL, EngineConfig, parse_bytes
+from ..core.engine import LLMEngine
+from ..models.loader import load_tokenizer, resolve_model
 from .datasets import TOKEN_IDS, BenchRequest
-from .end_to_end import client_session
+from .end_to_end import Client, client_session
+from .latency import Stream, latencies, percentiles
+from .report import Parser, finish, one_line_errors, say, show_table, spread
+from .servers import as_flags, running_server
 
-ROOT = Path(__file__).parents[2]
-PACKAGE = __name__.partition(".")[0]
-"""`solutions`, or `stages` when a learner's server is to be started."""
 HEALTH_EVERY, MEMORY_EVERY = 0.05, 1.0
-MIB = 2**20
-
-
-@contextmanager
-def running_server(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The server as a process of its own on a free port, and its address with ``/v1``; it is killed if it still runs then.
-
-    Raises:
-        RuntimeError: it does not start; the message is what it printed.
-    """
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-m", f"{PACKAGE}.serving.api_server", "--host", "127.0.0.1", "--port", "0", *flags]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as server:  # fmt: skip
-        try:
-            lines: list[str] = []
-            for line in server.stdout:
-                lines.append(line)
-                if found := re.search(r"http://\S+/v1", line):
-                    break
-            else:
-                raise RuntimeError("the server did not start:\n" + "".join(lines))
-            yield server, found[0]
-        finally:
-            server.kill()
-
-
-def as_flags(settings: dict[str, Any]) -> list[str]:
-    """The engine's settings on the server's command line."""
-    names = {name: "--" + name.replace("_", "-") for name in settings}
-    return [names[name] if value is True else f"{names[name]}={value}" for name, value in settings.items()]
+MIB, FEED_SECONDS = 2**20, 20.0
 
 
 def chat_sized_requests(tokenizer: Any, count: int, seed: int) -> list[BenchRequest]:
@@ -92,9 +75,6 @@ def offline_rate(
 def _offline_rate(
     settings: dict[str, Any], requests: list[BenchRequest], concurrency: int, warm_up: float, seconds: float
 ) -> float:
-    from ..core.config import EngineConfig
-    from ..core.engine import LLMEngine
-
     engine = LLMEngine(EngineConfig(**settings))
     queue = enumerate(requests)
 
@@ -167,9 +147,6 @@ async def watch(url: str, process: int, into: Watched) -> None:
             await asyncio.sleep(HEALTH_EVERY)
 
 
-FEED_SECONDS = 20.0
-
-
 async def watch_feed(url: str, into: list[tuple[float, float]]) -> None:
     """Read ``/live`` for every other `FEED_SECONDS`, until cancelled.
 
@@ -228,3 +205,146 @@ async def under_watch(url: str, process: int, load: Any, feed: list[tuple[float,
             with suppress(asyncio.CancelledError):
                 await task
     return result, seen
+
+
+# The command
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Of the offline engine and, as flags, of the server. The cache is touched at the start, or memory would grow with use."""
+    return {
+        "model": args.model, "max_num_seqs": args.streams, "max_model_len": 512, "kv_cache_memory_bytes": args.kv_cache,
+        "touch_kv_cache": True,
+    }  # fmt: skip
+
+
+def serve_load(
+    args: argparse.Namespace, requests: list[BenchRequest], feed: list[tuple[float, float]] | None = None
+) -> tuple[list[Stream], Watched, dict[str, float]]:
+    """The client's streams, what the server was like, and the totals of its metrics in the end; `feed` as for `under_watch`.
+
+    Raises:
+        RuntimeError: the server does not start, or does not end well.
+    """
+    with running_server(*as_flags(settings(args))) as (server, url):
+        load = Client(url, args.model).closed_loop(requests, args.streams, seconds=args.warm_up + args.seconds)
+        streams, seen = asyncio.run(under_watch(url, server.pid, load, feed))
+        found = totals(httpx.get(url.removesuffix("/v1") + "/metrics").text)
+        server.send_signal(signal.SIGTERM)
+        if server.wait(30) or (said := server.stdout.read()):
+            raise RuntimeError(f"the server ended with {server.returncode}:\n{said}")
+    return streams, seen, found
+
+
+def make_requests(args: argparse.Namespace) -> list[BenchRequest]:
+    """More than can be answered."""
+    tokenizer = load_tokenizer(resolve_model(args.model))
+    return chat_sized_requests(tokenizer, args.streams * (args.warm_up + args.seconds), seed=0)
+
+
+def measure_feed(args: argparse.Namespace) -> dict[str, Any]:
+    """Served, with somebody who reads ``/live`` for every other stretch of time.
+
+    Raises:
+        ValueError: there was not time enough for two comparisons.
+    """
+    say(f"served: {args.warm_up + args.seconds} s")
+    feed: list[tuple[float, float]] = []
+    _, seen, _ = serve_load(args, make_requests(args), feed)
+    costs = feed_cost(seen, feed, args.warm_up)
+    if len(costs) < 2:
+        raise ValueError(f"two comparisons take {5 * FEED_SECONDS:.0f} s; give --seconds more")
+    error = statistics.stdev(costs) / len(costs) ** 0.5
+    cost = spread(costs) | {"mean": statistics.mean(costs), "standard_error": error}
+    return {"served_tokens_per_second": seen.rate(args.warm_up, args.seconds), "cost_of_feed": cost}
+
+
+def show_feed(results: dict[str, Any]) -> None:
+    """Print the result, with how far it can be trusted."""
+    cost = results["cost_of_feed"]
+    rate, error, compared = results["served_tokens_per_second"], cost["standard_error"], len(cost["values"])
+    print(f"{rate:,.0f} output tok/s; somebody who reads /live costs {cost['mean']:.1%} of them, with a standard error of")
+    print(f"{error:.1%}, in the mean of {compared} comparisons, which range from {cost['min']:.1%} to {cost['max']:.1%}")
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Offline, served, offline."""
+    half, requests = args.seconds / 2, make_requests(args)
+
+    def run_offline() -> float:
+        say(f"offline: {args.warm_up + half:.0f} s")
+        return offline_rate(settings(args), requests, args.streams, args.warm_up, half)
+
+    before = run_offline()
+    say(f"served: {args.warm_up + args.seconds} s")
+    streams, seen, metrics = serve_load(args, requests)
+    offline = [before, run_offline()]
+    client = latencies(streams)
+    means = {
+        name: {"client": client[f"{name}_ms"]["mean"], "server": 1e3 * metrics[f"{metric}_sum"] / metrics[f"{metric}_count"]}
+        for name, metric in (
+            ("ttft", "vllm:time_to_first_token_seconds"), ("itl", "vllm:inter_token_latency_seconds"),
+            ("latency", "vllm:e2e_request_latency_seconds"),
+        )
+    }  # fmt: skip
+    served = seen.rate(args.warm_up, args.seconds)
+    return {
+        "offline_tokens_per_second": spread(offline),
+        "served_tokens_per_second": served,
+        "cost_of_serving": 1 - served / spread(offline)["median"],
+        "requests": len(streams),
+        "errors": sum(stream.error is not None for stream in streams),
+        "client": client,
+        "means_ms": means,
+        "tokens": {"client": sum(stream.num_tokens for stream in streams), "server": metrics["vllm:generation_tokens_total"]},
+        "health_ms": percentiles(seen.health),
+        "memory_mib": {"first": seen.memory[0][1] / MIB, "last": seen.memory[-1][1] / MIB, "per_minute": seen.memory_slope()},
+    }
+
+
+def show(results: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print the tables."""
+    offline, served = results["offline_tokens_per_second"], results["served_tokens_per_second"]
+    memory, health, tokens = results["memory_mib"], results["health_ms"], results["tokens"]
+    rows = [
+        ["output tok/s offline, before and after", " and ".join(f"{value:,.0f}" for value in offline["values"])],
+        ["output tok/s served", f"{served:,.0f}"],
+        ["cost of HTTP and text", f"{results['cost_of_serving']:.1%}"],
+        ["requests, errors", f"{results['requests']:,}, {results['errors']}"],
+        ["tokens counted by the client, by the server", f"{tokens['client']:,}, {tokens['server']:,.0f}"],
+        ["/health p50, p99, longest", f"{health['p50']:.1f}, {health['p99']:.1f}, {health['max']:.1f} ms"],
+        ["memory at the start, at the end", f"{memory['first']:,.0f}, {memory['last']:,.0f} MiB"],
+        ["memory's slope over the later half", f"{memory['per_minute']:+.1f} MiB a minute"],
+    ]
+    show_table(f"{args.model}, {args.streams} streams for {args.seconds} s", ["", "measured"], rows)
+    rows = []
+    for name in ("ttft", "tpot", "itl", "latency"):
+        of = results["client"][f"{name}_ms"]
+        server = results["means_ms"].get(name, {}).get("server")
+        numbers = [of["p50"], of["p90"], of["p99"], of["mean"]]
+        rows.append([name.upper(), *(f"{value:,.1f}" for value in numbers), "" if server is None else f"{server:,.1f}"])
+    show_table("milliseconds", ["", "p50", "p90", "p99", "mean", "mean, says the server"], rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print, write; exits with one line on a problem."""
+    parser = Parser("serving", __doc__)
+    parser.add_flag("--model", DEFAULT_MODEL, "what to serve")
+    parser.add_flag("--streams", 256, "requests under way at once")
+    parser.add_flag("--seconds", 120, "of load that is measured")
+    parser.add_flag("--warm-up", 20, "seconds of load before it")
+    parser.add_flag("--kv-cache", "2GiB", "memory of both", type=parse_bytes, metavar="SIZE")
+    parser.add_argument("--feed", action="store_true", help="say what it costs when somebody reads /live, and nothing else")
+    parser.output_flags()
+    args = parser.parse_args(argv)
+    with one_line_errors(RuntimeError):
+        results = measure_feed(args) if args.feed else measure(args)
+    if args.feed:
+        show_feed(results)
+    else:
+        show(results, args)
+    finish(args, "serving", results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,15 +1,24 @@
-"""Speculative decoding against plain decoding: tokens a step, acceptance and speed, by kind of text and batch size."""
+"""Speculative decoding against plain decoding, on text that repeats itself, ordinary text and random text.
+
+Tokens a step and speed with drafts from the text itself (n-grams) and from a smaller model, against plain decoding of the same
+prompts, in turns. Nothing is switched off at large batches here, so that the table shows where speculation loses.
+"""
 
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ..batching.sequence import SamplingParams
+from ..core.config import DEFAULT_MODEL
 from ..core.engine import LLM
+from .report import Parser, drawing, finish, one_line_errors, show_table, tracked
 
 PLAIN = "plain"
 SENTENCES = (
@@ -104,3 +113,92 @@ def run(llm: LLM, method: str, text: str, batch: int, output_len: int) -> Row:
     return Row(
         method, text, batch, num_tokens / seconds, num_tokens / (num_tokens - accepted), accepted / drafted if drafted else None
     )
+
+
+# The command
+
+COLOURS = {PLAIN: "#999999", "ngram": "#0072B2", "draft model": "#E69F00"}
+
+
+def summarize(rows: list[Row]) -> list[dict[str, Any]]:
+    """Medians of each case, with the speed-up over plain decoding in the same round and its spread."""
+    cases: dict[tuple[str, int, str], list[Row]] = {}
+    for row in rows:
+        cases.setdefault((row.text, row.batch, row.method), []).append(row)
+    summary = []
+    for (text, batch, method), runs in cases.items():
+        plain = cases[text, batch, PLAIN]
+        ratios = [run.tokens_per_second / base.tokens_per_second for run, base in zip(runs, plain, strict=True)]
+        entry = {"text": text, "batch": batch, "method": method}
+        for name in ("tokens_per_second", "tokens_per_step", "acceptance"):
+            values = [getattr(run, name) for run in runs]
+            entry[name] = None if None in values else statistics.median(values)
+        summary.append(entry | {"speedup": statistics.median(ratios), "speedup_range": [min(ratios), max(ratios)]})
+    return summary
+
+
+def show(model: str, summary: list[dict[str, Any]]) -> None:
+    """Print a row for each case."""
+    rows = []
+    for case in summary:
+        low, high = case["speedup_range"]
+        accepted = "" if case["acceptance"] is None else f"{case['acceptance']:.0%}"
+        numbers = [f"{case['tokens_per_second']:.0f}", f"{case['tokens_per_step']:.2f}", accepted]
+        gain = "" if case["method"] == PLAIN else f"{case['speedup']:.2f}x ({low:.2f}-{high:.2f})"
+        rows.append([f"{case['text']}, batch {case['batch']}", case["method"], *numbers, gain])
+    columns = ["text", "method", "tokens/s", "tokens a step", "accepted", "as fast as plain"]
+    show_table(f"Speculative decoding, {model}", columns, rows)
+
+
+def draw(summary: list[dict[str, Any]], path: Path) -> None:
+    """Speed-up by batch size, a panel for each kind of text."""
+    batches = sorted({case["batch"] for case in summary})
+    with drawing(path, len(TEXTS), figsize=(9, 3.2), sharey=True) as panels:
+        for axes, text in zip(panels, TEXTS, strict=True):
+            for method, colour in COLOURS.items():
+                points = [case["speedup"] for case in summary if case["text"] == text and case["method"] == method]
+                axes.plot(range(len(points)), points, "o-", color=colour, label=method)
+            axes.set_xticks(range(len(batches)), batches)
+            axes.set(title=f"{text} text", xlabel="requests at once")
+            axes.grid(alpha=0.3)
+        panels[0].set_ylabel("as fast as plain decoding")
+        panels[0].legend()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print, draw, write; exits with one line on a problem."""
+    parser = Parser("speculative", __doc__)
+    parser.add_flag("--model", DEFAULT_MODEL, "alias or folder")
+    parser.add_argument("--draft-model", help="alias or folder (default: the model itself, quantized)")
+    parser.add_flag("--draft-quantization", "int8", "of the draft model; none: as it is")
+    parser.add_flag("--draft-tokens", 3, "drafted by the model in a step")
+    parser.add_flag("--ngram-tokens", 5, "drafted from the text in a step")
+    parser.add_flag("--batches", [1, 4, 16], "requests at once")
+    parser.add_flag("--output-len", 96, "tokens of each answer")
+    parser.add_flag("--repeats", 3, "runs of each, in turn; medians count")
+    parser.add_flag("--dtype", "auto", "as of the engine")
+    parser.output_flags("the speed-up")
+    args = parser.parse_args(argv)
+    quantization = None if args.draft_quantization == "none" else args.draft_quantization
+    always = {"disable_by_batch_size": 1 << 20}
+    settings = {
+        "ngram": {"method": "ngram", "num_speculative_tokens": args.ngram_tokens, **always},
+        "draft model": {
+            "method": "draft_model", "model": args.draft_model or args.model, "quantization": quantization,
+            "num_speculative_tokens": args.draft_tokens, **always,
+        },
+    }  # fmt: skip
+    total = args.repeats * len(TEXTS) * len(args.batches) * (1 + len(settings))
+    with one_line_errors():
+        runs = measure(
+            args.model, settings, args.batches, args.output_len, args.repeats, dtype=args.dtype, max_model_len=1024,
+            max_num_seqs=max(args.batches), kv_cache_memory_bytes=512 << 20,
+        )  # fmt: skip
+        rows = list(tracked(runs, "runs", total))
+    summary = summarize(rows)
+    show(args.model, summary)
+    finish(args, "speculative", {"cases": summary, "runs": [asdict(row) for row in rows]}, partial(draw, summary))
+
+
+if __name__ == "__main__":
+    main()

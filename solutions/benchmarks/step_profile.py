@@ -1,4 +1,8 @@
-"""Where a decode step's time goes: each operator beside the bytes, the operations and the time that it cannot do without.
+"""Where a decode step's time goes on a CPU, operator by operator.
+
+For each operator, over all layers: the bytes that it has to move, its operations, the time that this machine needs for them at
+least (its measured read bandwidth, its best measured matrix product), and what it takes. "everything else" is the step less its
+operators: scheduling, laying out the batch, handing tokens out, Python.
 
 The step is a real one: a batch of sequences is brought to a context in the engine, and the recording of its layers is replayed
 operator by operator, all layers of one operator behind one another. Before each measurement the head's weights, more than a
@@ -10,16 +14,18 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
 from ..batching.sequence import SamplingParams
+from ..core.config import DEFAULT_MODEL, EngineConfig
 from ..core.engine import LLMEngine
 from ..core.sampling.selection_cpu import native_argmax
 from ..models.config.model_config import ModelConfig
 from ..models.llama import LlamaForCausalLM
-from .kernels import Ceilings
+from .kernels import Ceilings, measure_ceilings
+from .report import Parser, finish, one_line_errors, show_table
 
 OPERATORS = ("norm before attention", "qkv_proj", "rope", "attention", "o_proj, + residual", "norm before MLP",
              "gate_up_proj, SiLU·mul", "down_proj, + residual")  # fmt: skip
@@ -123,3 +129,55 @@ def profile_step(
     step = statistics.median(steps)
     rows.append(OperatorTime("everything else", 0, 0, step - sum(times.values()), None))
     return rows
+
+
+# The command
+
+
+def show(ceilings: Ceilings, batch: int, rows: list[OperatorTime]) -> None:
+    """Print the table."""
+    cells = []
+    for row in rows:
+        least = ["", "", "", ""]
+        if row.floor is not None:
+            least = [f"{row.bytes / 1e6:.1f}", f"{row.operations / 1e6:.0f}", f"{row.floor * 1e3:.2f}"]
+            least.append(f"{row.floor / row.seconds:.0%}")
+        cells.append([row.operator, *least[:3], f"{row.seconds * 1e3:.2f}", least[3]])
+    total, floor = sum(row.seconds for row in rows), sum(row.floor or 0 for row in rows)
+    cells.append(["step", "", "", f"{floor * 1e3:.2f}", f"{total * 1e3:.2f}", f"{floor / total:.0%}"])
+    title = f"A decode step of {batch}; reads {ceilings.read_bytes / 1e9:.0f} GB/s; {torch.get_num_threads()} threads"
+    show_table(title, ["operator", "MB", "MFLOP", "floor, ms", "ms", "of the floor"], cells)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print, write; exits with one line on a problem."""
+    parser = Parser("step_profile", __doc__)
+    parser.add_flag("--model", DEFAULT_MODEL, "a LLaMA model")
+    parser.add_flag("--batches", [1, 32], "sequences in a step")
+    parser.add_flag("--context", 256, "tokens of each")
+    parser.add_argument("--quantization", choices=["int8"], help="of the weights (default: none, bfloat16)")
+    parser.add_flag("--repeats", 41, "measurements, of which the median counts")
+    parser.output_flags()
+    args = parser.parse_args(argv)
+    if args.context <= args.repeats:
+        parser.error(f"--context {args.context} must be larger than --repeats {args.repeats}")
+    largest = max(args.batches)
+    with one_line_errors():
+        engine = LLMEngine(
+            EngineConfig(
+                model=args.model, device="cpu", quantization=args.quantization, max_num_seqs=largest,
+                max_num_batched_tokens=largest * args.context,
+            )
+        )  # fmt: skip
+        precision = args.quantization or str(engine.executor.worker.dtype).removeprefix("torch.")
+        with torch.inference_mode():
+            ceilings, sizes = measure_ceilings(7), (args.context, args.repeats)
+            profiles = {batch: profile_step(engine, ceilings, precision, batch, *sizes) for batch in args.batches}
+    for batch, rows in profiles.items():
+        show(ceilings, batch, rows)
+    batches = {batch: [asdict(row) for row in rows] for batch, rows in profiles.items()}
+    finish(args, "step_profile", {"ceilings": asdict(ceilings), "batches": batches}, threads=torch.get_num_threads())
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from solutions.benchmarks.serving import as_flags, running_server
+from solutions.benchmarks.servers import as_flags, running_server
 
 if TYPE_CHECKING:  # tests of kernels need no client, nor does a machine that only runs those
     import openai

@@ -17,12 +17,12 @@ from solutions.attention.backends import make_backend
 from solutions.batching.continuous_batch import FlatBatch
 from solutions.batching.sequence import SamplingParams
 from solutions.benchmarks.gpu import measure_attention, measure_card, measure_decode, measure_prefill
-from solutions.benchmarks.roofline import CARDS, Card, decode_cost, num_product_weights, prefill_cost
 from solutions.core import cuda_graphs
 from solutions.core.config import EngineConfig
 from solutions.core.cuda_graphs import PADDING_SLOT, CudaGraphRecorder, Step, graph_sizes
 from solutions.core.engine import LLM, LLMEngine
 from solutions.models.config.model_config import ALIASES
+from solutions.models.costs.roofline import CARDS, Card, decode_cost, num_product_weights, prefill_cost
 from solutions.models.loader import load_model, resolve_model
 from solutions.tests.tiny_models import make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
 

@@ -16,7 +16,8 @@ import pytest
 
 from solutions.batching.scheduler_config import QueueFullError
 from solutions.batching.sequence import SamplingParams
-from solutions.benchmarks.serving import running_server, totals
+from solutions.benchmarks.servers import running_server
+from solutions.benchmarks.serving import totals
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLMEngine
 from solutions.serving.api_server import parse_flags

@@ -19,7 +19,8 @@ import openai
 import psutil
 import pytest
 
-from solutions.benchmarks.serving import running_server, totals
+from solutions.benchmarks.servers import running_server
+from solutions.benchmarks.serving import totals
 from solutions.tests.fake_server import until
 from solutions.tests.real_server import CONTEXT, GREEDY, MODEL, stopped
 

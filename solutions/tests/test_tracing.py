@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from solutions.batching.sequence import SamplingParams
-from solutions.benchmarks.serving import running_server
+from solutions.benchmarks.servers import running_server
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLMEngine
 from solutions.serving.tracing import RequestTracer, otlp_exporter

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..models.config.model_config import ModelConfig
+from ..config.model_config import ModelConfig
 from .roofline import Card, StepCost, decode_cost
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..memory.cache_engine import block_bytes
-from ..models.config.model_config import ModelConfig
+from ...memory.cache_engine import block_bytes
+from ..config.model_config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
