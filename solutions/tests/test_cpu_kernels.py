@@ -399,11 +399,12 @@ def test_set_up_says_in_one_line_what_the_layers_run_on() -> None:
 def test_a_source_that_does_not_compile_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXXFLAGS", "-O0")
     folder = tmp_path / "mine"
-    (folder / "models").mkdir(parents=True)
-    (folder / "models" / "layers_cpu.cpp").write_text("int broken( {")
+    source = folder / "models" / "kernels" / "layers_cpu.cpp"
+    source.parent.mkdir(parents=True)
+    source.write_text("int broken( {")
     package = sys.modules["solutions"]
     monkeypatch.setattr(package, "__path__", [str(folder), *package.__path__])
-    assert native.find_source("models/kernels/layers_cpu.cpp") == folder / "models" / "layers_cpu.cpp"
+    assert native.find_source("models/kernels/layers_cpu.cpp") == source
     with pytest.raises(native.BuildError, match=r"(?s)could not compile.*layers_cpu\.cpp"):
         native.build(tmp_path / "cache")
 
