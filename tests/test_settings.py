@@ -19,6 +19,7 @@ PATHS = [*ENGINE, *sorted((ROOT / "benchmarks").glob("*.py"))]
 RECORDS = (
     "EngineConfig",
     "SchedulerConfig",
+    "SpeculativeConfig",
     "SamplingParams",
     "StructuredOutput",
     "ReplicaSettings",
@@ -39,8 +40,6 @@ ACCEPTED = {
     ("JsonSchema", "name"): "a title",
     ("JsonSchema", "description"): "tells a model what the form is for; ours follows it anyway",
     ("JsonSchema", "strict"): "an answer follows the schema always",
-    ("TextPart", "type"): "has one value",
-    ("TextPart", "text"): "goes to the chat template with its part, as it came",
     ("ResponseFormat", "type"): "is compared by its name, as the other forms have none",
     ("ResponseFormat", "json_schema"): "is read once `form` knows which of the forms it is",
     ("Recipe", "method"): "a part of the result's identity, which is made of all fields",

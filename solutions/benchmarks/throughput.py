@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from ..batching.sequence import SamplingParams
 from ..core.engine import LLM
 from ..core.output import RequestOutput
+from ..models.config.entries import read_json
 from ..models.config.model_config import ALIASES
 from ..models.loader import ModelSource
-from ..models.model_files import read_json
 from .datasets import BenchRequest, check_context
 
 WARM_UP_REQUESTS, WARM_UP_TOKENS = 32, 4

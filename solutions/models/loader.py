@@ -27,7 +27,7 @@ from .llama import LlamaForCausalLM
 from .mistral import MistralForCausalLM
 from .model_files import quantization_description, weight_files
 from .tokenizer_files import TOKENIZER_FILES, has_own_code, read_tokenizer
-from .weight_files import WeightFiles
+from .weight_headers import WeightHeaders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -191,7 +191,7 @@ def load_model(
         check_quantization(source, load_format, quantization)
         weights = None
         if load_format != "dummy" and source.path is not None:
-            weights = WeightFiles.open(weight_files(source.path, WAYS_OUT))
+            weights = WeightHeaders.open(weight_files(source.path, WAYS_OUT))
         stored = quantized_layers([] if weights is None else weights.files, config)
         names: dict[str, str] = {}
         if weights is not None:

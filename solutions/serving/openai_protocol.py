@@ -382,8 +382,9 @@ class ChatMessage(Request):
 
     def as_dict(self) -> dict[str, Any]:
         """Role and content, for a chat template."""
-        content = self.content
-        return {"role": self.role, "content": content if isinstance(content, str) else [part.model_dump() for part in content]}
+        if isinstance(self.content, str):
+            return {"role": self.role, "content": self.content}
+        return {"role": self.role, "content": [{"type": part.type, "text": part.text} for part in self.content]}
 
     @model_validator(mode="before")
     @classmethod

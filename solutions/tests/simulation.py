@@ -8,6 +8,7 @@ finds stale prefix hashes, missed copies, wrong slots, lost swaps and double fre
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 
 from solutions.attention.block_manager import BlockManager
 from solutions.batching.continuous_batch import ContinuousBatch, FlatBatch
@@ -15,24 +16,29 @@ from solutions.batching.scheduler_config import SchedulerConfig
 from solutions.batching.scheduler_output import SchedulerOutput
 from solutions.batching.sequence import SamplingParams, Sequence
 from solutions.core.scheduler import Scheduler
+from solutions.core.speculative import Proposer, SpeculativeConfig, SpeculativeScheduler
 
 
 class Simulation:
     """Scheduler, block manager and batch builder over a cache of prefixes.
 
     Args:
-        next_token: chooses the token that a sequence "samples".
+        next_token: chooses the token that a sequence "samples"; with drafts, by its tokens alone.
+        speculation: where tokens on trial come from.
     """
 
     def __init__(
         self, num_blocks: int = 16, block_size: int = 4, num_host_blocks: int = 0, sliding_window: int | None = None,
         enable_prefix_caching: bool = True, watermark: float = 0.01, next_token: Callable[[Sequence], int] | None = None,
-        **limits: object,
+        speculation: tuple[SpeculativeConfig, Proposer] | None = None, **limits: object,
     ) -> None:  # fmt: skip
         self.manager = BlockManager(num_blocks, block_size, num_host_blocks, watermark, enable_prefix_caching, sliding_window)
         limits.setdefault("max_model_len", num_blocks * block_size)
         self.config = SchedulerConfig(**limits)
-        self.scheduler = Scheduler(self.config, self.manager)
+        if speculation is None:
+            self.scheduler = Scheduler(self.config, self.manager)
+        else:
+            self.scheduler = SpeculativeScheduler(self.config, self.manager, *speculation)
         self.batch = ContinuousBatch(self.config.max_num_seqs, self.config.max_model_len, block_size)
         self.next_token = next_token or (lambda seq: (seq.seq_id * 7 + len(seq.tokens)) % 5)
         self.device: dict[int, tuple[int, ...]] = {}
@@ -68,9 +74,23 @@ class Simulation:
         batch = self.batch.build(decision, self.manager.tables)
         self._move(decision)
         self._check_and_write(batch)
-        self.scheduler.update(decision, [self.next_token(seq) for seq in decision.sampled])
+        sampled = [self._accepted(seq, decision) if decision.drafts else self.next_token(seq) for seq in decision.sampled]
+        self.scheduler.update(decision, sampled)
         self.scheduler.check_invariants()
         return decision
+
+    def _accepted(self, seq: Sequence, decision: SchedulerOutput) -> list[int]:
+        """The drafted tokens that are what the sequence would sample, up to the first other one, and the one sampled there."""
+        drafted = decision.drafts[seq].token_ids if seq in decision.drafts else []
+        text = copy(seq)
+        text.tokens = seq.tokens[: len(seq.tokens) - len(drafted)]
+        new = []
+        for guess in (*drafted, None):
+            new.append(self.next_token(text))
+            if new[-1] != guess:
+                break
+            text.tokens.append(guess)
+        return new
 
     def run(self, max_steps: int = 20_000) -> int:
         """Step until nothing is left; returns the number of steps."""
@@ -92,15 +112,15 @@ class Simulation:
     def _move(self, decision: SchedulerOutput) -> None:
         size = self.manager.block_size
 
-        def copy(source: dict, target: dict, pairs: list[tuple[int, int]]) -> None:
+        def move(source: dict, target: dict, pairs: list[tuple[int, int]]) -> None:
             read = [(dst, [source.get(src * size + i) for i in range(size)]) for src, dst in pairs]
             for dst, content in read:
                 for i, prefix in enumerate(content):
                     target[dst * size + i] = prefix
 
-        copy(self.device, self.host, decision.swap_out)
-        copy(self.host, self.device, decision.swap_in)
-        copy(self.device, self.device, decision.copies)
+        move(self.device, self.host, decision.swap_out)
+        move(self.host, self.device, decision.swap_in)
+        move(self.device, self.device, decision.copies)
 
     def _check_and_write(self, batch: FlatBatch) -> None:
         size, window = self.manager.block_size, self.manager.sliding_window

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from solutions.tests.engine_twins import run_engine_twins
 from solutions.tests.simulation import Simulation
 from solutions.tests.twins import run_twins
 
@@ -95,3 +96,17 @@ def test_twins_never_read_a_block_before_it_is_computed(first):
             run_twins(random.Random(seed))
         except AssertionError as error:
             raise AssertionError(f"random.Random({seed}): {error}") from error
+
+
+@pytest.mark.parametrize("first", range(0, 400, 200))
+def test_twins_with_tokens_on_trial_say_what_they_say_alone(first):
+    for seed in range(first, first + 200):
+        try:
+            run_twins(random.Random(seed), drafts=True)
+        except AssertionError as error:
+            raise AssertionError(f"random.Random({seed}): {error}") from error
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_twins_in_the_engine_say_what_transformers_says(seed):
+    run_engine_twins(random.Random(seed))

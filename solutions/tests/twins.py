@@ -1,14 +1,17 @@
 """Random lives of twins: equal prompts, several answers each, and memory for a few of them.
 
 Greedy twins go on alike. A sequence that was preempted and comes back therefore finds blocks that a twin is about to fill in
-the very same step, and its children would fork from them.
+the very same step, and its children would fork from them. Tokens on trial are in the cache, too, until they are rejected.
 """
 
 from __future__ import annotations
 
 import random
+from copy import copy
 
+from solutions.batching.scheduler_output import Draft, SchedulerOutput
 from solutions.batching.sequence import Sequence
+from solutions.core.speculative import Proposer, SpeculativeConfig
 from solutions.tests.simulation import Simulation
 
 
@@ -17,18 +20,44 @@ def greedy(seq: Sequence) -> int:
     return (sum(seq.tokens) + len(seq.tokens)) % 97
 
 
-def run_twins(rng: random.Random) -> None:
+class Guesses(Proposer):
+    """Drafts what a greedy model would say, but for a token here and there."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+
+    def propose(self, output: SchedulerOutput, wanted: dict[Sequence, int]) -> dict[Sequence, Draft]:
+        drafts = {}
+        for seq, count in wanted.items():
+            text, start = copy(seq), len(seq.tokens)
+            text.tokens = list(seq.tokens)
+            for _ in range(self.rng.randint(0, count)):
+                text.tokens.append(greedy(text) if self.rng.random() < 0.8 else self.rng.randrange(97))
+            if len(text.tokens) > start:
+                drafts[seq] = Draft(text.tokens[start:])
+        return drafts
+
+
+def run_twins(rng: random.Random, drafts: bool = False) -> None:
     """One life in the simulated cache, which compares every slot that a step reads with the sequence's own tokens.
 
+    Args:
+        drafts: put tokens on trial.
+
     Raises:
-        AssertionError: a sequence read something else, an invariant broke, or blocks were left over.
+        AssertionError: a sequence read or said something else, an invariant broke, or blocks were left over.
     """
     size, num_blocks = rng.choice([2, 3, 4, 8, 16]), rng.randint(4, 12)
+    speculation = None
+    if drafts:
+        config = SpeculativeConfig("ngram", num_speculative_tokens=rng.randint(1, 5), disable_by_batch_size=rng.choice([2, 64]))
+        speculation = config, Guesses(rng)
     simulation = Simulation(
         num_blocks, size, rng.choice([0, 0, 3, 16]), rng.choice([None, None, None, size + 1]),
         watermark=rng.choice([0.0, 0.01, 0.2]), max_num_batched_tokens=rng.choice([7, 64, 512]),
         max_num_seqs=rng.choice([3, 8, 256]), policy=rng.choice(["fcfs", "priority", "lpm"]),
         preemption_mode=rng.choice(["recompute", "swap"]), next_token=greedy,
+        speculation=speculation,
     )  # fmt: skip
     longest = min(num_blocks * size // 2, 3 * size)
     prompts = [[100 * k + i for i in range(rng.randint(1, longest))] for k in range(rng.randint(1, 3))]
@@ -39,3 +68,10 @@ def run_twins(rng: random.Random) -> None:
         for _ in range(rng.choice([0, 0, rng.randint(1, 5)])):
             simulation.step()
     simulation.run()
+    for seq in simulation.sequences:
+        text = copy(seq)
+        text.tokens = list(seq.prompt_token_ids)
+        while len(text.tokens) < len(seq.tokens):
+            text.tokens.append(greedy(text))
+        assert seq.tokens == text.tokens, f"{seq} says {seq.tokens}, alone it would say {text.tokens}"
+        assert len(seq.tokens) == seq.max_len, f"{seq} should have {seq.max_len} tokens"

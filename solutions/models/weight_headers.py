@@ -19,8 +19,8 @@ MOST_PACKED = 17
 
 
 @dataclass(frozen=True, slots=True)
-class WeightFiles:
-    """The safetensors files of a model.
+class WeightHeaders:
+    """What the headers of a model's safetensors files say.
 
     Attributes:
         files: their paths. shapes: of all tensors, by name. homes: the file that holds each tensor.
@@ -31,7 +31,7 @@ class WeightFiles:
     homes: dict[str, Path]
 
     @classmethod
-    def open(cls, files: list[Path]) -> WeightFiles:
+    def open(cls, files: list[Path]) -> WeightHeaders:
         """Read the headers.
 
         Raises:

@@ -1,0 +1,162 @@
+"""Random lives of twins in the real engine, on tiny models: each token that it chooses is the one that transformers chooses.
+
+What `twins.py` checks slot by slot in a simulated cache, this checks in the tensors: the copies, swaps and kernels as well,
+tokens on trial, and keys and values in int8.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+from solutions.batching.sequence import SamplingParams
+from solutions.core.config import EngineConfig
+from solutions.core.engine import LLMEngine
+from solutions.core.platform import native
+from solutions.tests.tiny_models import VOCAB_SIZE, make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
+
+MAKERS = {
+    "llama": partial(make_tiny_llama, hidden_size=64), "mistral": partial(make_tiny_mistral, hidden_size=64),
+    "gpt2": partial(make_tiny_gpt2, n_embd=64),
+}  # fmt: skip
+"""With heads of 16 elements, which the kernels of a CPU take."""
+TIE = {"auto": 1e-3, "int8": 0.1}
+"""How far below the likeliest token a chosen one may lie, as two sums of the same numbers differ; logits are some units apart.
+A key that two programs round to neighbouring integers makes more of a difference."""
+
+
+@cache
+def folder(name: str) -> Path:
+    """A model's folder, made once for the process."""
+    path = Path(tempfile.mkdtemp(prefix=f"twins-{name}-"))
+    MAKERS[name](path)
+    return path
+
+
+def rounded(vectors: Tensor) -> Tensor:
+    """What int8 keeps of vectors with a scale for each. [..., D]"""
+    step = vectors.abs().amax(-1, keepdim=True) / 127
+    return (vectors / step.clamp_min(1e-30)).round() * step
+
+
+def attend_int8(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any) -> Any:
+    """Plain attention over keys and values that were rounded to int8. query: [1, H, T, D], key, value: [1, H_kv, T, D]"""
+    key, value = (rounded(x).repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * scaling  # [1, H, T, T]
+    scores = scores + mask[..., : key.shape[-2]]
+    return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+
+@cache
+def oracle(name: str, kv_cache_dtype: str) -> PreTrainedModel:
+    """transformers' model; with "int8" keys and values are rounded as the cache rounds them."""
+    AttentionInterface.register("int8_kv", attend_int8)
+    AttentionMaskInterface.register("int8_kv", eager_mask)
+    attention = "eager" if kv_cache_dtype == "auto" else "int8_kv"
+    return AutoModelForCausalLM.from_pretrained(folder(name), dtype=torch.float32, attn_implementation=attention).eval()
+
+
+def check_answer(name: str, kv_cache_dtype: str, prompt: list[int], answer: list[int]) -> None:
+    """See that each token of an answer is, within `TIE`, the likeliest one behind those before it.
+
+    Raises:
+        AssertionError: one is not.
+    """
+    with torch.inference_mode():
+        logits = oracle(name, kv_cache_dtype)(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]  # [T, V]
+    behind = logits.amax(-1) - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+    wrong = (behind > TIE[kv_cache_dtype]).nonzero()
+    assert not len(wrong), (
+        f"token {int(wrong[0])} of {len(answer)} behind {prompt} is {answer[int(wrong[0])]}, which is "
+        f"{float(behind[wrong[0]]):.3f} less likely than {int(logits[int(wrong[0])].argmax())}"
+    )
+
+
+def draw_settings(rng: random.Random, name: str) -> dict[str, Any]:
+    """An engine's settings: memory for a few sequences, and any mixture of what moves blocks about."""
+    size = rng.choice([2, 4, 8, 16])
+    max_model_len = rng.randint(40, 96)
+    policy = rng.choice(["fcfs", "priority", "lpm"])
+    drafts: list[Any] = [None, {"method": "ngram", "prompt_lookup_min": 1}]
+    drafts += [{"method": "draft_model", "model": str(folder(name))}]
+    draft = rng.choice(drafts)
+    if draft is not None:
+        draft = draft | {"num_speculative_tokens": rng.randint(1, 5), "disable_by_batch_size": rng.choice([2, 4, 64])}
+    chunked = rng.random() < 0.8
+    backend = "torch" if native.compiler() is None else rng.choice(["torch", "cpu", "cpu"])
+    kernels = rng.random() < 0.5
+    fits = backend == "cpu" and kernels and name != "mistral"
+    return {
+        "dtype": "float32", "block_size": size, "max_model_len": max_model_len,
+        "num_gpu_blocks_override": -(-max_model_len // size) + rng.choice([0, 1, 2, 8]),
+        "preemption_mode": rng.choice(["recompute", "swap"]), "swap_space": rng.choice([0, 1 << 14, 1 << 16, 1 << 20]),
+        "scheduling_policy": policy, "enable_prefix_caching": policy == "lpm" or rng.random() < 0.8,
+        "enable_chunked_prefill": chunked, "max_num_batched_tokens": rng.choice([7, 16, 64]) if chunked else max_model_len,
+        "long_prefill_token_threshold": rng.choice([0, 0, 5]), "max_num_seqs": rng.choice([3, 7]) if chunked else 7,
+        "kv_cache_dtype": rng.choice(["auto", "auto", "int8"]), "attention_backend": backend,
+        "enable_cpu_kernels": kernels, "batch_invariant": fits and rng.random() < 0.3,
+        "speculative_config": draft,
+    }  # fmt: skip
+
+
+def run_engine_twins(rng: random.Random) -> None:
+    """One life of twins in the engine, some of them ended before their time.
+
+    Raises:
+        AssertionError: a token is not the likeliest one, an invariant broke, an answer is short, or blocks were left over.
+    """
+    name = rng.choice(list(MAKERS))
+    settings = draw_settings(rng, name)
+    engine = LLMEngine(EngineConfig(model=str(folder(name)), **settings))
+    longest = settings["max_model_len"] // 2
+    beginning = [rng.randrange(VOCAB_SIZE) for _ in range(rng.choice([0, settings["block_size"], 20]))]
+    prompts = [
+        (beginning + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, longest))])[:longest]
+        for _ in range(rng.randint(1, 3))
+    ]
+    asked: dict[str, tuple[list[int], int, int]] = {}
+    answered: dict[str, list[list[int]]] = {}
+    aborted: set[str] = set()
+
+    def step() -> None:
+        for output in engine.step():
+            answered[output.request_id] = [list(each.token_ids) for each in output.outputs]
+        engine.scheduler.check_invariants()
+
+    for number in range(rng.randint(3, 7)):
+        prompt, count, length = rng.choice(prompts), rng.choice([1, 1, 2, 3]), rng.randint(1, longest)
+        params = SamplingParams(temperature=0, max_tokens=length, n=count, ignore_eos=True)
+        engine.add_request(str(number), {"prompt_token_ids": prompt}, params, priority=rng.randint(0, 2))
+        asked[str(number)] = prompt, count, length
+        for _ in range(rng.choice([0, 0, 0, rng.randint(1, 8)])):
+            step()
+        if rng.random() < 0.15:
+            victim = rng.choice(list(asked))
+            ended = engine.abort_request(victim)
+            if ended is not None:
+                aborted.add(victim)
+                answered[victim] = [list(each.token_ids) for each in ended.outputs]
+    while engine.has_unfinished_requests():
+        step()
+    stats = engine.stats()
+    engine.close()
+    assert stats.kv_cache_usage == 0, "blocks are left over"
+    told = f"{name}, {settings}"
+    for request_id, (prompt, count, length) in asked.items():
+        answers = answered[request_id]
+        lengths = [len(answer) for answer in answers]
+        assert request_id in aborted or lengths == [length] * count, f"{lengths} tokens, {count} times {length} asked: {told}"
+        for answer in answers:
+            if answer:
+                try:
+                    check_answer(name, settings["kv_cache_dtype"], prompt, answer)
+                except AssertionError as error:
+                    raise AssertionError(f"{error}: {told}") from None
