@@ -130,7 +130,8 @@ def following(matcher: Any) -> list[int]:
     """The bytes that may come next, or `END`."""
     mask = xgrammar.allocate_token_bitmask(1, 257)
     matcher.fill_next_token_bitmask(mask)
-    return [token for token in range(257) if mask[0, token // 32].item() >> token % 32 & 1]
+    words = mask[0].tolist()
+    return [token for token in range(257) if words[token // 32] >> token % 32 & 1]
 
 
 def accepts(grammar: Any, value: Any) -> bool:

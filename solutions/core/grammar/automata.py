@@ -154,18 +154,16 @@ class Automaton:
 
     def listed(self, most: int) -> list[str] | None:
         """All texts, the short ones first; None: there are more than so many."""
-        found, layer = [], [("", 0)]
+        found: list[str] = []
+        layer = [("", 0)]
         while layer:
             found += [text for text, state in layer if self.final[state]]
             wide = sum(high - low + 1 for _, state in layer for chars, _ in self.edges[state] for low, high in chars)
             if len(found) + wide > 4 * most:
                 return None
+            moves = [(text, *edge) for text, state in layer for edge in self.edges[state]]
             layer = [
-                (text + chr(code), target)
-                for text, state in layer
-                for chars, target in self.edges[state]
-                for low, high in chars
-                for code in range(low, high + 1)
+                (text + chr(code), to) for text, chars, to in moves for low, high in chars for code in range(low, high + 1)
             ]
         return found if len(found) <= most else None
 
