@@ -1,7 +1,5 @@
 """Sets of texts as finite automata over Unicode code points: built from regular expressions, cut, and turned inside out.
 
-A set of characters is a tuple of ranges, sorted and apart. Half a surrogate pair is no character here.
-
 Source: Thompson's construction and the subset construction, as in Aho, Lam, Sethi, Ullman, "Compilers", chapter 3.
 """
 
@@ -13,8 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-CharSet = tuple[tuple[int, int], ...]
-ALL: CharSet = ((0, 0xD7FF), (0xE000, 0x10FFFF))
+from .charsets import ALL, CharSet, common, inverse, union
+
 MAX_STATES = 4_000
 """States of any automaton on the way; a text that needs more is too costly."""
 
@@ -24,32 +22,6 @@ class TooLarge(ValueError):
 
     def __init__(self) -> None:
         super().__init__("needs too large an automaton; make the pattern or its repetitions smaller")
-
-
-def union(*sets: CharSet) -> CharSet:
-    """All characters of several sets."""
-    merged: list[tuple[int, int]] = []
-    for low, high in sorted(pair for one in sets for pair in one):
-        if merged and low <= merged[-1][1] + 1:
-            merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
-        else:
-            merged.append((low, high))
-    return tuple(merged)
-
-
-def common(a: CharSet, b: CharSet) -> CharSet:
-    """The characters of both sets."""
-    found = [(max(low, other[0]), min(high, other[1])) for low, high in a for other in b]
-    return union(tuple((low, high) for low, high in found if low <= high))
-
-
-def inverse(chars: CharSet) -> CharSet:
-    """The characters that are not in a set."""
-    gaps, start = [], 0
-    for low, high in chars:
-        gaps.append((start, low - 1))
-        start = high + 1
-    return common(tuple((a, b) for a, b in [*gaps, (start, 0x10FFFF)] if a <= b), ALL)
 
 
 # ------------------------------------------------------------------------------------------------ regular expressions
@@ -179,6 +151,21 @@ class Automaton:
             else:
                 return False
         return self.final[state]
+
+    def listed(self, most: int) -> list[str] | None:
+        """All texts, the short ones first; None: there are more than so many."""
+        found: list[str] = []
+        layer = [("", 0)]
+        while layer:
+            found += [text for text, state in layer if self.final[state]]
+            wide = sum(high - low + 1 for _, state in layer for chars, _ in self.edges[state] for low, high in chars)
+            if len(found) + wide > 4 * most:
+                return None
+            moves = [(text, *edge) for text, state in layer for edge in self.edges[state]]
+            layer = [
+                (text + chr(code), to) for text, chars, to in moves for low, high in chars for code in range(low, high + 1)
+            ]
+        return found if len(found) <= most else None
 
     def lengths(self) -> tuple[int, int | None]:
         """Characters of the shortest and of the longest text; None: there is no longest."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from .automata import ALL, Automaton, CharSet, common, inverse, union
+from .automata import Automaton
+from .charsets import ALL, CharSet, common, inverse, union
 
 Part = str | tuple[str] | tuple[str, int, int | None]
 """EBNF as it is; or a rule by its name; or a rule so many times."""
@@ -112,6 +113,7 @@ class Rules:
     def __init__(self) -> None:
         self._rules: dict[str, list[Sequence[Part]]] = {}
         self._made: dict[object, str] = {}
+        self._chars: dict[CharSet, list[list[Part]]] = {}
         self._parts = 0
 
     def name(self, key: object) -> tuple[str, bool]:
@@ -131,6 +133,8 @@ class Rules:
 
     def char(self, chars: CharSet) -> list[list[Part]]:
         """How JSON writes a character of a set, as choices."""
+        if chars in self._chars:
+            return self._chars[chars]
         found: list[list[Part]] = []
         if raw := common(chars, RAW):
             found.append([bracket(raw)])
@@ -142,24 +146,22 @@ class Rules:
             if fresh:
                 self.add(name, [[text.strip()] for text in by_number(numbered)])
             found.append(['"\\\\u"', (name,)])
+        self._chars[chars] = found
         return found
 
     def automaton(self, language: Automaton, quotes: bool) -> str:
         """A rule for the texts of an automaton, with quotation marks and escapes, or as they are."""
-        names = [self.name((language, quotes, state)) for state in range(len(language.edges))]
-        for state, (name, fresh) in enumerate(names):
-            if not fresh:
-                continue
+        start, fresh = self.name((language, quotes))
+        if not fresh:
+            return start
+        names = [self.name((start, state))[0] for state in range(len(language.edges))]  # to hash the whole each time is slow
+        for state, name in enumerate(names):
             choices: list[Sequence[Part]] = [[QUOTE if quotes else '""']] if language.final[state] else []
             for chars, target in language.edges[state]:
                 ways = self.char(chars) if quotes else [[bracket(chars)]]
-                choices += [[*way, (names[target][0],)] for way in ways]
+                choices += [[*way, (names[target],)] for way in ways]
             self.add(name, choices)
-        first = names[0][0]
-        if not quotes:
-            return first
-        name, fresh = self.name((language, "text"))
-        return self.add(name, [[QUOTE, (first,)]]) if fresh else name
+        return self.add(start, [[QUOTE, (names[0],)] if quotes else [(names[0],)]])
 
     def counted(self, low: int, high: int | None, chars: CharSet = ALL) -> str:
         """A rule for the texts of `low` to `high` of some characters, in quotation marks."""

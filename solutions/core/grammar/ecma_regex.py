@@ -13,25 +13,21 @@ import functools
 import unicodedata
 
 from .automata import (
-    ALL,
     ANY_TEXT,
     BEGIN,
     EMPTY,
     END,
     Automaton,
-    CharSet,
     Regex,
     build,
     cat,
-    common,
     complement,
     either,
     intersect,
-    inverse,
     one_of,
     repeat,
-    union,
 )
+from .charsets import ALL, CharSet, common, inverse, union
 
 MAX_REPEAT = 10_000
 DIGITS: CharSet = ((48, 57),)
@@ -315,5 +311,7 @@ def whole(pattern: str) -> Automaton:
 
 
 def lengths(low: int, high: int | None) -> Automaton:
-    """The texts of so many characters."""
+    """The texts of so many characters; none where the most is less than the least."""
+    if high is not None and high < low:
+        return build(either())
     return build(repeat(one_of(ALL), low, high) if (low, high) != (0, 0) else EMPTY)

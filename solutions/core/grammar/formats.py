@@ -8,6 +8,11 @@ Source: JSON Schema 2020-12, validation 7.3, and the RFCs named there.
 
 from __future__ import annotations
 
+import functools
+
+from .automata import Automaton, intersect
+from .ecma_regex import lengths, whole
+
 _DAY = "(0[1-9]|1[0-9]|2[0-8])"
 _LEAP = "([0-9]{2}(0[48]|[2468][048]|[13579][26])|(0[48]|[2468][048]|[13579][26])00)"
 _YEAR = "([0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
@@ -20,8 +25,8 @@ _IPV6 = "(" + "|".join([rf"({_H}:){{7}}{_H}", *(
     (rf"({_H}(:{_H}){{0,{left - 1}}})?" if left else "") + "::" + (rf"({_H}(:{_H}){{0,{6 - left}}})?" if left < 7 else "")
     for left in range(8)
 )]) + ")"  # fmt: skip
-_LABEL = "[a-zA-Z0-9]{1,20}(-[a-zA-Z0-9]{1,20}){0,2}"  # of at most 63 characters, and of no more than 253 together
-_HOST = rf"{_LABEL}(\.{_LABEL}){{0,3}}"
+_LABEL = "[a-zA-Z0-9]+(-[a-zA-Z0-9]+)*"
+_HOST = rf"{_LABEL}(\.{_LABEL})*"
 _ATOM = "[a-zA-Z0-9!#$%&'*+/=?\\^_`{|}~\\-]+"
 _CHAR = "([a-zA-Z0-9\\-._~!$&'()*+,;=:@]|%[0-9a-fA-F]{2})"
 _TAIL = rf"(\?({_CHAR}|[/?])*)?(#({_CHAR}|[/?])*)?"
@@ -30,8 +35,16 @@ _URI = rf"[a-zA-Z][a-zA-Z0-9+\-.]*:({_AUTHORITY}|{_CHAR}+(/{_CHAR}*)*|/({_CHAR}+
 _UNITS = "([0-9]{1,9}H([0-9]{1,9}M([0-9]{1,9}S)?)?|[0-9]{1,9}M([0-9]{1,9}S)?|[0-9]{1,9}S)"
 _DAYS = "([0-9]{1,9}Y([0-9]{1,9}M([0-9]{1,9}D)?)?|[0-9]{1,9}M([0-9]{1,9}D)?|[0-9]{1,9}D)"
 _POINTER = r"(/([^/~\x00-\x1f\x7f]|~[01])*)*"
+_PLAIN = "[a-zA-Z0-9 _,:;/@!#%&<>=~'\"\\-]"
+_CLASS = r"\[\^?([a-zA-Z0-9_ .,:;/@]|a-z|a-f|A-Z|A-F|0-9|\\[dswDSW.\-\[\]\\])+\]"
+_PIECE = rf"({_PLAIN}|\.|\\[dswDSW.*+?()|\[\]{{}}^$/\\]|{_CLASS})"
+_OFTEN = r"([*+?]\??|\{[0-9]{1,2}\})?"
+_GROUP = rf"\((\?:)?({_PIECE}{_OFTEN})+(\|({_PIECE}{_OFTEN})+)*\)"
+_REGEX = rf"\^?(({_PIECE}|{_GROUP}){_OFTEN})*\$?"
 _EMAIL = rf"{_ATOM}(\.{_ATOM})*@{_HOST}"
 
+_LONGEST = {"hostname": 63, "idn-hostname": 63, "email": 64, "idn-email": 64}
+"""Characters within which no part of the text is too long."""
 FORMATS = {
     "date": _DATE,
     "time": _TIME,
@@ -52,7 +65,14 @@ FORMATS = {
     "uuid": "[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
     "json-pointer": _POINTER,
     "relative-json-pointer": rf"(0|[1-9][0-9]{{0,8}})(#|{_POINTER})",
-    "regex": r"\^?([a-zA-Z0-9 _,:;/@\-]|\\[dws.]|\[a-z\]|\[0-9\])*\$?",
+    "regex": _REGEX,
 }
 EXACT = {"date", "ipv4", "ip-address", "uuid"}
 """Formats of which the pattern is all, so that a text outside it has not the format."""
+
+
+@functools.cache
+def texts_of(name: str) -> Automaton:
+    """The texts of a format."""
+    found = whole(FORMATS[name])
+    return intersect(found, lengths(0, _LONGEST[name])) if name in _LONGEST else found

@@ -8,8 +8,9 @@ What is promised, for every schema that is not refused:
 
 Where the standard leaves a choice, answers have one form: ``", "`` and ``": "`` and no other white space; members in the order
 of the schema, then those without a name of their own; numbers as in `numbers`, characters as in `ebnf`, formats as `formats`.
-An object whose schema names members, and does not say what others there may be, has no others. Items that must be unique come
-from a list of at most `MAX_UNIQUE` values in any order, from a longer one in its order.
+An object whose schema names members, and does not say what others there may be, has no others. Items that must be unique are
+in any order where there are at most `MAX_UNIQUE` values for them, and in the order of the values where there are more. Where
+there are more than `MAX_VALUES`, such as all strings, there is one item: a grammar does not remember which it has seen.
 
 Source: https://json-schema.org/draft/2020-12/json-schema-validation; how, in `schema_logic`.
 """
@@ -19,15 +20,18 @@ from __future__ import annotations
 import functools
 import json
 from collections import deque
+from dataclasses import replace
 
 from . import schema_facts as facts
+from . import schema_scalars as scalars
 from .automata import Automaton
-from .claims import GROUPS, Branch, Claim, Goal, goal
+from .claims import GROUPS, Branch, Claim, Goal, goal, same
 from .ebnf import Part, Rules, json_literal
 from .schema_document import Document, refuse
 from .schema_logic import Logic
 
 MAX_UNIQUE = 7
+MAX_VALUES = 500
 MAX_ITEMS = 4_096
 """Most items that an array may have to have; a larger maxItems is taken to be this."""
 MAX_STATES = 5_000
@@ -62,20 +66,20 @@ class _Grammar:
         listed = facts.values(self.logic, branch)
         if listed is not None:
             return [[json_literal(text)] for text in listed]
-        if group in ("array", "object") and facts.excluded(branch):
-            raise refuse(*facts.having(branch, "values")[0][3:], "is not supported where arrays or objects must not be met")
+        if group in ("array", "object") and scalars.excluded(branch):
+            raise refuse(*scalars.having(branch, "values")[0][3:], "is not supported where arrays or objects must not be met")
         if group in ("null", "boolean"):
             texts = ["null"] if group == "null" else ["true", "false"]
-            return [[json_literal(text)] for text in texts if text not in facts.excluded(branch)]
+            return [[json_literal(text)] for text in texts if text not in scalars.excluded(branch)]
         if group == "number":
-            return [[(self.rules.automaton(facts.number_language(branch), False),)]]
+            return [[(self.rules.automaton(scalars.number_language(branch), False),)]]
         if group == "string":
-            return [[(self._text(facts.texts(branch)),)]]
+            return [[(self._text(scalars.texts(branch)),)]]
         if group == "array":
             return [[(self._array(facts.items(branch)),)]]
         return [[(self._object(choice),)] for choice in facts.members(self.logic, branch)]
 
-    def _text(self, texts: facts.Texts) -> str:
+    def _text(self, texts: scalars.Texts) -> str:
         if texts.language is not None:
             return self.rules.automaton(texts.language, True)
         return self.rules.counted(texts.low, texts.high, texts.chars)
@@ -88,12 +92,12 @@ class _Grammar:
             return name
         if wanted.low > MAX_ITEMS:
             raise ValueError(f"an array must have at most {MAX_ITEMS} items; minItems asks for {wanted.low}")
-        if wanted.unique and (wanted.high is None or wanted.high > 1):
+        inside = None
+        if wanted.unique and wanted.high not in (0, 1):
             inside = self._unique(wanted)
-        elif wanted.contains:
-            inside = self._counted_items(wanted)
-        else:
-            inside = self._items(wanted, 0)
+            wanted = wanted if inside else replace(wanted, high=1)
+        if inside is None:
+            inside = self._counted_items(wanted) if wanted.contains else self._items(wanted, 0)
         return self.rules.add(name, [['"["', (inside,), '"]"']])
 
     def _items(self, wanted: facts.Items, index: int) -> str:
@@ -150,43 +154,65 @@ class _Grammar:
             kinds = [([*claims, *more], (*after, n)) for claims, after in kinds for more, n in (*one, other)]
         return kinds
 
-    def _unique(self, wanted: facts.Items) -> str:
-        """The rule for items that are all different, which must come from a list of values."""
+    def _unique(self, wanted: facts.Items) -> str | None:
+        """The rule for items that are all different, from a list of values; None: there is none, and one item is enough."""
         values = None if wanted.heads or wanted.contains else self._finite(wanted.rest)
         if values is None:
-            raise refuse("uniqueItems", wanted.unique, "is not supported but for items from one list of values (enum)")
-        texts = list({facts.same(json.loads(text)): text for text in reversed(values)}.values())[::-1]
+            if wanted.low > 1:
+                why = f"is not supported for {wanted.low} items but where there are at most {MAX_VALUES} values for all (enum)"
+                raise refuse("uniqueItems", wanted.unique, why)
+            return None
+        texts = list({same(json.loads(text)): text for text in reversed(values)}.values())[::-1]
         high = len(texts) if wanted.high is None else min(wanted.high, len(texts))
-        low, ordered = wanted.low, len(texts) > MAX_UNIQUE
+        if len(texts) > MAX_UNIQUE:
+            return self._in_order(wanted, texts, high)
 
         def at(left: tuple[int, ...], count: int) -> str:
             name, fresh = self.rules.name((wanted, left, count))
             if not fresh:
                 return name
-            choices: list[list[Part]] = [[NOTHING]] if count >= low else []
+            choices: list[list[Part]] = [[NOTHING]] if count >= wanted.low else []
             for i in left if count < high else ():
-                rest = tuple(j for j in left if (j > i if ordered else j != i))
-                if low - count - 1 <= len(rest):
-                    choices.append([*([COMMA] if count else []), json_literal(texts[i]), (at(rest, count + 1),)])
+                rest = tuple(j for j in left if j != i)
+                choices.append([*([COMMA] if count else []), json_literal(texts[i]), (at(rest, count + 1),)])
             return self.rules.add(name, choices)
 
-        if ordered and len(texts) ** 2 > MAX_STATES:
-            raise refuse("uniqueItems", wanted.unique, f"is not supported for lists of {len(texts)} values")
         return at(tuple(range(len(texts))), 0)
 
+    def _in_order(self, wanted: facts.Items, texts: list[str], high: int) -> str:
+        """The rule for some of these texts in their order, at most `high` of them."""
+        top = max(1, wanted.low, high if high < len(texts) else 0)
+        if len(texts) * (top + 1) > MAX_STATES:
+            raise refuse("uniqueItems", wanted.unique, f"is not supported for so many of {len(texts)} values")
+        names = [[self.rules.name((wanted, i, count))[0] for count in range(top + 1)] for i in range(len(texts) + 1)]
+        for i, text in enumerate(texts):
+            for count in range(top + 1):
+                choices: list[list[Part]] = [[(names[i + 1][count],)]]
+                if count < high or top < high:
+                    choices.append([*([COMMA] if count else []), json_literal(text), (names[i + 1][min(count + 1, top)],)])
+                self.rules.add(names[i][count], choices)
+        for count in range(top + 1):
+            self.rules.add(names[-1][count], [[NOTHING]] if count >= wanted.low else [])
+        return names[0][0]
+
     def _finite(self, wanted: Goal) -> list[str] | None:
-        """All values of a goal, if it lists them."""
+        """All values of a goal, if there are not too many."""
         found: list[str] = []
         for group in GROUPS:
             for branch in self.logic.branches(wanted, group):
                 listed = facts.values(self.logic, branch)
                 if listed is None and group in ("null", "boolean"):
                     texts = ["null"] if group == "null" else ["true", "false"]
-                    listed = [text for text in texts if text not in facts.excluded(branch)]
+                    listed = [text for text in texts if text not in scalars.excluded(branch)]
+                elif listed is None and group == "number":
+                    listed = scalars.number_language(branch).listed(MAX_VALUES)
+                elif listed is None and group == "string" and (language := scalars.texts(branch).language):
+                    listed = language.listed(MAX_VALUES)
+                    listed = listed and [json.dumps(text, ensure_ascii=False) for text in listed]
                 if listed is None:
                     return None
                 found += listed
-        return found
+        return found if len(found) <= MAX_VALUES else None
 
     # --------------------------------------------------------------------------------------------------------- objects
 

@@ -17,7 +17,6 @@ from fractions import Fraction
 from .automata import (
     EMPTY,
     Automaton,
-    CharSet,
     Regex,
     any_of,
     build,
@@ -30,12 +29,14 @@ from .automata import (
     one_of,
     repeat,
 )
+from .charsets import CharSet
 from .ecma_regex import whole
 
 INTEGER_DIGITS = 40
 """Most digits of an integer, unless a bound has more."""
 FRACTION_DIGITS = 15
-MAX_MULTIPLE = 2_000
+MAX_PLACES = 12
+"""Digits behind the point of what a number must be a multiple of."""
 FREE = r"-?(0|[1-9][0-9]{0,39})(\.[0-9]{1,20})?|-?[0-9](\.[0-9]{1,20})?[eE][+\-]?([0-9]{1,2}|[12][0-9][0-9]|30[0-7])"
 """A number of which nothing is asked; within the range of a float."""
 ZERO = (Decimal(0), False)
@@ -132,35 +133,43 @@ def _decimals(low: tuple[Decimal, bool], high: tuple[Decimal, bool] | None, digi
     return found
 
 
+def exact(number: int | float) -> Fraction:
+    """The number that is written: 0.01 is a hundredth, though a float is only near to one."""
+    return Fraction(repr(number))
+
+
 def _multiples(of: int | float) -> Automaton:
-    """Numbers, with a sign or without, that are multiples of a number.
+    """Numbers, with a sign or without, that are multiples of a number, as decimals say.
+
+    A state is where in the number, how many digits behind the point, and the remainder of all digits; remainders that the same
+    digits make whole are taken as one.
 
     Raises:
-        ValueError: readers disagree about its multiples, or there are too many remainders.
+        ValueError: there are too many remainders, or digits behind the point.
     """
-    exact = Fraction(of)
-    if exact != Fraction(repr(of)):
-        raise ValueError(
-            f"{of!r} is not supported: numbers in floats are no multiples of it; whole numbers and such as 0.25 are"
-        )
-    places = 0
-    while (exact * 10**places).denominator != 1 and places < 12:
-        places += 1
-    step = exact * 10**places
-    if step.denominator != 1 or step > MAX_MULTIPLE:
-        raise ValueError(f"{of!r} is not supported: it must be at most {MAX_MULTIPLE}, with few digits behind the point")
+    step, places = exact(of), 0
+    while step.denominator != 1 and places < MAX_PLACES:
+        step, places = step * 10, places + 1
+    if step.denominator != 1:
+        raise ValueError(f"{of!r} has more than {MAX_PLACES} digits behind the point")
+    size, alike = int(step), {}
 
-    size = int(step)
+    def rest_of(digits: int) -> int:
+        rest, wanted, power = digits % size, [], 1
+        while power < 10 * size:  # the digits, 0, 1, 2 of them …, that would make it whole
+            missing = -rest * power % size
+            wanted.append(missing if missing < power else None)
+            power *= 10
+        return alike.setdefault(tuple(wanted), rest)
 
     def moves(state: tuple[str, int, int]) -> list[tuple[CharSet, tuple[str, int, int]]]:
-        """A state: where in the number, how many digits behind the point, the remainder of all digits."""
         where, behind, rest = state
         if behind == places and where in ("point", "behind"):
             return [(((48, 48),), ("behind", behind, rest))]
         after = behind + (where in ("point", "behind"))
         where_to = "behind" if after else "front"
         out: list[tuple[CharSet, tuple[str, int, int]]] = [
-            (((48 + digit, 48 + digit),), (where_to, after, (rest * 10 + digit) % size)) for digit in range(10)
+            (((48 + digit, 48 + digit),), (where_to, after, rest_of(rest * 10 + digit))) for digit in range(10)
         ]
         if where == "start":
             out.append((((45, 45),), ("sign", 0, 0)))
@@ -172,7 +181,10 @@ def _multiples(of: int | float) -> Automaton:
         where, behind, rest = state
         return where in ("front", "behind") and rest * 10 ** (places - behind) % size == 0
 
-    return explore(("start", 0, 0), moves, final)
+    found = explore(("start", 0, 0), moves, final)
+    if Fraction(of) == exact(of):
+        return found
+    return intersect(found, whole(rf"-?[0-9]+|-?[0-9]{{1,{FRACTION_DIGITS - places}}}\.[0-9]+"))  # as a float reads it back
 
 
 def _integers(low: int | None, high: int | None) -> Automaton:
@@ -230,6 +242,9 @@ def numbers(bounds: Bounds) -> Automaton:
     if bounds.high:
         exact = Fraction(bounds.high[0])
         high = math.ceil(exact) - 1 if bounds.high[1] else math.floor(exact)
+    if bounds.multiples:  # digits and remainders are counted together
+        most = 10 ** max(FRACTION_DIGITS, len(str(low or 0)), len(str(high or 0)))
+        low, high = -most if low is None else low, most if high is None else high
     found = build(either())
     if not bounds.fraction:
         found = _integers(low, high) if low is None or high is None or low <= high else found

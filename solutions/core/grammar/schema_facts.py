@@ -1,143 +1,20 @@
-"""A branch's demands put together: one range, one automaton, one goal for each member; see `schema_logic`."""
+"""A branch's demands put together: the items of an array, the members of an object, the values that it lists; see
+`schema_logic`. Those on numbers and texts are in `schema_scalars`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from functools import lru_cache, reduce
+from functools import lru_cache
 from typing import Any
 
-from .automata import ALL, ANY_TEXT, Automaton, CharSet, any_of, build, complement, either, intersect, literal, one_of, repeat
+from .automata import ANY_TEXT, Automaton, any_of, build, complement, either, intersect, literal, one_of, repeat
 from .claims import GROUPS, Branch, Claim, Demand, Goal, Reasoning, goal, group_of, same
-from .ecma_regex import lengths, search, whole
-from .formats import FORMATS
-from .numbers import Bounds, numbers
+from .ecma_regex import lengths, search
+from .numbers import exact
 from .schema_document import refuse
-
-MAX_COUNTED = 3_000
-"""States of an automaton that counts characters besides; a longest length that needs more is taken to be less."""
-
-
-def having(branch: Branch, *names: str) -> list[Demand]:
-    """A branch's demands of some names."""
-    return [demand for demand in branch if demand[0] in names]
-
-
-def extent(branch: Branch, name: str) -> tuple[int, int | None]:
-    """The least and the most of what a name counts."""
-    found = having(branch, name)
-    highest = [demand[2] for demand in found if demand[2] is not None]
-    return max((demand[1] for demand in found), default=0), min(highest, default=None)
-
-
-def _named(keyword: str, path: str, make: Callable[..., Automaton], *args: Any) -> Automaton:
-    """What `make` makes; its complaint names the keyword."""
-    try:
-        return make(*args)
-    except ValueError as error:
-        raise refuse(keyword, path, f"is not supported: {error}") from None
-
-
-def excluded(branch: Branch) -> list[str]:
-    """The values, as JSON texts, that a branch forbids."""
-    return [text for demand in having(branch, "values") if not demand[2] for text in demand[1]]
-
-
-# ------------------------------------------------------------------------------------------------------------ numbers
-
-
-def number_language(branch: Branch) -> Automaton:
-    """The texts of the numbers of a branch."""
-    ends: dict[str, tuple[int | float, bool] | None] = {"low": None, "high": None}
-    for name, bound, strict in having(branch, "low", "high"):
-        old = ends[name]
-        tighter = old is None or (bound > old[0] if name == "low" else bound < old[0]) or (bound == old[0] and strict)
-        ends[name] = (bound, strict) if tighter else old
-    multiples = having(branch, "multiple")
-    whole_numbers = [demand[1] for demand in having(branch, "whole")]
-    bounds = Bounds(
-        ends["low"], ends["high"], True in whole_numbers, False in whole_numbers,
-        tuple(demand[1] for demand in multiples if demand[2]), tuple(demand[1] for demand in multiples if not demand[2]),
-    )  # fmt: skip
-    barred = tuple(json.loads(text) for text in excluded(branch))
-    bounds = replace(bounds, barred=barred)
-    return _named("multipleOf", multiples[0][3], numbers, bounds) if multiples else numbers(bounds)
-
-
-# -------------------------------------------------------------------------------------------------------------- texts
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Texts of `low` to `high` of some characters; or, if there is one, those of an automaton."""
-
-    low: int = 0
-    high: int | None = None
-    chars: CharSet = ALL
-    language: Automaton | None = None
-
-    @property
-    def empty(self) -> bool:
-        if self.language is not None:
-            return self.language.empty
-        return self.high is not None and self.low > self.high
-
-    def accepts(self, text: str) -> bool:
-        if self.language is not None:
-            return self.language.accepts(text)
-        return self.low <= len(text) and (self.high is None or len(text) <= self.high)
-
-
-def texts(branch: Branch, formats: bool = True) -> Texts:
-    """The texts, as values, of a branch. A format that no text has beside the rest is left to be an annotation."""
-    low, high = extent(branch, "length")
-    found: Automaton | None = None
-    path = keyword = ""
-    for name, text, holds, path in having(branch, "pattern", *(["format"] if formats else [])):
-        keyword = name
-        made = (search, text, not holds) if name == "pattern" else (whole, FORMATS[text])
-        one = _named(name, path, *made)
-        one = one if holds else _named(name, path, complement, one)
-        found = one if found is None else _named(name, path, intersect, found, one)
-    barred = excluded(branch)
-    if found is None and not barred:
-        return Texts(low, high)
-    if barred:
-        keyword, path = having(branch, "values")[0][3:]
-        found = _outside(build(ANY_TEXT) if found is None else found, [json.loads(text) for text in barred], path)
-    if not found.empty:
-        found = _named(keyword, path, _cut, found, low, high)
-    if isinstance(found, Texts):
-        return found
-    if found.empty and formats and having(branch, "format"):
-        return texts(branch, False)
-    return Texts(language=found)
-
-
-def _cut(found: Automaton, low: int, high: int | None) -> Automaton | Texts:
-    """An automaton's texts of at least and at most so many characters."""
-    shortest, longest = found.lengths()
-    low = low if low > shortest else 0
-    high = None if high is None or (longest is not None and longest <= high) else high
-    if (low, high) == (0, None):
-        return found
-    if (chars := _one_class(found)) is not None:
-        return Texts(max(low, len(found.edges) - 1), high, chars)
-    most = max(MAX_COUNTED // len(found.edges), 16)
-    if max(low, shortest) > most:
-        raise ValueError("a length as large beside it needs too large an automaton")
-    return intersect(found, lengths(low, None if high is None else min(high, most)))
-
-
-def _one_class(found: Automaton) -> CharSet | None:
-    """The characters of an automaton for nothing but: so many of these, or more."""
-    last = len(found.edges) - 1
-    chars = found.edges[last][0][0] if found.edges[last] else None
-    plain = all(out == ((chars, min(i + 1, last)),) for i, out in enumerate(found.edges))
-    return chars if plain and found.final == (False,) * last + (True,) else None
-
+from .schema_scalars import extent, formats_apart, having, naming, number_language, outside, texts
 
 # ------------------------------------------------------------------------------------------------------------- arrays
 
@@ -204,25 +81,19 @@ def _names_of(logic: Reasoning, demand: Demand) -> Callable[[str], bool]:
     path = demand[-1]
 
     def about(name: str) -> bool:
-        if only is not None and not _named("patternProperties", path, search, only).accepts(name):
+        if only is not None and not naming("patternProperties", path, search, only).accepts(name):
             return False
-        return name not in names and not any(_named("patternProperties", path, search, one).accepts(name) for one in patterns)
+        return name not in names and not any(naming("patternProperties", path, search, one).accepts(name) for one in patterns)
 
     return about
 
 
 def _language(names: Any, patterns: Any, only: str | None, path: str) -> Automaton:
     """The names that are none of these, match none of these patterns, and do match another."""
-    found = build(ANY_TEXT) if only is None else _named("patternProperties", path, search, only)
+    found = build(ANY_TEXT) if only is None else naming("patternProperties", path, search, only)
     for pattern in patterns:
-        found = _named("patternProperties", path, intersect, found, complement(search(pattern, True)))
-    return _outside(found, names, path)
-
-
-def _outside(found: Automaton, names: Any, path: str) -> Automaton:
-    if not names:
-        return found
-    return _named("properties", path, intersect, found, complement(build(either(*map(literal, names)))))
+        found = naming("patternProperties", path, intersect, found, complement(search(pattern, True)))
+    return outside(found, names, path)
 
 
 def members(logic: Reasoning, branch: Branch) -> list[Members]:
@@ -238,7 +109,7 @@ def members(logic: Reasoning, branch: Branch) -> list[Members]:
     def at(name: str) -> Goal:
         claims = [demand[2] for demand in single if demand[1] == name]
         claims += [
-            claim for _, pattern, claim, where in like if _named("patternProperties", where, search, pattern).accepts(name)
+            claim for _, pattern, claim, where in like if naming("patternProperties", where, search, pattern).accepts(name)
         ]
         claims += [demand[3] for demand in rest if _names_of(logic, demand)(name)]
         return goal(*claims, *(() if meets(logic, name_goal, name) else (logic.never,)))
@@ -262,15 +133,15 @@ def _others(logic: Reasoning, branch: Branch, taken: list[str], name_goal: Goal,
     start = build(ANY_TEXT)
     if name_goal:
         start = any_of(*(_language_of(logic, one) for one in logic.branches(name_goal, "string")))
-    parted = [(_outside(start, taken, path), goal())]
+    parted = [(outside(start, taken, path), goal())]
     for _, pattern, claim, where in having(branch, "like"):
-        inner, outer = (_named("patternProperties", where, search, pattern, wide) for wide in (False, True))
+        inner, outer = (naming("patternProperties", where, search, pattern, wide) for wide in (False, True))
         parted = [
             (names, wanted)
             for old, wanted_before in parted
             for names, wanted in (
-                (_named("patternProperties", where, intersect, old, inner), goal(*wanted_before, claim)),
-                (_named("patternProperties", where, intersect, old, complement(outer)), wanted_before),
+                (naming("patternProperties", where, intersect, old, inner), goal(*wanted_before, claim)),
+                (naming("patternProperties", where, intersect, old, complement(outer)), wanted_before),
             )
             if not names.empty
         ]
@@ -348,9 +219,7 @@ def _number_holds(branch: Branch, value: int | float) -> bool:
             return False
     if any((value == int(value)) != holds for _, holds in having(branch, "whole")):
         return False
-    return all(
-        ((Fraction(value) / Fraction(step)).denominator == 1) == holds for _, step, holds, _ in having(branch, "multiple")
-    )
+    return all(((exact(value) / exact(step)).denominator == 1) == holds for _, step, holds, _ in having(branch, "multiple"))
 
 
 def _items_hold(logic: Reasoning, wanted: Items, value: list[Any]) -> bool:
@@ -406,7 +275,7 @@ def impossible(logic: Reasoning, branch: Branch, group: str, depth: int) -> bool
     if group == "number":
         return number_language(branch).empty
     if group == "string":
-        return texts(branch, False).empty if not having(branch, "format") else _formats_apart(branch)
+        return texts(branch, False).empty if not having(branch, "format") else formats_apart(branch)
     if group == "array":
         wanted = items(branch)
         if wanted.high is not None and wanted.low > wanted.high:
@@ -417,13 +286,6 @@ def impossible(logic: Reasoning, branch: Branch, group: str, depth: int) -> bool
             any(_nothing(logic, one.named[name], depth - 1) for name in one.needed) for one in members(logic, branch)
         )
     return False
-
-
-def _formats_apart(branch: Branch) -> bool:
-    languages = [
-        whole(FORMATS[text]) if holds else complement(whole(FORMATS[text])) for _, text, holds, _ in having(branch, "format")
-    ]
-    return reduce(intersect, languages).empty or texts(branch, False).empty
 
 
 def _nothing(logic: Reasoning, wanted: Goal, depth: int) -> bool:
