@@ -19,6 +19,7 @@ from solutions.batching.sequence import RequestOutputKind, SamplingParams
 from solutions.core.output import CompletionOutput, RequestOutput
 from solutions.core.sampling.sampler import Sampler
 from solutions.core.text.detokenizer import Detokenizer, special_token_ids
+from solutions.models.config.entries import Entries
 from solutions.models.gguf_tokenizer import tokenizer_from_gguf
 from solutions.models.loader import load_tokenizer, resolve_model
 from solutions.serving.openai_protocol import CompletionRequest
@@ -299,14 +300,15 @@ def sentencepiece() -> Any:
     """Llama's kind, with a token for each beginning of two words."""
     words = [*WORDS[:259], *(word[:n] for word in ("▁Hello", "▁world", "▁▁") for n in range(1, len(word) + 1)), *"Helowrd.,"]
     tokens = list(dict.fromkeys(words))
-    return tokenizer_from_gguf(
+    entries = Entries(
         {
             "ggml.model": "llama", "ggml.tokens": tokens, "ggml.scores": [-float(i) for i in range(len(tokens))],
             "ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * (len(tokens) - 259)],
             "ggml.bos_token_id": 1, "ggml.eos_token_id": 2, "ggml.unknown_token_id": 0,
         },
-        100,
+        "a file",
     )  # fmt: skip
+    return tokenizer_from_gguf(entries, 100)
 
 
 def changed() -> Any:
