@@ -90,10 +90,11 @@ Strings = Annotated[list[str], BeforeValidator(_text_or_list, json_schema_input_
 
 def field_path(keys: list[Any]) -> str:
     """The place of a value in a body as a person would write it, such as ``messages[1].name``: a number is a place in a list, a
-    text a field."""
+    text a field, the empty one in quotes."""
     path = ""
     for key in keys:
-        path += f"[{key}]" if isinstance(key, int) else f".{key}" if path else key
+        name = key or '""'
+        path += f"[{key}]" if isinstance(key, int) else f".{name}" if path else name
     return path
 
 
