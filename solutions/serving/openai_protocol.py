@@ -339,13 +339,6 @@ class CompletionRequest(GenerationRequest):
     echo: Bool | None = None
     """Puts the prompt before the generated text, and its log-probabilities before the others."""
 
-    @field_validator("echo")
-    @classmethod
-    def _check_echo(cls, echo: bool | None, info: ValidationInfo) -> bool | None:
-        if echo and info.data.get("logprobs") is not None and info.data.get("stream"):
-            raise ValueError("not supported together with logprobs in a stream")
-        return echo
-
     @field_validator("best_of")
     @classmethod
     def _check_best_of(cls, best_of: int | None, info: ValidationInfo) -> int | None:

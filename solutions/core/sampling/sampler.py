@@ -24,7 +24,7 @@ from .logits_processors import LogitsProcessors, to_device
 from .selection import BLOCK, Filters, argmax, draw, ranked
 
 MAX_TEMPERATURE = 1e30
-"""Where all tokens are equally likely in float32. Beyond its range logits would be divided to zeros, and minus infinity to NaN."""
+"""Where all tokens are equally likely. Infinity, which a larger one may be in float32, would divide minus infinity to NaN."""
 MIN_MIN_P = 1e-37
 """A smaller `min_p` is 0 in float32."""
 LOGPROB_ROWS = 64
@@ -275,7 +275,9 @@ class Sampler:
             min_p=to_device(min_p, torch.float32, device),
             top_k=to_device(top_k, torch.int64, device),
             top_p=to_device([p.top_p for p in params], torch.float64, device),
-            need_mass=any(p.top_p < 1.0 and low == 0.0 and not self._has_top_k(p) for p, low in zip(params, min_p, strict=True)),
+            need_mass=any(
+                p.top_p < 1.0 and low == 0.0 and not self._has_top_k(p) for p, low in zip(params, min_p, strict=True)
+            ),
         )
 
     def _has_top_k(self, params: SamplingParams) -> bool:
