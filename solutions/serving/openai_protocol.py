@@ -90,10 +90,11 @@ Strings = Annotated[list[str], BeforeValidator(_text_or_list, json_schema_input_
 
 def field_path(keys: list[Any]) -> str:
     """The place of a value in a body as a person would write it, such as ``messages[1].name``: a number is a place in a list, a
-    text a field."""
+    text a field, the empty one in quotes."""
     path = ""
     for key in keys:
-        path += f"[{key}]" if isinstance(key, int) else f".{key}" if path else key
+        name = key or '""'
+        path += f"[{key}]" if isinstance(key, int) else f".{name}" if path else name
     return path
 
 
@@ -337,13 +338,6 @@ class CompletionRequest(GenerationRequest):
     """So many are sampled, and the `n` with the highest log-probability per token returned."""
     echo: Bool | None = None
     """Puts the prompt before the generated text, and its log-probabilities before the others."""
-
-    @field_validator("echo")
-    @classmethod
-    def _check_echo(cls, echo: bool | None, info: ValidationInfo) -> bool | None:
-        if echo and info.data.get("logprobs") is not None and info.data.get("stream"):
-            raise ValueError("not supported together with logprobs in a stream")
-        return echo
 
     @field_validator("best_of")
     @classmethod

@@ -169,6 +169,24 @@ def test_echo_with_logprobs_scores_the_prompt(client: openai.OpenAI, tokenizer: 
     assert len(got.tokens) == len(tokens) + 2
 
 
+@pytest.mark.parametrize("stop", [None, ["e"]])
+def test_echo_in_a_stream_scores_each_choices_prompt_once(client: openai.OpenAI, stop: list[str] | None) -> None:
+    fields = {**GREEDY, "prompt": ["The sky is", "é"], "max_tokens": 4, "echo": True, "logprobs": 2, "n": 2, "stop": stop}
+    whole = client.completions.create(**fields)
+    texts, streamed = [""] * 4, [{"tokens": [], "token_logprobs": [], "text_offset": [], "top_logprobs": []} for _ in range(4)]
+    for chunk in client.completions.create(**fields, stream=True):
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.text
+        for name, values in streamed[choice.index].items():
+            values += getattr(choice.logprobs, name)
+    for choice in whole.choices:
+        got, expected = streamed[choice.index], choice.logprobs
+        assert (texts[choice.index], got["tokens"], got["text_offset"]) == (choice.text, expected.tokens, expected.text_offset)
+        assert got["token_logprobs"][0] is None
+        assert got["token_logprobs"][1:] == pytest.approx(expected.token_logprobs[1:], abs=2e-3)
+        assert "".join(got["tokens"]) == choice.text
+
+
 def test_completion_logprobs(client: openai.OpenAI) -> None:
     fields = {**GREEDY, "prompt": "Once upon a", "max_tokens": 6, "logprobs": 3}
     choice = client.completions.create(**fields).choices[0]

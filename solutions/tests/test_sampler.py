@@ -66,6 +66,11 @@ PARAMETERS: list[dict[str, Any]] = [
     {"top_k": -1},
     {"top_p": 1e-6},
     {"top_p": 0.8},
+    {"temperature": 1e300, "top_p": 0.5},
+    {"temperature": 1e39, "top_k": 5},
+    {"min_p": 1e-300, "top_p": 0.9, "temperature": 9.0},
+    {"repetition_penalty": 1e-300},
+    {"repetition_penalty": 1e300, "temperature": 0.01},
     {"top_k": 40, "top_p": 0.8, "min_p": 0.02, "temperature": 0.7},
     {
         "allowed_token_ids": list(range(60)), "bad_words_token_ids": [[20, 21, 8]], "min_tokens": 9,

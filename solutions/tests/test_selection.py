@@ -169,6 +169,17 @@ def test_draw_goes_to_every_kept_token_and_no_other(route: str, params: dict) ->
     assert np.abs(counts - weights / weights.sum() * count).max() < 1.1
 
 
+def test_the_two_zeros_are_one_number() -> None:
+    """A high temperature makes zeros of either sign; the gap from -0.0 to 0.0 is -0.0, whose bits are those of no bucket."""
+    x = torch.zeros(2, 3 * BLOCK)
+    x[:, ::2] = -0.0
+    x[1] *= -1
+    top_p, top_k = SamplingParams(top_p=1e-300), SamplingParams(top_k=100)
+    assert masked(x, top_p, top_k).all()
+    u = torch.tensor([0.0, 0.9999], dtype=torch.float64)
+    assert filters(top_p, top_k, width=3 * BLOCK).draw(x, u, torch.empty_like(x)).tolist() == [0, 3 * BLOCK - 1]
+
+
 def test_broken_rows_stay_among_themselves() -> None:
     x = logits(4, 20 * BLOCK)
     alone, u = x[1:2].clone(), torch.full((4,), 0.3, dtype=torch.float64)

@@ -55,7 +55,6 @@ def request(rng: random.Random) -> tuple[bool, dict[str, Any]]:
     if rng.random() < 0.3:
         fields |= {"logprobs": True, "top_logprobs": 1} if chat else {"logprobs": 1}
     if not chat and rng.random() < 0.2:
-        fields.pop("logprobs", None)
         fields["echo"] = True
     return chat, fields
 

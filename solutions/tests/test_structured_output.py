@@ -182,6 +182,10 @@ def test_drafts_on_trial_are_forgotten(compiler: GrammarCompiler) -> None:
         (StructuredOutput("grammar", "root ::= nope"), 'the grammar is not valid: .*Rule "nope" is not defined'),
         (StructuredOutput("choice", "[]"), "the choice is not valid"),
         (StructuredOutput("choice", r'["\ud800"]'), "the choice is not valid: it holds half of a surrogate pair"),
+        (StructuredOutput("regex", r"[\uD800-\uDFFF]"), "the regex is not valid: half of a surrogate pair at character 2"),
+        (StructuredOutput("regex", r"\\\ud83d\ude00"), "the regex is not valid: half of a surrogate pair"),
+        (StructuredOutput("regex", r"\u{d83d}"), "the regex is not valid: half of a surrogate pair"),
+        (StructuredOutput("grammar", r'root ::= "\udC00"'), "the grammar is not valid: half of a surrogate pair"),
         (StructuredOutput("grammar", "root ::= a\na ::= root"), "the grammar is not valid: there is no text of this form"),
     ],
 )

@@ -83,6 +83,9 @@ class Document:
             raise ValueError(f"it is nested more than {MAX_DEPTH} deep") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"it is not JSON: {error}") from None
+        except ValueError as error:  # Python's limit for the digits of an integer
+            reason = str(error) if str(error).startswith("it is") else "a number in it has too many digits"
+            raise ValueError(reason) from None
         self._keys: dict[Any, int] = {}
         self._of: dict[int, tuple[int, str, str]] = {}  # id of a value → its key, path, base
         self._resources: dict[str, Any] = {}

@@ -21,6 +21,8 @@ from ..structured.structured_output import by_guide, forbid
 BANNED = -1e30
 """Logit of a token that may not come next. It is finite, so that where every allowed token is banned one of them comes
 all the same, and none that `allowed_token_ids` leaves out (-inf)."""
+MAX_PENALTY = 1e25
+"""Of repetition; the least is one through this. In float32 more would make logits infinite, and then no numbers."""
 
 
 def to_device(data: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -55,10 +57,6 @@ class TokenCounts:
         self._seen = len(tokens)
 
 
-LARGEST = 1e30
-"""What a penalty may make of a logit: a temperature divides it later, and infinite logits have no probabilities."""
-
-
 class LogitsProcessors:
     """The operations that one batch asks for, in vLLM's order: structured_output, allowed_token_ids, bad_words, min_tokens,
     logit_bias, repetition penalty, frequency penalty, presence penalty.
@@ -91,10 +89,10 @@ class LogitsProcessors:
         penalised = [(i, s) for i, s in rows if _has_penalty(s)]
         self._penalised_rows = [i for i, _ in penalised]
         self._counts = {s: known.get(s) or TokenCounts(s) for _, s in penalised}
-        self._penalties = [
-            np.array([getattr(s.params, name) for _, s in penalised], dtype=np.float32)
-            for name in ("repetition_penalty", "frequency_penalty", "presence_penalty")
-        ]
+        names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+        penalties = np.array([[getattr(s.params, name) for _, s in penalised] for name in names])
+        penalties[0] = penalties[0].clip(1 / MAX_PENALTY, MAX_PENALTY)
+        self._penalties = list(penalties.astype(np.float32))
 
     @staticmethod
     def wanted(sequences: list[Sequence]) -> bool:
@@ -153,8 +151,8 @@ class LogitsProcessors:
         places = to_device(index, torch.int64, self._device)
         count, repetition, frequency, presence = to_device(np.stack(host), torch.float32, self._device)
         logit = flat[places]
-        repetition = repetition.clamp_min(1 / LARGEST)  # 0 times what is forbidden would be no number
-        logit = torch.where(logit > 0, logit / repetition, logit * repetition).clamp_max_(LARGEST)
+        penalised = torch.where(logit > 0, logit / repetition, logit * repetition)
+        logit = torch.where(logit == -math.inf, logit, penalised.clamp(BANNED, -BANNED))
         flat[places] = logit - frequency * count - presence * (count > 0)
 
 

@@ -23,6 +23,10 @@ from . import selection_cpu
 from .logits_processors import LogitsProcessors, to_device
 from .selection import BLOCK, Filters, argmax, draw, ranked
 
+MAX_TEMPERATURE = 1e30
+"""Where all tokens are equally likely. Infinity, which a larger one may be in float32, would divide minus infinity to NaN."""
+MIN_MIN_P = 1e-37
+"""A smaller `min_p` is 0 in float32."""
 LOGPROB_ROWS = 64
 """Rows whose log-probabilities are worked out at once, which bounds the memory for those of a long prompt."""
 
@@ -241,7 +245,7 @@ class Sampler:
         greedy = [row for row, p in enumerate(params) if p.greedy]
         random_rows = [row for row, p in enumerate(params) if not p.greedy]
         chosen = [params[row] for row in random_rows]
-        scales = [[p.temperature] for p in chosen]
+        scales = [[min(p.temperature, MAX_TEMPERATURE)] for p in chosen]
         has_filter = [p.min_p > 0.0 or p.top_p < 1.0 or self._has_top_k(p) for p in chosen]
         plain = [place for place, wanted in enumerate(has_filter) if not wanted]
         filtered = [place for place, wanted in enumerate(has_filter) if wanted]
@@ -266,11 +270,14 @@ class Sampler:
 
     def _filters(self, params: list[SamplingParams], device: torch.device) -> Filters:
         top_k = [p.top_k if self._has_top_k(p) else self._width for p in params]
+        min_p = [p.min_p if p.min_p >= MIN_MIN_P else 0.0 for p in params]
         return Filters(
-            min_p=to_device([p.min_p for p in params], torch.float32, device),
+            min_p=to_device(min_p, torch.float32, device),
             top_k=to_device(top_k, torch.int64, device),
             top_p=to_device([p.top_p for p in params], torch.float64, device),
-            need_mass=any(p.top_p < 1.0 and p.min_p == 0.0 and not self._has_top_k(p) for p in params),
+            need_mass=any(
+                p.top_p < 1.0 and low == 0.0 and not self._has_top_k(p) for p, low in zip(params, min_p, strict=True)
+            ),
         )
 
     def _has_top_k(self, params: SamplingParams) -> bool:

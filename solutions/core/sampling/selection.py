@@ -179,7 +179,7 @@ class Filters:
 
     def _cutoff_of_row(self, row: int, logits: Tensor, largest: Tensor) -> Tensor:
         """The cutoff of one row from all its logits [W] and the largest of them."""
-        gaps = largest - logits
+        gaps = largest - logits + 0.0  # of -0.0, the gap between the two zeros, it makes 0.0
         cutoff = largest + self.min_p[row].log()
         if (top_k := int(self.top_k[row])) < len(logits):
             cutoff = cutoff.maximum(_reach(logits, gaps, torch.ones_like(gaps), top_k))

@@ -29,6 +29,8 @@ SLACK_SECONDS = 1.0
 OBJECT = '{"type": "object"}'
 _PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 """What XGrammar's messages begin with: a time, and a line of its source."""
+_SURROGATE = re.compile(r"(?<!\\)(?:\\\\)*(\\(?:u|u\{0*|U0000|x\{0*)[dD][89a-fA-F][0-9a-fA-F]{2})")
+"""A regex's or a grammar's escape for half of a surrogate pair. XGrammar would write it in bytes that are no UTF-8."""
 
 
 class GrammarCompiler:
@@ -78,6 +80,9 @@ class GrammarCompiler:
             ValueError: it is not well-formed, and the message says where; or no text has this form.
         """
         kind, text = wanted.kind, wanted.definition
+        if kind in ("regex", "grammar") and (found := _SURROGATE.search(text)):
+            place = f"half of a surrogate pair at character {found.start(1) + 1}; write the character itself"
+            raise ValueError(f"structured_output: the {kind} is not valid: {place}")
         try:
             if kind in ("json", "json_object"):
                 grammar = self._compiler.compile_grammar(_json_grammar(OBJECT if kind == "json_object" else text))

@@ -35,7 +35,7 @@ from .openai_protocol import (
     GenerationRequest,
 )
 from .output_stream import OutputStream
-from .token_logprobs import chat_logprobs, completion_logprobs, prompt_texts
+from .token_logprobs import Position, chat_logprobs, completion_logprobs, prompt_texts
 
 logger = logging.getLogger(__name__)
 
@@ -113,20 +113,34 @@ class CompletionReply(Reply):
         super().__init__(*args)
         self._offsets: dict[int, int] = {}  # choice → characters of its tokens so far
         self._echoed: dict[int, list[str]] = {}  # choice → texts of its prompt's tokens, which are its first
+        self._scores: dict[str, list[Position | None]] = {}  # request → log-probabilities of its prompt
+        self._begun: set[int] = set()  # choices that have their prompt
 
     def whole(self, outputs: list[RequestOutput]) -> CompletionResponse:
         if self.request.best_of is not None:
             outputs = [self._best(output) for output in outputs]
-        choices = [
-            self._choice(index, self._with_prompt(output, index, sequence))
-            for output in outputs
-            for index, sequence in self.choices(output)
-        ]
+        choices = [self._choice(index, sequence) for output in outputs for index, sequence in self.choices(output)]
         choices.sort(key=lambda choice: choice.index)
         return CompletionResponse(**self.head, choices=choices, usage=self.usage)
 
+    def choices(self, output: RequestOutput) -> Iterable[tuple[int, CompletionOutput]]:
+        """With `echo`, what comes first of a choice comes behind its prompt, unless the opening brings that."""
+        if output.prompt_logprobs is not None:
+            self._scores[output.request_id] = output.prompt_logprobs
+        for index, sequence in super().choices(output):
+            if not self.request.echo or self._opens_with_prompt or index in self._begun:
+                yield index, sequence
+            else:
+                self._begun.add(index)
+                yield index, self._with_prompt(output, index, sequence)
+
+    @property
+    def _opens_with_prompt(self) -> bool:
+        """Whether a stream's first chunks are the prompts; with log-probabilities they come with the first tokens."""
+        return bool(self.request.echo and self.request.stream) and self.request.logprobs is None
+
     def opening(self) -> Iterable[CompletionResponse]:
-        for index in range(len(self.prompts) * self.n) if self.request.echo else ():
+        for index in range(len(self.prompts) * self.n) if self._opens_with_prompt else ():
             choice = CompletionChoice(index=index, text=self._echo(index))
             yield CompletionResponse(**self.head, choices=[choice], usage=self.usage_so_far(index, 0))
 
@@ -152,12 +166,10 @@ class CompletionReply(Reply):
         )
 
     def _with_prompt(self, output: RequestOutput, index: int, sequence: CompletionOutput) -> CompletionOutput:
-        """A whole sequence behind the prompt, where the request asks for that."""
-        if not self.request.echo:
-            return sequence
+        """A sequence, or its beginning, behind the prompt."""
         echo, prompt_ids, logprobs = self._echo(index), output.prompt_token_ids, None
-        if output.prompt_logprobs is not None:
-            logprobs = [*output.prompt_logprobs, *sequence.logprobs]
+        if (scores := self._scores.get(output.request_id)) is not None:
+            logprobs = [*scores, *sequence.logprobs]
             self._echoed[index] = prompt_texts(self.tokenizer, self._prompt(index), prompt_ids, echo)
         return replace(sequence, text=echo + sequence.text, token_ids=prompt_ids + sequence.token_ids, logprobs=logprobs)
 

@@ -107,6 +107,7 @@ def problem(request: type[Any], body: Any) -> tuple[str, str | None]:
         ({"prompt": "x"}, "model is required", "model"),
         ({"model": "m", "prompt": "x", "nonsense": 1}, "nonsense is not a field of this request", "nonsense"),
         ({"model": "m", "prompt": "x", "body": 1}, "body is not a field of this request", "body"),
+        ({"model": "m", "prompt": "x", "": 1}, '"" is not a field of this request', '""'),
         ({"model": "m", "prompt": "x", "stream": True, "stream_options": {"body": 1}},
          "stream_options.body is not a field of this request", "stream_options.body"),
         ({"model": "m", "prompt": "x", "suffix": "y"}, "suffix is not supported by this server", "suffix"),
