@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..batching.sequence import SamplingParams, Sequence, StructuredOutput
 from ..models.config.model_config import ModelConfig
-from .structured.grammar_processes import CompilingStoppedError, GrammarProcesses
+from .structured.grammar_processes import GrammarProcesses
+from .structured.grammar_queue import CompilingStoppedError
 from .structured.structured_output import GrammarCompiler, Guide
 
 if TYPE_CHECKING:

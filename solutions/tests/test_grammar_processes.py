@@ -27,8 +27,8 @@ from solutions.core.config import EngineConfig
 from solutions.core.engine import LLMEngine
 from solutions.core.input import InputProcessor
 from solutions.core.structured import grammar_processes, grammar_queue
-from solutions.core.structured.grammar_processes import CompilingStoppedError, GrammarProcesses
-from solutions.core.structured.grammar_queue import FairQueue, Job
+from solutions.core.structured.grammar_processes import GrammarProcesses
+from solutions.core.structured.grammar_queue import CompilingStoppedError, FairQueue, Job
 from solutions.core.structured.structured_output import GrammarCompiler
 from solutions.models.loader import load_tokenizer, resolve_model
 from solutions.serving.async_engine import AsyncEngine

@@ -23,7 +23,7 @@ import pytest
 
 from solutions.batching.scheduler_config import QueueFullError
 from solutions.batching.sequence import StructuredOutput
-from solutions.core.structured.grammar_processes import CompilingStoppedError
+from solutions.core.structured.grammar_queue import CompilingStoppedError
 from solutions.serving.async_engine import AsyncEngine
 from solutions.serving.guards import API_KEY_VARIABLE, read_api_keys
 from solutions.tests.fake_engine import FakeEngine

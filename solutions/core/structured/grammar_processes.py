@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 
 from ...batching.scheduler_config import QueueFullError
 from ...batching.sequence import StructuredOutput
-from .grammar_queue import MAX_WAITING, FairQueue, Job
+from .grammar_queue import MAX_WAITING, CompilingStoppedError, FairQueue, Job
 from .grammar_worker import Limits, receive, send
 from .structured_output import GrammarCompiler
 
@@ -51,10 +51,6 @@ MAX_FAILURES = 1024
 ANSWER_SECONDS = 120.0
 """How long a process may take to start, and then to answer behind its limit."""
 STOP_SECONDS = 5.0
-
-
-class CompilingStoppedError(RuntimeError):
-    """The engine is being shut down."""
 
 
 class TrialProcess:

@@ -18,6 +18,10 @@ CHARACTERS_A_SECOND = 1000
 """A form goes before those of the same client that came later, by a second for so many characters that they are longer."""
 
 
+class CompilingStoppedError(RuntimeError):
+    """The engine is being shut down."""
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """A form that somebody waits for.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..batching.scheduler_config import QueueFullError
 from ..batching.sequence import RequestOutputKind, SamplingParams, StructuredOutput
 from ..core.output import RequestOutput
-from ..core.structured.grammar_processes import CompilingStoppedError
+from ..core.structured.grammar_queue import CompilingStoppedError
 from .output_stream import OutputStream
 
 if TYPE_CHECKING:

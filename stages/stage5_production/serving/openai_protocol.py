@@ -90,7 +90,7 @@ Strings = Annotated[list[str], BeforeValidator(_text_or_list, json_schema_input_
 
 def field_path(keys: list[Any]) -> str:
     """The place of a value in a body as a person would write it, such as ``messages[1].name``: a number is a place in a list, a
-    text a field."""
+    text a field, the empty one in quotes."""
     raise NotImplementedError("Stage 5 · Task 5.1: field_path, see stages/stage5_production/GUIDE.md#task-5-1")
 
 
@@ -318,13 +318,6 @@ class CompletionRequest(GenerationRequest):
     """So many are sampled, and the `n` with the highest log-probability per token returned."""
     echo: Bool | None = None
     """Puts the prompt before the generated text, and its log-probabilities before the others."""
-
-    @field_validator("echo")
-    @classmethod
-    def _check_echo(cls, echo: bool | None, info: ValidationInfo) -> bool | None:
-        if echo and info.data.get("logprobs") is not None and info.data.get("stream"):
-            raise ValueError("not supported together with logprobs in a stream")
-        return echo
 
     @field_validator("best_of")
     @classmethod
