@@ -161,7 +161,7 @@ def test_a_bad_completion_request_is_refused_by_name(client: openai.OpenAI, fiel
     ("schema", "words"),
     [
         (
-            {"properties": {"a": {"items": {}, "uniqueItems": True}}},
+            {"properties": {"a": {"items": {}, "uniqueItems": True, "minItems": 2}}},
             'the keyword "uniqueItems" at $.properties.a is not supported',
         ),
         ({"items": {"pattern": "(?<=a)b"}}, 'the keyword "pattern" at $.items is not supported: lookahead and lookbehind'),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import select
@@ -87,7 +88,8 @@ def test_a_request_that_trickles_in_is_given_up_and_holds_nobody_up(start: bytes
         answer = slow.recv(1000)
         assert answer.startswith(b"HTTP/1.1 408")
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"] == "the request did not arrive within 0.3 s"
-        assert slow.recv(1000) == b""
+        with contextlib.suppress(ConnectionResetError):  # the end of a connection that had bytes left unread
+            assert slow.recv(1000) == b""
 
 
 @pytest.mark.alone

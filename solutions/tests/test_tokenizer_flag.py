@@ -113,4 +113,4 @@ def test_a_tokenizer_that_is_not_there_is_one_clear_error(model: Path, tmp_path:
         assert "--tokenizer" in str(caught.value)
         assert "\n" not in str(caught.value)
     with pytest.raises(SystemExit, match=r"^error: --tokenizer /no/such: there is no such folder"):
-        cli.main(["--model", str(model), "--tokenizer", "/no/such", "--prompt", "x"])
+        cli.main(LLM, ["--model", str(model), "--tokenizer", "/no/such", "--prompt", "x"])

@@ -35,6 +35,8 @@ OTHERS = {"$ref", "const", "dependencies", "dependentRequired", "enum", "exclusi
 REFUSED = {"$dynamicRef", "$recursiveRef", "disallow", "divisibleBy", "extends"}
 KEYWORDS = ONE | SEVERAL | NAMED | COUNTS | NUMBERS | OTHERS
 DATA = {"const", "default", "enum", "example", "examples"}
+MARKS = ("_", "x-")
+"""How names begin that are somebody's own and therefore say nothing; others that look like a keyword are taken for misspelled."""
 _PLAIN = {name.lower(): name for name in KEYWORDS}
 IN_PLACE = {"$ref", "allOf", "anyOf", "dependencies", "dependentSchemas", "else", "if", "not", "oneOf", "then"}
 
@@ -184,7 +186,7 @@ class Document:
             for keyword, value in schema.value.items():
                 if keyword in REFUSED:
                     raise refuse(keyword, schema.path)
-                if keyword not in KEYWORDS and keyword not in ANNOTATIONS:
+                if keyword not in KEYWORDS and keyword not in ANNOTATIONS and not keyword.startswith(MARKS):
                     plain = _PLAIN.get(keyword.replace("_", "").replace("-", "").lower())
                     if plain:
                         raise refuse(keyword, schema.path, f'is none; "{plain}" is')
