@@ -215,3 +215,9 @@ def test_cost_is_bounded_and_not_length() -> None:
         to_grammar(
             json.dumps({"allOf": [{"anyOf": [{"minimum": i}, {"maximum": 99 + i}, {"multipleOf": i}]} for i in range(1, 12)]})
         )
+
+
+def test_names_of_a_schema_s_own_say_nothing() -> None:
+    """Whoever switches a keyword off by an underscore, as JSONSchemaBench does, or adds an extension, means no keyword."""
+    own = {"_uniqueItems": True, "_format": "int32", "x-kubernetes-preserve-unknown-fields": True, "x-enum": [1]}
+    assert to_grammar(json.dumps({"type": "integer", **own})) == to_grammar('{"type": "integer"}')

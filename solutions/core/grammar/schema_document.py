@@ -36,7 +36,7 @@ REFUSED = {"$dynamicRef", "$recursiveRef", "disallow", "divisibleBy", "extends"}
 KEYWORDS = ONE | SEVERAL | NAMED | COUNTS | NUMBERS | OTHERS
 DATA = {"const", "default", "enum", "example", "examples"}
 MARKS = ("_", "x-")
-"""How names begin that are somebody's own and therefore say nothing; others that look like a keyword are taken for misspelled."""
+"""How names begin that are a schema's own and say nothing; of others, those that look like a keyword are misspelled."""
 _PLAIN = {name.lower(): name for name in KEYWORDS}
 IN_PLACE = {"$ref", "allOf", "anyOf", "dependencies", "dependentSchemas", "else", "if", "not", "oneOf", "then"}
 
