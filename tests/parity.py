@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from solutions.batching.sequence import SamplingParams
+from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
 
 NUM_PROMPTS = 64

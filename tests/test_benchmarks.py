@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import memory as memory_command
 from benchmarks import throughput as throughput_command
-from solutions.batching.sequence import RequestOutputKind
+from solutions.batching.sampling_params import RequestOutputKind
 from solutions.benchmarks import overhead as overhead_command
 from solutions.benchmarks.comparison import Ratio, in_turns, rates, ratio
 from solutions.benchmarks.datasets import DATASETS, WORKLOADS, BenchRequest, Workload, check_context, make_requests

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from stages.course.tools.catalog import CourseError, Target, Task
+from stages.course.tools.targets import function_source
 from tests import mutation
-from tests.classroom import Classroom
+from tests.classroom import ROOT, Classroom
 from tests.mutation import Explanation, Fate, complaints_of, essence, function_mutants, load_explanations
 from tests.toy_course import REFERENCE, make_toy, text_of_tests
 from tests.warm import Warm
@@ -129,6 +130,16 @@ def test_explanations_are_read(tmp_path: Path) -> None:
 
 def test_the_explanations_of_the_course_are_well_formed() -> None:
     assert all(len(explanation.reason) > 20 for explanation in load_explanations())
+
+
+def test_the_explanations_of_the_course_quote_lines_of_their_functions() -> None:
+    """A line that was changed since has other mutants; the command would find that out only after minutes."""
+    gone = []
+    for each in load_explanations():
+        source = function_source((ROOT / "solutions" / each.file).read_text(), each.file, each.function)
+        if " ".join(each.old.split()) not in " ".join(source.split()):
+            gone.append(f"{each.function}: {each.old}")
+    assert gone == []
 
 
 # -------------------------------------------------------------------------------------------------------- the command

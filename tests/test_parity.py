@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from solutions.batching.sequence import SamplingParams
+from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
 from solutions.models.loader import load_tokenizer, resolve_model
 from solutions.tests.tiny_models import make_tiny_gpt2, make_tiny_mistral

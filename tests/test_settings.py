@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from solutions.batching.sequence import SamplingParams
+from solutions.batching.sampling_params import SamplingParams
 from solutions.core.config import EngineConfig
 from solutions.serving import openai_protocol
 from tests.readers import Readers, flags_of

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..attention.backends import make_backend
 from ..attention.paged_attention import AttentionMetadata
-from ..batching.sequence import SamplingParams
+from ..batching.sampling_params import SamplingParams
 from ..core.config import EngineConfig
 from ..core.cuda_graphs import CudaGraphRecorder
 from ..core.engine import LLMEngine

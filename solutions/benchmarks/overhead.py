@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from ..batching.continuous_batch import FlatBatch
-from ..batching.sequence import RequestOutputKind, SamplingParams
+from ..batching.sampling_params import RequestOutputKind, SamplingParams
 from ..core.config import DEFAULT_MODEL, EngineConfig
 from ..core.engine import LLMEngine
 from ..core.output import RequestOutput

@@ -11,7 +11,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..batching.sequence import SamplingParams
+from ..batching.sampling_params import SamplingParams
 from ..core.config import DEFAULT_MODEL
 from ..core.engine import LLM
 from .datasets import TOKEN_IDS

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..batching.sequence import SamplingParams
+from ..batching.sampling_params import SamplingParams
 from ..core.config import DEFAULT_MODEL
 from ..core.engine import LLM
 from ..models.loader import load_tokenizer, resolve_model

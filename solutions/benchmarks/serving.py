@@ -35,7 +35,7 @@ import numpy as np
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from ..batching.sequence import RequestOutputKind, SamplingParams
+from ..batching.sampling_params import RequestOutputKind, SamplingParams
 from ..core.config import DEFAULT_MODEL, EngineConfig, parse_bytes
 from ..core.engine import LLMEngine
 from ..models.loader import load_tokenizer, resolve_model

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..batching.sequence import SamplingParams
+from ..batching.sampling_params import SamplingParams
 from ..core.config import DEFAULT_MODEL
 from ..core.engine import LLM
 from .report import Parser, drawing, finish, one_line_errors, show_table, tracked

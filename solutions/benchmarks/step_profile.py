@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from ..batching.sequence import SamplingParams
+from ..batching.sampling_params import SamplingParams
 from ..core.config import DEFAULT_MODEL, EngineConfig
 from ..core.engine import LLMEngine
 from ..core.sampling.selection_cpu import native_argmax

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from ..batching.sequence import SamplingParams
+from ..batching.sampling_params import SamplingParams
 from ..core.engine import LLM
 from ..core.output import RequestOutput
 from ..models.config.entries import read_json

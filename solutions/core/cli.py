@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..batching.sequence import SamplingParams
+from ..batching.sampling_params import SamplingParams
 from .config import add_engine_flags, config_from_flags
 from .input import Prompt
 from .output import RequestOutput

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from ..batching.sequence import SamplingParams, Sequence, StructuredOutput
+from ..batching.sampling_params import SamplingParams, StructuredOutput
+from ..batching.sequence import Sequence
 from ..models.config.model_config import ModelConfig
 from .structured.grammar_processes import GrammarProcesses
 from .structured.grammar_queue import CompilingStoppedError

@@ -20,7 +20,7 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..batching.sequence import SamplingParams
+from ..batching.sampling_params import SamplingParams
 from ..models.llama import MERGED_LAYERS
 from ..models.loader import ModelSource, load_tokenizer, resolve_model
 from ..parallelism.linear import Linear

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..batching.sampling_params import RequestOutputKind, SamplingParams, StructuredOutput
 from ..batching.scheduler_config import QueueFullError
-from ..batching.sequence import RequestOutputKind, SamplingParams, StructuredOutput
 from ..core.output import RequestOutput
 from ..core.structured.grammar_queue import CompilingStoppedError
 from .output_stream import OutputStream

@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..batching.scheduler_config import QueueFullError
 from .async_engine import EngineDeadError
 from .errors import RequestError, error_body
-from .openai_protocol import describe_validation_error
+from .openai_fields import describe_validation_error
 
 logger = logging.getLogger(__name__)
 

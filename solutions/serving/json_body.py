@@ -17,7 +17,7 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
 from .errors import RequestError
-from .openai_protocol import field_path
+from .openai_fields import field_path
 
 MAX_DEPTH = 200
 """Lists and objects inside each other; Python's own limit is five times that, and depends on who calls."""

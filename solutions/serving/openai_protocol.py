@@ -1,7 +1,5 @@
-"""The OpenAI API as data: requests, checked field by field. Answers are in `openai_answers.py`, errors in `errors.py`.
-
-A field that this server cannot honour is refused by name, never ignored. Only a value that means "not set" passes:
-``null``, or the default that OpenAI documents (see `UNSUPPORTED`). So does what changes no answer (see `HINTS`).
+"""The OpenAI API as data: requests, checked field by field. What fields have in common is in `openai_fields.py`, answers are
+in `openai_answers.py`, errors in `errors.py`.
 
 Source: https://platform.openai.com/docs/api-reference (completions, chat, models); the fields beyond it are vLLM's.
 """
@@ -13,9 +11,6 @@ import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     PlainValidator,
     Strict,
@@ -26,53 +21,12 @@ from pydantic import (
     model_validator,
 )
 
-from ..batching.sequence import MAX_LOGPROBS, RequestOutputKind, SamplingParams, StructuredOutput
+from ..batching.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams, StructuredOutput
 from .errors import RequestError
+from .openai_fields import Bool, Int, Number, Request, Strings, text_or_list
 
 MAX_CHOICES = 128
 """Most choices (`n`) a request may ask for, the OpenAI limit."""
-
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "audio": (None,),
-    "function_call": (None, "none"),
-    "functions": (None, []),
-    "modalities": (None, ["text"]),
-    "moderation": (None,),
-    "name": (None,),
-    "annotations": (None, []),
-    "reasoning_effort": (None,),
-    "refusal": (None,),
-    "service_tier": (None, "auto", "default"),
-    "store": (None, False),
-    "suffix": (None, ""),
-    "tool_call_id": (None,),
-    "tool_calls": (None, []),
-    "tool_choice": (None, "none"),
-    "tools": (None, []),
-    "verbosity": (None,),
-    "web_search_options": (None,),
-}
-"""Fields of the OpenAI API that are refused, each with the values that mean "not set" and therefore pass."""
-
-HINTS = frozenset({
-    "include_obfuscation", "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
-    "prompt_cache_retention", "safety_identifier",
-})  # fmt: skip
-"""Fields of the OpenAI API that change no answer of this server, whatever they say: who asks, what may be cached for how long,
-what the answer will probably be, how the tools are called that it does not have. They are accepted."""
-
-Int = Annotated[int, Strict()]
-Number = Annotated[float, Strict()]
-Bool = Annotated[bool, Strict()]
-
-
-def _text_or_list(value: Any) -> Any:
-    """One text is a list of one."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list):
-        return value
-    raise ValueError("must be a string or a list")
 
 
 def _schema(value: Any) -> Any:
@@ -80,64 +34,6 @@ def _schema(value: Any) -> Any:
     if isinstance(value, (dict, str)):
         return value
     raise ValueError("must be a JSON schema: an object, or the text of one")
-
-
-Strings = Annotated[list[str], BeforeValidator(_text_or_list, json_schema_input_type=str | list[str])]
-
-
-# ---------------------------------------------------------------------------------------------------------- errors
-
-
-def field_path(keys: list[Any]) -> str:
-    """The place of a value in a body as a person would write it, such as ``messages[1].name``: a number is a place in a list, a
-    text a field, the empty one in quotes."""
-    path = ""
-    for key in keys:
-        name = key or '""'
-        path += f"[{key}]" if isinstance(key, int) else f".{name}" if path else name
-    return path
-
-
-def describe_validation_error(error: dict[str, Any]) -> tuple[str, str | None]:
-    """The first of pydantic's errors as one line and the path of the field, such as ``messages[1].name``."""
-    kind, loc = error["type"], list(error["loc"][1:])  # the first part says only that it is the body's
-    if kind == "json_invalid":
-        return f"the body is not valid JSON: {error['ctx']['error']} at character {loc[0]}", None
-    path = field_path(loc)
-    if not path:
-        if kind == "value_error":
-            return error["msg"].removeprefix("Value error, "), None
-        return "the body must be a JSON object, sent with Content-Type: application/json", None
-    if kind == "extra_forbidden":
-        known = loc[-1] in UNSUPPORTED
-        return f"{path} is not supported by this server" if known else f"{path} is not a field of this request", path
-    if kind == "missing":
-        return f"{path} is required", path
-    return f"{path}: {error['msg'].removeprefix('Value error, ')}", path
-
-
-# --------------------------------------------------------------------------------------------------------- requests
-
-
-class Request(BaseModel):
-    """Base of all requests: unknown fields are errors, unsupported ones pass only where they mean "not set" or change nothing.
-
-    A null means "not set" in any field, also in one that this request does not have: clients write all that they know of.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_unset(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        supported = cls.model_fields
-        return {
-            name: value
-            for name, value in data.items()
-            if name in supported or not (value is None or name in HINTS or value in UNSUPPORTED.get(name, ()))
-        }
 
 
 class StreamOptions(Request):
@@ -366,7 +262,7 @@ class TextPart(Request):
 
 def _text_or_parts(value: Any, check_parts: ValidatorFunctionWrapHandler) -> Any:
     """Either, as it came. A union of pydantic's would put the names of its members into the path of an error."""
-    return value if isinstance(value, str) else check_parts(_text_or_list(value))
+    return value if isinstance(value, str) else check_parts(text_or_list(value))
 
 
 class ChatMessage(Request):

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from solutions.batching.sampling_params import RequestOutputKind, SamplingParams
 from solutions.batching.scheduler_config import QueueFullError
-from solutions.batching.sequence import RequestOutputKind, SamplingParams
 from solutions.core.config import EngineConfig
 from solutions.core.engine import EngineStats
 from solutions.core.input import EngineRequest, InputProcessor, Prompt

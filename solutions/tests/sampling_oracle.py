@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from solutions.batching.sequence import SamplingParams, Sequence
+from solutions.batching.sampling_params import SamplingParams
+from solutions.batching.sequence import Sequence
 
 
 def sequence(

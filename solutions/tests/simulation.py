@@ -12,9 +12,10 @@ from copy import copy
 
 from solutions.attention.block_manager import BlockManager
 from solutions.batching.continuous_batch import ContinuousBatch, FlatBatch
+from solutions.batching.sampling_params import SamplingParams
 from solutions.batching.scheduler_config import SchedulerConfig
 from solutions.batching.scheduler_output import SchedulerOutput
-from solutions.batching.sequence import SamplingParams, Sequence
+from solutions.batching.sequence import Sequence
 from solutions.core.scheduler import Scheduler
 from solutions.core.speculative import Proposer, SpeculativeConfig, SpeculativeScheduler
 

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from solutions.batching.sampling_params import RequestOutputKind, SamplingParams
 from solutions.batching.scheduler_config import QueueFullError
-from solutions.batching.sequence import RequestOutputKind, SamplingParams
 from solutions.core.output import CompletionOutput, Logprob, RequestOutput
 from solutions.serving.async_engine import INLINE_LIMIT, AsyncEngine, EngineDeadError
 from solutions.serving.output_stream import OutputStream

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from solutions.batching.sequence import SamplingParams
+from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
 from solutions.core.sampling.sampler import Sampler
 from solutions.tests.tiny_models import make_tiny_gpt2, make_tiny_llama, make_tiny_mistral

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from solutions.attention.block_manager import NULL_BLOCK, BlockManager
-from solutions.batching.sequence import SamplingParams, Sequence
+from solutions.batching.sampling_params import SamplingParams
+from solutions.batching.sequence import Sequence
 
 
 def sequence(seq_id, length, computed=0, start=0, **params):

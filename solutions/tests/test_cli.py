@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from solutions.batching.sequence import SamplingParams
+from solutions.batching.sampling_params import SamplingParams
 from solutions.core.cli import main
 from solutions.core.config import parse_bytes
 from solutions.core.engine import LLM

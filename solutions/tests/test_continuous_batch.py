@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from solutions.batching.continuous_batch import ContinuousBatch
+from solutions.batching.sampling_params import SamplingParams
 from solutions.batching.scheduler_output import SchedulerOutput
-from solutions.batching.sequence import SamplingParams, Sequence
+from solutions.batching.sequence import Sequence
 
 
 def sequence(seq_id: int, tokens: list[int], computed: int) -> Sequence:

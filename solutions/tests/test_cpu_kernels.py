@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from solutions.batching.sequence import SamplingParams
+from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
 from solutions.core.platform import native
 from solutions.core.sampling.selection_cpu import native_argmax

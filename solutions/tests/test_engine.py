@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from solutions.batching.sampling_params import RequestOutputKind, SamplingParams
 from solutions.batching.scheduler_config import QueueFullError
-from solutions.batching.sequence import RequestOutputKind, SamplingParams
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLM, LLMEngine
 from solutions.tests.tiny_models import EOS, VOCAB_SIZE, make_tiny_llama

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from solutions.batching.sequence import SamplingParams
+from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
 from solutions.models.loader import resolve_model
 from solutions.quantization import awq, gptq, layerwise

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from solutions.attention.backends import make_backend
 from solutions.batching.continuous_batch import FlatBatch
-from solutions.batching.sequence import SamplingParams
+from solutions.batching.sampling_params import SamplingParams
 from solutions.benchmarks.gpu import measure_attention, measure_card, measure_decode, measure_prefill
 from solutions.core import cuda_graphs
 from solutions.core.config import EngineConfig

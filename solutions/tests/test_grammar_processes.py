@@ -21,8 +21,8 @@ import httpx
 import psutil
 import pytest
 
+from solutions.batching.sampling_params import StructuredOutput
 from solutions.batching.scheduler_config import QueueFullError
-from solutions.batching.sequence import StructuredOutput
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLMEngine
 from solutions.core.input import InputProcessor

@@ -9,7 +9,7 @@ import torch
 from solutions.attention.paged_attention import AttentionBackend
 from solutions.attention.paged_attention_cpu import CpuBackend
 from solutions.attention.paged_attention_torch import TorchBackend
-from solutions.batching.sequence import SamplingParams
+from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
 from solutions.core.platform import native
 from solutions.memory.cache_engine import CacheEngine, quantize_vectors

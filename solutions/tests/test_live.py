@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from solutions.batching.sampling_params import SamplingParams
 from solutions.batching.scheduler_config import QueueFullError
-from solutions.batching.sequence import SamplingParams
 from solutions.benchmarks.servers import running_server
 from solutions.benchmarks.serving import totals
 from solutions.core.config import EngineConfig

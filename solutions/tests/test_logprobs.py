@@ -15,7 +15,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from solutions.batching.sequence import RequestOutputKind, SamplingParams
+from solutions.batching.sampling_params import RequestOutputKind, SamplingParams
 from solutions.core.output import CompletionOutput, RequestOutput
 from solutions.core.sampling.sampler import Sampler
 from solutions.core.text.detokenizer import Detokenizer, special_token_ids

@@ -11,8 +11,9 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from solutions.batching.sampling_params import SamplingParams
 from solutions.batching.scheduler_output import SchedulerOutput
-from solutions.batching.sequence import SamplingParams, Sequence, SequenceStatus
+from solutions.batching.sequence import Sequence, SequenceStatus
 from solutions.core.engine import LLM, EngineStats
 from solutions.serving import metrics as metrics_module
 from solutions.serving.metrics import EngineMetrics, Histogram, one_two_five

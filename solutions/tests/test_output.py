@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from solutions.batching.sequence import RequestOutputKind, SamplingParams, Sequence, SequenceStatus
+from solutions.batching.sampling_params import RequestOutputKind, SamplingParams
+from solutions.batching.sequence import Sequence, SequenceStatus
 from solutions.core.output import OutputProcessor, RequestOutput
 from solutions.core.text.detokenizer import Detokenizer
 from solutions.models.loader import load_tokenizer, resolve_model

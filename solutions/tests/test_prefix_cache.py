@@ -7,7 +7,8 @@ import struct
 
 import pytest
 
-from solutions.batching.sequence import SamplingParams, Sequence
+from solutions.batching.sampling_params import SamplingParams
+from solutions.batching.sequence import Sequence
 from solutions.memory.prefix_cache import ROOT_HASH, PrefixCache, hash_block
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from solutions.batching.sequence import SamplingParams
+from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
 from solutions.models.config.entries import ModelError
 from solutions.quantization.layout.checkpoint import QuantizedFormat, write_model

@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from solutions.batching.sequence import SamplingParams
+from solutions.batching.sampling_params import SamplingParams
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLM
 from solutions.core.ray_executor import Placement, RankActor, plan_placement, use_interface_of

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from solutions.batching.sampling_params import SamplingParams
 from solutions.batching.scheduler_output import Draft
-from solutions.batching.sequence import SamplingParams, Sequence
+from solutions.batching.sequence import Sequence
 from solutions.core.sampling.rejection_sampler import draw_one, rejection_sample, verify
 from solutions.core.sampling.sampler import Sampler
 from solutions.core.speculative import NgramIndex

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solutions.batching.sequence import SamplingParams, Sequence
+from solutions.batching.sampling_params import SamplingParams
+from solutions.batching.sequence import Sequence
 from solutions.core.sampling.logits_processors import TokenCounts
 from solutions.core.sampling.sampler import Sampler, uniform
 from solutions.tests.sampling_oracle import chi_square_z, distribution, sequence

@@ -7,8 +7,9 @@ import time
 import pytest
 
 from solutions.attention.block_manager import BlockManager
+from solutions.batching.sampling_params import SamplingParams
 from solutions.batching.scheduler_config import QueueFullError, SchedulerConfig
-from solutions.batching.sequence import SamplingParams, Sequence, SequenceStatus
+from solutions.batching.sequence import Sequence, SequenceStatus
 from solutions.core.scheduler import LPM_PATIENCE, Scheduler
 from solutions.tests.simulation import Simulation
 

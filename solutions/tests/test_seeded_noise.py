@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from solutions.batching.sequence import SamplingParams
+from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
 from solutions.core.sampling.sampler import Sampler, uniform
 from solutions.core.sampling.selection import Filters, draw

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solutions.batching.sequence import SamplingParams
+from solutions.batching.sampling_params import SamplingParams
 from solutions.core.sampling import selection
 from solutions.core.sampling.selection import BLOCK, Filters, argmax, draw, ranked, top
 from solutions.tests.sampling_oracle import kept

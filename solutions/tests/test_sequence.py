@@ -7,14 +7,8 @@ from typing import Any
 
 import pytest
 
-from solutions.batching.sequence import (
-    MAX_LOGPROBS,
-    RequestOutputKind,
-    SamplingParams,
-    Sequence,
-    SequenceStatus,
-    StructuredOutput,
-)
+from solutions.batching.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams, StructuredOutput
+from solutions.batching.sequence import Sequence, SequenceStatus
 
 EOS = 2
 NOT_INTEGERS = [1.0, 1.5, math.nan, "1", True, [1]]

@@ -22,8 +22,8 @@ import httpx
 import openai
 import pytest
 
+from solutions.batching.sampling_params import StructuredOutput
 from solutions.batching.scheduler_config import QueueFullError
-from solutions.batching.sequence import StructuredOutput
 from solutions.core.structured.grammar_queue import CompilingStoppedError
 from solutions.serving.async_engine import AsyncEngine
 from solutions.serving.guards import API_KEY_VARIABLE, read_api_keys

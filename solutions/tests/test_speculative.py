@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from solutions.batching.sampling_params import RequestOutputKind, SamplingParams
 from solutions.batching.scheduler_output import Draft, SchedulerOutput
-from solutions.batching.sequence import RequestOutputKind, SamplingParams, Sequence
+from solutions.batching.sequence import Sequence
 from solutions.core.engine import LLM
 from solutions.core.speculative import Proposer, SpeculativeConfig, SpeculativeScheduler
 from solutions.tests.tiny_models import VOCAB_SIZE, make_tiny_gpt2, make_tiny_llama, make_tiny_mistral

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from solutions.batching.sequence import SamplingParams, StructuredOutput
+from solutions.batching.sampling_params import SamplingParams, StructuredOutput
 from solutions.core.engine import LLM
 from solutions.core.input import InputProcessor
 from solutions.core.structured import structured_output

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from solutions.batching.sequence import SamplingParams
+from solutions.batching.sampling_params import SamplingParams
 from solutions.batching.step_arrays import StepArrays
 from solutions.core.engine import LLM
 from solutions.core.worker_process import StepBoard, WorkerDiedError

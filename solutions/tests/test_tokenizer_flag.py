@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from solutions.batching.sequence import SamplingParams, StructuredOutput
+from solutions.batching.sampling_params import SamplingParams, StructuredOutput
 from solutions.core import cli
 from solutions.core.engine import LLM
 from solutions.models.config.entries import ModelError

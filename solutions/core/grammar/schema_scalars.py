@@ -128,12 +128,14 @@ def _cut(found: Automaton, low: int, high: int | None) -> Automaton | Texts:
     most = max(MAX_COUNTED // len(found.edges), 16)
     if max(low, shortest) > most:
         raise ValueError("a length as large beside it needs too large an automaton")
-    if high is not None and longest is not None:
-        try:  # a text within reach has fewer states than there are products
-            return intersect(found, lengths(low, high))
-        except TooLarge:
-            pass
-    return intersect(found, lengths(low, None if high is None else min(high, most)))
+    if high is not None and longest is None:
+        high = min(high, most)
+    try:  # where texts have an end, those within reach have fewer states than there are products
+        return intersect(found, lengths(low, high))
+    except TooLarge:
+        if high is None or high <= most:
+            raise
+        return intersect(found, lengths(low, most))
 
 
 def _one_class(found: Automaton) -> CharSet | None:

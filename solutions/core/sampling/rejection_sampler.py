@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...batching.sampling_params import SamplingParams
 from ...batching.scheduler_output import Draft
-from ...batching.sequence import SamplingParams, Sequence
+from ...batching.sequence import Sequence
 from .sampler import Sampler, TokenLogprobs
 from .selection import BLOCK, draw
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...batching.sequence import SamplingParams, Sequence
+from ...batching.sampling_params import SamplingParams
+from ...batching.sequence import Sequence
 from . import selection_cpu
 from .logits_processors import LogitsProcessors, to_device
 from .selection import BLOCK, Filters, argmax, draw, ranked

@@ -30,8 +30,8 @@ from concurrent.futures import Future
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
+from ...batching.sampling_params import StructuredOutput
 from ...batching.scheduler_config import QueueFullError
-from ...batching.sequence import StructuredOutput
 from .grammar_queue import MAX_WAITING, CompilingStoppedError, FairQueue, Job
 from .grammar_worker import Limits, receive, send
 from .structured_output import GrammarCompiler

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...batching.sequence import StructuredOutput
+from ...batching.sampling_params import StructuredOutput
 
 MAX_WAITING = 64
 """Forms that may wait."""

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...batching.sequence import StructuredOutput
+from ...batching.sampling_params import StructuredOutput
 from .grammar_probe import probe
 from .structured_output import GrammarCompiler
 

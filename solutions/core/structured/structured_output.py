@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...batching.sequence import StructuredOutput
+from ...batching.sampling_params import StructuredOutput
 from ..grammar.json_schema import to_grammar
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ def memory() -> float:
 
 def overhead() -> float:
     """Decode steps a second of a full batch, of which a fake model takes no part: the best of some rounds."""
-    from stages.batching.sequence import RequestOutputKind
+    from stages.batching.sampling_params import RequestOutputKind
     from stages.benchmarks.overhead import measure
 
     result = measure(SEQUENCES, True, RequestOutputKind.DELTA, rounds=ROUNDS, steps=STEPS)
@@ -49,7 +49,7 @@ def throughput() -> float:
 def prefix_hits() -> float:
     """Percentage of the prompts' tokens that come from the cache, when groups with a common beginning arrive in turns in a
     memory that cannot hold all beginnings. The model is a fake: only the cache counts."""
-    from stages.batching.sequence import SamplingParams
+    from stages.batching.sampling_params import SamplingParams
     from stages.benchmarks.overhead import make_engine
 
     engine = make_engine(2, (PREFIX_LEN + OWN_LEN) * GROUPS // 3, True, "smollm2-135m")

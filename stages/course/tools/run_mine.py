@@ -69,7 +69,7 @@ def run_mine(console: Console, chosen: list[Stage], prompt: str, model: str) -> 
 
 def _answer(console: Console, prompt: str, model: str, settings: dict[str, Any]) -> str:
     """Stream the answer to the terminal beside other requests; returns a sentence on the memory at the fullest step."""
-    from stages.batching.sequence import RequestOutputKind, SamplingParams
+    from stages.batching.sampling_params import RequestOutputKind, SamplingParams
     from stages.core.config import EngineConfig
     from stages.core.engine import LLMEngine
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from stages.attention.block_manager import BlockManager
-from stages.batching.sequence import SamplingParams, Sequence
+from stages.batching.sampling_params import SamplingParams
+from stages.batching.sequence import Sequence
 from stages.course.fixtures.checks import check_equal
 
 SEARCH = settings(

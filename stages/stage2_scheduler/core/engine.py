@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 from ..attention.block_manager import BlockManager
 from ..batching.continuous_batch import ContinuousBatch
+from ..batching.sampling_params import RequestOutputKind, SamplingParams
 from ..batching.scheduler_config import SchedulerConfig
 from ..batching.scheduler_output import SchedulerOutput
-from ..batching.sequence import RequestOutputKind, SamplingParams, Sequence
+from ..batching.sequence import Sequence
 from ..models.loader import load_tokenizer, resolve_model, with_tokenizer
 from .cli import main
 from .config import DEFAULT_MODEL, EngineConfig

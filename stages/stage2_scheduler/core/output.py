@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from ..batching.sequence import RequestOutputKind, SamplingParams, Sequence, SequenceStatus
+from ..batching.sampling_params import RequestOutputKind, SamplingParams
+from ..batching.sequence import Sequence, SequenceStatus
 from .text.detokenizer import TextReader, special_token_ids
 from .text.logprobs import Logprob, PromptLog, TokenLog, TokenTexts
 
@@ -126,7 +127,7 @@ class _RequestState:
 class _SequenceState(TextReader):
     """What has come out of one sequence so far, and what is new since the last output."""
 
-    __slots__ = ("finished", "lazy", "logprobs", "new_text", "num_given", "num_ready", "request", "text")
+    __slots__ = ("finished", "lazy", "logprobs", "new_text", "num_given", "request", "text")
 
     def __init__(self, request: _RequestState, seq: Sequence, texts: TokenTexts | None, special_ids: frozenset[int]) -> None:
         super().__init__(seq, None if texts is None else texts.tokenizer, special_ids)
@@ -137,22 +138,12 @@ class _SequenceState(TextReader):
         self.text = ""
         self.new_text = ""
         self.num_given = seq.num_prompt_tokens  # tokens that an output has carried, prompt included
-        self.num_ready = seq.num_prompt_tokens  # tokens that an output may carry
         self.logprobs: list[dict[int, Logprob]] | None = None
-        if seq.params.logprobs is not None:
-            self.logprobs = []
-            self.log = TokenLog(seq, self.detokenizer, None if self.detokenizer is None else texts)
 
-    def read(self, ended: bool) -> str:
-        """New text; where log-probabilities are wanted, that of the tokens whose text is sure, with theirs."""
-        text = super().read(ended)
-        if self.log is None:
-            self.num_ready = self.num_seen
-            return text
-        text, entries = self.log.give(text, ended or self.matched is not None)
-        self.logprobs += entries
-        self.num_ready += len(entries)
-        return text
+    @property
+    def num_ready(self) -> int:
+        """Tokens that an output may carry, prompt included."""
+        return self.num_seen
 
     def completion(self) -> CompletionOutput:
         seq, logprobs, ready = self.seq, self.logprobs, self.num_ready
@@ -168,6 +159,29 @@ class _SequenceState(TextReader):
         total = None if logprobs is None else seq.cumulative_logprob
         tokens = seq.tokens[start:ready]
         return CompletionOutput(seq.index, text, tokens, total, logprobs, seq.finish_reason, seq.stop_reason)
+
+
+class _LoggedState(_SequenceState):
+    """The same with log-probabilities: a token waits until its text is sure."""
+
+    __slots__ = ("_num_ready",)
+
+    def __init__(self, request: _RequestState, seq: Sequence, texts: TokenTexts | None, special_ids: frozenset[int]) -> None:
+        super().__init__(request, seq, texts, special_ids)
+        self.logprobs = []
+        self.log = TokenLog(seq, self.detokenizer, None if self.detokenizer is None else texts)
+        self._num_ready = seq.num_prompt_tokens
+
+    @property
+    def num_ready(self) -> int:
+        return self._num_ready
+
+    def read(self, ended: bool) -> str:
+        """New text, that of the tokens whose text is sure, and their log-probabilities."""
+        text, entries = self.log.give(super().read(ended), ended or self.matched is not None)
+        self.logprobs += entries
+        self._num_ready += len(entries)
+        return text
 
 
 class OutputProcessor:
@@ -225,7 +239,8 @@ class OutputProcessor:
         if params.prompt_logprobs is not None:
             state.prompt_log = PromptLog(request.prompt_token_ids, self._texts if params.detokenize else None)
         for seq in sorted(sequences, key=lambda seq: seq.index):
-            state.states.append(_SequenceState(state, seq, self._texts, self._special_ids))
+            kind = _SequenceState if params.logprobs is None else _LoggedState
+            state.states.append(kind(state, seq, self._texts, self._special_ids))
             self._states[seq.seq_id] = state.states[-1]
         state.num_unfinished = len(state.states)
         self._requests[request.request_id] = state

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from stages.batching.sampling_params import RequestOutputKind, SamplingParams
 from stages.batching.scheduler_output import SchedulerOutput
-from stages.batching.sequence import RequestOutputKind, SamplingParams, Sequence
+from stages.batching.sequence import Sequence
 from stages.core.config import EngineConfig
 from stages.core.engine import LLMEngine
 from stages.core.output import RequestOutput

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from stages.batching.continuous_batch import ContinuousBatch, FlatBatch
+from stages.batching.sampling_params import SamplingParams
 from stages.batching.scheduler_output import SchedulerOutput
-from stages.batching.sequence import SamplingParams, Sequence
+from stages.batching.sequence import Sequence
 from stages.batching.step_arrays import StepArrays
 from stages.core import engine as engine_module
 from stages.core import executor as executor_module

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.batching.sequence import SamplingParams, Sequence
+from stages.batching.sampling_params import SamplingParams
+from stages.batching.sequence import Sequence
 from stages.course.fixtures.checks import check_equal
 from stages.memory.prefix_cache import ROOT_HASH, PrefixCache, hash_block
 

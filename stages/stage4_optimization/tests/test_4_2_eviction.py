@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 from stages.attention.block_manager import BlockManager
-from stages.batching.sequence import SamplingParams, Sequence
+from stages.batching.sampling_params import SamplingParams
+from stages.batching.sequence import Sequence
 from stages.course.fixtures.checks import check_equal
 from stages.memory.prefix_cache import PrefixCache
 

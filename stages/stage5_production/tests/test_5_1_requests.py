@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from stages.batching.sequence import RequestOutputKind, SamplingParams
+from stages.batching.sampling_params import RequestOutputKind, SamplingParams
 from stages.course.fixtures.checks import check_equal
-from stages.serving.openai_protocol import ChatCompletionRequest, CompletionRequest, describe_validation_error
+from stages.serving.openai_fields import describe_validation_error
+from stages.serving.openai_protocol import ChatCompletionRequest, CompletionRequest
 
 DELTA, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
 

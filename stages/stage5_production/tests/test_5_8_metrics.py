@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from stages.batching.sampling_params import SamplingParams
 from stages.batching.scheduler_output import SchedulerOutput
-from stages.batching.sequence import SamplingParams, Sequence, SequenceStatus
+from stages.batching.sequence import Sequence, SequenceStatus
 from stages.core.engine import EngineStats
 from stages.course.fixtures.checks import check_equal
 from stages.serving.metrics import EngineMetrics, Histogram

@@ -18,8 +18,9 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 from ..attention.block_manager import BlockManager
+from ..batching.sampling_params import SamplingParams
 from ..batching.scheduler_config import SchedulerConfig
-from ..batching.sequence import SamplingParams, Sequence
+from ..batching.sequence import Sequence
 from ..core.scheduler import Scheduler
 
 Lengths = Many[tuple[int, int]]

@@ -1,0 +1,103 @@
+"""What all requests have in common: fields that are refused, accepted or dropped, plain types, and how an error names a field.
+
+A field that this server cannot honour is refused by name, never ignored. Only a value that means "not set" passes:
+``null``, or the default that OpenAI documents (see `UNSUPPORTED`). So does what changes no answer (see `HINTS`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, model_validator
+
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "modalities": (None, ["text"]),
+    "moderation": (None,),
+    "name": (None,),
+    "annotations": (None, []),
+    "reasoning_effort": (None,),
+    "refusal": (None,),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "suffix": (None, ""),
+    "tool_call_id": (None,),
+    "tool_calls": (None, []),
+    "tool_choice": (None, "none"),
+    "tools": (None, []),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
+"""Fields of the OpenAI API that are refused, each with the values that mean "not set" and therefore pass."""
+HINTS = frozenset({
+    "include_obfuscation", "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "safety_identifier",
+})  # fmt: skip
+"""Fields of the OpenAI API that change no answer of this server, whatever they say: who asks, what may be cached for how long,
+what the answer will probably be, how the tools are called that it does not have. They are accepted."""
+Int = Annotated[int, Strict()]
+Number = Annotated[float, Strict()]
+Bool = Annotated[bool, Strict()]
+
+
+def text_or_list(value: Any) -> Any:
+    """One text is a list of one."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        return value
+    raise ValueError("must be a string or a list")
+
+
+Strings = Annotated[list[str], BeforeValidator(text_or_list, json_schema_input_type=str | list[str])]
+
+
+class Request(BaseModel):
+    """Base of all requests: unknown fields are errors, unsupported ones pass only where they mean "not set" or change nothing.
+
+    A null means "not set" in any field, also in one that this request does not have: clients write all that they know of.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unset(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        supported = cls.model_fields
+        return {
+            name: value
+            for name, value in data.items()
+            if name in supported or not (value is None or name in HINTS or value in UNSUPPORTED.get(name, ()))
+        }
+
+
+def field_path(keys: list[Any]) -> str:
+    """The place of a value in a body as a person would write it, such as ``messages[1].name``: a number is a place in a list, a
+    text a field, the empty one in quotes."""
+    path = ""
+    for key in keys:
+        name = key or '""'
+        path += f"[{key}]" if isinstance(key, int) else f".{name}" if path else name
+    return path
+
+
+def describe_validation_error(error: dict[str, Any]) -> tuple[str, str | None]:
+    """The first of pydantic's errors as one line and the path of the field, such as ``messages[1].name``."""
+    kind, loc = error["type"], list(error["loc"][1:])  # the first part says only that it is the body's
+    if kind == "json_invalid":
+        return f"the body is not valid JSON: {error['ctx']['error']} at character {loc[0]}", None
+    path = field_path(loc)
+    if not path:
+        if kind == "value_error":
+            return error["msg"].removeprefix("Value error, "), None
+        return "the body must be a JSON object, sent with Content-Type: application/json", None
+    if kind == "extra_forbidden":
+        known = loc[-1] in UNSUPPORTED
+        return f"{path} is not supported by this server" if known else f"{path} is not a field of this request", path
+    if kind == "missing":
+        return f"{path} is required", path
+    return f"{path}: {error['msg'].removeprefix('Value error, ')}", path
