@@ -11,18 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
 from solutions.models.config.entries import ModelError
 from solutions.quantization.layout.checkpoint import QuantizedFormat, write_model
 from solutions.quantization.layout.groups import GroupQuantized, quantize_groups
+from solutions.tests.quantized_folders import SETTINGS, check_against_transformers
 from solutions.tests.tiny_models import make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
-
-PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0, prompt_logprobs=0)
-SETTINGS = {"dtype": "float32", "max_model_len": 128, "block_size": 8, "num_gpu_blocks_override": 64}
-PROMPTS = [{"prompt_token_ids": [(3 * i + j * j) % 250 for j in range(5 + 7 * i)]} for i in range(3)]
 
 
 def as_int32(word: int) -> int:
@@ -104,22 +99,6 @@ def quantize_folder(path: Path, target: Path, method: str, size: int, bits=4, ac
     if not zeros_less_one:
         quantization["checkpoint_format"] = "gptq_v2"
     (target / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-
-
-def check_against_transformers(path: Path, folder: Path, tolerance: float = 1e-3, **settings) -> None:
-    """The engine on `folder` gives the log-probabilities of transformers on the plain weights in `path`."""
-    oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    llm = LLM(str(folder), **SETTINGS | settings)
-    for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False):
-        tokens = output.prompt_token_ids + output.outputs[0].token_ids
-        with torch.inference_mode():
-            expected = oracle(torch.tensor([tokens])).logits[0].log_softmax(-1)
-        entries = output.prompt_logprobs[1:] + output.outputs[0].logprobs
-        for position, entry in enumerate(entries, 1):
-            assert entry[tokens[position]].logprob == pytest.approx(
-                float(expected[position - 1, tokens[position]]), abs=tolerance
-            )
-    llm.llm_engine.close()
 
 
 CASES = {

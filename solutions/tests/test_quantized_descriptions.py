@@ -124,26 +124,27 @@ LAYERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", LAYERS)
-def test_which_layers_are_quantized(tmp_path, case):
+def write_case(tmp_path: Path, case: str) -> Path:
+    """The folder of one of `LAYERS`; the plain model is beside it."""
     form_of, description = LAYERS[case]
     if description["quant_method"] == "awq":
         choose, form_of = form_of, lambda layer: choose(layer) and Stored("awq")
     folder, tensors = make(tmp_path, form_of)
     describe(folder, description)
     save_pieces(tensors, folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_which_layers_are_quantized(tmp_path, case):
+    folder = write_case(tmp_path, case)
     check_against_transformers(tmp_path / "plain", folder)
     check_against_transformers(tmp_path / "plain", folder, enable_cpu_kernels=False)
 
 
 @pytest.mark.parametrize("case", ["modules_to_not_convert", "dynamic changes", "the head too"])
 def test_layers_kept_in_several_ways_are_cut_over_two_ranks(tmp_path, case):
-    form_of, description = LAYERS[case]
-    if description["quant_method"] == "awq":
-        choose, form_of = form_of, lambda layer: choose(layer) and Stored("awq")
-    folder, tensors = make(tmp_path, form_of)
-    describe(folder, description)
-    save_pieces(tensors, folder)
+    folder = write_case(tmp_path, case)
     check_against_transformers(tmp_path / "plain", folder, tensor_parallel_size=2)
 
 

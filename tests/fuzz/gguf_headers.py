@@ -11,21 +11,14 @@ import gguf
 
 from solutions.tests.gguf_files import write_gguf
 from solutions.tests.tiny_models import make_tiny_llama
-from tests.fuzz.loading import check_loads_or_is_refused, damage, quiet
+from tests.fuzz.loading import SIZES, check_loads_or_is_refused, damage, quiet
 
 
 @cache
 def base() -> tuple[bytes, list[int], int]:
     """A small file; where its entries and tensors are described; where its tensors begin."""
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    }
     with tempfile.TemporaryDirectory() as made:
-        model = make_tiny_llama(Path(made) / "hf", **sizes, vocab_size=262)
+        model = make_tiny_llama(Path(made) / "hf", **SIZES, vocab_size=262)
         more = {
             "llama__rope__scaling__type": "linear",
             "llama__rope__scaling__factor": 2.0,

@@ -17,6 +17,10 @@ from types import FrameType
 from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
 
+SIZES = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
+"""Of the models that are damaged."""
 SECONDS = 60
 """For one case, which takes about a tenth of a second on an idle machine."""
 

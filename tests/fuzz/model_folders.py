@@ -13,7 +13,7 @@ from typing import Any
 import sentencepiece
 
 from solutions.tests.tiny_models import make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
-from tests.fuzz.loading import check_loads_or_is_refused, damage, quiet
+from tests.fuzz.loading import SIZES, check_loads_or_is_refused, damage, quiet
 
 NUMBERS = (
     -1,
@@ -68,16 +68,9 @@ ENTRIES: dict[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {
 def bases() -> list[Path]:
     """Small models of every family, and one with SentencePiece's file alone."""
     root = Path(tempfile.mkdtemp(prefix="fuzz-models-"))
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    }
-    make_tiny_llama(root / "llama", **sizes)
-    make_tiny_mistral(root / "mistral", **sizes)
-    make_tiny_llama(root / "tied", **sizes, tie_word_embeddings=True)
+    make_tiny_llama(root / "llama", **SIZES)
+    make_tiny_mistral(root / "mistral", **SIZES)
+    make_tiny_llama(root / "tied", **SIZES, tie_word_embeddings=True)
     make_tiny_gpt2(root / "gpt2", n_embd=16, n_layer=1, n_head=2)
     folder = shutil.copytree(root / "llama", root / "sentencepiece")
     (folder / "tokenizer.json").unlink()
