@@ -11,11 +11,11 @@ import json
 import random
 import sys
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jsonschema
-import xgrammar
 from jsonschema.validators import extend, validator_for
 from rich.console import Console
 from rich.progress import track
@@ -60,12 +60,12 @@ def main() -> int:
             outcome, text = try_schema(json.loads(file.read_text(encoding="utf-8")), rng, args.walks)
             found[folder.name, outcome] += 1
             if text:
-                console.print(f"{folder.name}/{file.name} {outcome}: {text}", markup=False, highlight=False)
+                console.print(f"{folder.name}/{file.name} {outcome}: {text}", markup=False, highlight=False, soft_wrap=True)
     table = Table("schemas", *OUTCOMES)
     for folder in sets:
         table.add_row(folder.name, *(str(found[folder.name, outcome]) for outcome in OUTCOMES))
     console.print(table)
-    console.print(f"seed {args.seed}, XGrammar {xgrammar.__version__}", highlight=False)
+    console.print(f"seed {args.seed}, XGrammar {version('xgrammar')}", highlight=False)
     return int(any(outcome == "INVALID" for _, outcome in found))
 
 

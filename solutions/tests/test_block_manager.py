@@ -268,3 +268,18 @@ def test_check_invariants_sees_a_block_in_two_tables():
 def test_block_size_must_be_positive():
     with pytest.raises(ValueError, match="block_size must be at least 1"):
         BlockManager(4, 0)
+
+
+def test_a_block_may_be_copied_once_the_step_that_fills_it_has_run():
+    """A fork at position 6 copies the second block, which the step in between fills."""
+    manager = BlockManager(8, 4)
+    parent = sequence(0, 8, computed=8)
+    manager.allocate(parent)
+    assert manager.holds(parent, 6)
+    parent.num_computed_tokens = 4
+    manager.cache_full_blocks(parent, 4)
+    parent.num_computed_tokens = 8  # so it is counted for one that is admitted in the same step and finds the block
+    assert manager.holds(parent, 4)  # nothing is copied: the fork begins a block of its own
+    assert not manager.holds(parent, 6)
+    manager.begin_step()
+    assert manager.holds(parent, 6)

@@ -448,3 +448,11 @@ def test_a_server_answers_others_and_ends_with_a_form_half_compiled(patient: Non
         thread.join(PATIENCE)
     until(lambda: not any(map(lives, ended)), PATIENCE)
     engine.close()
+
+
+def test_a_server_s_forms_have_limits_that_its_clients_can_bear() -> None:
+    """The tests of what happens at a limit bring smaller ones; these are those that everybody has."""
+    assert grammar_processes.LIMITS.seconds <= 10
+    assert grammar_processes.LIMITS.wall_seconds <= 30
+    assert grammar_processes.LIMITS.mib <= 512
+    assert grammar_processes.LIMITS.token_seconds <= 0.1

@@ -221,3 +221,13 @@ def test_names_of_a_schema_s_own_say_nothing() -> None:
     """Whoever switches a keyword off by an underscore, as JSONSchemaBench does, or adds an extension, means no keyword."""
     own = {"_uniqueItems": True, "_format": "int32", "x-kubernetes-preserve-unknown-fields": True, "x-enum": [1]}
     assert to_grammar(json.dumps({"type": "integer", **own})) == to_grammar('{"type": "integer"}')
+
+
+@pytest.mark.parametrize("pattern", ["^(a|bc){1,300}$", "^(ab|abc|x[0-9]){1,250}$"])
+def test_a_large_length_beside_a_pattern_makes_shorter_texts_not_a_refusal(compiler: Any, pattern: str) -> None:
+    schema = {"type": "string", "pattern": pattern, "maxLength": 400}
+    grammar = compiler.compile_grammar(to_grammar(json.dumps(schema)))
+    assert accepts(grammar, "abc" if "x" in pattern else "abcbca")
+    for seed in range(5):
+        answer = walk(grammar, random.Random(seed))
+        assert answer is None or Draft202012Validator(schema).is_valid(json.loads(answer))

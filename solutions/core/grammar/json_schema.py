@@ -10,7 +10,8 @@ Where the standard leaves a choice, answers have one form: ``", "`` and ``": "``
 of the schema, then those without a name of their own; numbers as in `numbers`, characters as in `ebnf`, formats as `formats`.
 An object whose schema names members, and does not say what others there may be, has no others. Items that must be unique are
 in any order where there are at most `MAX_UNIQUE` values for them, and in the order of the values where there are more. Where
-there are more than `MAX_VALUES`, such as all strings, there is one item: a grammar does not remember which it has seen.
+there are more than `MAX_VALUES`, such as all strings, there is one item: a grammar does not remember which it has seen. A large
+maxLength beside a pattern or a format may be taken to be less, and so is a maxItems above `MAX_ITEMS`.
 
 Source: https://json-schema.org/draft/2020-12/json-schema-validation; how, in `schema_logic`.
 """
