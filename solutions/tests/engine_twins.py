@@ -28,7 +28,7 @@ MAKERS = {
     "gpt2": partial(make_tiny_gpt2, n_embd=64),
 }  # fmt: skip
 """With heads of 16 elements, which the kernels of a CPU take."""
-TIE = {"auto": 1e-3, "int8": 0.1}
+TIE = {"auto": 1e-3, "int8": 0.02}
 """How far below the likeliest token a chosen one may lie, as two sums of the same numbers differ; logits are some units apart.
 A key that two programs round to neighbouring integers makes more of a difference."""
 
@@ -41,37 +41,48 @@ def folder(name: str) -> Path:
     return path
 
 
-def rounded(vectors: Tensor) -> Tensor:
-    """What int8 keeps of vectors with a scale for each. [..., D]"""
-    step = vectors.abs().amax(-1, keepdim=True) / 127
-    return (vectors / step.clamp_min(1e-30)).round() * step
+def int8_scales(vectors: Tensor, backend: str) -> Tensor:
+    """A float16 for each vector, as the backend's cache makes it. [..., D] -> [..., 1]
+
+    Both are above the largest magnitude / 127: "cpu" takes the next float16, the others one that is a thousandth larger.
+    """
+    least = vectors.abs().amax(-1, keepdim=True) / 127
+    if backend != "cpu":
+        return (least * 1.001).half().float()
+    nearest = least.half()
+    return torch.where(nearest.float() < least, torch.nextafter(nearest, torch.full_like(nearest, torch.inf)), nearest).float()
 
 
-def attend_int8(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any) -> Any:
+def attend_int8(
+    backend: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
+) -> Any:
     """Plain attention over keys and values that were rounded to int8. query: [1, H, T, D], key, value: [1, H_kv, T, D]"""
-    key, value = (rounded(x).repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    steps = [int8_scales(x, backend).clamp_min(1e-30) for x in (key, value)]
+    stored = [(x / step).round() * step for x, step in zip((key, value), steps, strict=True)]
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in stored)
     scores = query @ key.transpose(-1, -2) * scaling  # [1, H, T, T]
     scores = scores + mask[..., : key.shape[-2]]
     return (scores.softmax(-1) @ value).transpose(1, 2), None
 
 
 @cache
-def oracle(name: str, kv_cache_dtype: str) -> PreTrainedModel:
-    """transformers' model; with "int8" keys and values are rounded as the cache rounds them."""
-    AttentionInterface.register("int8_kv", attend_int8)
-    AttentionMaskInterface.register("int8_kv", eager_mask)
-    attention = "eager" if kv_cache_dtype == "auto" else "int8_kv"
+def oracle(name: str, kv_cache_dtype: str, backend: str) -> PreTrainedModel:
+    """transformers' model; with "int8" keys and values are rounded as the backend's cache rounds them."""
+    attention = "eager" if kv_cache_dtype == "auto" else f"int8_kv_{backend}"
+    if kv_cache_dtype == "int8":
+        AttentionInterface.register(attention, partial(attend_int8, backend))
+        AttentionMaskInterface.register(attention, eager_mask)
     return AutoModelForCausalLM.from_pretrained(folder(name), dtype=torch.float32, attn_implementation=attention).eval()
 
 
-def check_answer(name: str, kv_cache_dtype: str, prompt: list[int], answer: list[int]) -> None:
+def check_answer(name: str, kv_cache_dtype: str, backend: str, prompt: list[int], answer: list[int]) -> None:
     """See that each token of an answer is, within `TIE`, the likeliest one behind those before it.
 
     Raises:
         AssertionError: one is not.
     """
     with torch.inference_mode():
-        logits = oracle(name, kv_cache_dtype)(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]  # [T, V]
+        logits = oracle(name, kv_cache_dtype, backend)(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]  # [T, V]
     behind = logits.amax(-1) - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
     wrong = (behind > TIE[kv_cache_dtype]).nonzero()
     assert not len(wrong), (
@@ -157,6 +168,6 @@ def run_engine_twins(rng: random.Random) -> None:
         for answer in answers:
             if answer:
                 try:
-                    check_answer(name, settings["kv_cache_dtype"], prompt, answer)
+                    check_answer(name, settings["kv_cache_dtype"], settings["attention_backend"], prompt, answer)
                 except AssertionError as error:
                     raise AssertionError(f"{error}: {told}") from None
