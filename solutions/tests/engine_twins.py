@@ -82,7 +82,7 @@ def check_answer(name: str, kv_cache_dtype: str, backend: str, prompt: list[int]
         AssertionError: one is not.
     """
     with torch.inference_mode():
-        logits = oracle(name, kv_cache_dtype, backend)(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]  # [T, V]
+        logits = oracle(name, kv_cache_dtype, backend)(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
     behind = logits.amax(-1) - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
     wrong = (behind > TIE[kv_cache_dtype]).nonzero()
     assert not len(wrong), (
