@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from ..attention.paged_attention import AttentionMetadata
-from ..parallelism.linear import WeightLayer
 from ..parallelism.tensor_parallel import (
     GateUpParallelLinear,
     ParallelLMHead,
@@ -18,7 +17,6 @@ from ..parallelism.tensor_parallel import (
 )
 from .config.model_config import ModelConfig
 from .layers import Attention, CausalLM, RMSNorm, RotaryEmbedding
-from .replay import LayerReplay
 
 MERGED_LAYERS = {
     "q_proj": ("qkv_proj", "q"),
@@ -83,11 +81,9 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
-        self.replay: LayerReplay | None = None
 
     def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
-        run_layers = self.replay or self.run_layers
-        return run_layers(self.embed_tokens(input_ids), self.rotary_emb(positions), metadata)
+        return self.run_layers(self.embed_tokens(input_ids), self.rotary_emb(positions), metadata)
 
     def run_layers(self, hidden: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:
         """All that lies between the embedding and the head: [T, hidden] -> [T, hidden]; overwrites `hidden`."""
@@ -101,7 +97,7 @@ class LlamaForCausalLM(CausalLM):
 
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
-        self.config, self.parallel = config, parallel
+        self.config = config
         layers = (self.make_layer(config, layer, parallel) for layer in range(config.num_layers))
         self.model = LlamaModel(config, layers, parallel)
         self.lm_head = ParallelLMHead(config, self.model.embed_tokens, parallel)
@@ -112,14 +108,6 @@ class LlamaForCausalLM(CausalLM):
 
     def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
         return self.model(input_ids, positions, metadata)
-
-    def enable_replay(self) -> None:
-        layers = [*self.model.layers.modules(), self.model.norm]
-        if self.parallel.is_native and all(layer.is_native for layer in layers if isinstance(layer, WeightLayer | Attention)):
-            dtype = self.model.embed_tokens.weight.dtype
-            self.model.replay = LayerReplay(
-                self.model.run_layers, self.model.layers[0].self_attn.attn, self.config.hidden_size, dtype
-            )
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)
