@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..attention.paged_attention import AttentionBackend, AttentionMetadata
-from ..attention.paged_attention_cpu import new_step
+from ..attention.paged_attention_cpu import Plan, new_step
 from ..batching.continuous_batch import FlatBatch
 from ..batching.step_arrays import StepArrays
 from ..models.kernels.attach import is_native, put
@@ -198,7 +198,7 @@ class LayerReplay(Capture[LayerInputs]):
         self._hidden = torch.empty(0, hidden_size, dtype=dtype)
         self._rope = torch.empty(2, 0, 1, attention.head_dim, dtype=dtype)
         self._out = self._hidden
-        self._plan: Any = None
+        self._plan: Plan | None = None
         self.recording: Recording | None = None
         self._kv_caches: list[Tensor] = []
         self.num_recordings = 0

@@ -49,12 +49,13 @@ def attach(model: CausalLM, plan: Plan) -> None:
             if isinstance(layer, QuantizedLinear):
                 quantized, layer = layer.take(), layer.layer
                 model.set_submodule(name, layer)
+                if not _has_kernel(plan, quantized, dtype):
+                    layer.weight = nn.Parameter(quantized.dequantize().to(dtype), requires_grad=False)
+                    quantized = None
             if plan.kernels == "cpu":
                 _attach_cpu(layer, quantized, plan.quantization, dtype)
             elif plan.kernels == "triton":
-                _attach_triton(layer, quantized, dtype)
-            elif quantized is not None:
-                _dequantize(layer, quantized, dtype)
+                _attach_triton(layer, quantized)
 
 
 def put(module: nn.Module, method: str, function: Callable[..., Tensor]) -> None:
@@ -76,9 +77,14 @@ def is_native(layer: nn.Module) -> bool:
     return isinstance(layer.forward, PackedLinear | NativeNorm)
 
 
-def _dequantize(layer: Linear, quantized: GroupQuantized, dtype: torch.dtype) -> None:
-    """Where no kernel takes quantized weights: make a plain weight of them."""
-    layer.weight = nn.Parameter(quantized.dequantize().to(dtype), requires_grad=False)
+def _has_kernel(plan: Plan, quantized: GroupQuantized, dtype: torch.dtype) -> bool:
+    """Whether there is code for a quantized weight as it is; any other becomes a plain one."""
+    if plan.kernels == "triton":
+        from ...quantization.kernels import w4a16_triton  # Triton takes its time and is not everywhere
+
+        return w4a16_triton.supports(quantized)
+    shape = quantized.shape[1], quantized.bits, quantized.group_size
+    return plan.kernels == "cpu" and linear_cpu.supports_groups(dtype, *shape)
 
 
 # On a CPU
@@ -95,16 +101,11 @@ def _attach_cpu(layer: nn.Module, quantized: GroupQuantized | None, quantization
 
 def _pack(layer: Linear, quantized: GroupQuantized | None, quantization: str | None, dtype: torch.dtype) -> None:
     """Bring a weight into the kernels' order. With int4 the head becomes int8: logits are touchier than hidden states."""
-    if quantized is not None and linear_cpu.supports_groups(dtype, quantized.shape[1], quantized.bits, quantized.group_size):
-        weight, quantization = quantized, None
-    else:
-        if quantized is not None:
-            _dequantize(layer, quantized, dtype)
-        if isinstance(layer, ParallelLMHead) and quantization == "int4":
-            quantization = "int8"
-        weight = layer.weight
-        if not linear_cpu.supports(dtype, weight.shape[1], quantization):
-            return
+    if isinstance(layer, ParallelLMHead) and quantization == "int4":
+        quantization = "int8"
+    weight = layer.weight if quantized is None else quantized
+    if quantized is None and not linear_cpu.supports(dtype, weight.shape[1], quantization):
+        return
     is_gated = isinstance(layer, GateUpParallelLinear) and layer.activation is F.silu and weight.shape[0] % 32 == 0
     packed = PackedLinear(weight, layer.bias, quantization, is_gated, dtype)
     layer.weight = nn.Parameter(packed.weight, requires_grad=False)  # an embedding that a head is tied to keeps its own
@@ -114,8 +115,8 @@ def _pack(layer: Linear, quantized: GroupQuantized | None, quantization: str | N
 # With Triton
 
 
-def _attach_triton(layer: nn.Module, quantized: GroupQuantized | None, dtype: torch.dtype) -> None:
-    from ...quantization.kernels.w4a16_triton import TritonLinear, supports  # Triton takes its time and is not everywhere
+def _attach_triton(layer: nn.Module, quantized: GroupQuantized | None) -> None:
+    from ...quantization.kernels.w4a16_triton import TritonLinear
     from .layers_triton import rms_norm, silu_mul
 
     if isinstance(layer, RMSNorm):
@@ -123,16 +124,13 @@ def _attach_triton(layer: nn.Module, quantized: GroupQuantized | None, dtype: to
     elif isinstance(layer, Attention):
         put(layer, "forward", partial(leave_rotation, layer.forward))
     elif isinstance(layer, Linear):
-        if quantized is not None and supports(quantized):
+        if quantized is not None:
             product = TritonLinear(quantized, bias=layer.bias)
             put(layer, "multiply", product)
             for name, tensor in (("weight", product.packed), ("scales", product.scales), ("zeros", product.zeros)):
                 layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        else:
-            if quantized is not None:
-                _dequantize(layer, quantized, dtype)
-            if layer.bias is None:
-                put(layer, "multiply", partial(add_inside, layer.weight))
+        elif layer.bias is None:
+            put(layer, "multiply", partial(add_inside, layer.weight))
         if isinstance(layer, GateUpParallelLinear) and layer.activation is F.silu:
             put(layer, "activate", silu_mul)
 
