@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor, nn
 
 from ..attention.paged_attention import AttentionMetadata
@@ -29,7 +27,8 @@ MERGED_LAYERS = {
 
 
 class LlamaAttention(nn.Module):
-    """Projections around paged attention, queries and keys rotated by RoPE; the result is added to `add_to` [T, hidden]."""
+    """Projections around paged attention, over a window if the model has one, with queries and keys rotated by RoPE; the result
+    is added to `add_to` [T, hidden]."""
 
     def __init__(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> None:
         super().__init__()
@@ -37,7 +36,7 @@ class LlamaAttention(nn.Module):
         inputs = heads.times(config.head_dim)
         self.qkv_proj = QKVParallelLinear(config, parallel)
         self.o_proj = RowParallelLinear(inputs, config.hidden_size, config.attention_bias, parallel)
-        self.attn = Attention(len(heads), len(kv_heads), config.head_dim, layer)
+        self.attn = Attention(len(heads), len(kv_heads), config.head_dim, layer, config.sliding_window)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata, add_to: Tensor) -> Tensor:
         return self.o_proj(self.attn(self.qkv_proj(x), metadata, rope), add_to)
@@ -59,10 +58,10 @@ class GatedMLP(nn.Module):
 class LlamaDecoderLayer(nn.Module):
     """Attention and MLP, each added to the residual stream after a norm of its input."""
 
-    def __init__(self, config: ModelConfig, attention: nn.Module, parallel: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = attention
+        self.self_attn = LlamaAttention(config, layer, parallel)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = GatedMLP(config, parallel)
 
@@ -75,10 +74,10 @@ class LlamaDecoderLayer(nn.Module):
 class LlamaModel(nn.Module):
     """Embedding, decoder layers and final norm."""
 
-    def __init__(self, config: ModelConfig, layers: Iterable[LlamaDecoderLayer], parallel: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config, parallel)
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, layer, parallel) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
 
@@ -98,13 +97,8 @@ class LlamaForCausalLM(CausalLM):
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
         self.config = config
-        layers = (self.make_layer(config, layer, parallel) for layer in range(config.num_layers))
-        self.model = LlamaModel(config, layers, parallel)
+        self.model = LlamaModel(config, parallel)
         self.lm_head = ParallelLMHead(config, self.model.embed_tokens, parallel)
-
-    def make_layer(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> LlamaDecoderLayer:
-        """The one place where a relative of LLaMA differs."""
-        return LlamaDecoderLayer(config, LlamaAttention(config, layer, parallel), parallel)
 
     def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
         return self.model(input_ids, positions, metadata)
