@@ -48,6 +48,7 @@ from solutions.core.config import EngineConfig
 from solutions.core.engine import LLM, LLMEngine
 from solutions.core.platform import native
 from solutions.models.config.model_config import ModelConfig
+from solutions.models.kernels.attach import packed_of
 from solutions.models.loader import resolve_model
 from solutions.serving import api_server
 from solutions.tests.tiny_models import make_tiny_llama
@@ -498,7 +499,7 @@ def test_a_profile_accounts_for_a_whole_step(tmp_path: Path, quantization: str |
     engine = LLMEngine(EngineConfig(str(tmp_path), dtype="float32", device="cpu", max_model_len=64, quantization=quantization))
     model, worker = engine.model_config, engine.executor.worker
     weight = 1 if quantization else 4
-    packed = [p for p in (getattr(layer, "packed", None) for layer in worker.model.modules()) if p is not None]
+    packed = [p for p in map(packed_of, worker.model.modules()) if p is not None]
     weights = weight * sum(p.num_rows * p.num_columns for p in packed)  # what lies between them is left out
     assert sum(num_bytes for num_bytes, _ in costs(model, 0, 0, weight, 4).values()) == weights
     ceilings = Ceilings(read_bytes=1e9, operations={"float32": 1e9, "int8": 2e9})

@@ -99,7 +99,6 @@ class TritonBackend(AttentionBackend):
     """
 
     name = "triton"
-    rotates = True
     capturable = True
 
     def __init__(self, num_splits: int | None = None, config: Config | None = None) -> None:
@@ -126,32 +125,26 @@ class TritonBackend(AttentionBackend):
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata,
-        scale: float, sliding_window: int | None = None, rope: tuple[Tensor, Tensor] | None = None,
+        scale: float, sliding_window: int | None = None,
     ) -> Tensor:  # fmt: skip
-        """See `AttentionBackend.attend`.
-
-        Args:
-            rope: cos and signed sin, [T, 1, D] each, as `layers.rotate_` takes them: keys are rotated on their way into the
-                cache, and `query` in place; None: both are rotated already or need it not.
-        """
+        """See `AttentionBackend.attend`. With `metadata.rope`, keys are rotated on their way into the cache, and `query` in
+        place; without, both are rotated already or need it not."""
         dim = query.shape[2]
         query, key, value = (x if x.stride(1) == dim and x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
         cache = Cache.of_layer(metadata, layer)
-        self._write(query, key, value, cache, metadata.slot_mapping, rope)
+        self._write(query, key, value, cache, metadata)
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         config = self._choose(query, cache, metadata, scale, sliding_window)
         self._launch(config, query, cache, metadata, output, scale, sliding_window)
         return output
 
-    def _write(
-        self, query: Tensor, key: Tensor, value: Tensor, cache: Cache, slot_mapping: Tensor, rope: tuple[Tensor, Tensor] | None
-    ) -> None:
+    def _write(self, query: Tensor, key: Tensor, value: Tensor, cache: Cache, metadata: AttentionMetadata) -> None:
         tokens, heads, dim = query.shape
         kv_heads, half = key.shape[1], padded(dim // 2)
-        cos, signed_sin = rope or (None, None)
-        self.kernels.write_kv[(tokens, 1 if rope is None else 2)](
-            query, key, value, cos, signed_sin, cache.keys, cache.values, cache.key_scales, cache.value_scales, slot_mapping,
-            query.stride(0), key.stride(0), value.stride(0), 0 if rope is None else cos.stride(0),
+        cos, signed_sin = metadata.rope or (None, None)
+        self.kernels.write_kv[(tokens, 1 if cos is None else 2)](
+            query, key, value, cos, signed_sin, cache.keys, cache.values, cache.key_scales, cache.value_scales,
+            metadata.slot_mapping, query.stride(0), key.stride(0), value.stride(0), 0 if cos is None else cos.stride(0),
             H=heads, H_KV=kv_heads, D=dim,
             H_PADDED=padded(heads), H_KV_PADDED=padded(kv_heads), HALF_PADDED=half,
             num_warps=min(16, max(1, padded(heads) * half // 512)),

@@ -26,8 +26,8 @@ from torch import Tensor
 from ..attention.backends import make_backend
 from ..attention.paged_attention import AttentionMetadata
 from ..batching.sampling_params import SamplingParams
+from ..core.capture import CudaGraphRecorder
 from ..core.config import EngineConfig
-from ..core.cuda_graphs import CudaGraphRecorder
 from ..core.engine import LLMEngine
 from ..memory.cache_engine import quantize_vectors
 from ..models.config.model_config import ModelConfig

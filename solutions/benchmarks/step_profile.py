@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..batching.sampling_params import SamplingParams
+from ..core.capture import LayerReplay
 from ..core.config import DEFAULT_MODEL, EngineConfig
 from ..core.engine import LLMEngine
 from ..core.sampling.selection_cpu import native_argmax
@@ -91,7 +92,7 @@ def profile_step(
         ValueError: the engine runs without recordings, or cannot take the whole batch in one step.
     """
     model = engine.executor.worker.model
-    if not isinstance(model, LlamaForCausalLM) or model.model.replay is None:
+    if not isinstance(model, LlamaForCausalLM) or not isinstance(model.model.run_layers, LayerReplay):
         raise ValueError("only a LLaMA model's replayed steps can be profiled: on a CPU with a compiler, not --enforce-eager")
     if batch > engine.config.max_num_seqs or batch * context > engine.limits.max_num_batched_tokens:
         raise ValueError(
@@ -106,7 +107,7 @@ def profile_step(
     engine.step()  # all prompts
     steps = [median_of(engine.step, 1) for _ in range(half)]
     config, dtype = engine.model_config, engine.executor.worker.dtype
-    layers, head = model.model.replay, model.lm_head
+    layers, head = model.model.run_layers, model.lm_head
     hidden = torch.randn(batch, config.hidden_size, dtype=dtype)
     calls = range(len(layers.recording) - 1)  # the last one is the norm before the head
     times = {}

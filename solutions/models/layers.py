@@ -1,7 +1,8 @@
 """The layers that all models are built from, over flat tokens: [T, hidden], whatever sequences the T tokens belong to.
 
 Every layer that holds weights knows how a tensor of a checkpoint goes into them (`WeightLayer.weight_loader`), so a
-model's file says what the model is and nothing about how its weights are merged, split over devices or packed.
+model's file says what the model is and nothing about how its weights are merged or split over devices. Nothing here knows of
+kernels: passes over a loaded model put them in place (``kernels/attach.py``).
 
 Letters: T tokens of a step, H query heads, H_kv key/value heads, D head size, I width of the MLP, V vocabulary.
 """
@@ -10,8 +11,6 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,6 @@ from torch import Tensor, nn
 from ..attention.paged_attention import AttentionMetadata
 from ..parallelism.linear import WeightLayer, parameter
 from .config.model_config import ModelConfig
-from .kernels import layers_cpu
-from .kernels.layers_cpu import NativeNorm, NativeRotation
 
 
 class RMSNorm(WeightLayer):
@@ -31,22 +28,9 @@ class RMSNorm(WeightLayer):
         super().__init__()
         self.weight = parameter(size)
         self.eps = eps
-        self.native: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # [T, hidden] -> [T, hidden]
-        if self.native is not None:
-            return self.native(x)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-    def pack(self, quantization: str | None) -> None:
-        if layers_cpu.supports_norm(self.weight):
-            self.native = NativeNorm(self.weight, self.eps)
-            self.is_native = True
-
-    def use_triton(self) -> None:
-        from .kernels.layers_triton import rms_norm  # imports Triton, which takes its time and is not everywhere
-
-        self.native = partial(rms_norm, weight=self.weight, eps=self.eps)
 
 
 class LayerNorm(WeightLayer):
@@ -148,9 +132,6 @@ class CausalLM(nn.Module, abc.ABC):
         """[N, hidden] -> [N, V]: the caller picks the rows that it needs logits of."""
         ...
 
-    def enable_replay(self) -> None:
-        """Let small steps be recorded and replayed, if all their layers are native kernels. By default they are not."""
-
     @abc.abstractmethod
     def place(self, name: str, tensor: Tensor) -> tuple[str, str | None, Tensor] | None:
         """Where a checkpoint's tensor goes: (parameter, shard id, tensor in the layout used here); None: nowhere."""
@@ -166,15 +147,8 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scale = head_dim**-0.5
         self.sliding_window = sliding_window
-        self.dtype = torch.get_default_dtype()
-        self.is_native = False
-        self.rotate_: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor] = rotate_
 
-    def pack(self, quantization: str | None) -> None:
-        """Rotate with the CPU's own kernel where it can."""
-        if layers_cpu.supports_rotation(self.head_dim, self.dtype):
-            self.rotate_ = NativeRotation(self.head_dim, self.dtype)
-            self.is_native = True
+    rotate_ = staticmethod(rotate_)
 
     def forward(self, qkv: Tensor, metadata: AttentionMetadata, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Attend from each token over its sequence.
@@ -187,11 +161,8 @@ class Attention(nn.Module):
             [T, H·D].
         """
         heads = qkv.view(len(qkv), -1, self.head_dim)  # [T, H + 2·H_kv, D]
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        fused = {}
-        if metadata.backend.rotates:
-            fused["rope"] = rope
-        elif rope is not None:
+        if rope is not None:
             self.rotate_(heads[:, : self.num_heads + self.num_kv_heads], rope)
-        out = metadata.backend.attend(self.layer, q, k, v, metadata, self.scale, self.sliding_window, **fused)  # [T, H, D]
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        out = metadata.backend.attend(self.layer, q, k, v, metadata, self.scale, self.sliding_window)  # [T, H, D]
         return out.reshape(len(qkv), -1)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor, nn
 
 from ..attention.paged_attention import AttentionMetadata
-from ..parallelism.linear import WeightLayer
 from ..parallelism.tensor_parallel import (
     GateUpParallelLinear,
     ParallelLMHead,
@@ -18,7 +15,6 @@ from ..parallelism.tensor_parallel import (
 )
 from .config.model_config import ModelConfig
 from .layers import Attention, CausalLM, RMSNorm, RotaryEmbedding
-from .replay import LayerReplay
 
 MERGED_LAYERS = {
     "q_proj": ("qkv_proj", "q"),
@@ -31,7 +27,8 @@ MERGED_LAYERS = {
 
 
 class LlamaAttention(nn.Module):
-    """Projections around paged attention, queries and keys rotated by RoPE; the result is added to `add_to` [T, hidden]."""
+    """Projections around paged attention, over a window if the model has one, with queries and keys rotated by RoPE; the result
+    is added to `add_to` [T, hidden]."""
 
     def __init__(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> None:
         super().__init__()
@@ -39,7 +36,7 @@ class LlamaAttention(nn.Module):
         inputs = heads.times(config.head_dim)
         self.qkv_proj = QKVParallelLinear(config, parallel)
         self.o_proj = RowParallelLinear(inputs, config.hidden_size, config.attention_bias, parallel)
-        self.attn = Attention(len(heads), len(kv_heads), config.head_dim, layer)
+        self.attn = Attention(len(heads), len(kv_heads), config.head_dim, layer, config.sliding_window)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata, add_to: Tensor) -> Tensor:
         return self.o_proj(self.attn(self.qkv_proj(x), metadata, rope), add_to)
@@ -61,10 +58,10 @@ class GatedMLP(nn.Module):
 class LlamaDecoderLayer(nn.Module):
     """Attention and MLP, each added to the residual stream after a norm of its input."""
 
-    def __init__(self, config: ModelConfig, attention: nn.Module, parallel: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = attention
+        self.self_attn = LlamaAttention(config, layer, parallel)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = GatedMLP(config, parallel)
 
@@ -77,17 +74,15 @@ class LlamaDecoderLayer(nn.Module):
 class LlamaModel(nn.Module):
     """Embedding, decoder layers and final norm."""
 
-    def __init__(self, config: ModelConfig, layers: Iterable[LlamaDecoderLayer], parallel: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config, parallel)
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, layer, parallel) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
-        self.replay: LayerReplay | None = None
 
     def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
-        run_layers = self.replay or self.run_layers
-        return run_layers(self.embed_tokens(input_ids), self.rotary_emb(positions), metadata)
+        return self.run_layers(self.embed_tokens(input_ids), self.rotary_emb(positions), metadata)
 
     def run_layers(self, hidden: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:
         """All that lies between the embedding and the head: [T, hidden] -> [T, hidden]; overwrites `hidden`."""
@@ -101,25 +96,12 @@ class LlamaForCausalLM(CausalLM):
 
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
-        self.config, self.parallel = config, parallel
-        layers = (self.make_layer(config, layer, parallel) for layer in range(config.num_layers))
-        self.model = LlamaModel(config, layers, parallel)
+        self.config = config
+        self.model = LlamaModel(config, parallel)
         self.lm_head = ParallelLMHead(config, self.model.embed_tokens, parallel)
-
-    def make_layer(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> LlamaDecoderLayer:
-        """The one place where a relative of LLaMA differs."""
-        return LlamaDecoderLayer(config, LlamaAttention(config, layer, parallel), parallel)
 
     def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
         return self.model(input_ids, positions, metadata)
-
-    def enable_replay(self) -> None:
-        layers = [*self.model.layers.modules(), self.model.norm]
-        if self.parallel.is_native and all(layer.is_native for layer in layers if isinstance(layer, WeightLayer | Attention)):
-            dtype = self.model.embed_tokens.weight.dtype
-            self.model.replay = LayerReplay(
-                self.model.run_layers, self.model.layers[0].self_attn.attn, self.config.hidden_size, dtype
-            )
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..parallelism.linear import Linear, WeightLayer
 from ..parallelism.tensor_parallel import SINGLE, TensorParallel
 from ..quantization.layout.description import METHODS
 from .config.entries import Entries, ModelError, read_json
 from .config.model_config import ALIASES, Alias, ModelConfig
 from .gpt import GPT2LMHeadModel
-from .layers import Attention, CausalLM
+from .layers import CausalLM
 from .llama import LlamaForCausalLM
 from .mistral import MistralForCausalLM
 from .model_files import quantization_description, weight_files
@@ -165,55 +164,35 @@ def _from_folder(name: str, folder: Path, load_format: str) -> ModelSource:
 
 
 def load_model(
-    source: ModelSource, dtype: torch.dtype, device: torch.device, load_format: str = "auto", *,
-    seed: int = 0, progress: bool = True, max_model_len: int | None = None, cpu_kernels: bool = False,
-    quantization: str | None = None, triton_layers: bool = False, parallel: TensorParallel = SINGLE,
+    source: ModelSource, dtype: torch.dtype, device: torch.device, parallel: TensorParallel = SINGLE, *,
+    seed: int = 0, progress: bool = True,
 ) -> CausalLM:  # fmt: skip
-    """Build the model and fill its weights.
+    """Build the model and fill its weights. `kernels/attach.py` then puts kernels in place; only with it does a quantized
+    checkpoint run.
 
     Args:
+        source: the model; without a path its weights are small random numbers.
         dtype: precision of the weights and of everything computed with them.
-        load_format: "auto", or "dummy" for small random weights.
+        parallel: the ranks that share the model, of which this is one.
         seed: of the random weights.
-        max_model_len: longest sequence that will be served, see `ModelConfig`.
-        cpu_kernels: pack the weights for the CPU's own kernels.
-        quantization: "int8" or "int4" makes them that, which needs `cpu_kernels`; "gptq" or "awq" must be the checkpoint's own.
-        triton_layers: compute norms and gates with Triton. parallel: the ranks that share the model, of which this is one.
 
     Raises:
         ModelError: a file is damaged, or its tensors are not those of the model that ``config.json`` describes.
     """
+    progress = progress and parallel.rank == 0
     with _defaults(dtype, device), torch.inference_mode(False), torch.no_grad():
-        config = replace(source.config, max_model_len=max_model_len) if max_model_len else source.config
-        check_quantization(source, load_format, quantization)
-        weights = None
-        if load_format != "dummy" and source.path is not None:
-            weights = WeightHeaders.open(weight_files(source.path, WAYS_OUT))
-        stored = quantized_layers([] if weights is None else weights.files, config)
-        names: dict[str, str] = {}
-        if weights is not None:
-            weights.check_size(config)
-            config, names = weights.with_ties(config)
+        if source.path is None:
+            model = _build(source.config, parallel)
+            fill_randomly(model, device, seed, progress)
+            return model
+        weights = WeightHeaders.open(weight_files(source.path, WAYS_OUT))
+        stored = quantized_layers(weights.files, source.config)
+        weights.check_size(source.config)
+        config, names = weights.with_ties(source.config)
         if "lm_head" in stored:  # quantized apart from an embedding that it was tied to
             config = replace(config, tie_word_embeddings=False)
         model = _build(config, parallel)
-        linears = [layer for layer in model.modules() if isinstance(layer, Linear)]
-        if config.quantization is not None:
-            quantization = None
-        if weights is None:
-            fill_randomly(model, device, seed, progress and parallel.rank == 0)
-        else:
-            load_weights(model, weights.files, stored, names, progress and parallel.rank == 0)
-        if cpu_kernels:
-            for layer in model.modules():
-                if isinstance(layer, WeightLayer | Attention):
-                    layer.pack(quantization)
-        elif triton_layers:
-            for layer in model.modules():
-                if isinstance(layer, WeightLayer):
-                    layer.use_triton()
-        for layer in linears:
-            layer.dequantize()
+        load_weights(model, weights.files, stored, names, progress)
     return model
 
 

@@ -7,31 +7,8 @@ sequence's KV memory stops growing at the window. (The paper's rolling buffer do
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-
-from ..attention.paged_attention import AttentionMetadata
-from ..parallelism.tensor_parallel import QKVParallelLinear, RowParallelLinear, TensorParallel
-from .config.model_config import ModelConfig
-from .layers import Attention
-from .llama import LlamaDecoderLayer, LlamaForCausalLM
-
-
-class MistralAttention(nn.Module):
-    """Projections around attention over the window, with RoPE; the result is added to `add_to` [T, hidden]."""
-
-    def __init__(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> None:
-        super().__init__()
-        heads, kv_heads = parallel.heads(config)
-        self.qkv_proj = QKVParallelLinear(config, parallel)
-        self.o_proj = RowParallelLinear(heads.times(config.head_dim), config.hidden_size, False, parallel)
-        self.attn = Attention(len(heads), len(kv_heads), config.head_dim, layer, config.sliding_window)
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata, add_to: Tensor) -> Tensor:
-        return self.o_proj(self.attn(self.qkv_proj(x), metadata, rope), add_to)
+from .llama import LlamaForCausalLM
 
 
 class MistralForCausalLM(LlamaForCausalLM):
-    """Mistral with its head; every layer has the same window."""
-
-    def make_layer(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> LlamaDecoderLayer:
-        return LlamaDecoderLayer(config, MistralAttention(config, layer, parallel), parallel)
+    """Mistral with its head; every layer has the window of `ModelConfig.sliding_window`."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..core.platform.progress import LateBar
 from ..parallelism.linear import Linear, WeightLayer
+from ..parallelism.quantized_linear import QuantizedLinear
 from ..parallelism.tensor_parallel import ParallelLMHead
 from ..quantization.layout.reader import CheckpointError, StoredLayer, Unpacker, find_layers
 from .config.entries import ModelError
@@ -35,7 +36,7 @@ def quantized_layers(files: list[Path], config: ModelConfig) -> dict[str, Stored
 
 
 def expect_quantized(model: CausalLM, stored: dict[str, StoredLayer]) -> set[str]:
-    """Make room for quantized weights in the linear layers that have them.
+    """Put a `QuantizedLinear` in the place of each linear layer that is quantized.
 
     A layer whose pieces are kept in different ways, some plain or of other bits, is computed as a plain one; so is the head.
 
@@ -48,17 +49,17 @@ def expect_quantized(model: CausalLM, stored: dict[str, StoredLayer]) -> set[str
     modules, pieces, dense = dict(model.named_modules()), {}, set()
     for name in stored:
         target, shard, _ = model.place(f"{name}.codes", torch.empty(0)) or ("", None, None)
-        if not isinstance(modules.get(target.rpartition(".")[0]), Linear | ParallelLMHead):
+        if not isinstance(modules.get(target.rpartition(".")[0]), Linear):
             raise ModelError(f"the weights hold {name}.qweight, which is no weight of a {type(model).__name__} of this config")
         pieces.setdefault(target.rpartition(".")[0], {})[shard] = name
     for target, names in pieces.items():
         layer, forms = modules[target], {stored[name].form for name in names.values()}
         is_whole = names.keys() in ({None}, set(layer.shard_ids))
-        if not isinstance(layer, Linear) or not is_whole or len(forms) > 1:
+        if isinstance(layer, ParallelLMHead) or not is_whole or len(forms) > 1:
             dense.update(names.values())
             continue
         try:
-            layer.expect_quantized(forms.pop())
+            model.set_submodule(target, QuantizedLinear(layer, forms.pop()))
         except ValueError as error:
             raise ModelError(str(error)) from None
     return dense

@@ -2,7 +2,7 @@
 
 A library for networks takes a millisecond or two for a sum of a few kilobytes, most of it threads that wake each other. Ranks
 that see the same memory need two cache lines to agree, and the sum is one pass over what all have written there. The calls are
-native kernels, so a recorded step (models/replay.py) has them in it.
+native kernels, so a recorded step (core/capture.py) has them in it.
 """
 
 from __future__ import annotations

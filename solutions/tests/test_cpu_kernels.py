@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from solutions.batching.sampling_params import SamplingParams
+from solutions.core.capture import LayerReplay
 from solutions.core.engine import LLM
 from solutions.core.platform import native
 from solutions.core.sampling.selection_cpu import native_argmax
@@ -336,7 +337,8 @@ def test_a_recording_that_failed_is_made_again(tmp_path: Path, monkeypatch: pyte
     engine = llm.llm_engine
     if change == "another cache":
         engine.executor.create_cache(engine.limits.num_blocks, engine.config.block_size, 0)
-    replay = engine.executor.worker.model.model.replay
+    replay = engine.executor.worker.model.model.run_layers
+    assert isinstance(replay, LayerReplay)
 
     def fail(*_: object) -> None:
         raise RuntimeError("planted")
@@ -363,12 +365,12 @@ def test_replayed_steps_are_the_same_bits(tmp_path: Path, make: Callable[..., ob
             str(tmp_path), dtype="float32", max_model_len=256, enforce_eager=eager, num_gpu_blocks_override=20, block_size=16,
             quantization=quantization,
         )  # fmt: skip
-        replay = llm.llm_engine.executor.worker.model.model.replay
-        assert (replay is None) == eager
+        replay = llm.llm_engine.executor.worker.model.model.run_layers
+        assert isinstance(replay, LayerReplay) == (not eager)
         llm.generate(prompts[0], params[0], use_tqdm=False)
         outputs = [llm.generate(prompts, params, use_tqdm=False) for _ in range(2)]
         texts.append([[one.token_ids for one in output.outputs] for run in outputs for output in run])
-        if replay is not None:
+        if not eager:
             assert replay.num_recordings == 2  # of a few tokens, then of more; between them steps of all sizes
     assert texts[0] == texts[1]
 

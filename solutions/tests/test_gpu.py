@@ -17,12 +17,12 @@ from solutions.attention.backends import make_backend
 from solutions.batching.continuous_batch import FlatBatch
 from solutions.batching.sampling_params import SamplingParams
 from solutions.benchmarks.gpu import measure_attention, measure_card, measure_decode, measure_prefill
-from solutions.core import cuda_graphs
+from solutions.core.capture import PADDING_SLOT, CudaGraphRecorder, Step, graph_sizes
 from solutions.core.config import EngineConfig
-from solutions.core.cuda_graphs import PADDING_SLOT, CudaGraphRecorder, Step, graph_sizes
 from solutions.core.engine import LLM, LLMEngine
 from solutions.models.config.model_config import ALIASES
 from solutions.models.costs.roofline import CARDS, Card, decode_cost, num_product_weights, prefill_cost
+from solutions.models.kernels.attach import Plan, add_inside, attach
 from solutions.models.loader import load_model, resolve_model
 from solutions.tests.tiny_models import make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
 
@@ -86,15 +86,18 @@ def test_the_real_model_on_triton() -> None:
 
 @needs_triton
 def test_triton_layers_are_used_and_equal_pytorchs(tmp_path: Path) -> None:
+    from solutions.models.kernels import layers_triton
+
     make_tiny_llama(tmp_path)
     source = resolve_model(str(tmp_path))
     device = torch.device(DEVICE)
-    models = [load_model(source, torch.float32, device, progress=False, triton_layers=triton) for triton in (False, True)]
+    models = [load_model(source, torch.float32, device, progress=False) for _ in range(2)]
+    attach(models[1], Plan("triton"))
     plain, fused = (model.model.layers[0] for model in models)
     x = torch.randn(9, 48, device=device)
-    assert fused.input_layernorm.native is not None
-    assert fused.mlp.gate_up_proj.gate is not None
-    assert fused.self_attn.o_proj.adds_inside
+    assert fused.input_layernorm.forward.func is layers_triton.rms_norm
+    assert fused.mlp.gate_up_proj.activate is layers_triton.silu_mul
+    assert fused.self_attn.o_proj.multiply.func is add_inside
     for layer in ("input_layernorm", "post_attention_layernorm"):
         torch.testing.assert_close(getattr(fused, layer)(x), getattr(plain, layer)(x))
     torch.testing.assert_close(fused.mlp(x, x.clone()), plain.mlp(x, x.clone()))
@@ -179,7 +182,7 @@ def test_graphs_are_captured_at_start_unless_switched_off(tmp_path: Path) -> Non
 def test_backends_that_ask_the_device_are_not_captured() -> None:
     assert not make_backend("torch", "cpu", torch.float32, 64).capturable
     assert make_backend("cuda", "cpu", torch.float32, 64).capturable
-    assert cuda_graphs.PADDING_SLOT == -1
+    assert PADDING_SLOT == -1
 
 
 # The benchmark

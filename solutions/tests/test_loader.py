@@ -362,9 +362,7 @@ def test_dummy_weights_need_no_files_and_repeat_with_the_seed(monkeypatch: pytes
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     source = resolve_model("gpt2", "dummy")
     assert load_tokenizer(source) is None
-    one, same, other = (
-        dict(load_model(source, torch.bfloat16, CPU, "dummy", seed=seed).named_parameters()) for seed in (3, 3, 4)
-    )
+    one, same, other = (dict(load_model(source, torch.bfloat16, CPU, seed=seed).named_parameters()) for seed in (3, 3, 4))
     wte = "transformer.wte.weight"
     assert one[wte].shape == (50257, 768)
     assert torch.equal(one[wte], same[wte])

@@ -65,10 +65,10 @@ def random_prompts(lengths: list[int]) -> list[list[int]]:
     return [torch.randint(VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
 
 
-def assert_same_logits(folder: Path, oracle: Any, lengths: list[int] = [1, 8, 70], **load: Any) -> None:  # noqa: B006
+def assert_same_logits(folder: Path, oracle: Any, lengths: list[int] = [1, 8, 70], **changes: Any) -> None:  # noqa: B006
     """Compare on prompts fed whole, in pieces with odd borders, and token by token."""
     source = resolve_model(str(folder))
-    model = load_model(source, torch.float32, CPU, **load)
+    model = load_model(replace(source, config=replace(source.config, **changes)), torch.float32, CPU)
     prompts = random_prompts(lengths)
     with torch.inference_mode():
         expected = [oracle(torch.tensor([prompt])).logits[0] for prompt in prompts]

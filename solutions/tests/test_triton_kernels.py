@@ -192,7 +192,8 @@ def test_rotates_on_the_way(head_dim: int, dtype: torch.dtype) -> None:
     in_float64 = tuple(x.double() for x in rope)
     query = case.query.clone()
     metadata = case.metadata(backend := TritonBackend())
-    out = backend.attend(0, query, case.key, case.value, metadata, case.scale, rope=rope)
+    metadata.rope = rope
+    out = backend.attend(0, query, case.key, case.value, metadata, case.scale)
 
     rotated_query, rotated_key = rotate_(case.query.double(), in_float64), rotate_(case.key.double(), in_float64)
     step = torch.finfo(dtype).eps

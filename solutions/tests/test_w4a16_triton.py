@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from solutions.quantization.layout.groups import GroupQuantized, quantize_groups
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to test")
+from solutions.models.kernels.attach import Plan, attach
+from solutions.parallelism.linear import Embedding, Linear
+from solutions.parallelism.quantized_linear import QuantizedLinear
 from solutions.parallelism.tensor_parallel import SINGLE, GateUpParallelLinear, RowParallelLinear, Shard
 from solutions.quantization.kernels.w4a16_triton import TritonLinear, supports
 from solutions.quantization.layout.checkpoint import QuantizedFormat
@@ -88,17 +91,24 @@ def test_what_the_kernel_cannot_take():
     assert supports(quantize_groups(torch.ones(8, 40), 4, -1))
 
 
+def use_triton(layer: Linear, form: QuantizedFormat, weight: GroupQuantized) -> None:
+    """Give a layer quantized weights as a checkpoint would, and Triton's kernels."""
+    stand_in = QuantizedLinear(layer, form)
+    for name in ("codes", "scales", "zeros"):
+        getattr(stand_in, name).data = getattr(weight, name)
+    model = torch.nn.ModuleDict({"embedding": Embedding(1, 1), "layer": stand_in})
+    attach(model, Plan("triton"))
+    assert model["layer"] is layer
+    assert stand_in.codes is None  # what remains of the codes, which is nothing
+
+
 def test_layers_use_it():
     """A quantized layer on Triton: with bias, added to the residual stream, and as gate and up."""
     form = QuantizedFormat("gptq", 4, 32)
     down = RowParallelLinear(Shard(64, 0, 64), 48, True, SINGLE)
     weight = random_weight(48, 64, 32)
-    down.expect_quantized(form)
-    for name in ("codes", "scales", "zeros"):
-        getattr(down, name).data = getattr(weight, name)
     down.bias.data = torch.randn(48, generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    down.use_triton()
-    down.dequantize()  # what remains of codes, which is nothing
+    use_triton(down, form, weight)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     expected = x.double() @ dense(weight).T + down.bias.double()
     assert error(down(x), expected) < 1e-5
@@ -113,10 +123,7 @@ def test_gate_and_up():
     config = type("Config", (), {"hidden_size": 32, "intermediate_size": 64, "mlp_bias": False, "hidden_act": "silu"})
     layer = GateUpParallelLinear(config, SINGLE)
     weight = random_weight(128, 32, 32)
-    layer.expect_quantized(QuantizedFormat("awq", 4, 32))
-    for name in ("codes", "scales", "zeros"):
-        getattr(layer, name).data = getattr(weight, name)
-    layer.use_triton()
+    use_triton(layer, QuantizedFormat("awq", 4, 32), weight)
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     gate, up = (x.double() @ dense(weight).T).chunk(2, dim=1)
     assert error(layer(x), F.silu(gate) * up) < 1e-4

@@ -2,7 +2,7 @@
 
 They are bound by memory: x/√(mean x²) in PyTorch's single operations would move a row six times. All arithmetic is float32.
 The sum that goes into a norm, of the residual stream and a layer's result, is made inside the product before it, see
-`Linear.use_triton`.
+`attach.add_inside`.
 """
 
 from __future__ import annotations

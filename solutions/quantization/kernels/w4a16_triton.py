@@ -36,22 +36,26 @@ class TritonLinear:
 
     Args:
         weight: codes in their own order or another, see `GroupQuantized`. num_splits: parts of K; None: as many as help.
+        bias: [N] or None.
 
     Attributes:
         packed: [K / 8, N] int32, the first of 8 inputs in the lowest bits. scales, zeros: [G, N] float16.
     """
 
-    def __init__(self, weight: GroupQuantized, num_splits: int | None = None) -> None:
+    def __init__(self, weight: GroupQuantized, num_splits: int | None = None, bias: Tensor | None = None) -> None:
         self.num_rows, self.num_columns = weight.shape
         self.group_size = min(weight.group_size, self.num_columns)
         self.packed = pack_int32(weight.codes, 4).t().contiguous()
         self.scales = weight.scales.t().to(torch.float16).contiguous()
         self.zeros = weight.zeros.t().to(torch.float16).contiguous()
-        self.order = weight.order
+        self.order, self.bias = weight.order, bias
         self.num_splits = num_splits
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``x · weightᵀ``: [T, K] -> [T, N] in the type of `x`; the sums are float32."""
+    def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
+        """``x · weightᵀ + bias``: [T, K] -> [T, N] in the type of `x`; the sums are float32.
+
+        With `add_to` [T, N] the result is added to that in place.
+        """
         if self.order is not None:
             x = x[:, self.order]
         rows = x.shape[0]
@@ -65,7 +69,10 @@ class TritonLinear:
             triton.cdiv(triton.cdiv(self.num_columns, BLOCK_K), splits) * BLOCK_K,
             BLOCK_M=block_m, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
         )  # fmt: skip
-        return out[0] if splits == 1 else out.sum(dim=0).to(x.dtype)
+        y = out[0] if splits == 1 else out.sum(dim=0).to(x.dtype)
+        if self.bias is not None:
+            y += self.bias
+        return y if add_to is None else add_to.add_(y)
 
     def _splits(self, rows: int, tiles: int) -> int:
         if self.num_splits is not None:

@@ -33,6 +33,7 @@ class AttentionMetadata:
         backend: computes `attend` for every layer.
         plan: what the backend worked out once for this step in `AttentionBackend.plan`.
         kv_scales: of an int8 cache, for each layer the factor of each stored vector, [2, num_blocks, block_size, H_kv] float16.
+        rope: (cos, signed sin), [T, 1, D] each, where the layers leave it to the Triton backend to rotate queries and keys.
     """
 
     kv_caches: list[Tensor]
@@ -45,6 +46,7 @@ class AttentionMetadata:
     backend: AttentionBackend
     plan: Any = None
     kv_scales: list[Tensor] | None = None
+    rope: tuple[Tensor, Tensor] | None = None
 
 
 class AttentionBackend(abc.ABC):
@@ -52,9 +54,6 @@ class AttentionBackend(abc.ABC):
 
     name: str
     """As in `backends.make_backend`."""
-
-    rotates = False
-    """Whether `attend` takes one argument more, ``rope``, and rotates queries and keys itself on their way."""
 
     capturable = False
     """Whether CUDA graphs can hold it: what it launches depends on shapes and on the metadata's Python numbers alone, a token

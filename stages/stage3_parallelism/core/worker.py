@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ from ..batching.scheduler_output import BlockPairs
 from ..batching.sequence import Sequence
 from ..batching.step_arrays import StepArrays
 from ..memory.cache_engine import CacheEngine
-from ..models.loader import ModelSource, load_model
+from ..models.kernels.attach import Plan, attach, packed_of
+from ..models.loader import ModelSource, check_quantization, load_model
 from ..parallelism.linear import Linear
-from ..parallelism.tensor_parallel import SINGLE, ParallelLMHead, TensorParallel
+from ..parallelism.tensor_parallel import SINGLE, TensorParallel
+from .capture import CudaGraphRecorder, DecodeGraphs, Step, graph_sizes, replay_layers
 from .config import EngineConfig
-from .cuda_graphs import CudaGraphRecorder, DecodeGraphs, Step, graph_sizes
 from .platform import native
 from .platform.machine import cpu_has_bf16, pick_threads
 from .sampling.rejection_sampler import verify
@@ -105,6 +106,12 @@ def use_cpu_kernels(config: EngineConfig, device: torch.device, dtype: torch.dty
     return library is not None
 
 
+def plan_for(config: EngineConfig, cpu_kernels: bool, attention: str) -> Plan:
+    """What the model's layers compute with; `attention` is the backend's name."""
+    quantization = config.quantization if config.quantization in ("int8", "int4") else None  # others are the checkpoint's own
+    return Plan("cpu" if cpu_kernels else "triton" if attention == "triton" else None, quantization)
+
+
 class Worker:
     """Loads the model, owns the KV cache, executes steps.
 
@@ -131,15 +138,15 @@ class Worker:
             config.attention_backend, device, dtype, source.config.head_dim, config.block_size, cpu_kernels,
             config.batch_invariant,
         )  # fmt: skip
-        self.model = load_model(
-            source, dtype, device, config.load_format, seed=config.seed, max_model_len=config.max_model_len,
-            cpu_kernels=cpu_kernels, quantization=config.quantization, triton_layers=self.backend.name == "triton",
-            parallel=parallel,
-        )  # fmt: skip
+        check_quantization(source, config.load_format, config.quantization)
+        path = None if config.load_format == "dummy" else source.path
+        served = replace(source, path=path, config=replace(source.config, max_model_len=config.max_model_len))
+        self.model = load_model(served, dtype, device, parallel, seed=config.seed)
+        attach(self.model, plan_for(config, cpu_kernels, self.backend.name))
         if config.batch_invariant:
             self._check_batch_invariance()
-        if cpu_kernels and not config.enforce_eager:
-            self.model.enable_replay()
+        if self.backend.name == "cpu" and not config.enforce_eager:
+            replay_layers(self.model, parallel)
         self.sampler = Sampler(source.config.vocab_size, config.seed)
         self.config = config
         self.cache: CacheEngine | None = None
@@ -151,8 +158,8 @@ class Worker:
         Raises:
             ValueError: one does; the message says what is in the way.
         """
-        layers = [layer for layer in self.model.modules() if isinstance(layer, Linear | ParallelLMHead)]
-        if self.backend.name != "cpu" or not all(layer.packed is not None for layer in layers):
+        layers = [layer for layer in self.model.modules() if isinstance(layer, Linear)]
+        if self.backend.name != "cpu" or None in map(packed_of, layers):
             problem = f"it needs the C++ kernels of a CPU, and attention runs on {self.backend.name}"
         elif self.model_config.sliding_window is not None:
             problem = "not with a sliding window, whose first key depends on how a prompt is cut"

@@ -21,11 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.config.model_config import ModelConfig
-from ..quantization.kernels import linear_cpu
-from ..quantization.kernels.linear_cpu import PackedLinear
-from ..quantization.layout.checkpoint import QuantizedFormat
 from .communication import Communicator
-from .linear import Embedding, Linear, WeightLayer, copy_weight, parameter
+from .linear import Embedding, Linear, copy_weight
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -156,10 +153,10 @@ class ColumnParallelLinear(Linear):
 
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
         """Take this rank's rows of one piece's weight or bias; without `shard_id`, of all pieces in order (GPT-2 keeps QKV
-        so). The order of columns that act-order brings is one for all pieces, for they have the same input.
+        so).
 
         Raises:
-            ValueError: the checkpoint's tensor has another shape, or another order.
+            ValueError: the checkpoint's tensor has another shape.
         """
         raise NotImplementedError(
             "Stage 3 · Task 3.3: ColumnParallelLinear.weight_loader, see stages/stage3_parallelism/GUIDE.md#task-3-3"
@@ -183,27 +180,14 @@ class GateUpParallelLinear(ColumnParallelLinear):
         columns = parallel.mlp(config)
         super().__init__(config.hidden_size, {"gate": columns, "up": columns}, config.mlp_bias)
         self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
-        self.can_fuse = config.hidden_act == "silu" and len(columns) % 16 == 0
-        self.gate = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None and self.can_fuse:
-            return self.packed(x)
-        if self.gate is not None:
-            return self.gate(super().forward(x))
-        gate, up = super().forward(x).chunk(2, dim=-1)  # [T, local I] each
+        return self.activate(self.multiply(x))
+
+    def activate(self, gate_up: Tensor) -> Tensor:
+        """[T, 2 · local I] -> [T, local I]."""
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.activation(gate).mul_(up)
-
-    def pack(self, quantization: str | None) -> None:
-        super().pack(quantization, gated=self.can_fuse)
-        self.is_native = self.is_native and self.can_fuse
-
-    def use_triton(self) -> None:
-        super().use_triton()
-        if self.activation is F.silu:
-            from ..models.kernels.layers_triton import silu_mul
-
-            self.gate = silu_mul
 
 
 class RowParallelLinear(Linear):
@@ -231,19 +215,6 @@ class RowParallelLinear(Linear):
         raise NotImplementedError(
             "Stage 3 · Task 3.4: RowParallelLinear.forward, see stages/stage3_parallelism/GUIDE.md#task-3-4"
         )
-
-    def expect_quantized(self, form: QuantizedFormat) -> None:
-        """Groups that a border between ranks cuts become smaller ones, each with the whole group's scale and zero.
-
-        Raises:
-            ValueError: with act-order a rank's columns are of all groups; that is not supported.
-        """
-        if form.act_order and self.parallel.size > 1:
-            raise ValueError("desc_act (act-order) with --tensor-parallel-size above 1 is not supported; quantize without it")
-        inputs, size = self.inputs, form.columns_in_group(self.inputs.full)
-        self.file_group_size = size
-        whole = inputs.start % size == 0 and (inputs.stop % size == 0 or inputs.stop == inputs.full)
-        self._make_room(form, size if whole else math.gcd(size, inputs.start, inputs.stop))
 
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
         """Take this rank's columns of the weight [out, in]; of the bias [out] all on rank 0 and zeros on the others.
@@ -274,17 +245,6 @@ class VocabParallelEmbedding(Embedding):
         load_vocabulary(param, loaded, self.rows)
 
 
-def load_order(param: nn.Parameter, loaded: Tensor) -> None:
-    """Keep the order of a layer's columns, or see that it is the one kept already.
-
-    Raises:
-        ValueError: it has another length, or is another one.
-    """
-    if len(param) == len(loaded) and int(param[0]) != -1 and not torch.equal(param.data, loaded):
-        raise ValueError("act-order has sorted the inputs of layers that are merged here in different ways")
-    copy_weight(param, loaded)
-
-
 def load_vocabulary(param: nn.Parameter, loaded: Tensor, rows: Shard) -> None:
     """Take this rank's rows of `loaded` [V, hidden]; padding becomes zeros.
 
@@ -294,15 +254,13 @@ def load_vocabulary(param: nn.Parameter, loaded: Tensor, rows: Shard) -> None:
     raise NotImplementedError("Stage 3 · Task 3.6: load_vocabulary, see stages/stage3_parallelism/GUIDE.md#task-3-6")
 
 
-class ParallelLMHead(WeightLayer):
+class ParallelLMHead(Linear):
     """Logits of the next token: [N, hidden] -> [N, V] on every rank. A tied head uses the embedding's weight."""
 
     def __init__(self, config: ModelConfig, embedding: VocabParallelEmbedding, parallel: TensorParallel) -> None:
-        super().__init__()
+        tied = embedding.weight if config.tie_word_embeddings else None
+        super().__init__(config.hidden_size, len(embedding.rows), False, tied)
         self.rows, self.parallel = embedding.rows, parallel
-        tied = config.tie_word_embeddings
-        self.weight = embedding.weight if tied else parameter(len(self.rows), config.hidden_size)
-        self.packed: PackedLinear | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[N, hidden] -> [N, V]: each rank computes its tokens' logits, all get all, and the padding is cut off."""
@@ -310,10 +268,3 @@ class ParallelLMHead(WeightLayer):
 
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
         load_vocabulary(param, loaded, self.rows)
-
-    def pack(self, quantization: str | None) -> None:
-        """Bring the weight into the kernels' order. With int4 too it becomes int8: logits are touchier than hidden states."""
-        quantization = "int8" if quantization == "int4" else quantization
-        if linear_cpu.supports(self.weight.dtype, self.weight.shape[1], quantization):
-            self.packed = PackedLinear(self.weight, None, quantization)
-            self.weight = nn.Parameter(self.packed.weight, requires_grad=False)  # a tied embedding keeps its own

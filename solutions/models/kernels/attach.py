@@ -1,0 +1,149 @@
+"""Passes over a loaded model that put kernels in the place of PyTorch's operations.
+
+A layer stays what it is: its weights, its part of them on this rank, what is summed over the ranks. What a pass replaces is the
+function that computes, `Linear.multiply` or the `forward` of a norm, as gpt-fast's ``quantize.py`` swaps modules. Layers are
+done one by one, and a weight that is packed is freed before the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...attention.paged_attention import AttentionMetadata
+from ...parallelism.linear import Linear
+from ...parallelism.quantized_linear import QuantizedLinear
+from ...parallelism.tensor_parallel import GateUpParallelLinear, ParallelLMHead
+from ...quantization.kernels import linear_cpu
+from ...quantization.kernels.linear_cpu import PackedLinear
+from ...quantization.layout.groups import GroupQuantized
+from ..layers import Attention, CausalLM, RMSNorm
+from . import layers_cpu
+from .layers_cpu import NativeNorm, NativeRotation
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a model's layers compute with.
+
+    Attributes:
+        kernels: "cpu", the CPU's own; "triton"; or None for PyTorch's.
+        quantization: "int8" or "int4" makes plain weights that, which needs the CPU's kernels; None: they stay as they are.
+    """
+
+    kernels: str | None = None
+    quantization: str | None = None
+
+
+def attach(model: CausalLM, plan: Plan) -> None:
+    """Let the layers of a loaded model compute as planned; where a kernel has no code for a layer, PyTorch computes it."""
+    with torch.inference_mode(False), torch.no_grad():
+        dtype = next(model.parameters()).dtype  # of the embedding, which is never quantized
+        for name, layer in list(model.named_modules()):
+            quantized = None
+            if isinstance(layer, QuantizedLinear):
+                quantized, layer = layer.take(), layer.layer
+                model.set_submodule(name, layer)
+                if not _has_kernel(plan, quantized, dtype):
+                    layer.weight = nn.Parameter(quantized.dequantize().to(dtype), requires_grad=False)
+                    quantized = None
+            if plan.kernels == "cpu":
+                _attach_cpu(layer, quantized, plan.quantization, dtype)
+            elif plan.kernels == "triton":
+                _attach_triton(layer, quantized)
+
+
+def put(module: nn.Module, method: str, function: Callable[..., Tensor]) -> None:
+    """Let `function` do what a method of this one module did."""
+    setattr(module, method, function)
+
+
+def packed_of(layer: nn.Module) -> PackedLinear | None:
+    """The packed matrix that a layer multiplies by, if it does."""
+    return next((function for function in vars(layer).values() if isinstance(function, PackedLinear)), None)
+
+
+def is_native(layer: nn.Module) -> bool:
+    """Whether all that a layer with weights, or an attention's rotation, computes is one of the CPU's own kernels."""
+    if isinstance(layer, Attention):
+        return isinstance(layer.rotate_, NativeRotation)
+    if isinstance(layer, Linear) and not isinstance(layer, GateUpParallelLinear):
+        return isinstance(layer.multiply, PackedLinear)
+    return isinstance(layer.forward, PackedLinear | NativeNorm)
+
+
+def _has_kernel(plan: Plan, quantized: GroupQuantized, dtype: torch.dtype) -> bool:
+    """Whether there is code for a quantized weight as it is; any other becomes a plain one."""
+    if plan.kernels == "triton":
+        from ...quantization.kernels import w4a16_triton  # Triton takes its time and is not everywhere
+
+        return w4a16_triton.supports(quantized)
+    shape = quantized.shape[1], quantized.bits, quantized.group_size
+    return plan.kernels == "cpu" and linear_cpu.supports_groups(dtype, *shape)
+
+
+# On a CPU
+
+
+def _attach_cpu(layer: nn.Module, quantized: GroupQuantized | None, quantization: str | None, dtype: torch.dtype) -> None:
+    if isinstance(layer, Linear):
+        _pack(layer, quantized, quantization, dtype)
+    elif isinstance(layer, RMSNorm) and layers_cpu.supports_norm(layer.weight):
+        put(layer, "forward", NativeNorm(layer.weight, layer.eps))
+    elif isinstance(layer, Attention) and layers_cpu.supports_rotation(layer.head_dim, dtype):
+        put(layer, "rotate_", NativeRotation(layer.head_dim, dtype))
+
+
+def _pack(layer: Linear, quantized: GroupQuantized | None, quantization: str | None, dtype: torch.dtype) -> None:
+    """Bring a weight into the kernels' order. With int4 the head becomes int8: logits are touchier than hidden states."""
+    if isinstance(layer, ParallelLMHead) and quantization == "int4":
+        quantization = "int8"
+    weight = layer.weight if quantized is None else quantized
+    if quantized is None and not linear_cpu.supports(dtype, weight.shape[1], quantization):
+        return
+    is_gated = isinstance(layer, GateUpParallelLinear) and layer.activation is F.silu and weight.shape[0] % 32 == 0
+    packed = PackedLinear(weight, layer.bias, quantization, is_gated, dtype)
+    layer.weight = nn.Parameter(packed.weight, requires_grad=False)  # an embedding that a head is tied to keeps its own
+    put(layer, "forward" if is_gated else "multiply", packed)
+
+
+# With Triton
+
+
+def _attach_triton(layer: nn.Module, quantized: GroupQuantized | None) -> None:
+    from ...quantization.kernels.w4a16_triton import TritonLinear
+    from .layers_triton import rms_norm, silu_mul
+
+    if isinstance(layer, RMSNorm):
+        put(layer, "forward", partial(rms_norm, weight=layer.weight, eps=layer.eps))
+    elif isinstance(layer, Attention):
+        put(layer, "forward", partial(leave_rotation, layer.forward))
+    elif isinstance(layer, Linear):
+        if quantized is not None:
+            product = TritonLinear(quantized, bias=layer.bias)
+            put(layer, "multiply", product)
+            for name, tensor in (("weight", product.packed), ("scales", product.scales), ("zeros", product.zeros)):
+                layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        elif layer.bias is None:
+            put(layer, "multiply", partial(add_inside, layer.weight))
+        if isinstance(layer, GateUpParallelLinear) and layer.activation is F.silu:
+            put(layer, "activate", silu_mul)
+
+
+def add_inside(weight: Tensor, x: Tensor, add_to: Tensor | None = None) -> Tensor:
+    """`Linear.multiply` that adds to the residual stream inside the product's own kernel: a pass over memory less than a kernel
+    that adds, or one that adds and normalises. Results are rounded once instead of twice."""
+    return F.linear(x, weight) if add_to is None else add_to.addmm_(x, weight.t())
+
+
+def leave_rotation(
+    forward: Callable[..., Tensor], qkv: Tensor, metadata: AttentionMetadata, rope: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """`Attention.forward` that leaves it to the backend to rotate queries and keys, on their way into the cache."""
+    metadata.rope = rope
+    return forward(qkv, metadata)
