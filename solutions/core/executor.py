@@ -7,14 +7,14 @@ import os
 import time
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from ..batching.continuous_batch import FlatBatch
-from ..batching.step_arrays import StepArrays
+from ..batching.step_arrays import FlatArrays, StepArrays
 from ..models.config.model_config import ModelConfig
 from ..models.loader import ModelSource
 from ..parallelism.distributed import has_come, leave, open_rendezvous
@@ -199,7 +199,7 @@ def step_arrays(batch: FlatBatch) -> StepArrays:
         return np.array(list(moves), np.int64).reshape(-1, 2)
 
     return StepArrays(
-        batch.input_ids, batch.positions, batch.slot_mapping, batch.block_tables, batch.query_start_loc, batch.context_lens,
+        *(getattr(batch, array.name) for array in fields(FlatArrays)),
         pairs(decision.swap_out), pairs(decision.swap_in), pairs(decision.copies),
         np.concatenate([*calls, np.empty(0, np.int64)]), np.array([len(rows) for rows in calls], np.int64),
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..attention.backends import make_backend
-from ..attention.paged_attention import AttentionMetadata
+from ..attention.paged_attention import attention_metadata
 from ..batching.continuous_batch import FlatBatch
 from ..batching.scheduler_output import BlockPairs
 from ..batching.sequence import Sequence
-from ..batching.step_arrays import StepArrays
+from ..batching.step_arrays import FlatArrays, StepArrays
 from ..memory.cache_engine import CacheEngine
 from ..models.loader import ModelSource, load_model
 from ..parallelism.linear import Linear
@@ -27,6 +27,7 @@ from .platform.machine import cpu_has_bf16, pick_threads
 from .sampling.rejection_sampler import verify
 from .sampling.sampler import Sampler, TokenLogprobs
 
+_ARRAYS = [each.name for each in fields(FlatArrays)]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -229,25 +230,16 @@ class Worker:
         self.cache.swap_in(swap_in)
         self.cache.copy_blocks(copies)
 
-    def forward(self, batch: FlatBatch | StepArrays) -> Tensor:
+    def forward(self, batch: FlatArrays[NDArray[np.int64], NDArray[np.int32]]) -> Tensor:
         """Hidden states of all tokens, [T, hidden]."""
         if self.graphs is not None and (size := self.graphs.size_for(batch)) is not None:
             return self.graphs.run(batch, size)
-        metadata = AttentionMetadata(
-            kv_caches=self.cache.kv_caches,
-            slot_mapping=torch.from_numpy(batch.slot_mapping).to(self.device),
-            block_tables=torch.from_numpy(batch.block_tables).to(self.device),
-            query_start_loc=torch.from_numpy(batch.query_start_loc).to(self.device),
-            context_lens=torch.from_numpy(batch.context_lens).to(self.device),
-            max_query_len=int((batch.query_start_loc[1:] - batch.query_start_loc[:-1]).max()),
-            max_context_len=int(batch.context_lens.max()),
-            backend=self.backend,
-            kv_scales=self.cache.kv_scales or None,
+        step = FlatArrays(*(torch.from_numpy(getattr(batch, name)).to(self.device) for name in _ARRAYS))
+        longest = int((batch.query_start_loc[1:] - batch.query_start_loc[:-1]).max()), int(batch.context_lens.max())
+        metadata = attention_metadata(
+            step, longest, self.cache.kv_caches, self.cache.kv_scales or None, self.backend, self.model_config.sliding_window
         )
-        metadata.plan = self.backend.plan(metadata, self.model_config.sliding_window)
-        input_ids = torch.from_numpy(batch.input_ids).to(self.device)
-        positions = torch.from_numpy(batch.positions).to(self.device)
-        hidden = self.model(input_ids, positions, metadata)
+        hidden = self.model(step.input_ids, step.positions, metadata)
         self.parallel.check()
         return hidden
 

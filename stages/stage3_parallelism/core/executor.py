@@ -7,14 +7,14 @@ import os
 import time
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from ..batching.continuous_batch import FlatBatch
-from ..batching.step_arrays import StepArrays
+from ..batching.step_arrays import FlatArrays, StepArrays
 from ..models.config.model_config import ModelConfig
 from ..models.loader import ModelSource
 from ..parallelism.distributed import has_come, leave, open_rendezvous
