@@ -7,7 +7,7 @@ about to compute, a prompt's chunk or a single token, which gives the first draf
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,49 +17,43 @@ from ..batching.continuous_batch import ContinuousBatch
 from ..batching.scheduler_output import Draft, SchedulerOutput
 from ..batching.sequence import Sequence
 from ..models.config.model_config import ModelConfig
-from ..models.loader import resolve_model
+from ..models.loader import ModelSource, resolve_model
 from .config import EngineConfig
 from .sampling.rejection_sampler import Prefix, draw_one
 from .speculative import NgramProposer, Proposer, SpeculativeConfig
-from .startup import Limits
+from .startup import Limits, check_settings
 from .worker import Worker
+
+
+@dataclass(frozen=True, slots=True)
+class FoundDraft:
+    """What drafts, found and checked before anything is loaded.
+
+    Attributes:
+        settings, source: of the model that drafts; None: it takes none.
+    """
+
+    speculation: SpeculativeConfig
+    settings: EngineConfig | None = None
+    source: ModelSource | None = None
 
 
 class DraftModelProposer(Proposer):
     """A model that drafts.
 
     Args:
-        config: the engine's settings; the draft model has the same but for model and quantization, and is not cut over ranks.
-        speculation: names the model.
-        target: the model to draft for.
-        device, dtype: the target's.
+        draft: the model, which was checked. limits: the target's.
 
     Attributes:
         tables: seq_id → blocks, the block manager's.
-
-    Raises:
-        ValueError: the model cannot be had, or does not fit the target.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        speculation: SpeculativeConfig,
-        target: ModelConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        source = resolve_model(speculation.model)
-        self.model_config = source.config
-        check_fits(source.config, target, config.max_model_len or target.max_position_embeddings)
-        settings = replace(
-            config, model=speculation.model, quantization=speculation.quantization, tensor_parallel_size=1,
-            distributed_executor_backend=None,
-        )  # fmt: skip
-        threads = torch.get_num_threads() if device.type == "cpu" else None  # the other ranks keep their cores
-        self.worker = Worker(settings, source, device, dtype, threads=threads)
+    def __init__(self, draft: FoundDraft, limits: Limits) -> None:
+        self.model_config = draft.source.config
+        threads = torch.get_num_threads() if limits.device.type == "cpu" else None  # the other ranks keep their cores
+        self.worker = Worker(draft.settings, draft.source, limits.device, limits.dtype, threads=threads)
         self.tables: dict[int, list[int]] = {}
-        self._block_size = config.block_size
+        self._block_size = draft.settings.block_size
         self._limits: Limits
         self._num_computed: dict[int, int] = {}
         """seq_id → tokens of it that have keys and values here; what the target has is assumed of a sequence not listed."""
@@ -168,13 +162,32 @@ def check_fits(draft: ModelConfig, target: ModelConfig, max_model_len: int) -> N
         )
 
 
-def make_proposer(
-    config: EngineConfig, target: ModelConfig, device: torch.device, dtype: torch.dtype
-) -> tuple[SpeculativeConfig, Proposer] | None:
-    """What ``config.speculative_config`` asks for; None if it asks for nothing."""
+def find_draft(config: EngineConfig, target: ModelConfig, limits: Limits) -> FoundDraft | None:
+    """What ``config.speculative_config`` asks for; None if it asks for nothing. A model that drafts has the engine's settings
+    but for model and quantization, and is not cut over ranks.
+
+    Raises:
+        ValueError: it is not well written, or the model cannot be had or does not fit the target or the settings.
+    """
     if config.speculative_config is None:
         return None
     speculation = SpeculativeConfig.parse(config.speculative_config)
     if speculation.method == "ngram":
-        return speculation, NgramProposer(speculation)
-    return speculation, DraftModelProposer(config, speculation, target, device, dtype)
+        return FoundDraft(speculation)
+    source = resolve_model(speculation.model)
+    check_fits(source.config, target, limits.max_model_len)
+    settings = replace(
+        config, model=speculation.model, quantization=speculation.quantization, tensor_parallel_size=1,
+        distributed_executor_backend=None,
+    )  # fmt: skip
+    check_settings(settings, source, limits.device, limits.dtype)
+    return FoundDraft(speculation, settings, source)
+
+
+def make_proposer(draft: FoundDraft | None, limits: Limits) -> tuple[SpeculativeConfig, Proposer] | None:
+    """Load what drafts, if anything does."""
+    if draft is None:
+        return None
+    if draft.source is None:
+        return draft.speculation, NgramProposer(draft.speculation)
+    return draft.speculation, DraftModelProposer(draft, limits)

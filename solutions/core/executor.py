@@ -151,15 +151,11 @@ class MultiProcExecutor(LockstepExecutor):
     """Each other rank in a process of its own on this machine.
 
     Raises:
-        ValueError: the model cannot be cut for so many ranks, or there are not as many GPUs.
         WorkerDiedError: a rank failed to start.
     """
 
     def __init__(self, config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:
         size = config.tensor_parallel_size
-        if device.type == "cuda" and torch.cuda.device_count() < size:
-            raise ValueError(f"--tensor-parallel-size {size} needs as many GPUs, and {torch.cuda.device_count()} are visible")
-        TensorParallel(0, size).heads(source.config)  # says now if the model cannot be cut
         store = open_rendezvous()
         self._board, memory = StepBoard(), nameless_file()
         address = f"127.0.0.1:{store.port}"
