@@ -48,6 +48,7 @@ from solutions.benchmarks.throughput import Measurement, load_hf, peak_memory_by
 from solutions.core.config import EngineConfig, add_engine_flags, config_from_flags
 from solutions.core.engine import LLM
 from solutions.core.platform.machine import pick_threads
+from solutions.core.startup import longest_sequence
 from solutions.core.worker import pick_device, pick_dtype
 from solutions.models.loader import resolve_model
 
@@ -79,7 +80,7 @@ def load(args: argparse.Namespace, workload: Workload, config: EngineConfig) -> 
     dtype = pick_dtype(config.dtype, device, source.config.torch_dtype)
     args.dtype = str(dtype).removeprefix("torch.")
     requests = make_requests(workload, source.config.vocab_size, args.data_seed)
-    check_context(requests, config.max_model_len or source.config.max_position_embeddings)
+    check_context(requests, longest_sequence(config, source.config))
     if device.type == "cpu":
         torch.set_num_threads(pick_threads())
     runners = {}

@@ -12,31 +12,22 @@ from numpy.typing import NDArray
 
 from .scheduler_output import SchedulerOutput
 from .sequence import Sequence
+from .step_arrays import FlatArrays
 
 
 @dataclass(slots=True)
-class FlatBatch:
-    """One step's input: S sequences with T tokens in all.
+class FlatBatch(FlatArrays[NDArray[np.int64], NDArray[np.int32]]):
+    """One step's input: the arrays of `FlatArrays` for S sequences with T tokens in all, and what rank 0 alone knows. M, the
+    width of `block_tables`, is enough for the longest context of the step.
 
     Attributes:
         sequences: the S sequences in order.
-        input_ids, positions, slot_mapping: [T] int64, each token's id, place in its sequence and KV slot.
-        block_tables: [S, M] int32, M blocks being enough for the longest context; what a row holds behind its context's blocks
-            means nothing.
-        query_start_loc: [S + 1] int32, where each sequence's tokens begin.
-        context_lens: [S] int32, tokens of each sequence in the cache after this step.
         logits_indices: [N] int64, which tokens need logits for sampling: the last one of each of `sampled`.
         sampled: the N sequences that get a new token.
         decision: the scheduler's decision, for the blocks to copy and the sequences that left.
     """
 
     sequences: list[Sequence]
-    input_ids: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    slot_mapping: NDArray[np.int64]
-    block_tables: NDArray[np.int32]
-    query_start_loc: NDArray[np.int32]
-    context_lens: NDArray[np.int32]
     logits_indices: NDArray[np.int64]
     sampled: list[Sequence]
     decision: SchedulerOutput
@@ -58,7 +49,9 @@ class ContinuousBatch:
         self._row_of: dict[int, int] = {}
         self._free_rows = list(range(max_num_seqs))[::-1]
 
-    def build(self, decision: SchedulerOutput, tables: dict[int, list[int]]) -> FlatBatch:
+    def build(
+        self, decision: SchedulerOutput, tables: dict[int, list[int]], progress: dict[int, int] | None = None
+    ) -> FlatBatch:
         """Lay out one step, in the order of ``decision.scheduled``.
 
         The block tables are mirrored first (`_mirror_tables`); row ``_row_of[seq_id]`` of `_tables` is then a sequence's. A
@@ -67,21 +60,27 @@ class ContinuousBatch:
         Args:
             decision: what the scheduler decided; nothing in it is computed yet.
             tables: seq_id → block ids, the block manager's.
+            progress: seq_id → tokens of it that are in the KV cache; default: `num_computed_tokens` of each sequence. A model
+                that drafts has a cache of its own and with it a count of its own.
         """
         self._mirror_tables(decision, tables)
         sequences = list(decision.scheduled)
         num_seqs = len(sequences)
         num_tokens = np.fromiter(decision.scheduled.values(), np.int64, num_seqs)
-        num_computed = np.fromiter([seq.num_computed_tokens for seq in sequences], np.int64, num_seqs)
+        if progress is None:
+            begins = [seq.num_computed_tokens for seq in sequences]
+        else:
+            begins = [progress[seq.seq_id] for seq in sequences]
+        num_computed = np.fromiter(begins, np.int64, num_seqs)
         starts = np.zeros(num_seqs + 1, np.int64)
         np.cumsum(num_tokens, out=starts[1:])
         if starts[-1] == num_seqs:  # one token each: a pure decode step
-            input_ids = [seq.tokens[seq.num_computed_tokens] for seq in sequences]
+            input_ids = [seq.tokens[begin] for seq, begin in zip(sequences, begins, strict=True)]
             seq_of_token, positions = np.arange(num_seqs), num_computed
         else:
             input_ids = []
-            for seq, count in decision.scheduled.items():
-                input_ids += seq.tokens[seq.num_computed_tokens : seq.num_computed_tokens + count]
+            for seq, begin in zip(sequences, begins, strict=True):
+                input_ids += seq.tokens[begin : begin + decision.scheduled[seq]]
             seq_of_token = np.repeat(np.arange(num_seqs), num_tokens)
             positions = np.arange(starts[-1]) - (starts[:-1] - num_computed)[seq_of_token]
         context_lens = num_computed + num_tokens

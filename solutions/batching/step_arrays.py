@@ -1,16 +1,58 @@
-"""A step as arrays and nothing else: what every rank needs of it."""
+"""The arrays of a step, declared once: for the engine's batch, for other ranks, for the model and for recorded steps.
+
+They are NumPy arrays where a step is laid out and sent, and tensors where the model runs.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+Int64 = TypeVar("Int64")
+"""An array of int64. These two say what an array's elements are; other processes read them off the declarations."""
+Int32 = TypeVar("Int32")
+"""An array of int32."""
+
 
 @dataclass(slots=True)
-class StepArrays:
-    """What a rank needs of a step. The first six are those of `FlatBatch`.
+class PagedArrays(Generic[Int64, Int32]):
+    """Where the tokens of one step stand and where their keys and values lie.
+
+    S sequences with T tokens in all; sequence i owns the tokens ``query_start_loc[i]:query_start_loc[i + 1]``, which are
+    the last ones of its context.
+
+    Attributes:
+        slot_mapping: [T], the slot of each token: ``block * block_size + offset``.
+        block_tables: [S, M], the blocks of each sequence in order; entries past its context, and entries left of the
+            sliding window, are arbitrary and must not be read.
+        query_start_loc: [S + 1], where each sequence's tokens begin; starts at 0, ends at T.
+        context_lens: [S], tokens of each sequence in the cache once this step's are written.
+    """
+
+    slot_mapping: Int64
+    block_tables: Int32
+    query_start_loc: Int32
+    context_lens: Int32
+
+
+@dataclass(slots=True)
+class FlatArrays(PagedArrays[Int64, Int32]):
+    """All that a model takes of a step.
+
+    Attributes:
+        input_ids, positions: [T], each token's id and its place in its sequence.
+    """
+
+    input_ids: Int64
+    positions: Int64
+
+
+@dataclass(slots=True)
+class StepArrays(FlatArrays[NDArray[np.int64], NDArray[np.int32]]):
+    """What the other ranks need of a step.
 
     Attributes:
         swap_out, swap_in, copies: [n, 2] int64, blocks (source, destination).
@@ -18,12 +60,6 @@ class StepArrays:
         logit_counts: [C] int64, how many rows each call has.
     """
 
-    input_ids: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    slot_mapping: NDArray[np.int64]
-    block_tables: NDArray[np.int32]
-    query_start_loc: NDArray[np.int32]
-    context_lens: NDArray[np.int32]
     swap_out: NDArray[np.int64]
     swap_in: NDArray[np.int64]
     copies: NDArray[np.int64]

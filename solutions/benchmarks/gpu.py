@@ -29,7 +29,7 @@ from ..batching.sampling_params import SamplingParams
 from ..core.capture import CudaGraphRecorder
 from ..core.config import EngineConfig
 from ..core.engine import LLMEngine
-from ..memory.cache_engine import quantize_vectors
+from ..memory.cache_engine import element_type, quantize_vectors
 from ..models.config.model_config import ModelConfig
 from ..models.costs.roofline import CARDS, Card, StepCost, decode_cost, prefill_cost
 from ..models.loader import resolve_model
@@ -182,7 +182,7 @@ def measure_attention(
     num_heads, num_kv_heads = heads
     blocks = -(-context // block_size)
     shape = (2, batch * blocks, block_size, num_kv_heads, head_dim)
-    kind = {"auto": dtype, "fp8": torch.float8_e4m3fn, "int8": torch.int8}[kv_cache_dtype]
+    kind = element_type(kv_cache_dtype, dtype)
     num_layers = -(-CACHE_BYTES // (math.prod(shape) * kind.itemsize))
     caches = [torch.randn(shape, device=device, dtype=dtype) for _ in range(num_layers)]
     scales = None

@@ -171,7 +171,7 @@ def paged_step(
     ]
     caches = [zeros_in_huge_pages((2, sum(needed), BLOCK_SIZE, KV_HEADS, HEAD_DIM), dtype).normal_() for _ in range(layers)]
     metadata = AttentionMetadata(
-        caches, torch.tensor(slots), tables, torch.tensor([0, *query_lens]).cumsum(0).int(), torch.tensor(context_lens).int(),
+        torch.tensor(slots), tables, torch.tensor([0, *query_lens]).cumsum(0).int(), torch.tensor(context_lens).int(), caches,
         max(query_lens), max(context_lens), make_backend("auto", "cpu", dtype, HEAD_DIM),
     )  # fmt: skip
     return metadata, torch.randn(sum(query_lens), HEADS + 2 * KV_HEADS, HEAD_DIM).to(dtype)

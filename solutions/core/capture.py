@@ -18,16 +18,16 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import fields
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..attention.paged_attention import AttentionBackend, AttentionMetadata
+from ..attention.paged_attention import AttentionBackend, AttentionMetadata, attention_metadata
 from ..attention.paged_attention_cpu import Plan, new_step
 from ..batching.continuous_batch import FlatBatch
-from ..batching.step_arrays import StepArrays
+from ..batching.step_arrays import FlatArrays, StepArrays
 from ..models.kernels.attach import is_native, put
 from ..models.layers import Attention, CausalLM
 from ..models.llama import LlamaForCausalLM
@@ -100,18 +100,6 @@ class CudaGraphRecorder:
         return replay
 
 
-@dataclass(slots=True)
-class _Buffers:
-    """A step's inputs where the graphs read them; rows past a step's sequences are padding."""
-
-    input_ids: Tensor  # [size] int64
-    positions: Tensor  # [size] int64
-    slot_mapping: Tensor  # [size] int64
-    block_tables: Tensor  # [size, M] int32
-    context_lens: Tensor  # [size] int32
-    query_start_loc: Tensor  # [size + 1] int32: one token each, so it never changes
-
-
 class DecodeGraphs(Capture[FlatBatch | StepArrays]):
     """Runs decode steps through steps recorded for some batch sizes.
 
@@ -129,30 +117,25 @@ class DecodeGraphs(Capture[FlatBatch | StepArrays]):
     ) -> None:  # fmt: skip
         device, largest = kv_caches[0].device, sizes[-1]
         self.sizes = sizes
-        self._buffers = _Buffers(
-            torch.zeros(largest, dtype=torch.int64, device=device),
-            torch.zeros(largest, dtype=torch.int64, device=device),
-            torch.full((largest,), PADDING_SLOT, dtype=torch.int64, device=device),
-            torch.zeros((largest, -(-max_model_len // block_size)), dtype=torch.int32, device=device),
-            torch.zeros(largest, dtype=torch.int32, device=device),
-            torch.arange(largest + 1, dtype=torch.int32, device=device),
+        # a step's inputs where the graphs read them; rows past a step's sequences are padding
+        self._buffers = FlatArrays(
+            slot_mapping=torch.full((largest,), PADDING_SLOT, dtype=torch.int64, device=device),
+            block_tables=torch.zeros((largest, -(-max_model_len // block_size)), dtype=torch.int32, device=device),
+            query_start_loc=torch.arange(largest + 1, dtype=torch.int32, device=device),  # one token each: it never changes
+            context_lens=torch.zeros(largest, dtype=torch.int32, device=device),
+            input_ids=torch.zeros(largest, dtype=torch.int64, device=device),
+            positions=torch.zeros(largest, dtype=torch.int64, device=device),
         )
         self._steps: dict[int, Step] = {}
         for size in reversed(sizes):
-            inputs, metadata = self._inputs(size, backend, kv_caches, max_model_len)
-            metadata.kv_scales = kv_scales
-            metadata.plan = backend.plan(metadata, sliding_window)
-            self._steps[size] = record(lambda inputs=inputs, metadata=metadata: model(*inputs, metadata))
+            step = self._views(size)
+            metadata = attention_metadata(step, (1, max_model_len), kv_caches, kv_scales, backend, sliding_window)
+            self._steps[size] = record(lambda step=step, metadata=metadata: model(step.input_ids, step.positions, metadata))
 
-    def _inputs(self, size: int, backend: AttentionBackend, kv_caches: list[Tensor], max_model_len: int) -> tuple[Any, Any]:
-        """(ids, positions) and metadata of a step of this size, all of them views of the buffers."""
-        of = self._buffers
-        metadata = AttentionMetadata(
-            kv_caches=kv_caches, slot_mapping=of.slot_mapping[:size], block_tables=of.block_tables[:size],
-            query_start_loc=of.query_start_loc[: size + 1], context_lens=of.context_lens[:size],
-            max_query_len=1, max_context_len=max_model_len, backend=backend,
-        )  # fmt: skip
-        return (of.input_ids[:size], of.positions[:size]), metadata
+    def _views(self, size: int) -> FlatArrays[Tensor, Tensor]:
+        """The buffers as a step of this size."""
+        rows = {each.name: size for each in fields(FlatArrays)} | {"query_start_loc": size + 1}
+        return FlatArrays(**{name: getattr(self._buffers, name)[:count] for name, count in rows.items()})
 
     def size_for(self, batch: FlatBatch | StepArrays) -> int | None:
         """The recorded size that `batch` runs in, or None: it is too large, or more than decoding."""

@@ -15,13 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..attention.backends import make_backend
 from ..models.loader import ModelSource, resolve_model
 from .config import EngineConfig
 from .platform import native
 from .platform.machine import ROOT, available_cores, available_memory, cpu_flags, pick_threads, total_memory
-from .startup import format_bytes, resolve_limits
-from .worker import pick_device, pick_dtype
+from .startup import format_bytes, resolve_limits, with_blocks
 
 Rows = list[tuple[str, str]]
 
@@ -100,18 +98,13 @@ def model_rows(source: ModelSource) -> Rows:
 
 def engine_rows(config: EngineConfig, source: ModelSource) -> Rows:
     """What the engine would choose now."""
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device, source.config.torch_dtype)
-    limits = resolve_limits(config, source.config, dtype, device, weight_bytes=0)
+    limits = with_blocks(resolve_limits(config, source), config, source.config, weight_bytes=0)
     kv_cache = f"{limits.num_blocks} blocks of {config.block_size} tokens in {format_bytes(limits.kv_bytes)}"
     return [
-        ("device", str(device)),
-        ("dtype", str(dtype).removeprefix("torch.")),
+        ("device", str(limits.device)),
+        ("dtype", str(limits.dtype).removeprefix("torch.")),
         ("threads", str(pick_threads())),
-        (
-            "attention",
-            make_backend(config.attention_backend, device, dtype, source.config.head_dim, config.block_size).name,
-        ),
+        ("attention", limits.attention_backend),
         ("layers", "C++ kernels" if native.load() else f"PyTorch, for {native.why_not.splitlines()[0]}"),
         ("KV cache", kv_cache),
         ("longest sequence", f"{limits.max_model_len} tokens"),

@@ -7,67 +7,60 @@ about to compute, a prompt's chunk or a single token, which gives the first draf
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..attention.block_manager import NULL_BLOCK
-from ..batching.continuous_batch import FlatBatch
+from ..batching.continuous_batch import ContinuousBatch
 from ..batching.scheduler_output import Draft, SchedulerOutput
 from ..batching.sequence import Sequence
 from ..models.config.model_config import ModelConfig
-from ..models.loader import resolve_model
+from ..models.loader import ModelSource, resolve_model
 from .config import EngineConfig
 from .sampling.rejection_sampler import Prefix, draw_one
 from .speculative import NgramProposer, Proposer, SpeculativeConfig
-from .startup import Limits
+from .startup import Limits, check_settings
 from .worker import Worker
+
+
+@dataclass(frozen=True, slots=True)
+class FoundDraft:
+    """What drafts, found and checked before anything is loaded.
+
+    Attributes:
+        settings, source: of the model that drafts; None: it takes none.
+    """
+
+    speculation: SpeculativeConfig
+    settings: EngineConfig | None = None
+    source: ModelSource | None = None
 
 
 class DraftModelProposer(Proposer):
     """A model that drafts.
 
     Args:
-        config: the engine's settings; the draft model has the same but for model and quantization, and is not cut over ranks.
-        speculation: names the model.
-        target: the model to draft for.
-        device, dtype: the target's.
+        draft: the model, which was checked. limits: the target's.
 
     Attributes:
         tables: seq_id → blocks, the block manager's.
-
-    Raises:
-        ValueError: the model cannot be had, or does not fit the target.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        speculation: SpeculativeConfig,
-        target: ModelConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        source = resolve_model(speculation.model)
-        self.model_config = source.config
-        check_fits(source.config, target, config.max_model_len or target.max_position_embeddings)
-        settings = replace(
-            config, model=speculation.model, quantization=speculation.quantization, tensor_parallel_size=1,
-            distributed_executor_backend=None,
-        )  # fmt: skip
-        threads = torch.get_num_threads() if device.type == "cpu" else None  # the other ranks keep their cores
-        self.worker = Worker(settings, source, device, dtype, threads=threads)
+    def __init__(self, draft: FoundDraft, limits: Limits) -> None:
+        self.model_config = draft.source.config
+        threads = torch.get_num_threads() if limits.device.type == "cpu" else None  # the other ranks keep their cores
+        self.worker = Worker(draft.settings, draft.source, limits.device, limits.dtype, threads=threads)
         self.tables: dict[int, list[int]] = {}
-        self._block_size = config.block_size
-        self._max_num_tokens = 0
+        self._block_size = draft.settings.block_size
+        self._limits: Limits
         self._num_computed: dict[int, int] = {}
         """seq_id → tokens of it that have keys and values here; what the target has is assumed of a sequence not listed."""
 
     def create_cache(self, limits: Limits, tables: dict[int, list[int]]) -> None:
         self.worker.create_cache(limits.num_blocks, self._block_size, limits.num_host_blocks)
-        self.tables, self._max_num_tokens = tables, limits.max_num_batched_tokens
+        self.tables, self._limits = tables, limits
 
     def follow(self, output: SchedulerOutput) -> None:
         for seq_id in output.removed:
@@ -88,7 +81,7 @@ class DraftModelProposer(Proposer):
             self._draw(logits, drafting, probs)
             drafting = [seq for seq in drafting if len(seq.tokens) < lengths[seq] + wanted[seq]]
             if drafting:
-                logits = self._run({seq: (len(seq.tokens) - 1, len(seq.tokens)) for seq in drafting}, drafting)
+                logits = self._run(dict.fromkeys(drafting, 1), drafting)
         for seq, length in lengths.items():
             drafts[seq] = Draft(seq.tokens[length:], torch.stack(probs[seq]) if probs[seq] else None)
             del seq.tokens[length:]
@@ -100,16 +93,16 @@ class DraftModelProposer(Proposer):
         Returns:
             Logits behind the last token, and the sequences that they belong to: those of `wanted` that are complete now.
         """
-        budget, spans = self._max_num_tokens, {}
+        budget, counts = self._limits.max_num_batched_tokens, {}
         for seq, num_tokens in output.scheduled.items():
             start = max(self._num_computed[seq.seq_id], self._first_within_window(seq))
             end = seq.num_computed_tokens + num_tokens
             count = min(end - start, budget)
             budget -= count
             if count:
-                spans[seq] = start, start + count
-        drafting = [seq for seq in wanted if seq in spans and spans[seq][1] == len(seq.tokens)]
-        return self._run(spans, drafting), drafting
+                self._num_computed[seq.seq_id], counts[seq] = start, count
+        drafting = [seq for seq in wanted if seq in counts and self._num_computed[seq.seq_id] + counts[seq] == len(seq.tokens)]
+        return self._run(counts, drafting), drafting
 
     def _first_within_window(self, seq: Sequence) -> int:
         """The first position all of whose window is in blocks that the sequence still has. Positions before it that were missed
@@ -119,36 +112,17 @@ class DraftModelProposer(Proposer):
         num_expired = self.tables[seq.seq_id].count(NULL_BLOCK)
         return num_expired * self._block_size + self.model_config.sliding_window - 1 if num_expired else 0
 
-    def _run(self, spans: dict[Sequence, tuple[int, int]], sampled: list[Sequence]) -> Tensor:
-        """Compute the tokens start .. end - 1 of each sequence; logits [N, V] behind the last token of those in `sampled`."""
-        sequences, size = list(spans), self._block_size
-        begins, ends = np.array(list(spans.values()), np.int64).T
-        starts = np.concatenate(([0], np.cumsum(ends - begins)))
-        seq_of_token = np.repeat(np.arange(len(sequences)), ends - begins)
-        positions = np.arange(starts[-1]) - (starts[:-1] - begins)[seq_of_token]
-        block_tables = np.zeros((len(sequences), -(-int(ends.max()) // size)), np.int32)
-        for row, seq in enumerate(sequences):
-            table = self.tables[seq.seq_id][: block_tables.shape[1]]
-            block_tables[row, : len(table)] = table
-        hidden = self.worker.forward(
-            FlatBatch(
-                sequences=sequences,
-                input_ids=np.array([token for seq, span in spans.items() for token in seq.tokens[slice(*span)]], np.int64),
-                positions=positions,
-                slot_mapping=block_tables[seq_of_token, positions // size].astype(np.int64) * size + positions % size,
-                block_tables=block_tables,
-                query_start_loc=starts.astype(np.int32),
-                context_lens=ends.astype(np.int32),
-                logits_indices=np.empty(0, np.int64),
-                sampled=[],
-                decision=SchedulerOutput(),
-            )
-        )
-        for seq, (_, end) in spans.items():
-            self._num_computed[seq.seq_id] = end
-        row_of = dict(zip(sequences, (starts[1:] - 1).tolist(), strict=True))
-        rows = torch.tensor([row_of[seq] for seq in sampled], dtype=torch.int64, device=hidden.device)
-        return self.worker.model.compute_logits(hidden[rows]) if sampled else hidden[:0]
+    def _run(self, counts: dict[Sequence, int], sampled: list[Sequence]) -> Tensor:
+        """Compute the next tokens of each sequence, so many; logits [N, V] behind the last one of those in `sampled`."""
+        decision = SchedulerOutput(counts, sampled, changed_tables={seq.seq_id for seq in counts})
+        layout = ContinuousBatch(len(counts), self._limits.max_model_len, self._block_size)
+        batch = layout.build(decision, self.tables, self._num_computed)
+        hidden = self.worker.forward(batch)
+        for seq, count in counts.items():
+            self._num_computed[seq.seq_id] += count
+        if not sampled:
+            return hidden[:0]
+        return self.worker.model.compute_logits(hidden[torch.from_numpy(batch.logits_indices).to(hidden.device)])
 
     def _draw(self, logits: Tensor, sequences: list[Sequence], probs: dict[Sequence, list[Tensor]]) -> None:
         """Append a token to each sequence, drawn as the target would: at the same number for a request with a seed, so that
@@ -188,13 +162,32 @@ def check_fits(draft: ModelConfig, target: ModelConfig, max_model_len: int) -> N
         )
 
 
-def make_proposer(
-    config: EngineConfig, target: ModelConfig, device: torch.device, dtype: torch.dtype
-) -> tuple[SpeculativeConfig, Proposer] | None:
-    """What ``config.speculative_config`` asks for; None if it asks for nothing."""
+def find_draft(config: EngineConfig, target: ModelConfig, limits: Limits) -> FoundDraft | None:
+    """What ``config.speculative_config`` asks for; None if it asks for nothing. A model that drafts has the engine's settings
+    but for model and quantization, and is not cut over ranks.
+
+    Raises:
+        ValueError: it is not well written, or the model cannot be had or does not fit the target or the settings.
+    """
     if config.speculative_config is None:
         return None
     speculation = SpeculativeConfig.parse(config.speculative_config)
     if speculation.method == "ngram":
-        return speculation, NgramProposer(speculation)
-    return speculation, DraftModelProposer(config, speculation, target, device, dtype)
+        return FoundDraft(speculation)
+    source = resolve_model(speculation.model)
+    check_fits(source.config, target, limits.max_model_len)
+    settings = replace(
+        config, model=speculation.model, quantization=speculation.quantization, tensor_parallel_size=1,
+        distributed_executor_backend=None,
+    )  # fmt: skip
+    check_settings(settings, source, limits.device, limits.dtype)
+    return FoundDraft(speculation, settings, source)
+
+
+def make_proposer(draft: FoundDraft | None, limits: Limits) -> tuple[SpeculativeConfig, Proposer] | None:
+    """Load what drafts, if anything does."""
+    if draft is None:
+        return None
+    if draft.source is None:
+        return draft.speculation, NgramProposer(draft.speculation)
+    return draft.speculation, DraftModelProposer(draft, limits)

@@ -24,7 +24,6 @@ import torch
 from ..batching.step_arrays import StepArrays
 from ..models.loader import ModelSource
 from ..parallelism.distributed import leave, open_rendezvous
-from ..parallelism.tensor_parallel import TensorParallel
 from .config import EngineConfig
 from .executor import LockstepExecutor, end_ranks
 from .platform.machine import pick_threads
@@ -221,14 +220,13 @@ class RayExecutor(LockstepExecutor):
         placement: what was asked for.
 
     Raises:
-        ValueError: Ray is not installed, the model cannot be cut for so many ranks, or the cluster has no room for them.
+        ValueError: Ray is not installed, or the cluster has no room for the ranks.
         ConnectionError: there is no cluster at RAY_ADDRESS.
         WorkerDiedError: a rank failed to start.
     """
 
     def __init__(self, config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:
         size = config.tensor_parallel_size
-        TensorParallel(0, size).heads(source.config)  # says now if the model cannot be cut
         connected = connect()
         ray = import_ray()
         self._others: list[RayRank] = []

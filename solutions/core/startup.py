@@ -1,18 +1,27 @@
-"""What an engine starts with: limits resolved from the settings, KV blocks that fit the memory, and a report of both."""
+"""What an engine starts with: settings checked and limits resolved before anything is loaded, then KV blocks that fit the
+memory, and a report of both.
+
+Settings that exclude each other, the model or the device are refused here and nowhere else. Only what no file says before it is
+read comes later: damaged weights, layers without a kernel, a KV cache that is too small.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from ..memory.cache_engine import block_bytes, scale_bytes
+from ..attention.backends import make_backend
+from ..batching.scheduler_config import SchedulerConfig
+from ..memory.cache_engine import block_bytes, element_type, scale_bytes
 from ..models.config.model_config import ModelConfig
-from ..models.loader import ModelSource
+from ..models.loader import ModelSource, check_quantization
+from ..parallelism.tensor_parallel import TensorParallel
 from .config import EngineConfig
 from .executor import Executor, MultiProcExecutor, UniProcExecutor
 from .platform import native
 from .platform.machine import available_memory
+from .worker import NEEDS_CPU_KERNELS, pick_device, pick_dtype, use_cpu_kernels
 
 CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET = 512, 8192
 """Tokens in a step unless the user says otherwise: on a CPU a larger step gains nothing and delays everyone's next token."""
@@ -21,10 +30,12 @@ CPU_KV_SHARE, CPU_KV_MAX = 0.25, 4 << 30
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Sizes of one engine.
+    """What one engine runs with, resolved from its settings once. What is 0 at first is known once the weights are loaded.
 
     Attributes:
         max_model_len: longest sequence. max_num_batched_tokens: token budget of a step.
+        device, dtype: where and in which precision the model runs. cache_dtype: of the KV cache's elements.
+        attention_backend: its name.
         num_blocks, num_host_blocks: KV blocks on the device and, for swapping, on the host.
         kv_bytes, weight_bytes, activation_bytes, free_bytes: the sum of the memory; the last is what was free before the
             KV cache was made.
@@ -32,12 +43,16 @@ class Limits:
 
     max_model_len: int
     max_num_batched_tokens: int
-    num_blocks: int
-    num_host_blocks: int
-    kv_bytes: int
-    weight_bytes: int
-    activation_bytes: int
-    free_bytes: int
+    device: torch.device
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    attention_backend: str
+    num_blocks: int = 0
+    num_host_blocks: int = 0
+    kv_bytes: int = 0
+    weight_bytes: int = 0
+    activation_bytes: int = 0
+    free_bytes: int = 0
 
 
 def make_executor(config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Executor:
@@ -51,48 +66,131 @@ def make_executor(config: EngineConfig, source: ModelSource, device: torch.devic
     return kind(config, source, device, dtype)
 
 
-def resolve_limits(
-    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, weight_bytes: int,
-    draft: ModelConfig | None = None,
-) -> Limits:  # fmt: skip
-    """Work out the sizes once the weights are loaded. With a `draft` model each block holds its keys and values too.
+def longest_sequence(config: EngineConfig, model: ModelConfig) -> int:
+    """The longest sequence in tokens, prompt and output.
 
     Raises:
-        ValueError: a setting is out of range, or the KV cache would not hold one sequence of `max_model_len` tokens; the
-            message shows the sum and the largest `max_model_len` that fits.
+        ValueError: the model's context does not reach so far.
     """
-    max_model_len = config.max_model_len or model.max_position_embeddings
-    if not 1 < max_model_len <= model.max_context:
-        raise ValueError(f"max_model_len must be between 2 and the model's context of {model.max_context}, got {max_model_len}")
+    length = config.max_model_len or model.max_position_embeddings
+    if not 1 < length <= model.max_context:
+        raise ValueError(f"max_model_len must be between 2 and the model's context of {model.max_context}, got {length}")
+    return length
+
+
+def resolve_limits(config: EngineConfig, source: ModelSource) -> Limits:
+    """Check the settings and work out what does not depend on the loaded weights.
+
+    Raises:
+        ValueError: a setting is out of range, or excludes another one, the model or the device.
+    """
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device, source.config.torch_dtype)
+    max_model_len = longest_sequence(config, source.config)
     if config.block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {config.block_size}")
     budget = config.max_num_batched_tokens or (CPU_TOKEN_BUDGET if device.type == "cpu" else GPU_TOKEN_BUDGET)
     if not config.enable_chunked_prefill and config.max_num_batched_tokens is None:
         budget = max(budget, max_model_len)
-    bytes_per_block = kv_bytes_per_block(config, model, dtype)
+    attention = check_settings(config, source, device, dtype)
+    cache_dtype = element_type(config.kv_cache_dtype, dtype)
+    return Limits(max_model_len, budget, device, dtype, cache_dtype, attention)
+
+
+def check_settings(config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype) -> str:
+    """Refuse what excludes itself.
+
+    Returns:
+        The name of the attention backend.
+
+    Raises:
+        ValueError: the message says what is in the way.
+    """
+    size, mp = config.tensor_parallel_size, config.distributed_executor_backend != "ray"
+    if mp and device.type == "cuda" and torch.cuda.device_count() < size:
+        raise ValueError(f"--tensor-parallel-size {size} needs as many GPUs, and {torch.cuda.device_count()} are visible")
+    TensorParallel(0, size).heads(source.config)  # says now if the model cannot be cut
+    check_quantization(source, config.load_format, config.quantization)
+    kernels = use_cpu_kernels(config, device)
+    if config.quantization in ("int8", "int4") and not kernels:
+        switched_off, elsewhere = not config.enable_cpu_kernels, device.type != "cpu"
+        reason = "they are switched off" if switched_off else "they run on a CPU" if elsewhere else native.why_not
+        raise ValueError(f"--quantization {config.quantization} needs the CPU kernels: {reason}")
+    attention = make_backend(
+        config.attention_backend, device, dtype, source.config.head_dim, config.block_size, kernels, config.batch_invariant
+    ).name
+    able = {"auto": (attention,), "int8": ("torch", "cpu", "triton"), "fp8": ("triton",)}[config.kv_cache_dtype]
+    if attention not in able or (config.kv_cache_dtype == "fp8" and device.type == "cpu"):
+        where = "a GPU" if config.kv_cache_dtype == "fp8" else "attention backend " + ", ".join(able)
+        raise ValueError(
+            f"--kv-cache-dtype {config.kv_cache_dtype} needs {where}, and attention runs on {attention} on {device.type}"
+        )
+    if config.batch_invariant:
+        if attention != "cpu" or not kernels:
+            raise ValueError(NEEDS_CPU_KERNELS.format(attention))
+        if source.config.sliding_window is not None:
+            raise ValueError("--batch-invariant: not with a sliding window, whose first key depends on how a prompt is cut")
+        if not mp:
+            raise ValueError(
+                "--batch-invariant: not with sums over ranks by gloo or Ray, which add in an order that depends on their length"
+            )
+    return attention
+
+
+def make_scheduler_config(config: EngineConfig, limits: Limits) -> SchedulerConfig:
+    """The scheduler's part of the settings.
+
+    Raises:
+        ValueError: a value is out of range or does not fit another one.
+    """
+    return SchedulerConfig(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_model_len=limits.max_model_len,
+        enable_chunked_prefill=config.enable_chunked_prefill,
+        long_prefill_token_threshold=config.long_prefill_token_threshold,
+        policy=config.scheduling_policy,
+        preemption_mode=config.preemption_mode,
+        max_num_waiting=config.max_num_waiting,
+    )
+
+
+def with_blocks(
+    limits: Limits, config: EngineConfig, model: ModelConfig, weight_bytes: int, draft: ModelConfig | None = None
+) -> Limits:
+    """Work out how many blocks there are, once the weights are loaded. With a `draft` model each block holds its keys too.
+
+    Args:
+        model: the part of it that one rank holds.
+
+    Raises:
+        ValueError: the KV cache would not hold one sequence of `max_model_len` tokens; the message shows the sum and the
+            largest `max_model_len` that fits.
+    """
+    device = limits.device
+    bytes_per_block = kv_bytes_per_block(config.block_size, model, limits.cache_dtype)
     if draft is not None:
-        bytes_per_block += kv_bytes_per_block(config, draft, dtype)
-    activation_bytes = _activation_bytes(model, budget, config.max_num_seqs, dtype)
+        bytes_per_block += kv_bytes_per_block(config.block_size, draft, limits.cache_dtype)
+    activation_bytes = _activation_bytes(model, limits.max_num_batched_tokens, config.max_num_seqs, limits.dtype)
     free_bytes = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     num_blocks = config.num_gpu_blocks_override
     if num_blocks is None:
         num_blocks = _kv_budget(config, device, free_bytes, activation_bytes) // bytes_per_block
-    kv_bytes = num_blocks * bytes_per_block
-    limits = Limits(
-        max_model_len, budget, num_blocks,
-        config.swap_space // bytes_per_block if config.preemption_mode == "swap" else 0,
-        kv_bytes, weight_bytes, activation_bytes, free_bytes,
+    limits = replace(
+        limits, num_blocks=num_blocks,
+        num_host_blocks=config.swap_space // bytes_per_block if config.preemption_mode == "swap" else 0,
+        kv_bytes=num_blocks * bytes_per_block, weight_bytes=weight_bytes, activation_bytes=activation_bytes,
+        free_bytes=free_bytes,
     )  # fmt: skip
-    if num_blocks * config.block_size < max_model_len or kv_bytes + activation_bytes > free_bytes:
+    if num_blocks * config.block_size < limits.max_model_len or limits.kv_bytes + activation_bytes > free_bytes:
         raise ValueError(_too_small(limits, config.block_size, bytes_per_block))
     return limits
 
 
-def kv_bytes_per_block(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
+def kv_bytes_per_block(block_size: int, model: ModelConfig, cache_dtype: torch.dtype) -> int:
     """Bytes of one block in all layers of a model, scales included."""
-    kind = {"auto": dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[config.kv_cache_dtype]
-    sizes = model.num_layers, config.block_size, model.num_kv_heads
-    return block_bytes(*sizes, model.head_dim, kind) + scale_bytes(*sizes, kind)
+    sizes = model.num_layers, block_size, model.num_kv_heads
+    return block_bytes(*sizes, model.head_dim, cache_dtype) + scale_bytes(*sizes, cache_dtype)
 
 
 def _kv_budget(config: EngineConfig, device: torch.device, free_bytes: int, activation_bytes: int) -> int:
@@ -137,12 +235,11 @@ def cpu_kernels(config: EngineConfig) -> str:
     return "C++, built for this processor" if native.load() else f"PyTorch's: {native.why_not.splitlines()[0]}"
 
 
-def startup_report(
-    config: EngineConfig, limits: Limits, device: torch.device, dtype: torch.dtype, attention: str, seconds: dict[str, float]
-) -> list[str]:
+def startup_report(config: EngineConfig, limits: Limits, seconds: dict[str, float]) -> list[str]:
     """A few lines for the terminal: what runs where, what fits, how long each phase took."""
+    device, attention = limits.device, limits.attention_backend
     where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    precision = str(dtype).removeprefix("torch.")
+    precision = str(limits.dtype).removeprefix("torch.")
     tokens = limits.num_blocks * config.block_size
     blocks = f"{limits.num_blocks} blocks of {config.block_size} tokens in {format_bytes(limits.kv_bytes)}"
     prefix_cache = "on" if config.enable_prefix_caching else "off"

@@ -84,8 +84,8 @@ class OtherRank(abc.ABC):
         ...
 
 
-_NAMES = [f.name for f in fields(StepArrays)]
-_DTYPES = {name: np.int32 if name in ("block_tables", "query_start_loc", "context_lens") else np.int64 for name in _NAMES}
+_DTYPES = {f.name: np.int32 if f.type == "Int32" else np.int64 for f in fields(StepArrays)}
+_NAMES = list(_DTYPES)
 
 
 class StepBoard:

@@ -205,7 +205,7 @@ def test_a_step_is_read_as_it_was_written() -> None:
         tables = torch.arange(2 * length).view(length, 2).int().numpy()
         empty = torch.empty(0, 2, dtype=torch.int64).numpy()
         step = StepArrays(
-            ids, ids + 1, ids + 2, tables, ids.astype("int32"), ids.astype("int32"), empty, empty, empty, ids, ids
+            ids + 2, tables, ids.astype("int32"), ids.astype("int32"), ids, ids + 1, empty, empty, empty, ids, ids
         )
         got = reader.read(writer.write(step))
         assert got.input_ids.tolist() == ids.tolist()

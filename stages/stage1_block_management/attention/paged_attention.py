@@ -12,23 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batching.step_arrays import PagedArrays
 from ..memory.cache_engine import write_kv
 
 
 @dataclass(slots=True)
-class AttentionMetadata:
-    """Where the tokens of one step stand and where their keys and values lie; travels through the model as one argument.
-
-    S sequences with T tokens in all; sequence i owns the tokens ``query_start_loc[i]:query_start_loc[i + 1]``, which are
-    the last ones of its context.
+class AttentionMetadata(PagedArrays[Tensor, Tensor]):
+    """A step as attention sees it; travels through the model as one argument. `PagedArrays` says where its S sequences and T
+    tokens stand: ``slot_mapping`` [T] int64, ``block_tables`` [S, M], ``query_start_loc`` [S + 1], ``context_lens`` [S] int32.
 
     Attributes:
         kv_caches: for each layer K and V by block, [2, num_blocks, block_size, H_kv, D].
-        slot_mapping: [T] int64, the slot of each token: ``block * block_size + offset``.
-        block_tables: [S, M] int32, the blocks of each sequence in order; entries past its context, and entries left of the
-            sliding window, are arbitrary and must not be read.
-        query_start_loc: [S + 1] int32, starts at 0, ends at T.
-        context_lens: [S] int32, tokens of each sequence in the cache once this step's are written.
         max_query_len, max_context_len: maxima over the batch, as Python numbers so that nobody waits for the device.
         backend: computes `attend` for every layer.
         plan: what the backend worked out once for this step in `AttentionBackend.plan`.
@@ -37,10 +31,6 @@ class AttentionMetadata:
     """
 
     kv_caches: list[Tensor]
-    slot_mapping: Tensor
-    block_tables: Tensor
-    query_start_loc: Tensor
-    context_lens: Tensor
     max_query_len: int
     max_context_len: int
     backend: AttentionBackend
@@ -84,6 +74,23 @@ class AttentionBackend(abc.ABC):
             [T, H, D], in the dtype of `query`.
         """
         ...
+
+
+def attention_metadata(
+    arrays: PagedArrays[Tensor, Tensor], longest: tuple[int, int], kv_caches: list[Tensor], kv_scales: list[Tensor] | None,
+    backend: AttentionBackend, sliding_window: int | None,
+) -> AttentionMetadata:  # fmt: skip
+    """A step's arrays with the caches that they point into, and the backend's plan for them.
+
+    Args:
+        longest: (max_query_len, max_context_len). sliding_window: of the model. The rest: as in `AttentionMetadata`.
+    """
+    metadata = AttentionMetadata(
+        arrays.slot_mapping, arrays.block_tables, arrays.query_start_loc, arrays.context_lens, kv_caches, *longest, backend,
+        kv_scales=kv_scales,
+    )  # fmt: skip
+    metadata.plan = backend.plan(metadata, sliding_window)
+    return metadata
 
 
 class NaiveBackend(AttentionBackend):

@@ -15,6 +15,11 @@ from ..batching.scheduler_output import BlockPairs
 from ..core.platform.huge_pages import zeros_in_huge_pages
 
 
+def element_type(kv_cache_dtype: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of the KV cache's elements, as ``--kv-cache-dtype`` names it; `dtype` is the model's."""
+    return {"auto": dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[kv_cache_dtype]
+
+
 def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of one block: keys and values of `block_size` tokens in all layers."""
     # Hint: A token has a key and a value in every layer for every KV head. And a cache whose block and offset axes are

@@ -13,22 +13,20 @@ from typing import Any, Protocol
 from ..attention.block_manager import BlockManager
 from ..batching.continuous_batch import ContinuousBatch
 from ..batching.sampling_params import RequestOutputKind, SamplingParams
-from ..batching.scheduler_config import SchedulerConfig
 from ..batching.scheduler_output import SchedulerOutput
 from ..batching.sequence import Sequence
 from ..models.loader import load_tokenizer, resolve_model, with_tokenizer
 from .cli import main
 from .config import DEFAULT_MODEL, EngineConfig
-from .draft_model import make_proposer
+from .draft_model import find_draft, make_proposer
 from .executor import local_model
 from .input import EngineRequest, InputProcessor, Prompt
 from .output import OutputProcessor, RequestOutput
 from .platform.progress import GenerationProgress
 from .scheduler import Scheduler
 from .speculative import SpeculativeScheduler
-from .startup import make_executor, resolve_limits, startup_report
+from .startup import make_executor, make_scheduler_config, resolve_limits, startup_report, with_blocks
 from .text.chat_template import render_chat
-from .worker import pick_device, pick_dtype
 
 
 @dataclass(slots=True)
@@ -77,19 +75,20 @@ class LLMEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         clock = _Clock()
-        self.config = config
         source = with_tokenizer(resolve_model(config.model, config.load_format), config.tokenizer)
-        device = pick_device(config.device)
-        dtype = pick_dtype(config.dtype, device, source.config.torch_dtype)
+        limits = resolve_limits(config, source)
+        self.config = config = replace(config, max_model_len=limits.max_model_len)
+        scheduler_config = make_scheduler_config(config, limits)
+        draft = find_draft(config, source.config, limits)
         clock.lap("find model")
-        self.executor = make_executor(config, source, device, dtype)
+        self.executor = make_executor(config, source, limits.device, limits.dtype)
         clock.lap("load weights")
         model = source.config
-        speculation = make_proposer(config, model, device, dtype)
+        speculation = make_proposer(draft, limits)
         if speculation is not None:
             clock.lap("draft model")
-        self.limits = limits = resolve_limits(
-            config, local_model(model, config), dtype, device, self.executor.weight_bytes,
+        self.limits = limits = with_blocks(
+            limits, config, local_model(model, config), self.executor.weight_bytes,
             draft=speculation[1].model_config if speculation else None,
         )  # fmt: skip
         self.executor.create_cache(limits.num_blocks, config.block_size, limits.num_host_blocks)
@@ -99,10 +98,6 @@ class LLMEngine:
         self.block_manager = BlockManager(
             limits.num_blocks, config.block_size, limits.num_host_blocks,
             enable_prefix_caching=config.enable_prefix_caching, sliding_window=model.sliding_window,
-        )  # fmt: skip
-        scheduler_config = SchedulerConfig(
-            config.max_num_seqs, limits.max_num_batched_tokens, limits.max_model_len, config.enable_chunked_prefill,
-            config.long_prefill_token_threshold, config.scheduling_policy, config.preemption_mode, config.max_num_waiting,
         )  # fmt: skip
         if speculation is None:
             self.scheduler = Scheduler(scheduler_config, self.block_manager)
@@ -119,7 +114,7 @@ class LLMEngine:
         self._next_seq_id = 0
         self._counters = {"generation": 0, "steps": 0}
         self._peak_usage = 0.0
-        self._report = startup_report(config, limits, device, dtype, self.executor.attention_backend, clock.laps)
+        self._report = startup_report(config, limits, clock.laps)
 
     def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> EngineRequest:
         """Tokenize and validate a request without touching the engine's state; safe in any thread. The form of its answer is

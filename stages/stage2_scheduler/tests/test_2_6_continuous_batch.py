@@ -120,6 +120,23 @@ def test_single_token_in_the_middle_of_a_prompt() -> None:
     check_equal(batch.sampled, [], "sampled")
 
 
+def test_progress_of_another_model() -> None:
+    """The model has computed 4 tokens of one sequence and 2 of another; a second model, by its own count, 1 and 3.
+
+    Why: a model that drafts lags behind the one it drafts for, or runs ahead of it. Its keys are where its own count says.
+    """
+    first, second = computed(0, [10, 11, 12, 13, 14], 4), computed(1, [20, 21, 22, 23], 2)
+    builder, tables = ContinuousBatch(2, 16, 4), {0: [7, 2], 1: [5]}
+    batch = builder.build(decide({first: 4, second: 1}), tables, {0: 1, 1: 3})
+    check_equal(batch.input_ids, [11, 12, 13, 14, 23], "input_ids of a chunk and a decode")
+    check_equal(batch.positions, [1, 2, 3, 4, 3], "positions")
+    check_equal(batch.slot_mapping, [29, 30, 31, 8, 23], "slot_mapping")
+    check_equal(batch.context_lens, [5, 4], "context_lens")
+    batch = builder.build(decide({first: 1, second: 1}), tables, {0: 1, 1: 3})
+    check_equal(batch.input_ids, [11, 23], "input_ids of two decodes")
+    check_equal(batch.positions, [1, 3], "positions")
+
+
 def test_logits_come_from_the_last_token_of_each_sampled_sequence() -> None:
     """Chunk, prompt, chunk, prompt of 2, 3, 1 and 2 tokens: logits for tokens 4 and 7, the ends of the prompts.
 

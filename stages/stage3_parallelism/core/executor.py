@@ -7,14 +7,14 @@ import os
 import time
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from ..batching.continuous_batch import FlatBatch
-from ..batching.step_arrays import StepArrays
+from ..batching.step_arrays import FlatArrays, StepArrays
 from ..models.config.model_config import ModelConfig
 from ..models.loader import ModelSource
 from ..parallelism.distributed import has_come, leave, open_rendezvous
@@ -147,15 +147,11 @@ class MultiProcExecutor(LockstepExecutor):
     """Each other rank in a process of its own on this machine.
 
     Raises:
-        ValueError: the model cannot be cut for so many ranks, or there are not as many GPUs.
         WorkerDiedError: a rank failed to start.
     """
 
     def __init__(self, config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:
         size = config.tensor_parallel_size
-        if device.type == "cuda" and torch.cuda.device_count() < size:
-            raise ValueError(f"--tensor-parallel-size {size} needs as many GPUs, and {torch.cuda.device_count()} are visible")
-        TensorParallel(0, size).heads(source.config)  # says now if the model cannot be cut
         store = open_rendezvous()
         self._board, memory = StepBoard(), nameless_file()
         address = f"127.0.0.1:{store.port}"

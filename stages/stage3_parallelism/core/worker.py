@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..attention.backends import make_backend
-from ..attention.paged_attention import AttentionMetadata
+from ..attention.paged_attention import attention_metadata
 from ..batching.continuous_batch import FlatBatch
 from ..batching.scheduler_output import BlockPairs
 from ..batching.sequence import Sequence
-from ..batching.step_arrays import StepArrays
-from ..memory.cache_engine import CacheEngine
+from ..batching.step_arrays import FlatArrays, StepArrays
+from ..memory.cache_engine import CacheEngine, element_type
 from ..models.kernels.attach import Plan, attach, packed_of
-from ..models.loader import ModelSource, check_quantization, load_model
+from ..models.loader import ModelSource, load_model
 from ..parallelism.linear import Linear
 from ..parallelism.tensor_parallel import SINGLE, TensorParallel
 from .capture import CudaGraphRecorder, DecodeGraphs, Step, graph_sizes, replay_layers
@@ -28,6 +28,8 @@ from .platform.machine import cpu_has_bf16, pick_threads
 from .sampling.rejection_sampler import verify
 from .sampling.sampler import Sampler, TokenLogprobs
 
+NEEDS_CPU_KERNELS = "--batch-invariant: it needs the C++ kernels of a CPU, and attention runs on {}"
+_ARRAYS = [each.name for each in fields(FlatArrays)]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -73,37 +75,9 @@ def pick_dtype(name: str, device: torch.device, model_dtype: str | None) -> torc
     return torch.float16 if model_dtype == "float16" else torch.bfloat16
 
 
-def kv_cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device, attention: str) -> torch.dtype:
-    """The type of the KV cache's elements.
-
-    Args:
-        dtype: of the model. attention: name of the backend.
-
-    Raises:
-        ValueError: the device or the backend has no such cache; the message says which do.
-    """
-    name = config.kv_cache_dtype
-    able = {"auto": (attention,), "int8": ("torch", "cpu", "triton"), "fp8": ("triton",)}[name]
-    if attention not in able or (name == "fp8" and device.type == "cpu"):
-        where = "a GPU" if name == "fp8" else "attention backend " + ", ".join(able)
-        raise ValueError(f"--kv-cache-dtype {name} needs {where}, and attention runs on {attention} on {device.type}")
-    return {"auto": dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[name]
-
-
-def use_cpu_kernels(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the model's layers run on the C++ kernels: on a CPU where they are built and wanted.
-
-    Raises:
-        ValueError: what is asked for needs them and they cannot be had; the message says why.
-    """
-    wanted = config.enable_cpu_kernels and device.type == "cpu"
-    library = native.load() if wanted else None
-    if library is not None:
-        native.set_threads(torch.get_num_threads())
-    elif config.quantization in ("int8", "int4"):
-        reason = native.why_not if wanted else "they run on a CPU" if config.enable_cpu_kernels else "they are switched off"
-        raise ValueError(f"--quantization {config.quantization} needs the CPU kernels: {reason}")
-    return library is not None
+def use_cpu_kernels(config: EngineConfig, device: torch.device) -> bool:
+    """Whether the model's layers run on the C++ kernels: on a CPU where they are built and wanted."""
+    return config.enable_cpu_kernels and device.type == "cpu" and native.load() is not None
 
 
 def plan_for(config: EngineConfig, cpu_kernels: bool, attention: str) -> Plan:
@@ -116,7 +90,7 @@ class Worker:
     """Loads the model, owns the KV cache, executes steps.
 
     Args:
-        config: the engine's settings.
+        config: the engine's settings, as `startup.resolve_limits` has checked them, with the longest sequence in it.
         source: the model, as `resolve_model` found it.
         device, dtype: where and in which precision to run.
         parallel: the ranks that share the model, of which this worker is one.
@@ -133,12 +107,13 @@ class Worker:
         self.model_config = source.config
         self.parallel = parallel
         self.num_kv_heads = len(parallel.heads(source.config)[1])
-        cpu_kernels = use_cpu_kernels(config, device, dtype)
+        cpu_kernels = use_cpu_kernels(config, device)
+        if cpu_kernels:
+            native.set_threads(torch.get_num_threads())
         self.backend = make_backend(
             config.attention_backend, device, dtype, source.config.head_dim, config.block_size, cpu_kernels,
             config.batch_invariant,
         )  # fmt: skip
-        check_quantization(source, config.load_format, config.quantization)
         path = None if config.load_format == "dummy" else source.path
         served = replace(source, path=path, config=replace(source.config, max_model_len=config.max_model_len))
         self.model = load_model(served, dtype, device, parallel, seed=config.seed)
@@ -153,21 +128,14 @@ class Worker:
         self.graphs: DecodeGraphs | None = None
 
     def _check_batch_invariance(self) -> None:
-        """See that no layer of the model computes a token in a way that depends on what else is in the step.
+        """See that every layer, as it was loaded, has the kernels that compute a token the same whatever else is in the step.
 
         Raises:
-            ValueError: one does; the message says what is in the way.
+            ValueError: one has not.
         """
         layers = [layer for layer in self.model.modules() if isinstance(layer, Linear)]
         if self.backend.name != "cpu" or None in map(packed_of, layers):
-            problem = f"it needs the C++ kernels of a CPU, and attention runs on {self.backend.name}"
-        elif self.model_config.sliding_window is not None:
-            problem = "not with a sliding window, whose first key depends on how a prompt is cut"
-        elif not self.parallel.is_native:
-            problem = "not with sums over ranks by gloo or Ray, which add in an order that depends on their length"
-        else:
-            return
-        raise ValueError(f"--batch-invariant: {problem}")
+            raise ValueError(NEEDS_CPU_KERNELS.format(self.backend.name))
 
     @property
     def weight_bytes(self) -> int:
@@ -183,7 +151,7 @@ class Worker:
             block_size,
             self.num_kv_heads,
             model.head_dim,
-            kv_cache_dtype(self.config, self.dtype, self.device, self.backend.name),
+            element_type(self.config.kv_cache_dtype, self.dtype),
             self.device,
             num_host_blocks,
         )
@@ -198,8 +166,8 @@ class Worker:
         """Record decode steps of these batch sizes, to be replayed from now on."""
         model = self.model_config
         self.graphs = DecodeGraphs(
-            self.model, self.backend, self.cache.kv_caches, sizes, self.config.max_model_len or model.max_position_embeddings,
-            self.config.block_size, model.sliding_window, record, self.cache.kv_scales or None,
+            self.model, self.backend, self.cache.kv_caches, sizes, self.config.max_model_len, self.config.block_size,
+            model.sliding_window, record, self.cache.kv_scales or None,
         )  # fmt: skip
 
     @torch.inference_mode()
@@ -235,25 +203,16 @@ class Worker:
         self.cache.swap_in(swap_in)
         self.cache.copy_blocks(copies)
 
-    def forward(self, batch: FlatBatch | StepArrays) -> Tensor:
+    def forward(self, batch: FlatArrays[NDArray[np.int64], NDArray[np.int32]]) -> Tensor:
         """Hidden states of all tokens, [T, hidden]."""
         if self.graphs is not None and (size := self.graphs.size_for(batch)) is not None:
             return self.graphs.run(batch, size)
-        metadata = AttentionMetadata(
-            kv_caches=self.cache.kv_caches,
-            slot_mapping=torch.from_numpy(batch.slot_mapping).to(self.device),
-            block_tables=torch.from_numpy(batch.block_tables).to(self.device),
-            query_start_loc=torch.from_numpy(batch.query_start_loc).to(self.device),
-            context_lens=torch.from_numpy(batch.context_lens).to(self.device),
-            max_query_len=int((batch.query_start_loc[1:] - batch.query_start_loc[:-1]).max()),
-            max_context_len=int(batch.context_lens.max()),
-            backend=self.backend,
-            kv_scales=self.cache.kv_scales or None,
+        step = FlatArrays(*(torch.from_numpy(getattr(batch, name)).to(self.device) for name in _ARRAYS))
+        longest = int((batch.query_start_loc[1:] - batch.query_start_loc[:-1]).max()), int(batch.context_lens.max())
+        metadata = attention_metadata(
+            step, longest, self.cache.kv_caches, self.cache.kv_scales or None, self.backend, self.model_config.sliding_window
         )
-        metadata.plan = self.backend.plan(metadata, self.model_config.sliding_window)
-        input_ids = torch.from_numpy(batch.input_ids).to(self.device)
-        positions = torch.from_numpy(batch.positions).to(self.device)
-        hidden = self.model(input_ids, positions, metadata)
+        hidden = self.model(step.input_ids, step.positions, metadata)
         self.parallel.check()
         return hidden
 

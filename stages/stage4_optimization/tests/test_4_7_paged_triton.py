@@ -205,9 +205,9 @@ def test_scales_of_keys_and_of_values() -> None:
     query, key, value = torch.randn(3, 1, 1, 16, generator=rng).to(DEVICE)
     backend = TritonBackend(num_splits=1, config=TILE)
     step = AttentionMetadata(
-        [cache], torch.tensor([-1], device=DEVICE), torch.tensor([[2, 0, 1]], dtype=torch.int32, device=DEVICE),
-        torch.tensor([0, 1], dtype=torch.int32, device=DEVICE), torch.tensor([21], dtype=torch.int32, device=DEVICE), 1, 21,
-        backend, kv_scales=[scales],  # slot -1: the cache holds the newest key already
+        torch.tensor([-1], device=DEVICE), torch.tensor([[2, 0, 1]], dtype=torch.int32, device=DEVICE),
+        torch.tensor([0, 1], dtype=torch.int32, device=DEVICE), torch.tensor([21], dtype=torch.int32, device=DEVICE), [cache],
+        1, 21, backend, kv_scales=[scales],  # slot -1: the cache holds the newest key already
     )  # fmt: skip
     got = contained(lambda: backend.attend(0, query, key, value, step, 1.0, None), 1, 1, 16, device=DEVICE)
     keys, values = (cache.float() * scales.float()[..., None])[:, [2, 0, 1]].reshape(2, 24, 16)[:, :21].cpu()
