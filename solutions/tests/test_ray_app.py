@@ -75,7 +75,7 @@ def test_settings_are_flags_by_name() -> None:
         ({"router": "random"}, "router: invalid choice"),
         ({"enforce_eager": "maybe"}, "enforce_eager must be true or false, got 'maybe'"),
         ({"replicas": 2, "max_replicas": 3}, "replicas is a fixed number; min_replicas and max_replicas let it change"),
-        ({"min_replicas": 3, "max_replicas": 2}, "min_replicas (3) must be at most max_replicas (2)"),
+        ({"min_replicas": 3, "max_replicas": 2}, r"min_replicas \(3\) must be at most max_replicas \(2\)"),
         ({"max_imbalance": -1}, "max_imbalance must be at least 0"),
         ({"tensor_parallel_size": 2, "device": "cpu"}, "on CPUs a replica has one rank"),
         ({"distributed_executor_backend": "ray"}, "so use mp"),
