@@ -81,7 +81,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     names = [*SETTINGS, "hf", "server", *STARTERS]
     parser.add_flag("--backends", ["bf16", "int8", "hf"], "see above", nargs="*", choices=names, metavar="NAME")
     parser.add_argument("--url", nargs="+", default=[], metavar="NAME=URL", help="servers to measure too, with /v1 at the end")
-    parser.add_argument("--api-key", help="for the servers of --url")
+    parser.add_argument("--api-key", help="key for the servers of --url")
     parser.add_flag("--repeats", 3, "runs of each, in turns")
     parser.output_flags("speeds and ratios")
     args = parser.parse_args(argv)

@@ -60,13 +60,15 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Workload]:
     parser.add_flag("--loads", [0.25, 0.5, 0.75, 0.9], "shares of the capacity instead", group, metavar="S")
     parser.add_flag("--burst", 1, "requests that arrive together", group)
     group = parser.add_argument_group("measurement")
-    group.add_argument("--model", help=f"what to serve, or which model of the server (default: {DEFAULT_MODEL}, or its first)")
+    group.add_argument(
+        "--model", help=f"the model to serve (default: {DEFAULT_MODEL}), or to ask the server for (default: its first)"
+    )
     group.add_argument("--url", help="a server that runs already, with /v1 at the end; else this engine's is started")
-    group.add_argument("--api-key", help="for the server")
+    group.add_argument("--api-key", help="key for the server")
     group.add_argument("--serve", default="", metavar="FLAGS", help="flags of the server that is started, in one string")
-    parser.add_flag("--ttft-limit", 1000.0, "milliseconds", group, metavar="MS")
-    parser.add_flag("--tpot-limit", 100.0, "milliseconds", group, metavar="MS")
-    parser.add_flag("--repeats", 1, "of each load, put together; other arrivals", group)
+    parser.add_flag("--ttft-limit", 1000.0, "most milliseconds to the first token, for goodput", group, metavar="MS")
+    parser.add_flag("--tpot-limit", 100.0, "most milliseconds per token after it, for goodput", group, metavar="MS")
+    parser.add_flag("--repeats", 1, "runs of each load, with other arrivals; their requests are counted together", group)
     parser.output_flags("the waits over the load")
     args, workload = parse_workload(parser, argv)
     if min([*(args.rates or args.loads), args.ttft_limit, args.tpot_limit]) <= 0:

@@ -133,7 +133,7 @@ def draw(capacity: int, usages: list[Usage], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Simulate, print, draw, write; exits with one line on a problem."""
     parser = Parser("memory", __doc__)
-    parser.add_flag("--model", "llama-7b", "whose KV to store; its weights are not needed")
+    parser.add_flag("--model", "llama-7b", "the model whose KV cache is stored; its weights are not needed")
     parser.add_flag("--kv-cache-memory-bytes", "12GiB", "the memory", type=parse_bytes, metavar="SIZE")
     parser.add_flag("--block-sizes", [1, 8, 16, 32, 128], "paged", metavar="N")
     text = f"contiguous; at least {LONGEST}, the longest request"

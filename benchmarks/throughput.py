@@ -63,7 +63,7 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Workload]:
     group = parser.add_argument_group("measurement")
     text = "this engine, transformers, or both in turn"
     parser.add_flag("--backend", "engine", text, group, choices=tuple(BACKENDS), metavar="{engine,hf,both}")
-    parser.add_flag("--batch-size", 32, "of transformers' static batches", group)
+    parser.add_flag("--batch-size", 32, "size of transformers' static batches", group)
     parser.add_flag("--repeats", 1, "runs of each backend, in turn", group)
     parser.output_flags()
     add_engine_flags(parser)

@@ -17,7 +17,10 @@ from stages.course.tools.targets import find_lines
 from stages.make_starters import starters
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["AGENTS.md", "CHANGELOG.md", "CONTRIBUTING.md", "INSTRUCTORS.md", "README.md", "docs/classroom/README.md"]
+DOCUMENTS = [
+    "AGENTS.md", "CHANGELOG.md", "CONTRIBUTING.md", "INSTRUCTORS.md", "README.md", "benchmarks/README.md",
+    "docs/classroom/README.md", "docs/serving.md",
+]  # fmt: skip
 COURSE = load_course()
 TASKS = {task.id: task for stage in COURSE for task in stage.tasks}
 NOT_THERE_YET: set[str] = set()
@@ -119,6 +122,7 @@ def test_the_readme_shows_what_a_new_learner_sees() -> None:
     box = re.search(r"^╭─ next: task 1\.1.*?^╰", TEXTS["README.md"], re.DOTALL | re.MULTILINE)
     assert box is not None
     words = " ".join(box[0].replace("│", " ").split())
+    assert f"has {len(COURSE)} stages and {len(TASKS)} tasks" in TEXTS["README.md"]
     target = task.targets[0]
     line = find_lines(starters(stage)[target.file], target.file, target.name).start + 1
     assert f"{task.title} (about {task.minutes} minutes)" in words
@@ -232,7 +236,7 @@ def test_the_changelog_says_whom_a_change_is_for() -> None:
 
 
 def test_the_check_of_links_sees_dead_ones() -> None:
-    text = "# Here it is\n[a](#here-it-is) [b](#there) [c](LICENSE) [d](nothing.md) [e](README.md#machines) [f](README.md#x)"
+    text = "# Here it is\n[a](#here-it-is) [b](#there) [c](LICENSE) [d](nothing.md) [e](README.md#results) [f](README.md#x)"
     assert dead_links("README.md", text) == ["#there", "nothing.md", "README.md#x"]
 
 

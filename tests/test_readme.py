@@ -17,6 +17,8 @@ PROGRAM_FLAGS = {
 """Flags of the command line and of the server besides those of the engine."""
 DOCUMENTS = [
     "README.md",
+    "benchmarks/README.md",
+    "docs/serving.md",
     "solutions/README.md",
     *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("stages/stage*/README.md"))),
 ]

@@ -295,12 +295,12 @@ def main(argv: list[str] | None = None) -> None:
     """Compute, measure, print, write; exits with one line on a problem."""
     parser = Parser("gpu", __doc__)
     parser.add_flag("--model", "llama-7b", "run with random weights")
-    parser.add_flag("--batches", [1, 32, 64, 256], "of decode steps")
+    parser.add_flag("--batches", [1, 32, 64, 256], "batch sizes of the decode steps")
     parser.add_flag("--context", 1024, "tokens of each; fewer if memory is short")
     parser.add_flag("--prompts", [512, 2000], "lengths of prompts")
-    text = "the first runs everything, the others attention alone and the second batch"
+    text = "the first backend runs everything; the others run attention alone and the second batch"
     parser.add_flag("--backends", BACKENDS, text, choices=BACKENDS)
-    parser.add_flag("--steps", 24, "measurements, of which the median counts")
+    parser.add_flag("--steps", 24, "measurements; the median counts")
     parser.output_flags()
     args = parser.parse_args(argv)
     with one_line_errors():

@@ -260,7 +260,7 @@ def draw(timings: list[Timing], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Measure, print, draw, write; exits with one line if there are no kernels."""
     parser = Parser("kernels", __doc__)
-    parser.add_flag("--repeats", 15, "measurements of each, of which the median counts")
+    parser.add_flag("--repeats", 15, "measurements of each kernel; the median counts")
     parser.output_flags("the shares")
     args = parser.parse_args(argv)
     if native.load() is None:

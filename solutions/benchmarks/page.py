@@ -124,8 +124,8 @@ def measure(page: Page, running: int, seconds: float) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> None:
     """Measure, print, write; exits with one line on a problem."""
     parser = Parser("page", __doc__)
-    parser.add_flag("--running", 256, "sequences that run")
-    parser.add_flag("--seconds", 10, "of counting")
+    parser.add_flag("--running", 256, "running sequences")
+    parser.add_flag("--seconds", 10, "how long frames are counted")
     parser.output_flags()
     args = parser.parse_args(argv)
     with one_line_errors(), tempfile.TemporaryDirectory() as folder, open_browser() as browser:

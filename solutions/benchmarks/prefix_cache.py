@@ -162,10 +162,10 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print, write; exits with one line on a problem."""
     parser = Parser("prefix_cache", __doc__)
     parser.add_flag("--model", DEFAULT_MODEL, "alias or folder")
-    parser.add_flag("--num-requests", 32, "with a common beginning, and with none")
+    parser.add_flag("--num-requests", 32, "requests with a common beginning, and as many without")
     parser.add_flag("--prefix-len", 512, "tokens of the common beginning")
-    parser.add_flag("--own-len", 16, "tokens behind it")
-    parser.add_flag("--turns", 6, "of the chat")
+    parser.add_flag("--own-len", 16, "tokens after the common beginning")
+    parser.add_flag("--turns", 6, "turns of the chat")
     parser.add_flag("--repeats", 7, "pairs of runs on prompts that share nothing")
     parser.add_argument("--data-seed", type=int, default=0, help="seed of the prompts (default: 0)")
     parser.output_flags()

@@ -169,11 +169,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("quality", __doc__)
     parser.add_flag("--model", DEFAULT_MODEL, "alias or folder of a LLaMA or Mistral")
     parser.add_flag("--groups", [64, 128], "group sizes")
-    parser.add_flag("--pieces", 24, "of held-out text")
+    parser.add_flag("--pieces", 24, "pieces of held-out text")
     parser.add_flag("--length", 512, "tokens of a piece, at least 2")
     parser.add_flag("--num-samples", 64, "pieces of calibration text")
     parser.add_argument("--folder", type=Path, help="where the 4-bit models are kept and, if there, taken from")
-    parser.output_flags("perplexity against size")
+    parser.output_flags("perplexity over size")
     args = parser.parse_args(argv)
     if args.length < 2:
         parser.error(f"--length must be at least 2, got {args.length}")

@@ -191,15 +191,19 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print, write; exits with one line on a problem."""
     parser = Parser("replicas", __doc__)
     parser.add_flag("--model", DEFAULT_MODEL, "what to run")
-    parser.add_flag("--replicas", 2, "engines of each router")
+    parser.add_flag("--replicas", 2, "engines behind each router")
     parser.add_flag("--groups", 8, "beginnings")
-    parser.add_flag("--requests", 8, "of each group in a round")
-    parser.add_flag("--prefix-len", 512, "tokens of a beginning")
-    parser.add_flag("--input-len", 64, "tokens after it")
+    parser.add_flag("--requests", 8, "requests of each group in a round")
+    parser.add_flag("--prefix-len", 512, "tokens of a group's common beginning")
+    parser.add_flag("--input-len", 64, "tokens after the common beginning")
     parser.add_flag("--output-len", 32, "tokens to generate")
-    parser.add_flag("--concurrency", 8, "requests under way at once")
-    parser.add_flag("--rounds", 3, "of each router, in turn, of which the median counts")
-    parser.add_argument("--kv-blocks", type=int, help="of each engine; default: its share of the beginnings and what runs")
+    parser.add_flag("--concurrency", 8, "requests at once")
+    parser.add_flag("--rounds", 3, "rounds of each router, in turn; the median counts")
+    parser.add_argument(
+        "--kv-blocks",
+        type=int,
+        help="KV blocks of each engine (default: room for its share of the beginnings and for what runs)",
+    )
     parser.output_flags()
     args = parser.parse_args(argv)
     if args.kv_blocks is not None and args.kv_blocks < 1:

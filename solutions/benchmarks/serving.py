@@ -329,12 +329,12 @@ def show(results: dict[str, Any], args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Measure, print, write; exits with one line on a problem."""
     parser = Parser("serving", __doc__)
-    parser.add_flag("--model", DEFAULT_MODEL, "what to serve")
-    parser.add_flag("--streams", 256, "requests under way at once")
-    parser.add_flag("--seconds", 120, "of load that is measured")
-    parser.add_flag("--warm-up", 20, "seconds of load before it")
-    parser.add_flag("--kv-cache", "2GiB", "memory of both", type=parse_bytes, metavar="SIZE")
-    parser.add_argument("--feed", action="store_true", help="say what it costs when somebody reads /live, and nothing else")
+    parser.add_flag("--model", DEFAULT_MODEL, "the model to serve")
+    parser.add_flag("--streams", 256, "requests at once")
+    parser.add_flag("--seconds", 120, "how long the load is measured")
+    parser.add_flag("--warm-up", 20, "seconds of load before the measurement")
+    parser.add_flag("--kv-cache", "2GiB", "KV memory of the server and of the engine offline", type=parse_bytes, metavar="SIZE")
+    parser.add_argument("--feed", action="store_true", help="measure only what a client of /live costs")
     parser.output_flags()
     args = parser.parse_args(argv)
     with one_line_errors(RuntimeError):

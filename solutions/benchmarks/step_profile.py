@@ -156,8 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_flag("--model", DEFAULT_MODEL, "a LLaMA model")
     parser.add_flag("--batches", [1, 32], "sequences in a step")
     parser.add_flag("--context", 256, "tokens of each")
-    parser.add_argument("--quantization", choices=["int8"], help="of the weights (default: none, bfloat16)")
-    parser.add_flag("--repeats", 41, "measurements, of which the median counts")
+    parser.add_argument("--quantization", choices=["int8"], help="quantization of the weights (default: none, bfloat16)")
+    parser.add_flag("--repeats", 41, "measurements; the median counts")
     parser.output_flags()
     args = parser.parse_args(argv)
     if args.context <= args.repeats:

@@ -1,4 +1,4 @@
-"""The engine on the command line: complete prompts from flags, a file or a pipe, or chat on a terminal."""
+"""The engine on the command line: completes prompts from flags, a file or a pipe, or chats on a terminal."""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
-"""AWQ: before rounding to nearest, make the weights larger that meet large activations.
+"""AWQ: before rounding to nearest, enlarge the weights that are multiplied by large activations.
 
-Rounding makes an error of about half a step in every weight, and a step is set by the largest weight of a group. Multiply
-an input channel's weights by s > 1, divide the activations by s, and the product is the same, while the error that rounding
-makes in these weights is smaller by s; as long as the group's largest weight hardly grows, nobody else pays. Which channels:
-those with large activations, s = (mean |x|)^α, with the one α of a few that makes the smallest error. The division is folded
-into whatever comes before: a norm's weights, or the rows of the matrix that made the activations.
-Source: Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", MLSys 2024, §3.2; the
-clipping is in its code.
+Rounding makes an error of about half a step in every weight, and the largest weight of a group sets the step. Multiply an input
+channel's weights by s > 1 and divide its activations by s: the product stays the same, and the rounding error of these weights
+shrinks by s. As long as the group's largest weight hardly grows, the other weights lose nothing. The channels to scale are
+those with large activations: s = (mean |x|)^α, with the one α of a few that makes the smallest error. The division is folded
+into whatever comes before: a norm's weights, or the rows of the matrix that made the activations. Source: Lin et al., "AWQ:
+Activation-aware Weight Quantization for LLM Compression and Acceleration", MLSys 2024, §3.2; the clipping is in its code.
 
 Run it: ``python -m solutions.quantization.awq --help``.
 """
@@ -24,7 +23,7 @@ from .layout.groups import GroupQuantized, group_parameters, quantize_columns, q
 GRID = 20
 """Exponents that are tried: 0, 1 / 20, ..., 19 / 20."""
 SEARCH_ROWS = 512
-"""Outputs on which exponents are compared, evenly spread; they all agree on what is large among the inputs."""
+"""How many outputs, evenly spread, the exponents are compared on. All outputs have the same inputs, so a few are enough."""
 SHRINK = tuple(1 - i / 20 for i in range(10))
 """Shares of a group's range that are tried when it is clipped, down to 55 %."""
 
@@ -61,8 +60,8 @@ def search_scale(weight: Tensor, magnitude: Tensor, covariance: Tensor, bits: in
 def quantize_clipped(weight: Tensor, covariance: Tensor, bits: int, group_size: int, symmetric: bool) -> GroupQuantized:
     """Round to nearest within a range that is cut a little where that makes the outputs' error smaller.
 
-    Of each row's group the share of its range that makes the least error is found from `SHRINK`. The error of a group is taken
-    by itself: what it shares with other groups would not let them be searched one by one.
+    Each group of a row takes the share of its range, out of `SHRINK`, that makes the least error. A group's error is taken by
+    itself; with the terms that groups share, they could not be searched one by one.
 
     Args:
         weight: [N, K] float32. covariance: [K, K] of the inputs.

@@ -1,7 +1,7 @@
-"""Text through a model, a layer at a time, and the statistics of each matrix's inputs on the way.
+"""Runs text through a model, a layer at a time, and gathers statistics of each matrix's inputs.
 
-A layer is run on the whole calibration text, quantized, and run again with its new weights: the next one sees what it will see
-in use, errors included. Only the hidden states between two layers and one layer's statistics are in memory.
+A layer is run on the whole calibration text, quantized, and run again with its new weights. So the next layer gets the inputs
+that it will get in use, errors included. Only the hidden states between two layers and one layer's statistics are in memory.
 """
 
 from __future__ import annotations

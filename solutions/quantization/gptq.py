@@ -1,6 +1,6 @@
-"""GPTQ: round a column of weights at a time, and let the columns that are still whole make up for the error.
+"""GPTQ: round one column of weights at a time, and adjust the columns that are not rounded yet to make up for the error.
 
-Rounding to nearest looks at weights alone. What counts is the output: for inputs X the error of a row w is
+Rounding to nearest looks only at weights. What counts is the output: for inputs X the error of a row w is
 ``(w − q) H (w − q)ᵀ`` with H = X Xᵀ, the same for all rows. The *optimal brain surgeon* says how the other weights should move
 when one is fixed at a value: by ``−(w_j − q_j) / [H⁻¹]_jj · H⁻¹_j``. Fixing the columns in one order for all rows, the inverses
 of all the shrinking H are the rows of one Cholesky factor, and so a matrix takes K steps of O(N · K).

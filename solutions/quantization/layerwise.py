@@ -1,6 +1,6 @@
-"""A model quantized layer by layer: the recipe, the run that can be continued, and the command that GPTQ and AWQ share.
+"""Quantizes a model layer by layer: the recipe, the run, and the command that GPTQ and AWQ share.
 
-A finished layer is written to the output folder at once, so a run that was interrupted goes on where it stopped.
+A finished layer is written to the output folder at once, so an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -204,24 +204,26 @@ def run_command(
         "  make serve MODEL=small",
     )  # fmt: skip
     parser.add_argument("--model", required=True, help="alias, folder, .gguf file or hub id of a whole model")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write; an interrupted run goes on")
-    parser.add_argument("--group-size", type=int, default=64, help="weights that share a scale; -1: rows (default: 64)")
-    parser.add_argument("--symmetric", action="store_true", help="zero in the middle of the codes")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder to write; continues an interrupted run"
+    )
+    parser.add_argument("--group-size", type=int, default=64, help="weights that share a scale; -1: a whole row (default: 64)")
+    parser.add_argument("--symmetric", action="store_true", help="round symmetrically around zero")
     if method == "gptq":
-        parser.add_argument("--bits", type=int, default=4, choices=BITS, help="of a weight (default: 4)")
+        parser.add_argument("--bits", type=int, default=4, choices=BITS, help="bits of a weight (default: 4)")
         parser.add_argument(
             "--act-order",
             "--desc-act",
             action="store_true",
-            help="fix columns with large inputs first: loses far less; for one rank",
+            help="round columns with large inputs first, which loses far less; the result runs on one rank only",
         )
         parser.add_argument("--damping", type=float, default=0.01, help="added to the Hessian's diagonal (default: 0.01)")
     else:
-        parser.add_argument("--bits", type=int, default=4, choices=(4,), help="of a weight (default: 4)")
-    parser.add_argument("--calibration-file", metavar="FILE", help="text; default: what the model itself says")
-    parser.add_argument("--num-samples", type=int, default=64, help="of calibration text (default: 64)")
+        parser.add_argument("--bits", type=int, default=4, choices=(4,), help="bits of a weight (default: 4)")
+    parser.add_argument("--calibration-file", metavar="FILE", help="calibration text (default: text that the model writes)")
+    parser.add_argument("--num-samples", type=int, default=64, help="samples of calibration text (default: 64)")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens of a sample (default: 512)")
-    parser.add_argument("--seed", type=int, default=0, help="of the text that the model makes (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the text that the model writes (default: 0)")
     args = vars(parser.parse_args(argv))
     output = args.pop("output")
     try:

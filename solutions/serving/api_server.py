@@ -26,10 +26,10 @@ from .live.recording import TraceRecorder
 from .tracing import RequestTracer, otlp_exporter
 
 MAX_NUM_WAITING = 1024
-"""Default bound of the queue: a server refuses early rather than let everybody wait for long."""
+"""Default limit of the queue: refusing early is better than letting everybody wait."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 UNHEALTHY_SECONDS = 3.0
-"""How long a server whose engine has failed still answers, with 503, so that whoever watches ``/health`` learns of it."""
+"""For so long a server whose engine has failed answers with 503, so that monitors of ``/health`` see the failure."""
 
 
 def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -39,19 +39,22 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all)")
     group.add_argument("--port", type=int, default=8000, help="port; 0 picks a free one (default: 8000)")
     group.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names in the API (default: --model's)")
-    group.add_argument("--api-key", nargs="+", metavar="KEY", default=[], help="ask clients for one of these keys; "
-                       f"{API_KEY_VARIABLE} in the environment, where other users cannot see them, adds some")  # fmt: skip
-    group.add_argument("--api-key-file", type=Path, metavar="FILE", help="more keys, one a line")
-    group.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES, metavar="N", help="(default: 4 MiB)")
-    group.add_argument("--allowed-origins", nargs="+", metavar="URL", default=[], help="web pages that may call from a browser")
-    group.add_argument("--max-waiting-tokens", type=int, metavar="N", help="of prompts; more are refused (default: no limit)")
+    group.add_argument("--api-key", nargs="+", metavar="KEY", default=[], help="clients must send one of these keys; other "
+                       f"users of this machine cannot see keys in the environment variable {API_KEY_VARIABLE}")  # fmt: skip
+    group.add_argument("--api-key-file", type=Path, metavar="FILE", help="a file with more keys, one a line")
+    group.add_argument("--max-body-bytes", type=int, default=MAX_BODY_BYTES, metavar="N",
+                       help="largest request body (default: 4 MiB)")  # fmt: skip
+    group.add_argument("--allowed-origins", nargs="+", metavar="URL", default=[],
+                       help="web pages that may call this server from a browser (default: only its own)")  # fmt: skip
+    group.add_argument("--max-waiting-tokens", type=int, metavar="N",
+                       help="most prompt tokens that may wait; requests beyond get a 429 (default: no limit)")  # fmt: skip
     group.add_argument(
         "--shutdown-timeout", type=int, default=30, metavar="SECONDS",
-        help="time that running requests get after SIGTERM; a second one aborts them at once (default: 30)",
+        help="running requests get this long after SIGTERM; a second SIGTERM aborts them at once (default: 30)",
     )  # fmt: skip
     group.add_argument(
         "--connection-timeout", type=float, default=30, metavar="SECONDS",
-        help="time that a request has to arrive, and a client that reads nothing before it is cut off (default: 30)",
+        help="a request must arrive within this time, and a client that reads nothing for as long is cut off (default: 30)",
     )  # fmt: skip
     group.add_argument(
         "--stall-timeout", type=float, default=300, metavar="SECONDS",
@@ -63,11 +66,13 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     group.add_argument(
         "--live", action=argparse.BooleanOptionalAction,
-        help="offer the page and /live, where who may call the API sees who runs, though no texts, and can pause the engine "
-             "(default: if only this machine can reach the server)",
+        help="offer the page and /live; everybody with access to the API then sees which requests run, without their texts, "
+             "and can pause the engine (default: on if only this machine can reach the server)",
     )  # fmt: skip
-    group.add_argument("--record-trace", type=Path, metavar="FILE", help="write what each step did, a line of JSON a step")
-    group.add_argument("--log-format", choices=("text", "json"), default="text", help="json: a line for each request")
+    group.add_argument("--record-trace", type=Path, metavar="FILE", help="write what each step did, one line of JSON for each")
+    group.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="json: write one line for each request (default: text)"
+    )
     add_engine_flags(parser)
     parser.set_defaults(max_num_waiting=MAX_NUM_WAITING)
     args = parser.parse_args(argv)
@@ -80,7 +85,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, so that the port is known to be ours before the model is loaded.
+    """Open a listening socket, so that a port in use is noticed before the model is loaded.
 
     Raises:
         OSError: the address cannot be had; the message says what to do.
@@ -108,9 +113,9 @@ class Server(uvicorn.Server):
         self.engine = engine
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal came. From the first on uvicorn takes no new connections (`should_exit`) and the engine is draining; a
-        second one, of either kind, ends what still runs (`force_exit`). uvicorn's own version would also remember the signal
-        and raise it again when it has ended, before the engine is closed."""
+        """Handle a signal. The first one stops new connections (`should_exit`) and drains the engine; a second one, of either
+        kind, ends what still runs (`force_exit`). uvicorn's own version would also raise the signal again at its end, before
+        the engine is closed."""
         self.force_exit = self.should_exit
         self.should_exit = True
         self.engine.is_draining = True

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 INLINE_LIMIT = 2048
 """Characters or token ids up to which prompts are prepared on the event loop; longer ones go to a thread."""
 HEALTH_SECONDS = 1.0
-"""How often an engine with nothing to do sees whether all its ranks live, and somebody whether a step hangs."""
+"""Seconds between two checks: of an idle engine, whether all its ranks live; of a busy one, whether its step hangs."""
 
 
 class EngineDeadError(RuntimeError):
@@ -53,7 +53,7 @@ class AsyncEngine:
         on_death: called on the loop when the engine has failed, once all its requests have been told.
         on_rejection: called with the reason when a queue is full: "requests" or "tokens" on the engine's thread, "forms" on
             the loop.
-        is_draining: set by who wants no new requests; nothing here changes by it.
+        is_draining: set by the server when it wants no new requests; this class only holds the flag.
     """
 
     def __init__(self, engine: LLMEngine, max_waiting_tokens: int | None = None, stall_seconds: float = 300.0) -> None:
@@ -184,8 +184,8 @@ class AsyncEngine:
             self._wake.notify()
 
     def _abort(self, request_ids: list[str]) -> None:
-        """Nobody reads these requests any more: forget their streams, and let the engine drop those that it still has at its
-        next step border, by one command for all of them. Ids that are not known here have finished, and are no news."""
+        """Abort requests that nobody reads any more: forget their streams, and send the engine one command to drop them all at
+        its next step border. Unknown ids are ignored: these requests have finished."""
         running = [request_id for request_id in request_ids if self._streams.pop(request_id, None) is not None]
         if running:
             self._send(partial(self._abort_now, running))
@@ -201,8 +201,8 @@ class AsyncEngine:
                 del self._streams[output.request_id]
 
     def _fail(self, reason: str) -> None:
-        """The engine is dead, for good and for this reason: end every stream with an `EngineDeadError`, then call `on_death`,
-        unless this is how a shutdown ends. Only the first death counts."""
+        """Declare the engine dead for this reason: end every stream with an `EngineDeadError`, then call `on_death`, unless
+        this is how a shutdown ends. Later calls do nothing."""
         if self._death is not None:  # a thread that was given up has ended after all
             return
         self._death = reason
@@ -272,10 +272,11 @@ class AsyncEngine:
         self._post(stream.accept)
 
     def _admit(self, request: EngineRequest) -> None:
-        """Let a request in, or not.
+        """Check that there is room for a request.
 
         Raises:
-            QueueFullError: more than `max_waiting_tokens` (None: no limit) would wait, "tokens"; an empty queue takes any.
+            QueueFullError: with the reason "tokens": more than `max_waiting_tokens` (None: no limit) would wait. An empty queue
+                takes any request.
         """
         limit = self.max_waiting_tokens
         if limit is None:

@@ -1,4 +1,4 @@
-"""How long a connection may take: requests that trickle in and answers that nobody reads hold it no longer than that."""
+"""Time limits of a connection, for requests that arrive too slowly and answers that nobody reads."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .errors import error_body
 class TimedConnection(AutoHTTPProtocol):
     """uvicorn's connection with two limits that uvicorn does not have.
 
-    - A request's head and body have to be there `seconds` after its first byte (or after the connection was made), or it is
-      answered with 408 and closed. Otherwise a few thousand clients that send a byte a minute take all connections.
-    - A client that takes nothing from a full send buffer for `seconds` is cut off, and its request aborted.
+    - A request must be complete `seconds` after its first byte (or after the connection was made). Otherwise it gets a 408 and
+      the connection closes. Without this limit a few thousand clients that send a byte a minute could hold all connections.
+    - A client that reads nothing from a full send buffer for `seconds` is cut off, and its request is aborted.
 
     Between requests uvicorn's own limit holds, ``timeout_keep_alive``.
     """
@@ -51,7 +51,7 @@ class TimedConnection(AutoHTTPProtocol):
 
     @property
     def _is_arriving(self) -> bool:
-        """Whether bytes came whose request is not complete: those of a head, which has no cycle yet, or of a body."""
+        """Whether a request has begun to arrive and is not complete: its head, which has no cycle yet, or its body."""
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def _give_up_request(self) -> None:

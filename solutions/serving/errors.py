@@ -1,4 +1,4 @@
-"""Errors as OpenAI has them: what is wrong in one line, of what type, with which field, and a code.
+"""Errors in OpenAI's format: one line that says what is wrong, a type, the field at fault, and a code.
 
 Source: https://platform.openai.com/docs/guides/error-codes
 """
@@ -10,14 +10,14 @@ import re
 from pydantic import BaseModel
 
 CONTEXT_LENGTH = "context_length_exceeded"
-"""OpenAI's code of a request that does not fit into the context: LangChain and others shorten the conversation then."""
+"""OpenAI's code for a request that does not fit into the context. LangChain and others then shorten the conversation."""
 MAX_MESSAGE = 500
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\u0085\u2028\u2029\ud800-\udfff]")
 _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class RequestError(Exception):
-    """A request that is refused: an HTTP status, one clear line, the field at fault, and OpenAI's code where it has one."""
+    """A request is refused: an HTTP status, one line that says why, the field at fault, and OpenAI's code if there is one."""
 
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
@@ -31,7 +31,7 @@ class ErrorDetail(BaseModel):
     type: str
     param: str | None = None
     code: int | str
-    """The HTTP status; `CONTEXT_LENGTH` where clients look for that."""
+    """The HTTP status, or `CONTEXT_LENGTH`, which clients look for."""
 
 
 class ErrorBody(BaseModel):
@@ -46,15 +46,15 @@ def error_body(message: str, status: int, param: str | None = None, code: str | 
 
 
 def _quoted(text: str) -> str:
-    """A text that may hold what a client sent as one line of some length, which can be sent."""
+    """A text that may quote a client, as one line that is not too long and holds only printable characters."""
     if len(text) > MAX_MESSAGE:
         text = text[:MAX_MESSAGE] + "…"
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def context_error(limit: int, num_tokens: int, prompt: str, asked: tuple[str, int] | None = None) -> RequestError:
-    """The refusal of a request that does not fit into the context, in OpenAI's words: LiteLLM searches for the first sentence,
-    LangChain for the code, in the text too, and others read the numbers.
+    """Refuse a request that does not fit into the context, in OpenAI's words. LiteLLM searches for the first sentence,
+    LangChain for the code (also within the text), and others read the numbers.
 
     Args:
         limit: of prompt and answer, in tokens. num_tokens: of the prompt. prompt: the field that holds it.

@@ -31,7 +31,7 @@ from .openai_fields import describe_validation_error
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/health", "/ready", "/")
-"""What needs no key: load balancers have none, and a browser has to load the page that asks for one."""
+"""Paths that need no key: load balancers have none, and a browser must load the page that asks for one."""
 OPEN_FOLDER = "/page/"
 RETRY_AFTER_SECONDS = 1
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -97,8 +97,8 @@ def read_api_keys(given: Iterable[str], file: Path | None) -> list[str]:
 class KeyGuard:
     """Everything but `OPEN_PATHS` needs one of the API keys as ``Authorization: Bearer …``.
 
-    What a key may find in the prefix cache is kept apart from what others computed: ``scope["state"]["tenant"]`` is a name for
-    it, which becomes a part of the cache's salt.
+    Each key has a prefix cache of its own: ``scope["state"]["tenant"]`` is a name for the key, which becomes part of the
+    cache's salt.
     """
 
     def __init__(self, app: ASGIApp, api_keys: Iterable[str]) -> None:
@@ -121,14 +121,14 @@ class KeyGuard:
         return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
 
     def tenant(self, scope: Scope) -> str | None:
-        """Whose key the request carries; takes equally long for each wrong one."""
+        """The tenant whose key the request carries. All wrong keys take equally long, so that timing reveals nothing."""
         scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         matches = [name for key, name in self.tenants.items() if secrets.compare_digest(given.strip(), key)]
         return matches[0] if matches and scheme.lower() == b"bearer" else None
 
 
 class BodyLimit:
-    """Refuses a body of more than `max_bytes` with 413, as soon as that is known."""
+    """Refuses a body of more than `max_bytes` with 413, as soon as its size is known."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self.app = app
@@ -155,14 +155,14 @@ class BodyLimit:
         await self.app(scope, counted, send)
 
     def _refusal(self) -> Response:
-        # the client is still sending: it learns from the closed connection that nobody listens
+        # the client is still sending: the closed connection tells it to stop
         return error_response(f"the body has more than {self.max_bytes} bytes", 413, headers={"Connection": "close"})
 
 
 class Bugs:
-    """Answers with 500 what the app did not foresee, and writes it to the log.
+    """Answers an unexpected exception with 500, and writes it to the log.
 
-    The connection stays open: without this the server would close it after the answer, under the client's next request.
+    The connection stays open. Otherwise uvicorn would close it after the answer, and the client's next request would fail.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -184,12 +184,12 @@ class Bugs:
         except Exception:
             if started:  # an answer that breaks off must not look complete
                 raise
-            logger.exception("A request has failed: %s %s", scope["method"], scope["path"])
+            logger.exception("A request failed: %s %s", scope["method"], scope["path"])
             await error_response("internal server error", 500)(scope, receive, send)
 
 
 class TrailingSlashes:
-    """``/v1/models/`` is ``/v1/models``. A redirect would lose some clients' bodies, and its way behind a proxy."""
+    """Treats ``/v1/models/`` as ``/v1/models``. A redirect would make some clients drop the body, and fail behind a proxy."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -212,7 +212,7 @@ class JsonLines(logging.Formatter):
 
 
 def log_as_json() -> None:
-    """Log in lines of JSON to standard error, a line for each request among them."""
+    """Log to standard error as lines of JSON, with a line for each request."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

@@ -1,7 +1,7 @@
-"""Bodies of requests as JSON, and nothing that is none: what gets through can be computed with, written and sent on.
+"""Reads request bodies as strict JSON.
 
-Python's reader takes more than RFC 8259 allows: NaN, numbers that become infinite, halves of surrogate pairs. Each would fail
-later, and somewhere else.
+Python's reader accepts more than RFC 8259 allows: NaN, numbers that become infinite, halves of surrogate pairs. Each would
+cause an error later and elsewhere, so it is refused here.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .errors import RequestError
 from .openai_fields import field_path
 
 MAX_DEPTH = 200
-"""Lists and objects inside each other; Python's own limit is five times that, and depends on who calls."""
+"""Most lists and objects inside each other. Python's own limit is about five times that, and depends on the caller's stack."""
 MAX_DIGITS = 308
-"""Of an integer: with more it is no float."""
+"""Most digits of an integer: a longer one does not fit into a float."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # of a pair or not
 _MANY_DIGITS = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
 
@@ -31,7 +31,7 @@ def read_json(raw: bytes) -> Any:
     """The value of a body.
 
     Raises:
-        RequestError: it is not UTF-8, is nested too deeply, or holds a number or a text that is none; names the field.
+        RequestError: it is not UTF-8, is nested too deeply, or holds a value that is not valid; names the field.
         json.JSONDecodeError: it is not JSON.
     """
     try:
@@ -48,11 +48,11 @@ def read_json(raw: bytes) -> Any:
 
     def integer(digits: str) -> int:
         if len(digits) > MAX_DIGITS:
-            raise RequestError(f"a number has {len(digits)} digits, and at most {MAX_DIGITS} may be")
+            raise RequestError(f"a number has {len(digits)} digits; the limit is {MAX_DIGITS}")
         return int(digits)
 
     hooks: dict[str, Any] = {"parse_float": number, "parse_constant": number}
-    if _MANY_DIGITS.search(text):  # rare, and a function called for each of a prompt's token ids takes its time
+    if _MANY_DIGITS.search(text):  # only then, because a call for each of a prompt's token ids is slow
         hooks["parse_int"] = integer
     try:
         value = json.loads(text, **hooks)
@@ -67,7 +67,7 @@ def _check(body: Any) -> None:
     """Walk through a value, without recursion, and look at each text and number.
 
     Raises:
-        RequestError: one is none, or the value is nested too deeply.
+        RequestError: one is not valid, or the value is nested too deeply.
     """
     todo: list[tuple[Any, tuple[Any, ...]]] = [(body, ())]  # a value, and its path: (path of what it is in, key)
     depths = [0]
@@ -85,7 +85,7 @@ def _check(body: Any) -> None:
         elif isinstance(value, float) and not math.isfinite(value):
             raise _refusal(path, f"must be a finite number, got {value}")
         if any(isinstance(text, str) and not _is_text(text) for text in (value, path[1] if path else None)):
-            raise _refusal(path, "holds half of a surrogate pair, which is no character")
+            raise _refusal(path, "holds half of a surrogate pair, which is not a character")
 
 
 def _is_text(value: str) -> bool:

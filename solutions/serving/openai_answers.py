@@ -1,4 +1,4 @@
-"""What the server answers, as data: whole answers, chunks of streams, and what else it is asked for.
+"""The server's answers as data: whole answers, chunks of streams, models, tokens.
 
 Source: https://platform.openai.com/docs/api-reference (completions, chat, models); the fields beyond it are vLLM's.
 """
@@ -41,7 +41,7 @@ class ModelList(BaseModel):
 
 class PromptTokensDetails(BaseModel):
     cached_tokens: int = 0
-    """Prompt tokens that the prefix cache spared."""
+    """Prompt tokens found in the prefix cache."""
 
 
 class Usage(BaseModel):

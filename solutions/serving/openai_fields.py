@@ -1,7 +1,7 @@
-"""What all requests have in common: fields that are refused, accepted or dropped, plain types, and how an error names a field.
+"""What all requests share: fields that are refused, accepted or dropped, plain types, and how an error names a field.
 
-A field that this server cannot honour is refused by name, never ignored. Only a value that means "not set" passes:
-``null``, or the default that OpenAI documents (see `UNSUPPORTED`). So does what changes no answer (see `HINTS`).
+A field that this server cannot honour is refused by name, never ignored. Two kinds of values pass: those that mean "not set",
+which are ``null`` and the default that OpenAI documents (see `UNSUPPORTED`), and those that change no answer (see `HINTS`).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ HINTS = frozenset({
     "include_obfuscation", "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
     "prompt_cache_retention", "safety_identifier",
 })  # fmt: skip
-"""Fields of the OpenAI API that change no answer of this server, whatever they say: who asks, what may be cached for how long,
-what the answer will probably be, how the tools are called that it does not have. They are accepted."""
+"""Fields of the OpenAI API that are accepted because they change no answer of this server: who asks, what may be cached for how
+long, what the answer will probably be, and how to call tools, which this server does not have."""
 Int = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
 Bool = Annotated[bool, Strict()]
@@ -55,7 +55,7 @@ Strings = Annotated[list[str], BeforeValidator(text_or_list, json_schema_input_t
 
 
 class Request(BaseModel):
-    """Base of all requests: unknown fields are errors, unsupported ones pass only where they mean "not set" or change nothing.
+    """Base of all requests. Unknown fields are errors; unsupported ones pass only if they mean "not set" or change nothing.
 
     A null means "not set" in any field, also in one that this request does not have: clients write all that they know of.
     """
@@ -76,8 +76,8 @@ class Request(BaseModel):
 
 
 def field_path(keys: list[Any]) -> str:
-    """The place of a value in a body as a person would write it, such as ``messages[1].name``: a number is a place in a list, a
-    text a field, the empty one in quotes."""
+    """The place of a value in a body as a person would write it, such as ``messages[1].name``. A number is an index of a list,
+    a text the name of a field; an empty name is written in quotes."""
     path = ""
     for key in keys:
         name = key or '""'

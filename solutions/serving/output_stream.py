@@ -9,7 +9,7 @@ from ..core.output import RequestOutput
 
 
 class OutputStream(AsyncIterator[RequestOutput]):
-    """Outputs of the requests of one submission, as the engine makes them; ends when all have finished.
+    """The outputs of all requests of one submission, in the order in which they come. Ends when all have finished.
 
     At most one output a request waits here: for a reader who is slower than the engine, unread outputs are merged, so the
     backlog never exceeds the answer's text.

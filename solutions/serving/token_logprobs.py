@@ -1,4 +1,4 @@
-"""Log-probabilities as OpenAI's two interfaces give them. What a token's text is says `core/text/logprobs.py`."""
+"""Log-probabilities in the formats of OpenAI's two interfaces. `core/text/logprobs.py` defines what a token's text is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIN_LOGPROB = -9999.0
 """What OpenAI reports for a token that is all but impossible; JSON has no -inf."""
 
 Position: TypeAlias = "dict[int, Logprob]"
-"""The tokens of one place, by id: the one that is there, and the most likely ones."""
+"""The tokens of one place, by id: the sampled one and the most likely ones."""
 
 
 def finite(logprob: float) -> float:
@@ -24,7 +24,7 @@ def finite(logprob: float) -> float:
 
 
 def token_text(token_id: int, entry: Logprob) -> str:
-    """The token as text; its id, where the engine has no tokenizer."""
+    """The token as text, or its id if the engine has no tokenizer."""
     return f"token_id:{token_id}" if entry.decoded_token is None else entry.decoded_token
 
 
@@ -59,8 +59,8 @@ def completion_logprobs(
 
 
 def _by_text(position: Position, token_id: int, text: str) -> dict[str, float]:
-    """The log-probabilities of a place by the tokens' texts. A text belongs to the token that is there, else to the likeliest
-    that has it; the others are named by their ids, as tokens are for which there is no text."""
+    """The log-probabilities of a place by the tokens' texts. If several tokens have one text, the sampled one keeps it, or
+    else the likeliest; the others are named by their ids, as are tokens without a text."""
     names = {text: token_id}
     for other, entry in _by_rank(position):
         if other != token_id:
@@ -70,10 +70,10 @@ def _by_text(position: Position, token_id: int, text: str) -> dict[str, float]:
 
 
 def prompt_texts(tokenizer: Any, prompt: str | list[int], token_ids: list[int], echo: str) -> list[str]:
-    """A text for each of a prompt's tokens; joined they are `echo`, which is the prompt itself or what its tokens decode to.
+    """A text for each of a prompt's tokens. Joined, they are `echo`: the prompt itself, or what its tokens decode to.
 
-    Tokens that the tokenizer has put around a text have none. Where it has changed the text itself (other forms of Unicode,
-    lower case), the tokens share the text as it was.
+    Special tokens that the tokenizer has put around a text have an empty one. Where the tokenizer has changed the text itself
+    (other forms of Unicode, lower case), the tokens share the original text.
     """
     if tokenizer is None:
         return [f"token_id:{token}" for token in token_ids]
@@ -106,9 +106,9 @@ def _shared(text: str, pieces: list[str]) -> list[str]:
 
 
 def chat_logprobs(tokenizer: Any, token_ids: list[int], positions: list[Position], k: int) -> ChatLogprobs:
-    """What a chat answer says of these tokens, each with its k most likely alternatives, itself perhaps among them.
+    """The log-probabilities of these tokens for a chat answer, each with the k likeliest tokens of its place.
 
-    The bytes of the tokens, joined, are those of the text: tokens that share a character have its bytes between them.
+    The bytes of the tokens, joined, are those of the text. Tokens that share a character share its bytes.
     """
     entries = [position[token_id] for token_id, position in zip(token_ids, positions, strict=True)]
     texts = [token_text(token_id, entry) for token_id, entry in zip(token_ids, entries, strict=True)]
@@ -158,7 +158,7 @@ def _shared_bytes(tokenizer: Any, token_ids: list[int], texts: list[str]) -> lis
 
 
 def token_bytes(tokenizer: Any, token_id: int) -> bytes | None:
-    """The bytes that a token stands for by itself; None, if they are not known.
+    """The bytes that a token stands for by itself, or None if they are not known.
 
     They are its text's, unless it holds only a part of a character. Then the vocabulary has them: SentencePiece writes a byte
     as ``<0xE2>``, byte-level BPE gives each byte a printable character.

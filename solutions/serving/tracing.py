@@ -1,8 +1,8 @@
-"""Spans for OpenTelemetry: what a request waited for, beside what the services before this one did for it.
+"""Spans for OpenTelemetry: where a request's time went, as part of the client's own trace.
 
 One span a sequence, sent over OTLP/HTTP from a thread of its own when the sequence ends; its parent is what the client's
 ``traceparent`` header names (W3C Trace Context). Names are those of vLLM and of OpenTelemetry's conventions for generative AI.
-Prompts and answers are in none of them.
+No span holds prompts or answers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SPAN = "llm_request"
 EXPORT_SECONDS = 5.0
-"""What the last spans get at the end, when the collector does not answer."""
+"""How long shutdown waits for a collector that does not answer."""
 
 
 def otlp_exporter(endpoint: str) -> SpanExporter:
@@ -63,7 +63,7 @@ class RequestTracer:
 
     @contextmanager
     def under(self, requests: Iterable[EngineRequest], headers: Mapping[str, str]) -> Iterator[None]:
-        """Requests that are submitted in this block belong under the span that the client's headers name."""
+        """Put the requests that are submitted in this block below the span that the client's headers name."""
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         parent = TraceContextTextMapPropagator().extract(headers)
@@ -84,7 +84,7 @@ class RequestTracer:
                 self._end(seq, now)
 
     def on_abort(self, sequences: Iterable[Sequence], now: float) -> None:
-        """Sequences were ended from outside, those that had finished before not counted."""
+        """Sequences were aborted. Those that had finished before have their spans already."""
         for seq in sequences:
             if seq.finish_reason == "abort":
                 self._end(seq, now)

@@ -1,4 +1,4 @@
-"""Sets of texts as finite automata over Unicode code points: built from regular expressions, cut, and turned inside out.
+"""Sets of texts as finite automata over Unicode code points: built from regular expressions, intersected, and complemented.
 
 Source: Thompson's construction and the subset construction, as in Aho, Lam, Sethi, Ullman, "Compilers", chapter 3.
 """
@@ -14,7 +14,7 @@ from typing import Any
 from .charsets import ALL, CharSet, common, inverse, union
 
 MAX_STATES = 4_000
-"""States of any automaton on the way; a text that needs more is too costly."""
+"""Most states of any automaton on the way; a set of texts that needs more is too costly."""
 
 
 class TooLarge(ValueError):

@@ -1,4 +1,4 @@
-"""Claims that a schema holds of a value, goals made of them, and when two values of JSON are the same."""
+"""Claims that a value satisfies a schema, goals made of them, and when two values of JSON are equal."""
 
 from __future__ import annotations
 

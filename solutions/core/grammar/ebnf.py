@@ -1,8 +1,8 @@
-"""Rules of a grammar in XGrammar's EBNF, and what JSON writes for the characters of a text.
+"""Rules of a grammar in XGrammar's EBNF, and how JSON writes the characters of a text.
 
-A character of a text is written as itself; or behind a backslash where JSON has a short form, and must have one for ``"`` and
-``\\``; or as ``\\uXXXX``, two of them beyond the first 65,536, if it is a control character or not ASCII. So each answer is
-JSON that any reader takes, and one character of the value counts as one however it is written.
+A character is written as itself. Quotation marks and backslashes need a backslash, and other characters may have one where JSON
+has a short form. Control characters and those beyond ASCII may be ``\\uXXXX``, or two of these beyond the first 65,536. So any
+reader accepts each answer, and one character of the value counts as one, however it is written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Part = str | tuple[str] | tuple[str, int, int | None]
 """EBNF as it is; or a rule by its name; or a rule so many times."""
 
 MAX_PARTS = 120_000
-"""Parts of all rules; a schema that needs more is too costly."""
+"""Most parts of all rules together; a schema that needs more is too costly."""
 BLOCK = 32
 """Characters that are counted one by one; larger numbers are counted in blocks. A rule for each character is fast to follow but
 slow to compile, a repetition of a rule the other way round."""

@@ -1,8 +1,8 @@
 """Regular expressions as JSON schemas use them (ECMA 262), read into `automata.Regex`.
 
-Validators disagree about a few things: whether ``\\d`` is ten digits (ECMA) or those of every script (Python), what ``.`` and
-``$`` make of line breaks. Each pattern has therefore two readings: the narrow one, whose texts match everywhere, and the wide
-one, outside which no text matches anywhere. An answer that must match follows the narrow, one that must not avoids the wide.
+Validators disagree about a few things: whether ``\\d`` is ten digits (ECMA) or those of every script (Python), and how ``.``
+and ``$`` treat line breaks. So each pattern has two readings. Texts of the narrow one match in every validator; texts outside
+the wide one match in none. An answer that must match follows the narrow reading; one that must not match avoids the wide one.
 
 Source: ECMA 262, section 22.2, with annex B; patterns are read as if under the flag u.
 """

@@ -1,7 +1,7 @@
-"""The formats that a text of a JSON schema may be asked to have, as patterns over the whole text.
+"""The formats of strings in a JSON schema, as patterns over the whole text.
 
-Where a format allows more than is written here, such as letters beyond ASCII in an ``idn-email``, the pattern is the part of
-it that every reader takes. A format that the standard does not name is an annotation, as the standard has it.
+Some formats allow more than their pattern here, such as letters beyond ASCII in an ``idn-email``: the pattern is the part that
+every reader accepts. A format that the standard does not name is an annotation, as the standard says.
 
 Source: JSON Schema 2020-12, validation 7.3, and the RFCs named there.
 """

@@ -1,17 +1,17 @@
-"""From a JSON schema to a grammar of the answers that it allows.
+"""Turns a JSON schema into a grammar of the answers that it allows.
 
-What is promised, for every schema that is not refused:
+For every schema that is not refused:
 
-- Each answer is JSON that `json.loads` takes, and is valid under the schema.
-- A schema is refused with the keyword and its path where a keyword cannot be honoured; none is ignored, but for annotations
-  (title, default, what no draft knows) and formats that the standard does not name.
+- Each answer is JSON that `json.loads` accepts, and is valid under the schema.
+- No keyword is ignored. If one cannot be honoured, the schema is refused with the keyword and its path. Annotations (title,
+  default, what no draft knows) and formats that the standard does not name have no effect.
 
-Where the standard leaves a choice, answers have one form: ``", "`` and ``": "`` and no other white space; members in the order
-of the schema, then those without a name of their own; numbers as in `numbers`, characters as in `ebnf`, formats as `formats`.
-An object whose schema names members, and does not say what others there may be, has no others. Items that must be unique are
-in any order where there are at most `MAX_UNIQUE` values for them, and in the order of the values where there are more. Where
-there are more than `MAX_VALUES`, such as all strings, there is one item: a grammar does not remember which it has seen. A large
-maxLength beside a pattern or a format may be taken to be less, and so is a maxItems above `MAX_ITEMS`.
+Where the standard leaves a choice, answers have one form. Separators are ``", "`` and ``": "``, without other white space.
+Members come in the order of the schema, then those that the schema does not name. Numbers are as in `numbers`, characters as in
+`ebnf`, formats as in `formats`. An object whose schema names members and says nothing of others has no others. Unique items
+come in any order if they have at most `MAX_UNIQUE` possible values, and in the order of the values if they have more. With more
+than `MAX_VALUES`, such as all strings, there is only one item, because a grammar cannot remember which values it has seen. A
+large maxLength beside a pattern or a format may be lowered, and a maxItems above `MAX_ITEMS` is.
 
 Source: https://json-schema.org/draft/2020-12/json-schema-validation; how, in `schema_logic`.
 """
@@ -34,7 +34,7 @@ from .schema_logic import Logic
 MAX_UNIQUE = 7
 MAX_VALUES = 500
 MAX_ITEMS = 4_096
-"""Most items that an array may have to have; a larger maxItems is taken to be this."""
+"""Most items that an array may require; a larger maxItems is lowered to this."""
 MAX_STATES = 5_000
 """Rules for one array or object in which something is counted."""
 COMMA, NOTHING = '", "', '""'

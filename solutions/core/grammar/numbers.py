@@ -1,9 +1,9 @@
 """The JSON texts of numbers within bounds, as automata over their characters.
 
-Readers hold numbers with a fraction as 64-bit floats, integers exactly. So that every reader finds a bound kept, integers are
-compared with the bound's exact value, and a number with a fraction has at most 14 digits in front of the point and only so many
-behind it that none rounds to a bound that it must not reach. A power of ten (``1e5``) is written only where nothing is asked of
-the number. An integer has no point: ``1.0`` is not written for 1.
+Readers hold numbers with a fraction as 64-bit floats, and integers exactly. Every reader must find that a number keeps its
+bound. So integers are compared with the bound's exact value, and a number with a fraction has at most 14 digits before the
+point, and so few after it that none rounds to a bound that it must not reach. A power of ten (``1e5``) is written only if the
+schema asks nothing of the number. An integer has no point: 1 is never written as ``1.0``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ INTEGER_DIGITS = 40
 """Most digits of an integer, unless a bound has more."""
 FRACTION_DIGITS = 15
 MAX_PLACES = 12
-"""Digits behind the point of what a number must be a multiple of."""
+"""Most digits after the point of what a number must be a multiple of."""
 FREE = r"-?(0|[1-9][0-9]{0,39})(\.[0-9]{1,20})?|-?[0-9](\.[0-9]{1,20})?[eE][+\-]?([0-9]{1,2}|[12][0-9][0-9]|30[0-7])"
 """A number of which nothing is asked; within the range of a float."""
 ZERO = (Decimal(0), False)

@@ -1,4 +1,4 @@
-"""What each keyword that is about one type of value demands, or its opposite; see `schema_logic`.
+"""What each keyword for one type of value demands, and what its opposite demands; see `schema_logic`.
 
 Each function returns branches, or None where the keyword says nothing about this type.
 """

@@ -1,7 +1,7 @@
-"""A JSON schema as a document: read, measured, each keyword looked at, and references followed within it.
+"""Reads a JSON schema as a document, limits its size, checks each keyword, and follows its references.
 
-Whatever a keyword of any draft asks is either honoured or refused by `refuse`, with the keyword and its path. What no draft
-knows is an annotation, as the standard has it (2020-12, core 6.5), unless it is a known keyword misspelled.
+Each keyword of any draft is either honoured or refused by `refuse`, with the keyword and its path. A keyword that no draft
+knows is an annotation, as in the standard (2020-12, core 6.5), unless it looks like a known keyword misspelled.
 
 Source: https://json-schema.org/draft/2020-12, and drafts 4 to 2019-09 for the keywords that were renamed.
 """
@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin
 
 MAX_NODES = 50_000
-"""Values in a schema, each key's counted once."""
+"""Most values in a schema, each key's counted once."""
 MAX_DEPTH = 200
 
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")

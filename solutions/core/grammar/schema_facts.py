@@ -260,7 +260,7 @@ def meets(logic: Reasoning, wanted: Goal, value: Any) -> bool:
 
 
 def values(logic: Reasoning, branch: Branch) -> list[str] | None:
-    """The values, as JSON texts in the schema's order, of a branch that lists them; None: it does not."""
+    """The values, as JSON texts in the schema's order, of a branch that lists them; None if it does not."""
     lists = [demand[1] for demand in having(branch, "values") if demand[2]]
     if not lists:
         return None
@@ -268,7 +268,7 @@ def values(logic: Reasoning, branch: Branch) -> list[str] | None:
 
 
 def impossible(logic: Reasoning, branch: Branch, group: str, depth: int) -> bool:
-    """Whether plainly no value meets a branch; it may be so though it is not plain."""
+    """Whether it is plain that no value meets a branch. False does not mean that some value does."""
     listed = values(logic, branch)
     if listed is not None:
         return not listed

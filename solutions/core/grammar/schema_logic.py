@@ -1,8 +1,9 @@
-"""What a JSON schema asks of values of one type, as a choice between lists of plain demands.
+"""Reduces a JSON schema, for values of one type, to a choice between lists of plain demands.
 
-A *claim* says that a schema holds, or that it does not; a *goal* is all that one value must meet, a set of claims. For one type
-of value a goal becomes its *branches*: each a list of *demands*, all of which hold, and one branch is enough. So `allOf`,
-`anyOf`, `oneOf`, `not`, `if` and references are gone, and what is inside the value (items, members) has goals of its own.
+A *claim* says that a schema holds, or that it does not. A *goal* is a set of claims: everything that one value must meet. For
+one type of value a goal becomes *branches*. A branch is a list of *demands*, and a value must meet all demands of at least one
+branch. This removes `allOf`, `anyOf`, `oneOf`, `not`, `if` and references; what is inside the value (items, members) has goals
+of its own.
 
 A demand is a tuple: its name, then its arguments.
 
@@ -30,7 +31,7 @@ from .claims import Branch, Claim, Goal, Reasoning, group_of
 from .schema_document import Document, Schema, child, refuse
 
 MAX_STEPS = 200_000
-"""Demands looked at for one schema."""
+"""Most demands that are looked at for one schema."""
 
 
 class Logic(Reasoning):
@@ -47,7 +48,7 @@ class Logic(Reasoning):
         self._open: set[Any] = set()
 
     def spend(self, steps: int) -> None:
-        """Count work, and give up where it becomes too much."""
+        """Count the work, and raise when it becomes too much."""
         self._steps += steps
         if self._steps > MAX_STEPS:
             raise ValueError(f"it takes more than {MAX_STEPS} steps to work out; make it smaller, or its choices fewer")
@@ -151,7 +152,7 @@ class Logic(Reasoning):
         return self.any_of(found + [self.all_of([self.claim(a, group), self.claim(b, group)]) for a, b in pairs])
 
     def _apart(self, a: Claim, b: Claim, group: str) -> bool:
-        """Whether no value of a type meets both claims; False where that is not plain to see."""
+        """Whether it is plain that no value of a type meets both claims; False otherwise."""
         self.spend(1)
         return all(facts.impossible(self, branch, group, 3) for branch in self.branches((a, b), group))
 

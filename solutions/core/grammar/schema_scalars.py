@@ -17,7 +17,7 @@ from .numbers import Bounds, numbers
 from .schema_document import refuse
 
 MAX_COUNTED = 3_000
-"""States of an automaton that counts characters besides; a longest length that needs more is taken to be less."""
+"""Most states of an automaton that also counts characters; a longest length that needs more is lowered."""
 
 
 def having(branch: Branch, *names: str) -> list[Demand]:

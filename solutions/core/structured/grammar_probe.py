@@ -1,4 +1,4 @@
-"""Whether an automaton can be followed at the pace of an engine: it is, along some texts, with an eye on the clock."""
+"""Tests whether an automaton is fast enough for an engine, by following it along some texts and measuring the time."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 WALKS = 2
 STEPS = 64
-"""Tokens of a walk: automata that get slower do so early."""
+"""Tokens of a walk. Automata that slow down do so early."""
 ALLOWANCE = 16
-"""How often a token may take as long as it may: an eighth of the time."""
+"""All tokens together may take as long as this many tokens at the limit: an eighth of all."""
 
 
 def probe(grammar: CompiledGrammar, vocab_size: int, seconds: float) -> bool:
     """Follow an automaton along random texts of its form, the same ones each time.
 
     Returns:
-        Whether one of the tokens took more than so many seconds of the processor's time, or all of them `ALLOWANCE` times that.
+        Whether it is too slow: one token took more than `seconds` of processor time, or all of them `ALLOWANCE` times that.
     """
     masks = torch.empty(1, -(-vocab_size // 32), dtype=torch.int32)
     draw, total = random.Random(0), 0.0

@@ -1,15 +1,15 @@
-"""Forms of answers are compiled beside the engine: none holds up the others for long, and none can do harm.
+"""Compiles the grammars of structured answers beside the engine, so that none delays the others for long or does harm.
 
-A form is first tried in a process that is killed when it takes too long or too much memory (`grammar_worker`). What has passed
-is compiled once more here, in a thread. That takes as long again; to bring the automaton over takes longer, because XGrammar
-writes it as JSON: 2 MB for a schema of 3 fields, compiled in 0.10 s, written in 0.15 s and read in 0.06 s, and 24 MB for one
-of 120 fields, in 0.29, 1.86 and 0.73 s (vocabulary of 49,152, one core of a Xeon).
+A grammar is first tried in a process that is killed when it takes too long or too much memory (`grammar_worker`). If it passes,
+it is compiled again here, in a thread. That takes as long again, but sending the automaton over would take longer, because
+XGrammar writes it as JSON: 2 MB for a schema of 3 fields, compiled in 0.10 s, written in 0.15 s and read in 0.06 s, and 24 MB
+for one of 120 fields, in 0.29, 1.86 and 0.73 s (vocabulary of 49,152, one core of a Xeon).
 
-Two threads do this. The first gives each form a second, so a form that needs less waits for a second or two a client, whatever
-the others have sent. What needs longer is left to the second thread, which has the whole limit for each.
+Two threads do this. The first gives each grammar one second, so a fast one waits at most a second or two for each other client,
+whatever they have sent. Slower grammars go to the second thread, which allows each the whole limit.
 
-Nothing of this is there until the first form is asked for, which waits some seconds for the process to load XGrammar: a server
-that gets none has no memory to pay, here 320 MB, of which much is shared with the engine.
+The process starts with the first structured request, which waits some seconds for it to load XGrammar. A server without such
+requests does not pay for it: 320 MB here, of which much is shared with the engine.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ if TYPE_CHECKING:
     from xgrammar import CompiledGrammar
 
 LIMITS = Limits(seconds=10.0, wall_seconds=30.0, mib=512, automaton_mib=32, token_seconds=0.1)
-"""A form is not to blame for what else the machine has to do, so the clock on the wall is more patient."""
+"""Limit in wall-clock time. It is longer than the limit in processor time, because other programs may keep the machine busy."""
 SHORT_SECONDS = 1.0
-"""What a form may take on the wall that the others have to wait for."""
+"""Wall-clock limit of a form for which others wait."""
 CACHE_BYTES = 256 << 20
-"""Compiled grammars that are kept."""
+"""Most compiled grammars that are kept."""
 FAILURE_SECONDS = 60.0
-"""How long it is known of a form that it is none, or takes too much."""
+"""How long the refusal of a form is remembered."""
 MAX_FAILURES = 1024
 ANSWER_SECONDS = 120.0
 """How long a process may take to start, and then to answer behind its limit."""
@@ -54,7 +54,7 @@ STOP_SECONDS = 5.0
 
 
 class TrialProcess:
-    """The process in which forms are tried; it is started when there is something to try, and again when it has died.
+    """The process in which forms are tried. It starts when there is something to try, and again after it has died.
 
     Args:
         vocabulary: how to make one's compiler, arguments of `GrammarCompiler.from_vocabulary`.
@@ -153,7 +153,7 @@ class GrammarProcesses:
         """Forms that were compiled, found wrong or found too dear, those that are known not counted."""
 
     def compile(self, wanted: StructuredOutput, client: str | None = None) -> Future[CompiledGrammar]:
-        """Ask for the automaton of a form. Who asks for one that is known, or on its way, shares it.
+        """Ask for the automaton of a form. Requests for the same form share it, also while it is compiled.
 
         Args:
             client: for whom; clients take turns.
@@ -185,7 +185,7 @@ class GrammarProcesses:
         return future
 
     def close(self) -> None:
-        """Stop: who waits is told so, and no process is left."""
+        """Stop. Those who wait get an error, and no process is left."""
         with self._wake:
             self._stopped = True
             jobs = list(self._jobs.values())
@@ -209,7 +209,7 @@ class GrammarProcesses:
             self._finish(refused, error=QueueFullError(full, "forms"))
 
     def _leave(self, job: Job, future: Future[CompiledGrammar]) -> None:
-        """Somebody does not wait any more; nothing is compiled for nobody."""
+        """A waiter has left. A form that nobody waits for is not compiled."""
         with self._wake:
             job.waiters.pop(future, None)
             if job.waiters or self._jobs.get(job.key) is not job:

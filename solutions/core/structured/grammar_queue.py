@@ -1,4 +1,4 @@
-"""Which form is compiled next, and which is refused when too many wait."""
+"""Decides which form is compiled next, and which is refused when too many wait."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from ...batching.sampling_params import StructuredOutput
 
 MAX_WAITING = 64
-"""Forms that may wait."""
+"""Most forms that may wait."""
 MAX_CLIENTS = 1024
-"""Clients of whom it is known when their last turn was."""
+"""Clients whose last turn is remembered."""
 CHARACTERS_A_SECOND = 1000
 """A form goes before those of the same client that came later, by a second for so many characters that they are longer."""
 
@@ -45,7 +45,7 @@ class Job:
 
 
 class FairQueue:
-    """Clients take turns: next is who has had none, or whose last one is longest ago. Not safe for threads."""
+    """Clients take turns. Next is a client that has had no turn, or the one whose last turn is longest ago. Not thread-safe."""
 
     def __init__(self) -> None:
         self.waiting: list[Job] = []

@@ -1,13 +1,13 @@
 """The process beside the engine in which forms of answers are tried, each in a fork of its own that may be killed.
 
-XGrammar cannot be interrupted, and what a client writes may take it for ever. So the engine asks here first: this process has
-loaded XGrammar once, forks for each form, and the fork has a limit of time and one of memory that the system itself enforces.
+XGrammar cannot be interrupted, and a client's grammar may take it for ever. So the engine asks here first. This process has
+loaded XGrammar once and forks for each form; the operating system limits the fork's time and memory.
 
-The engine's end of a connection is standard input. Over it come a line and the vocabulary, then for each trial a line that says
-how long and wide it may get, with a socket; the form follows on that socket. Back comes what the fork says, if it says
-anything, and then how it ended; so who has read that line knows that the fork is gone. Whoever closes his side of the socket
-wants no answer any more, and the fork is killed. When standard input ends, the engine is gone, whatever way it went: all forks
-are killed, and this process ends. If this process is killed, its forks die with it, on Linux at once, elsewhere at their limit.
+Standard input is the connection to the engine. It brings a line and the vocabulary, then for each trial a line with the limits
+and a socket; the form follows on that socket. The fork's message comes back, if there is one, and then how the fork ended;
+whoever has read that line knows that the fork is gone. When the engine closes its side of the socket, the fork is killed. When
+standard input ends, the engine is gone: all forks are killed, and this process ends. If this process is killed, its forks die
+too, on Linux at once, elsewhere at their time limit.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Limits:
     """What a trial may take.
 
     Attributes:
-        seconds: of the processor's time. wall_seconds: of everybody's.
+        seconds: of the processor's time. wall_seconds: of wall-clock time.
         mib: of memory, besides what this process has. automaton_mib: of that, what the compiled automaton may have.
         token_seconds: of the processor's time, to follow the automaton by a token.
     """

@@ -1,7 +1,7 @@
-"""Answers of a given form: JSON after a schema, a regular expression, one of some choices, a grammar.
+"""Structured answers: JSON that follows a schema, a regular expression, one of several choices, or a grammar.
 
-A grammar is compiled once into an automaton over the vocabulary; at each step it says which tokens may come next, and all
-others get a logit of minus infinity. The automaton is XGrammar's (Dong et al., "XGrammar: Flexible and Efficient Structured
+A grammar is compiled once into an automaton over the vocabulary. At each step it says which tokens may come next; all others
+get a logit of minus infinity. The automaton is XGrammar's (Dong et al., "XGrammar: Flexible and Efficient Structured
 Generation Engine for Large Language Models", 2024); here it is followed along a sequence, drafts on trial included.
 """
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from xgrammar import CompiledGrammar, TokenizerInfo
 
 TOKEN_SECONDS = 0.0125
-"""What following an automaton by a token may take of the processor's time, without end; 0.0003 is usual."""
+"""Processor time that each token of an automaton may take in the long run; 0.0003 is usual."""
 SLACK_SECONDS = 1.0
-"""How much more it may have taken, over all tokens, before the answer is cut off: everybody's step waits for it."""
+"""Time beyond that, over all tokens, after which the answer is cut off, because the whole batch waits for it."""
 OBJECT = '{"type": "object"}'
 _PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 """What XGrammar's messages begin with: a time, and a line of its source."""
 _SURROGATE = re.compile(r"(?<!\\)(?:\\\\)*(\\(?:u|u\{0*|U0000|x\{0*)[dD][89a-fA-F][0-9a-fA-F]{2})")
-"""A regex's or a grammar's escape for half of a surrogate pair. XGrammar would write it in bytes that are no UTF-8."""
+"""An escape for half of a surrogate pair in a regex or grammar. XGrammar would write it in bytes that are not UTF-8."""
 
 
 class GrammarCompiler:
@@ -114,7 +114,7 @@ def _json_grammar(schema: str) -> str:
 
 
 class Guide:
-    """Which tokens may come next in one sequence.
+    """Says which tokens may come next in one sequence.
 
     Args:
         give_up: called, with the number of certain output tokens, when the automaton has held up everybody for too long.
@@ -135,10 +135,10 @@ class Guide:
         return self._matcher.is_terminated()
 
     def allow(self, outputs: list[list[int]], masks: Tensor) -> None:
-        """Say what may come behind each of several outputs, of which each is the one before and a token more.
+        """Say which tokens may follow each of several outputs, each of which is the one before and one token more.
 
-        Only the first is certain: those behind it hold drafts, which the automaton forgets again. Behind a draft that it would
-        not take anything may come, for that draft is rejected.
+        Only the first output is certain. The others hold drafts, which the automaton forgets again. After a draft that does not
+        fit the form, any token may come, because that draft is rejected anyway.
 
         Args:
             outputs: R lists of output tokens. masks: [R, ceil(V / 32)] int32, a bit for each token; overwritten.

@@ -1,8 +1,8 @@
-"""A feed of what the engine does, for a page that shows it: ``GET /live``, as server-sent events.
+"""A feed of what the engine does, for the live page: ``GET /live``, as server-sent events.
 
-Each event is a frame as JSON (see `Snapshots`). The first of a connection is full and says in ``engine`` how large everything
-is; those after it tell what has changed. A client that reads too slowly misses frames, and then gets a full one. Frames come at
-step borders, at most `FRAMES_PER_SECOND`, and none when nothing happens. Without a client nothing is recorded.
+Each event is a frame as JSON (see `Snapshots`). The first frame of a connection is full, and its ``engine`` says how large
+everything is; later frames hold what has changed. A client that reads too slowly misses frames, and then gets a full one.
+Frames come at step borders, at most `FRAMES_PER_SECOND`, and none when nothing happens. Without a client nothing is recorded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FRAMES_PER_SECOND = 10
 MAX_UNREAD = 8
-"""Frames that wait for a client; one that is further behind starts again with a full frame."""
+"""Most frames that wait for a client. A client that is further behind starts again with a full frame."""
 MAX_CLIENTS = 16
 PAGE = Path(__file__).parent / "page"
 
@@ -64,7 +64,7 @@ class LiveFeed:
             self._send_frame(full=False)
 
     def on_abort(self, sequences: Iterable[Sequence], now: float) -> None:
-        """Sequences were ended from outside: the next frame will not have them."""
+        """Sequences were aborted. The next frame will not have them."""
 
     def _send_frame(self, full: bool) -> None:
         self._shown = self.async_engine.engine.stats()
@@ -75,7 +75,7 @@ class LiveFeed:
         self._send_frame(full=True)
 
     def _send_rest(self) -> None:
-        """What happened since the last frame, when no step follows that would send it: an abort, a request that has to wait."""
+        """Send what happened since the last frame if no step will do so: an abort, or a request that has to wait."""
         if self.async_engine.engine.stats() != self._shown:
             self._send_frame(full=False)
 
@@ -84,7 +84,7 @@ class LiveFeed:
     def check_room(self) -> None:
         """Raises QueueFullError if there are `MAX_CLIENTS` already."""
         if len(self._clients) >= MAX_CLIENTS:
-            raise QueueFullError(f"{MAX_CLIENTS} clients are watching, and no more may")
+            raise QueueFullError(f"{MAX_CLIENTS} clients are watching, which is the limit; try again later")
 
     async def events(self) -> AsyncIterator[str]:
         """The events of one client, until it leaves or the server shuts down."""
@@ -108,10 +108,10 @@ class LiveFeed:
                 self.pace.release()
 
     def _deliver(self, frame: dict[str, Any]) -> None:
-        """Put a frame into the queue of everybody who can use it."""
+        """Put a frame into the queue of every client that can use it."""
         text = f"data: {json.dumps(frame, separators=(',', ':'))}\n\n"
         for queue, needs_full in self._clients.items():
-            if queue.full():  # what is in it is old news
+            if queue.full():  # its frames are out of date
                 while not queue.empty():
                     queue.get_nowait()
                 needs_full = self._clients[queue] = True
@@ -122,10 +122,10 @@ class LiveFeed:
 
 
 def add_live_page(app: FastAPI, async_engine: SteppingThread, model_name: str, **documented: Any) -> None:
-    """The page, the feed that it shows, and its buttons for the pace.
+    """Add the page, its feed, and its buttons for the pace.
 
     Args:
-        documented: of the two routes, in the OpenAPI document.
+        documented: what the OpenAPI document says of the two routes.
     """
     pace = Pace(async_engine)
     feed = LiveFeed(async_engine, model_name, pace)
@@ -139,7 +139,7 @@ def add_live_page(app: FastAPI, async_engine: SteppingThread, model_name: str, *
 
     @app.post("/live/pace", **documented)
     async def set_pace(body: PaceRequest) -> PaceState:
-        """Pause, step, or slow the engine down; at full speed again when nobody watches ``/live`` any more."""
+        """Pause, step, or slow the engine down. It returns to full speed when the last client of ``/live`` leaves."""
         return pace.change(body)
 
     @app.get("/", include_in_schema=False)

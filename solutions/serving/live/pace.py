@@ -1,4 +1,4 @@
-"""Pause, single steps and slow motion, for those who want to look at what the engine does between two steps."""
+"""Pause, single steps and slow motion, to see what the engine does between two steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_DELAY = 10.0
 
 
 class PaceRequest(BaseModel):
-    """A change of pace; what it does not name stays. ``steps`` pauses after so many more."""
+    """A change of pace. Fields that are not given stay as they are. ``steps`` pauses after that many more steps."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -49,8 +49,8 @@ class PaceState(BaseModel):
 
 
 class Pace:
-    """An `EngineObserver` that holds an engine between steps. Requests come in and leave all the same. A server that shuts down
-    is not held.
+    """An `EngineObserver` that holds an engine between steps. Requests are still accepted and aborted meanwhile. A server that
+    shuts down is not held.
 
     Args:
         async_engine: whose engine is held.
@@ -77,7 +77,7 @@ class Pace:
         return PaceState(paused=self.paused, delay=self.delay)
 
     def release(self) -> None:
-        """Back to full speed, when nobody looks any more."""
+        """Return to full speed, because nobody watches any more."""
         self.paused, self.delay, self._steps = False, 0.0, 0
         self._wake()
 

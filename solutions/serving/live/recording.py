@@ -1,4 +1,4 @@
-"""Everything that the engine did, step by step, in a file: to look at later, or to show again without a server."""
+"""Writes every step of the engine to a file, which the live page can show later, even without a server."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class TraceRecorder:
         self._write(full=False)
 
     def on_abort(self, sequences: Iterable[Sequence], now: float) -> None:
-        """Sequences were ended from outside, and their blocks are free."""
+        """Sequences were aborted, and their blocks are free."""
         self._write(full=False)
 
     def close(self) -> None:
-        """Nothing more is recorded."""
+        """Stop recording."""
         self._file.close()
 
     def _write(self, full: bool) -> None:

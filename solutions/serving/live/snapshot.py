@@ -14,20 +14,20 @@ if TYPE_CHECKING:
     from ...core.engine import LLMEngine
 
 MAX_STEPS = 64
-"""Steps that a frame tells of; of more, the oldest are left out."""
+"""Most steps that a frame holds; older ones are left out."""
 MAX_WAITING = 64
-"""Waiting sequences that a frame tells of, from the front of the queue."""
+"""Most waiting sequences that a frame holds, from the front of the queue."""
 
 
 class Snapshots:
-    """Makes frames of an engine: whole ones, and ones that say of the blocks only what has changed. For the engine's thread.
+    """Makes frames of an engine: full ones, and ones that hold only the blocks that have changed. For the engine's thread.
 
     A frame is a dictionary:
 
-    - ``full``: whether ``blocks`` are all that are in use or cached, or those that have changed since the frame before.
+    - ``full``: true if ``blocks`` are all that are in use or cached; false if they are those changed since the last frame.
     - ``steps``: since the frame before, each ``[number, seconds, rows, preempted]``: the time on the engine's clock, a row
       ``[sequence, tokens, drafted, decodes]`` for each sequence of the batch, and the ids of those that lost their blocks.
-    - ``sequences``: who runs and who waits, each ``[sequence, request, status, prompt, tokens, computed, cached,
+    - ``sequences``: those that run or wait, each ``[sequence, request, status, prompt, tokens, computed, cached,
       preemptions]``: lengths in tokens, and how often it was preempted. Running ones come first, in the order of the batch.
     - ``blocks``: ``[block, owners, cached]``: the sequences that hold it, and whether the prefix cache knows its content. A
       block with neither is free.
@@ -58,12 +58,12 @@ class Snapshots:
         self._copied += [target for _, target in decision.copies]
 
     def forget(self) -> None:
-        """Start anew: steps that no frame has told of are nobody's business any more."""
+        """Start anew: drop the steps that no frame has shown."""
         self._steps.clear()
         self._copied.clear()
 
     def frame(self, full: bool) -> dict[str, Any]:
-        """The state at this moment; what it says of steps and copies is forgotten afterwards."""
+        """The state at this moment. The steps and copies that it holds are forgotten afterwards."""
         changed = self._update_blocks()
         shown = self._owners.keys() | self._cached if full else changed
         blocks = [[block, list(self._owners.get(block, ())), block in self._cached] for block in shown]

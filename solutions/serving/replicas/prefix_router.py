@@ -1,9 +1,9 @@
-"""Which of several engines a request goes to: the one whose cache holds the longest beginning of its prompt.
+"""Chooses one of several engines for a request: the one whose cache holds the longest beginning of its prompt.
 
-A prompt is known by the hashes of its first blocks, each of which covers everything before it, as in an engine's own prefix
-cache. The router remembers which engine has seen which hash. That is what the engine has cached, or had: it is not asked. So
-that a popular beginning does not make one engine work while others idle, an engine with many more requests than the least
-loaded one is passed over; then a second engine learns that beginning too, and from then on both share it.
+A prompt is known by the hashes of its first blocks. Each hash covers everything before it, as in an engine's own prefix cache.
+The router remembers which engine has seen which hash; it does not ask whether the engine still has that block. An engine with
+many more requests than the least loaded one is passed over. So a popular beginning does not overload one engine while others
+idle: a second engine learns it, and from then on both share it.
 
 Nothing here knows of Ray, HTTP or engines. Source of the idea: SGLang's cache-aware load balancer (2024).
 """
@@ -21,7 +21,7 @@ from typing import Any
 BLOCK_TOKENS, BLOCK_CHARACTERS = 16, 64
 """What one hash covers of a prompt in token ids, and in text: about the same."""
 MAX_BLOCKS = 512
-"""Hashes of one prompt; what two longer prompts share beyond them decides nothing."""
+"""Most hashes of one prompt. What longer prompts share beyond them does not count."""
 
 
 def prefix_keys(prompt: str | Sequence[int], salt: str = "") -> list[bytes]:
@@ -42,8 +42,8 @@ def prefix_keys(prompt: str | Sequence[int], salt: str = "") -> list[bytes]:
 
 
 def request_keys(body: Any) -> list[bytes]:
-    """`prefix_keys` of the prompt in the body of an OpenAI request, the first one if there are several; none for a body that
-    is no such request, which some engine will refuse."""
+    """`prefix_keys` of the prompt in the body of an OpenAI request, or of the first prompt if there are several. A body that is
+    not such a request has none; an engine will refuse it."""
     if not isinstance(body, dict):
         return []
     prompt, salt = body.get("prompt"), body.get("cache_salt")

@@ -3,10 +3,10 @@
     python -m solutions.serving.replicas.ray_app --port 8000 model=smollm2-135m replicas=2
     serve run solutions.serving.replicas.ray_app:app model=smollm2-135m replicas=2
 
-An ingress reads each request, computes the keys of its prompt, and hands it to a replica, which is a whole server of
-`api_server` but for the socket: the same application answers, so the same requests are valid and the same errors come back.
-Which replica, `prefix_router` decides, through Serve's interface for request routers. A replica that dies is replaced by Serve;
-requests that it had not begun to answer go to another one. There is one ingress, for there is one memory of prefixes.
+An ingress reads each request, computes the keys of its prompt, and hands it to a replica. A replica is a whole `api_server`
+without the socket: the same application answers, with the same checks and the same errors. `prefix_router` chooses the replica,
+through Serve's interface for request routers. Serve replaces a replica that dies; requests that it had not begun to answer go
+to another one. There is only one ingress, because there is only one memory of prefixes.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class Replica:
             RuntimeError: the engine has failed.
         """
         if not self.engine.is_running:
-            raise RuntimeError("the engine has failed")
+            raise RuntimeError("the engine has failed; the replica's log has the cause")
 
     async def forward(self, call: HttpCall, keys: list[bytes]) -> AsyncIterator[Head | bytes]:
         """See `answer`; `keys` are for the router."""
@@ -207,13 +207,13 @@ class Replica:
 
 @serve.deployment
 class Ingress:
-    """Where all requests come in."""
+    """Receives all requests."""
 
     def __init__(self, replicas: DeploymentHandle) -> None:
         self._replicas = replicas.options(method_name="forward", stream=True)
 
     async def __call__(self, request: Request) -> Response:
-        """Hand a request to a replica, and its answer to the client. When the client leaves, Serve cancels both calls."""
+        """Pass a request to a replica and its answer to the client. When the client leaves, Serve cancels both calls."""
         body = await request.body()
         path = request.scope["path"].removeprefix(request.scope.get("root_path", "").rstrip("/"))
         call = HttpCall(request.method, path, request.scope["query_string"], request.headers.raw, body)

@@ -1,4 +1,4 @@
-"""Settings of an application of several engines, by name and value."""
+"""Settings of a server with several engines, by name and value."""
 
 from __future__ import annotations
 
@@ -99,9 +99,9 @@ def _check(settings: ReplicaSettings, config: EngineConfig) -> None:
     if settings.max_imbalance < 0:
         raise ValueError(f"max_imbalance must be at least 0, got {settings.max_imbalance}")
     if settings.replicas is not None and (settings.min_replicas or settings.max_replicas):
-        raise ValueError("replicas is a fixed number; min_replicas and max_replicas, which let it change, exclude it")
+        raise ValueError("replicas is a fixed number; min_replicas and max_replicas let it change: give one or the other")
     if settings.min_replicas and settings.min_replicas > settings.most_replicas:
-        raise ValueError(f"min_replicas is {settings.min_replicas}, and max_replicas only {settings.most_replicas}")
+        raise ValueError(f"min_replicas ({settings.min_replicas}) must be at most max_replicas ({settings.most_replicas})")
     if config.tensor_parallel_size > 1 and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ValueError(f"tensor_parallel_size is {config.tensor_parallel_size}; on CPUs a replica has one rank, so use more "
                          "replicas, or one engine: python -m solutions.serving.api_server")  # fmt: skip

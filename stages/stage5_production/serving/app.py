@@ -1,4 +1,4 @@
-"""The server's HTTP application: its routes, and the way of a request from the body to the answer."""
+"""The server's HTTP application: its routes, and how a request becomes an answer."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ if TYPE_CHECKING:
     from ..core.input import EngineRequest, Prompt
 
 CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a client that left; nobody reads it."""
+"""nginx's status for a client that has disconnected; nobody reads it."""
 MAX_BODY_BYTES = 4 << 20
-"""Default size of a body: a context of 100,000 tokens is a tenth of it."""
+"""Default limit of a body; 100,000 tokens take about a tenth of it."""
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
-"""With ``stream: true`` the answer is server-sent events, each with a chunk as JSON, and at last ``[DONE]``."""
+"""With ``stream: true`` the answer is server-sent events: chunks as JSON, then ``[DONE]``."""
 
 
 def package_version() -> str:
-    """Of this project as it is installed."""
+    """The installed version of this project."""
     try:
         return version("build-your-own-vllm")
     except PackageNotFoundError:  # run from a folder that is only on the path
@@ -67,16 +67,16 @@ def create_app(
     max_body_bytes: int = MAX_BODY_BYTES, allowed_origins: Sequence[str] = (), tracer: RequestTracer | None = None,
     live: bool = False,
 ) -> FastAPI:  # fmt: skip
-    """The server's ASGI application; it starts the engine's thread and ends it.
+    """Make the server's ASGI application, which starts and ends the engine's thread.
 
     Args:
         async_engine: not started yet.
         served_model_names: what a request's ``model`` may be.
-        api_keys: one of them must come as ``Authorization: Bearer …``, see `KeyGuard`; none: open.
+        api_keys: a request needs one of them as ``Authorization: Bearer …``, see `KeyGuard`; none: no key is needed.
         max_body_bytes: larger bodies are refused.
         allowed_origins: web pages that may call the API from a browser; none: only its own.
         tracer: gets a span of each sequence.
-        live: offer the page and ``/live``, where everybody who may call the API sees who runs, though no texts.
+        live: offer the page and ``/live``, which show everybody with access to the API which requests run, without texts.
     """
 
     @asynccontextmanager
@@ -119,7 +119,7 @@ def create_app(
 
 
 def add_operator_routes(app: FastAPI, async_engine: AsyncEngine, metrics: EngineMetrics) -> None:
-    """What load balancers, Prometheus and operators ask for."""
+    """Add the routes for load balancers, Prometheus and operators."""
 
     @app.get("/health")
     async def health() -> Response:
@@ -144,7 +144,7 @@ def add_operator_routes(app: FastAPI, async_engine: AsyncEngine, metrics: Engine
 def add_openai_routes(
     app: FastAPI, async_engine: AsyncEngine, models: dict[str, ModelCard], check_model: Callable[[str], ModelCard]
 ) -> None:
-    """OpenAI's API."""
+    """Add the routes of OpenAI's API."""
 
     @app.get("/v1/models", responses=ERRORS)
     async def list_models() -> ModelList:
@@ -229,8 +229,8 @@ async def engine_requests(
     engine: AsyncEngine, reply_id: str, body: GenerationRequest, prompts: list[str | list[int]], tenant: str | None = None,
     address: str | None = None,
 ) -> list[EngineRequest]:  # fmt: skip
-    """One validated engine request a prompt. Tenants (see `KeyGuard`) share no cached prefixes; they take turns in having forms
-    of answers compiled, and without them addresses do.
+    """Make one validated engine request for each prompt. Tenants (see `KeyGuard`) share no cached prefixes, and take turns in
+    compiling grammars; without tenants, client addresses take turns.
 
     Raises:
         RequestError: a prompt or a parameter is not valid, or needs what this server was not started with.
@@ -299,7 +299,7 @@ def chat_prompt(tokenizer: Any, messages: list[ChatMessage]) -> list[int]:
 
 
 async def unless_left(http: Request, work: Coroutine[Any, Any, list[EngineRequest]]) -> list[EngineRequest] | None:
-    """The result of some work, or None if the client leaves before it is done; then it is cancelled. Seldom does it wait."""
+    """Wait for the result of some work. If the client leaves first, the work is cancelled and the result is None."""
 
     async def left() -> None:
         while (await http.receive())["type"] != "http.disconnect":
@@ -315,14 +315,14 @@ async def unless_left(http: Request, work: Coroutine[Any, Any, list[EngineReques
 
 
 async def close_on_disconnect(http: Request, stream: OutputStream) -> None:
-    """Close a stream as soon as the client has left; other messages of ASGI say nothing of that."""
+    """Close a stream as soon as the client has left; ignore all other ASGI messages."""
     # Hint: Follow what is held: the connection knows who left, the stream knows which requests were his, the engine has
     # their blocks. Each tells the next.
     raise NotImplementedError("Stage 5 · Task 5.6: close_on_disconnect, see stages/stage5_production/GUIDE.md#task-5-6")
 
 
 class EventStreamResponse(StreamingResponse):
-    """Server-sent events; however the response ends, so does the work for it."""
+    """Server-sent events. When the response ends, for whatever reason, the work for it ends too."""
 
     def __init__(self, reply: Reply, stream: OutputStream) -> None:
         super().__init__(

@@ -1,8 +1,8 @@
-"""What Prometheus reads at ``/metrics``: vLLM's names and buckets, so that dashboards made for it work here.
+"""What Prometheus reads at ``/metrics``. Names and buckets are vLLM's, so vLLM's dashboards work here.
 
-The engine tells an `EngineMetrics` of every step, on its own thread and with one clock. Times between tokens come from there,
-not from when a client read them: a slow reader is not a slow engine. Most sequences of a step have waited for their token
-equally long, so one entry with a count stands for all of them.
+The engine tells an `EngineMetrics` of every step, on its own thread and with one clock. Times between tokens are measured there
+and not at the client, because a slow reader is not a slow engine. Most sequences of a step have waited equally long for their
+token, so one entry with a count stands for all of them.
 
 Names and buckets: vLLM's ``docs/usage/metrics.md`` and ``v1/metrics/loggers.py``.
 """
@@ -62,7 +62,7 @@ class Histogram:
         raise NotImplementedError("Stage 5 · Task 5.8: Histogram.observe, see stages/stage5_production/GUIDE.md#task-5-8")
 
     def family(self, labels: dict[str, str]) -> Metric:
-        """As Prometheus wants it: how many values were at most each bound."""
+        """The counts as Prometheus wants them: for each bound, how many values were not above it."""
         total, buckets = 0, []
         for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
             total += count
@@ -119,7 +119,7 @@ class EngineMetrics(Collector):
         raise NotImplementedError("Stage 5 · Task 5.8: EngineMetrics.on_step, see stages/stage5_production/GUIDE.md#task-5-8")
 
     def on_abort(self, sequences: Iterable[Sequence], now: float) -> None:
-        """Sequences were ended from outside, those that had finished before not counted."""
+        """Sequences were aborted. Those that had finished before are not counted."""
         with self._lock:
             for seq in sequences:
                 if seq.finish_reason == "abort":
@@ -142,7 +142,7 @@ class EngineMetrics(Collector):
         stats, names, values = self._stats(), list(self.labels), list(self.labels.values())
         for name, text, value in (
             ("num_requests_running", "Sequences in the running set.", stats.num_running),
-            ("num_requests_waiting", "Sequences that wait.", stats.num_waiting),
+            ("num_requests_waiting", "Sequences in the waiting queue.", stats.num_waiting),
             ("kv_cache_usage_perc", "Share of the KV blocks in use; 1 is all of them.", stats.kv_cache_usage),
         ):
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=names)
@@ -151,12 +151,12 @@ class EngineMetrics(Collector):
         for name, text, value in (
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries),
             ("prefix_cache_hits", "Prompt tokens found there.", stats.prefix_cache_hits),
-            ("num_preemptions", "Sequences that lost their blocks and came again.", stats.num_preemptions),
-            ("prompt_tokens", "Tokens of prompts that are computed or found in the cache.", stats.num_prompt_tokens),
+            ("num_preemptions", "Times that a running sequence lost its blocks.", stats.num_preemptions),
+            ("prompt_tokens", "Prompt tokens computed or found in the prefix cache.", stats.num_prompt_tokens),
             ("generation_tokens", "Tokens generated.", stats.num_generation_tokens),
-            ("spec_decode_num_drafts", "Steps of a sequence with drafts.", stats.spec_decode_num_drafts),
+            ("spec_decode_num_drafts", "Drafts verified, one for each sequence and step.", stats.spec_decode_num_drafts),
             ("spec_decode_num_draft_tokens", "Tokens drafted.", stats.spec_decode_num_draft_tokens),
-            ("spec_decode_num_accepted_tokens", "Drafted tokens that stayed.", stats.spec_decode_num_accepted_tokens),
+            ("spec_decode_num_accepted_tokens", "Drafted tokens accepted.", stats.spec_decode_num_accepted_tokens),
         ):
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=names)
             counter.add_metric(values, value)

@@ -1,5 +1,5 @@
-"""The OpenAI API as data: requests, checked field by field. What fields have in common is in `openai_fields.py`, answers are
-in `openai_answers.py`, errors in `errors.py`.
+"""The OpenAI API's requests as data, checked field by field. What fields share is in `openai_fields.py`; answers are in
+`openai_answers.py`, errors in `errors.py`.
 
 Source: https://platform.openai.com/docs/api-reference (completions, chat, models); the fields beyond it are vLLM's.
 """
@@ -26,11 +26,11 @@ from .errors import RequestError
 from .openai_fields import Bool, Int, Number, Request, Strings, text_or_list
 
 MAX_CHOICES = 128
-"""Most choices (`n`) a request may ask for, the OpenAI limit."""
+"""Most choices (`n`) that a request may ask for: OpenAI's limit."""
 
 
 def _schema(value: Any) -> Any:
-    """An object, or its text."""
+    """An object, or the text of one."""
     if isinstance(value, (dict, str)):
         return value
     raise ValueError("must be a JSON schema: an object, or the text of one")
@@ -48,11 +48,11 @@ class JsonSchema(Request):
     description: str | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     strict: Bool | None = None
-    """Accepted: an answer follows the schema always."""
+    """Accepted either way: an answer always follows the schema."""
 
 
 class ResponseFormat(Request):
-    """OpenAI's way to ask for a form."""
+    """OpenAI's way to ask for a structured answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -60,7 +60,7 @@ class ResponseFormat(Request):
     @model_validator(mode="after")
     def _check_schema(self) -> ResponseFormat:
         if (self.json_schema is None) == (self.type == "json_schema"):
-            raise ValueError("json_schema comes with the type json_schema, and only with it")
+            raise ValueError("the type json_schema needs json_schema, and no other type may have it")
         return self
 
 
@@ -96,11 +96,11 @@ class GenerationRequest(Request):
     stream: Bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    """Accepted: it identifies the caller's end user and by definition changes nothing in the answer."""
+    """Accepted: it names the caller's end user and does not change the answer."""
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
     """Prompts share cached prefixes only with prompts of the same salt."""
     priority: Int | None = None
-    """Lower goes first, where the engine schedules by priority."""
+    """Lower goes first, if the engine schedules by priority."""
     response_format: ResponseFormat | None = None
     guided_json: Annotated[Any, PlainValidator(_schema, json_schema_input_type=dict[str, Any] | str)] | None = None
     """vLLM's, as the three below: a JSON schema."""
@@ -184,8 +184,8 @@ class GenerationRequest(Request):
             raise self.refusal(error) from error
 
     def refusal(self, error: ValueError) -> RequestError:
-        """What the engine's complaint means to the client. The engine's messages begin with the field at fault, under
-        the engine's name for it; a complaint that names no field is about the prompt."""
+        """Translate an error of the engine for the client. The engine's messages begin with its own name of the field at fault;
+        a message that names no field is about the prompt."""
         fields = {"max_tokens": self.token_limit[0]}
         if getattr(self, "best_of", None) is not None:
             fields["n"] = "best_of"
@@ -228,7 +228,7 @@ class CompletionRequest(GenerationRequest):
     logprobs: Annotated[int, Strict(), Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Alternatives returned at each token."""
     best_of: Annotated[int, Strict(), Field(ge=1, le=MAX_CHOICES)] | None = None
-    """So many are sampled, and the `n` with the highest log-probability per token returned."""
+    """How many are sampled; the `n` with the highest log-probability per token are returned."""
     echo: Bool | None = None
     """Puts the prompt before the generated text, and its log-probabilities before the others."""
 
@@ -241,11 +241,11 @@ class CompletionRequest(GenerationRequest):
         if best_of < n:
             raise ValueError("must be at least n")
         if info.data.get("stream"):
-            raise ValueError("which is best is known at the end, so it cannot be streamed")
+            raise ValueError("cannot be streamed: the best answer is known only at the end")
         return best_of
 
     def sampling_fields(self) -> dict[str, Any]:
-        """The fields of `SamplingParams` that this request sets; to find the best, more sequences with log-probabilities."""
+        """The fields of `SamplingParams` that this request sets. `best_of` asks for more sequences, with log-probabilities."""
         values = super().sampling_fields()
         if self.echo and self.logprobs is not None:
             values["prompt_logprobs"] = self.logprobs
@@ -258,14 +258,14 @@ class TextPart(Request):
 
 
 def _text_or_parts(value: Any, check_parts: ValidatorFunctionWrapHandler) -> Any:
-    """Either, as it came. A union of pydantic's would put the names of its members into the path of an error."""
+    """A text or parts, as they came. A pydantic union would put the names of its members into the path of an error."""
     return value if isinstance(value, str) else check_parts(text_or_list(value))
 
 
 class ChatMessage(Request):
     role: Literal["system", "user", "assistant"]
     content: Annotated[list[TextPart], WrapValidator(_text_or_parts, json_schema_input_type=str | list[TextPart])]
-    """A text or parts, as it came; of the assistant, who may have had nothing to say, also null."""
+    """A text or parts, as they came; an assistant's content may be null."""
 
     def as_dict(self) -> dict[str, Any]:
         """Role and content, for a chat template."""
@@ -288,7 +288,7 @@ class ChatCompletionRequest(GenerationRequest):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Int | None = None
-    """The newer name of `max_tokens`; without either, up to the model's context."""
+    """The newer name of `max_tokens`. Without either, the model's context is the limit."""
     logprobs: Bool | None = None
     top_logprobs: Annotated[int, Strict(), Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Alternatives returned at each token."""
@@ -314,8 +314,8 @@ class ChatCompletionRequest(GenerationRequest):
         return "max_completion_tokens", self.max_completion_tokens
 
     def sampling_fields(self) -> dict[str, Any]:
-        """The fields of `SamplingParams` that this request sets; without a limit None, up to the model's context, and as
-        log-probabilities a number, 0 for those of the token alone."""
+        """The fields of `SamplingParams` that this request sets. Without a limit, `max_tokens` is None: up to the model's
+        context. `logprobs` is the number of alternatives; 0 asks for the sampled token's alone."""
         raise NotImplementedError(
             "Stage 5 · Task 5.1: ChatCompletionRequest.sampling_fields, see stages/stage5_production/GUIDE.md#task-5-1"
         )
@@ -328,7 +328,7 @@ class TokenizeRequest(Request):
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     add_special_tokens: Bool | None = None
-    """Of a text, and yes if it is not set; a conversation's are in its template."""
+    """For a text; true by default. A conversation's special tokens are in its template."""
 
     @model_validator(mode="after")
     def _check_source(self) -> TokenizeRequest:

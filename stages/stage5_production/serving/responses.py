@@ -1,4 +1,4 @@
-"""Turns what the engine puts out into OpenAI answers: whole ones, and streams of server-sent events."""
+"""Turns the engine's outputs into OpenAI answers: whole ones, and streams of server-sent events."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class Reply(ABC):
-    """The answer to one HTTP request, which is one engine request a prompt with `n` sequences each.
+    """The answer to one HTTP request: one engine request for each prompt, with `n` sequences each.
 
     Sequence j of prompt i is choice ``i * n + j``.
 
@@ -68,8 +68,8 @@ class Reply(ABC):
         raise NotImplementedError("Stage 5 · Task 5.2: Reply.usage, see stages/stage5_production/GUIDE.md#task-5-2")
 
     def usage_so_far(self, index: int, num_tokens: int | None = None) -> Usage | None:
-        """What a chunk of a stream says of its choice, as vLLM does: its prompt, and its own tokens so far, `num_tokens` or
-        those that went through `choices`. None unless the request wants that."""
+        """The usage of a chunk's choice so far, as vLLM reports it: its prompt, and its own tokens, which are `num_tokens` or
+        those that went through `choices`. None unless the request asks for it."""
         if not self.request.continuous_usage:
             return None
         request_id = list(self.prompts)[index // self.n]
@@ -124,7 +124,7 @@ class CompletionReply(Reply):
         return CompletionResponse(**self.head, choices=choices, usage=self.usage)
 
     def choices(self, output: RequestOutput) -> Iterable[tuple[int, CompletionOutput]]:
-        """With `echo`, what comes first of a choice comes behind its prompt, unless the opening brings that."""
+        """With `echo`, the first piece of a choice follows its prompt, unless the opening chunks hold the prompt."""
         if output.prompt_logprobs is not None:
             self._scores[output.request_id] = output.prompt_logprobs
         for index, sequence in super().choices(output):
@@ -136,7 +136,7 @@ class CompletionReply(Reply):
 
     @property
     def _opens_with_prompt(self) -> bool:
-        """Whether a stream's first chunks are the prompts; with log-probabilities they come with the first tokens."""
+        """Whether a stream's first chunks are the prompts. With log-probabilities, prompts come with the first tokens."""
         return bool(self.request.echo and self.request.stream) and self.request.logprobs is None
 
     def opening(self) -> Iterable[CompletionResponse]:
@@ -151,7 +151,7 @@ class CompletionReply(Reply):
         return CompletionResponse(**self.head, choices=[], usage=self.usage)
 
     def _best(self, output: RequestOutput) -> RequestOutput:
-        """The output with the `n` sequences that are likeliest per token; the others cost what they cost."""
+        """The output with the `n` sequences that are likeliest per token. The usage counts the others too."""
         ranked = sorted(output.outputs, key=lambda each: -each.cumulative_logprob / max(1, len(each.token_ids)))
         self._tokens[-1] += sum(len(each.token_ids) for each in ranked[self.n :])  # of no choice
         return replace(output, outputs=[replace(each, index=i) for i, each in enumerate(ranked[: self.n])])
@@ -235,13 +235,13 @@ class ChatReply(Reply):
 
 
 async def server_sent_events(reply: Reply, stream: OutputStream) -> AsyncIterator[str]:
-    """The answer as server-sent events, each given out as soon as it is known: the opening chunks, a chunk for each piece of
-    a choice, the usage if the request asks for it, ``[DONE]``. A piece without text or log-probabilities is no event, unless
-    it ends its choice: its text is held back. The opening waits for the first piece: clients take the first event's time for
-    that of the first token.
+    """The answer as server-sent events: the opening chunks, a chunk for each piece of a choice, the usage if the request asks
+    for it, ``[DONE]``. Each is sent as soon as it is known. A piece without text or log-probabilities makes no event, unless
+    it ends its choice. The opening waits for the first piece, because clients take the time of the first event for the time of
+    the first token.
 
-    After the start the HTTP status is out; an error then is one more event, before ``[DONE]``: 503 and its message when the
-    engine is dead, else 500 and nothing of what happened, which is for the log.
+    An error after the start cannot change the HTTP status, which is sent already. It becomes one more event, before ``[DONE]``:
+    503 and its message if the engine is dead, otherwise 500 without details, which go to the log.
     """
     # Hint: An async generator: what you yield goes out at once, and between two yields the client waits with you.
     raise NotImplementedError("Stage 5 · Task 5.3: server_sent_events, see stages/stage5_production/GUIDE.md#task-5-3")

@@ -1,0 +1,332 @@
+"""The tables of measurements in README.md and benchmarks/README.md, made from the records in benchmarks/results.
+
+``python -m tests.measured`` writes the tables into both documents again, after a record has changed. A test holds them equal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+CPU, GPU = "epyc-zen4-2core", "nvidia-h200"
+WORKLOADS = {"W1": "one request", "W2": "32 at once", "W3": "64 of mixed lengths", "W4": "32 with a common prefix"}
+
+Table = list[str]
+"""Lines of Markdown: head, rule, rows."""
+
+
+def record(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["results"]
+
+
+def table(head: str, rows: Iterable[Iterable[object]]) -> Table:
+    """Lay out a table; columns of numbers are set right.
+
+    Args: head: the columns' names, with `|` between. rows: their cells.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    rules = ["---:" if re.fullmatch(r"[−\d.,]+x?( (%|ms|s|µs))?", cell) else "---" for cell in cells[0][1:]]
+    return [f"| {head} |", f"|{'|'.join(['---', *rules])}|", *(f"| {' | '.join(row)} |" for row in cells)]
+
+
+def find(rows: list[dict[str, Any]], **wanted: object) -> dict[str, Any]:
+    """The one row that has all these values."""
+    (row,) = (row for row in rows if all(row[key] == value for key, value in wanted.items()))
+    return row
+
+
+def rate(system: dict[str, Any]) -> str:
+    """Output tokens a second of a system, the median of its runs."""
+    return f"{system['output_tokens_per_second']['median']:,.0f}"
+
+
+def percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f} %".replace("-", "−")
+
+
+def milliseconds(seconds: float, digits: int = 0) -> str:
+    return f"{1000 * seconds:,.{digits}f} ms"
+
+
+# README.md
+
+
+def headline_workloads() -> Table:
+    runs = record(f"{CPU}_compare_vllm")
+    rows = [[text, *(rate(runs[name][system]) for system in ("bf16", "int8", "vllm"))] for name, text in WORKLOADS.items()]
+    return table("output tokens a second | bfloat16 | int8 | vLLM 0.32", rows)
+
+
+def headlines() -> Table:
+    systems, prefix, step = record("memory")["systems"], record(f"{CPU}_prefix_cache")["shared_prefix"], record(f"{GPU}_gpu")
+    big, decode = record(f"{GPU}_throughput"), find(step["triton"]["steps"], what="decode", batch=64)
+    paged, reserved = (find(systems, system=name)["waste"] for name in ("paged, 16", "contiguous, max 2048"))
+    rows = [
+        ["KV memory reserved and not filled", percent(paged, 1), percent(reserved), "2,048 slots reserved for each sequence"],
+        [
+            "time to first token, 512 tokens of the prompt cached", milliseconds(prefix["others"]),
+            milliseconds(prefix["first"]), "nothing cached",
+        ],
+        ["output tokens a second, LLaMA-7B on an H200", rate(big["engine"]), rate(big["hf"]), "transformers, batches of 64"],
+        [
+            "a decode step of 64 sequences on that H200", milliseconds(decode["seconds"], 1), milliseconds(decode["floor"], 1),
+            "the least time that the card allows",
+        ],
+    ]  # fmt: skip
+    return table("what | this engine | baseline | the baseline is", rows)
+
+
+# benchmarks/README.md
+
+
+def against_vllm() -> Table:
+    runs = record(f"{CPU}_compare_vllm")
+    rows = []
+    for name, text in WORKLOADS.items():
+        ratio = runs[name]["vllm"]["bf16_over_this"]
+        rates = [rate(runs[name][system]) for system in ("bf16", "int8", "vllm")]
+        rows.append([text, *rates, *(f"{ratio[key]:.1f}" for key in ("mean", "low", "high"))])
+    return table("workload | bfloat16 | int8 | vLLM | bfloat16 / vLLM | from | to", rows)
+
+
+def against_transformers() -> Table:
+    runs = record(f"{CPU}_compare")
+    rows = []
+    for name, text in WORKLOADS.items():
+        ratio = runs[name]["hf"]["bf16_over_this"]
+        rates = [rate(runs[name][system]) for system in ("bf16", "hf")]
+        rows.append([text, *rates, *(f"{ratio[key]:.{0 if ratio['mean'] > 10 else 1}f}" for key in ("mean", "low", "high"))])
+    return table("workload | bfloat16 | transformers | bfloat16 / transformers | from | to", rows)
+
+
+def throughput() -> Table:
+    runs = record(f"{CPU}_throughput_mixed")
+    rows = [["this engine", rate(runs["engine"])], ["transformers, static batches of 32", rate(runs["hf"])]]
+    return table("output tokens a second | rate", [*rows, ["ratio", f"{runs['ratio_engine_to_hf']['median']:.1f}"]])
+
+
+def weights() -> Table:
+    runs = record(f"{CPU}_quantization")
+    names = {
+        "bf16": "bfloat16", "int8": "int8 weights", "int4": "int4 weights", "int8-kv": "int8 KV cache",
+        "invariant": "`--batch-invariant`",
+    }  # fmt: skip
+    rows = [[text, *(rate(runs[workload][name]) for workload in ("W1", "W2"))] for name, text in names.items()]
+    return table("output tokens a second | one request | 32 at once", rows)
+
+
+def quality_plain() -> Table:
+    runs = record(f"{CPU}_quality")["runs"]
+    names = {"16 bits": "bfloat16", "int8": "int8", "int4, groups of 32": "int4", "int8 KV cache": "int8 KV cache"}
+    return table("weights | perplexity", [[text, f"{find(runs, name=name)['perplexity']:.2f}"] for name, text in names.items()])
+
+
+def quality_groups() -> Table:
+    runs = record(f"{CPU}_quality")["runs"]
+    lost = {run["name"]: math.log(run["perplexity"] / runs[0]["perplexity"]) for run in runs}
+    rows = []
+    for name in ("RTN", "GPTQ", "GPTQ, act-order", "AWQ"):
+        row = [name, *(f"{find(runs, name=f'{name}, groups of {size}')['perplexity']:.2f}" for size in (64, 128))]
+        shares = (1 - lost[f"{name}, groups of {size}"] / lost[f"RTN, groups of {size}"] for size in (64, 128))
+        rows.append(row + ([percent(share) for share in shares] if name != "RTN" else ["", ""]))
+    return table("4 bits by | perplexity, groups of 64 | of 128 | regained, groups of 64 | of 128", rows)
+
+
+def speculation() -> Table:
+    cases = record(f"{CPU}_speculative")["cases"]
+    names = {"repetitive": "text that repeats itself", "ordinary": "ordinary answers", "random": "random text"}
+    rows = []
+    for name, text in names.items():
+        for batch in (1, 4, 16):
+            found = (find(cases, text=name, batch=batch, method=method) for method in ("ngram", "draft model"))
+            rows.append([text, batch, *(f"{case['speedup']:.1f}x" for case in found)])
+    return table("text | batch | n-grams | int4 draft", rows)
+
+
+def memory() -> Table:
+    names = {
+        "contiguous, max 2048": "2,048 slots reserved for each", "contiguous, pow2": "output rounded up to a power of two",
+        "paged, 16": "blocks of 16",
+    }  # fmt: skip
+    found = [(text, find(record("memory")["systems"], system=name)) for name, text in names.items()]
+    rows = [[text, percent(row["waste"], 1 if row["waste"] < 0.1 else 0), f"{row['running']:.0f}"] for text, row in found]
+    return table("24,576 slots of KV memory | reserved and not filled | sequences at once", rows)
+
+
+def prefix_cache() -> Table:
+    result = record(f"{CPU}_prefix_cache")
+    ratios = result["ratios_without_hits"]
+    rows = [
+        ["time to first token, first request", milliseconds(result["shared_prefix"]["first"])],
+        ["time to first token, the others", milliseconds(result["shared_prefix"]["others"])],
+        ["nothing shared: throughput lost, median of 15 pairs", percent(1 - ratios["median"], 1)],
+        ["nothing shared: lost in the best pair", percent(1 - ratios["max"])],
+        ["nothing shared: lost in the worst pair", percent(1 - ratios["min"])],
+    ]
+    return table("what | measured", rows)
+
+
+def overhead() -> Table:
+    costs = record(f"{CPU}_overhead")["microseconds_per_sequence_and_step"]
+    kinds = {"DELTA": "text streamed", "FINAL_ONLY": "text at the end"}
+    rows = [
+        [text, *(f"{find(costs, num_seqs=n, prefix_caching=True, output_kind=kind)['total']:.1f}" for n in (256, 1024))]
+        for kind, text in kinds.items()
+    ]
+    return table("µs a running sequence | 256 running | 1,024 running", rows)
+
+
+def ranks() -> Table:
+    steps = record(f"{CPU}_scaling")["steps"]
+    kinds = {
+        "a decode step, batch 1": {"what": "decode", "batch": 1},
+        "a decode step, batch 8": {"what": "decode", "batch": 8},
+        "a prompt of 256": {"what": "prefill", "batch": 1},
+    }
+    rows = []
+    for text, wanted in kinds.items():
+        one, two = (find(steps, ranks=n, **wanted) for n in (1, 2))
+        times = [milliseconds(step["seconds"]) for step in (one, two)]
+        rows.append([text, *times, f"{one['seconds'] / two['seconds']:.2f}x", percent(two["communication"])])
+    return table("what | one rank | two ranks | ratio | of it sums", rows)
+
+
+def sums() -> Table:
+    found = record(f"{CPU}_scaling")["collectives"]
+    rows = [[name, f"{1e6 * find(found, method=name, bytes=1024)['seconds']:.0f} µs"] for name in ("shared memory", "gloo")]
+    return table("one sum of 1 KiB over two ranks | time", rows)
+
+
+def serving() -> Table:
+    result = record(f"{CPU}_serving")
+    before, after = result["offline_tokens_per_second"]["values"]
+    rows = [
+        ["output tokens a second, served", f"{result['served_tokens_per_second']:.0f}"],
+        ["output tokens a second, offline before", f"{before:.0f}"],
+        ["output tokens a second, offline after", f"{after:.0f}"],
+        ["cost of HTTP and text", percent(result["cost_of_serving"], 1)],
+        ["errors", result["errors"]],
+        ["`/health`, 99th percentile", f"{result['health_ms']['p99']:.0f} ms"],
+    ]
+    return table("what | measured", rows)
+
+
+def page() -> Table:
+    feed = record(f"{CPU}_feed")["cost_of_feed"]
+    rows = [
+        ["share of throughput that a watcher of `/live` costs, mean of 9", percent(feed["mean"], 1)],
+        ["standard error of that mean", percent(feed["standard_error"], 1)],
+        ["frames a second that the page draws", f"{record(f'{CPU}_page')['frames_per_second']:.0f}"],
+    ]
+    return table("what | measured", rows)
+
+
+def replicas() -> Table:
+    result = record(f"{CPU}_replicas")
+    rows = [
+        ["prompt tokens cached", *(percent(way["hit_rate"]["median"]) for way in result.values())],
+        ["time to first token, median", *(f"{way['ttft_p50']['median'] / 1000:.2f} s" for way in result.values())],
+        ["time to first token, 99th percentile", *(f"{way['ttft_p99']['median'] / 1000:.1f} s" for way in result.values())],
+        ["output tokens a second", *(rate(way) for way in result.values())],
+    ]
+    assert list(result) == ["prefix", "round_robin"]
+    return table("what | by prefix | in turn", rows)
+
+
+def gpu_throughput() -> Table:
+    runs = record(f"{GPU}_throughput")
+    engine = runs["engine"]["runs"][0]["details"]
+    rows = [
+        ["output tokens a second", rate(runs["engine"]), rate(runs["hf"])],
+        ["time per output token, median", f"{engine['tpot_ms_median']:.1f} ms", ""],
+    ]
+    return table("what | this engine | transformers", rows)
+
+
+def gpu_steps() -> Table:
+    result = record(f"{GPU}_gpu")["triton"]
+    rows = []
+    for batch, text in {1: "1", 32: "32", 64: "64", 256: "256, at 840"}.items():
+        graphs, eager = (find(result[kind], what="decode", batch=batch) for kind in ("steps", "eager"))
+        shares = [percent(step["floor"] / step["seconds"]) for step in (graphs, eager)]
+        rows.append([text, milliseconds(graphs["seconds"], 1), *shares])
+    return table("batch | time | share of the floor | without CUDA graphs", rows)
+
+
+def gpu_prompts() -> Table:
+    steps = [step for step in record(f"{GPU}_gpu")["triton"]["steps"] if step["what"] == "prefill"]
+    rows = [[f"{s['context']:,}", milliseconds(s["seconds"]), percent(s["floor"] / s["seconds"])] for s in steps]
+    return table("tokens of the prompt | time | share of the floor", rows)
+
+
+def gpu_attention() -> Table:
+    found = record(f"{GPU}_gpu")["attention"]
+    ways = {
+        "Triton": ("triton", "auto"), "CUDA": ("cuda", "auto"), "PyTorch's operators": ("torch", "auto"),
+        "Triton, fp8 cache": ("triton", "fp8"), "Triton, int8 cache": ("triton", "int8"),
+    }  # fmt: skip
+    rows = []
+    for text, (backend, dtype) in ways.items():
+        cases = [find(found, backend=backend, kv_cache_dtype=dtype, batch=batch, context=1024) for batch in (32, 64)]
+        rows.append([text, *(percent(case["bandwidth_share"]) for case in cases)])
+    return table("share of the bandwidth | batch 32 | batch 64", rows)
+
+
+def gpu_caches() -> Table:
+    names = {
+        "kv-auto": "LLaMA-7B, bfloat16 cache", "kv-fp8": "LLaMA-7B, fp8 cache", "kv-int8": "LLaMA-7B, int8 cache",
+        "mistral-7b": "Mistral-7B, bfloat16 cache",
+    }  # fmt: skip
+    rows = [[text, rate(record(f"{GPU}_throughput_{name}")["engine"])] for name, text in names.items()]
+    return table("model and KV cache | output tokens a second", rows)
+
+
+def gpu_latency() -> Table:
+    rows = [
+        [
+            f"{row['size']:.1f}", f"{row['ttft_ms']['p50']:.0f} ms", f"{row['ttft_ms']['p99']:.0f} ms",
+            f"{row['tpot_ms']['p50']:.1f} ms", percent(row["attainment"]),
+        ]
+        for row in record(f"{GPU}_latency")["rows"]
+        if row["kind"] == "rate"
+    ]  # fmt: skip
+    return table("requests a second | TTFT, median | TTFT, 99th percentile | TPOT, median | within both limits", rows)
+
+
+DOCUMENTS = {
+    "README.md": (headline_workloads, headlines),
+    "benchmarks/README.md": (
+        against_vllm, against_transformers, throughput, weights, quality_plain, quality_groups, speculation, memory,
+        prefix_cache, overhead, ranks, sums, serving, page, replicas,
+        gpu_throughput, gpu_caches, gpu_steps, gpu_prompts, gpu_attention, gpu_latency,
+    ),
+}  # fmt: skip
+"""Document → what makes its tables, in their order."""
+TABLE = re.compile(r"(?<=<!-- measured -->\n).*?(?=\n\n)", re.DOTALL)
+"""A table of measurements in a document: it stands below a comment that says so."""
+
+
+def tables_in(text: str) -> list[Table]:
+    return [found.splitlines() for found in TABLE.findall(text)]
+
+
+def with_tables(text: str, tables: list[Table]) -> str:
+    """The document with its tables of measurements replaced, in their order."""
+    left = iter(tables)
+    return TABLE.sub(lambda _: "\n".join(next(left)), text)
+
+
+def main() -> None:
+    for document, makers in DOCUMENTS.items():
+        path = ROOT / document
+        path.write_text(with_tables(path.read_text(encoding="utf-8"), [make() for make in makers]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
