@@ -50,6 +50,7 @@ class DraftModelProposer(Proposer):
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
+        super().__init__(speculation)
         source = resolve_model(speculation.model)
         self.model_config = source.config
         check_fits(source.config, target, config.max_model_len or target.max_position_embeddings)
@@ -188,13 +189,11 @@ def check_fits(draft: ModelConfig, target: ModelConfig, max_model_len: int) -> N
         )
 
 
-def make_proposer(
-    config: EngineConfig, target: ModelConfig, device: torch.device, dtype: torch.dtype
-) -> tuple[SpeculativeConfig, Proposer] | None:
+def make_proposer(config: EngineConfig, target: ModelConfig, device: torch.device, dtype: torch.dtype) -> Proposer | None:
     """What ``config.speculative_config`` asks for; None if it asks for nothing."""
     if config.speculative_config is None:
         return None
     speculation = SpeculativeConfig.parse(config.speculative_config)
     if speculation.method == "ngram":
-        return speculation, NgramProposer(speculation)
-    return speculation, DraftModelProposer(config, speculation, target, device, dtype)
+        return NgramProposer(speculation)
+    return DraftModelProposer(config, speculation, target, device, dtype)
