@@ -298,7 +298,7 @@ def test_the_check_of_symbols_sees_a_wrong_one(code: str) -> None:
         "seq.num_computed_tokens",
         "Sequence.output_token_ids",
         "TextReader.read",
-        "_SequenceState.num_seen",
+        "_SequenceState.num_ready",
         "NULL_BLOCK",
         "[T, H, D]",
         "k % 2",

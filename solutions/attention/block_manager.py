@@ -219,10 +219,10 @@ class BlockManager:
         all keys and values of a layer before it reads any. Moves come before that, so until the step has run nobody may copy
         these blocks (`filling`).
         """
+        if self.prefix_cache is None or seq.num_computed_tokens % self.block_size + num_tokens < self.block_size:
+            return
         first = seq.num_computed_tokens // self.block_size
         last = (seq.num_computed_tokens + num_tokens) // self.block_size
-        if self.prefix_cache is None or first == last:
-            return
         hashes = self.prefix_cache.block_hashes(seq, last)
         table = self.tables[seq.seq_id]
         for index in range(first, last):

@@ -93,7 +93,7 @@ class FakeExecutor:
 
     def execute(self, batch: FlatBatch) -> StepResult:
         text, length = self.token_ids, len(self.token_ids)
-        return StepResult([text[(7 * seq.seq_id + len(seq.tokens)) % length] for seq in batch.sampled])
+        return StepResult([[text[(7 * seq.seq_id + len(seq.tokens)) % length]] for seq in batch.sampled])
 
 
 class PhaseClock:

@@ -49,6 +49,7 @@ class DraftModelProposer(Proposer):
     """
 
     def __init__(self, draft: FoundDraft, limits: Limits) -> None:
+        super().__init__(draft.speculation)
         self.model_config = draft.source.config
         threads = torch.get_num_threads() if limits.device.type == "cpu" else None  # the other ranks keep their cores
         self.worker = Worker(draft.settings, draft.source, limits.device, limits.dtype, threads=threads)
@@ -184,10 +185,10 @@ def find_draft(config: EngineConfig, target: ModelConfig, limits: Limits) -> Fou
     return FoundDraft(speculation, settings, source)
 
 
-def make_proposer(draft: FoundDraft | None, limits: Limits) -> tuple[SpeculativeConfig, Proposer] | None:
+def make_proposer(draft: FoundDraft | None, limits: Limits) -> Proposer | None:
     """Load what drafts, if anything does."""
     if draft is None:
         return None
     if draft.source is None:
-        return draft.speculation, NgramProposer(draft.speculation)
-    return draft.speculation, DraftModelProposer(draft, limits)
+        return NgramProposer(draft.speculation)
+    return DraftModelProposer(draft, limits)

@@ -24,7 +24,7 @@ from .input import EngineRequest, InputProcessor, Prompt
 from .output import OutputProcessor, RequestOutput
 from .platform.progress import GenerationProgress
 from .scheduler import Scheduler
-from .speculative import SpeculativeScheduler
+from .speculative import Drafter, NoDrafter
 from .startup import make_executor, make_scheduler_config, resolve_limits, startup_report, with_blocks
 from .text.chat_template import render_chat
 
@@ -84,12 +84,12 @@ class LLMEngine:
         self.executor = make_executor(config, source, limits.device, limits.dtype)
         clock.lap("load weights")
         model = source.config
-        speculation = make_proposer(draft, limits)
-        if speculation is not None:
+        proposer = make_proposer(draft, limits)
+        if proposer is not None:
             clock.lap("draft model")
         self.limits = limits = with_blocks(
             limits, config, local_model(model, config), self.executor.weight_bytes,
-            draft=speculation[1].model_config if speculation else None,
+            draft=None if proposer is None else proposer.model_config,
         )  # fmt: skip
         self.executor.create_cache(limits.num_blocks, config.block_size, limits.num_host_blocks)
         self.tokenizer = load_tokenizer(source)
@@ -99,21 +99,18 @@ class LLMEngine:
             limits.num_blocks, config.block_size, limits.num_host_blocks,
             enable_prefix_caching=config.enable_prefix_caching, sliding_window=model.sliding_window,
         )  # fmt: skip
-        if speculation is None:
-            self.scheduler = Scheduler(scheduler_config, self.block_manager)
-        else:
-            self.scheduler = SpeculativeScheduler(scheduler_config, self.block_manager, *speculation)
-            self.scheduler.proposer.create_cache(limits, self.block_manager.tables)
+        self.scheduler = Scheduler(scheduler_config, self.block_manager)
+        self.drafter: Drafter | NoDrafter = NoDrafter()
+        if proposer is not None:
+            proposer.create_cache(limits, self.block_manager.tables)
+            self.drafter = Drafter(proposer, self.block_manager, limits.max_num_batched_tokens)
         clock.lap("KV cache")
         self.batch = ContinuousBatch(config.max_num_seqs, limits.max_model_len, config.block_size)
         no_structure = "not with ranks that are Ray actors" if config.distributed_executor_backend == "ray" else None
         self.input = InputProcessor(self.tokenizer, model, limits.max_model_len, config.max_num_seqs, no_structure)
-        self.outputs = OutputProcessor(self.tokenizer, self._stop_at_string)
+        self.outputs = OutputProcessor(self.tokenizer)
         self.observers: list[EngineObserver] = []
-        self._sequences: dict[str, list[Sequence]] = {}
         self._next_seq_id = 0
-        self._counters = {"generation": 0, "steps": 0}
-        self._peak_usage = 0.0
         self._report = startup_report(config, limits, clock.laps)
 
     def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> EngineRequest:
@@ -132,13 +129,12 @@ class LLMEngine:
             QueueFullError: as many sequences wait as may.
             ValueError: a request with this id is running, or the form of its answer cannot be had.
         """
-        if request.request_id in self._sequences:
+        if self.outputs.sequences(request.request_id):
             raise ValueError(f"request id {request.request_id!r} is in use")
         self.input.complete(request)
         sequences = self.input.sequences(request, self._next_seq_id)
         self.scheduler.add(sequences[0])
         self._next_seq_id += len(sequences)
-        self._sequences[request.request_id] = sequences
         self.outputs.add(request, sequences)
 
     def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> None:
@@ -151,11 +147,11 @@ class LLMEngine:
         Returns:
             What it had generated, or None when no such request is running.
         """
-        sequences = self._sequences.pop(request_id, None)
-        if sequences is None:
+        sequences = self.outputs.sequences(request_id)
+        if not sequences:
             return None
         for seq in sequences:
-            self.scheduler.finish(seq, "abort")
+            self.scheduler.abort(seq)
         for observer in self.observers:
             observer.on_abort(sequences, time.monotonic())
         return self.outputs.abort(request_id)
@@ -170,12 +166,12 @@ class LLMEngine:
         return sum(seq.num_uncomputed_tokens for seq in self.scheduler.waiting)
 
     def step(self) -> list[RequestOutput]:
-        """Run one iteration: schedule, execute, update, emit.
+        """Run one iteration: schedule, draft, build, execute, update, emit.
 
-        `batch` lays out what `scheduler` decided, `executor` runs it, `outputs` emits. Without anything to run that is all.
-        The counters "steps" and "generation" (tokens sampled) and the peak of the blocks' usage are kept; prompt logprobs go to
-        `outputs` before it emits; a request that has finished leaves `_sequences`. Last, each of `observers` is told of the
-        decision, by `on_step`, with the time that `outputs` was given.
+        `scheduler` decides, `drafter` puts tokens on trial, `batch` lays the step out, `executor` runs it. The result's
+        log-probabilities go to `outputs` (`add_logprobs`) before `scheduler` appends the new tokens, as stop strings are looked
+        for there, in text that is read together with them. Then `outputs` emits. Last, each of `observers` is told of the
+        decision, by `on_step`, with the time that `outputs` was given. Without anything to run, `schedule` is all.
 
         Returns:
             Outputs of the requests that advanced, as their ``output_kind`` asks.
@@ -183,19 +179,12 @@ class LLMEngine:
         decision = self.scheduler.schedule()
         if not decision.scheduled:
             return []
-        self._peak_usage = max(self._peak_usage, self.block_manager.usage)
-        batch = self.batch.build(decision, self.block_manager.tables)
-        result = self.executor.execute(batch)
+        self.drafter.draft(decision)
+        result = self.executor.execute(self.batch.build(decision, self.block_manager.tables))
+        self.outputs.add_logprobs(result.logprobs, result.prompt_logprobs)
         self.scheduler.update(decision, result.token_ids)
-        self._counters["steps"] += 1
-        self._counters["generation"] += len(result.token_ids)
-        for request_id, position, entries in result.prompt_logprobs:
-            self.outputs.set_prompt_logprobs(request_id, position, entries)
         now = time.monotonic()
-        outputs = self.outputs.emit(decision.sampled, result.logprobs, now)
-        for output in outputs:
-            if output.finished:
-                del self._sequences[output.request_id]
+        outputs = self.outputs.emit(decision.sampled, now)
         for observer in self.observers:
             observer.on_step(decision, now)
         return outputs
@@ -203,23 +192,20 @@ class LLMEngine:
     def stats(self) -> EngineStats:
         """State and counters at this moment."""
         cache, scheduler = self.block_manager.prefix_cache, self.scheduler
-        speculative = isinstance(scheduler, SpeculativeScheduler)
-        drafts = (scheduler.num_drafts, scheduler.num_draft_tokens, scheduler.num_accepted_tokens) if speculative else (0, 0, 0)
-        num_extra = drafts[2] - self.outputs.num_cut_tokens
         return EngineStats(
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
             kv_cache_usage=self.block_manager.usage,
-            peak_kv_cache_usage=self._peak_usage,
+            peak_kv_cache_usage=scheduler.peak_usage,
             prefix_cache_queries=cache.num_queries if cache else 0,
             prefix_cache_hits=cache.num_hits if cache else 0,
-            num_preemptions=self.scheduler.num_preemptions,
+            num_preemptions=scheduler.num_preemptions,
             num_prompt_tokens=self.outputs.num_prompt_tokens,
-            num_generation_tokens=self._counters["generation"] + num_extra,
-            num_steps=self._counters["steps"],
-            spec_decode_num_drafts=drafts[0],
-            spec_decode_num_draft_tokens=drafts[1],
-            spec_decode_num_accepted_tokens=drafts[2],
+            num_generation_tokens=scheduler.num_generation_tokens,
+            num_steps=scheduler.num_steps,
+            spec_decode_num_drafts=scheduler.num_drafts,
+            spec_decode_num_draft_tokens=scheduler.num_draft_tokens,
+            spec_decode_num_accepted_tokens=scheduler.num_accepted_tokens,
         )
 
     def check_health(self) -> None:
@@ -239,9 +225,6 @@ class LLMEngine:
     def startup_summary(self) -> list[str]:
         """Lines that say what the engine runs with and how long each phase of the start took."""
         return self._report
-
-    def _stop_at_string(self, seq: Sequence, stop: str) -> None:
-        self.scheduler.finish(seq, "stop", stop)
 
 
 class LLM:

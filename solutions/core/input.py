@@ -215,4 +215,4 @@ class InputProcessor:
 def _cut_off(seq: Sequence, num_output_tokens: int) -> None:
     """Let a sequence end with the token behind so many, as if it were long enough, and say why."""
     seq.max_len = min(seq.max_len, seq.num_prompt_tokens + num_output_tokens + 1)
-    seq.stop_reason = "structured_output takes too long to follow"
+    seq.max_len_reason = "structured_output takes too long to follow"

@@ -27,6 +27,11 @@ class Scheduler:
     Args:
         config: limits and policy.
         block_manager: gives sequences their KV blocks.
+
+    Attributes:
+        num_steps, num_generation_tokens, num_preemptions: counters since the start.
+        num_drafts, num_draft_tokens, num_accepted_tokens: the same of tokens on trial.
+        peak_usage: the largest share of the KV blocks that a step has had in use, 0 to 1.
     """
 
     def __init__(self, config: SchedulerConfig, block_manager: BlockManager) -> None:
@@ -34,7 +39,9 @@ class Scheduler:
         self.block_manager = block_manager
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_steps = self.num_generation_tokens = 0
+        self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
+        self.peak_usage = 0.0
         self._key = POLICIES[config.policy]
         self._max_chunk = config.long_prefill_token_threshold or config.max_num_batched_tokens
         self._removed: list[int] = []
@@ -223,31 +230,62 @@ class Scheduler:
             seq.status = SequenceStatus.WAITING
         insort(self.waiting, seq, key=self._key)
 
-    def update(self, output: SchedulerOutput, token_ids: list[int]) -> None:
-        """Enter the results of a step: advance, append, finish, free.
+    def update(self, output: SchedulerOutput, token_ids: list[list[int]]) -> None:
+        """Enter the results of a step: count, advance, append, finish, free.
 
-        A sequence that its new token ends is FINISHED: it gives its blocks back, leaves `running`, and is noted in `_removed`.
-        The children of a sampled sequence are queued (`_release_children`), as the prompt that they share is computed now.
+        The counters `num_steps` and `num_generation_tokens` (one for each of ``output.sampled``) and `peak_usage` are kept.
+        With drafts, `_end_trial` comes before the sequences advance, so accepted tokens are appended like any other; when all
+        are appended, `_keep_accepted` enters that they are computed. A sequence that a token ends gets no more of them: it
+        gives its blocks back, leaves `running`, and is noted in `_removed`. The children of a sampled sequence are queued
+        (`_release_children`), as the prompt that they share is computed now.
 
         Args:
             output: the decision that was carried out.
-            token_ids: one new token for each sequence of ``output.sampled``, in that order.
+            token_ids: the new tokens of each sequence of ``output.sampled``, in that order: one, or those of its draft that
+                were accepted and one more.
         """
+        self.num_steps += 1
+        self.num_generation_tokens += len(output.sampled)
+        self.peak_usage = max(self.peak_usage, self.block_manager.usage)
+        if output.drafts:
+            self._end_trial(output)
         for seq, num_tokens in output.scheduled.items():
             seq.num_computed_tokens += num_tokens
         finished = False
-        for seq, token in zip(output.sampled, token_ids, strict=True):
-            if seq.append_token(token):
-                seq.status = SequenceStatus.FINISHED
-                finished = True
+        for seq, new in zip(output.sampled, token_ids, strict=True):
+            for token in new:
+                if seq.append_token(token):
+                    finished = True
+                    break
             if seq.children:
                 self._release_children(seq)
+        if output.drafts:
+            self._keep_accepted(output)
         if finished:
             for seq in output.sampled:
                 if seq.status is SequenceStatus.FINISHED:
                     self.block_manager.free(seq)
                     self._removed.append(seq.seq_id)
             self.running = [seq for seq in self.running if seq.status is not SequenceStatus.FINISHED]
+
+    def _end_trial(self, output: SchedulerOutput) -> None:
+        """Take a step's drafts off their sequences, as if they had not been scheduled."""
+        for seq, draft in output.drafts.items():
+            num_drafted = len(draft.token_ids)
+            del seq.tokens[-num_drafted:]
+            output.scheduled[seq] -= num_drafted
+            self.num_drafts += 1
+            self.num_draft_tokens += num_drafted
+
+    def _keep_accepted(self, output: SchedulerOutput) -> None:
+        """Enter that all new tokens of a sequence with a draft but the last are computed: the step has done it."""
+        for seq in output.drafts:
+            num_accepted = seq.num_uncomputed_tokens - 1
+            self.block_manager.cache_full_blocks(seq, num_accepted)
+            seq.num_computed_tokens += num_accepted
+            output.scheduled[seq] += num_accepted
+            self.num_accepted_tokens += num_accepted
+            self.num_generation_tokens += num_accepted
 
     def _release_children(self, parent: Sequence) -> None:
         """Queue the other sequences of a request once the prompt that they share is computed."""
@@ -256,8 +294,8 @@ class Scheduler:
                 insort(self.waiting, child, key=self._key)
         parent.children = []
 
-    def finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
-        """End a sequence between steps, wherever it is: aborted by the caller, or at a stop string."""
+    def abort(self, seq: Sequence) -> None:
+        """End a sequence between steps, wherever it is, and free its blocks; nothing if it has ended."""
         if seq.finished:
             return
         queue = self.running if seq.status is SequenceStatus.RUNNING else self.waiting
@@ -267,7 +305,7 @@ class Scheduler:
             self._release_children(seq)
         self.block_manager.free(seq)
         self._removed.append(seq.seq_id)
-        seq.status, seq.finish_reason, seq.stop_reason = SequenceStatus.FINISHED, reason, stop_reason
+        seq.finish("abort")
 
     def check_invariants(self) -> None:
         """Nothing is in two queues, states fit queues, limits hold, blocks cover what is computed.

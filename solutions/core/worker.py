@@ -38,13 +38,13 @@ class StepResult:
     """What a step produced.
 
     Attributes:
-        token_ids: a new token for each of ``batch.sampled``; of a step with drafts a list of them, at least one.
-        logprobs: beside each token, or list of tokens, what its request asked for, or None for all.
+        token_ids: the new tokens of each of ``batch.sampled``: one, or the accepted ones of its draft and one more.
+        logprobs: one entry a new token, for the sequences whose request wants them.
         prompt_logprobs: (request_id, position of the first entry, one entry a position) for prompts that asked for it.
     """
 
-    token_ids: list[int] | list[list[int]]
-    logprobs: list[TokenLogprobs | None] | list[list[TokenLogprobs] | None] | None = None
+    token_ids: list[list[int]]
+    logprobs: dict[Sequence, list[TokenLogprobs]] = field(default_factory=dict)
     prompt_logprobs: list[tuple[str, int, list[TokenLogprobs]]] = field(default_factory=list)
 
 
@@ -178,7 +178,7 @@ class Worker:
         hidden = self.forward(batch)
         prompt_logprobs = self._prompt_logprobs(batch, hidden)
         if not batch.sampled:
-            return StepResult([], None, prompt_logprobs)
+            return StepResult([], {}, prompt_logprobs)
         rows = sampling_rows(batch)
         if len(rows) < len(hidden):
             hidden = hidden[torch.from_numpy(rows).to(self.device)]
@@ -186,7 +186,9 @@ class Worker:
         if decision.drafts:
             return StepResult(*verify(self.sampler, logits, batch.sampled, decision.drafts), prompt_logprobs)
         sampled = self.sampler(logits, batch.sampled)
-        return StepResult(sampled.token_ids, sampled.logprobs, prompt_logprobs)
+        entries = zip(batch.sampled, sampled.logprobs, strict=True)
+        logprobs = {seq: [entry] for seq, entry in entries if entry is not None}
+        return StepResult([[token] for token in sampled.token_ids], logprobs, prompt_logprobs)
 
     @torch.inference_mode()
     def follow(self, step: StepArrays) -> None:

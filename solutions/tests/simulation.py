@@ -17,7 +17,7 @@ from solutions.batching.scheduler_config import SchedulerConfig
 from solutions.batching.scheduler_output import SchedulerOutput
 from solutions.batching.sequence import Sequence
 from solutions.core.scheduler import Scheduler
-from solutions.core.speculative import Proposer, SpeculativeConfig, SpeculativeScheduler
+from solutions.core.speculative import Drafter, NoDrafter, Proposer
 
 
 class Simulation:
@@ -25,21 +25,20 @@ class Simulation:
 
     Args:
         next_token: chooses the token that a sequence "samples"; with drafts, by its tokens alone.
-        speculation: where tokens on trial come from.
+        proposer: where tokens on trial come from.
     """
 
     def __init__(
         self, num_blocks: int = 16, block_size: int = 4, num_host_blocks: int = 0, sliding_window: int | None = None,
         enable_prefix_caching: bool = True, watermark: float = 0.01, next_token: Callable[[Sequence], int] | None = None,
-        speculation: tuple[SpeculativeConfig, Proposer] | None = None, **limits: object,
+        proposer: Proposer | None = None, **limits: object,
     ) -> None:  # fmt: skip
         self.manager = BlockManager(num_blocks, block_size, num_host_blocks, watermark, enable_prefix_caching, sliding_window)
         limits.setdefault("max_model_len", num_blocks * block_size)
         self.config = SchedulerConfig(**limits)
-        if speculation is None:
-            self.scheduler = Scheduler(self.config, self.manager)
-        else:
-            self.scheduler = SpeculativeScheduler(self.config, self.manager, *speculation)
+        self.scheduler = Scheduler(self.config, self.manager)
+        budget = self.config.max_num_batched_tokens
+        self.drafter = NoDrafter() if proposer is None else Drafter(proposer, self.manager, budget)
         self.batch = ContinuousBatch(self.config.max_num_seqs, self.config.max_model_len, block_size)
         self.next_token = next_token or (lambda seq: (seq.seq_id * 7 + len(seq.tokens)) % 5)
         self.device: dict[int, tuple[int, ...]] = {}
@@ -66,16 +65,18 @@ class Simulation:
         return group
 
     def step(self) -> SchedulerOutput:
-        """Schedule, move blocks, write, check every read, update; invariants before and after."""
+        """Schedule, draft, move blocks, write, check every read, update; invariants before and after."""
         decision = self.scheduler.schedule()
         self.scheduler.check_invariants()
         if not decision.scheduled:
             return decision
+        self.drafter.draft(decision)
+        self.scheduler.check_invariants()
         assert sum(decision.scheduled.values()) <= self.config.max_num_batched_tokens
         batch = self.batch.build(decision, self.manager.tables)
         self._move(decision)
         self._check_and_write(batch)
-        sampled = [self._accepted(seq, decision) if decision.drafts else self.next_token(seq) for seq in decision.sampled]
+        sampled = [self._accepted(seq, decision) if decision.drafts else [self.next_token(seq)] for seq in decision.sampled]
         self.scheduler.update(decision, sampled)
         self.scheduler.check_invariants()
         return decision

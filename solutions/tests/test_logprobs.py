@@ -118,13 +118,7 @@ def answer(
                     [top.index(token) + 1, *range(1, len(top) + 1)],
                 )
             )
-        before = len(seq.tokens)
-        for token in ids[done : done + size]:
-            if seq.append_token(token):
-                seq.status = type(seq.status).FINISHED
-                break
-        new = entries[: len(seq.tokens) - before]
-        outputs += run.processor.emit([seq], [new] if k is not None else None, 0.0)
+        outputs += run.step({seq: ids[done : done + size]}, logprobs={seq: entries} if k is not None else None)
         done += size
     return [output.outputs[0] for output in outputs]
 
@@ -215,7 +209,7 @@ def scored(tokenizer: Any, prompt: list[int], rows: list[list[int]], **params: A
     (seq,) = run.add(prompt, SamplingParams(max_tokens=len(rows), output_kind=FINAL_ONLY, logprobs=9, **params))
     outputs: list[RequestOutput] = []
     for row in rows:
-        outputs += run.step({seq: row[0]}, logprobs=[position(*row)]) if not seq.finished else []
+        outputs += run.step({seq: row[0]}, logprobs={seq: [position(*row)]}) if not seq.finished else []
     return outputs[-1].outputs[0]
 
 
@@ -281,7 +275,7 @@ def test_as_many_alternatives_as_asked_for_when_logits_tie(smollm: Any) -> None:
         (seq,) = run.add([5], params)
         sampled = [2, 4, 3, 0]
         entries = sampler.prompt_logprobs(logits, sampled, k)
-        outputs = [o for token, e in zip(sampled, entries, strict=True) for o in run.step({seq: token}, logprobs=[e])]
+        outputs = [o for token, e in zip(sampled, entries, strict=True) for o in run.step({seq: token}, logprobs={seq: [e]})]
         got = outputs[-1].outputs[0]
         likeliest = [2, 3, 4, 1, 5, 0][:k]
         assert [list(place) for place in got.logprobs] == [
@@ -322,8 +316,8 @@ def echoed(tokenizer: Any, prompt: str | list[int], rows: list[list[int]]) -> An
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     run = Run(tokenizer)
     (seq,) = run.add(ids, SamplingParams(max_tokens=len(rows), output_kind=FINAL_ONLY, logprobs=1, prompt_logprobs=1))
-    run.processor.set_prompt_logprobs("r", 1, [position(token, 7) for token in ids[1:]])
-    outputs = [output for row in rows for output in run.step({seq: row[0]}, logprobs=[position(*row)])]
+    run.processor.add_logprobs({}, [("r", 1, [position(token, 7) for token in ids[1:]])])
+    outputs = [output for row in rows for output in run.step({seq: row[0]}, logprobs={seq: [position(*row)]})]
     request = CompletionRequest(model="m", prompt=prompt, echo=True, logprobs=1)
     return CompletionReply("x", request, {"r": ids}, tokenizer).whole(outputs).choices[0]
 

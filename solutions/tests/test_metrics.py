@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from solutions.batching.sampling_params import SamplingParams
 from solutions.batching.scheduler_output import SchedulerOutput
-from solutions.batching.sequence import Sequence, SequenceStatus
+from solutions.batching.sequence import Sequence
 from solutions.core.engine import LLM, EngineStats
 from solutions.serving import metrics as metrics_module
 from solutions.serving.metrics import EngineMetrics, Histogram, one_two_five
@@ -60,7 +60,7 @@ def sequence(seq_id: int, arrival: float, scheduled: float) -> Sequence:
 
 
 def finish(seq: Sequence, reason: str) -> None:
-    seq.status, seq.finish_reason = SequenceStatus.FINISHED, reason
+    seq.finish(reason)
 
 
 def test_a_value_at_a_bound_is_within_it() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from solutions.batching.sampling_params import RequestOutputKind, SamplingParams
-from solutions.batching.sequence import Sequence, SequenceStatus
+from solutions.batching.sequence import Sequence
 from solutions.core.output import OutputProcessor, RequestOutput
 from solutions.core.text.detokenizer import Detokenizer
 from solutions.models.loader import load_tokenizer, resolve_model
@@ -47,14 +47,8 @@ class Run:
     """A processor fed by hand: `step` plays the engine, which appends tokens, and gives the outputs of the step."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.processor = OutputProcessor(tokenizer, self.on_stop)
-        self.stopped: list[tuple[int, str]] = []
+        self.processor = OutputProcessor(tokenizer)
         self.next_id = 0
-
-    def on_stop(self, seq: Sequence, string: str) -> None:
-        assert seq.finish_reason == "stop"
-        self.stopped.append((seq.seq_id, string))
-        seq.status = SequenceStatus.FINISHED
 
     def add(self, prompt: list[int], params: SamplingParams, name: str = "r", arrival: float = 0.0) -> list[Sequence]:
         seqs = []
@@ -67,13 +61,21 @@ class Run:
         self.processor.add(request, seqs)
         return seqs
 
-    def step(self, tokens: dict[Sequence, list[int] | int], now: float = 0.0, logprobs: Any = None) -> list[RequestOutput]:
+    def step(
+        self, tokens: dict[Sequence, list[int] | int], now: float = 0.0, logprobs: dict[Sequence, list[Any]] | None = None
+    ) -> list[RequestOutput]:
+        self.processor.add_logprobs(logprobs or {}, [])
         for seq, new in tokens.items():
             for token in [new] if isinstance(new, int) else new:
                 if seq.append_token(token):
-                    seq.status = SequenceStatus.FINISHED
                     break  # an engine appends nothing behind an end
-        return self.processor.emit(list(tokens), logprobs, now)
+        return self.processor.emit(list(tokens), now)
+
+    def abort(self, name: str) -> RequestOutput | None:
+        for seq in self.processor.sequences(name):
+            if not seq.finished:
+                seq.finish("abort")
+        return self.processor.abort(name)
 
 
 def run_request(
@@ -210,13 +212,12 @@ def test_stream_and_final_text_agree_with_the_definition(tokenizer: Any, seed: i
     stream, _ = run_request(tokenizer, prompt, ids, replace(params, output_kind=DELTA))
     cumulative, _ = run_request(tokenizer, prompt, ids, params)
     final, _ = run_request(tokenizer, prompt, ids, replace(params, output_kind=FINAL_ONLY))
-    several, run = run_request(tokenizer, prompt, ids, replace(params, output_kind=DELTA), chunks)
+    several, _ = run_request(tokenizer, prompt, ids, replace(params, output_kind=DELTA), chunks)
     completion = final[-1].outputs[0]
     result = (completion.text, completion.token_ids, completion.finish_reason, completion.stop_reason)
     assert joined(stream) == result
     assert joined(several) == result, "the number of tokens a step changes nothing"
     assert cumulative[-1].outputs[0] == completion
-    assert len(run.stopped) <= 1
     if "\ufffd" in tokenizer.decode(prompt) + tokenizer.decode(prompt + ids):
         return  # what comes of incomplete characters is the detokenizer's affair, tested above
     text, stop = expected_text(tokenizer, prompt, ids, params)
@@ -233,10 +234,10 @@ def test_stop_string_ends_a_running_sequence(tokenizer: Any, kind: RequestOutput
     (seq,) = run.add([5], replace(params, max_tokens=100))
     outputs = []
     for token in ids:
-        outputs += run.step({seq: token}, logprobs=[TokenLogprobs([token], [-0.5], [1])])
+        outputs += run.step({seq: token}, logprobs={seq: [TokenLogprobs([token], [-0.5], [1])]})
         if seq.finished:
             break
-    assert run.stopped == [(0, "\nUser:")]
+    assert (seq.finish_reason, seq.stop_reason) == ("stop", "\nUser:")
     assert len(outputs) == (1 if kind is FINAL_ONLY else seq.num_output_tokens)
     assert tokenizer.decode(seq.output_token_ids).endswith("User:")
     completion = outputs[-1].outputs[0]
@@ -248,21 +249,20 @@ def test_stop_string_ends_a_running_sequence(tokenizer: Any, kind: RequestOutput
     assert run.processor.num_requests == 0
 
 
-def test_stop_string_in_the_last_token_is_a_stop_but_frees_nothing(tokenizer: Any) -> None:
-    """The scheduler ended the sequence by length in the same step; it has freed it already."""
+def test_stop_string_in_the_last_token_is_a_stop(tokenizer: Any) -> None:
+    """The token that completes the string is also the last that the request allows."""
     ids = encode(tokenizer, "one two")
-    outputs, run = run_request(tokenizer, [5], ids, SamplingParams(stop=["two"], output_kind=DELTA))
+    outputs, _ = run_request(tokenizer, [5], ids, SamplingParams(stop=["two"], output_kind=DELTA))
     assert joined(outputs) == ("one ", ids, "stop", "two")
-    assert run.stopped == []
 
 
-def test_tokens_behind_a_stop_string_in_one_step_are_dropped(tokenizer: Any) -> None:
+def test_tokens_behind_a_stop_string_in_one_step_are_not_appended(tokenizer: Any) -> None:
     ids = encode(tokenizer, "a b c d e f")
-    outputs, run = run_request(tokenizer, [5], [*ids, *ids], SamplingParams(stop=["c"], output_kind=DELTA), [5] * 9)
+    outputs, _ = run_request(tokenizer, [5], [*ids, *ids], SamplingParams(stop=["c"], output_kind=DELTA), [5] * 9)
     assert len(outputs) == 1
     assert outputs[0].outputs[0].text == "a b "
     assert tokenizer.decode(outputs[0].outputs[0].token_ids) == "a b c"
-    assert run.stopped == [(0, "c")]
+    assert outputs[0].outputs[0].stop_reason == "c"
 
 
 def test_min_tokens_gates_stop_strings(tokenizer: Any) -> None:
@@ -308,7 +308,7 @@ def test_several_sequences(tokenizer: Any) -> None:
             moving = [seq for seq in (c, a, b) if ends[seq] > turn]
             for seq in moving:
                 if ends[seq] == turn + 1:
-                    seq.status, seq.finish_reason = SequenceStatus.FINISHED, "length"
+                    seq.finish("length")
             steps.append(run.step({seq: words[seq.index][turn] for seq in moving}))
             assert run.processor.num_requests == (turn < 2)
         results[kind] = steps
@@ -358,28 +358,27 @@ def test_abort(tokenizer: Any) -> None:
             run = Run(tokenizer)
             (seq,) = run.add([5], SamplingParams(output_kind=kind, max_tokens=100, stop=stop))
             streamed = "".join(output.outputs[0].text for token in ids for output in run.step({seq: token}))
-            output = run.processor.abort("r")
+            output = run.abort("r")
             assert output.finished
             assert output.outputs[0].finish_reason == "abort"
             assert (streamed if kind is DELTA else "") + output.outputs[0].text == tokenizer.decode(ids)
             assert output.outputs[0].token_ids == ([] if kind is DELTA else ids)
             assert output.metrics.finished_time is not None
             assert run.processor.num_requests == 0
-            assert run.processor.abort("r") is None
-            assert run.stopped == []
+            assert run.abort("r") is None
 
 
 def test_abort_before_the_first_token_and_after_one_of_two(tokenizer: Any) -> None:
     run = Run(tokenizer)
     run.add([5], SamplingParams(), "waiting")
-    output = run.processor.abort("waiting")
+    output = run.abort("waiting")
     assert (output.outputs[0].text, output.outputs[0].token_ids, output.metrics.first_token_time) == ("", [], None)
     for kind, expected in ((DELTA, [(1, "", "abort")]), (CUMULATIVE, [(0, "Hi", "stop"), (1, "Hi", "abort")])):
         a, b = run.add([5], SamplingParams(n=2, output_kind=kind), "two")
         (hi,) = encode(tokenizer, "Hi")
         run.step({a: hi, b: hi})
         run.step({a: 2})
-        output = run.processor.abort("two")
+        output = run.abort("two")
         assert [(c.index, c.text, c.finish_reason) for c in output.outputs] == expected
 
 
@@ -393,7 +392,7 @@ def test_logprobs(tokenizer: Any, kind: RequestOutputKind) -> None:
     outputs = []
     for token, logprob, rank in ((ids[0], -2.0, 3), (ids[1], -0.25, 1)):
         entry = TokenLogprobs([other, token], [-0.125, logprob], [1, rank])
-        outputs += [o for o in run.step({quiet: 7, seq: token}, logprobs=[None, entry]) if o.request_id == "r"]
+        outputs += [o for o in run.step({quiet: 7, seq: token}, logprobs={seq: [entry]}) if o.request_id == "r"]
     last = outputs[-1].outputs[0]
     records = [record for output in outputs for record in output.outputs[0].logprobs] if kind is DELTA else last.logprobs
     assert [set(record) for record in records] == [{other, ids[0]}, {other, ids[1]}]
@@ -405,7 +404,7 @@ def test_logprobs(tokenizer: Any, kind: RequestOutputKind) -> None:
         assert [len(output.outputs[0].logprobs) for output in outputs] == [1, 1]
     if kind is CUMULATIVE:
         assert len(outputs[0].outputs[0].logprobs) == 1, "an earlier output does not grow"
-    output = run.processor.abort("quiet")
+    output = run.abort("quiet")
     assert (output.outputs[0].logprobs, output.outputs[0].cumulative_logprob) == (None, None)
 
 
@@ -415,8 +414,8 @@ def test_prompt_logprobs(tokenizer: Any, kind: RequestOutputKind, carrying: list
     run = Run(tokenizer)
     (seq,) = run.add(prompt, SamplingParams(output_kind=kind, prompt_logprobs=0, max_tokens=3))
     entries = [TokenLogprobs([token], [-float(n)], [n]) for n, token in enumerate(prompt)]
-    run.processor.set_prompt_logprobs("r", 1, entries[1:3])
-    run.processor.set_prompt_logprobs("r", 2, entries[2:])  # a chunk computed again
+    run.processor.add_logprobs({}, [("r", 1, entries[1:3])])
+    run.processor.add_logprobs({}, [("r", 2, entries[2:])])  # a chunk computed again
     outputs = [output for token in (7, 8, 9) for output in run.step({seq: token})]
     assert [n for n, output in enumerate(outputs) if output.prompt_logprobs is not None] == carrying
     records = outputs[-1].prompt_logprobs
@@ -456,7 +455,3 @@ def test_bad_requests_are_refused(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="stop strings need a tokenizer"):
         run.add([5], SamplingParams(stop=["x"]))
     assert run.processor.num_requests == 0
-    run.add([5], SamplingParams())
-    with pytest.raises(ValueError, match="'r' is already in use"):
-        run.add([5], SamplingParams())
-    assert run.processor.num_requests == 1

@@ -147,7 +147,7 @@ def test_verification_of_a_batch_keeps_the_processed_distribution(with_probs):
     made = sequences(count, params, drafts)
     given_drafts = {seq: Draft(draft, q if with_probs else None) for seq, draft in zip(made, drafts, strict=True)}
     new, logprobs = verify(Sampler(vocab, seed=2), logits.repeat(count, 1), made, given_drafts)
-    assert logprobs == [None] * count
+    assert logprobs == {}
     assert p_value(Counter(tokens[0] for tokens in new), p[0]) > 0.001
     assert p_value(Counter(tokens[1] for tokens in new if len(tokens) > 1), p[1]) > 0.001
     share = sum(len(tokens) > 1 for tokens in new) / count
@@ -161,19 +161,20 @@ def test_logprobs_belong_to_the_tokens_that_come_out():
     for seed in range(20):
         (seq,) = made = sequences(1, params, [[2, 0]])
         draft = Draft([2, 0], distributions(seed, 2, vocab))
-        (new,), (entries,) = verify(Sampler(vocab, seed), logits, made, {seq: draft})
+        (new,), logprobs = verify(Sampler(vocab, seed), logits, made, {seq: draft})
+        entries = logprobs[seq]
         assert [entry.token_ids[0] for entry in entries] == new
         for row, (token, entry) in enumerate(zip(new, entries, strict=True)):
             assert entry.logprobs[0] == pytest.approx(float(logits[row].log_softmax(-1)[token]), abs=1e-5)
             assert entry.token_ids[1] == int(logits[row].argmax())
 
 
-def test_tokens_end_with_the_first_that_ends_the_sequence():
+def test_a_stop_token_is_not_accepted_below_min_tokens():
     vocab = 6
     logits = torch.full((4, vocab), -5.0)
     for row, token in enumerate([2, 4, 2, 1]):
         logits[row, token] = 5.0
-    for min_tokens, expected in [(0, [2, 4]), (1, [2, 4]), (2, [2, 1])]:  # below min_tokens a stop token may not come at all
+    for min_tokens, expected in [(0, [2, 4, 2, 1]), (1, [2, 4, 2, 1]), (2, [2, 1])]:
         params = SamplingParams(temperature=0, stop_token_ids=[4], min_tokens=min_tokens, allowed_token_ids=[1, 2, 4])
         (seq,) = made = sequences(1, params, [[2, 4, 2]])
         (new,), _ = verify(Sampler(vocab), logits, made, {seq: Draft([2, 4, 2])})

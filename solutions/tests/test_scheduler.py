@@ -227,18 +227,18 @@ def test_abort_at_any_moment_frees_everything(when):
     for _ in range(when):
         sim.step()
     for seq in sim.sequences:
-        sim.scheduler.finish(seq, "abort")
+        sim.scheduler.abort(seq)
         sim.scheduler.check_invariants()
     assert not sim.scheduler.has_unfinished()
     sim.check_all_free()
 
 
-def test_finish_twice_keeps_the_first_reason():
+def test_an_abort_behind_the_end_keeps_the_reason():
     sim = Simulation()
-    (seq,) = sim.add([1, 2])
-    sim.scheduler.finish(seq, "stop", "end")
-    sim.scheduler.finish(seq, "abort")
-    assert (seq.finish_reason, seq.stop_reason) == ("stop", "end")
+    (seq,) = sim.add([1, 2], max_tokens=1)
+    sim.run()
+    sim.scheduler.abort(seq)
+    assert (seq.finish_reason, seq.stop_reason) == ("length", None)
 
 
 def test_full_queue_refuses_and_keeps_working():
@@ -298,7 +298,7 @@ def test_longest_prefix_match_admits_whose_prompt_is_cached_before_it_is_pushed_
             output = scheduler.schedule()
             scheduler.check_invariants()
             order += [seq.seq_id for seq in output.scheduled]
-            scheduler.update(output, [7] * len(output.sampled))
+            scheduler.update(output, [[7]] * len(output.sampled))
         assert sorted(order) == list(range(12))
         hits[policy] = manager.prefix_cache.num_hits
         assert order == (list(range(12)) if policy == "fcfs" else sorted(range(12), key=lambda i: (i % 3, i)))
@@ -313,12 +313,12 @@ def test_with_longest_prefix_match_nobody_waits_forever():
     cached, params = list(range(16)), SamplingParams(max_tokens=1)
     scheduler.add(Sequence(0, cached, params, arrival_time=now))
     output = scheduler.schedule()
-    scheduler.update(output, [7])
+    scheduler.update(output, [[7]])
     for seq_id, tokens, age in [(1, [90] * 8, 0.0), (2, [91] * 8, LPM_PATIENCE + 1), (3, [*cached, 5], 0.0)]:
         scheduler.add(Sequence(seq_id, tokens, params, arrival_time=now - age))
     order = []
     while scheduler.has_unfinished():
         output = scheduler.schedule()
         order += [seq.seq_id for seq in output.scheduled]
-        scheduler.update(output, [7] * len(output.sampled))
+        scheduler.update(output, [[7]] * len(output.sampled))
     assert order == [2, 3, 1]

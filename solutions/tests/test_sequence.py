@@ -173,6 +173,49 @@ def test_stops_come_in_the_order_eos_stop_token_length(params: dict[str, Any], t
     assert seq.prompt_token_ids == [9] * 3
 
 
+class Search:
+    """Finds a stop string with the token 8, and notes what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[str | None] = []
+        self.tokens: list[int] = []
+
+    def find(self, reason: str | None) -> str | None:
+        self.told.append(reason)
+        return "eight" if self.tokens[-1] == 8 else None
+
+
+@pytest.mark.parametrize(
+    ("params", "tokens", "expected", "told"),
+    [
+        ({}, [5, 8, 6], (2, "stop", "eight"), [None, None]),
+        ({"max_tokens": 2}, [5, 8], (2, "stop", "eight"), [None, "length"]),
+        ({"max_tokens": 2}, [5, 6], (2, "length", None), [None, "length"]),
+        ({"stop_token_ids": [8]}, [5, 8], (2, "stop", "eight"), [None, "stop"]),
+        ({"stop_token_ids": [7]}, [5, 7], (2, "stop", 7), [None, "stop"]),
+        ({}, [5, EOS], (2, "stop", None), [None, "stop"]),
+    ],
+)
+def test_a_stop_string_comes_before_every_other_end(
+    params: dict[str, Any], tokens: list[int], expected: tuple, told: list[str | None]
+) -> None:
+    seq = make(**params)
+    seq.stop_search = search = Search()
+    search.tokens = seq.tokens
+    assert run(seq, *tokens) == expected
+    assert search.told == told
+    assert seq.finished
+
+
+def test_a_length_that_has_another_reason_says_so() -> None:
+    seq = make(max_tokens=2)
+    seq.max_len_reason = "too slow"
+    assert run(seq, 5, 6) == (2, "length", "too slow")
+    seq = make(max_tokens=2)
+    seq.max_len_reason = "too slow"
+    assert run(seq, 5, EOS) == (2, "stop", None)
+
+
 @pytest.mark.parametrize(
     ("prompt", "max_model_len", "max_tokens", "generated"),
     [(3, 100, 5, 5), (3, 8, 5, 5), (3, 7, 5, 4), (3, 4, None, 1), (3, 10, None, 7), (7, 8, 16, 1), (1, 2, 1, 1)],
@@ -194,5 +237,6 @@ def test_counts_of_tokens() -> None:
     assert (seq.num_output_tokens, seq.num_uncomputed_tokens, seq.output_token_ids) == (1, 1, [8])
     assert prompt == [9, 9], "the caller's list stays as it is"
     assert (seq.request_id, seq.finished) == ("4", False)
-    seq.status = SequenceStatus.FINISHED
+    seq.finish("abort")
+    assert (seq.status, seq.finish_reason, seq.stop_reason) == (SequenceStatus.FINISHED, "abort", None)
     assert seq.finished

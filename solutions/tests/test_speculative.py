@@ -12,7 +12,8 @@ from solutions.batching.sampling_params import RequestOutputKind, SamplingParams
 from solutions.batching.scheduler_output import Draft, SchedulerOutput
 from solutions.batching.sequence import Sequence
 from solutions.core.engine import LLM
-from solutions.core.speculative import Proposer, SpeculativeConfig, SpeculativeScheduler
+from solutions.core.scheduler import Scheduler
+from solutions.core.speculative import Drafter, Proposer, SpeculativeConfig
 from solutions.tests.tiny_models import VOCAB_SIZE, make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
@@ -37,7 +38,8 @@ def draft_model(folder: str) -> dict:
 class Hindsight(Proposer):
     """Drafts what plain decoding is known to give, but for some tokens, at random, that are wrong."""
 
-    def __init__(self, expected: dict[tuple[int, ...], list[int]], seed: int, error_rate: float) -> None:
+    def __init__(self, expected: dict[tuple[int, ...], list[int]], seed: int, error_rate: float, **config) -> None:
+        super().__init__(SpeculativeConfig("ngram", disable_by_batch_size=64, **config))
         self.expected, self.random, self.error_rate = expected, random.Random(seed), error_rate
 
     def propose(self, output: SchedulerOutput, wanted: dict[Sequence, int]) -> dict[Sequence, Draft]:
@@ -51,12 +53,11 @@ class Hindsight(Proposer):
         return drafts
 
 
-def speculate(llm: LLM, proposer: Proposer, **config) -> SpeculativeScheduler:
+def speculate(llm: LLM, proposer: Proposer) -> Scheduler:
     """Give an engine a proposer of a test's own."""
-    before = llm.llm_engine.scheduler
-    speculation = SpeculativeConfig("ngram", disable_by_batch_size=64, **config)
-    llm.llm_engine.scheduler = SpeculativeScheduler(before.config, before.block_manager, speculation, proposer)
-    return llm.llm_engine.scheduler
+    engine = llm.llm_engine
+    engine.drafter = Drafter(proposer, engine.block_manager, engine.limits.max_num_batched_tokens)
+    return engine.scheduler
 
 
 def tokens(outputs) -> list[list[int]]:
@@ -135,7 +136,7 @@ def test_any_mixture_of_right_and_wrong_drafts_gives_the_same_tokens(folders, se
     plain = LLM(folders["llama"], **SETTINGS).generate(PROMPTS, params, use_tqdm=False)
     expected = {tuple(p["prompt_token_ids"]): new for p, new in zip(PROMPTS, tokens(plain), strict=True)}
     llm = LLM(folders["llama"], **SETTINGS, max_num_batched_tokens=16 + 16 * seed)
-    scheduler = speculate(llm, Hindsight(expected, seed, error_rate=seed / 5), num_speculative_tokens=1 + 2 * seed)
+    scheduler = speculate(llm, Hindsight(expected, seed, error_rate=seed / 5, num_speculative_tokens=1 + 2 * seed))
     outputs = generate(llm, params)
     assert tokens(outputs) == tokens(plain)
     assert [len(o.outputs[0].logprobs) for o in outputs] == [40] * len(PROMPTS)
@@ -172,7 +173,7 @@ def test_stops_inside_accepted_tokens(folders, kind):
         for params in cases:
             want = alone.generate(PROMPTS, params, use_tqdm=False)
             llm = LLM(folders["llama"], **SETTINGS)
-            speculate(llm, Hindsight(expected, position, error_rate=0.1), num_speculative_tokens=7)
+            speculate(llm, Hindsight(expected, position, error_rate=0.1, num_speculative_tokens=7))
             got = collect(llm, params, kind)
             for one, other in zip(got, want, strict=True):
                 completion = other.outputs[0]
@@ -216,7 +217,7 @@ def test_penalties_and_bans_see_the_drafted_tokens_before_each_place(folders):
     plain = LLM(folders["llama"], **SETTINGS).generate(PROMPTS, params, use_tqdm=False)
     expected = {tuple(o.prompt_token_ids): o.outputs[0].token_ids for o in plain}
     llm = LLM(folders["llama"], **SETTINGS)
-    scheduler = speculate(llm, Hindsight(expected, 2, error_rate=0.15), num_speculative_tokens=5)
+    scheduler = speculate(llm, Hindsight(expected, 2, error_rate=0.15, num_speculative_tokens=5))
     assert tokens(generate(llm, params)) == tokens(plain)
     assert scheduler.num_accepted_tokens > 50
 
@@ -250,14 +251,13 @@ def test_nothing_is_drafted_above_the_batch_size_and_a_draft_model_catches_up(fo
     plain = LLM(folders["llama"], **SETTINGS).generate(PROMPTS, params, use_tqdm=False)
     llm = LLM(folders["llama"], **SETTINGS, speculative_config=config)
     drafted = []
-    schedule = llm.llm_engine.scheduler.schedule
+    draft = llm.llm_engine.drafter.draft
 
-    def watched():
-        output = schedule()
+    def watched(output: SchedulerOutput) -> None:
+        draft(output)
         drafted.append((len(output.scheduled), len(output.drafts)))
-        return output
 
-    llm.llm_engine.scheduler.schedule = watched
+    llm.llm_engine.drafter.draft = watched
     assert tokens(generate(llm, params)) == tokens(plain)
     assert max(count for count, _ in drafted) == len(PROMPTS)
     assert all(drafts == 0 for count, drafts in drafted if count > 4)

@@ -67,7 +67,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort(self, data):
         victim = data.draw(st.sampled_from([seq for seq in self.sim.sequences if not seq.finished]), label="victim")
-        self.sim.scheduler.finish(victim, "abort")
+        self.sim.scheduler.abort(victim)
         assert victim.finished
         assert victim.finish_reason == "abort"
 

@@ -23,7 +23,8 @@ def greedy(seq: Sequence) -> int:
 class Guesses(Proposer):
     """Drafts what a greedy model would say, but for a token here and there."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, config: SpeculativeConfig, rng: random.Random) -> None:
+        super().__init__(config)
         self.rng = rng
 
     def propose(self, output: SchedulerOutput, wanted: dict[Sequence, int]) -> dict[Sequence, Draft]:
@@ -48,16 +49,16 @@ def run_twins(rng: random.Random, drafts: bool = False) -> None:
         AssertionError: a sequence read or said something else, an invariant broke, or blocks were left over.
     """
     size, num_blocks = rng.choice([2, 3, 4, 8, 16]), rng.randint(4, 12)
-    speculation = None
+    proposer = None
     if drafts:
         config = SpeculativeConfig("ngram", num_speculative_tokens=rng.randint(1, 5), disable_by_batch_size=rng.choice([2, 64]))
-        speculation = config, Guesses(rng)
+        proposer = Guesses(config, rng)
     simulation = Simulation(
         num_blocks, size, rng.choice([0, 0, 3, 16]), rng.choice([None, None, None, size + 1]),
         watermark=rng.choice([0.0, 0.01, 0.2]), max_num_batched_tokens=rng.choice([7, 64, 512]),
         max_num_seqs=rng.choice([3, 8, 256]), policy=rng.choice(["fcfs", "priority", "lpm"]),
         preemption_mode=rng.choice(["recompute", "swap"]), next_token=greedy,
-        speculation=speculation,
+        proposer=proposer,
     )  # fmt: skip
     longest = min(num_blocks * size // 2, 3 * size)
     prompts = [[100 * k + i for i in range(rng.randint(1, longest))] for k in range(rng.randint(1, 3))]

@@ -83,7 +83,7 @@ def draw_one(weights: Tensor, u: float) -> int:
 
 def verify(
     sampler: Sampler, logits: Tensor, sequences: list[Sequence], drafts: dict[Sequence, Draft]
-) -> tuple[list[list[int]], list[list[TokenLogprobs] | None]]:
+) -> tuple[list[list[int]], dict[Sequence, list[TokenLogprobs]]]:
     """New tokens of a step with drafts.
 
     Args:
@@ -91,8 +91,7 @@ def verify(
         sequences: the N sequences that get new tokens, with the drafted ones at the end of their `tokens`.
 
     Returns:
-        For each sequence its accepted tokens and one more, up to the first that ends it; and their log-probabilities, where its
-        request wants them.
+        For each sequence its accepted tokens and one more; and their log-probabilities, where its request wants them.
     """
     places = []
     for seq in sequences:
@@ -100,7 +99,7 @@ def verify(
         places += [Prefix(seq, length) for length in range(len(seq.tokens) - num_drafted, len(seq.tokens) + 1)]
     own = sampler(logits, places)
     tokens: list[list[int]] = []
-    logprobs: list[list[TokenLogprobs] | None] = []
+    logprobs: dict[Sequence, list[TokenLogprobs]] = {}
     start = 0
     for seq in sequences:
         draft = drafts.get(seq) or Draft([])
@@ -113,9 +112,9 @@ def verify(
             new = rejection_sample(draft.token_ids, draft.probs, target_probs, sampler.uniforms(stop - start))
             if seq.params.logprobs is not None:
                 entries = sampler.prompt_logprobs(logits[start : start + len(new)], new, seq.params.logprobs)
-        new = _until_stop(seq, len(seq.tokens) - len(draft.token_ids), new)
         tokens.append(new)
-        logprobs.append(entries[: len(new)] if seq.params.logprobs is not None else None)
+        if seq.params.logprobs is not None:
+            logprobs[seq] = entries[: len(new)]
         start = stop
     return tokens, logprobs
 
@@ -124,11 +123,3 @@ def _while_equal(draft: list[int], own: list[int]) -> list[int]:
     """The target's own tokens up to the first that is not the drafted one; that one included."""
     count = next((index for index, token in enumerate(draft) if own[index] != token), len(draft))
     return own[: count + 1]
-
-
-def _until_stop(seq: Sequence, length: int, new: list[int]) -> list[int]:
-    """The tokens up to the first that ends the sequence, which has `length` tokens without them; see
-    `Sequence.append_token`."""
-    required = seq.num_prompt_tokens + seq.params.min_tokens - length
-    ends = (count for count, token in enumerate(new, 1) if token in seq.stop_ids and count >= required)
-    return new[: next(ends, len(new))]

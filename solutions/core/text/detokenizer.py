@@ -242,7 +242,7 @@ class TextSource(Protocol):
 
 
 class TextReader:
-    """Reads the text of a sequence as its tokens come and looks for its stop strings.
+    """Reads the text of a sequence as its tokens come; the `stop_search` of one that has stop strings.
 
     The text of the token that ended the sequence (end of sequence or a stop token) is left out, like the stop string,
     unless `include_stop_str_in_output`. A stop string counts if a token after the first `min_tokens` completes it.
@@ -253,68 +253,70 @@ class TextReader:
         special_ids: tokens without text, from `special_token_ids`.
 
     Attributes:
-        num_seen: tokens read, prompt included; no more are read after a stop string.
-        matched: the stop string that ended the text, if one did.
         detokenizer: None for no text.
         log: reads the tokens in its place where their log-probabilities are wanted.
     """
 
-    __slots__ = ("_stops", "detokenizer", "log", "matched", "num_seen", "seq")
+    __slots__ = ("_found", "_stops", "detokenizer", "log", "seq")
 
     def __init__(self, seq: Sequence, tokenizer: Tokenizer | None, special_ids: frozenset[int]) -> None:
         params = seq.params
         self.seq = seq
-        self.num_seen = seq.num_prompt_tokens
-        self.matched: str | None = None
         self.detokenizer: Detokenizer | None = None
         self.log: TextSource | None = None
         self._stops: StopStrings | None = None
+        self._found = ""  # text that `find` has made and nobody has read yet
         if tokenizer is not None and params.detokenize:
             skipped = special_ids if params.skip_special_tokens else frozenset()
             self.detokenizer = Detokenizer(tokenizer, seq.tokens, seq.num_prompt_tokens, skipped)
             if params.stop:
                 self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
+                seq.stop_search = self
 
     def read(self, ended: bool) -> str:
         """New text of all tokens not yet read; if the sequence has `ended`, with all that was held back."""
-        seen, detokenizer = self.num_seen, self.detokenizer
+        detokenizer = self.detokenizer
         if detokenizer is None:
-            self.num_seen = len(self.seq.tokens)
-            return "" if self.log is None else self.log.finish(self.num_seen)
-        if self._stops is not None or self.log is not None:
-            return self._read_by_token(ended)
-        end = self.num_seen = len(self.seq.tokens)
+            return "" if self.log is None else self.log.finish(len(self.seq.tokens))
+        if self._stops is not None:
+            return self._take_found()
+        if self.log is not None:
+            return self._read_by_token(self.log, self.seq.finish_reason)
         if ended:
-            return detokenizer.finish(self._text_end())
-        if end - seen == 1:
-            return detokenizer.step()
-        return "".join([detokenizer.step() for _ in range(end - seen)])
+            return detokenizer.finish(self._text_end(self.seq.finish_reason))
+        count = len(self.seq.tokens) - detokenizer.offset
+        return detokenizer.step() if count == 1 else "".join([detokenizer.step() for _ in range(count)])
 
-    def _read_by_token(self, ended: bool) -> str:
-        seq, source = self.seq, self.log or self.detokenizer
+    def find(self, reason: str | None) -> str | None:
+        """See `StopSearch.find`. The text on the way is kept for `read`."""
+        self._found += self._read_by_token(self.log or self.detokenizer, reason)
+        return self._stops.matched
+
+    def _take_found(self) -> str:
+        if self.seq.finish_reason == "abort":  # which no token brought, so what is held back is still to come
+            self.find("abort")
+        text, self._found = self._found, ""
+        return text
+
+    def _read_by_token(self, source: TextSource, reason: str | None) -> str:
+        """Text of the new tokens, as far as it is sure; with a `reason` to end all of it, up to a stop string."""
+        seq, detokenizer = self.seq, self.detokenizer
         unarmed = seq.num_prompt_tokens + seq.params.min_tokens
-        end = self._text_end() if ended else len(seq.tokens)
+        end = self._text_end(reason)
         text = ""
-        while self.num_seen < end:
-            self.num_seen += 1
-            text += self._until_stop(source.step(), self.num_seen > unarmed)
-            if self.matched is not None:
+        while detokenizer.offset < end:
+            text += self._until_stop(source.step(), detokenizer.offset > unarmed)
+            if self._stops is not None and self._stops.matched is not None:
                 return text
-        if ended:
-            self.num_seen = len(seq.tokens)
+        if reason is not None:
             text += self._until_stop(source.finish(end), end > unarmed)
             text += self._stops.flush() if self._stops is not None else ""
         return text
 
     def _until_stop(self, piece: str, armed: bool) -> str:
-        if self._stops is None:
-            return piece
-        text = self._stops.push(piece, armed)
-        self.matched = self._stops.matched
-        return text
+        return piece if self._stops is None else self._stops.push(piece, armed)
 
-    def _text_end(self) -> int:
-        """Index behind the last token of an ended sequence whose text counts."""
-        seq = self.seq
-        ended_by_token = seq.finish_reason == "stop" and not seq.params.include_stop_str_in_output
-        return len(seq.tokens) - 1 if ended_by_token else len(seq.tokens)
+    def _text_end(self, reason: str | None) -> int:
+        """Index behind the last token whose text counts, if the sequence has ended for this reason; None: it has not."""
+        ended_by_token = reason == "stop" and not self.seq.params.include_stop_str_in_output
+        return len(self.seq.tokens) - 1 if ended_by_token else len(self.seq.tokens)

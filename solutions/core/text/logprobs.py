@@ -130,19 +130,20 @@ class TokenLog:
         self._seq = seq
         self._detokenizer = detokenizer
         self._texts = texts
-        self._sampled: deque[TokenLogprobs] = deque()  # of tokens that are not yet read
+        self._sampled: deque[TokenLogprobs] = deque()  # of tokens that are not yet read, or that came behind the end
+        self._num_noted = seq.num_prompt_tokens  # tokens whose entries are taken, prompt included
         self._groups: deque[list[_Read]] = deque()  # tokens read; those of a group share a character
         self._open = False  # whether the last group waits for more tokens
         self._sure = ""  # text that is out of the detokenizer and not yet given to tokens
         self._in_text = False
 
     def add(self, entries: list[TokenLogprobs]) -> None:
-        """Take those of the newest tokens."""
+        """Take those of tokens that are about to be appended; of these the first that ends the sequence may be the last."""
         self._sampled.extend(entries)
 
     def step(self) -> str:
         """Read the next token: the text that it adds."""
-        read = self._note(self._detokenizer.offset)
+        read = self._note()
         read.piece = self._detokenizer.step()
         self._open = self._detokenizer.holds
         self._in_text = _ends_whole(read.piece)
@@ -151,8 +152,8 @@ class TokenLog:
     def finish(self, end: int) -> str:
         """Read the rest: the text that the tokens before index `end` still hold back, and those behind, which have none."""
         holding = self._groups[-1][-1] if self._open else None
-        while self._sampled:
-            self._note(len(self._seq.tokens) - len(self._sampled))
+        while self._num_noted < len(self._seq.tokens):
+            self._note()
         self._open = False
         text = "" if self._detokenizer is None else self._detokenizer.finish(end)
         if holding is not None:
@@ -178,10 +179,11 @@ class TokenLog:
         self._sure = given[done:]
         return given[:done], entries
 
-    def _note(self, index: int) -> _Read:
-        """Take the entry of the token at an index, which is the next one to read."""
+    def _note(self) -> _Read:
+        """Take the entry of the next token to read."""
         entry = self._sampled.popleft()
-        token = self._seq.tokens[index]
+        token = self._seq.tokens[self._num_noted]
+        self._num_noted += 1
         self._seq.cumulative_logprob += entry.logprobs[entry.token_ids.index(token)]
         texts = {}
         if self._texts is not None:

@@ -19,6 +19,18 @@ class TokenGuide(Protocol):
         ...
 
 
+class StopSearch(Protocol):
+    """Looks for a request's stop strings in the text of a sequence; `core/text/detokenizer.py` has one."""
+
+    def find(self, reason: str | None) -> str | None:
+        """The stop string that the text holds, the newest token included; None if it holds none.
+
+        Args:
+            reason: why the sequence ends with this token anyway, "stop" or "length"; None: it goes on.
+        """
+        ...
+
+
 class SequenceStatus(enum.Enum):
     """Where a sequence is. WAITING → RUNNING → FINISHED, with detours back from RUNNING when memory runs out."""
 
@@ -47,8 +59,10 @@ class Sequence:
         block_hashes: chained hashes of the full blocks of `tokens`, filled by the prefix cache as it needs them.
         eos_token_ids, max_model_len: properties of the model that end a sequence.
         guide: says which tokens its form allows next; None: any.
+        stop_search: looks for its stop strings; None: there are none.
         stop_ids: every token that ends it: end of sequence unless the request ignores it, and the request's stop tokens.
         max_len: tokens, prompt and output, at which it ends; the least of what max_model_len and max_tokens allow.
+        max_len_reason: why it ends there, if that is not its length: its `stop_reason` then.
     """
 
     __slots__ = (
@@ -63,6 +77,7 @@ class Sequence:
         "guide",
         "index",
         "max_len",
+        "max_len_reason",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_preemptions",
@@ -75,6 +90,7 @@ class Sequence:
         "status",
         "stop_ids",
         "stop_reason",
+        "stop_search",
         "tokens",
     )  # fmt: skip
 
@@ -92,6 +108,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.params = params
         self.guide: TokenGuide | None = None
+        self.stop_search: StopSearch | None = None
         self.priority = priority
         self.cache_salt = cache_salt
         self.parent = parent
@@ -110,6 +127,7 @@ class Sequence:
         self.max_len = (
             max_model_len if params.max_tokens is None else min(max_model_len, self.num_prompt_tokens + params.max_tokens)
         )
+        self.max_len_reason: str | None = None
 
     @property
     def prompt_token_ids(self) -> list[int]:
@@ -144,16 +162,22 @@ class Sequence:
         return self.status is SequenceStatus.FINISHED
 
     def append_token(self, token: int) -> bool:
-        """Append a sampled token and decide whether it ends the sequence.
+        """Append a sampled token and decide whether it ends the sequence; if so, `finish` it.
 
         The order is that of vLLM: end-of-sequence token, stop token, length (`max_len`); the first two only once
-        ``min_tokens`` are out, this one counted. Sets `finish_reason` ("stop" or "length") and `stop_reason`: the stop token,
-        None for end of sequence. With ``ignore_eos`` an end-of-sequence token is none, but it may be a stop token.
+        ``min_tokens`` are out, this one counted. The reason is "stop" or "length". The stop reason is the stop token; None for
+        end of sequence; `max_len_reason` at `max_len`. With ``ignore_eos`` an end-of-sequence token is none, but it may be a
+        stop token. Last, `stop_search` is asked, which needs to know the reason so far. A stop string that it finds comes
+        before all others: the reason is "stop", and the stop reason is the string.
 
         Returns:
-            True when the sequence has ended; its status stays for the scheduler to change.
+            True when the sequence has ended.
         """
         raise NotImplementedError("Stage 2 · Task 2.1: Sequence.append_token, see stages/stage2_scheduler/GUIDE.md#task-2-1")
+
+    def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
+        """End the sequence: "stop", "length" or "abort", and what stopped it. Its blocks are the scheduler's to free."""
+        self.status, self.finish_reason, self.stop_reason = SequenceStatus.FINISHED, reason, stop_reason
 
     def __repr__(self) -> str:
         return (

@@ -1,11 +1,11 @@
-"""What a request gives back: tokens turned into text as they come, stop strings, and the records that callers see."""
+"""What a request gives back: tokens turned into text as they come, and the records that callers see."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..batching.sampling_params import RequestOutputKind, SamplingParams
 from ..batching.sequence import Sequence, SequenceStatus
@@ -14,10 +14,6 @@ from .text.logprobs import Logprob, PromptLog, TokenLog, TokenTexts
 
 if TYPE_CHECKING:
     from .sampling.sampler import TokenLogprobs
-
-
-NewLogprobs: TypeAlias = "TokenLogprobs | list[TokenLogprobs] | None"
-"""Of the one token that a sequence got in a step, or of all that it got; None where the request wants none."""
 
 
 @dataclass(slots=True)
@@ -127,14 +123,13 @@ class _RequestState:
 class _SequenceState(TextReader):
     """What has come out of one sequence so far, and what is new since the last output."""
 
-    __slots__ = ("finished", "lazy", "logprobs", "new_text", "num_given", "request", "text")
+    __slots__ = ("lazy", "logprobs", "new_text", "num_given", "request", "text")
 
     def __init__(self, request: _RequestState, seq: Sequence, texts: TokenTexts | None, special_ids: frozenset[int]) -> None:
         super().__init__(seq, None if texts is None else texts.tokenizer, special_ids)
         self.request = request
-        # Where nobody reads on the way and no stop string is looked for, the text can wait for the end.
-        self.lazy = request.final_only and not seq.params.stop and seq.params.logprobs is None
-        self.finished = False
+        # Where nobody reads on the way, the text can wait for the end.
+        self.lazy = request.final_only and seq.params.logprobs is None
         self.text = ""
         self.new_text = ""
         self.num_given = seq.num_prompt_tokens  # tokens that an output has carried, prompt included
@@ -143,7 +138,7 @@ class _SequenceState(TextReader):
     @property
     def num_ready(self) -> int:
         """Tokens that an output may carry, prompt included."""
-        return self.num_seen
+        return len(self.seq.tokens)
 
     def completion(self) -> CompletionOutput:
         seq, logprobs, ready = self.seq, self.logprobs, self.num_ready
@@ -178,14 +173,14 @@ class _LoggedState(_SequenceState):
 
     def read(self, ended: bool) -> str:
         """New text, that of the tokens whose text is sure, and their log-probabilities."""
-        text, entries = self.log.give(super().read(ended), ended or self.matched is not None)
+        text, entries = self.log.give(super().read(ended), ended)
         self.logprobs += entries
         self._num_ready += len(entries)
         return text
 
 
 class OutputProcessor:
-    """Turns the tokens of each step into the outputs that callers see, and ends sequences that produced a stop string.
+    """Turns the tokens of each step into the outputs that callers see.
 
     What an output holds is the request's `output_kind`:
 
@@ -194,7 +189,7 @@ class OutputProcessor:
       in the step that made them, their text as soon as it is sure (a whole character, no beginning of a stop string),
       so an output may have a token and no text. The last one always comes and brings what was held back. Where logprobs
       are wanted, a token waits for its text, so that the texts of an output's tokens, joined, are its text.
-    - FINAL_ONLY: once, when all sequences have finished. Without stop strings no token is looked at before.
+    - FINAL_ONLY: once, when all sequences have finished. Without stop strings no token is read before.
 
     In each case the text is the same (see `TextReader`). All outputs of a request share its `prompt_token_ids` and its
     `metrics`, of which `num_preemptions` is set at the end. Prompt logprobs come with every output, of DELTA only with
@@ -204,20 +199,16 @@ class OutputProcessor:
 
     Args:
         tokenizer: a transformers fast tokenizer, or None: all texts are empty.
-        on_stop: called with a running sequence and the stop string that it has produced; it frees the sequence.
     """
 
-    def __init__(self, tokenizer: Any | None, on_stop: Callable[[Sequence, str], None]) -> None:
+    def __init__(self, tokenizer: Any | None) -> None:
         self._tokenizer = None if tokenizer is None else tokenizer.backend_tokenizer
         self._special_ids = frozenset() if tokenizer is None else special_token_ids(self._tokenizer)
-        self._on_stop = on_stop
         self._requests: dict[str, _RequestState] = {}
         self._states: dict[int, _SequenceState] = {}
         self._texts = None if tokenizer is None else TokenTexts(self._tokenizer)
         self.num_prompt_tokens = 0
         """Of the prompts that got a first token; a prompt counts once, whatever `n`."""
-        self.num_cut_tokens = 0
-        """Tokens that speculation brought in vain, because a stop string came before them."""
 
     @property
     def num_requests(self) -> int:
@@ -225,14 +216,12 @@ class OutputProcessor:
         return len(self._requests)
 
     def add(self, request: Request, sequences: Iterable[Sequence]) -> None:
-        """Register a request and its `n` sequences before their first step.
+        """Register a request and its `n` sequences before their first step; they get a `stop_search` if it has stop strings.
 
         Raises:
-            ValueError: the request_id is taken, or stop strings are wanted without a tokenizer.
+            ValueError: stop strings are wanted without a tokenizer.
         """
         params = request.params
-        if request.request_id in self._requests:
-            raise ValueError(f"request_id {request.request_id!r} is already in use; choose another")
         if params.stop and self._tokenizer is None:
             raise ValueError("stop strings need a tokenizer and this model has none; use stop_token_ids")
         state = _RequestState(request)
@@ -245,7 +234,28 @@ class OutputProcessor:
         state.num_unfinished = len(state.states)
         self._requests[request.request_id] = state
 
-    def emit(self, sequences: list[Sequence], logprobs: list[NewLogprobs] | None, now: float) -> list[RequestOutput]:
+    def sequences(self, request_id: str) -> list[Sequence]:
+        """Those of a request that has not had its last output; none if there is no such request."""
+        request = self._requests.get(request_id)
+        return [] if request is None else [state.seq for state in request.states]
+
+    def add_logprobs(
+        self, sampled: dict[Sequence, list[TokenLogprobs]], prompts: list[tuple[str, int, list[TokenLogprobs]]]
+    ) -> None:
+        """Take the log-probabilities of a step, before its tokens are appended: the texts of tokens are read with them.
+
+        A prompt computed in chunks brings several lists; one computed again after a preemption brings the same again.
+
+        Args:
+            sampled: one entry a new token, for the sequences whose request wants them.
+            prompts: request, position of the first entry, which is 1 or more as nothing predicts token 0, one entry a token.
+        """
+        for seq, entries in sampled.items():
+            self._states[seq.seq_id].log.add(entries)
+        for request_id, start, entries in prompts:
+            self._requests[request_id].prompt_log.add(start, entries)
+
+    def emit(self, sequences: list[Sequence], now: float) -> list[RequestOutput]:
         """Outputs of one step: at most one a request, made by `_RequestState.output`.
 
         `_read` takes in a sequence's new text and closes it when it has ended; where the sequence is `lazy` this waits for the
@@ -254,50 +264,35 @@ class OutputProcessor:
         token when the request's first sequence was first scheduled; with it `num_prompt_tokens` counts the request's prompt.
 
         Args:
-            sequences: those that got tokens in this step: one, which is ``tokens[-1]``, or with speculation some more before
-                it. Some may have ended with it: status FINISHED and a `finish_reason`.
-            logprobs: of these tokens, one entry a sequence, for `_add_logprobs` of those that want them; None if none does.
+            sequences: those that got tokens in this step, one or with speculation several. Some may have ended with it: they
+                are FINISHED.
             now: the time, from `time.monotonic`.
         """
-        # Hint: step is four calls in a row. For emit, go through `sequences` by index, as the row is what finds a
-        # sequence's logprobs.
+        # Hint: step is a call for each word, in a row. emit goes through `sequences` once; `_states` knows each by its
+        # seq_id.
         raise NotImplementedError("Stage 2 · Task 2.7: OutputProcessor.emit, see stages/stage2_scheduler/GUIDE.md#task-2-7")
 
     def abort(self, request_id: str) -> RequestOutput | None:
-        """The last output of a request that is given up, with all it has produced; None if the request is unknown.
+        """The last output of a request that was given up, with all it has produced; None if the request is unknown.
 
-        Its unfinished sequences get the finish_reason "abort"; to free them is the scheduler's.
+        Those of its sequences that had not finished have ended with the reason "abort" by now.
         """
         request = self._requests.get(request_id)
         if request is None:
             return None
-        unfinished = [state for state in request.states if not state.finished]
-        for state in unfinished:
-            state.seq.finish_reason = "abort"
+        aborted = [state for state in request.states if state.seq.finish_reason == "abort"]
+        for state in aborted:
             self._read(state, True, monotonic())
-        return request.output(unfinished if request.delta else request.states)
-
-    def set_prompt_logprobs(self, request_id: str, start: int, entries: list[TokenLogprobs]) -> None:
-        """Take the logprobs of prompt tokens ``start``, ``start + 1``, …, where start ≥ 1: nothing predicts token 0.
-
-        A prompt computed in chunks brings several lists; one computed again after a preemption brings the same again.
-        """
-        self._requests[request_id].prompt_log.add(start, entries)
+        return request.output(aborted if request.delta else request.states)
 
     def _read(self, state: _SequenceState, ended: bool, now: float) -> None:
-        """Take in a sequence's new tokens; if they complete a stop string or it has `ended` otherwise, close it."""
+        """Take in a sequence's new text; if it has `ended`, close it, and with its last sequence the request."""
         state.new_text = text = state.read(ended)
-        request, seq = state.request, state.seq
+        request = state.request
         if not request.delta:
             state.text += text
-        if state.matched is not None:
-            seq.finish_reason, seq.stop_reason = "stop", state.matched
-            self._cut(state)
-            if not ended:
-                self._on_stop(seq, state.matched)
-        elif not ended:
+        if not ended:
             return
-        state.finished = True
         request.num_unfinished -= 1
         if request.num_unfinished == 0:
             request.metrics.finished_time = now
@@ -305,14 +300,3 @@ class OutputProcessor:
             del self._requests[request.request.request_id]
             for each in request.states:
                 del self._states[each.seq.seq_id]
-
-    def _cut(self, state: _SequenceState) -> None:
-        """Drop the tokens that speculation brought in the same step as a stop string, behind it."""
-        num_behind = len(state.seq.tokens) - state.num_seen
-        if num_behind:
-            del state.seq.tokens[-num_behind:]
-            self.num_cut_tokens += num_behind
-
-    def _add_logprobs(self, state: _SequenceState, entries: NewLogprobs) -> None:
-        """Keep those of a sequence's newest token, or of as many as there are entries."""
-        state.log.add(entries if isinstance(entries, list) else [entries])

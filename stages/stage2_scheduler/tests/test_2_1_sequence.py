@@ -103,16 +103,48 @@ def test_end_of_sequence_token_ends_it(token: int) -> None:
     check_equal(seq.output_token_ids, [21, token], "output_token_ids, the last token included")
 
 
-def test_end_is_reported_and_the_status_left_to_the_scheduler() -> None:
-    """`append_token` returns True at the end and leaves the status as it was.
+def test_end_is_reported_and_the_sequence_finished() -> None:
+    """`append_token` returns True at the end, and the sequence is FINISHED then; before it, its status stays.
 
-    Why: the scheduler still has to free the sequence's blocks. Whoever sets FINISHED first must be the one who frees, or
-    memory leaks.
+    Why: a sequence ends in one place. The scheduler frees the blocks of who is FINISHED; one that ends without it keeps them.
     """
-    seq = make_sequence(0, 3, max_tokens=1)
+    seq = make_sequence(0, 3, max_tokens=2)
     seq.status = SequenceStatus.RUNNING
-    check_equal(seq.append_token(21), True, "what append_token returns at the last token")
-    check_equal(seq.status, SequenceStatus.RUNNING, "status")
+    check_equal((seq.append_token(21), seq.status), (False, SequenceStatus.RUNNING), "the first token: returned, status")
+    check_equal((seq.append_token(22), seq.status), (True, SequenceStatus.FINISHED), "the last token: returned, status")
+
+
+class Search:
+    """Finds the stop string "stop" in the token 30, and notes the reasons that it is given."""
+
+    def __init__(self, seq: Sequence) -> None:
+        self.tokens, self.reasons = seq.tokens, []
+
+    def find(self, reason: str | None) -> str | None:
+        self.reasons.append(reason)
+        return "stop" if self.tokens[-1] == 30 else None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "end", "reasons"),
+    [([21, 30, 22], ("stop", "stop"), [None, None]), ([21, 22, 30], ("stop", "stop"), [None, None, "length"]),
+     ([21, 22, 23], ("length", None), [None, None, "length"]), ([21, EOS], ("stop", None), [None, "stop"]),
+     ([21, 7], ("stop", 7), [None, "stop"])],
+    ids=["on the way", "in the last token", "none, length", "none, end of sequence", "none, stop token"],
+)  # fmt: skip
+def test_stop_string_comes_before_every_other_end(
+    tokens: list[int], end: tuple[str, int | str | None], reasons: list[str | None]
+) -> None:
+    """With a `stop_search`, each token is looked at, whatever else ends the sequence with it; what it finds decides.
+
+    Why: an answer that ends at its stop string is whole, also where the limit comes with the same token. The search is told
+    of the end, as it then gives out the text that it has held back.
+    """
+    seq = make_sequence(0, 3, max_tokens=3, eos=(EOS,), stop_token_ids=[7])
+    seq.stop_search = search = Search(seq)
+    feed(seq, tokens)
+    check_equal((seq.finish_reason, seq.stop_reason), end, "finish_reason and stop_reason")
+    check_equal(search.reasons, reasons, "the reasons that the search was given")
 
 
 def test_stop_token_ends_it_and_is_named() -> None:

@@ -214,7 +214,7 @@ def test_update_moves_everyone_and_appends_to_the_sampled() -> None:
     sim = Simulation()
     chunk, first, second = sim.start(10, computed=2), sim.start(4), sim.start(6)
     output = SchedulerOutput(scheduled={chunk: 3, first: 1, second: 1}, sampled=[first, second])
-    sim.scheduler.update(output, [71, 72])
+    sim.scheduler.update(output, [[71], [72]])
     check_equal([seq.num_computed_tokens for seq in (chunk, first, second)], [5, 5, 7], "num_computed_tokens")
     check_equal([len(seq.tokens) for seq in (chunk, first, second)], [10, 6, 8], "number of tokens")
     check_equal([first.tokens[-1], second.tokens[-1]], [71, 72], "the new tokens")
@@ -229,13 +229,42 @@ def test_finished_sequence_leaves_and_gives_its_blocks_back() -> None:
     sim = Simulation(block_size=4)
     sequences = [sim.start(6, max_tokens=n) for n in (8, 2, 8)]
     output = SchedulerOutput(scheduled=dict.fromkeys(sequences, 1), sampled=list(sequences))
-    sim.scheduler.update(output, [71, 72, 73])
+    sim.scheduler.update(output, [[71], [72], [73]])
     running, finished = SequenceStatus.RUNNING, SequenceStatus.FINISHED
     check_equal([seq.status for seq in sequences], [running, finished, running], "statuses")
     check_equal(ids(sim.scheduler.running), [0, 2], "running sequences")
     check_equal(sorted(sim.manager.tables), [0, 2], "sequences that hold blocks")
     check_equal(sim.manager.allocator.num_used, 4, "blocks in use: 2 sequences with 6 tokens in blocks of 4")
     check_equal((sequences[1].finish_reason, sequences[1].output_token_ids[-1]), ("length", 72), "reason and last token")
+
+
+def test_nothing_is_appended_behind_the_end() -> None:
+    """A step brings a sequence three tokens, and its length ends it with the second: the third is not appended.
+
+    Why: with speculative decoding a step brings several tokens. What stands behind the end is no part of the answer.
+    """
+    sim = Simulation()
+    seq, other = sim.start(4, max_tokens=3), sim.start(4)
+    output = SchedulerOutput(scheduled={seq: 1, other: 1}, sampled=[seq, other])
+    sim.scheduler.update(output, [[71, 72, 73], [74]])
+    check_equal(seq.output_token_ids[1:], [71, 72], "tokens that were appended")
+    check_equal((seq.status, other.output_token_ids[1:]), (SequenceStatus.FINISHED, [74]), "status, and its neighbour's token")
+
+
+def test_update_keeps_the_counters() -> None:
+    """Two steps of three sequences, two of them sampled: 2 steps, 4 tokens, and the peak is the largest share of the blocks.
+
+    Why: operators size their memory by the peak, and throughput is tokens generated, not tokens computed.
+    """
+    sim = Simulation(num_blocks=10, block_size=4)
+    chunk, first, second = sim.start(12, computed=2), sim.start(4, max_tokens=2), sim.start(4)
+    usage = sim.manager.usage
+    check_equal(usage, 0.5, "share of the blocks in use: 3 + 1 + 1 of 10")
+    sim.scheduler.update(SchedulerOutput(scheduled={chunk: 3, first: 1, second: 1}, sampled=[first, second]), [[71], [72]])
+    sim.scheduler.update(SchedulerOutput(scheduled={chunk: 7, second: 1}, sampled=[chunk, second]), [[73], [74]])
+    scheduler = sim.scheduler
+    check_equal((scheduler.num_steps, scheduler.num_generation_tokens), (2, 4), "steps and generated tokens")
+    check_equal(scheduler.peak_usage, usage, "peak of the blocks' usage")
 
 
 def test_several_may_end_in_one_step() -> None:

@@ -269,7 +269,7 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: self.sim.scheduler.has_unfinished())
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
-        self.sim.scheduler.finish(data.draw(st.sampled_from(self.sim.scheduler.waiting + self.sim.scheduler.running)), "abort")
+        self.sim.scheduler.abort(data.draw(st.sampled_from(self.sim.scheduler.waiting + self.sim.scheduler.running)))
 
     @invariant()
     def books_are_in_order(self) -> None:

@@ -73,22 +73,22 @@ def answer(engine: LLMEngine, prompt: list[int], params: SamplingParams) -> Requ
 
 
 def test_step_is_schedule_execute_update_emit() -> None:
-    """A step schedules, builds the batch, executes it, updates the scheduler, emits, and tells the observers, in this order,
-    each with its arguments.
+    """A step schedules, drafts, builds the batch, executes it, hands over logprobs, updates the scheduler, emits, and tells the
+    observers, in this order, each with its arguments.
 
     Why: each word needs what the one before it made. Emitting before updating would show callers a step too late who has
     finished, and metrics with another clock than the outputs' disagree with what clients see.
     """
     seq = Sequence(3, [1, 2], SamplingParams())
     decision = SchedulerOutput(scheduled={seq: 2}, sampled=[seq])
-    parts = Recorder(decision, StepResult([9], [None], [("a", 1, [])]), [request_output("a", False)])
-    check_equal(bare_engine(parts, ("a",)).step(), parts.given, "what step returns: what emit gave")
-    in_order = ["schedule", "build", "execute", "update", "prompt logprobs", "emit", "on_step"]
+    parts = Recorder(decision, StepResult([[9]], {seq: []}, [("a", 1, [])]), [request_output("a", False)])
+    check_equal(bare_engine(parts).step(), parts.given, "what step returns: what emit gave")
+    in_order = ["schedule", "draft", "build", "execute", "logprobs", "update", "emit", "on_step"]
     check_equal(parts.calls, in_order, "calls of one step")
 
 
 def test_step_without_work_is_empty() -> None:
-    """When the scheduler decides nothing, a step returns [] and touches neither batch nor model, nor any counter.
+    """When the scheduler decides nothing, a step returns [] and touches neither batch nor model, nor tells anyone.
 
     Why: a server may step at any time, for instance when all that wait are short of memory. An empty batch would crash the
     model.
@@ -97,37 +97,6 @@ def test_step_without_work_is_empty() -> None:
     engine = bare_engine(parts)
     check_equal(engine.step(), [], "outputs")
     check_equal(parts.calls, ["schedule"], "calls")
-    check_equal(engine._counters["steps"], 0, "steps counted")
-
-
-def test_step_keeps_the_counters() -> None:
-    """Two steps with two sampled tokens each and 25 %, then 10 % of the blocks in use: 2 steps, 4 tokens, a peak of 25 %.
-
-    Why: operators size their memory by the peak, and throughput is tokens generated, not tokens computed.
-    """
-    pair = [Sequence(i, [1, 2, 3], SamplingParams()) for i in (3, 4)]
-    parts = Recorder(SchedulerOutput(scheduled=dict.fromkeys(pair, 3), sampled=pair), StepResult([9, 8]), [])
-    parts.result.prompt_logprobs = []
-    engine = bare_engine(parts)
-    engine.step()
-    parts.usage = 0.1
-    engine.step()
-    check_equal(engine._counters, {"generation": 4, "steps": 2}, "counters")
-    check_equal(engine._peak_usage, 0.25, "peak of the blocks' usage")
-
-
-def test_step_forgets_who_has_finished() -> None:
-    """A request whose output says finished is forgotten by the engine, another one is kept.
-
-    Why: the id may be used again, and a server that never forgets runs out of memory after a week.
-    """
-    seq = Sequence(3, [1, 2], SamplingParams())
-    outputs = [request_output("done", True), request_output("going", False)]
-    engine = bare_engine(
-        Recorder(SchedulerOutput(scheduled={seq: 1}, sampled=[seq]), StepResult([9]), outputs), ("done", "going")
-    )
-    engine.step()
-    check_equal(list(engine._sequences), ["going"], "requests that the engine knows")
 
 
 def test_answers_are_those_of_transformers(engine: LLMEngine, model: tuple[Path, Any]) -> None:
@@ -417,7 +386,6 @@ def test_final_only_with_a_stop_string_is_read_on_the_way() -> None:
     check_equal(stream.emit({0: a}) + stream.emit({0: b}), [], "outputs before the string is complete")
     (output,) = stream.emit({0: c})
     check_equal((output.finished, output.outputs[0].text, output.outputs[0].stop_reason), (True, "a", "bc"), "the output")
-    check_equal(stream.stopped, [0], "sequences that were told to stop")
 
 
 def test_requests_of_one_step_each_get_their_own_output() -> None:
@@ -433,8 +401,8 @@ def test_requests_of_one_step_each_get_their_own_output() -> None:
     check_equal(texts, {"r": ["a"], "s": ["b", "c"], "t": ["d"]}, "texts by request")
 
 
-def test_logprobs_are_taken_by_row() -> None:
-    """Rows 0 and 2 want logprobs, row 1 does not, and each sequence gets the entry of its own row.
+def test_logprobs_are_those_of_the_sequence() -> None:
+    """Sequences 0 and 2 want logprobs, 1 does not, and each output shows the entry of its own sequence.
 
     Why: an entry that goes to the neighbour names a token that the neighbour never said.
     """
@@ -442,12 +410,11 @@ def test_logprobs_are_taken_by_row() -> None:
     stream.add("s")
     stream.add("t", logprobs=0)
     rows = [SimpleNamespace(token_ids=[token], logprobs=[value], ranks=[1]) for token, value in ((a, -0.5), (c, -2.0))]
-    outputs = {
-        output.request_id: output.outputs[0] for output in stream.emit({0: a, 1: b, 2: c}, logprobs=[rows[0], None, rows[1]])
-    }
-    check_equal(outputs["r"].logprobs[0][a].logprob, -0.5, "logprob of row 0")
-    check_equal(outputs["s"].logprobs, None, "logprobs of row 1")
-    check_equal(outputs["t"].logprobs[0][c].logprob, -2.0, "logprob of row 2")
+    step = stream.emit({0: a, 1: b, 2: c}, logprobs={0: rows[0], 2: rows[1]})
+    outputs = {output.request_id: output.outputs[0] for output in step}
+    check_equal(outputs["r"].logprobs[0][a].logprob, -0.5, "logprob of sequence 0")
+    check_equal(outputs["s"].logprobs, None, "logprobs of sequence 1")
+    check_equal(outputs["t"].logprobs[0][c].logprob, -2.0, "logprob of sequence 2")
     check_equal((outputs["r"].cumulative_logprob, outputs["t"].cumulative_logprob), (-0.5, -2.0), "cumulative_logprob")
 
 
@@ -460,7 +427,7 @@ def test_logprobs_are_collected_while_nobody_reads() -> None:
     outputs = []
     for i, token in enumerate(tokens):
         row = SimpleNamespace(token_ids=[token], logprobs=[-1.0 - i], ranks=[1])
-        outputs += stream.emit({0: token}, ends=(0,) if i == 2 else (), logprobs=[row])
+        outputs += stream.emit({0: token}, ends=(0,) if i == 2 else (), logprobs={0: row})
     check_equal(len(outputs), 1, "outputs")
     values = [entry[token].logprob for entry, token in zip(outputs[0].outputs[0].logprobs, tokens, strict=True)]
     check_equal(values, [-1.0, -2.0, -3.0], "logprobs")

@@ -19,11 +19,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..attention.block_manager import BlockManager
-from ..batching.scheduler_config import SchedulerConfig
 from ..batching.scheduler_output import Draft, SchedulerOutput
 from ..batching.sequence import Sequence
 from ..models.config.model_config import ModelConfig
-from .scheduler import Scheduler
 from .startup import Limits
 
 METHODS = ("ngram", "draft_model")
@@ -94,11 +92,17 @@ class SpeculativeConfig:
 class Proposer(abc.ABC):
     """Where drafts come from.
 
+    Args:
+        config: how many tokens to draft, and when.
+
     Attributes:
         model_config: of the model that drafts, whose KV cache has blocks like the target's; None: there is no such model.
     """
 
     model_config: ModelConfig | None = None
+
+    def __init__(self, config: SpeculativeConfig) -> None:
+        self.config = config
 
     def create_cache(self, limits: Limits, tables: dict[int, list[int]]) -> None:
         """Set up a KV cache of as many blocks as the target's, over the block manager's `tables`, where one is needed."""
@@ -166,7 +170,7 @@ class NgramProposer(Proposer):
     """Drafts from each sequence's own text."""
 
     def __init__(self, config: SpeculativeConfig) -> None:
-        self._config = config
+        super().__init__(config)
         self._indices: dict[int, NgramIndex] = {}
 
     def propose(self, output: SchedulerOutput, wanted: dict[Sequence, int]) -> dict[Sequence, Draft]:
@@ -174,7 +178,7 @@ class NgramProposer(Proposer):
         for seq, count in wanted.items():
             index = self._indices.get(seq.seq_id)
             if index is None:
-                index = NgramIndex(self._config.prompt_lookup_min, self._config.prompt_lookup_max)
+                index = NgramIndex(self.config.prompt_lookup_min, self.config.prompt_lookup_max)
                 self._indices[seq.seq_id] = index
             index.update(seq.tokens)
             if token_ids := index.propose(seq.tokens, count):
@@ -186,30 +190,26 @@ class NgramProposer(Proposer):
             self._indices.pop(seq_id, None)
 
 
-class SpeculativeScheduler(Scheduler):
-    """A scheduler whose steps also carry tokens on trial.
+class Drafter:
+    """Puts tokens on trial behind those of a step that the scheduler has decided.
 
-    The scheduler below decides as ever, and knows nothing of drafts. What is left of the step's token budget and of the KV
-    blocks above the watermark then goes to drafts, so nobody waits or is preempted for a guess.
+    They get what is left of the step's token budget and of the KV blocks above the watermark, so nobody waits or is preempted
+    for a guess. `Scheduler.update` ends the trial.
 
-    Attributes:
-        num_drafts, num_draft_tokens, num_accepted_tokens: counters since the start.
+    Args:
+        proposer: makes the drafts.
+        block_manager: gives them their slots.
+        max_num_batched_tokens: the budget of a step.
     """
 
-    def __init__(
-        self, config: SchedulerConfig, block_manager: BlockManager, speculation: SpeculativeConfig, proposer: Proposer
-    ) -> None:
-        super().__init__(config, block_manager)
-        self.speculation = speculation
+    def __init__(self, proposer: Proposer, block_manager: BlockManager, max_num_batched_tokens: int) -> None:
         self.proposer = proposer
-        self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
+        self.block_manager = block_manager
+        self.max_num_batched_tokens = max_num_batched_tokens
 
-    def schedule(self) -> SchedulerOutput:
-        """A step as `Scheduler.schedule` decides it, with drafts behind the tokens of those who get a new one."""
-        output = super().schedule()
-        if not output.scheduled:
-            return output
-        active = len(output.scheduled) <= self.speculation.disable_by_batch_size
+    def draft(self, output: SchedulerOutput) -> None:
+        """Add drafts to a step, behind the tokens of those who get a new one; none if it holds too many sequences."""
+        active = len(output.scheduled) <= self.proposer.config.disable_by_batch_size
         wanted = self._find_room(output) if active else {}
         output.changed_tables |= self.block_manager.take_changed()
         self.proposer.follow(output)
@@ -218,46 +218,23 @@ class SpeculativeScheduler(Scheduler):
         for seq, draft in output.drafts.items():
             seq.tokens += draft.token_ids
             output.scheduled[seq] += len(draft.token_ids)
-            self.num_drafts += 1
-            self.num_draft_tokens += len(draft.token_ids)
-        return output
 
     def _find_room(self, output: SchedulerOutput) -> dict[Sequence, int]:
         """How many tokens may be drafted for each sampled sequence; there are slots for them."""
-        manager, wanted = self.block_manager, {}
-        budget = self.config.max_num_batched_tokens - sum(output.scheduled.values())
+        wanted = {}
+        budget = self.max_num_batched_tokens - sum(output.scheduled.values())
         for seq in output.sampled:
             # A step gives at least one token beside the accepted ones, and max_len ends the sequence.
-            count = min(self.speculation.num_speculative_tokens, budget, seq.max_len - len(seq.tokens) - 1)
-            if count > 0 and manager.extend(seq, count):
+            count = min(self.proposer.config.num_speculative_tokens, budget, seq.max_len - len(seq.tokens) - 1)
+            if count > 0 and self.block_manager.extend(seq, count):
                 wanted[seq] = count
                 budget -= count
         return wanted
 
-    def update(self, output: SchedulerOutput, token_ids: list[int] | list[list[int]]) -> None:
-        """Enter the results of a step.
 
-        Args:
-            token_ids: as for `Scheduler.update`; of a step with drafts, for each sequence the accepted tokens and one more.
-        """
-        if output.drafts:
-            token_ids = [self._accept(seq, output, new) for seq, new in zip(output.sampled, token_ids, strict=True)]
-        super().update(output, token_ids)
+class NoDrafter:
+    """In the place of a `Drafter` where nothing is drafted."""
 
-    def _accept(self, seq: Sequence, output: SchedulerOutput, new: list[int]) -> int:
-        """Take a sequence's tokens off trial, and keep the accepted ones as if they had been there all along.
-
-        Returns:
-            The token behind them: the step's ordinary new one.
-        """
-        draft = output.drafts.get(seq)
-        if draft is None:
-            return new[0]
-        num_drafted = len(draft.token_ids)
-        del seq.tokens[-num_drafted:]
-        num_accepted = len(new) - 1
-        seq.tokens += new[:num_accepted]
-        output.scheduled[seq] -= num_drafted - num_accepted
-        self.block_manager.cache_full_blocks(seq, output.scheduled[seq])
-        self.num_accepted_tokens += num_accepted
-        return new[-1]
+    def draft(self, output: SchedulerOutput) -> None:
+        """Leave a step as it is."""
+        return

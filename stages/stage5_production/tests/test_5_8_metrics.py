@@ -6,7 +6,7 @@ import pytest
 
 from stages.batching.sampling_params import SamplingParams
 from stages.batching.scheduler_output import SchedulerOutput
-from stages.batching.sequence import Sequence, SequenceStatus
+from stages.batching.sequence import Sequence
 from stages.core.engine import EngineStats
 from stages.course.fixtures.checks import check_equal
 from stages.serving.metrics import EngineMetrics, Histogram
@@ -23,7 +23,7 @@ def sequence(seq_id: int = 0, arrival: float = 0.0, scheduled: float = 0.0, prom
 
 
 def finish(seq: Sequence, reason: str) -> Sequence:
-    seq.status, seq.finish_reason = SequenceStatus.FINISHED, reason
+    seq.finish(reason)
     return seq
 
 

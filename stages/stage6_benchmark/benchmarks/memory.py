@@ -226,5 +226,5 @@ def simulate_paged(system: str, capacity: int, lengths: Lengths, block_size: int
                 (seq.num_computed_tokens + count, len(manager.tables[seq.seq_id]) * block_size, seq.max_len - 1)
                 for seq, count in decision.scheduled.items()
             )
-        scheduler.update(decision, [0] * len(decision.sampled))
+        scheduler.update(decision, [[0]] * len(decision.sampled))
     return meter.result(scheduler.num_preemptions)
