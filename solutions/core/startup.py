@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..memory.cache_engine import block_bytes, scale_bytes
+from ..memory.cache_engine import block_bytes, num_blocks_for_budget, scale_bytes
 from ..models.config.model_config import ModelConfig
 from ..models.loader import ModelSource
 from .config import EngineConfig
@@ -76,11 +76,11 @@ def resolve_limits(
     free_bytes = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     num_blocks = config.num_gpu_blocks_override
     if num_blocks is None:
-        num_blocks = _kv_budget(config, device, free_bytes, activation_bytes) // bytes_per_block
+        num_blocks = num_blocks_for_budget(_kv_budget(config, device, free_bytes, activation_bytes), bytes_per_block)
     kv_bytes = num_blocks * bytes_per_block
     limits = Limits(
         max_model_len, budget, num_blocks,
-        config.swap_space // bytes_per_block if config.preemption_mode == "swap" else 0,
+        num_blocks_for_budget(config.swap_space, bytes_per_block) if config.preemption_mode == "swap" else 0,
         kv_bytes, weight_bytes, activation_bytes, free_bytes,
     )  # fmt: skip
     if num_blocks * config.block_size < max_model_len or kv_bytes + activation_bytes > free_bytes:
@@ -96,13 +96,13 @@ def kv_bytes_per_block(config: EngineConfig, model: ModelConfig, dtype: torch.dt
 
 
 def _kv_budget(config: EngineConfig, device: torch.device, free_bytes: int, activation_bytes: int) -> int:
-    """Bytes for KV blocks."""
+    """Bytes for KV blocks; negative where weights and activations take more than there is."""
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     if device.type == "cpu":
         return min(CPU_KV_MAX, int(CPU_KV_SHARE * free_bytes)) // config.tensor_parallel_size  # the ranks share the memory
     total = torch.cuda.mem_get_info(device)[1]
-    return max(0, int(free_bytes - (1 - config.gpu_memory_utilization) * total) - activation_bytes)
+    return int(free_bytes - (1 - config.gpu_memory_utilization) * total) - activation_bytes
 
 
 def _activation_bytes(model: ModelConfig, num_tokens: int, num_seqs: int, dtype: torch.dtype) -> int:
