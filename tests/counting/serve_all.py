@@ -6,6 +6,7 @@ does what takes its time: it swaps, drafts, is quantized, and runs on the kernel
 
 from __future__ import annotations
 
+import builtins
 import json
 import signal
 import sys
@@ -53,20 +54,18 @@ def note_kernels(frame: FrameType, event: str, _: object) -> None:
     """For `sys.setprofile`: notes the kernels that the interpreter calls."""
     if event == "call" and frame.f_code.co_filename in KERNELS:
         path = Path(frame.f_code.co_filename)
-        _note_call(f"{path.relative_to(Path(awq.__file__).parents[1])}:{frame.f_code.co_name}")
+        builtins._note_call(f"{path.relative_to(Path(awq.__file__).parents[1])}:{frame.f_code.co_name}")
 
 
 def small_models(folder: Path) -> None:
     """Swapping, drafts of a model, quantized models, and kernels for GPUs on a CPU."""
     tiny = str(folder / "tiny")
     make_tiny_llama(Path(tiny), hidden_size=64, intermediate_size=128, num_hidden_layers=1)
-    long, crowd = (
-        SamplingParams(temperature=0, max_tokens=16, ignore_eos=True),
-        [{"prompt_token_ids": [i] * 40} for i in range(5)],
-    )
+    crowd = [{"prompt_token_ids": [i] * 40} for i in range(5)]
+    long = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
     answer(crowd, long, model=tiny, num_gpu_blocks_override=12, preemption_mode="swap")
     drafts = json.dumps({"method": "draft_model", "model": tiny})
-    answer(crowd, SamplingParams(max_tokens=8, ignore_eos=True), model=tiny, speculative_config=drafts)
+    answer(crowd[:1], SamplingParams(max_tokens=8, ignore_eos=True), model=tiny, speculative_config=drafts)
     recipe = ["--model", tiny, "--group-size", "32", "--num-samples", "2", "--sequence-length", "16"]
     gptq.main([*recipe, "--output", str(folder / "gptq")])
     awq.main([*recipe, "--output", str(folder / "awq")])

@@ -12,13 +12,14 @@ import builtins
 import json
 import os
 from importlib.machinery import SourceFileLoader
+from pathlib import Path
 from types import CodeType
 
 WANTED: dict[str, dict[str, str]] = {}
 """Path → qualified name → what is noted."""
 for function in json.loads(os.environ["CALLS_OF"]):
     file, _, name = function.partition(":")
-    WANTED.setdefault(os.path.join(os.environ["CALLS_ROOT"], file), {})[name] = function
+    WANTED.setdefault(f"{os.environ['CALLS_ROOT']}/{file}", {})[name] = function
 noted: set[str] = set()
 
 
@@ -26,7 +27,7 @@ def note(function: str) -> None:
     """Write a function's name down, once."""
     if function not in noted:
         noted.add(function)
-        with open(os.environ["CALLS_FILE"], "a") as file:
+        with Path(os.environ["CALLS_FILE"]).open("a") as file:
             file.write(function + "\n")
 
 
