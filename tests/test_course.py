@@ -401,8 +401,8 @@ def test_check_close_takes_rounding_and_no_nan() -> None:
 
 
 def test_the_failure_of_a_rank_reads_as_if_it_had_failed_here() -> None:
-    text = "rank 0 failed:\nTraceback\nNotImplementedError: Stage 3 · Task 3.1: ring_all_reduce, see ...\n"
-    with pytest.raises(NotImplementedError, match=r"^Stage 3 · Task 3.1: ring_all_reduce"):
+    text = "rank 0 failed:\nTraceback\nNotImplementedError: Stage 3 · Task 3.2: ring_all_reduce, see ...\n"
+    with pytest.raises(NotImplementedError, match=r"^Stage 3 · Task 3.2: ring_all_reduce"):
         raise failure_of_a_rank(text)
     file = STAGES_FOLDER / "stage3_parallelism/parallelism/communication.py"
     text = f'rank 1 failed:\nTraceback\n  File "{file}", line 7, in ring_all_reduce\n    x\nIndexError: planted\n'

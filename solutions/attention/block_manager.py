@@ -289,11 +289,6 @@ class BlockManager:
 
     # For the step that runs
 
-    def slot_mapping(self, seq: Sequence, start: int, end: int) -> list[int]:
-        """Slots of the tokens at positions ``start .. end - 1``."""
-        table, size = self.tables[seq.seq_id], self.block_size
-        return [table[position // size] * size + position % size for position in range(start, end)]
-
     def take_changed(self) -> set[int]:
         """Sequences whose block table changed since the last call; who mirrors the tables copies only these."""
         changed, self._changed = self._changed, set()

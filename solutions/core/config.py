@@ -43,6 +43,12 @@ class EngineConfig:
         "Ray cluster; default: uni for one rank, mp for more",
         ("uni", "mp", "ray"),
     )
+    collective_backend: str = _flag(
+        "auto",
+        "how ranks add up; auto: through memory that they share on a CPU, else by gloo or NCCL; ring: rings in Python, slower, "
+        "to learn from",
+        ("auto", "ring"),
+    )
     load_format: str = _flag("auto", "dummy: random weights, to measure speed without a download", ("auto", "dummy"))
     max_model_len: int | None = _flag(None, "longest sequence, prompt and output; default: the model's context", kind=int)
     block_size: int = _flag(16, "tokens in a KV block")

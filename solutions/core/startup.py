@@ -13,7 +13,7 @@ import torch
 
 from ..attention.backends import make_backend
 from ..batching.scheduler_config import SchedulerConfig
-from ..memory.cache_engine import block_bytes, element_type, scale_bytes
+from ..memory.cache_engine import block_bytes, element_type, num_blocks_for_budget, scale_bytes
 from ..models.config.model_config import ModelConfig
 from ..models.loader import ModelSource, check_quantization
 from ..parallelism.tensor_parallel import TensorParallel
@@ -175,10 +175,10 @@ def with_blocks(
     free_bytes = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     num_blocks = config.num_gpu_blocks_override
     if num_blocks is None:
-        num_blocks = _kv_budget(config, device, free_bytes, activation_bytes) // bytes_per_block
+        num_blocks = num_blocks_for_budget(_kv_budget(config, device, free_bytes, activation_bytes), bytes_per_block)
     limits = replace(
         limits, num_blocks=num_blocks,
-        num_host_blocks=config.swap_space // bytes_per_block if config.preemption_mode == "swap" else 0,
+        num_host_blocks=num_blocks_for_budget(config.swap_space, bytes_per_block) if config.preemption_mode == "swap" else 0,
         kv_bytes=num_blocks * bytes_per_block, weight_bytes=weight_bytes, activation_bytes=activation_bytes,
         free_bytes=free_bytes,
     )  # fmt: skip
@@ -194,13 +194,13 @@ def kv_bytes_per_block(block_size: int, model: ModelConfig, cache_dtype: torch.d
 
 
 def _kv_budget(config: EngineConfig, device: torch.device, free_bytes: int, activation_bytes: int) -> int:
-    """Bytes for KV blocks."""
+    """Bytes for KV blocks; negative where weights and activations take more than there is."""
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     if device.type == "cpu":
         return min(CPU_KV_MAX, int(CPU_KV_SHARE * free_bytes)) // config.tensor_parallel_size  # the ranks share the memory
     total = torch.cuda.mem_get_info(device)[1]
-    return max(0, int(free_bytes - (1 - config.gpu_memory_utilization) * total) - activation_bytes)
+    return int(free_bytes - (1 - config.gpu_memory_utilization) * total) - activation_bytes
 
 
 def _activation_bytes(model: ModelConfig, num_tokens: int, num_seqs: int, dtype: torch.dtype) -> int:

@@ -25,11 +25,9 @@ def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: i
     return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
 
 
-def num_blocks_for_budget(
-    budget_bytes: int, num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-) -> int:
-    """How many whole blocks fit into `budget_bytes`; 0 if not even one does."""
-    return max(0, budget_bytes // block_bytes(num_layers, block_size, num_kv_heads, head_dim, dtype))
+def num_blocks_for_budget(budget_bytes: int, bytes_per_block: int) -> int:
+    """How many whole blocks of so many bytes fit into a budget; 0 if not even one does, or the budget is negative."""
+    return max(0, budget_bytes // bytes_per_block)
 
 
 def write_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:

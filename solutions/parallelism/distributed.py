@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from .communication import Communicator
 
 TIMEOUT_SECONDS = 60.0
 """How long a rank waits for another one, at a rendezvous or in a collective, until it says that something is wrong."""
+START_SECONDS = 600.0
+"""How long a rank may take to come to the rendezvous: it loads PyTorch first, perhaps over a network."""
 START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 """How `run_ranks` starts processes; on macOS system libraries do not survive a fork."""
 
@@ -68,6 +70,28 @@ def join(
 def has_come(rank: int, store: dist.Store) -> bool:
     """Whether a rank has reached the rendezvous."""
     return store.check([f"rank {rank}"])
+
+
+def wait_for_ranks(
+    ranks: Collection[int], store: dist.Store, check: Callable[[], None], timeout: float = START_SECONDS, pause: float = 0.02
+) -> None:
+    """Wait until all of `ranks` have reached the rendezvous.
+
+    Args:
+        store: what `open_rendezvous` gave; `has_come` asks it.
+        check: called as long as some are missing, every `pause` seconds; raises when a rank has died, which ends the wait.
+        timeout: seconds until those that are missing are given up.
+
+    Raises:
+        TimeoutError: not all have come in time; the message names those that are missing.
+    """
+    deadline = time.monotonic() + timeout
+    while missing := [rank for rank in ranks if not has_come(rank, store)]:
+        check()
+        if time.monotonic() > deadline:
+            names = ", ".join(map(str, missing))
+            raise TimeoutError(f"these ranks did not come to the rendezvous in {timeout:.0f} s: {names}")
+        time.sleep(pause)
 
 
 def leave() -> None:

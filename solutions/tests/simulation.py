@@ -131,7 +131,7 @@ class Simulation:
             for t in range(batch.query_start_loc[i], batch.query_start_loc[i + 1]):
                 position, slot = int(batch.positions[t]), int(batch.slot_mapping[t])
                 assert batch.input_ids[t] == seq.tokens[position]
-                assert slot == self.manager.slot_mapping(seq, position, position + 1)[0]
+                assert slot == self.manager.tables[seq.seq_id][position // size] * size + position % size
                 assert slot not in written, f"slot {slot} is written twice in one step"
                 written.add(slot)
                 self.device[slot] = tuple(seq.tokens[: position + 1])

@@ -24,15 +24,6 @@ def test_allocates_just_enough_blocks(length, blocks):
     manager.check_invariants()
 
 
-def test_slots_follow_the_block_table():
-    manager = BlockManager(8, 4)
-    seq = sequence(0, 10)
-    manager.allocate(seq)
-    manager.tables[0][:] = [5, 2, 7]  # as if allocated so
-    assert manager.slot_mapping(seq, 0, 10) == [20, 21, 22, 23, 8, 9, 10, 11, 28, 29]
-    assert manager.slot_mapping(seq, 3, 5) == [23, 8]
-
-
 @pytest.mark.parametrize("computed", [3, 4, 5])
 def test_appending_takes_a_block_only_at_a_boundary(computed):
     manager = BlockManager(8, 4)

@@ -57,7 +57,7 @@ def test_block_bytes_is_what_is_allocated() -> None:
 
 @pytest.mark.parametrize(("budget", "blocks"), [(0, 0), (511, 0), (512, 1), (1023, 1), (1024, 2), (-1, 0)])
 def test_num_blocks_for_budget(budget: int, blocks: int) -> None:
-    assert num_blocks_for_budget(budget, 2, 4, 1, 8, torch.float32) == blocks
+    assert num_blocks_for_budget(budget, block_bytes(2, 4, 1, 8, torch.float32)) == blocks
 
 
 def test_memory_is_committed_when_it_is_used() -> None:

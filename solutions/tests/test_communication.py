@@ -14,6 +14,7 @@ import torch
 
 from solutions.parallelism.communication import (
     Communicator,
+    RingCommunicator,
     ring_all_gather,
     ring_all_reduce,
     ring_reduce_scatter,
@@ -101,6 +102,21 @@ def check_rings(size: int, length: int, results: tuple[dict[str, object], ...]) 
     assert sum(got["sent"] for got in results) == 2 * (size - 1) * 4 * length
     if length % size == 0:
         assert {got["sent"] for got in results} == {2 * (size - 1) * 4 * length // size}
+
+
+def by_rings(_: Communicator) -> dict[str, object]:
+    comm = RingCommunicator()
+    summed = comm.all_reduce(inputs(comm.rank, 6).view(2, 3))
+    gathered = comm.all_gather(torch.full((2, 3), float(comm.rank)))
+    return {"all_reduce": summed, "all_gather": gathered, "calls": {name: t.calls for name, t in comm.traffic.items()}}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_communicator_of_rings(size: int) -> None:
+    for got in run_ranks(by_rings, size):
+        torch.testing.assert_close(got["all_reduce"], total(size, 6).view(2, 3), rtol=0, atol=0)
+        assert got["all_gather"].tolist() == [[float(r)] * 3 for r in range(size) for _ in range(2)]
+        assert got["calls"] == ({"exchange": 3 * (size - 1)} if size > 1 else {})
 
 
 def fail_on_one(comm: Communicator, how: str) -> None:

@@ -252,8 +252,9 @@ def test_engines_of_several_ranks_say_the_same(tmp_path: Path, make: Callable[..
     expected = outputs(tmp_path, 1)
     for size in (2, 4):
         assert outputs(tmp_path, size) == expected
-    if make is make_tiny_llama:  # sums by gloo
+    if make is make_tiny_llama:  # sums by gloo, and by the rings of the course
         assert outputs(tmp_path, 2, enable_cpu_kernels=False) == expected
+        assert outputs(tmp_path, 4, collective_backend="ring") == expected
     assert children() == []
 
 

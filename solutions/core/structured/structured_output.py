@@ -177,7 +177,7 @@ def forbid(logits: Tensor, guided: list[tuple[Guide, list[tuple[int, Any]]]], vo
     masks = torch.empty(len(rows), -(-vocab_size // 32), dtype=torch.int32)
     start = 0
     for guide, places in guided:
-        guide.allow([seq.tokens[seq.num_prompt_tokens :] for _, seq in places], masks[start : start + len(places)])
+        guide.allow([seq.output_token_ids for _, seq in places], masks[start : start + len(places)])
         start += len(places)
     bits = masks.to(logits.device)[:, :, None] >> torch.arange(32, device=logits.device, dtype=torch.int32) & 1
     forbidden = bits.flatten(1)[:, :vocab_size] == 0  # [R, V]

@@ -271,12 +271,6 @@ class BlockManager:
 
     # For the step that runs
 
-    def slot_mapping(self, seq: Sequence, start: int, end: int) -> list[int]:
-        """Slots of the tokens at positions ``start .. end - 1``."""
-        raise NotImplementedError(
-            "Stage 1 · Task 1.2: BlockManager.slot_mapping, see stages/stage1_block_management/GUIDE.md#task-1-2"
-        )
-
     def take_changed(self) -> set[int]:
         """Sequences whose block table changed since the last call; who mirrors the tables copies only these."""
         changed, self._changed = self._changed, set()

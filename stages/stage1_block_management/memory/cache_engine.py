@@ -27,10 +27,8 @@ def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: i
     raise NotImplementedError("Stage 1 · Task 1.5: block_bytes, see stages/stage1_block_management/GUIDE.md#task-1-5")
 
 
-def num_blocks_for_budget(
-    budget_bytes: int, num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-) -> int:
-    """How many whole blocks fit into `budget_bytes`; 0 if not even one does."""
+def num_blocks_for_budget(budget_bytes: int, bytes_per_block: int) -> int:
+    """How many whole blocks of so many bytes fit into a budget; 0 if not even one does, or the budget is negative."""
     raise NotImplementedError("Stage 1 · Task 1.5: num_blocks_for_budget, see stages/stage1_block_management/GUIDE.md#task-1-5")
 
 

@@ -1,4 +1,4 @@
-"""Task 1.2: BlockManager gives sequences block tables, lets them grow, and names the slots of their tokens."""
+"""Task 1.2: BlockManager gives sequences block tables, and lets them grow."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from stages.attention.block_manager import BlockManager
 from stages.batching.sampling_params import SamplingParams
 from stages.batching.sequence import Sequence
 from stages.course.fixtures.checks import check_equal
+from stages.course.fixtures.slots import slots
 
 SEARCH = settings(
     max_examples=30, stateful_step_count=20, derandomize=True, deadline=None, database=None, report_multiple_bugs=False,
@@ -100,36 +101,6 @@ def test_tables_do_not_overlap() -> None:
     check_equal(manager.allocator.num_free, 2, "free blocks")
 
 
-def test_slots_of_a_worked_example() -> None:
-    """With block size 4 and the table [5, 2, 7], position 6 lies in block 2 at offset 2, which is slot 10; and so on.
-
-    Why: the slot is the address at which the model stores a token's key and value. Off by one, and every later token attends
-    to the wrong text.
-    """
-    manager = plain_manager(8, 4)
-    seq = sequence(0, 10)
-    manager.tables[0] = [5, 2, 7]
-    check_equal(manager.slot_mapping(seq, 0, 10), [20, 21, 22, 23, 8, 9, 10, 11, 28, 29], "slots of positions 0 to 9")
-    check_equal(manager.slot_mapping(seq, 6, 7), [10], "slot of position 6 alone")
-    check_equal(manager.slot_mapping(seq, 3, 9), [23, 8, 9, 10, 11, 28], "slots of a chunk that begins and ends inside blocks")
-    check_equal(manager.slot_mapping(seq, 4, 4), [], "slots of no position")
-
-
-@pytest.mark.parametrize("block_size", [1, 4, 16])
-def test_slots_at_every_block_size(block_size: int) -> None:
-    """For block sizes 1, 4 and 16, slots run on inside a block and jump to the next block of the table at its end.
-
-    Why: --block-size is a setting of the server, so no number may be built in.
-    """
-    table = [3, 0, 2]
-    manager = plain_manager(4, block_size)
-    manager.tables[7] = table
-    expected = [slot for block in table for slot in range(block * block_size, (block + 1) * block_size)]
-    seq = sequence(7, 3 * block_size)
-    check_equal(manager.slot_mapping(seq, 0, 3 * block_size), expected, "slots of three whole blocks")
-    check_equal(manager.slot_mapping(seq, block_size, 2 * block_size), expected[block_size:-block_size], "slots of the second")
-
-
 @pytest.mark.parametrize(("block_size", "computed"), CASES)
 def test_decoding_takes_a_block_exactly_at_the_boundary(block_size: int, computed: int) -> None:
     """One more token gets a new block when the computed ones fill their blocks to the brim, and none otherwise.
@@ -151,7 +122,7 @@ def test_decoding_takes_a_block_exactly_at_the_boundary(block_size: int, compute
     check_equal(len(manager.tables[0]), len(before) + new, f"blocks after {computed} + 1 tokens")
     check_equal(manager.take_changed(), {0} if new else set(), "sequences with a changed table")
     check_equal(copies, [], "blocks to copy")
-    (slot,) = manager.slot_mapping(seq, computed, computed + 1)
+    (slot,) = slots(manager, seq, computed, computed + 1)
     check_equal(slot % block_size, computed % block_size, "offset of the new token in its block")
     manager.check_invariants()
 
@@ -168,8 +139,7 @@ def test_several_tokens_at_once(num_tokens: int, blocks: int) -> None:
     seq.num_computed_tokens = 3
     check_equal(manager.append_slots(seq, num_tokens, []), True, "append_slots, with blocks free")
     check_equal(len(manager.tables[0]), blocks, f"blocks for 3 + {num_tokens} tokens")
-    slots = manager.slot_mapping(seq, 0, 3 + num_tokens)
-    check_equal(len(set(slots)), 3 + num_tokens, "different slots")
+    check_equal(len(set(slots(manager, seq, 0, 3 + num_tokens))), 3 + num_tokens, "different slots")
     manager.check_invariants()
 
 
@@ -438,10 +408,8 @@ class GrowingSequences(RuleBasedStateMachine):
     @invariant()
     def every_token_has_a_slot_of_its_own(self) -> None:
         check_equal(self.manager.allocator.num_used, self.blocks(), "used blocks")
-        slots = [
-            slot for seq_id, seq in self.sequences.items() for slot in self.manager.slot_mapping(seq, 0, self.room[seq_id])
-        ]
-        check_equal(len(set(slots)), len(slots), "different slots")
+        taken = [slot for seq_id, seq in self.sequences.items() for slot in slots(self.manager, seq, 0, self.room[seq_id])]
+        check_equal(len(set(taken)), len(taken), "different slots")
         self.manager.check_invariants()
 
 

@@ -11,6 +11,7 @@ from stages.attention.block_manager import NULL_BLOCK, BlockManager
 from stages.batching.sampling_params import SamplingParams
 from stages.batching.sequence import Sequence
 from stages.course.fixtures.checks import check_equal
+from stages.course.fixtures.slots import slots
 
 SEARCH = settings(
     max_examples=40, stateful_step_count=25, derandomize=True, deadline=None, database=None, report_multiple_bugs=False,
@@ -281,7 +282,7 @@ class TreeOfSequences(RuleBasedStateMachine):
         read = {target * 3 + i: self.memory.get(source * 3 + i, 0) for source, target in copies for i in range(3)}
         self.memory |= read
         start = seq.num_computed_tokens
-        for slot in self.manager.slot_mapping(seq, start, start + count):
+        for slot in slots(self.manager, seq, start, start + count):
             seq.tokens.append(self.next_token)
             self.memory[slot] = self.next_token
             self.next_token += 1
@@ -320,7 +321,7 @@ class TreeOfSequences(RuleBasedStateMachine):
     @invariant()
     def everyone_reads_what_it_wrote(self) -> None:
         for seq in self.sequences.values():
-            read = [self.memory[slot] for slot in self.manager.slot_mapping(seq, 0, seq.num_computed_tokens)]
+            read = [self.memory[slot] for slot in slots(self.manager, seq, 0, seq.num_computed_tokens)]
             check_equal(read, seq.tokens, f"tokens of sequence {seq.seq_id} in memory")
         self.manager.check_invariants()
 

@@ -11,6 +11,7 @@ from stages.attention.block_manager import NULL_BLOCK, BlockManager
 from stages.batching.sampling_params import SamplingParams
 from stages.batching.sequence import Sequence
 from stages.course.fixtures.checks import check_equal
+from stages.course.fixtures.slots import slots
 
 SEARCH = settings(
     max_examples=40, stateful_step_count=25, derandomize=True, deadline=None, database=None, report_multiple_bugs=False,
@@ -361,7 +362,7 @@ class Swapping(RuleBasedStateMachine):
         return sum(len(range(0, len(seq.tokens), self.size)) for seq in sequences)
 
     def write(self, seq: Sequence, end: int) -> None:
-        for slot in self.manager.slot_mapping(seq, seq.num_computed_tokens, end):
+        for slot in slots(self.manager, seq, seq.num_computed_tokens, end):
             self.device[slot // self.size][slot % self.size] = seq.tokens[seq.num_computed_tokens]
             seq.num_computed_tokens += 1
 
@@ -420,8 +421,8 @@ class Swapping(RuleBasedStateMachine):
     def everyone_finds_its_tokens(self) -> None:
         check_equal(self.manager.allocator.num_used, self.blocks(self.here), "used blocks")
         for seq in self.here:
-            slots = self.manager.slot_mapping(seq, 0, seq.num_computed_tokens)
-            read = [self.device[slot // self.size].get(slot % self.size) for slot in slots]
+            taken = slots(self.manager, seq, 0, seq.num_computed_tokens)
+            read = [self.device[slot // self.size].get(slot % self.size) for slot in taken]
             check_equal(read, seq.tokens[: seq.num_computed_tokens], f"tokens of sequence {seq.seq_id} in memory")
         self.manager.check_invariants()
 

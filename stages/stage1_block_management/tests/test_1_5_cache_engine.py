@@ -95,7 +95,7 @@ def test_whole_blocks_within_the_budget(budget: int, blocks: int) -> None:
     Why: the budget is what weights and activations leave over. That can be negative, and then the engine must say that nothing
     fits instead of reserving a negative size.
     """
-    actual = num_blocks_for_budget(budget, 2, 4, 1, 8, torch.float32)
+    actual = num_blocks_for_budget(budget, 512)
     check_equal(actual, blocks, f"blocks for {budget} bytes")
     check_equal(type(actual), int, "type of the result")
 
@@ -105,9 +105,9 @@ def test_the_budget_of_a_real_card() -> None:
 
     Why: that is 24 users with 2,048 tokens each. The rest of the engine is about filling exactly these blocks.
     """
-    arguments = LLAMA_7B | {"block_size": 16}
-    check_equal(num_blocks_for_budget(24 * GIB, **arguments), 3072, "blocks in 24 GiB")
-    check_equal(num_blocks_for_budget(24 * GIB - 1, **arguments), 3071, "blocks in one byte less")
+    size = block_bytes(block_size=16, **LLAMA_7B)
+    check_equal(num_blocks_for_budget(24 * GIB, size), 3072, "blocks in 24 GiB")
+    check_equal(num_blocks_for_budget(24 * GIB - 1, size), 3071, "blocks in one byte less")
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 4])

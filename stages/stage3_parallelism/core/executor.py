@@ -17,7 +17,7 @@ from ..batching.continuous_batch import FlatBatch
 from ..batching.step_arrays import FlatArrays, StepArrays
 from ..models.config.model_config import ModelConfig
 from ..models.loader import ModelSource
-from ..parallelism.distributed import has_come, leave, open_rendezvous
+from ..parallelism.distributed import leave, open_rendezvous, wait_for_ranks
 from ..parallelism.shared_memory import nameless_file
 from ..parallelism.tensor_parallel import TensorParallel
 from .config import EngineConfig
@@ -99,12 +99,10 @@ class LockstepExecutor(Executor):
         """Wait for the others, join them as `setup` says, and make rank 0's worker.
 
         Raises:
-            WorkerDiedError: a rank failed to start.
+            WorkerDiedError: a rank failed to start. TimeoutError: one did not come.
         """
         try:
-            while not all(has_come(other.rank, store) for other in self._others):
-                self.check_health()
-                time.sleep(0.02)
+            wait_for_ranks([other.rank for other in self._others], store, self.check_health)
             self.worker = Worker(setup.config, setup.source, setup.device, setup.dtype, meet(setup, store), threads)
         except BaseException:
             self._finalizer()

@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from ..batching.step_arrays import StepArrays
 from ..models.loader import ModelSource
+from ..parallelism.communication import RingCommunicator
 from ..parallelism.distributed import cores_of, join
 from ..parallelism.shared_memory import SharedMemoryCommunicator, nameless_file
 from ..parallelism.tensor_parallel import TensorParallel
@@ -126,8 +127,11 @@ class Setup:
 
 
 def meet(setup: Setup, store: dist.Store | str) -> TensorParallel:
-    """Join the other ranks. Sums go through the memory that they share, if there is one and the CPU kernels are wanted."""
+    """Join the other ranks. Sums go through the memory that they share, if there is one and the CPU kernels are wanted, or
+    around a ring, if that is asked for."""
     communicator = join(setup.rank, setup.size, store, setup.device)
+    if setup.config.collective_backend == "ring":
+        return TensorParallel(setup.rank, setup.size, RingCommunicator())
     wanted = setup.device.type == "cpu" and setup.memory is not None and setup.config.enable_cpu_kernels
     if wanted and native.load() is not None:
         communicator = SharedMemoryCommunicator(setup.memory, pick_threads(ranks=setup.size))

@@ -163,9 +163,9 @@ def ring_reduce_scatter(chunks: list[Tensor], communicator: Communicator) -> Ten
     Returns:
         This rank's chunk, complete.
     """
-    # Hint: You have written both already. What differs is with which chunk a rank begins, so that rank r ends with
-    # chunk r.
-    raise NotImplementedError("Stage 3 · Task 3.2: ring_reduce_scatter, see stages/stage3_parallelism/GUIDE.md#task-3-2")
+    # Hint: Draw four ranks in a circle and one column for each chunk. In every round each rank hands one chunk to its
+    # right, and what came last is what it hands on next.
+    raise NotImplementedError("Stage 3 · Task 3.1: ring_reduce_scatter, see stages/stage3_parallelism/GUIDE.md#task-3-1")
 
 
 def ring_all_gather(chunks: list[Tensor], communicator: Communicator) -> list[Tensor]:
@@ -177,15 +177,14 @@ def ring_all_gather(chunks: list[Tensor], communicator: Communicator) -> list[Te
     Returns:
         The same list, all of it filled.
     """
-    raise NotImplementedError("Stage 3 · Task 3.2: ring_all_gather, see stages/stage3_parallelism/GUIDE.md#task-3-2")
+    raise NotImplementedError("Stage 3 · Task 3.1: ring_all_gather, see stages/stage3_parallelism/GUIDE.md#task-3-1")
 
 
 def ring_all_reduce(x: Tensor, communicator: Communicator) -> Tensor:
     """The sum of all ranks' contiguous `x`, in place, with neighbours alone, in 2(size − 1) rounds.
 
-    In every round a rank sends one chunk to the next rank and gets another from the one before. In the first half of the rounds
-    what comes is added, so that at its end each rank has one chunk complete; in the second half complete chunks go around and
-    are copied.
+    `x` is cut evenly, a chunk for each rank. In the first half of the rounds each rank gets the complete sum of its own chunk,
+    in the second half all get all chunks.
 
     Args:
         x: of any shape, the same on every rank; there may be fewer elements than ranks.
@@ -193,6 +192,25 @@ def ring_all_reduce(x: Tensor, communicator: Communicator) -> Tensor:
     Returns:
         `x` itself.
     """
-    # Hint: Draw four ranks in a circle and one column for each chunk. In every round each rank hands one chunk to its
-    # right.
-    raise NotImplementedError("Stage 3 · Task 3.1: ring_all_reduce, see stages/stage3_parallelism/GUIDE.md#task-3-1")
+    # Hint: You have written all that moves. What is missing is who cuts the tensor into chunks, and where the chunks
+    # lie.
+    raise NotImplementedError("Stage 3 · Task 3.2: ring_all_reduce, see stages/stage3_parallelism/GUIDE.md#task-3-2")
+
+
+class RingCommunicator(Communicator):
+    """Sums and gathers by the rings above instead of the library's: slower, and all of it can be read."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' contiguous `x`, in place, by `ring_all_reduce`."""
+        raise NotImplementedError(
+            "Stage 3 · Task 3.2: RingCommunicator.all_reduce, see stages/stage3_parallelism/GUIDE.md#task-3-2"
+        )
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """All ranks' `x` [n, ...] behind one another in the order of ranks, by `ring_all_gather`: [size · n, ...].
+
+        The chunks that go around are views of the result, so nothing is copied but `x` itself.
+        """
+        raise NotImplementedError(
+            "Stage 3 · Task 3.2: RingCommunicator.all_gather, see stages/stage3_parallelism/GUIDE.md#task-3-2"
+        )

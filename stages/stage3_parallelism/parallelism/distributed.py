@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from .communication import Communicator
 
 TIMEOUT_SECONDS = 60.0
 """How long a rank waits for another one, at a rendezvous or in a collective, until it says that something is wrong."""
+START_SECONDS = 600.0
+"""How long a rank may take to come to the rendezvous: it loads PyTorch first, perhaps over a network."""
 START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 """How `run_ranks` starts processes; on macOS system libraries do not survive a fork."""
 
@@ -52,6 +54,22 @@ def join(
 def has_come(rank: int, store: dist.Store) -> bool:
     """Whether a rank has reached the rendezvous."""
     return store.check([f"rank {rank}"])
+
+
+def wait_for_ranks(
+    ranks: Collection[int], store: dist.Store, check: Callable[[], None], timeout: float = START_SECONDS, pause: float = 0.02
+) -> None:
+    """Wait until all of `ranks` have reached the rendezvous.
+
+    Args:
+        store: what `open_rendezvous` gave; `has_come` asks it.
+        check: called as long as some are missing, every `pause` seconds; raises when a rank has died, which ends the wait.
+        timeout: seconds until those that are missing are given up.
+
+    Raises:
+        TimeoutError: not all have come in time; the message names those that are missing.
+    """
+    raise NotImplementedError("Stage 3 · Task 3.7: wait_for_ranks, see stages/stage3_parallelism/GUIDE.md#task-3-7")
 
 
 def leave() -> None:
@@ -114,7 +132,21 @@ def _collect(processes: list[Any], results: Any, deadline: float) -> list[Any]:
         RuntimeError: a rank failed, with its traceback, or died without a word, with its exit code.
         TimeoutError: time is up; the message names the ranks that are missing.
     """
-    raise NotImplementedError("Stage 3 · Task 3.7: _collect, see stages/stage3_parallelism/GUIDE.md#task-3-7")
+    found: dict[int, Any] = {}
+    while len(found) < len(processes):
+        with contextlib.suppress(queue.Empty):
+            rank, value, failure = results.get(timeout=0.2)
+            if failure is not None:
+                raise RuntimeError(f"rank {rank} failed:\n{failure}")
+            found[rank] = pickle.loads(value)
+            continue
+        missing = [rank for rank in range(len(processes)) if rank not in found]
+        dead = [rank for rank in missing if processes[rank].exitcode not in (None, 0)]
+        if dead:
+            raise RuntimeError(f"rank {dead[0]} died with exit code {processes[dead[0]].exitcode} and said nothing")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"ranks {', '.join(map(str, missing))} of {len(processes)} did not end in time")
+    return [found[rank] for rank in range(len(processes))]
 
 
 def _rank_main(

@@ -1,15 +1,12 @@
-"""Task 3.7: how ranks find each other, which cores are theirs, and who says what when one fails."""
+"""Task 3.7: how ranks find each other, which cores are theirs, and who says what when one does not come."""
 
 from __future__ import annotations
 
 import os
-import pickle
-import queue
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +14,7 @@ import pytest
 from stages.course.fixtures.checks import check_equal
 from stages.course.fixtures.rank_jobs import fail_on_rank_1, meet_again, say_who
 from stages.parallelism import distributed
-from stages.parallelism.distributed import _collect, cores_of, has_come, join, leave, open_rendezvous, run_ranks
+from stages.parallelism.distributed import cores_of, has_come, join, leave, open_rendezvous, run_ranks, wait_for_ranks
 
 WAIT = 0.5
 """Seconds that ranks wait for those who never come."""
@@ -89,16 +86,101 @@ def test_a_system_without_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
     check_equal(cores_of(0, 2), [], "cores")
 
 
-# Collecting what ranks give
+# Waiting for ranks
 
 
-def collect(entries: list[tuple[int, Any, str | None]], exit_codes: list[int | None], seconds: float = WAIT) -> list[Any]:
-    """`_collect` from ranks of which some have put something into the queue: (rank, value, failure)."""
-    results: queue.Queue = queue.Queue()
-    for rank, value, failure in entries:
-        results.put((rank, None if failure else pickle.dumps(value), failure))
-    processes = [SimpleNamespace(exitcode=code) for code in exit_codes]
-    return _collect(processes, results, time.monotonic() + seconds)
+class Doors:
+    """Stands in for a rendezvous: the ranks of `at_look[n]` are there from the n-th look on, counted from 0."""
+
+    def __init__(self, *at_look: set[int]) -> None:
+        self.at_look, self.checks = at_look, 0
+
+    def check(self, names: list[str]) -> bool:
+        come = set().union(*self.at_look[: self.checks + 1])
+        return set(names) <= {f"rank {rank}" for rank in come}
+
+    def look_for_the_dead(self) -> None:
+        """What the driver passes as `check`: here each call is the end of a look."""
+        self.checks += 1
+        assert self.checks < 1000, "wait_for_ranks looks again and again, although time is up"
+
+
+def test_who_is_there_is_not_waited_for() -> None:
+    """With ranks 1 and 2 at the rendezvous, or nobody to wait for, wait_for_ranks returns at once and checks nobody.
+
+    Why: a rank that has come needs no check any more, and every engine of one rank comes past here.
+    """
+    for ranks in ([1, 2], []):
+        doors = Doors({1, 2})
+        wait_for_ranks(ranks, doors, doors.look_for_the_dead, WAIT)
+        check_equal(doors.checks, 0, f"calls of check while waiting for {ranks}")
+
+
+def test_all_are_waited_for() -> None:
+    """Rank 2 is there at the first look, rank 1 from the third on and rank 3 from the fourth: there are three checks.
+
+    Why: the driver's first sum waits for everybody. And between two looks somebody may die, so there is a check at each.
+    """
+    doors = Doors({2}, set(), {1}, {3})
+    wait_for_ranks([1, 2, 3], doors, doors.look_for_the_dead, ENOUGH, pause=0.001)
+    check_equal(doors.checks, 3, "calls of check")
+
+
+def test_a_death_ends_the_waiting() -> None:
+    """What `check` raises comes out, and long before time is up.
+
+    Why: a rank that dies while it loads, as there is no memory for its part, never comes. Without this everyone waits for the
+    time-out.
+    """
+    doors = Doors({1})
+
+    def check() -> None:
+        doors.look_for_the_dead()
+        if doors.checks == 3:
+            raise ChildProcessError("rank 2 has ended, killed by SIGKILL")
+
+    start = time.monotonic()
+    with pytest.raises(ChildProcessError, match="rank 2 has ended"):
+        wait_for_ranks([1, 2], doors, check, ENOUGH, pause=0.001)
+    assert time.monotonic() - start < ENOUGH / 2, f"it took {time.monotonic() - start:.1f} s to see a dead process"
+
+
+def test_a_death_says_more_than_the_clock() -> None:
+    """A rank is dead and time is up at the same look: the error is the death.
+
+    Why: "did not come in time" sends people to look for a slow disk.
+    """
+
+    def check() -> None:
+        raise ChildProcessError("rank 1 has ended")
+
+    with pytest.raises(ChildProcessError):
+        wait_for_ranks([1], Doors(set()), check, timeout=0.0)
+
+
+def test_time_is_up_for_those_who_are_missing() -> None:
+    """Ranks 1 and 3 live and do not come: when time is up, a TimeoutError names both and not the others.
+
+    Why: of eight ranks the one that hangs is the one to look at.
+    """
+    doors = Doors({2, 4})
+    start = time.monotonic()
+    with pytest.raises(TimeoutError) as error:
+        wait_for_ranks([1, 2, 3, 4], doors, doors.look_for_the_dead, WAIT, pause=0.01)
+    assert WAIT <= time.monotonic() - start < ENOUGH, f"it took {time.monotonic() - start:.1f} s and not {WAIT:g}"
+    text = re.sub(r"in \S+ s|of 4", "", str(error.value))
+    check_equal([rank for rank in range(5) if str(rank) in text], [1, 3], f"ranks named in {str(error.value)!r}")
+
+
+def test_it_rests_between_two_looks() -> None:
+    """In half a second with pauses of 0.1 s there are at most 6 checks.
+
+    Why: the ranks that are waited for load a model on the same cores.
+    """
+    doors = Doors(set())
+    with pytest.raises(TimeoutError):
+        wait_for_ranks([1], doors, doors.look_for_the_dead, WAIT, pause=0.1)
+    assert doors.checks <= 6, f"{doors.checks} looks in {WAIT:g} s with pauses of 0.1 s"
 
 
 def failure(function: Callable[..., Any], *args: Any, **named: Any) -> str:
@@ -110,65 +192,6 @@ def failure(function: Callable[..., Any], *args: Any, **named: Any) -> str:
     except RuntimeError as error:
         return str(error)
     raise AssertionError(f"a RuntimeError was expected, and the result is {result}")
-
-
-def test_results_come_in_the_order_of_ranks() -> None:
-    """Ranks 2, 0 and 1 finish in this order; their results are returned as those of ranks 0, 1, 2.
-
-    Why: who is first is chance. A caller who takes the first result for that of rank 0 is right on most days.
-    """
-    check_equal(collect([(2, "c", None), (0, "a", None), (1, "b", None)], [None, 0, 0]), ["a", "b", "c"], "results")
-
-
-def test_a_result_may_be_nothing() -> None:
-    """A rank that gives None, or an empty list, has given something.
-
-    Why: many functions return None. Who waits until there is "something" waits for ever.
-    """
-    check_equal(collect([(0, None, None), (1, [], None)], [0, 0]), [None, []], "results")
-
-
-def test_a_late_result_is_waited_for() -> None:
-    """Rank 1 has ended well, with exit code 0, and its result is still on its way for half a second.
-
-    Why: an empty queue does not mean that nothing comes, and an exit code of 0 is no death.
-    """
-    results: queue.Queue = queue.Queue()
-    results.put((0, pickle.dumps("early"), None))
-    threading.Timer(0.5, lambda: results.put((1, pickle.dumps("late"), None))).start()
-    processes = [SimpleNamespace(exitcode=None), SimpleNamespace(exitcode=0)]
-    check_equal(_collect(processes, results, time.monotonic() + 5), ["early", "late"], "results")
-
-
-def test_a_failure_is_told_with_its_rank() -> None:
-    """Rank 1 puts a traceback into the queue and dies with exit code 1: the error names rank 1 and holds the traceback.
-
-    Why: exit code 1 says nothing. What the rank said before it died says all, and must be looked at first.
-    """
-    text = failure(collect, [(0, "a", None), (1, None, "Traceback ...\nIndexError: planted")], [0, 1])
-    assert re.search(r"(?s)rank 1\b.*IndexError: planted", text), f"the message says {text!r}"
-
-
-def test_a_death_is_told_with_its_rank() -> None:
-    """Rank 2 is killed and has said nothing: the error names it and its exit code −9, long before time is up.
-
-    Why: the system kills processes when memory is short, and they say no word. Without this everyone waits for the time-out.
-    """
-    start = time.monotonic()
-    text = failure(collect, [(0, "a", None)], [0, None, -9], seconds=ENOUGH)
-    assert re.search(r"rank 2\b.*-9", text), f"the message says {text!r}"
-    assert time.monotonic() - start < ENOUGH / 2, f"it took {time.monotonic() - start:.1f} s to see a dead process"
-
-
-def test_time_is_up_for_those_who_are_missing() -> None:
-    """Ranks 1 and 3 give nothing and go on running: when time is up, the error names both and not the others.
-
-    Why: of eight ranks the one that hangs is the one to look at.
-    """
-    with pytest.raises(TimeoutError) as error:
-        collect([(0, "a", None), (2, "c", None)], [0, None, 0, None], seconds=0.3)
-    text = str(error.value).replace("of 4", "")
-    check_equal([rank for rank in range(4) if str(rank) in text], [1, 3], f"ranks named in {text!r}")
 
 
 # Joining

@@ -46,6 +46,10 @@ class Prefix:
         return self.sequence.tokens[: self.length]
 
     @property
+    def output_token_ids(self) -> list[int]:
+        return self.sequence.tokens[self.num_prompt_tokens : self.length]
+
+    @property
     def num_output_tokens(self) -> int:
         return self.length - self.num_prompt_tokens
 

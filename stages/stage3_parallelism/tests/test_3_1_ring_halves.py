@@ -1,4 +1,7 @@
-"""Task 3.2: reduce-scatter and all-gather, the two halves of the ring, each for itself."""
+"""Task 3.1: reduce-scatter and all-gather, the two halves of the ring, each for itself.
+
+Rank r brings 1, 2, 3, … times 10^r, so a sum shows by its digits who is in it.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +96,8 @@ def halves_in_a_row(comm: Communicator, length: int) -> torch.Tensor:
 def test_one_after_the_other_is_an_all_reduce(size: int, length: int) -> None:
     """The all-gather of what the reduce-scatter left is the whole sum on every rank.
 
-    Why: sequence parallelism puts work between the two halves, on a part of the tokens each, at no more bytes than before.
+    Why: this is how task 3.2 makes the sum of a layer. And sequence parallelism puts work between the two halves, on a part of
+    the tokens each, at no more bytes than before.
     """
     for rank, got in enumerate(on_threads(size, halves_in_a_row, length)):
         check_equal(got, total(size, length), f"the tensor of rank {rank}")

@@ -1,6 +1,7 @@
-"""Task 3.1: the ring all-reduce. Rank r brings 1, 2, 3, … times 10^r, so a sum shows by its digits who is in it.
+"""Task 3.2: the ring all-reduce, and the communicator that puts it under a model.
 
-Most tests run the ranks as threads of this process, whose messages can be looked at; the last one starts real processes.
+Rank r brings 1, 2, 3, … times 10^r, so a sum shows by its digits who is in it. Most tests run the ranks as threads of this
+process, whose messages can be looked at; some start real processes.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 from stages.course.fixtures.checks import check_equal
-from stages.course.fixtures.rank_jobs import numbers, reduce_all, reduce_many, total
-from stages.course.fixtures.ranks import Wires, on_processes, on_threads
+from stages.course.fixtures.rank_jobs import ThreadRing, engine_calls, numbers, reduce_all, reduce_many, total
+from stages.course.fixtures.ranks import ThreadCommunicator, Wires, on_processes, on_threads
 from stages.parallelism.communication import Communicator, ring_all_reduce
 
 BYTES = 8
@@ -144,6 +145,75 @@ def test_between_processes(size: int) -> None:
     for rank, results in enumerate(on_processes(size, reduce_many, lengths)):
         for length, got in zip(lengths, results, strict=True):
             check_equal(got, total(size, length), f"{length} elements on rank {rank}")
+
+
+def layer_sum(comm: ThreadCommunicator, rows: int) -> tuple[torch.Tensor, bool, dict[str, int]]:
+    ring = ThreadRing(comm)
+    x = numbers(comm.rank, 3 * rows).view(rows, 3)
+    result = ring.all_reduce(x)
+    return x, result is x, {name: traffic.calls for name, traffic in ring.traffic.items()}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_layers_sum_goes_around_the_ring(size: int, rows: int) -> None:
+    """RingCommunicator.all_reduce of [T, 3] is the sum over the ranks, in the tensor that it was given, by exchanges alone.
+
+    Why: this is what a row-parallel layer calls. If the library did the adding, the answer would be as right and the ring idle.
+    """
+    for rank, (x, in_place, calls) in enumerate(on_threads(size, layer_sum, rows)):
+        check_equal(x, total(size, 3 * rows).view(rows, 3), f"the tensor of rank {rank}")
+        check_equal(in_place, True, f"whether rank {rank} returns the tensor that it was given")
+        check_equal(calls, {"exchange": 2 * (size - 1)} if size > 1 else {}, f"calls of rank {rank}")
+
+
+def rows_of(rank: int, rows: int) -> torch.Tensor:
+    """[rows, 3]: what rank `rank` brings to a gathering."""
+    return numbers(rank, 3 * rows).view(rows, 3)
+
+
+def gathered(comm: ThreadCommunicator, rows: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, tuple[int, int]]]:
+    ring = ThreadRing(comm)
+    x = rows_of(comm.rank, rows).t().contiguous().t()  # as it comes, it need not be contiguous
+    result = ring.all_gather(x)
+    return result, x, {name: (traffic.calls, traffic.bytes_sent) for name, traffic in ring.traffic.items()}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_gathered_rows_stand_in_the_order_of_ranks(size: int, rows: int) -> None:
+    """RingCommunicator.all_gather of [n, 3] is [size · n, 3]: the rows of rank 0, then those of rank 1, and so on. What a rank
+    brought stays as it is.
+
+    Why: the parts of the logits are put together by this order. One part in the place of another is a token nobody meant.
+    """
+    expected = torch.cat([rows_of(rank, rows) for rank in range(size)])
+    for rank, (result, x, _) in enumerate(on_threads(size, gathered, rows)):
+        check_equal(result, expected, f"what rank {rank} has gathered")
+        check_equal(x, rows_of(rank, rows), f"what rank {rank} brought")
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_gathering_sends_each_part_once_over_each_link(size: int) -> None:
+    """A rank sends p − 1 parts, by exchanges alone, and each part is one rank's rows.
+
+    Why: logits are the largest thing that ranks say to each other: V numbers a sequence, at every step.
+    """
+    for rank, (_, _, traffic) in enumerate(on_threads(size, gathered, 2)):
+        check_equal(traffic, {"exchange": (size - 1, (size - 1) * 6 * BYTES)}, f"calls and bytes of rank {rank}")
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_engines_calls_between_processes(size: int) -> None:
+    """Real processes over gloo, in bfloat16: a sum of [2, 5] and a gathering of [2, 3].
+
+    Why: these are the two calls of a model cut over ranks, in the type that it computes in.
+    """
+    on_threads(1, layer_sum, 1)
+    for rank, (summed, parts) in enumerate(on_processes(size, engine_calls)):
+        check_equal(summed.double(), torch.full((2, 5), float(sum(range(1, size + 1)))).double(), f"the sum on rank {rank}")
+        expected = torch.cat([torch.full((2, 3), float(each)) for each in range(size)]).double()
+        check_equal(parts.double(), expected, f"what rank {rank} has gathered")
 
 
 def test_the_oracle_is_a_sum() -> None:
