@@ -63,7 +63,7 @@ class DraftModelProposer(Proposer):
         self.worker.create_cache(limits.num_blocks, self._block_size, limits.num_host_blocks)
         self.tables, self._limits = tables, limits
 
-    def follow(self, output: SchedulerOutput) -> None:
+    def update_states(self, output: SchedulerOutput) -> None:
         for seq_id in output.removed:
             self._num_computed.pop(seq_id, None)
         for seq in output.scheduled:  # what the target rejected, or lost when the sequence was preempted, is worth nothing here

@@ -27,7 +27,7 @@ from ..parallelism.distributed import leave, open_rendezvous
 from .config import EngineConfig
 from .executor import LockstepExecutor, end_ranks
 from .platform.machine import pick_threads
-from .worker_process import Follower, OtherRank, Setup, WorkerDiedError
+from .worker_process import Setup, WorkerDiedError, WorkerHandle, WorkerProc
 
 PLACEMENT_SECONDS = 60.0
 """How long the cluster may take to find room for the ranks."""
@@ -136,7 +136,7 @@ class RankActor:
     """What runs in an actor. Calls take effect one after another, in the order in which they were made."""
 
     def __init__(self) -> None:
-        self._follower: Follower | None = None
+        self._worker_proc: WorkerProc | None = None
         self._failure: BaseException | None = None
 
     def start(self, setup: Setup, own_interface: bool) -> None:
@@ -144,14 +144,14 @@ class RankActor:
         with self._last_words():
             if own_interface:
                 use_interface_of(import_ray().util.get_node_ip_address())
-            self._follower = Follower(setup)
+            self._worker_proc = WorkerProc(setup)
 
-    def obey(self, step: StepArrays | None = None, **message: Any) -> None:
-        """See `Follower.obey`."""
+    def handle_message(self, step: StepArrays | None = None, **message: Any) -> None:
+        """See `WorkerProc.handle_message`."""
         with self._last_words():
             if step is not None:  # Ray hands out arrays that nobody may write, and a tensor knows no such thing
                 step = StepArrays(*(getattr(step, field.name).copy() for field in fields(step)))
-            self._follower.obey(step=step, **message)
+            self._worker_proc.handle_message(step=step, **message)
 
     @contextmanager
     def _last_words(self) -> Iterator[None]:
@@ -170,7 +170,7 @@ class RankActor:
         return import_ray().get_runtime_context().get_accelerator_ids().get("GPU", [])
 
 
-class RayRank(OtherRank):
+class RayWorkerHandle(WorkerHandle):
     """Rank `rank` in a Ray actor. The outcome of the last call says whether it lives: Ray fails the calls of a dead actor."""
 
     death_seconds = 5.0
@@ -183,8 +183,8 @@ class RayRank(OtherRank):
         """See `RankActor.start`; does not wait for it."""
         self._last = self._actor.start.remote(setup, own_interface)
 
-    def tell(self, **message: Any) -> None:
-        self._last = self._actor.obey.remote(**message)
+    def send(self, **message: Any) -> None:
+        self._last = self._actor.handle_message.remote(**message)
 
     def check(self, seconds: float = 0.0) -> None:
         ray = import_ray()
@@ -229,7 +229,7 @@ class RayExecutor(LockstepExecutor):
         size = config.tensor_parallel_size
         connected = connect()
         ray = import_ray()
-        self._others: list[RayRank] = []
+        self._others: list[RayWorkerHandle] = []
         groups: list[Any] = []
         self._finalizer = weakref.finalize(self, _end, self._others, groups, connected)
         try:
@@ -245,7 +245,7 @@ class RayExecutor(LockstepExecutor):
             store = open_rendezvous(address)
             if device.type == "cuda":
                 device = torch.device("cuda", _gpu_of_rank_0(_actor(self.placement, groups[0], 0)))
-            self._others += [RayRank(rank, _actor(self.placement, groups[0], rank)) for rank in range(1, size)]
+            self._others += [RayWorkerHandle(rank, _actor(self.placement, groups[0], rank)) for rank in range(1, size)]
             for other in self._others:
                 there = torch.device("cuda", 0) if device.type == "cuda" else device  # an actor sees its own GPUs alone
                 setup = Setup(config, source, there, dtype, other.rank, size, f"{address}:{store.port}")
@@ -254,10 +254,10 @@ class RayExecutor(LockstepExecutor):
             self._finalizer()
             raise
         threads = self.placement.amount if device.type == "cpu" else None
-        self._meet(Setup(config, source, device, dtype, 0, size, f"{address}:{store.port}"), store, threads)
+        self._init_worker(Setup(config, source, device, dtype, 0, size, f"{address}:{store.port}"), store, threads)
 
-    def _tell_step(self, step: StepArrays) -> None:
-        self._tell(step=step)
+    def _broadcast_step(self, step: StepArrays) -> None:
+        self._broadcast(step=step)
 
 
 def _place(nodes: Mapping[str, Mapping[str, Any]], here: str, size: int, device: torch.device) -> Placement:
@@ -309,7 +309,7 @@ def _gpu_of_rank_0(actor: Any) -> int:
     return visible.split(",").index(name) if visible else int(name)
 
 
-def _end(others: Sequence[OtherRank], groups: Sequence[Any], connected: bool) -> None:
+def _end(others: Sequence[WorkerHandle], groups: Sequence[Any], connected: bool) -> None:
     end_ranks(others)
     ray = import_ray()
     if not ray.is_initialized():

@@ -118,7 +118,7 @@ class Proposer(abc.ABC):
         """
         ...
 
-    def follow(self, output: SchedulerOutput) -> None:
+    def update_states(self, output: SchedulerOutput) -> None:
         """Take note of a step, before `propose` or in its stead: blocks that move, sequences that have left."""
         return
 
@@ -194,7 +194,7 @@ class NgramProposer(Proposer):
                 drafts[seq] = Draft(token_ids)
         return drafts
 
-    def follow(self, output: SchedulerOutput) -> None:
+    def update_states(self, output: SchedulerOutput) -> None:
         for seq_id in output.removed:
             self._indices.pop(seq_id, None)
 
@@ -221,7 +221,7 @@ class Drafter:
         active = len(output.scheduled) <= self.proposer.config.disable_by_batch_size
         wanted = self._find_room(output) if active else {}
         output.changed_tables |= self.block_manager.take_changed()
-        self.proposer.follow(output)
+        self.proposer.update_states(output)
         if active:
             output.drafts = self.proposer.propose(output, wanted)
         for seq, draft in output.drafts.items():

@@ -191,7 +191,7 @@ class Worker:
         return StepResult([[token] for token in sampled.token_ids], logprobs, prompt_logprobs)
 
     @torch.inference_mode()
-    def follow(self, step: StepArrays) -> None:
+    def execute_without_sampling(self, step: StepArrays) -> None:
         """Do on another rank what rank 0 does in `execute`, up to the logits: every sum over the ranks needs this one's
         part."""
         self.move_blocks(*(list(map(tuple, moves.tolist())) for moves in (step.swap_out, step.swap_in, step.copies)))

@@ -22,9 +22,9 @@ from solutions.core.config import EngineConfig
 from solutions.core.engine import LLMEngine
 from solutions.serving.api_server import parse_flags
 from solutions.serving.live.feed import FRAMES_PER_SECOND, MAX_CLIENTS, MAX_UNREAD, LiveFeed
-from solutions.serving.live.pace import Pace
 from solutions.serving.live.recording import TraceRecorder
 from solutions.serving.live.snapshot import Snapshots
+from solutions.serving.live.step_control import StepControl
 from solutions.tests.fake_engine import FakeEngine
 from solutions.tests.fake_server import serve
 from solutions.tests.real_server import CONTEXT, GREEDY, stopped
@@ -172,7 +172,7 @@ class Borders:
 
 
 def feed_over(async_engine: Any) -> LiveFeed:
-    return LiveFeed(async_engine, "fake", Pace(async_engine))
+    return LiveFeed(async_engine, "fake", StepControl(async_engine))
 
 
 def feed_of(monkeypatch: pytest.MonkeyPatch) -> LiveFeed:

@@ -88,12 +88,12 @@ def test_a_rank_that_cannot_start_says_so_whatever_it_is_told(monkeypatch: pytes
     def fail(setup: object) -> None:
         raise OSError("no weights here")
 
-    monkeypatch.setattr("solutions.core.ray_executor.Follower", fail)
+    monkeypatch.setattr("solutions.core.ray_executor.WorkerProc", fail)
     actor = RankActor()
     with pytest.raises(OSError, match="no weights here"):
         actor.start(None, own_interface=False)
     with pytest.raises(OSError, match="no weights here"):
-        actor.obey(cache=[1, 2, 3])
+        actor.handle_message(cache=[1, 2, 3])
 
 
 def test_one_process_has_one_rank() -> None:
@@ -230,7 +230,7 @@ def test_a_rank_that_is_killed_ends_the_engine(cluster: object, path: str, when:
 def test_a_rank_that_fails_says_why(cluster: object, path: str) -> None:
     llm = make(path)
     start_generation(llm)
-    llm.llm_engine.executor._tell(nonsense=1)
+    llm.llm_engine.executor._broadcast(nonsense=1)
     start = time.monotonic()
     with pytest.raises(WorkerDiedError, match=r"rank 1 has ended: TypeError: .*nonsense"):
         llm.llm_engine.step()

@@ -20,8 +20,8 @@ from starlette.staticfiles import StaticFiles
 from ...batching.scheduler_config import QueueFullError
 from ...batching.scheduler_output import SchedulerOutput
 from ...batching.sequence import Sequence
-from .pace import Pace, PaceRequest, PaceState, SteppingThread
 from .snapshot import Snapshots
+from .step_control import StepControl, StepControlRequest, StepControlState, SteppingThread
 
 if TYPE_CHECKING:
     from ...core.engine import EngineStats
@@ -40,11 +40,11 @@ class LiveFeed:
 
     Args:
         async_engine: whose engine is observed.
-        model_name: as the API calls it. pace: is released when the last client leaves.
+        model_name: as the API calls it. control: is released when the last client leaves.
     """
 
-    def __init__(self, async_engine: SteppingThread, model_name: str, pace: Pace) -> None:
-        self.async_engine, self.pace = async_engine, pace
+    def __init__(self, async_engine: SteppingThread, model_name: str, control: StepControl) -> None:
+        self.async_engine, self.control = async_engine, control
         self._snapshots = Snapshots(async_engine.engine, model_name)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._clients: dict[asyncio.Queue[str], bool] = {}  # → whether it waits for a full frame; touched by the loop only
@@ -105,7 +105,7 @@ class LiveFeed:
             del self._clients[queue]
             self._is_watched = bool(self._clients)
             if not self._is_watched:
-                self.pace.release()
+                self.control.release()
 
     def _deliver(self, frame: dict[str, Any]) -> None:
         """Put a frame into the queue of every client that can use it."""
@@ -122,14 +122,14 @@ class LiveFeed:
 
 
 def add_live_page(app: FastAPI, async_engine: SteppingThread, model_name: str, **documented: Any) -> None:
-    """Add the page, its feed, and its buttons for the pace.
+    """Add the page, its feed, and its buttons that hold the engine.
 
     Args:
         documented: what the OpenAPI document says of the two routes.
     """
-    pace = Pace(async_engine)
-    feed = LiveFeed(async_engine, model_name, pace)
-    async_engine.engine.observers += [pace, feed]
+    control = StepControl(async_engine)
+    feed = LiveFeed(async_engine, model_name, control)
+    async_engine.engine.observers += [control, feed]
 
     @app.get("/live", **documented)
     async def live() -> StreamingResponse:
@@ -137,10 +137,10 @@ def add_live_page(app: FastAPI, async_engine: SteppingThread, model_name: str, *
         feed.check_room()
         return StreamingResponse(feed.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
-    @app.post("/live/pace", **documented)
-    async def set_pace(body: PaceRequest) -> PaceState:
+    @app.post("/live/control", **documented)
+    async def set_step_control(body: StepControlRequest) -> StepControlState:
         """Pause, step, or slow the engine down. It returns to full speed when the last client of ``/live`` leaves."""
-        return pace.change(body)
+        return control.change(body)
 
     @app.get("/", include_in_schema=False)
     async def page() -> RedirectResponse:

@@ -22,7 +22,7 @@ from ..parallelism.shared_memory import nameless_file
 from ..parallelism.tensor_parallel import TensorParallel
 from .config import EngineConfig
 from .worker import StepResult, Worker, logit_calls
-from .worker_process import STOP_SECONDS, OtherRank, Setup, StepBoard, WorkerProcess, meet
+from .worker_process import STOP_SECONDS, Setup, StepBoard, WorkerHandle, WorkerProcHandle, init_worker_distributed
 
 
 class Executor(abc.ABC):
@@ -89,13 +89,13 @@ class UniProcExecutor(Executor):
 class LockstepExecutor(Executor):
     """Tensor parallelism: rank 0 here, the others elsewhere, all in lock step. Subclasses say where, and how they are told.
 
-    A subclass's constructor makes `_others` and `_finalizer`, which ends them, and then calls `_meet`.
+    A subclass's constructor makes `_others` and `_finalizer`, which ends them, and then calls `_init_worker`.
     """
 
-    _others: Sequence[OtherRank]
+    _others: Sequence[WorkerHandle]
     _finalizer: weakref.finalize
 
-    def _meet(self, setup: Setup, store: dist.TCPStore, threads: int | None = None) -> None:
+    def _init_worker(self, setup: Setup, store: dist.TCPStore, threads: int | None = None) -> None:
         """Wait for the others, join them as `setup` says, and make rank 0's worker.
 
         Raises:
@@ -103,13 +103,15 @@ class LockstepExecutor(Executor):
         """
         try:
             wait_for_ranks([other.rank for other in self._others], store, self.check_health)
-            self.worker = Worker(setup.config, setup.source, setup.device, setup.dtype, meet(setup, store), threads)
+            self.worker = Worker(
+                setup.config, setup.source, setup.device, setup.dtype, init_worker_distributed(setup, store), threads
+            )
         except BaseException:
             self._finalizer()
             raise
 
     @abc.abstractmethod
-    def _tell_step(self, step: StepArrays) -> None:
+    def _broadcast_step(self, step: StepArrays) -> None:
         """Let the others take part in a step; does not wait for them."""
         ...
 
@@ -136,9 +138,9 @@ class LockstepExecutor(Executor):
     def close(self) -> None:
         self._finalizer()
 
-    def _tell(self, **message: object) -> None:
+    def _broadcast(self, **message: object) -> None:
         for other in self._others:
-            other.tell(**message)
+            other.send(**message)
 
 
 class MultiProcExecutor(LockstepExecutor):
@@ -157,19 +159,19 @@ class MultiProcExecutor(LockstepExecutor):
             Setup(config, source, _device(device, rank), dtype, rank, size, address, self._board.descriptor, memory)
             for rank in range(size)
         ]
-        self._others = [WorkerProcess(setup) for setup in setups[1:]]
+        self._others = [WorkerProcHandle(setup) for setup in setups[1:]]
         self._finalizer = weakref.finalize(self, end_ranks, self._others, (self._board.descriptor, memory))
-        self._meet(setups[0], store)
+        self._init_worker(setups[0], store)
 
-    def _tell_step(self, step: StepArrays) -> None:
-        self._tell(step=self._board.write(step))
+    def _broadcast_step(self, step: StepArrays) -> None:
+        self._broadcast(step=self._board.write(step))
 
 
 def _device(device: torch.device, rank: int) -> torch.device:
     return torch.device(device.type, rank) if device.type == "cuda" else device
 
 
-def end_ranks(others: Iterable[OtherRank], descriptors: Iterable[int] = ()) -> None:
+def end_ranks(others: Iterable[WorkerHandle], descriptors: Iterable[int] = ()) -> None:
     """End the other ranks and this one's connections to them, and close the files that they shared."""
     deadline = time.monotonic() + STOP_SECONDS
     for other in others:

@@ -191,12 +191,14 @@ class Worker:
         return StepResult([[token] for token in sampled.token_ids], logprobs, prompt_logprobs)
 
     @torch.inference_mode()
-    def follow(self, step: StepArrays) -> None:
+    def execute_without_sampling(self, step: StepArrays) -> None:
         """Do on another rank what rank 0 does in `execute`, up to the logits: every sum over the ranks needs this one's
         part."""
         # Hint: Walk through Worker.execute and mark each line that talks to other ranks or changes the KV cache: the
         # others must do those, in that order, and need nothing else.
-        raise NotImplementedError("Stage 3 · Task 3.8: Worker.follow, see stages/stage3_parallelism/GUIDE.md#task-3-8")
+        raise NotImplementedError(
+            "Stage 3 · Task 3.8: Worker.execute_without_sampling, see stages/stage3_parallelism/GUIDE.md#task-3-8"
+        )
 
     def move_blocks(self, swap_out: BlockPairs, swap_in: BlockPairs, copies: BlockPairs) -> None:
         """Copy KV blocks as the scheduler has decided, before a step runs."""

@@ -46,7 +46,7 @@ class WorkerDiedError(RuntimeError):
     """The process of another rank has ended."""
 
 
-class OtherRank(abc.ABC):
+class WorkerHandle(abc.ABC):
     """A rank other than 0 as the engine sees it.
 
     Attributes:
@@ -58,8 +58,8 @@ class OtherRank(abc.ABC):
     death_seconds: float
 
     @abc.abstractmethod
-    def tell(self, **message: Any) -> None:
-        """Say what to do next: one of the keywords of `Follower.obey`; does not wait for it.
+    def send(self, **message: Any) -> None:
+        """Say what to do next: one of the keywords of `WorkerProc.handle_message`; does not wait for it.
 
         Raises:
             WorkerDiedError: nobody is there any more.
@@ -126,7 +126,7 @@ class Setup:
     memory: int | None = None
 
 
-def meet(setup: Setup, store: dist.Store | str) -> TensorParallel:
+def init_worker_distributed(setup: Setup, store: dist.Store | str) -> TensorParallel:
     """Join the other ranks. Sums go through the memory that they share, if there is one and the CPU kernels are wanted, or
     around a ring, if that is asked for."""
     communicator = join(setup.rank, setup.size, store, setup.device)
@@ -138,21 +138,23 @@ def meet(setup: Setup, store: dist.Store | str) -> TensorParallel:
     return TensorParallel(setup.rank, setup.size, communicator)
 
 
-class Follower:
+class WorkerProc:
     """A rank other than 0 in its own process, wherever that is: it joins the others, loads its part, and does as it is told."""
 
     def __init__(self, setup: Setup) -> None:
-        self.worker = Worker(setup.config, setup.source, setup.device, setup.dtype, meet(setup, setup.address))
+        self.worker = Worker(
+            setup.config, setup.source, setup.device, setup.dtype, init_worker_distributed(setup, setup.address)
+        )
 
-    def obey(self, cache: list[int] | None = None, step: StepArrays | None = None) -> None:
+    def handle_message(self, cache: list[int] | None = None, step: StepArrays | None = None) -> None:
         """Create the KV cache (arguments of `Worker.create_cache`), or take part in a step."""
         if cache is not None:
             self.worker.create_cache(*cache)
         if step is not None:
-            self.worker.follow(step)
+            self.worker.execute_without_sampling(step)
 
 
-class WorkerProcess(OtherRank):
+class WorkerProcHandle(WorkerHandle):
     """Rank `setup.rank` in a process on this machine."""
 
     death_seconds = 2.0
@@ -166,9 +168,9 @@ class WorkerProcess(OtherRank):
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, pass_fds=[setup.board, setup.memory], env=environment, text=True
         )
-        self.tell(setup=base64.b64encode(pickle.dumps(setup)).decode())
+        self.send(setup=base64.b64encode(pickle.dumps(setup)).decode())
 
-    def tell(self, **message: Any) -> None:
+    def send(self, **message: Any) -> None:
         """Ring the bell. A step is told by the shapes that `StepBoard.write` gave."""
         try:
             self._process.stdin.write(json.dumps(message) + "\n")
@@ -204,13 +206,13 @@ def main() -> None:
     setup: Setup = pickle.loads(base64.b64decode(json.loads(sys.stdin.readline())["setup"]))
     if setup.device.type == "cpu" and (cores := cores_of(setup.rank, setup.size)):
         os.sched_setaffinity(0, cores)
-    follower = Follower(setup)
+    worker_proc = WorkerProc(setup)
     board = StepBoard(setup.board)
     for line in sys.stdin:
         message = json.loads(line)
         if "step" in message:
             message["step"] = board.read(message["step"])
-        follower.obey(**message)
+        worker_proc.handle_message(**message)
     os._exit(0)  # whatever the others do: there is nothing to save, and closing connections would wait for them
 
 

@@ -171,7 +171,7 @@ def test_a_rank_moves_blocks_computes_and_takes_part_in_every_gathering() -> Non
     """
     log = Log()
     step = step_arrays(mixed_batch())
-    bare_worker(log, num_tokens=9).follow(step)
+    bare_worker(log, num_tokens=9).execute_without_sampling(step)
     moves = [(what, [tuple(map(int, pair)) for pair in args[0]]) for who, what, args in log.events if who == "cache"]
     check_equal(moves, [("swap_out", [(7, 0)]), ("swap_in", [(1, 3), (2, 4)]), ("copy_blocks", [(5, 6)])], "block moves")
     check_equal([event[0] for event in log.events], ["cache"] * 3 + ["model"] * 3, "order")
@@ -186,7 +186,7 @@ def test_a_rank_computes_no_logits_when_nobody_does() -> None:
     Why: a gathering of nothing that only one side makes is as bad as one that is missing.
     """
     log = Log()
-    bare_worker(log, num_tokens=4).follow(step_arrays(flat({sequence(0, 9): 4})))
+    bare_worker(log, num_tokens=4).execute_without_sampling(step_arrays(flat({sequence(0, 9): 4})))
     check_equal([what for who, what, _ in log.events if who == "model"], ["forward"], "what the model does")
 
 

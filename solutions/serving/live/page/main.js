@@ -193,15 +193,15 @@ function pointAtBlock(event) {
   byId("blocks-said").textContent = `block ${block}: ${held}${state?.cached ? ", its content is cached" : ""}`;
 }
 
-async function setPace(change) {
-  const response = await fetch(api("live/pace"), {
+async function setStepControl(change) {
+  const response = await fetch(api("live/control"), {
     method: "POST", headers: { "Content-Type": "application/json", ...key.headers() }, body: JSON.stringify(change),
   });
   if (!response.ok) return say((await response.json()).error.message);
-  const pace = await response.json();
-  byId("pause").setAttribute("aria-pressed", pace.paused);
-  byId("pause").textContent = pace.paused ? "Go on" : "Pause";
-  byId("delay-shown").textContent = pace.delay ? `${Math.round(1000 * pace.delay)} ms a step` : "off";
+  const control = await response.json();
+  byId("pause").setAttribute("aria-pressed", control.paused);
+  byId("pause").textContent = control.paused ? "Go on" : "Pause";
+  byId("delay-shown").textContent = control.delay ? `${Math.round(1000 * control.delay)} ms a step` : "off";
 }
 
 function start(run) {
@@ -223,9 +223,9 @@ function main() {
   });
   byId("blocks").addEventListener("pointermove", pointAtBlock);
   byId("blocks").addEventListener("pointerleave", () => model.mark(null));
-  byId("pause").addEventListener("click", ({ target }) => setPace({ paused: target.getAttribute("aria-pressed") !== "true" }));
-  byId("step").addEventListener("click", () => setPace({ paused: true, steps: 1 }));
-  byId("delay").addEventListener("change", ({ target }) => setPace({ delay: Number(target.value) / 1000 }));
+  byId("pause").addEventListener("click", ({ target }) => setStepControl({ paused: target.getAttribute("aria-pressed") !== "true" }));
+  byId("step").addEventListener("click", () => setStepControl({ paused: true, steps: 1 }));
+  byId("delay").addEventListener("change", ({ target }) => setStepControl({ delay: Number(target.value) / 1000 }));
   byId("trace").addEventListener("change", ({ target }) => start((signal) => replay(target.files[0], model, say, signal)));
   byId("key-form").addEventListener("submit", (event) => {
     event.preventDefault();

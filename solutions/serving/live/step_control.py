@@ -19,8 +19,8 @@ MAX_DELAY = 10.0
 """Seconds between two steps in the slowest motion."""
 
 
-class PaceRequest(BaseModel):
-    """A change of pace. Fields that are not given stay as they are. ``steps`` pauses after that many more steps."""
+class StepControlRequest(BaseModel):
+    """What to change. Fields that are not given stay as they are. ``steps`` pauses after that many more steps."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -41,14 +41,14 @@ class SteppingThread(Protocol):
         ...
 
 
-class PaceState(BaseModel):
+class StepControlState(BaseModel):
     """Whether the engine is held, and the seconds between two steps."""
 
     paused: bool
     delay: float
 
 
-class Pace:
+class StepControl:
     """An `EngineObserver` that holds an engine between steps. Requests are still accepted and aborted meanwhile. A server that
     shuts down is not held.
 
@@ -64,7 +64,7 @@ class Pace:
         self._loop: asyncio.AbstractEventLoop | None = None
         async_engine.may_step = self._may_step
 
-    def change(self, request: PaceRequest) -> PaceState:
+    def change(self, request: StepControlRequest) -> StepControlState:
         """Set what the request names; on the event loop."""
         self._loop = asyncio.get_running_loop()
         if request.paused is not None:
@@ -74,7 +74,7 @@ class Pace:
         if request.steps is not None:
             self.paused, self._steps = True, request.steps
         self._wake()
-        return PaceState(paused=self.paused, delay=self.delay)
+        return StepControlState(paused=self.paused, delay=self.delay)
 
     def release(self) -> None:
         """Return to full speed, because nobody watches any more."""

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from solutions.serving.async_engine import AsyncEngine
-from solutions.serving.live.pace import Pace
+from solutions.serving.live.step_control import StepControl
 from solutions.tests.fake_engine import FakeEngine
 from solutions.tests.fake_server import FOREVER, body, serve, until
 
@@ -21,9 +21,9 @@ pytestmark = pytest.mark.alone
 
 @contextmanager
 def watched(url: str) -> Iterator[Any]:
-    """Somebody watches the feed; a function that sets the pace."""
+    """Somebody watches the feed; a function that sets it."""
     with httpx.Client(base_url=url, timeout=20) as client, client.stream("GET", "/live"):
-        yield lambda **change: client.post("/live/pace", json=change).json()
+        yield lambda **change: client.post("/live/control", json=change).json()
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     def told() -> Any:
         outputs = step()
         for observer in fake.observers:
-            if isinstance(observer, Pace):
+            if isinstance(observer, StepControl):
                 observer.on_step(None, time.monotonic())
         return outputs
 
@@ -46,8 +46,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
 
 def test_a_paused_engine_takes_requests_and_steps_when_told(engine: FakeEngine) -> None:
-    with serve(engine, live=True) as url, watched(url) as pace:
-        assert pace(paused=True) == {"paused": True, "delay": 0.0}
+    with serve(engine, live=True) as url, watched(url) as control:
+        assert control(paused=True) == {"paused": True, "delay": 0.0}
         answers: list[Any] = []
         asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/completions", json=body(), timeout=20)))
         asking.start()
@@ -56,31 +56,31 @@ def test_a_paused_engine_takes_requests_and_steps_when_told(engine: FakeEngine) 
         assert engine.num_steps == 0
         for steps in (1, 1):
             before = engine.num_steps
-            assert pace(steps=steps) == {"paused": True, "delay": 0.0}
+            assert control(steps=steps) == {"paused": True, "delay": 0.0}
             until(lambda before=before, steps=steps: engine.num_steps == before + steps)
             time.sleep(0.1)
             assert engine.num_steps == before + steps
         assert not answers
-        pace(paused=False)
+        control(paused=False)
         asking.join(10)
         assert answers[0].json()["choices"][0]["text"] == "abc"
 
 
 def test_slow_motion(engine: FakeEngine) -> None:
-    with serve(engine, live=True) as url, watched(url) as pace:
-        assert pace(delay=0.1) == {"paused": False, "delay": 0.1}
+    with serve(engine, live=True) as url, watched(url) as control:
+        assert control(delay=0.1) == {"paused": False, "delay": 0.1}
         start = time.monotonic()
         httpx.post(f"{url}/v1/completions", json=body(max_tokens=6), timeout=20)
         assert time.monotonic() - start > 0.5
-        pace(delay=0)
+        control(delay=0)
         start = time.monotonic()
         httpx.post(f"{url}/v1/completions", json=body(max_tokens=6), timeout=20)
         assert time.monotonic() - start < 0.5
 
 
 def test_a_client_that_leaves_is_noticed_while_paused(engine: FakeEngine) -> None:
-    with serve(engine, live=True) as url, watched(url) as pace:
-        pace(paused=True)
+    with serve(engine, live=True) as url, watched(url) as control:
+        control(paused=True)
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{url}/v1/completions", json=body(max_tokens=FOREVER), timeout=0.3)
         until(lambda: engine.aborted)
@@ -88,16 +88,16 @@ def test_a_client_that_leaves_is_noticed_while_paused(engine: FakeEngine) -> Non
 
 def test_when_nobody_looks_any_more_it_goes_on(engine: FakeEngine) -> None:
     with serve(engine, live=True) as url:
-        with watched(url) as pace:
-            pace(paused=True, delay=5.0)
+        with watched(url) as control:
+            control(paused=True, delay=5.0)
         answer = httpx.post(f"{url}/v1/completions", json=body(), timeout=10)
         assert answer.json()["choices"][0]["text"] == "abc"
 
 
 def test_a_server_that_shuts_down_is_not_held(engine: FakeEngine) -> None:
     bridge = AsyncEngine(engine)
-    with serve(bridge, live=True) as url, watched(url) as pace:
-        pace(paused=True)
+    with serve(bridge, live=True) as url, watched(url) as control:
+        control(paused=True)
         answers: list[Any] = []
         asking = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/completions", json=body(), timeout=20)))
         asking.start()
@@ -115,7 +115,7 @@ def test_nonsense_is_refused(engine: FakeEngine, change: dict[str, Any]) -> None
     with serve(engine, live=True) as url:
         field = next(iter(change))
         text = f'{{"{field}": NaN}}' if change[field] != change[field] else httpx.Request("POST", url, json=change).content
-        answer = httpx.post(f"{url}/live/pace", content=text, headers={"Content-Type": "application/json"})
+        answer = httpx.post(f"{url}/live/control", content=text, headers={"Content-Type": "application/json"})
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] in (field, None)
 
@@ -127,7 +127,7 @@ def test_the_page_needs_no_key_and_what_it_asks_does() -> None:
         for name in ("main.js", "style.css", "icon.svg"):
             assert name in page.text
             assert client.get(f"/page/{name}").status_code == 200
-        assert client.get("/page/../metrics").status_code == client.post("/live/pace", json={}).status_code == 401
+        assert client.get("/page/../metrics").status_code == client.post("/live/control", json={}).status_code == 401
         assert client.get("/page/..%2f..%2fapp.py").status_code == 404
     with serve(FakeEngine()) as url:
         assert httpx.get(f"{url}/").status_code == httpx.get(f"{url}/page/").status_code == 404
