@@ -30,7 +30,8 @@ ABOUT_TIME = {
     "solutions/tests/test_async_engine.py:test_an_idle_engine_sleeps": "how often it looks for work within a time",
     "solutions/tests/test_communication.py:fail_on_one": "a rank that hangs",
     "solutions/tests/test_communication.py:nap": "a process that stays until it is killed",
-    "solutions/tests/test_step_control.py:test_a_paused_engine_takes_requests_and_steps_when_told": "within that time nothing happens",
+    "solutions/tests/test_step_control.py:test_a_paused_engine_takes_requests_and_steps_when_told": "within that time nothing "
+    "happens",
     "solutions/tests/test_ray_app.py:test_the_service_survives_a_replica": "gives requests time to reach the replica; one that "
     "comes later is answered as well",
     "solutions/tests/test_real_faults.py:leave": "clients that leave after a random time",
