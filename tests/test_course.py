@@ -359,7 +359,7 @@ def test_other_ranks_run_the_learners_files_too(room: Classroom) -> None:
     ended = course(room, "run-mine", STAGES="3")
     assert ended.code == 1
     assert "stages/stage3_parallelism/core/worker.py" in ended.output
-    assert "in follow" in ended.output
+    assert "in execute_without_sampling" in ended.output
     assert "the worker of rank 1 has ended, with exit code 1" in ended.output
 
 
