@@ -151,12 +151,18 @@ notebooks: $(LAB_STAMP) ## Run all notebooks from top to bottom and see that non
 	@$(RUN) -m pytest --nbmake --nbmake-timeout=300 $(ARGS) notebooks
 
 ##@ Test
-test: $(STAMP) ## Run the test suite in JOBS=2 processes (ARGS="-k scheduler" for a part of it)
-	@OMP_WAIT_POLICY=passive $(RUN) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+SUITE = OMP_WAIT_POLICY=passive $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
-test-all: $(STAMP) ## make test, with the page in a browser, two minutes of make fuzz, and the C++ kernels by clang++
+test: $(STAMP) ## Run the tests of every module, but for the slow ones, in JOBS=2 processes (ARGS="-k scheduler" for a part)
+	@$(SUITE) -m "not parity and not slow" $(ARGS)
+
+test-slow: $(STAMP) ## Run the tests that make test leaves out: the real model's grids, sanitizers, several nodes, whole visits
+	@$(SUITE) -m "slow and not parity" $(ARGS)
+
+test-all: $(STAMP) ## Everything: make test, make test-slow, two minutes of make fuzz, and the C++ kernels by clang++
 	@.ci/tools
 	@$(MAKE) --no-print-directory test
+	@$(MAKE) --no-print-directory test-slow
 	@$(MAKE) --no-print-directory fuzz MINUTES=2 ARGS=
 	@! command -v clang++ >/dev/null || $(MAKE) --no-print-directory test-cpu-kernels CXX=clang++ ARGS=
 

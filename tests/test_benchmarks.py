@@ -270,6 +270,7 @@ def test_both_backends_count_the_same_useful_tokens(checkpoint: Path) -> None:
     assert theirs.details["num_batches"] == 3
 
 
+@pytest.mark.slow
 def test_random_weights_are_in_the_same_model(checkpoint: Path) -> None:
     """Transformers' is built from the same ``config.json``: of a folder, and of a name that has none on disk."""
     for name in (str(checkpoint), "gpt2"):
@@ -418,6 +419,7 @@ def test_memory_writes_its_record_and_plot(tmp_path: Path, capsys: pytest.Captur
     assert "paged, 16" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_overhead_writes_its_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -82,6 +82,7 @@ def test_ci_runs_the_fuzz_and_the_other_compiler() -> None:
     commands = [line.split("phase ", 1)[1] for line in lines if "phase " in line]
     for phase in (
         "tools .ci/tools", "set-up make setup", "lint make lint", "guide make guide ARGS=build", "tests make test",
+        "slow make test-slow",
         "course make check-course", "notebooks make notebooks", "fuzz make fuzz MINUTES=2",
         "clang make test-cpu-kernels CXX=clang++",
     ):  # fmt: skip

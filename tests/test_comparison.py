@@ -83,6 +83,7 @@ def test_a_server_that_breaks_or_is_not_there_is_one_message(
             servers.start(name, "smollm2-135m").__enter__()
 
 
+@pytest.mark.slow
 def test_systems_are_compared(
     few_tokens: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,6 +125,7 @@ def test_stages_can_stand_on_each_other(room: Classroom) -> None:
     assert "Task 1." in both.output or "task 1." in both.output  # it needs stage 1, which is empty
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -332,6 +333,7 @@ OFFLINE = {"quantization/gptq.py", "quantization/awq.py"}
 """Files that no answer needs, as those of the server; and of kernels, this machine's alone."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", ["1", "2", "3", "4", "1,2,3,4,5,6"])
 def test_the_model_answers_through_the_learners_stages(room: Classroom, stages: str) -> None:
     numbers = [int(number) for number in stages.split(",")]
@@ -352,6 +354,7 @@ def test_the_model_answers_through_the_learners_stages(room: Classroom, stages: 
     assert re.search(r"Contiguous caching would reserve .* [\d.]+ times that", ended.output)
 
 
+@pytest.mark.slow
 def test_other_ranks_run_the_learners_files_too(room: Classroom) -> None:
     room.solve(3)
     forward = "        hidden = self.forward(step)\n"

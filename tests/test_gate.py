@@ -154,6 +154,7 @@ BREAKS: list[tuple[gate.Rule, Callable[[Toy], None], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "change", "says"), BREAKS, ids=[f"{case[0].__name__}-{case[2][:40]}" for case in BREAKS])
 def test_a_rule_can_fail(rule: gate.Rule, change: Callable[[Toy], None], says: str, toy: Toy, warm: Warm) -> None:
     change(toy)

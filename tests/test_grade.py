@@ -181,6 +181,7 @@ OPEN = ("endless loop", "10 GB", "network", "the end of the supervisor")
 """Those that are tried without namespaces as well. Where root is let through all limits, a bomb needs them."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "walls"), [*((name, True) for name in HOSTILE), *((name, False) for name in OPEN)]
 )  # fmt: skip
@@ -404,6 +405,7 @@ MUTANTS = (
 """Wrong versions, and the tasks that are graded: the mutant's own and a neighbour."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "ids"), MUTANTS, ids=[name for name, _ in MUTANTS])
 def test_a_mutant_loses_points_in_its_own_task_alone(workshop: Workshop, name: str, ids: tuple[str, ...]) -> None:
     """And the reference, in which it stands, loses none. The whole bank: ``python -m tests.grade_mutants``."""
@@ -494,6 +496,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_checkouts_from_the_command_line(workshop: Workshop, tmp_path: Path) -> None:
     stage = find_stage(workshop.course, 1)
     allocator = "memory/block_allocator.py"

@@ -120,6 +120,7 @@ def test_every_task_has_an_example() -> None:
     assert [task.id for task in TASKS if f"Task {task.id} · {task.title}" not in EXAMPLES] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.id)
 def test_the_example_of_a_task_needs_that_task_and_no_later_one(tmp_path: Path, task: Task) -> None:
     stage = next(stage for stage in COURSE if stage.number == task.stage)

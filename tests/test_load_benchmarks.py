@@ -200,6 +200,7 @@ def test_the_benchmark_of_the_page_counts_frames(tmp_path: Path) -> None:
     assert results["frames_per_second"] == pytest.approx(1e3 / results["median_ms"], rel=0.5)
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_its_record_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "serving.json"
     serving_command(f"--streams 4 --seconds 3 --warm-up 1 --kv-cache 64MiB --output-json {file}".split())

@@ -65,11 +65,13 @@ def test_pairwise_grid_covers_every_pair():
         assert seen == set(itertools.product(values_a, values_b))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", pairwise_grid(), ids=str)
 def test_default_model(small_oracle: Oracle, setting: Setting):
     check_setting(small_oracle, setting)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", pairwise_grid()[::5], ids=str)
 @pytest.mark.parametrize("flags", [{"enable_cpu_kernels": False}, {"enforce_eager": True}], ids=["portable", "eager"])
 def test_default_model_without_its_fast_paths(small_oracle: Oracle, setting: Setting, flags: dict[str, bool]):

@@ -16,6 +16,7 @@ from solutions.models.loader import resolve_model
 from solutions.tests.tiny_models import make_tiny_llama
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(available_cores() < 2, reason="two ranks need two cores")
 def test_it_measures_ranks_and_sums(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -94,6 +94,7 @@ def test_serve_and_chat(url: str) -> None:
     assert "Paris" in answer.choices[0].message.content
 
 
+@pytest.mark.slow
 def test_the_first_task_from_red_to_green(checkout: Path, tmp_path: Path) -> None:
     printed = make(checkout, "test-stage-1", fails=True)
     assert "next: task 1.1, BlockAllocator" in printed

@@ -179,6 +179,7 @@ def test_a_taken_port_is_one_line_before_anything_is_loaded() -> None:
     assert run.stderr == f"error: port {port} is in use; choose another with --port or stop what listens there\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
@@ -208,6 +209,7 @@ def test_only_one_of_two_servers_gets_a_port() -> None:
         bind("127.0.0.1", first.getsockname()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("max_tokens", "timeout", "finish"), [(300, "30", "length"), (FOREVER, "1", None)])
 def test_sigterm_lets_requests_finish_for_a_time(max_tokens: int, timeout: str, finish: str | None) -> None:
     with program("--shutdown-timeout", timeout) as (process, url):

@@ -148,6 +148,7 @@ def assert_refused(error: openai.APIStatusError, status: int, param: str | None)
     assert param is None or param.split("[")[0] in message or param in ("prompt", "messages")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fields", "param"), BAD_COMPLETIONS)
 def test_a_bad_completion_request_is_refused_by_name(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:
     body = {"model": MODEL, "prompt": "Hi", **fields}
@@ -157,6 +158,7 @@ def test_a_bad_completion_request_is_refused_by_name(client: openai.OpenAI, fiel
     assert_serves(client)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schema", "words"),
     [

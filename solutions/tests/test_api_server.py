@@ -316,6 +316,7 @@ class Person(BaseModel):
     age: Annotated[int, Field(ge=0, le=120)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_answers_after_a_schema_are_parsed_by_pydantic(client: openai.OpenAI, stream: bool) -> None:
     schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": Person.model_json_schema(), "strict": True}}

@@ -44,6 +44,7 @@ def logits_of(llm: LLM, prompts: list[dict], monkeypatch) -> dict[tuple[int, int
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "quantization"), [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("bfloat16", "int4")]
 )

@@ -44,6 +44,7 @@ def run(capsys, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_module_completes_a_prompt_and_closes_with_statistics(path):
     command = [sys.executable, "-m", "solutions.core.engine", "--model", path, "--prompt", "Hello", *FLAGS]
     done = subprocess.run(command, capture_output=True, timeout=120, stdin=subprocess.DEVNULL, check=True)

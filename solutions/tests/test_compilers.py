@@ -42,6 +42,7 @@ def test_only_one_line_is_for_one_compiler() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["g++", "clang++"])
 def test_builds_all_kernels_without_a_warning(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And they run: one that folds vectors, on two threads."""

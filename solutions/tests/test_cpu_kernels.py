@@ -125,6 +125,7 @@ def test_int8(rows: int, columns: int, dtype: torch.dtype) -> None:
         assert error(packed(x), x.double() @ weight.double().T + bias.double()) < 3e-2
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ordered", [False, True])
@@ -307,6 +308,7 @@ def test_threads_record_apart() -> None:
     assert len(recordings[0]) == 2
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_a_new_cache_needs_new_recordings(tmp_path: Path) -> None:
     """Recordings hold addresses; those of a cache that is gone must not be written to."""

@@ -56,6 +56,7 @@ def test_the_grid_has_every_pair() -> None:
         assert {(row[a], row[b]) for row in GRID} == set(itertools.product(factors[a], factors[b]))
 
 
+@pytest.mark.slow
 @VERSIONS
 @pytest.mark.parametrize(("heads", "head_dim", "block_size", "window"), GRID)
 def test_mixed_batch(heads: tuple, head_dim: int, block_size: int, window: int | None, num_splits: int) -> None:
@@ -64,6 +65,7 @@ def test_mixed_batch(heads: tuple, head_dim: int, block_size: int, window: int |
     is_close(case.run(CudaBackend(DEVICE, num_splits)), case)
 
 
+@pytest.mark.slow
 @VERSIONS
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("heads", "head_dim", "block_size", "window"), GRID[:3] + GRID[5:6] + GRID[8:10] + GRID[12:14])
@@ -228,6 +230,7 @@ def test_the_kernels_are_right_where_the_faults_are_planted(fast_build: None, tm
     assert is_right(cuda_build.build(CPU, tmp_path, few_kernels(tmp_path)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault.found_by == "oracle"], ids=lambda fault: fault.name)
 def test_the_oracle_finds(fault: Fault, fast_build: None, tmp_path: Path) -> None:
     assert not is_right(cuda_build.build(CPU, tmp_path, fault.plant(tmp_path)))
@@ -253,12 +256,14 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watch:
     return compare
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["thread"])  # address: by make test-cuda-on-cpu SANITIZE=address
 def test_a_sanitizer_has_nothing_to_say_about_the_kernels(kind: str, watched: Watch, tmp_path: Path) -> None:
     run = watched(kind, few_kernels(tmp_path))
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault.found_by != "oracle"], ids=lambda fault: fault.name)
 def test_a_sanitizer_finds(fault: Fault, watched: Watch, tmp_path: Path) -> None:
     run = watched(fault.found_by, fault.plant(tmp_path))
@@ -273,6 +278,7 @@ def test_a_sanitizer_finds(fault: Fault, watched: Watch, tmp_path: Path) -> None
 needs_nvcc = pytest.mark.skipif(cuda_build.nvcc() is None, reason="no nvcc here, so nothing can be compiled for a card")
 
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_nvcc_needs_no_spills(arch: str) -> None:
@@ -286,6 +292,7 @@ def test_nvcc_needs_no_spills(arch: str) -> None:
     assert len(kernels) == 2 * 3 * 2 * 3 + 3 + 3  # v1 and v2 by dtype, lanes and heads; merge_splits and write_kv by dtype
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_nvcc_loads_16_bytes_at_a_time(tmp_path: Path) -> None:
     """A copy of bytes whose alignment the compiler cannot see becomes 16 loads of one byte each."""

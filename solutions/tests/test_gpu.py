@@ -54,6 +54,7 @@ def oracle(path: Path) -> list[list[int]]:
     return tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", [make_tiny_llama, make_tiny_mistral])
 def test_the_engine_generates_what_transformers_does(tmp_path: Path, make: Callable[..., object], backend: str) -> None:
@@ -70,6 +71,7 @@ def test_a_model_without_rotation(tmp_path: Path) -> None:
     assert generate(tmp_path, attention_backend="triton")[1] == oracle(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="the default model is not on the card's machine; its shapes are tested there")
 @needs_triton
 def test_the_real_model_on_triton() -> None:

@@ -118,6 +118,7 @@ def tokens(llm: LLM, params=GREEDY) -> list[list[int]]:
     return [c.token_ids for output in llm.generate(PROMPTS, params, use_tqdm=False) for c in output.outputs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["recompute", "swap"])
 @pytest.mark.parametrize("settings", [{}, {"attention_backend": "torch"}, {"enforce_eager": True}], ids=str)
 def test_preemption_cached_prefixes_and_branches_change_nothing(folder, mode, settings):
@@ -149,6 +150,7 @@ def test_ranks_drafts_and_chunks_change_nothing(folder, settings):
         llm.llm_engine.close()
 
 
+@pytest.mark.slow
 def test_nearly_twice_the_tokens_fit():
     """At a head size of 64: 2 · 64 bytes in bfloat16, 64 + 2 in int8."""
     sizes = {"model": "smollm2-135m", "load_format": "dummy", "max_model_len": 128, "kv_cache_memory_bytes": 64 << 20}
@@ -159,6 +161,7 @@ def test_nearly_twice_the_tokens_fit():
     assert small / whole > 1.9
 
 
+@pytest.mark.slow
 def test_perplexity_is_that_of_the_whole_cache():
     """On text of its own making; a default model that forgot scales, or a head's, would be far off."""
     whole = LLM("smollm2-135m", max_model_len=512)

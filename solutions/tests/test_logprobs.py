@@ -328,6 +328,7 @@ PROMPTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [KINDS["bytes"], sentencepiece, changed])
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_echoed_tokens_are_the_echoed_text(make: Any, prompt: str) -> None:

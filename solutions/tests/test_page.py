@@ -75,6 +75,7 @@ def say(page: Page, text: str) -> None:
     page.keyboard.press("Enter")
 
 
+@pytest.mark.slow
 def test_a_chat_streams_what_the_api_says(open_page: Callable[..., Page], small_server: str) -> None:
     page = open_page(small_server)
     page.click("summary")
@@ -108,6 +109,7 @@ def test_stop_frees_the_blocks(open_page: Callable[..., Page], small_server: str
     assert number(page, "running") == "0 of 16"
 
 
+@pytest.mark.slow
 def test_many_requests_share_wait_and_are_preempted(open_page: Callable[..., Page], small_server: str) -> None:
     page = open_page(small_server)
     page.evaluate("""() => {

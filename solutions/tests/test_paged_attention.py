@@ -61,6 +61,7 @@ def test_the_oracle_is_the_definition(window: int | None) -> None:
     torch.testing.assert_close(case.expected(), by_definition(case), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("heads", "head_dim", "block_size", "window"), GRID)
 def test_mixed_batch(backend: AttentionBackend, heads: tuple, head_dim: int, block_size: int, window: int | None) -> None:
     query_lens, context_lens = mixed_lens(block_size)

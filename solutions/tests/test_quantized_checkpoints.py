@@ -127,6 +127,7 @@ def test_other_models(tmp_path, make):
     check_against_transformers(tmp_path / "plain", tmp_path / "packed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["gptq with a short last group", "awq"])
 def test_two_ranks_cut_groups(tmp_path, case):
     make_tiny_llama(tmp_path / "plain")
@@ -134,6 +135,7 @@ def test_two_ranks_cut_groups(tmp_path, case):
     check_against_transformers(tmp_path / "plain", tmp_path / "packed", tensor_parallel_size=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["gptq with a short last group", "gptq in whole rows"])
 def test_through_the_triton_kernel(tmp_path, case):
     pytest.importorskip("triton", reason="Triton is not installed")

@@ -142,6 +142,7 @@ def test_which_layers_are_quantized(tmp_path, case):
     check_against_transformers(tmp_path / "plain", folder, enable_cpu_kernels=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["modules_to_not_convert", "dynamic changes", "the head too"])
 def test_layers_kept_in_several_ways_are_cut_over_two_ranks(tmp_path, case):
     folder = write_case(tmp_path, case)

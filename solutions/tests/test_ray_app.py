@@ -215,6 +215,7 @@ def replicas() -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_completions_chat_and_streams(client: openai.OpenAI) -> None:
     answer = client.completions.create(**GREEDY, prompt="The capital of France is", max_tokens=8)
     assert "Paris" in answer.choices[0].text
@@ -275,6 +276,7 @@ def end_of(stream: Iterator[Any]) -> str:
         return str(error)
 
 
+@pytest.mark.slow
 def test_the_service_survives_a_replica(client: openai.OpenAI) -> None:
     """Whose client had half of an answer learns of it; nobody else does, not even who waited there."""
     request = {"model": MODEL, "max_tokens": FOREVER, "stream": True, "extra_body": {"ignore_eos": True}}

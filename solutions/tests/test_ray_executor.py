@@ -170,6 +170,7 @@ def start_generation(llm: LLM) -> None:
     llm.llm_engine.check_health()
 
 
+@pytest.mark.slow
 def test_ranks_on_two_nodes_say_what_one_rank_says(cluster: object, path: str) -> None:
     expected = outputs(LLM(path, **SETTINGS))
     llm = make(path)
@@ -198,6 +199,7 @@ def test_more_ranks_than_cores_are_refused(cluster: object, path: str) -> None:
         make(path, size=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["idle", "in a step"])
 def test_a_rank_that_is_killed_ends_the_engine(cluster: object, path: str, when: str) -> None:
     llm = make(path)
@@ -238,6 +240,7 @@ def test_a_rank_that_fails_says_why(cluster: object, path: str) -> None:
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.slow
 def test_no_rank_outlives_the_engine(cluster: object, path: str) -> None:
     code = (
         "import time; from solutions.core.engine import LLM\n"
@@ -252,6 +255,7 @@ def test_no_rank_outlives_the_engine(cluster: object, path: str) -> None:
     until(lambda: actors() == [])
 
 
+@pytest.mark.slow
 def test_a_server_whose_rank_has_died_ends(cluster: object, path: str) -> None:
     flags = ["--tensor-parallel-size", "2", "--distributed-executor-backend", "ray", "--max-model-len", "128"]
     command = [
@@ -277,6 +281,7 @@ def test_a_server_whose_rank_has_died_ends(cluster: object, path: str) -> None:
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.slow
 def test_a_node_that_dies_ends_the_engine(cluster: object, path: str) -> None:
     """The last test: the node does not come back."""
     llm = make(path)

@@ -112,6 +112,7 @@ def test_a_thousand_clients_that_leave_hold_nothing_and_disturb_nobody() -> None
         assert stopped(server) == ""
 
 
+@pytest.mark.slow
 def test_a_full_cache_preempts_and_sigterm_lets_everybody_finish() -> None:
     # blocks for little more than one sequence of the longest kind
     with running_server(*FLAGS, "128", "--kv-cache-memory-bytes", "8MiB", "--no-enable-prefix-caching") as (server, url):
@@ -136,6 +137,7 @@ def test_a_full_cache_preempts_and_sigterm_lets_everybody_finish() -> None:
         assert server.stdout.read() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["rank", "server"])
 def test_a_kill_under_load_ends_all_processes(victim: str) -> None:
     with running_server(*FLAGS, str(CONTEXT), "--tensor-parallel-size", "2") as (server, url):

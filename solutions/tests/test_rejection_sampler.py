@@ -78,6 +78,7 @@ def outcomes(sample, p: torch.Tensor, q: torch.Tensor, count: int, seed: int) ->
     return seen
 
 
+@pytest.mark.slow
 def test_rejection_sampling_keeps_the_targets_distribution():
     p, q = distributions(1, 3, 8), distributions(2, 2, 8)
     p[0, 3] = 0.0  # as top-k and top-p make them

@@ -187,6 +187,7 @@ BEYOND_CANDIDATES = {"top_p": 0.97}
 """Keeps more than the tokens that are looked at first."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("params", "seeded"),
     [*((params, seeded) for params in DISTRIBUTIONS for seeded in (False, True)), (BEYOND_CANDIDATES, True)],

@@ -332,6 +332,7 @@ def test_a_long_wait_is_no_stall() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_a_draining_server_finishes_and_is_not_ready_and_a_second_signal_aborts() -> None:
     with program("--shutdown-timeout", "30") as (process, url):
         with (
@@ -352,6 +353,7 @@ def test_a_draining_server_finishes_and_is_not_ready_and_a_second_signal_aborts(
         process.wait(20)
 
 
+@pytest.mark.slow
 def test_the_log_in_json_has_a_line_for_each_request() -> None:
     with program("--log-format", "json") as (process, url):
         httpx.get(f"{url}/models", headers={"X-Request-Id": "mine"})
@@ -362,6 +364,7 @@ def test_the_log_in_json_has_a_line_for_each_request() -> None:
     assert told == [("mine", "/v1/models", 200), ("lost", "/v1/nowhere", 404)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

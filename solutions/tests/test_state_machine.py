@@ -88,6 +88,7 @@ TestEngineMachine.settings = settings(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, 900, 300))
 def test_twins_never_read_a_block_before_it_is_computed(first):
     """Of these lives, four copied a block that the step had yet to compute (111, 280, 797, 841)."""

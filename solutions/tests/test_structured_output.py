@@ -100,6 +100,7 @@ def test_streams_and_log_probabilities(llm: LLM) -> None:
     assert any(entry[token].rank > 2 for entry, token in zip(output.logprobs, output.token_ids, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [
     {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}},
     {"speculative_config": {"method": "draft_model", "model": MODEL, "num_speculative_tokens": 3}},
@@ -124,6 +125,7 @@ def test_what_changes_no_other_answer_changes_none_of_these(llm: LLM, settings: 
     other.llm_engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}}])
 def test_an_answer_that_holds_up_the_others_is_cut_off(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(structured_output, "TOKEN_SECONDS", 0.0)

@@ -262,6 +262,7 @@ def children() -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if "worker_process" in " ".join(p.cmdline())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_real_model(size: int) -> None:
     source = resolve_model("smollm2-135m")
@@ -281,6 +282,7 @@ def test_a_model_that_cannot_be_cut_is_refused_at_once(tmp_path: Path) -> None:
     assert children() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["idle", "in a step"])
 def test_a_rank_that_is_killed_ends_the_engine(tmp_path: Path, when: str) -> None:
     make_tiny_llama(tmp_path)
@@ -306,6 +308,7 @@ def test_a_rank_that_is_killed_ends_the_engine(tmp_path: Path, when: str) -> Non
     assert children() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_no_rank_outlives_the_engine(tmp_path: Path, how: signal.Signals) -> None:
     make_tiny_llama(tmp_path)
@@ -326,6 +329,7 @@ def test_no_rank_outlives_the_engine(tmp_path: Path, how: signal.Signals) -> Non
 # Start and stop
 
 
+@pytest.mark.slow
 def test_many_starts_and_stops_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No process, descriptor, mapped or named memory, port, file, and no restriction to some of the cores."""
     make_tiny_llama(tmp_path, num_hidden_layers=1)

@@ -66,6 +66,7 @@ def check(case: AttentionCase, backend: TritonBackend, dtype: torch.dtype = torc
         assert relative_error(out, case.expected()) < TOLERANCE[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("heads", "head_dim", "block_size", "window"), GRID)
 def test_mixed_batch(heads: tuple[int, int], head_dim: int, block_size: int, window: int | None) -> None:
     query_lens, context_lens = (mixed_lens if DEVICE == "cuda" else boundary_lens)(block_size)
@@ -75,6 +76,7 @@ def test_mixed_batch(heads: tuple[int, int], head_dim: int, block_size: int, win
     check(case, TritonBackend())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize(("heads", "head_dim", "block_size", "window"), GRID[1::7])
 def test_half_precision(heads: tuple[int, int], head_dim: int, block_size: int, window: int | None, dtype: torch.dtype) -> None:
@@ -99,6 +101,7 @@ def test_large_scores_keep_their_precision() -> None:
     check(case, TritonBackend(), torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("num_splits", [2, 5])
 def test_splits_of_a_context(num_splits: int, window: int | None) -> None:
@@ -108,6 +111,7 @@ def test_splits_of_a_context(num_splits: int, window: int | None) -> None:
     check(case, TritonBackend(num_splits=num_splits))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [*DECODE_CONFIGS, *PREFILL_CONFIGS], ids=str)
 def test_every_configuration(config: Config) -> None:
     lens = [config.block_n + d for d in (-1, 0, 1)]
@@ -119,6 +123,7 @@ def test_more_heads_to_a_kv_head_than_rows_to_a_tile() -> None:
     check(make_case([1, 5], [9, 20], heads=(40, 1), device=DEVICE), TritonBackend(config=Config(16, 16, 1, 1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 20])
 def test_reads_blocks_that_another_sequence_writes_in_this_step(window: int | None) -> None:
     case = make_case([70, 10, 1], [70, 50, 49], block_size=8, window=window, readers={1: 0, 2: 0}, device=DEVICE)
@@ -182,6 +187,7 @@ def test_padding_is_neither_stored_nor_read(num_splits: int) -> None:
     torch.testing.assert_close(metadata.kv_caches[0].flatten(1, 2), slots_before, equal_nan=True, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, *TOLERANCE], ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_rotates_on_the_way(head_dim: int, dtype: torch.dtype) -> None:
@@ -210,6 +216,7 @@ def test_rotates_on_the_way(head_dim: int, dtype: torch.dtype) -> None:
         assert relative_error(out, case.expected()) < TOLERANCE[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_splits", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("kind", "distance"), [(torch.int8, 0.02), (torch.float8_e4m3fn, 0.1)], ids=str)
@@ -402,6 +409,7 @@ def test_the_kernels_without_a_fault(tmp_path: Path) -> None:
     check_faults_case(backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
     backend = TritonBackend(num_splits=3, config=Config(64, 16, 1, 1))
@@ -410,6 +418,7 @@ def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
         check_faults_case(backend)
 
 
+@pytest.mark.slow
 def test_compiles_for_cards_that_are_not_here() -> None:
     """Ahead of time, for compute capability 8.0 and 9.0, the first configurations: the code is accepted and fits."""
     run = subprocess.run(

@@ -1,0 +1,43 @@
+"""`make test` leaves out what is marked slow, and yet looks at every module."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(path for folder in ("solutions/tests", "tests") for path in (ROOT / folder).glob("test_*.py"))
+LEFT_OUT = {"slow", "parity"}
+
+
+def marks(decorators: list[ast.expr]) -> set[str]:
+    """Names of the ``pytest.mark`` decorators."""
+    names = (ast.unparse(each).removeprefix("pytest.mark.") for each in decorators if "pytest.mark." in ast.unparse(each))
+    return {name.split("(")[0] for name in names}
+
+
+def quick_tests(source: str) -> list[str]:
+    """Tests of a file that `make test` runs; a file that is left out as a whole has none."""
+    tree = ast.parse(source)
+    whole = [node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"]
+    if any(f"mark.{mark}" in ast.unparse(node.value) for node in whole for mark in LEFT_OUT):
+        return []
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    cases = [node.name for node in functions if node.name.startswith("test_") and not marks(node.decorator_list) & LEFT_OUT]
+    return cases + [
+        node.targets[0].id for node in tree.body if isinstance(node, ast.Assign) and ".TestCase" in ast.unparse(node)
+    ]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_file_has_a_quick_test(path: Path) -> None:
+    assert quick_tests(path.read_text(encoding="utf-8"))
+
+
+def test_a_file_of_slow_tests_is_noticed() -> None:
+    slow = "import pytest\n@pytest.mark.slow\n@pytest.mark.parametrize('n', [1])\ndef test_a(n): pass\n"
+    assert quick_tests(slow) == []
+    assert quick_tests(slow + "def test_b(): pass\n") == ["test_b"]
+    assert quick_tests("import pytest\npytestmark = pytest.mark.slow\ndef test_c(): pass\n") == []
