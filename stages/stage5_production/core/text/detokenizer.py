@@ -79,13 +79,13 @@ class Detokenizer:
     def step(self) -> str:
         """The text that ``tokens[offset]`` adds, often none; moves on by one token."""
         token = self.tokens[self.offset]
-        if self._stream is None:
-            self._start_stream()
+        if (stream := self._stream) is None:
+            stream = self._start_stream()
         self.offset += 1
         if token in self.special_ids:
             return ""
         try:
-            text = self._stream.step(self._tokenizer, token)
+            text = stream.step(self._tokenizer, token)
         except Exception as error:  # tokenizers raises no narrower class
             if not str(error).startswith("Invalid prefix"):
                 raise
@@ -146,10 +146,11 @@ class Detokenizer:
                     return ids, text, stem
         return ids, text, text.rstrip(REPLACEMENT)
 
-    def _start_stream(self) -> None:
+    def _start_stream(self) -> DecodeStream:
         context, text, _ = self._context(self.offset)
-        self._stream = DecodeStream(ids=context, skip_special_tokens=self._skip)
         self._in_character = text.endswith(REPLACEMENT)
+        self._stream = stream = DecodeStream(ids=context, skip_special_tokens=self._skip)
+        return stream
 
     def _added(self, start: int, end: int) -> str:
         """What ``tokens[start:end]`` add to the text before them; also the character that they complete, if any."""
@@ -268,7 +269,7 @@ class TextReader:
             self.num_seen = len(self.seq.tokens)
             return "" if self.log is None else self.log.finish(self.num_seen)
         if self._stops is not None or self.log is not None:
-            return self._read_by_token(ended)
+            return self._read_by_token(self.log or detokenizer, ended)
         end = self.num_seen = len(self.seq.tokens)
         if ended:
             return detokenizer.finish(self._text_end())
@@ -276,8 +277,8 @@ class TextReader:
             return detokenizer.step()
         return "".join([detokenizer.step() for _ in range(end - seen)])
 
-    def _read_by_token(self, ended: bool) -> str:
-        seq, source = self.seq, self.log or self.detokenizer
+    def _read_by_token(self, source: TextSource, ended: bool) -> str:
+        seq = self.seq
         unarmed = seq.num_prompt_tokens + seq.params.min_tokens
         end = self._text_end() if ended else len(seq.tokens)
         text = ""
