@@ -67,7 +67,7 @@ class SharedMemoryCommunicator(Communicator):
         part_bytes: int = PART_BYTES,
     ) -> None:  # fmt: skip
         super().__init__(group)
-        library = native.load()
+        library = native.loaded()
         library.shared_memory_bytes.restype = library.shared_memory_trouble.restype = ctypes.c_int64
         size = library.shared_memory_bytes(*map(ctypes.c_int64, (self.size, threads, part_bytes)))
         os.ftruncate(descriptor, size)  # the same for all, so whoever comes first makes it
@@ -86,7 +86,8 @@ class SharedMemoryCommunicator(Communicator):
     @property
     def seconds_in_kernels(self) -> float:
         """Time in calls so far, recorded steps' and waiting for others included; of the first thread."""
-        return self._memory.nanoseconds / 1e9
+        nanoseconds: int = self._memory.nanoseconds
+        return nanoseconds / 1e9
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if x.dtype not in _NAMES or not x.is_contiguous() or not x.dim():
@@ -110,7 +111,7 @@ class SharedMemoryCommunicator(Communicator):
             self.check()
 
     def check(self) -> None:
-        trouble = native.load().shared_memory_trouble(ctypes.byref(self._memory))
+        trouble = native.loaded().shared_memory_trouble(ctypes.byref(self._memory))
         if trouble:
             rank, reason = divmod(trouble, 4)
             raise CommunicationError(f"rank {self.rank} of {self.size}: rank {rank} {_TROUBLE[reason]}")

@@ -63,23 +63,22 @@ class LayerInputs:
     changed: dict[str, Tensor] = field(default_factory=dict)
 
     def matrix(self, name: str) -> Linear:
-        return self.layer.get_submodule(name)
+        return matrix_of(self.layer, name)
 
     def weight(self, name: str) -> Tensor:
         """[N, K] float32: the matrix, with all of its pieces."""
-        return self.matrix(name).weight.data
+        return plain_weight(self.matrix(name)).data
 
     def can_fold(self, name: str) -> bool:
         """Whether the inputs of a matrix can be divided by a factor each where they are made."""
-        return name != "self_attn.o_proj" or self.matrix(name).weight.shape[1] == len(self._rows_before(name))
+        return name != "self_attn.o_proj" or self.weight(name).shape[1] == len(self._rows_before(name))
 
     def fold(self, name: str, scale: Tensor) -> None:
         """Multiply a matrix's columns by `scale` [K], and divide what makes its inputs."""
         self.weight(name).mul_(scale)
         norm = {"self_attn.qkv_proj": "input_layernorm", "mlp.gate_up_proj": "post_attention_layernorm"}.get(name)
         if norm is not None:
-            weight = self.layer.get_submodule(norm).weight.data.div_(scale)
-            self.changed[f"{norm}.weight"] = weight
+            self.changed[f"{norm}.weight"] = self.layer.get_parameter(f"{norm}.weight").data.div_(scale)
         else:
             self._rows_before(name).div_(scale[:, None])
 
@@ -87,7 +86,20 @@ class LayerInputs:
         """The rows of the matrix whose outputs are this one's inputs: v's for o_proj, up's for down_proj."""
         before, piece = {"self_attn.o_proj": (MATRICES[0], "v"), "mlp.down_proj": (MATRICES[2], "up")}[name]
         matrix = self.matrix(before)
-        return pieces_of(matrix, matrix.weight.data)[piece]
+        return pieces_of(matrix, plain_weight(matrix).data)[piece]
+
+
+def matrix_of(layer: nn.Module, name: str) -> Linear:
+    """A matrix product of a decoder layer."""
+    matrix = layer.get_submodule(name)
+    assert isinstance(matrix, Linear), name
+    return matrix
+
+
+def plain_weight(matrix: Linear) -> nn.Parameter:
+    """[N, K] float32: the weight of a matrix that is not quantized."""
+    assert matrix.weight is not None, "the model is loaded in float32"
+    return matrix.weight
 
 
 def pieces_of(matrix: Linear, rows: Tensor) -> dict[str | None, Tensor]:
@@ -130,7 +142,9 @@ class Calibration:
     @staticmethod
     def load(source: ModelSource) -> LlamaForCausalLM:
         """The whole model in float32, computed by PyTorch."""
-        return load_model(source, torch.float32, torch.device("cpu"))
+        model = load_model(source, torch.float32, torch.device("cpu"))
+        assert isinstance(model, LlamaForCausalLM), "others are refused before"
+        return model
 
     @torch.inference_mode()
     def inputs_of(self, index: int) -> LayerInputs:
@@ -140,7 +154,7 @@ class Calibration:
             ValueError: the model computes NaN or infinity on this text.
         """
         layer = self.layers[index]
-        statistics = {name: Statistics.empty(layer.get_submodule(name).weight.shape[1]) for name in MATRICES}
+        statistics = {name: Statistics.empty(plain_weight(matrix_of(layer, name)).shape[1]) for name in MATRICES}
         hooks = [
             layer.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: statistics[name].add(args[0]))
             for name in MATRICES
@@ -159,7 +173,7 @@ class Calibration:
         """Give a layer its new weights and run it: its outputs are what the next layer sees."""
         layer = self.layers[index]
         for name, weight in quantized.items():
-            layer.get_submodule(name).weight.data.copy_(weight.dequantize())
+            plain_weight(matrix_of(layer, name)).data.copy_(weight.dequantize())
         for name, tensor in changed.items():
             layer.get_parameter(name).data.copy_(tensor)
         for sample in self.hidden:

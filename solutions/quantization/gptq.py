@@ -64,9 +64,10 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     """
     try:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-        return torch.linalg.cholesky(inverse, upper=True).float()
+        factor: Tensor = torch.linalg.cholesky(inverse, upper=True).float()
     except RuntimeError:
         raise ValueError("the Hessian cannot be inverted; use more calibration samples or a larger --damping") from None
+    return factor
 
 
 def fix_columns(weight: Tensor, factor: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,7 +24,7 @@ from ..batching.sampling_params import SamplingParams
 from ..models.llama import MERGED_LAYERS
 from ..models.loader import ModelSource, load_tokenizer, resolve_model
 from ..parallelism.linear import Linear
-from .calibration import MATRICES, Calibration, LayerInputs, pieces_of
+from .calibration import MATRICES, Calibration, LayerInputs, matrix_of, pieces_of
 from .layout.checkpoint import QuantizedFormat, write_model
 from .layout.groups import BITS, GroupQuantized
 
@@ -131,7 +131,7 @@ def quantize_model(
         calibration.advance(index, quantized, new)
         prefix = f"model.layers.{index}"
         for name, weight in quantized.items():
-            layers |= split_pieces(calibration.layers[index].get_submodule(name), f"{prefix}.{name}", weight)
+            layers |= split_pieces(matrix_of(calibration.layers[index], name), f"{prefix}.{name}", weight)
         changed |= {f"{prefix}.{name}": tensor for name, tensor in new.items()}
     write_model(output, source.path, layers, form, recipe.symmetric, changed)
     shutil.rmtree(work)
@@ -140,11 +140,15 @@ def quantize_model(
 def split_pieces(matrix: Linear, name: str, weight: GroupQuantized) -> dict[str, GroupQuantized]:
     """A merged matrix as the layers that a checkpoint has, by name."""
     parent = name.rpartition(".")[0]
-    names = {piece: f"{parent}.{layer}" for layer, (merged, piece) in MERGED_LAYERS.items() if name.endswith(merged)}
-    parts = [pieces_of(matrix, tensor) for tensor in (weight.codes, weight.scales, weight.zeros)]
+    names: dict[str | None, str] = {
+        piece: f"{parent}.{layer}" for layer, (merged, piece) in MERGED_LAYERS.items() if name.endswith(merged)
+    }
+    codes, scales, zeros = (pieces_of(matrix, tensor) for tensor in (weight.codes, weight.scales, weight.zeros))
     return {
-        names.get(piece, name): GroupQuantized(*(part[piece] for part in parts), weight.bits, weight.group_size, weight.order)
-        for piece in parts[0]
+        names.get(piece, name): GroupQuantized(
+            codes[piece], scales[piece], zeros[piece], weight.bits, weight.group_size, weight.order
+        )
+        for piece in codes
     }
 
 

@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=args.shutdown_timeout,
-        http=partial(TimedConnection, seconds=args.connection_timeout),
+        http=partial(TimedConnection, seconds=args.connection_timeout),  # type: ignore[arg-type]  # it is called, no more
     )  # fmt: skip
     server = Server(config, async_engine)
     deaths: list[None] = []

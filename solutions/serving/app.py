@@ -43,7 +43,7 @@ from .responses import ChatReply, CompletionReply, Reply, server_sent_events
 from .tracing import RequestTracer
 
 if TYPE_CHECKING:
-    from ..core.input import EngineRequest, Prompt
+    from ..core.input import EngineRequest, Prompt, TokensPrompt
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that has disconnected; nobody reads it."""
@@ -260,8 +260,10 @@ async def engine_requests(
 
 def engine_prompt(prompt: str | list[int], cache_salt: str | None) -> Prompt:
     """A prompt in the engine's form."""
-    salt = {} if cache_salt is None else {"cache_salt": cache_salt}
-    return {"prompt": prompt, **salt} if isinstance(prompt, str) else {"prompt_token_ids": prompt, **salt}
+    made: TokensPrompt = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+    if cache_salt is not None:
+        made["cache_salt"] = cache_salt
+    return made
 
 
 def need_tokenizer(tokenizer: Any, field: str) -> Any:
@@ -283,7 +285,10 @@ def tokens_of(tokenizer: Any, body: TokenizeRequest) -> list[int]:
     """
     if body.messages is not None:
         return chat_prompt(tokenizer, body.messages)
-    return need_tokenizer(tokenizer, "prompt").encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+    ids: list[int] = need_tokenizer(tokenizer, "prompt").encode(
+        body.prompt, add_special_tokens=body.add_special_tokens is not False
+    )
+    return ids
 
 
 def chat_prompt(tokenizer: Any, messages: list[ChatMessage]) -> list[int]:

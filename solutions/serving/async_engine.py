@@ -65,7 +65,7 @@ class AsyncEngine:
         self.on_rejection: Callable[[str], None] | None = None
         self.is_draining = False
         self._step_since: float | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop  # what `start` binds to
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._streams: dict[str, OutputStream] = {}  # touched by the event loop only
         self._death: str | None = None  # touched by the event loop only
@@ -113,7 +113,7 @@ class AsyncEngine:
         def work() -> list[EngineRequest]:
             return [self.engine.prepare(name, prompt, params, priority) for name, prompt in pairs]
 
-        size = sum(len(prompt) if isinstance(prompt, str) else max(map(len, prompt.values())) for prompt in prompts)
+        size = sum(map(_length, prompts))
         requests = work() if size <= INLINE_LIMIT else await asyncio.to_thread(work)
         if params.structured_output is not None:
             grammar = await self._compile(params.structured_output, client)
@@ -292,3 +292,10 @@ class AsyncEngine:
     def _post(self, callback: Callable[..., None], *args: Any) -> None:
         if not self._loop.is_closed():  # a closed loop has nobody left to tell
             self._loop.call_soon_threadsafe(callback, *args)
+
+
+def _length(prompt: Prompt) -> int:
+    """Characters or token ids of a prompt, whatever is more."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    return max(len(prompt.get("prompt", "")), len(prompt.get("prompt_token_ids", ())))

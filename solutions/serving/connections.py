@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from asyncio import TimerHandle, Transport
-from typing import Any
-
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from typing import TYPE_CHECKING, Any
 
 from .errors import error_body
+
+if TYPE_CHECKING:  # which of uvicorn's two it is depends on what is installed; both have what is used here
+    from uvicorn.protocols.http.h11_impl import H11Protocol as AutoHTTPProtocol
+else:
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 
 class TimedConnection(AutoHTTPProtocol):
@@ -26,14 +29,14 @@ class TimedConnection(AutoHTTPProtocol):
         self._arrival: TimerHandle | None = None
         self._departure: TimerHandle | None = None
 
-    def connection_made(self, transport: Transport) -> None:
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
         self._arrival = self.loop.call_later(self.seconds, self._give_up_request)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if not self._is_arriving:
-            self._arrival = _cancelled(self._arrival)
+            self._stop_arrival()
         elif self._arrival is None:
             self._arrival = self.loop.call_later(self.seconds, self._give_up_request)
 
@@ -43,11 +46,22 @@ class TimedConnection(AutoHTTPProtocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._departure = _cancelled(self._departure)
+        self._stop_departure()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._arrival, self._departure = _cancelled(self._arrival), _cancelled(self._departure)
+        self._stop_arrival()
+        self._stop_departure()
+
+    def _stop_arrival(self) -> None:
+        if self._arrival is not None:
+            self._arrival.cancel()
+            self._arrival = None
+
+    def _stop_departure(self) -> None:
+        if self._departure is not None:
+            self._departure.cancel()
+            self._departure = None
 
     @property
     def _is_arriving(self) -> bool:
@@ -59,8 +73,3 @@ class TimedConnection(AutoHTTPProtocol):
         head = "HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length:"
         self.transport.write(f"{head} {len(body)}\r\n\r\n".encode() + body)
         self.transport.close()
-
-
-def _cancelled(timer: TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()

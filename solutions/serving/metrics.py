@@ -116,7 +116,7 @@ class EngineMetrics(Collector):
         preemption is neither.
         """
         with self._lock:
-            size = sum(count for seq, count in decision.scheduled.items() if seq not in self._times)
+            size: float = sum(count for seq, count in decision.scheduled.items() if seq not in self._times)
             waits: Counter[float] = Counter()  # times since the last token, of which most are equal
             for seq in decision.sampled:
                 times = self._times.get(seq)
@@ -149,15 +149,16 @@ class EngineMetrics(Collector):
     def _end(self, seq: Sequence, now: float) -> None:
         """Enter what is known of a sequence that is over: its lengths, its reason, and how long it waited, was prefilled and
         decoded, and lasted. One that was never scheduled has waited until now; one without a token was neither."""
-        first, last, _ = self._times.pop(seq, (None, None, 0))
-        self.finished[seq.finish_reason] += 1
+        times, reason, started = self._times.pop(seq, None), seq.finish_reason, seq.first_scheduled_time
+        assert reason is not None, "it is over"
+        self.finished[reason] += 1
         self.whole.observe(now - seq.arrival_time)
         self.prompt_len.observe(seq.num_prompt_tokens)
         self.output_len.observe(seq.num_output_tokens)
-        started = seq.first_scheduled_time
         self.queue.observe((now if started is None else started) - seq.arrival_time)
-        if first is None:
+        if times is None or started is None:
             return
+        first, last, _ = times
         self.prefill.observe(first - started)
         self.decode.observe(last - first)
         if seq.num_output_tokens > 1:

@@ -88,7 +88,7 @@ class CompletionChoice(BaseModel):
 class CompletionResponse(Answer):
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
-    usage: Usage | None = Field(None, exclude_if=lambda usage: usage is None)
+    usage: Usage | None = Field(default=None, exclude_if=lambda usage: usage is None)
 
 
 class TopLogprob(BaseModel):
@@ -131,8 +131,8 @@ class ChatCompletionResponse(Answer):
 
 
 class Delta(BaseModel):
-    role: Literal["assistant"] | None = Field(None, exclude_if=lambda role: role is None)
-    content: str | None = Field(None, exclude_if=lambda content: content is None)
+    role: Literal["assistant"] | None = Field(default=None, exclude_if=lambda role: role is None)
+    content: str | None = Field(default=None, exclude_if=lambda content: content is None)
 
 
 class ChatChunkChoice(BaseModel):
@@ -146,4 +146,4 @@ class ChatChunkChoice(BaseModel):
 class ChatCompletionChunk(Answer):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]
-    usage: Usage | None = Field(None, exclude_if=lambda usage: usage is None)
+    usage: Usage | None = Field(default=None, exclude_if=lambda usage: usage is None)

@@ -139,7 +139,7 @@ class GenerationRequest(Request):
             raise RequestError(f"{asked[1]} cannot be combined with {name}", asked[1])
         value = getattr(self, name)
         if isinstance(value, ResponseFormat):
-            schema = value.json_schema and json.dumps(value.json_schema.schema_)
+            schema = None if value.json_schema is None else json.dumps(value.json_schema.schema_)
             kind, text = ("json_object", "") if schema is None else ("json", schema)
         else:
             kind, text = name.removeprefix("guided_"), value if isinstance(value, str) else json.dumps(value)
@@ -156,7 +156,8 @@ class GenerationRequest(Request):
     @property
     def continuous_usage(self) -> bool:
         """Whether every chunk of a stream has a usage."""
-        return self.include_usage and bool(self.stream_options.continuous_usage_stats)
+        options = self.stream_options
+        return bool(options and options.include_usage and options.continuous_usage_stats)
 
     @property
     def token_limit(self) -> tuple[str, int | None]:
@@ -195,7 +196,7 @@ class GenerationRequest(Request):
         if (form := self.form) is not None:
             fields["structured_output"] = form[0]
         message = str(error)
-        name = re.match(r"\w*", message)[0]
+        name = re.split(r"\W", message, maxsplit=1)[0]
         for ours, theirs in fields.items():
             message = re.sub(rf"\b{ours}\b", theirs, message)
         field = fields.get(name, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -37,7 +38,7 @@ def _by_rank(position: Position) -> list[tuple[int, Logprob]]:
 
 
 def completion_logprobs(
-    token_ids: list[int], positions: list[Position | None], start: int, echoed: list[str]
+    token_ids: list[int], positions: Sequence[Position | None], start: int, echoed: list[str]
 ) -> CompletionLogprobs:
     """The lists of ``/v1/completions``.
 
@@ -49,10 +50,16 @@ def completion_logprobs(
     """
     result = CompletionLogprobs()
     for index, (token_id, position) in enumerate(zip(token_ids, positions, strict=True)):
-        text = echoed[index] if index < len(echoed) else token_text(token_id, position[token_id])
+        if position is None:  # nothing predicts the first token of a prompt
+            text = echoed[index]
+            result.token_logprobs.append(None)
+            result.top_logprobs.append(None)
+        else:
+            own = position[token_id]
+            text = echoed[index] if index < len(echoed) else token_text(token_id, own)
+            result.token_logprobs.append(finite(own.logprob))
+            result.top_logprobs.append(_by_text(position, token_id, text))
         result.tokens.append(text)
-        result.token_logprobs.append(None if position is None else finite(position[token_id].logprob))
-        result.top_logprobs.append(None if position is None else _by_text(position, token_id, text))
         result.text_offset.append(start)
         start += len(text)
     return result
@@ -165,7 +172,7 @@ def token_bytes(tokenizer: Any, token_id: int) -> bytes | None:
     """
     if tokenizer is None:
         return None
-    text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+    text: str = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
     if REPLACEMENT not in text:
         return text.encode()
     piece = tokenizer.convert_ids_to_tokens(token_id)

@@ -132,7 +132,7 @@ class RequestTracer:
             "gen_ai.latency.e2e": now - seq.arrival_time,
             "gen_ai.latency.time_in_queue": (now if started is None else started) - seq.arrival_time,
         }
-        if first is not None:
+        if first is not None and started is not None:
             found["gen_ai.latency.time_to_first_token"] = first - seq.arrival_time
             found["gen_ai.latency.time_in_model_prefill"] = first - started
             found["gen_ai.latency.time_in_model_decode"] = now - first

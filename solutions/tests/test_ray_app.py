@@ -116,7 +116,7 @@ def test_replicas_are_fixed_or_follow_the_load() -> None:
 
 
 def test_a_failed_engine_makes_its_replica_unhealthy() -> None:
-    check = Replica.func_or_class.check_health
+    check = Replica.check_health
     asyncio.run(check(SimpleNamespace(engine=SimpleNamespace(is_running=True))))
     with pytest.raises(RuntimeError, match="the engine has failed"):
         asyncio.run(check(SimpleNamespace(engine=SimpleNamespace(is_running=False))))

@@ -178,7 +178,7 @@ class Automaton:
                 if target not in depth:
                     depth[target] = depth[state] + 1
                     queue.append(target)
-        longest: dict[int, int | None] = {}
+        longest: dict[int, int] = {}
         layer, steps = {0}, 0
         while layer and steps <= len(self.edges):
             longest = dict.fromkeys(layer, steps)
@@ -205,15 +205,15 @@ def _tidy(edges: list[list[tuple[CharSet, int]]], final: list[bool]) -> Automato
     merged: dict[int, tuple[tuple[CharSet, int], ...]] = {}
     count = 0
     while True:
-        names: dict[tuple, int] = {}
+        names: dict[tuple[int, tuple[tuple[CharSet, int], ...]], int] = {}
         for state in sorted(useful):
             by_target: dict[int, list[CharSet]] = {}
             for chars, target in edges[state]:
                 if target in useful:
                     by_target.setdefault(group[target], []).append(chars)
-            out = tuple(sorted((union(*sets) if len(sets) > 1 else sets[0], target) for target, sets in by_target.items()))
-            merged[state] = out
-            names.setdefault((group[state], out), len(names))
+            row = tuple(sorted((union(*sets) if len(sets) > 1 else sets[0], target) for target, sets in by_target.items()))
+            merged[state] = row
+            names.setdefault((group[state], row), len(names))
         fresh = {state: names[group[state], merged[state]] for state in useful}
         group = fresh
         if len(names) == count:

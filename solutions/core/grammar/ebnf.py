@@ -111,7 +111,7 @@ class Rules:
     """
 
     def __init__(self) -> None:
-        self._rules: dict[str, list[Sequence[Part]]] = {}
+        self._rules: dict[str, Sequence[Sequence[Part]]] = {}
         self._made: dict[object, str] = {}
         self._chars: dict[CharSet, list[list[Part]]] = {}
         self._parts = 0
@@ -123,7 +123,7 @@ class Rules:
             self._made[key] = f"r{len(self._made)}"
         return self._made[key], fresh
 
-    def add(self, name: str, choices: list[Sequence[Part]]) -> str:
+    def add(self, name: str, choices: Sequence[Sequence[Part]]) -> str:
         """Add a rule; no choice at all means no text."""
         self._parts += sum(1 + len(choice) for choice in choices)
         if self._parts > MAX_PARTS:
@@ -238,7 +238,7 @@ class Rules:
     def _has_text(self, choice: Sequence[Part], useful: set[str]) -> bool:
         return all(isinstance(part, str) or self._can_be(part, useful) for part in choice)
 
-    def _can_be(self, part: tuple, useful: set[str]) -> bool:
+    def _can_be(self, part: tuple[str] | tuple[str, int, int | None], useful: set[str]) -> bool:
         """Whether a rule can be had, so many times."""
         _, low, high = part if len(part) == 3 else (*part, 1, 1)
         return (part[0] in useful or low == 0) and (high is None or low <= high)

@@ -68,7 +68,8 @@ class _Grammar:
         if listed is not None:
             return [[json_literal(text)] for text in listed]
         if group in ("array", "object") and scalars.excluded(branch):
-            raise refuse(*scalars.having(branch, "values")[0][3:], "is not supported where arrays or objects must not be met")
+            *_, keyword, path = scalars.having(branch, "values")[0]
+            raise refuse(keyword, path, "is not supported where arrays or objects must not be met")
         if group in ("null", "boolean"):
             texts = ["null"] if group == "null" else ["true", "false"]
             return [[json_literal(text)] for text in texts if text not in scalars.excluded(branch)]
@@ -95,7 +96,7 @@ class _Grammar:
             raise ValueError(f"an array must have at most {MAX_ITEMS} items; minItems asks for {wanted.low}")
         inside = None
         if wanted.unique and wanted.high not in (0, 1):
-            inside = self._unique(wanted)
+            inside = self._unique(wanted, wanted.unique)
             wanted = wanted if inside else replace(wanted, high=1)
         if inside is None:
             inside = self._counted_items(wanted) if wanted.contains else self._items(wanted, 0)
@@ -155,18 +156,22 @@ class _Grammar:
             kinds = [([*claims, *more], (*after, n)) for claims, after in kinds for more, n in (*one, other)]
         return kinds
 
-    def _unique(self, wanted: facts.Items) -> str | None:
-        """The rule for items that are all different, from a list of values; None: there is none, and one item is enough."""
+    def _unique(self, wanted: facts.Items, path: str) -> str | None:
+        """The rule for items that are all different, from a list of values; None: there is none, and one item is enough.
+
+        Args:
+            path: of the schema that asks for it.
+        """
         values = None if wanted.heads or wanted.contains else self._finite(wanted.rest)
         if values is None:
             if wanted.low > 1:
                 why = f"is not supported for {wanted.low} items but where there are at most {MAX_VALUES} values for all (enum)"
-                raise refuse("uniqueItems", wanted.unique, why)
+                raise refuse("uniqueItems", path, why)
             return None
         texts = list({same(json.loads(text)): text for text in reversed(values)}.values())[::-1]
         high = len(texts) if wanted.high is None else min(wanted.high, len(texts))
         if len(texts) > MAX_UNIQUE:
-            return self._in_order(wanted, texts, high)
+            return self._in_order(wanted, path, texts, high)
 
         def at(left: tuple[int, ...], count: int) -> str:
             name, fresh = self.rules.name((wanted, left, count))
@@ -180,11 +185,11 @@ class _Grammar:
 
         return at(tuple(range(len(texts))), 0)
 
-    def _in_order(self, wanted: facts.Items, texts: list[str], high: int) -> str:
+    def _in_order(self, wanted: facts.Items, path: str, texts: list[str], high: int) -> str:
         """The rule for some of these texts in their order, at most `high` of them."""
         top = max(1, wanted.low, high if high < len(texts) else 0)
         if len(texts) * (top + 1) > MAX_STATES:
-            raise refuse("uniqueItems", wanted.unique, f"is not supported for so many of {len(texts)} values")
+            raise refuse("uniqueItems", path, f"is not supported for so many of {len(texts)} values")
         names = [[self.rules.name((wanted, i, count))[0] for count in range(top + 1)] for i in range(len(texts) + 1)]
         for i, text in enumerate(texts):
             for count in range(top + 1):
@@ -279,7 +284,9 @@ class _Grammar:
     def _entry(self, others: tuple[tuple[Automaton, Goal], ...]) -> str:
         name, fresh = self.rules.name(("entry", others))
         if fresh:
-            choices = [[(self.rules.automaton(names, True),), '": "', (self.value(one),)] for names, one in others]
+            choices: list[list[Part]] = [
+                [(self.rules.automaton(names, True),), '": "', (self.value(one),)] for names, one in others
+            ]
             self.rules.add(name, choices)
         return name
 

@@ -152,10 +152,12 @@ def _multiples(of: int | float) -> Automaton:
         step, places = step * 10, places + 1
     if step.denominator != 1:
         raise ValueError(f"{of!r} has more than {MAX_PLACES} digits behind the point")
-    size, alike = int(step), {}
+    size = int(step)
+    alike: dict[tuple[int | None, ...], int] = {}
 
     def rest_of(digits: int) -> int:
-        rest, wanted, power = digits % size, [], 1
+        rest, power = digits % size, 1
+        wanted: list[int | None] = []
         while power < 10 * size:  # the digits, 0, 1, 2 of them …, that would make it whole
             missing = -rest * power % size
             wanted.append(missing if missing < power else None)

@@ -161,7 +161,8 @@ class Document:
         url, fragment = urldefrag(where)
         if where in self._resources and fragment and not fragment.startswith("/"):
             return self.schema(self._resources[where], schema.path)
-        at, path = self._resources.get(url), "$"
+        at: Any = self._resources.get(url)
+        path = "$"
         if url not in self._resources:
             raise refuse("$ref", schema.path, f"refers to {ref!r}, which is outside the schema; put it under $defs")
         for part in unquote(fragment).split("/")[1:] if fragment else ():
@@ -245,7 +246,7 @@ def _problem(keyword: str, value: Any) -> str | None:
         if keyword in names and not holds:
             return message
     if keyword == "type":
-        names = [value] if isinstance(value, str) else value
-        if not _strings(names) or not names or not set(names) <= set(TYPES):
+        types = [value] if isinstance(value, str) else value
+        if not _strings(types) or not types or not set(types) <= set(TYPES):
             return f"must be one of {', '.join(TYPES)}, or a list of them"
     return None

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 from .automata import ANY_TEXT, Automaton, TooLarge, build, complement, either, intersect, literal
 from .charsets import ALL, CharSet
@@ -16,6 +16,7 @@ from .formats import texts_of
 from .numbers import Bounds, numbers
 from .schema_document import refuse
 
+Made = TypeVar("Made")
 MAX_COUNTED = 3_000
 """Most states of an automaton that also counts characters; a longest length that needs more is lowered."""
 
@@ -32,7 +33,7 @@ def extent(branch: Branch, name: str) -> tuple[int, int | None]:
     return max((demand[1] for demand in found), default=0), min(highest, default=None)
 
 
-def naming(keyword: str, path: str, make: Callable[..., Automaton], *args: Any) -> Automaton:
+def naming(keyword: str, path: str, make: Callable[..., Made], *args: Any) -> Made:
     """What `make` makes; its complaint names the keyword."""
     try:
         return make(*args)
@@ -97,23 +98,22 @@ def texts(branch: Branch, formats: bool = True) -> Texts:
     path = keyword = ""
     for name, text, holds, path in having(branch, "pattern", *(["format"] if formats else [])):
         keyword = name
-        made = (search, text, not holds) if name == "pattern" else (texts_of, text)
-        one = naming(name, path, *made)
+        pattern = name == "pattern"
+        one = naming(name, path, search, text, not holds) if pattern else naming(name, path, texts_of, text)
         one = one if holds else naming(name, path, complement, one)
         found = one if found is None else naming(name, path, intersect, found, one)
     barred = excluded(branch)
-    if found is None and not barred:
-        return Texts(low, high)
     if barred:
         keyword, path = having(branch, "values")[0][3:]
         found = outside(build(ANY_TEXT) if found is None else found, [json.loads(text) for text in barred], path)
-    if not found.empty:
-        found = naming(keyword, path, _cut, found, low, high)
-    if isinstance(found, Texts):
-        return found
-    if found.empty and formats and having(branch, "format"):
+    if found is None:
+        return Texts(low, high)
+    cut = found if found.empty else naming(keyword, path, _cut, found, low, high)
+    if isinstance(cut, Texts):
+        return cut
+    if cut.empty and formats and having(branch, "format"):
         return texts(branch, False)
-    return Texts(language=found)
+    return Texts(language=cut)
 
 
 def _cut(found: Automaton, low: int, high: int | None) -> Automaton | Texts:

@@ -19,9 +19,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import filelock
 import torch
@@ -163,9 +163,17 @@ why_not = ""
 """Why there are no kernels, once `load` has returned None."""
 
 
+@functools.cache
+def loaded() -> ctypes.CDLL:
+    """The built kernels, for code that runs only where `load` has given them."""
+    library = load()
+    assert library is not None, why_not
+    return library
+
+
 def set_threads(count: int) -> None:
     """Threads of every kernel from now on, in this process."""
-    load().set_num_threads(ctypes.c_int64(count))
+    loaded().set_num_threads(ctypes.c_int64(count))
 
 
 class Arguments(ctypes.Structure):
@@ -175,7 +183,7 @@ class Arguments(ctypes.Structure):
         rows: of all that it reads and writes; a recording changes it when it is replayed.
     """
 
-    _fields_ = (("rows", ctypes.c_int64),)
+    _fields_: ClassVar[Sequence[tuple[str, type[ctypes._SimpleCData[Any]]]]] = (("rows", ctypes.c_int64),)
 
 
 class Kernel:
@@ -186,7 +194,7 @@ class Kernel:
     """
 
     def __init__(self, name: str, arguments: Arguments) -> None:
-        self.function = getattr(load(), name)
+        self.function = getattr(loaded(), name)
         self.function.argtypes, self.function.restype = [ctypes.c_void_p], None
         self.arguments = arguments
         self._address = ctypes.addressof(arguments)
@@ -217,8 +225,8 @@ class Recording:
         self.max_rows = max_rows
         self._buffers: dict[tuple[str, int, torch.dtype], Tensor] = {}
         self._kept: list[Arguments] = []
-        self._calls: list[tuple[int, int]] = []
-        self._array: ctypes.Array | None = None
+        self._calls: list[_Call] = []
+        self._array: ctypes.Array[_Call] | None = None
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -227,7 +235,7 @@ class Recording:
         """Note a call that has just been made."""
         copy = type(arguments).from_buffer_copy(arguments)
         self._kept.append(copy)
-        self._calls.append((ctypes.cast(function, ctypes.c_void_p).value, ctypes.addressof(copy)))
+        self._calls.append(_Call(ctypes.cast(function, ctypes.c_void_p).value, ctypes.addressof(copy)))
 
     def part(self, indices: Iterable[int]) -> Recording:
         """A recording of some of the calls, on the same buffers, to see how long they take."""
@@ -257,7 +265,7 @@ class Recording:
 
     def replay(self, rows: int) -> None:
         """Run all of it again, with so many rows."""
-        load().replay(self._array, ctypes.c_int64(len(self._calls)), ctypes.c_int64(rows))
+        loaded().replay(self._array, ctypes.c_int64(len(self._calls)), ctypes.c_int64(rows))
 
 
 _of_thread = threading.local()

@@ -88,7 +88,7 @@ class LogitsProcessors:
         known = before._counts if before else {}
         penalised = [(i, s) for i, s in rows if _has_penalty(s)]
         self._penalised_rows = [i for i, _ in penalised]
-        self._counts = {s: known.get(s) or TokenCounts(s) for _, s in penalised}
+        self._counts: dict[Sequence, TokenCounts] = {s: known.get(s) or TokenCounts(s) for _, s in penalised}
         names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
         penalties = np.array([[getattr(s.params, name) for _, s in penalised] for name in names])
         penalties[0] = penalties[0].clip(1 / MAX_PENALTY, MAX_PENALTY)

@@ -30,7 +30,8 @@ def probe(grammar: CompiledGrammar, vocab_size: int, seconds: float) -> bool:
     masks = torch.empty(1, -(-vocab_size // 32), dtype=torch.int32)
     draw, total = random.Random(0), 0.0
     for _ in range(WALKS):
-        guide, output = Guide(grammar), []
+        guide = Guide(grammar)
+        output: list[int] = []
         for _ in range(STEPS):
             before = time.thread_time()
             guide.allow([output], masks)

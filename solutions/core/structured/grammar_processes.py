@@ -79,8 +79,7 @@ class TrialProcess:
         ours, theirs = socket.socketpair()
         try:
             with theirs, self._lock:
-                self._start()
-                socket.send_fds(self._control, [b"+"], [theirs.fileno()])
+                socket.send_fds(self._started(), [b"+"], [theirs.fileno()])
             ours.settimeout(ANSWER_SECONDS + limits.wall_seconds)
             send(ours, {"form": {"kind": wanted.kind, "definition": wanted.definition}, "limits": asdict(limits)})
         except BaseException:
@@ -94,27 +93,30 @@ class TrialProcess:
             self._closed = True
             self._end()
 
-    def _start(self) -> None:
+    def _started(self) -> socket.socket:
+        """The connection to the process, which lives."""
         if self._closed:
             raise CompilingStoppedError("the engine is shutting down")
-        if self._process is not None and self._lives():
-            return
+        if self._control is not None and self._lives(self._control):
+            return self._control
         self._end()
-        self._control, theirs = socket.socketpair()
+        control, theirs = socket.socketpair()
+        self._control = control
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # forks have one
         environment = {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with theirs:
             command = [sys.executable, "-m", f"{__package__}.grammar_worker"]
-            self._process = subprocess.Popen(command, stdin=theirs, env=environment)
+            self._process = subprocess.Popen(command, stdin=theirs.fileno(), env=environment)
         try:
-            send(self._control, self._vocabulary())  # which is made while the process starts
+            send(control, self._vocabulary())  # which is made while the process starts
         except BaseException:
             self._end()
             raise
+        return control
 
-    def _lives(self) -> bool:
+    def _lives(self, control: socket.socket) -> bool:
         """It says nothing on this connection, so what can be read there is the end."""
-        return self._process.poll() is None and not select.select([self._control], [], [], 0)[0]
+        return self._process is not None and self._process.poll() is None and not select.select([control], [], [], 0)[0]
 
     def _end(self) -> None:
         if self._control is not None:
@@ -181,7 +183,12 @@ class GrammarProcesses:
             else:
                 job = self._jobs[key] = Job(key, wanted, {future: client})
                 self._wait(job)
-        future.add_done_callback(lambda done: done.cancelled() and self._leave(job, done))
+
+        def leave(done: Future[CompiledGrammar]) -> None:
+            if done.cancelled():
+                self._leave(job, done)
+
+        future.add_done_callback(leave)
         return future
 
     def close(self) -> None:
@@ -265,6 +272,7 @@ class GrammarProcesses:
             elif trouble is not None:
                 self._finish(job, trouble=trouble)
             else:
+                assert self._compiler is not None, "who started the process has made it"
                 self._finish(job, grammar=self._compiler.compile(job.wanted))
         except Exception as error:
             self._finish(job, error=error)

@@ -49,7 +49,7 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> list[int]
             {**message, "content": _content(parts, form)}
             for message, parts, form in zip(messages, contents, forms, strict=True)
         ]
-        token_ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+        token_ids: list[int] = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
     except Exception as error:  # a template is a program, and may fail in any way
         reason = str(error) or type(error).__name__
         raise ValueError(f"the model's chat template does not take these messages: {reason}") from error
@@ -107,7 +107,7 @@ def _readable(template: _Template, shape: Shape) -> tuple[tuple[Form, ...], froz
         if not unread:
             return best
     if best is None:
-        texts: tuple[Form, ...] = ("text",) * len(shape)
+        texts: tuple[Form, ...] = tuple("text" for _ in shape)
         return texts, template.unread(shape, texts)
     for other in ("part", "text"):  # of one role, some messages may be read in another form than the rest
         forms = tuple(other if index in best[1] else form for index, form in enumerate(best[0]))

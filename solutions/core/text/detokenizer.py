@@ -79,13 +79,13 @@ class Detokenizer:
     def step(self) -> str:
         """The text that ``tokens[offset]`` adds, often none; moves on by one token."""
         token = self.tokens[self.offset]
-        if self._stream is None:
-            self._start_stream()
+        if (stream := self._stream) is None:
+            stream = self._start_stream()
         self.offset += 1
         if token in self.special_ids:
             return ""
         try:
-            text = self._stream.step(self._tokenizer, token)
+            text = stream.step(self._tokenizer, token)
         except Exception as error:  # tokenizers raises no narrower class
             if not str(error).startswith("Invalid prefix"):
                 raise
@@ -146,10 +146,11 @@ class Detokenizer:
                     return ids, text, stem
         return ids, text, text.rstrip(REPLACEMENT)
 
-    def _start_stream(self) -> None:
+    def _start_stream(self) -> DecodeStream:
         context, text, _ = self._context(self.offset)
-        self._stream = DecodeStream(ids=context, skip_special_tokens=self._skip)
         self._in_character = text.endswith(REPLACEMENT)
+        self._stream = stream = DecodeStream(ids=context, skip_special_tokens=self._skip)
+        return stream
 
     def _added(self, start: int, end: int) -> str:
         """What ``tokens[start:end]`` add to the text before them; also the character that they complete, if any."""
@@ -211,14 +212,14 @@ class StopStrings:
         old = len(self._tail)
         text = self._tail + piece
         if armed:
-            found = None
+            found, matched = -1, ""
             for stop in self._stops:
                 at = text.find(stop, max(0, old - len(stop) + 1))
-                if at >= 0 and (found is None or at < found):
-                    found, self.matched = at, stop
-            if found is not None:
-                self._tail = ""
-                return text[: found + len(self.matched) if self._include else found]
+                if at >= 0 and (found < 0 or at < found):
+                    found, matched = at, stop
+            if found >= 0:
+                self.matched, self._tail = matched, ""
+                return text[: found + len(matched) if self._include else found]
         cut = max(0, len(text) - self._hold)
         self._tail = text[cut:]
         return text[:cut]

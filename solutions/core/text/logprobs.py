@@ -143,9 +143,11 @@ class TokenLog:
 
     def step(self) -> str:
         """Read the next token: the text that it adds."""
+        detokenizer = self._detokenizer
+        assert detokenizer is not None  # or the reader takes all tokens by `finish`
         read = self._note()
-        read.piece = self._detokenizer.step()
-        self._open = self._detokenizer.holds
+        read.piece = detokenizer.step()
+        self._open = detokenizer.holds
         self._in_text = _ends_whole(read.piece)
         return read.piece
 
@@ -186,7 +188,7 @@ class TokenLog:
         self._num_noted += 1
         self._seq.cumulative_logprob += entry.logprobs[entry.token_ids.index(token)]
         texts = {}
-        if self._texts is not None:
+        if self._texts is not None and self._detokenizer is not None:
             texts = self._texts.candidates(self._detokenizer, token, entry, self._in_text)
         read = _Read(token, entry, texts)
         if self._open:
@@ -226,17 +228,18 @@ class PromptLog:
 
     def _read(self, index: int, entry: TokenLogprobs) -> dict[int, Logprob]:
         token = self._tokens[index]
-        if self._texts is None:
+        detokenizer = self._detokenizer
+        if self._texts is None or detokenizer is None:
             return _Read(token, entry, {}).cut(None)
-        while self._detokenizer.offset < index:
-            self._step()
-        texts = self._texts.candidates(self._detokenizer, token, entry, self._in_text)
-        return _Read(token, entry, texts).cut(self._step())
+        while detokenizer.offset < index:
+            self._step(detokenizer)
+        texts = self._texts.candidates(detokenizer, token, entry, self._in_text)
+        return _Read(token, entry, texts).cut(self._step(detokenizer))
 
-    def _step(self) -> str:
-        piece = self._detokenizer.step()
-        if self._detokenizer.offset == len(self._tokens):
-            piece += self._detokenizer.finish(len(self._tokens))
+    def _step(self, detokenizer: Detokenizer) -> str:
+        piece = detokenizer.step()
+        if detokenizer.offset == len(self._tokens):
+            piece += detokenizer.finish(len(self._tokens))
         self._in_text = _ends_whole(piece)
         return piece
 

@@ -135,7 +135,7 @@ def pack_int32(values: Tensor, bits: int) -> Tensor:
     in_word = 32 // bits
     if values.shape[-1] % in_word:
         raise ValueError(f"{values.shape[-1]} codes of {bits} bits do not fill whole 32-bit words; {in_word} fit one")
-    words = values.to(torch.int64).unflatten(-1, (-1, in_word))
+    words: Tensor = values.to(torch.int64).unflatten(-1, (-1, in_word))
     shifts = torch.arange(in_word, device=values.device) * bits
     return (words << shifts).sum(dim=-1).to(torch.int32)  # wraps around to negative numbers where bit 31 is set
 
@@ -143,5 +143,5 @@ def pack_int32(values: Tensor, bits: int) -> Tensor:
 def unpack_int32(packed: Tensor, bits: int) -> Tensor:
     """The codes in words [..., w]: [..., w · 32 / bits] uint8, what `pack_int32` was given."""
     shifts = torch.arange(32 // bits, device=packed.device, dtype=torch.int32) * bits
-    codes = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    codes: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
     return codes.flatten(-2).to(torch.uint8)

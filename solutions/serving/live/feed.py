@@ -46,7 +46,7 @@ class LiveFeed:
     def __init__(self, async_engine: SteppingThread, model_name: str, control: StepControl) -> None:
         self.async_engine, self.control = async_engine, control
         self._snapshots = Snapshots(async_engine.engine, model_name)
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop  # known from the first call on it
         self._clients: dict[asyncio.Queue[str], bool] = {}  # → whether it waits for a full frame; touched by the loop only
         self._is_watched = False  # set by the loop, read by the engine's thread; the two below are the thread's own
         self._shown: EngineStats | None = None  # of the last frame

@@ -36,6 +36,11 @@ class SteppingThread(Protocol):
     may_step: Callable[[], bool]
     is_draining: bool
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the engine works."""
+        ...
+
     def between_steps(self, command: Callable[[], None]) -> None:
         """Run something at the next step border."""
         ...
@@ -61,7 +66,7 @@ class StepControl:
         self.paused, self.delay = False, 0.0
         self._steps = 0  # that a paused engine may still take
         self._last = 0.0
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop  # known from the first call on it
         async_engine.may_step = self._may_step
 
     def change(self, request: StepControlRequest) -> StepControlState:

@@ -20,12 +20,13 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from fastapi import FastAPI
 from fastapi.responses import Response, StreamingResponse
 from starlette.requests import Request
+from starlette.types import Message
 
 from ...core.config import EngineConfig
 from ...core.platform.machine import available_cores, settle_heap
@@ -64,7 +65,7 @@ Head = tuple[int, list[tuple[bytes, bytes]]]
 class PolicyRouter(RequestRouter):
     """Serve's request router with one of our policies. Requests bring the keys of their prompt as the argument `keys`."""
 
-    def initialize_state(self, router: str, max_imbalance: int) -> None:
+    def initialize_state(self, router: str, max_imbalance: int) -> None:  # type: ignore[override]  # ours has these settings
         """Called by Serve with the settings of the deployment."""
         self._policy: Policy = RoundRobin() if router == "round_robin" else PrefixAffinity(max_imbalance)
         self._loads: dict[str, int] = {}
@@ -138,13 +139,13 @@ async def answer(app: FastAPI, call: HttpCall) -> AsyncIterator[Head | bytes]:
     gone = asyncio.Event()
     requests = iter([{"type": "http.request", "body": call.body, "more_body": False}])
 
-    async def receive() -> dict[str, Any]:
+    async def receive() -> Message:
         if (request := next(requests, None)) is not None:
             return request
         await gone.wait()
         return {"type": "http.disconnect"}
 
-    async def send(message: dict[str, Any]) -> None:
+    async def send(message: Message) -> None:
         is_head = message["type"] == "http.response.start"
         pieces.put_nowait((message["status"], list(message["headers"])) if is_head else message.get("body", b""))
 
@@ -161,8 +162,8 @@ async def answer(app: FastAPI, call: HttpCall) -> AsyncIterator[Head | bytes]:
         while (piece := await pieces.get()) is not None:
             while isinstance(piece, bytes) and not pieces.empty():  # what has come meanwhile goes in one piece
                 more = pieces.get_nowait()
-                if more is None:
-                    pieces.put_nowait(None)
+                if not isinstance(more, bytes):
+                    pieces.put_nowait(more)
                     break
                 piece += more
             if piece:
@@ -172,11 +173,12 @@ async def answer(app: FastAPI, call: HttpCall) -> AsyncIterator[Head | bytes]:
         await task
 
 
-@serve.deployment
 class Replica:
     """One engine and its server's application, without a socket."""
 
-    async def __init__(self, config: EngineConfig, served_model_names: list[str], api_keys: list[str] | None) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve waits for it
+        self, config: EngineConfig, served_model_names: list[str], api_keys: list[str] | None
+    ) -> None:
         from ...core.engine import LLMEngine
 
         self.engine = AsyncEngine(LLMEngine(config))
@@ -205,11 +207,10 @@ class Replica:
             self.engine.engine.close()
 
 
-@serve.deployment
 class Ingress:
     """Receives all requests."""
 
-    def __init__(self, replicas: DeploymentHandle) -> None:
+    def __init__(self, replicas: DeploymentHandle[Any]) -> None:
         self._replicas = replicas.options(method_name="forward", stream=True)
 
     async def __call__(self, request: Request) -> Response:
@@ -222,7 +223,7 @@ class Ingress:
         except (ValueError, RecursionError):
             keys = []  # the replica says what is wrong
         for _ in range(ATTEMPTS):
-            stream = self._replicas.remote(call, keys=keys)
+            stream = cast("DeploymentResponseGenerator[Any]", self._replicas.remote(call, keys=keys))  # stream=True
             try:
                 status, headers = await anext(stream)
             except RayActorError:
@@ -234,7 +235,7 @@ class Ingress:
         return error_response(REPLICA_GONE, 503)
 
 
-async def _rest(stream: DeploymentResponseGenerator, is_events: bool) -> AsyncIterator[bytes]:
+async def _rest(stream: DeploymentResponseGenerator[Any], is_events: bool) -> AsyncIterator[bytes]:
     try:
         async for piece in stream:
             yield piece
@@ -272,7 +273,7 @@ def app(args: dict[str, Any]) -> serve.Application:
         "health_check_period_s": 1.0,
         "max_constructor_retry_count": 1,  # an engine that does not start will not start the next time
         "request_router_config": RequestRouterConfig(
-            request_router_class=PolicyRouter,
+            request_router_class=PolicyRouter,  # type: ignore[arg-type]  # a class is right
             request_router_kwargs={"router": settings.router, "max_imbalance": settings.max_imbalance},
         ),
     }
@@ -285,9 +286,9 @@ def app(args: dict[str, Any]) -> serve.Application:
     else:
         options["num_replicas"] = settings.most_replicas
     names = settings.served_model_name or [config.model]
-    replica = Replica.options(**options).bind(config, names, settings.api_key)
+    replica = serve.deployment(**options)(Replica).bind(config, names, settings.api_key)
     most = options["max_ongoing_requests"] * settings.most_replicas
-    return Ingress.options(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=most).bind(replica)
+    return serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=most)(Ingress).bind(replica)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -319,12 +320,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         threading.Event().wait()
     except KeyboardInterrupt:
         serve.delete("default")
-        return 0
     except RuntimeError as error:
         print(f"error: the replicas did not start; their log is above ({str(error).splitlines()[0]})", file=sys.stderr)
         return 1
     finally:
         ray.shutdown()
+    return 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ TIMEOUT_SECONDS = 60.0
 """How long a rank waits for another one, at a rendezvous or in a collective, until it says that something is wrong."""
 START_SECONDS = 600.0
 """How long a rank may take to come to the rendezvous: it loads PyTorch first, perhaps over a network."""
-START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+START_METHOD: Literal["forkserver", "spawn"] = "forkserver" if sys.platform == "linux" else "spawn"
 """How `run_ranks` starts processes; on macOS system libraries do not survive a fork."""
 
 
@@ -53,7 +53,8 @@ def join(
 
 def has_come(rank: int, store: dist.Store) -> bool:
     """Whether a rank has reached the rendezvous."""
-    return store.check([f"rank {rank}"])
+    here: bool = store.check([f"rank {rank}"])
+    return here
 
 
 def wait_for_ranks(
@@ -99,10 +100,13 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: floa
         RuntimeError: a rank failed; the message is its traceback.
         TimeoutError: a rank did not end in time; all are killed.
     """
-    context = multiprocessing.get_context(START_METHOD)
-    if START_METHOD == "forkserver":
+    context: multiprocessing.context.ForkServerContext | multiprocessing.context.SpawnContext
+    if START_METHOD == "spawn":
+        context = multiprocessing.get_context("spawn")
+    else:
+        context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "psutil"])
-    results: multiprocessing.Queue = context.Queue()
+    results: multiprocessing.Queue[tuple[int, bytes | None, str | None]] = context.Queue()
     store = open_rendezvous(timeout=timeout)
     address = f"127.0.0.1:{store.port}"
     processes = [
@@ -166,5 +170,7 @@ def _rank_main(
 
 def _end_with_parent() -> None:
     """Wait until the process that called `run_ranks` is gone, whatever way it went, and end with it."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a rank is a process of its own"
+    parent.join()
     os._exit(1)

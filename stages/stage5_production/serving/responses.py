@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict
 
 from pydantic import BaseModel
 
@@ -40,6 +40,14 @@ from .token_logprobs import Position, chat_logprobs, completion_logprobs, prompt
 logger = logging.getLogger(__name__)
 
 
+class Head(TypedDict):
+    """What every answer and every chunk of a stream begins with."""
+
+    id: str
+    created: int
+    model: str
+
+
 class Reply(ABC):
     """The answer to one HTTP request: one engine request for each prompt, with `n` sequences each.
 
@@ -51,7 +59,7 @@ class Reply(ABC):
     """
 
     def __init__(self, reply_id: str, request: GenerationRequest, prompts: dict[str, list[int]], tokenizer: Any) -> None:
-        self.head = {"id": reply_id, "created": int(time.time()), "model": request.model}
+        self.head: Head = {"id": reply_id, "created": int(time.time()), "model": request.model}
         self.request = request
         self.n = request.n or 1
         self.tokenizer = tokenizer
@@ -152,7 +160,7 @@ class CompletionReply(Reply):
 
     def _best(self, output: RequestOutput) -> RequestOutput:
         """The output with the `n` sequences that are likeliest per token. The usage counts the others too."""
-        ranked = sorted(output.outputs, key=lambda each: -each.cumulative_logprob / max(1, len(each.token_ids)))
+        ranked = sorted(output.outputs, key=_likelihood, reverse=True)
         self._tokens[-1] += sum(len(each.token_ids) for each in ranked[self.n :])  # of no choice
         return replace(output, outputs=[replace(each, index=i) for i, each in enumerate(ranked[: self.n])])
 
@@ -168,7 +176,7 @@ class CompletionReply(Reply):
     def _with_prompt(self, output: RequestOutput, index: int, sequence: CompletionOutput) -> CompletionOutput:
         """A sequence, or its beginning, behind the prompt."""
         echo, prompt_ids, logprobs = self._echo(index), output.prompt_token_ids, None
-        if (scores := self._scores.get(output.request_id)) is not None:
+        if (scores := self._scores.get(output.request_id)) is not None and sequence.logprobs is not None:
             logprobs = [*scores, *sequence.logprobs]
             self._echoed[index] = prompt_texts(self.tokenizer, self._prompt(index), prompt_ids, echo)
         return replace(sequence, text=echo + sequence.text, token_ids=prompt_ids + sequence.token_ids, logprobs=logprobs)
@@ -189,6 +197,12 @@ class CompletionReply(Reply):
         result = completion_logprobs(sequence.token_ids, sequence.logprobs, start, echoed)
         self._offsets[index] = start + sum(map(len, result.tokens))
         return result
+
+
+def _likelihood(sequence: CompletionOutput) -> float:
+    """Mean log-probability of a sequence's tokens; whoever asks for the best of several has them computed."""
+    assert sequence.cumulative_logprob is not None
+    return sequence.cumulative_logprob / max(1, len(sequence.token_ids))
 
 
 class ChatReply(Reply):
