@@ -169,7 +169,8 @@ class Sequence:
         length = len(self.tokens)
         if length < self.max_len and token not in self.stop_ids and self.stop_search is None:
             return False
-        reason = stop_reason = None
+        reason: str | None = None
+        stop_reason: int | str | None = None
         if token in self.stop_ids and length - self.num_prompt_tokens >= self.params.min_tokens:
             is_eos = token in self.eos_token_ids and not self.params.ignore_eos
             reason, stop_reason = "stop", None if is_eos else token

@@ -282,6 +282,7 @@ def test_a_model_that_cannot_be_cut_is_refused_at_once(tmp_path: Path) -> None:
     assert children() == []
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["idle", "in a step"])
 def test_a_rank_that_is_killed_ends_the_engine(tmp_path: Path, when: str) -> None:

@@ -268,7 +268,7 @@ class TextReader:
         if self._stops is not None:
             return self._take_found()
         if self.log is not None:
-            return self._read_by_token(self.log, self.seq.finish_reason)
+            return self._read_by_token(detokenizer, self.log, self.seq.finish_reason)
         if ended:
             return detokenizer.finish(self._text_end(self.seq.finish_reason))
         count = len(self.seq.tokens) - detokenizer.offset
@@ -276,8 +276,11 @@ class TextReader:
 
     def find(self, reason: str | None) -> str | None:
         """See `StopSearch.find`. The text on the way is kept for `read`."""
-        self._found += self._read_by_token(self.log or self.detokenizer, reason)
-        return self._stops.matched
+        detokenizer, stops = self.detokenizer, self._stops
+        assert detokenizer is not None  # or no sequence has this reader as its search
+        assert stops is not None
+        self._found += self._read_by_token(detokenizer, self.log or detokenizer, reason)
+        return stops.matched
 
     def _take_found(self) -> str:
         if self.seq.finish_reason == "abort":  # which no token brought, so what is held back is still to come
@@ -285,10 +288,9 @@ class TextReader:
         text, self._found = self._found, ""
         return text
 
-    def _read_by_token(self, source: TextSource, reason: str | None) -> str:
+    def _read_by_token(self, detokenizer: Detokenizer, source: TextSource, reason: str | None) -> str:
         """Text of the new tokens, as far as it is sure; with a `reason` to end all of it, up to a stop string."""
-        seq, detokenizer = self.seq, self.detokenizer
-        unarmed = seq.num_prompt_tokens + seq.params.min_tokens
+        unarmed = self.seq.num_prompt_tokens + self.seq.params.min_tokens
         end = self._text_end(reason)
         text = ""
         while detokenizer.offset < end:
