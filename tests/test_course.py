@@ -247,6 +247,7 @@ def test_hints_come_one_level_at_a_time(room: Classroom) -> None:
     assert all(f"hint {level}" in third.output for level in (1, 2, 3))
 
 
+@pytest.mark.slow
 def test_the_reference_is_shown_once_the_task_passes(room: Classroom) -> None:
     refused = course(room, "diff", "--task", "1.1")
     assert refused.code == 1
@@ -300,6 +301,7 @@ def test_starters_are_made_again_only_where_nobody_has_written(room: Classroom) 
     assert room.command("stages.make_starters", "--stage", "1", "--check").code == 0
 
 
+@pytest.mark.slow
 def test_progress_counts_points_and_names_the_next_file(room: Classroom) -> None:
     whole = room.read("stages/course.toml")
     room.write("stages/course.toml", whole[: whole.index("[[stage]]\nnumber = 2")])  # the other stages' tests take their time
@@ -366,6 +368,7 @@ def test_other_ranks_run_the_learners_files_too(room: Classroom) -> None:
     assert "the worker of rank 1 has ended, with exit code 1" in ended.output
 
 
+@pytest.mark.slow
 def test_an_error_in_the_learners_code_stops_the_model_with_a_pointer(room: Classroom) -> None:
     room.solve(1)
     room.edit(room.path(1, ALLOCATOR), "self.ref_counts[block] = 1", "self.ref_counts[block] = 1 / 0")

@@ -43,6 +43,7 @@ def called(folder: Path, functions: list[str], *command: str) -> set[str]:
     return set(notes.read_text().split("\n"))
 
 
+@pytest.mark.slow
 def test_every_function_of_a_task_is_called(tmp_path: Path) -> None:
     functions = sorted({STAND_INS.get(target, target) for target in TARGETS})
     noted = called(tmp_path, functions, str(COUNTING / "serve_all.py"), str(tmp_path))

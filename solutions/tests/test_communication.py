@@ -145,6 +145,7 @@ def test_a_rank_that_hangs_is_named() -> None:
         run_ranks(fail_on_one, 2, "hang", timeout=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_no_rank_outlives_who_started_it(how: signal.Signals) -> None:
     """Also ranks that compute or sleep and talk to nobody, and the server that they were forked from."""

@@ -380,6 +380,7 @@ def test_replayed_steps_are_the_same_bits(tmp_path: Path, make: Callable[..., ob
 # Building
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_kernels_are_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXXFLAGS", "-O0")
@@ -399,6 +400,7 @@ def test_set_up_says_in_one_line_what_the_layers_run_on() -> None:
     assert run.stdout.count("\n") == 1
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_a_source_that_does_not_compile_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXXFLAGS", "-O0")

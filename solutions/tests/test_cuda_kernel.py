@@ -93,6 +93,7 @@ def test_any_number_of_warps(num_threads: int, num_splits: int) -> None:
     is_close(case.run(CudaBackend(DEVICE, num_splits, num_threads)), case)
 
 
+@pytest.mark.slow
 @VERSIONS
 @pytest.mark.parametrize("heads", [(9, 1), (20, 2)])
 def test_more_query_heads_than_a_block_takes(heads: tuple[int, int], num_splits: int) -> None:

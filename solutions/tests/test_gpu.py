@@ -126,6 +126,7 @@ def recorder(order: list[int]) -> Callable[[Step], Step]:
     return record
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padded_steps_give_the_same_tokens(tmp_path: Path, backend: str) -> None:
     """Batches of 4, then 3, 2, 1 sequences run in recordings for 1, 2 and 5."""

@@ -394,6 +394,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_they_end_with_a_server_that_is_killed() -> None:
     with subprocess.Popen([sys.executable, "-c", DOOMED], cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         processes = [psutil.Process(int(pid)) for pid in server.stdout.readline().split()]

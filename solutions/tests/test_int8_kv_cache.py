@@ -46,6 +46,7 @@ def check(case: AttentionCase, backend: AttentionBackend) -> None:
     assert 1e-4 < relative_error(out, unquantized) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("block_size", [1, 8, 16, 128])

@@ -188,6 +188,7 @@ def test_a_trace_is_shown(open_page: Callable[..., Page], tmp_path: Path) -> Non
         page.wait_for_function("document.getElementById('connection').textContent.includes('line 1 of bad.jsonl')")
 
 
+@pytest.mark.slow
 def test_a_static_copy_of_the_page_shows_a_trace(open_page: Callable[..., Page], tmp_path: Path) -> None:
     trace = tmp_path / "recorded"
     flags = ("--swap-space=64MiB", "--preemption-mode=swap", f"--record-trace={trace}")

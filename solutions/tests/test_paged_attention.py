@@ -69,6 +69,7 @@ def test_mixed_batch(backend: AttentionBackend, heads: tuple, head_dim: int, blo
     torch.testing.assert_close(case.run(backend).double(), case.expected(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"), [*((name, torch.bfloat16) for name in BACKENDS), ("naive", torch.float16), ("torch", torch.float16)]
 )

@@ -112,6 +112,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_file_packed_by_the_layout_alone_is_the_model(tmp_path, case):
     make_tiny_llama(tmp_path / "plain")

@@ -229,6 +229,7 @@ def test_a_rank_that_is_killed_ends_the_engine(cluster: object, path: str, when:
         killer.wait()
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_says_why(cluster: object, path: str) -> None:
     llm = make(path)
     start_generation(llm)

@@ -245,6 +245,7 @@ def outputs(path: Path, size: int, **settings: object) -> list[tuple]:
         llm.llm_engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [make_tiny_llama, make_tiny_mistral, make_tiny_gpt2])
 def test_engines_of_several_ranks_say_the_same(tmp_path: Path, make: Callable[..., object]) -> None:
     """Four ranks are more than LLaMA and Mistral have KV heads."""
