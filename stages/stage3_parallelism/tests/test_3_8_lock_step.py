@@ -202,7 +202,7 @@ def test_everybody_is_told_before_the_driver_computes() -> None:
     executor = bare_executor(log.worker(), [log.rank("rank 1"), log.rank("rank 2")])
     batch = mixed_batch()
     result = executor.execute(batch)
-    check_equal(log.order, ["rank 1 tell", "rank 2 tell", "rank 0 execute"], "who did what")
+    check_equal(log.order, ["rank 1 send", "rank 2 send", "rank 0 execute"], "who did what")
     assert result is log, "execute returns what the worker gave"
     assert log.events[2][2] == (batch,), "the worker executes the batch itself"
     for _, _, message in log.events[:2]:
@@ -267,7 +267,7 @@ def test_who_cannot_be_told_is_dead_already() -> None:
     executor = bare_executor(log.worker(), [log.rank("rank 1", told=WorkerDiedError("rank 1 has ended"))])
     with pytest.raises(WorkerDiedError, match="rank 1 has ended"):
         executor.execute(mixed_batch())
-    check_equal(log.order, ["rank 1 tell"], "who did what")
+    check_equal(log.order, ["rank 1 send"], "who did what")
 
 
 # Whole engines
