@@ -59,6 +59,7 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("solutions.benchmarks.datasets.TOKEN_IDS", (10, 250))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "program"), [("vllm", "vllm"), ("llama.cpp", "llama-server")])
 def test_servers_of_others_are_started_and_ended(install: Callable[[str, str], None], name: str, program: str) -> None:
     install(program, "works")
@@ -71,6 +72,7 @@ def test_servers_of_others_are_started_and_ended(install: Callable[[str, str], N
     assert (model / "config.json").is_file() if name == "vllm" else model.suffix == ".gguf"
 
 
+@pytest.mark.slow
 def test_a_server_that_breaks_or_is_not_there_is_one_message(
     install: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,7 @@ def whose(room: Classroom, stages: str | None) -> list[str]:
     return [str(Path(path).relative_to(room.folder)).split("/")[-3] for path in ended.output.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stages", "expected"),
     [

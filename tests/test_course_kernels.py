@@ -40,6 +40,7 @@ def test_a_hint_points_at_the_marked_part(room: Classroom) -> None:
     assert f"{KERNELS}:{line}  sum_over_lanes, merge, attend" in course(room, "hint", "--task", "4.8", COLUMNS="200").output
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_compilers_error_names_the_learners_line(room: Classroom) -> None:
     room.solve(4)
@@ -77,6 +78,7 @@ def test_the_reference_of_a_marked_part_is_shown(room: Classroom) -> None:
     assert "merge is the same as the reference" in shown.output
 
 
+@pytest.mark.slow
 def test_markers_that_are_gone_are_named(room: Classroom) -> None:
     room.edit(room.path(4, KERNELS), "    // TASK 4.8 begin: merge\n", "")
     output = course(room, "test", "--stage", "4", "--task", "4.8", COLUMNS="200").output
@@ -84,6 +86,7 @@ def test_markers_that_are_gone_are_named(room: Classroom) -> None:
     assert "the markers of merge are gone" not in course(room, "test", "--stage", "4", "--task", "4.1", COLUMNS="200").output
 
 
+@pytest.mark.slow
 def test_what_cannot_run_here_is_skipped_with_its_reason(room: Classroom) -> None:
     room.solve(1, ["1.1"])
     for name, reason in (("1_3_copy_on_write", "there is no such card"), ("1_4_watermark_and_swap", "nor this one")):

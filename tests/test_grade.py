@@ -133,6 +133,7 @@ def test_functions_that_need_each_other_pass_together(toys: Toys) -> None:
     assert points(toys.grade(own)) == {"1.1": 10, "1.2": 10}
 
 
+@pytest.mark.slow
 def test_the_same_salt_gives_the_same_scores_and_another_one_other_cases(toys: Toys, tmp_path: Path) -> None:
     """A test that draws its numbers, for code that is right for some of them; hypothesis itself pins what it draws."""
     shutil.copytree(toys.workshop.root, tmp_path / "toy")
@@ -194,6 +195,7 @@ def test_a_hostile_file_costs_its_own_task_alone(toys: Toys, nobody_is_left: Non
     assert told in "\n".join([grade.tasks[0].reason, *(failure.text for failure in grade.tasks[0].failures)])
 
 
+@pytest.mark.slow
 def test_who_stays_behind_is_ended(toys: Toys, nobody_is_left: None) -> None:
     stay = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.fork() or time.sleep(600)\n    os._exit(0)"
     for walls in {False, toys.graders[True].runner.sandbox.isolated}:

@@ -164,6 +164,7 @@ def test_requests_are_text_of_known_tokens() -> None:
     assert all(64 <= request.output_len <= 192 for request in requests)
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_start_says_why() -> None:
     assert as_flags({"max_num_seqs": 3, "touch_kv_cache": True}) == ["--max-num-seqs=3", "--touch-kv-cache"]
     with pytest.raises(RuntimeError, match="no_such_model"), running_server("--model", "no_such_model"):
@@ -193,6 +194,7 @@ def test_without_a_browser_the_benchmark_of_the_page_says_so(monkeypatch: pytest
         page_command([])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(page.CHROMIUM is None, reason="there is no Chromium; on Debian: apt install chromium")
 def test_the_benchmark_of_the_page_counts_frames(tmp_path: Path) -> None:
     page_command(f"--running 32 --seconds 1 --output-json {tmp_path / 'page.json'}".split())

@@ -143,6 +143,7 @@ def test_the_explanations_of_the_course_quote_lines_of_their_functions() -> None
 
 
 # -------------------------------------------------------------------------------------------------------- the command
+@pytest.mark.slow
 def test_the_command_counts_and_lists(
     tmp_path: Path, warm: Warm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from solutions.core.engine import LLM
 from solutions.tests.tiny_models import make_tiny_llama
 
 
+@pytest.mark.slow
 def test_a_chat_computes_its_new_turn_and_no_more_than_a_block_beside_it():
     """All that was said but its last token has keys and values; of these whole blocks of 16 are found again."""
     said = 0
@@ -28,6 +29,7 @@ def test_a_chat_computes_its_new_turn_and_no_more_than_a_block_beside_it():
         said = turn.prompt + 9
 
 
+@pytest.mark.slow
 def test_longest_prefix_match_finds_more_where_groups_come_in_turns():
     shares = hits_by_policy("smollm2-135m", num_groups=4, group_size=3, prefix_len=64, own_len=8, seed=0)
     assert shares["fcfs"] < 0.2

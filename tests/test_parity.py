@@ -79,6 +79,7 @@ def test_default_model_without_its_fast_paths(small_oracle: Oracle, setting: Set
     check_setting(small_oracle, setting, **flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", pairwise_grid(), ids=str)
 def test_tiny_models(tiny_oracle: Oracle, setting: Setting):
     check_setting(tiny_oracle, setting)

@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for folder in ("solutions/tests", "tests") for path in (ROOT / folder).glob("test_*.py"))
 LEFT_OUT = {"slow", "parity"}
+INSTEAD = {"test_streaming": "test_api_server", "test_real_faults": "test_server_limits"}
+"""Files all of whose tests are slow, and another one that looks at the same code quickly."""
 
 
 def marks(decorators: list[ast.expr]) -> set[str]:
@@ -33,7 +35,13 @@ def quick_tests(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_file_has_a_quick_test(path: Path) -> None:
-    assert quick_tests(path.read_text(encoding="utf-8"))
+    quick = quick_tests(path.read_text(encoding="utf-8"))
+    assert bool(quick) != (path.stem in INSTEAD), quick
+
+
+def test_what_looks_instead_is_quick() -> None:
+    quick = {path.stem for path in FILES} - INSTEAD.keys()
+    assert set(INSTEAD.values()) <= quick
 
 
 def test_a_file_of_slow_tests_is_noticed() -> None:

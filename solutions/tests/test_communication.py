@@ -140,6 +140,7 @@ def test_a_rank_that_fails_ends_all(how: str, timeout: float, message: str) -> N
     assert time.monotonic() - start < 25
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named() -> None:
     with pytest.raises((RuntimeError, TimeoutError), match=r"rank 0 of 2: all_reduce failed|ranks .* did not end in time"):
         run_ranks(fail_on_one, 2, "hang", timeout=8)

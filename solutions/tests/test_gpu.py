@@ -65,6 +65,7 @@ def test_the_engine_generates_what_transformers_does(tmp_path: Path, make: Calla
     assert f"attention by the {backend} backend" in "\n".join(llm.llm_engine.startup_summary())
 
 
+@pytest.mark.slow
 @needs_triton
 def test_a_model_without_rotation(tmp_path: Path) -> None:
     make_tiny_gpt2(tmp_path)
@@ -154,6 +155,7 @@ def test_padded_steps_give_the_same_tokens(tmp_path: Path, backend: str) -> None
     assert set(sizes) == {(4, 5), (3, 5), (2, 2), (1, 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_decode_steps_that_fit_are_replayed(tmp_path: Path, backend: str) -> None:
     make_tiny_llama(tmp_path, **SIZES)
@@ -234,6 +236,7 @@ def test_measured_steps_are_the_steps_asked_for(tmp_path: Path) -> None:
         measure_decode(engine, card, batch=60, context=100, steps=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "kv_cache_dtype", "vector_bytes"),
     [("torch", "auto", 64 * 4), ("cuda", "auto", 64 * 4), ("triton", "fp8", 64), ("triton", "int8", 64 + 2)],

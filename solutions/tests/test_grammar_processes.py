@@ -102,6 +102,7 @@ def drop(*futures: Future[Any]) -> None:
 # ------------------------------------------------------------------------------------------------------------ fairness
 
 
+@pytest.mark.slow
 def test_small_forms_of_others_do_not_wait_for_five_that_take_for_ever(shared: GrammarProcesses, patient: None) -> None:
     bombs = [shared.compile(bomb(i), "greedy") for i in range(5)]
     until(lambda: len(trials(shared)) > 0, PATIENCE)
@@ -121,6 +122,7 @@ def test_the_same_client_gets_its_small_form_too(shared: GrammarProcesses, patie
     until_trials(shared, 0)
 
 
+@pytest.mark.slow
 def test_who_waits_is_not_billed(shared: GrammarProcesses, strict: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar_processes, "SHORT_SECONDS", 0.001)  # so that all wait for the second thread
     form = StructuredOutput("choice", json.dumps(["x" * 2000]))  # long, so that it does not go before the others
@@ -373,6 +375,7 @@ def test_before_the_first_form_there_is_no_process() -> None:
     processes.close()
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_dropped_leaves_no_process() -> None:
     source = resolve_model("smollm2-135m")
     door = InputProcessor(load_tokenizer(source), source.config, 100, 10)
@@ -423,6 +426,7 @@ def test_a_process_that_cannot_start_is_not_tried_for_ever(monkeypatch: pytest.M
 # ------------------------------------------------------------------------------------------------------------ a server
 
 
+@pytest.mark.slow
 def test_a_server_answers_others_and_ends_with_a_form_half_compiled(patient: None) -> None:
     engine = LLMEngine(EngineConfig(model="smollm2-135m", max_model_len=128, num_gpu_blocks_override=32))
     answers: list[httpx.Response] = []

@@ -121,6 +121,7 @@ def frames_of(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
             yield json.loads(line[6:])
 
 
+@pytest.mark.slow
 def test_a_real_server_shows_what_it_does(tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     with running_server("--max-model-len", str(CONTEXT), "--record-trace", str(trace)) as (server, url):

@@ -203,6 +203,7 @@ def test_a_static_copy_of_the_page_shows_a_trace(open_page: Callable[..., Page],
         page.context.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_nothing_keeps_anybody_out(
@@ -217,6 +218,7 @@ def test_nothing_keeps_anybody_out(
     assert [(each["id"], each["nodes"][0]["target"]) for each in violations] == []
 
 
+@pytest.mark.slow
 def test_a_server_with_keys_is_asked_with_one(open_page: Callable[..., Page]) -> None:
     with running_server(*SETTINGS, "--api-key", "secret") as (_, url):
         page = open_page(url.removesuffix("/v1"))

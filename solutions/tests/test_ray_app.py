@@ -227,6 +227,7 @@ def test_completions_chat_and_streams(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_the_server(client: openai.OpenAI, url: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model=MODEL, prompt="x", max_tokens=0)
@@ -239,6 +240,7 @@ def test_errors_are_those_of_the_server(client: openai.OpenAI, url: str) -> None
     assert httpx.get(url + "/nowhere").status_code == 404
 
 
+@pytest.mark.slow
 def test_a_prompt_goes_where_its_beginning_is_cached(client: openai.OpenAI) -> None:
     beginnings = [f"{name} went to the market to buy some fruit and to sell some cloth. " * 4 for name in ("Ann", "Bob", "Cy")]
 
@@ -250,6 +252,7 @@ def test_a_prompt_goes_where_its_beginning_is_cached(client: openai.OpenAI) -> N
     assert all(cached(beginning, end) >= 48 for end in ("So", "But", "At night") for beginning in beginnings)
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_a_client_that_leaves_makes_room(client: openai.OpenAI, url: str) -> None:
     """An engine runs one request at a time, so whoever comes next would wait for all that is left of the last one."""

@@ -188,12 +188,14 @@ def test_ranks_on_two_nodes_say_what_one_rank_says(cluster: object, path: str) -
     assert not ray.is_initialized()
 
 
+@pytest.mark.slow
 def test_one_rank_needs_no_actor(cluster: object, path: str) -> None:
     llm = make(path, size=1)
     assert actors() == []
     assert outputs(llm) == outputs(LLM(path, **SETTINGS))
 
 
+@pytest.mark.slow
 def test_more_ranks_than_cores_are_refused(cluster: object, path: str) -> None:
     with pytest.raises(ValueError, match="4 ranks with 1 CPU each do not fit the Ray cluster"):
         make(path, size=4)

@@ -87,6 +87,7 @@ async def read(stream: Any) -> tuple[str, str | None]:
     return text, reason
 
 
+@pytest.mark.slow
 def test_a_thousand_clients_that_leave_hold_nothing_and_disturb_nobody() -> None:
     with running_server(*FLAGS, str(CONTEXT), "--max-num-seqs", "64") as (server, url):
 

@@ -134,6 +134,7 @@ def sequences(count: int, params: SamplingParams, drafted: list[list[int]]) -> l
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_probs", [True, False])
 def test_verification_of_a_batch_keeps_the_processed_distribution(with_probs):
     """Through temperature, top-k and the sampler: the distribution that a request asks for is what comes out."""

@@ -68,6 +68,7 @@ def test_metrics_count_what_clients_got(client: openai.OpenAI, url: str) -> None
     assert new["vllm:num_requests_running"] == new["vllm:num_requests_waiting"] == 0
 
 
+@pytest.mark.slow
 def test_times_are_those_that_a_client_measures(client: openai.OpenAI, url: str) -> None:
     """Alone and over one connection, within a tenth and what HTTP takes."""
     before, start = counted(url), time.perf_counter()

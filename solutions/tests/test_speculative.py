@@ -105,6 +105,7 @@ def test_greedy_and_seeded_tokens_are_those_of_plain_decoding(folders, name, met
         assert stats.spec_decode_num_accepted_tokens == stats.spec_decode_num_draft_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["recompute", "swap"])
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize("drafts", ["ngram", "draft_model", "hindsight"])
@@ -233,6 +234,7 @@ def test_prompt_logprobs_beside_drafts(folders):
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ngram", "draft_model"])
 def test_on_two_ranks(folders, method):
     config = NGRAM if method == "ngram" else draft_model(folders["llama"])

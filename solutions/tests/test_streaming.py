@@ -12,6 +12,7 @@ from collections import defaultdict
 from typing import Any
 
 import openai
+import pytest
 
 from solutions.tests.real_server import MODEL
 
@@ -118,6 +119,7 @@ async def both_ways(client: openai.AsyncOpenAI, turn: asyncio.Semaphore, chat: b
     return next(iter(answer.values()))[1]
 
 
+@pytest.mark.slow
 def test_a_stream_comes_to_the_whole_answer(url: str) -> None:
     async def all_of_them() -> list[str]:
         turn = asyncio.Semaphore(CONCURRENCY)

@@ -153,6 +153,7 @@ def collector() -> Iterator[tuple[str, list[ExportTraceServiceRequest]]]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_a_real_server_sends_its_spans(collector: tuple[str, list[ExportTraceServiceRequest]]) -> None:
     endpoint, got = collector
     secret = "the word is swordfish"

@@ -53,6 +53,7 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got.double() - expected).abs().max() / expected.abs().max()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
     ("outputs", "inputs", "size", "splits"),
