@@ -120,6 +120,7 @@ def test_temporary_files_go_with_the_job(tmp_path: Path, warm: Warm, end: str) -
     assert (ended.timed_out, folder.name[:3], folder.exists()) == (end != "", "tmp", False)
 
 
+@pytest.mark.slow
 def test_without_forks_jobs_run_alone(room: Classroom, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warm_module, "CAN_FORK", False)
     room.solve(1)

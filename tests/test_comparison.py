@@ -115,6 +115,7 @@ def test_a_server_that_refuses_ends_the_comparison(few_tokens: None, monkeypatch
         compare_command.main(f"--backends --workloads W1 --url fake={url}/v1".split())
 
 
+@pytest.mark.slow
 def test_waits_are_measured_at_growing_load(few_tokens: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, picture = tmp_path / "latency.json", tmp_path / "latency.svg"
     with serve(FakeEngine()) as url:

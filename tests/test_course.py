@@ -118,6 +118,7 @@ def test_the_reference_can_be_tested_in_the_learners_place(room: Classroom) -> N
     assert "the reference" in ended.output
 
 
+@pytest.mark.slow
 def test_stages_can_stand_on_each_other(room: Classroom) -> None:
     room.solve(2)
     alone = course(room, "test", "--stage", "2", "--task", "2.3")
@@ -185,6 +186,7 @@ def test_a_changed_signature_is_shown_beside_the_expected_one(room: Classroom) -
     assert "def free(self, block, first=False)" in ended.output
 
 
+@pytest.mark.slow
 def test_a_function_or_file_that_is_gone_is_named(room: Classroom) -> None:
     path = room.path(1, ALLOCATOR)
     room.edit(path, "def share(", "def shares(")

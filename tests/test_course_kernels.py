@@ -35,6 +35,7 @@ def line_of(room: Classroom, text: str) -> int:
     return room.read(room.path(4, KERNELS)).splitlines().index(text) + 1
 
 
+@pytest.mark.slow
 def test_a_hint_points_at_the_marked_part(room: Classroom) -> None:
     line = line_of(room, "    // TASK 4.8 begin: sum_over_lanes")
     assert f"{KERNELS}:{line}  sum_over_lanes, merge, attend" in course(room, "hint", "--task", "4.8", COLUMNS="200").output

@@ -123,6 +123,7 @@ def test_a_server_is_measured_like_an_engine() -> None:
         first_model("http://127.0.0.1:9/v1")
 
 
+@pytest.mark.slow
 def test_a_server_is_watched_while_it_works() -> None:
     with serve(FakeEngine()) as url:
         load = Client(f"{url}/v1", "fake").closed_loop([BenchRequest([97], 10)] * 10_000, 4, seconds=2.5)

@@ -47,6 +47,7 @@ def test_perplexity_is_that_of_transformers(tmp_path):
     assert perplexity(LLM(str(tmp_path), dtype="float32", max_model_len=64), texts) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_every_sixth_piece_is_held_out():
     held_out, rest = cut_text("smollm2-135m", 128, 3)
     tokenizer = LLM("smollm2-135m", load_format="dummy", max_model_len=64).get_tokenizer()

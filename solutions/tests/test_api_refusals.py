@@ -357,6 +357,7 @@ def test_numbers_that_are_none_are_refused(url: str, client: openai.OpenAI, fiel
     assert_serves(client)
 
 
+@pytest.mark.slow
 def test_extreme_values_harm_nobody(client: openai.OpenAI) -> None:
     extremes = [{"temperature": 1e300}, {"top_k": 10**30}, {"min_p": 1e-300}, {"top_p": 1e-300}, {"repetition_penalty": 3e38}]
     extremes += [{**a, **b} for a in extremes for b in ({"top_p": 1e-300}, {"top_k": 1000, "min_p": 1e-300})]

@@ -330,6 +330,7 @@ def test_answers_after_a_schema_are_parsed_by_pydantic(client: openai.OpenAI, st
         assert 0 <= Person.model_validate_json(text).age <= 120
 
 
+@pytest.mark.slow
 def test_the_client_parses_a_model_by_itself(client: openai.OpenAI) -> None:
     answer = client.chat.completions.parse(model=MODEL, messages=CHAT, response_format=Person, max_tokens=80, seed=0)
     assert isinstance(answer.choices[0].message.parsed, Person)

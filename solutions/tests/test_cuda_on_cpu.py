@@ -144,6 +144,7 @@ def test_a_mistake_ends_with_a_message(path: Path, call: str, text: str) -> None
     assert text in run.stderr
 
 
+@pytest.mark.slow
 def test_threads_that_wait_at_different_barriers_end_with_a_message(tmp_path: Path) -> None:
     (tmp_path / "stuck.cu").write_text("#define CUDA_ON_CPU_PATIENCE 1\n" + STUCK)
     library = cuda_build.build(CPU, tmp_path, tmp_path / "stuck.cu")

@@ -114,6 +114,7 @@ def test_small_forms_of_others_do_not_wait_for_five_that_take_for_ever(shared: G
     until_trials(shared, 0)
 
 
+@pytest.mark.slow
 def test_the_same_client_gets_its_small_form_too(shared: GrammarProcesses, patient: None) -> None:
     bombs = [shared.compile(bomb(10 + i)) for i in range(3)]
     assert shared.compile(small(10)).result(PATIENCE)
@@ -338,6 +339,7 @@ def test_a_trial_that_is_killed_is_one_error(shared: GrammarProcesses, patient: 
     assert shared.compile(small(80)).result(PATIENCE)
 
 
+@pytest.mark.slow
 def test_when_the_process_is_killed_another_one_goes_on(shared: GrammarProcesses, patient: None) -> None:
     future = shared.compile(bomb(90))
     (trial,) = until_trials(shared, 1)

@@ -134,6 +134,7 @@ def test_preemption_cached_prefixes_and_branches_change_nothing(folder, mode, se
         assert tight.llm_engine.stats().num_preemptions > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -95,6 +95,7 @@ def test_a_chat_streams_what_the_api_says(open_page: Callable[..., Page], small_
     assert number(page, "tokens-generated") == f"{metrics['vllm:generation_tokens_total']:.0f}"
 
 
+@pytest.mark.slow
 def test_stop_frees_the_blocks(open_page: Callable[..., Page], small_server: str) -> None:
     page = open_page(small_server)
     page.click("summary")
@@ -137,6 +138,7 @@ def test_many_requests_share_wait_and_are_preempted(open_page: Callable[..., Pag
     assert number(page, "prompt-tokens-cached") == f"{100 * share:.1f} %"
 
 
+@pytest.mark.slow
 def test_pause_and_single_steps(open_page: Callable[..., Page], small_server: str) -> None:
     page = open_page(small_server)
     page.wait_for_selector("#number-running")
@@ -154,6 +156,7 @@ def test_pause_and_single_steps(open_page: Callable[..., Page], small_server: st
     page.wait_for_selector(".again:enabled")
 
 
+@pytest.mark.slow
 def test_a_long_prompt_is_seen_in_chunks(open_page: Callable[..., Page], small_server: str) -> None:
     page = open_page(small_server)
     page.wait_for_selector("#number-running")

@@ -140,6 +140,7 @@ def without_one(comm: Communicator, path: Path, how: str) -> tuple[str, float]:
     return str(caught.value), time.monotonic() - start
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     (tmp_path / "memory").touch()

@@ -114,6 +114,7 @@ def test_a_header_that_names_nothing_is_no_parent(engine: LLMEngine, value: str)
     assert [span.parent for span in exporter.get_finished_spans()] == [None]
 
 
+@pytest.mark.slow
 def test_a_collector_that_is_not_there_holds_nobody_up(engine: LLMEngine) -> None:
     tracer = RequestTracer(otlp_exporter("http://127.0.0.1:9/v1/traces"), "tiny")
     engine.observers.append(tracer)
