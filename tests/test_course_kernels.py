@@ -55,6 +55,7 @@ def test_a_compilers_error_names_the_learners_line(room: Classroom) -> None:
     assert "Traceback" not in ended.output
 
 
+@pytest.mark.slow
 def test_resetting_a_marked_part_keeps_the_rest_and_a_copy(room: Classroom) -> None:
     room.solve(4)
     path = room.path(4, KERNELS)
@@ -69,6 +70,7 @@ def test_resetting_a_marked_part_keeps_the_rest_and_a_copy(room: Classroom) -> N
     assert copy.read_text() == mine
 
 
+@pytest.mark.slow
 def test_the_reference_of_a_marked_part_is_shown(room: Classroom) -> None:
     room.solve(4)
     room.edit(room.path(4, KERNELS), "x += __shfl_xor_sync(0xffffffff, x, distance)", "x += __shfl_xor_sync(~0u, x, distance)")

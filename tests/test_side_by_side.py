@@ -37,6 +37,7 @@ def test_beside_others(number):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_what_measures_time_runs_alone(tmp_path: Path) -> None:
     """Nothing runs beside those tests or between two of them, and they need not wait until the others have no more tests."""

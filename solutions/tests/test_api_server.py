@@ -336,6 +336,7 @@ def test_the_client_parses_a_model_by_itself(client: openai.OpenAI) -> None:
     assert isinstance(answer.choices[0].message.parsed, Person)
 
 
+@pytest.mark.slow
 def test_other_forms(client: openai.OpenAI) -> None:
     def ask(**fields: Any) -> str:
         return (

@@ -353,6 +353,7 @@ def test_when_the_process_is_killed_another_one_goes_on(shared: GrammarProcesses
     assert shared.compile(small(90)).result(PATIENCE)
 
 
+@pytest.mark.slow
 def test_closing_leaves_nobody(patient: None) -> None:
     processes = new_processes()
     running = processes.compile(bomb(100))

@@ -50,6 +50,7 @@ def meant_for(fields: Any) -> Any:
     return fields
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(GenerationMode))
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
 def test_any_body_is_answered_as_documented(server: tuple[str, FakeEngine], path: str, mode: GenerationMode) -> None:

@@ -39,6 +39,7 @@ GREEDY = {"model": MODEL, "temperature": 0.0}
 FOREVER = 400
 
 
+@pytest.mark.slow
 def test_a_missing_ray_is_named(tmp_path: Path) -> None:
     """On one line, also where there is Ray without Serve."""
     (tmp_path / "ray").mkdir()

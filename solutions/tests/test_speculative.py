@@ -81,6 +81,7 @@ def generate(llm: LLM, params, prompts=PROMPTS):
         engine.step = step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("method", ["ngram", "draft_model", "another_draft_model"])
 def test_greedy_and_seeded_tokens_are_those_of_plain_decoding(folders, name, method):

@@ -68,6 +68,7 @@ def ask(llm: LLM, **fields: Any) -> list[Any]:
     return llm.generate("Somebody:", params, use_tqdm=False)[0].outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_whole_answers_have_their_form(llm: LLM, name: str) -> None:
     for output in ask(llm, structured_output=FORMS[name], n=4, temperature=1.2):
