@@ -51,6 +51,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"batch_invariant": True, "enable_cpu_kernels": False}, "--batch-invariant: it needs the C"),
     ({"batch_invariant": True, "model": WINDOWED}, "--batch-invariant: not with a sliding window"),
     ({"batch_invariant": True, "distributed_executor_backend": "ray"}, "--batch-invariant: not with sums"),
+    (
+        {"batch_invariant": True, "dtype": "float32", "collective_backend": "ring", "tensor_parallel_size": 3},
+        "--batch-invariant: not with sums",
+    ),
     ({"tensor_parallel_size": 2, "distributed_executor_backend": "uni"}, "uni has one rank"),
     ({"tensor_parallel_size": 7}, "cannot be cut for 7 ranks"),
     ({"scheduling_policy": "lpm", "enable_prefix_caching": False}, "--scheduling-policy lpm"),
