@@ -8,6 +8,7 @@ import inspect
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from solutions.attention.backends import BACKEND_NAMES
@@ -87,9 +88,12 @@ def test_both_kinds_of_recordings_have_one_interface() -> None:
     assert {kind.__name__ for kind in capture.Capture.__subclasses__()} == {"DecodeGraphs", "LayerReplay"}
 
 
-def tiny_model() -> LlamaForCausalLM:
+needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler here, so nothing is packed")
+
+
+def tiny_model(width: int = 64) -> LlamaForCausalLM:
     config = ModelConfig.from_hf(
-        {"architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
+        {"architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 32, "intermediate_size": width}
         | {"num_hidden_layers": 1, "num_attention_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": True}
     )
     return LlamaForCausalLM(config, SINGLE)
@@ -112,7 +116,7 @@ def test_a_plan_without_kernels_leaves_a_model_as_it_was_loaded() -> None:
     assert {name: id(param) for name, param in model.named_parameters()} == before
 
 
-@pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler here, so nothing is packed")
+@needs_compiler
 def test_a_pass_packs_every_product_and_frees_its_weight_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     embedding = model.model.embed_tokens.weight
@@ -135,3 +139,29 @@ def test_a_pass_packs_every_product_and_frees_its_weight_before_the_next(monkeyp
     assert in_place["model.layers.0.mlp.down_proj"] == in_place["lm_head"] == {"multiply"}
     assert in_place["model.norm"] == {"forward"}
     assert in_place["model.layers.0.self_attn.attn"] == {"rotate_"}
+
+
+@needs_compiler
+def test_int4_leaves_the_head_at_8_bits() -> None:
+    """Logits are touchier than hidden states. Only packed int8 keeps its scales apart."""
+    model = tiny_model()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.normal_()
+    attach(model, Plan("cpu", "int4"))
+    packed = {name: packed_of(layer) for name, layer in model.named_modules() if isinstance(layer, Linear)}
+    assert [name for name, product in packed.items() if product is not None and product.scales is not None] == ["lm_head"]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("width", "method"), [(64, "forward"), (40, "multiply"), (48, "forward")])
+def test_gate_and_up_are_one_product_only_where_their_panels_fit(width: int, method: str) -> None:
+    model = tiny_model(width)
+    mlp, x = model.model.layers[0].mlp, torch.randn(3, 32)
+    with torch.no_grad():
+        for param in mlp.parameters():
+            param.normal_(0.0, 0.1)
+        gate, up = (x @ mlp.gate_up_proj.weight.T).chunk(2, dim=-1)
+        attach(model, Plan("cpu"))
+        assert methods_in_place(model)["model.layers.0.mlp.gate_up_proj"] == {method}
+        torch.testing.assert_close(mlp.gate_up_proj(x), torch.nn.functional.silu(gate) * up, atol=1e-5, rtol=1e-4)

@@ -132,8 +132,8 @@ def check_settings(config: EngineConfig, source: ModelSource, device: torch.devi
             raise ValueError("--batch-invariant: not with a sliding window, whose first key depends on how a prompt is cut")
         if not mp or (size > 1 and config.collective_backend == "ring"):
             raise ValueError(
-                "--batch-invariant: not with sums over ranks by gloo, Ray or a ring, which add in an order that depends on their "
-                "length"
+                "--batch-invariant: not with sums over ranks by gloo, Ray or a ring, which add in an order that depends on "
+                "their length"
             )
     return attention
 

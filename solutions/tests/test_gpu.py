@@ -14,10 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from solutions.attention.backends import make_backend
+from solutions.attention.paged_attention import AttentionMetadata, NaiveBackend
 from solutions.batching.continuous_batch import FlatBatch
 from solutions.batching.sampling_params import SamplingParams
 from solutions.benchmarks.gpu import measure_attention, measure_card, measure_decode, measure_prefill
-from solutions.core.capture import PADDING_SLOT, CudaGraphRecorder, Step, graph_sizes
+from solutions.core.capture import PADDING_SLOT, CudaGraphRecorder, DecodeGraphs, Step, graph_sizes
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLM, LLMEngine
 from solutions.models.config.model_config import ALIASES
@@ -125,6 +126,24 @@ def recorder(order: list[int]) -> Callable[[Step], Step]:
         return CudaGraphRecorder()(step) if DEVICE == "cuda" else step
 
     return record
+
+
+def test_a_recording_of_each_size_sees_that_many_rows_of_one_memory() -> None:
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor, AttentionMetadata]] = {}
+
+    def model(input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        seen[len(input_ids)] = input_ids, positions, metadata
+        return torch.zeros(len(input_ids), 4)
+
+    caches = [torch.zeros(2, 8, 4, 1, 16)]
+    DecodeGraphs(model, NaiveBackend(), caches, [1, 2, 5], 10, 4, None, lambda step: (step(), step)[1])
+    assert list(seen) == [5, 2, 1]
+    for size, (input_ids, positions, metadata) in seen.items():
+        assert input_ids.shape == positions.shape == metadata.slot_mapping.shape == metadata.context_lens.shape == (size,)
+        assert metadata.block_tables.shape == (size, 3)  # of 10 tokens in blocks of 4
+        assert metadata.query_start_loc.tolist() == list(range(size + 1))  # a token each
+        assert (metadata.max_query_len, metadata.max_context_len, metadata.kv_caches) == (1, 10, caches)
+        assert metadata.slot_mapping.data_ptr() == seen[5][2].slot_mapping.data_ptr()
 
 
 @pytest.mark.slow
