@@ -105,7 +105,8 @@ def _stream(engine: Any, prompt: Prompt, params: SamplingParams, show_prompt: bo
     engine.add_request("stream", prompt, params)
     if show_prompt:
         print(prompt, end="", flush=True)
-    shown, last = 0, None
+    shown = 0
+    last: RequestOutput | None = None
     try:
         while engine.has_unfinished_requests():
             for last in engine.step():
@@ -115,6 +116,7 @@ def _stream(engine: Any, prompt: Prompt, params: SamplingParams, show_prompt: bo
     finally:
         engine.abort_request("stream")
     print()
+    assert last is not None  # a request has at least one output
     return last
 
 
@@ -147,12 +149,14 @@ def _chat(llm: Any, params: SamplingParams, system: str | None) -> None:
 def _statistics(engine: Any, outputs: list[RequestOutput], seconds: float) -> str:
     """One line: latency, rate, cache."""
     num_tokens = sum(len(o.token_ids) for output in outputs for o in output.outputs)
-    first = [o.metrics.first_token_time - o.metrics.arrival_time for o in outputs]
-    decode = [
-        (o.metrics.last_token_time - o.metrics.first_token_time) / (len(o.outputs[0].token_ids) - 1)
-        for o in outputs
-        if len(o.outputs[0].token_ids) > 1
-    ]
+    first, decode = [], []
+    for output in outputs:
+        metrics, count = output.metrics, len(output.outputs[0].token_ids)
+        assert metrics.first_token_time is not None
+        assert metrics.last_token_time is not None
+        first.append(metrics.first_token_time - metrics.arrival_time)
+        if count > 1:
+            decode.append((metrics.last_token_time - metrics.first_token_time) / (count - 1))
     stats = engine.stats()
     tpot = f"TPOT {1e3 * sum(decode) / len(decode):.1f} ms, " if decode else ""
     return (

@@ -92,6 +92,7 @@ def machine_rows() -> Rows:
 
 def model_rows(source: ModelSource) -> Rows:
     """Where the model's files lie, and how large they are."""
+    assert source.path is not None  # only random weights have none
     size = sum(file.stat().st_size for file in source.path.iterdir())
     return [("model", source.name), ("its files", f"{source.path} ({format_bytes(size)})")]
 

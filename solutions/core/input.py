@@ -167,7 +167,8 @@ class InputProcessor:
     def _encode(self, name: str, text: str, **options: Any) -> list[int]:
         """Token ids of a text."""
         self._check_text(name, text)
-        return self.tokenizer.encode(text, **options)
+        token_ids: list[int] = self.tokenizer.encode(text, **options)
+        return token_ids
 
     @staticmethod
     def _check_text(name: str, text: str) -> None:

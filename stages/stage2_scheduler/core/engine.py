@@ -256,8 +256,10 @@ class LLM:
             ValueError: a prompt or parameter is wrong; nothing has been generated then.
         """
         many = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
-        single = sampling_params is None or isinstance(sampling_params, SamplingParams)
-        every = [sampling_params or SamplingParams()] * len(many) if single else list(sampling_params)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            every = [sampling_params or SamplingParams()] * len(many)
+        else:
+            every = list(sampling_params)
         priorities = [0] * len(many) if priority is None else list(priority)
         if not len(many) == len(every) == len(priorities):
             raise ValueError(f"{len(many)} prompts, {len(every)} sampling_params and {len(priorities)} priorities do not match")
@@ -283,8 +285,12 @@ class LLM:
         Raises:
             ValueError: see `render_chat` and `generate`.
         """
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        prompts = [{"prompt_token_ids": render_chat(self.get_tokenizer(), list(one))} for one in conversations]
+        alone = [message for message in messages if isinstance(message, dict)]
+        if alone and len(alone) < len(messages):
+            raise ValueError("messages must be one conversation or a list of conversations, not some of each")
+        conversations = [alone] if alone else [list(one) for one in messages if not isinstance(one, dict)]
+        tokenizer = self.get_tokenizer()
+        prompts: list[Prompt] = [{"prompt_token_ids": render_chat(tokenizer, one)} for one in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def _run(self, requests: list[EngineRequest], show_progress: bool) -> list[RequestOutput]:
