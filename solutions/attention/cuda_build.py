@@ -103,14 +103,14 @@ def parse_resources(report: str) -> list[Resources]:
         name = part[: part.index("'")]
         spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", part)
         shared = re.search(r"(\d+) bytes smem", part)
-        registers = re.search(r"Used (\d+) registers", part)
-        found.append(Resources(demangle(name), int(registers[1]), sum(map(int, spills)), int(shared[1]) if shared else 0))
+        (registers,) = re.findall(r"Used (\d+) registers", part)
+        found.append(Resources(demangle(name), int(registers), sum(map(int, spills)), int(shared[1]) if shared else 0))
     return sorted(found, key=lambda kernel: kernel.kernel)
 
 
 def demangle(symbol: str) -> str:
     """``paged_attention_v1<half, 8, 4>`` from the symbol that the compiler makes of it."""
-    name = re.search(r"(?:paged_attention_v[12]|merge_splits|write_kv_kernel)", symbol)[0]
-    dtype, *numbers = re.search(r"I(f|6__half|13__nv_bfloat16)((?:Li\d+E)*)E", symbol).groups()
-    words = [{"f": "float", "6__half": "half", "13__nv_bfloat16": "bfloat16"}[dtype], *re.findall(r"Li(\d+)E", numbers[0])]
+    name, *_ = re.findall(r"paged_attention_v[12]|merge_splits|write_kv_kernel", symbol)
+    (dtype, numbers), *_ = re.findall(r"I(f|6__half|13__nv_bfloat16)((?:Li\d+E)*)E", symbol)
+    words = [{"f": "float", "6__half": "half", "13__nv_bfloat16": "bfloat16"}[dtype], *re.findall(r"Li(\d+)E", numbers)]
     return f"{name}<{', '.join(words)}>"

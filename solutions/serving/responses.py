@@ -128,7 +128,8 @@ class CompletionReply(Reply):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._offsets: dict[int, int] = {}  # choice → characters of its tokens so far
-        self._echoed: dict[int, list[str]] = {}  # choice → texts of its prompt's tokens, which are its first
+        # choice → texts and log-probabilities of its prompt's tokens, which are its first
+        self._echoed: dict[int, tuple[list[str], list[Position | None]]] = {}
         self._scores: dict[str, list[Position | None]] = {}  # request → log-probabilities of its prompt
         self._begun: set[int] = set()  # choices that have their prompt
 
@@ -183,10 +184,11 @@ class CompletionReply(Reply):
 
     def _with_prompt(self, output: RequestOutput, index: int, sequence: CompletionOutput) -> CompletionOutput:
         """A sequence, or its beginning, behind the prompt."""
-        echo, prompt_ids, logprobs = self._echo(index), output.prompt_token_ids, None
-        if (scores := self._scores.get(output.request_id)) is not None and sequence.logprobs is not None:
-            logprobs = [*scores, *sequence.logprobs]
-            self._echoed[index] = prompt_texts(self.tokenizer, self._prompt(index), prompt_ids, echo)
+        echo, prompt_ids = self._echo(index), output.prompt_token_ids
+        logprobs = None
+        if (scores := self._scores.get(output.request_id)) is not None:
+            logprobs = sequence.logprobs
+            self._echoed[index] = prompt_texts(self.tokenizer, self._prompt(index), prompt_ids, echo), scores
         return replace(sequence, text=echo + sequence.text, token_ids=prompt_ids + sequence.token_ids, logprobs=logprobs)
 
     def _prompt(self, index: int) -> str | list[int]:
@@ -201,8 +203,8 @@ class CompletionReply(Reply):
     def _logprobs(self, index: int, sequence: CompletionOutput) -> CompletionLogprobs | None:
         if self.request.logprobs is None or sequence.logprobs is None:
             return None
-        start, echoed = self._offsets.get(index, 0), self._echoed.pop(index, [])
-        result = completion_logprobs(sequence.token_ids, sequence.logprobs, start, echoed)
+        start, (echoed, scores) = self._offsets.get(index, 0), self._echoed.pop(index, ([], []))
+        result = completion_logprobs(sequence.token_ids, [*scores, *sequence.logprobs], start, echoed)
         self._offsets[index] = start + sum(map(len, result.tokens))
         return result
 
