@@ -48,13 +48,21 @@ LLAMA3 = {
 }  # fmt: skip
 
 
+LONGROPE = {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"architectures": ["FalconForCausalLM"]}, "'FalconForCausalLM' is not supported; supported are LlamaForCausalLM"),
         ({"architectures": None, "model_type": "bert"}, "'bert' is not supported"),
         ({"architectures": None}, "'none named' is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported; supported are default, linear"),
+        ({"rope_scaling": {"rope_type": "axial", "factor": 2.0}}, "'axial' is not supported; supported are default, linear"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "no entry 'factor'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_slow": 32}}, "beta_fast above beta_slow"),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4}}, "no entry 'long_factor'"),
+        ({"rope_scaling": LONGROPE | {"long_factor": [2.0] * 3}}, "a divisor for each of 4 pairs, and there are 4 and 3"),
+        ({"rope_scaling": LONGROPE | {"long_factor": [2.0, 2.0, 2.0, 0.0]}}, "long_factor must be a list of numbers above 0"),
         ({"rope_scaling": {"type": "linear"}}, "no entry 'factor'"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"hidden_act": "swish2"}, "'swish2' is not supported; supported are silu"),
@@ -70,7 +78,6 @@ LLAMA3 = {
         ({"rope_theta": 0}, "rope_theta must be a number above 0, got 0"),
         ({"rope_scaling": "linear"}, "rope_scaling must be an object"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor must be a number of at least 1"),
-        ({"rope_scaling": {"type": "longrope", "factor": 2}}, "'longrope' is not supported"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor above that"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
         ({"head_dim": 7}, "heads of 7 elements are not supported"),
@@ -112,6 +119,10 @@ def test_null_for_what_has_a_default() -> None:
         ({"rope_type": "linear", "factor": 4.0, "original_max_position_embeddings": 4096}, 16384, 16384, 16384),
         ({"rope_type": "dynamic", "factor": 2.0}, 4096, 4096, 8192),
         (LLAMA3, 131072, 131072, 131072),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 32768, 131072, 131072),  # Qwen 2.5
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 40960, 131072, 131072),  # Qwen3
+        ({"rope_type": "yarn", "factor": 2.0}, 4096, 8192, 8192),
+        (LONGROPE | {"original_max_position_embeddings": 4096}, 131072, 131072, 131072),
         (None, 4096, 4096, 4096),
     ],
     ids=str,
@@ -134,3 +145,29 @@ def test_linear_scaling_reaches_over_the_whole_context(tmp_path: Path) -> None:
         {"prompt_token_ids": ids}, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False
     )
     assert output[0].outputs[0].token_ids == expected
+
+
+WINDOWED = {"use_sliding_window": True, "sliding_window": 24, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize("family", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"sliding_window": 24}, None),
+        (WINDOWED | {"max_window_layers": 2}, None),
+        (WINDOWED | {"max_window_layers": 0}, 24),
+        (WINDOWED | {"layer_types": ["sliding_attention"] * 2}, 24),
+        (WINDOWED | {"layer_types": ["full_attention"] * 2}, None),
+        (WINDOWED | {"max_window_layers": 1}, "some layers have a sliding window"),
+        (WINDOWED | {"layer_types": ["full_attention", "sliding_attention"]}, "some layers have a sliding window"),
+    ],
+    ids=str,
+)
+def test_windows_of_all_layers_or_none(family: str, changes: dict[str, Any], window: int | str | None) -> None:
+    config = LLAMA | {"architectures": [family], "num_key_value_heads": 4} | changes
+    if isinstance(window, str):
+        with raises(window):
+            ModelConfig.from_hf(config)
+    else:
+        assert ModelConfig.from_hf(config).sliding_window == window

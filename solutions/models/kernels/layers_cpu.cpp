@@ -22,6 +22,23 @@ void rms_norm(const T* x, const T* weight, T* y, int64_t m, int64_t n, float eps
     }
 }
 
+// The same in place, for each of `pieces` of n elements that lie behind one another in each of m rows, ldx apart.
+template <typename T>
+void norm_pieces(T* x, const T* weight, int64_t ldx, int64_t m, int64_t pieces, int64_t n, float eps) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < m; ++row) {
+        for (T* piece = x + row * ldx; piece < x + row * ldx + pieces * n; piece += n) {
+            Floats squares{};
+            for (int64_t i = 0; i < n; i += LANES) {
+                const Floats v = load(piece + i);
+                squares += v * v;
+            }
+            const float factor = 1.0f / std::sqrt(sum(squares) / n + eps);
+            for (int64_t i = 0; i < n; i += LANES) store(piece + i, load(piece + i) * factor * load(weight + i));
+        }
+    }
+}
+
 // Turn pairs (i, i + D/2) of `heads` heads of each of m rows, ldx apart, by the row's angles: cosines and sines are [m, D], the
 // first half of the sines negated. D is a multiple of 32.
 template <typename T>
@@ -51,6 +68,13 @@ extern "C" struct Norm {
     int64_t n;
     double eps;
 };
+extern "C" struct PiecesNorm {
+    int64_t m;
+    void* x;
+    const void* weight;
+    int64_t ldx, pieces, n;
+    double eps;
+};
 extern "C" struct Rotation {
     int64_t m;
     void* x;
@@ -64,6 +88,12 @@ template <typename T>
 void rms_norm(const Norm& a) {
     on_all_threads([&] {
         rms_norm(static_cast<const T*>(a.x), static_cast<const T*>(a.weight), static_cast<T*>(a.y), a.m, a.n, static_cast<float>(a.eps));
+    });
+}
+template <typename T>
+void norm_pieces(const PiecesNorm& a) {
+    on_all_threads([&] {
+        norm_pieces(static_cast<T*>(a.x), static_cast<const T*>(a.weight), a.ldx, a.m, a.pieces, a.n, static_cast<float>(a.eps));
     });
 }
 template <typename T>
@@ -84,6 +114,8 @@ extern "C" struct Call {
 extern "C" {
 void rms_norm_f32(const Norm* a) { rms_norm<float>(*a); }
 void rms_norm_bf16(const Norm* a) { rms_norm<bf16>(*a); }
+void norm_pieces_f32(const PiecesNorm* a) { norm_pieces<float>(*a); }
+void norm_pieces_bf16(const PiecesNorm* a) { norm_pieces<bf16>(*a); }
 void rotate_f32(const Rotation* a) { rotate<float>(*a); }
 void rotate_bf16(const Rotation* a) { rotate<bf16>(*a); }
 

@@ -22,6 +22,16 @@ class _Norm(native.Arguments):
     )
 
 
+class _PiecesNorm(native.Arguments):
+    """`PiecesNorm` of the C++ file."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight")),
+        *((name, ctypes.c_int64) for name in ("ldx", "pieces", "n")),
+        ("eps", ctypes.c_double),
+    )
+
+
 class _Rotation(native.Arguments):
     """`Rotation` of the C++ file."""
 
@@ -51,6 +61,22 @@ class NativeNorm:
         arguments.x, arguments.y, arguments.rows = x.data_ptr(), y.data_ptr(), rows
         self._kernel()
         return y
+
+
+class NativeHeadNorm:
+    """RMSNorm in place of each head of [T, H, D], heads that lie behind one another; the weight is one that `supports_norm`."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._weight = weight
+        self._arguments = _PiecesNorm(weight=weight.data_ptr(), n=len(weight), eps=eps)
+        self._kernel = native.Kernel(f"norm_pieces_{_NAMES[weight.dtype]}", self._arguments)
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        arguments = self._arguments
+        arguments.x, arguments.ldx = heads.data_ptr(), heads.stride(0)
+        arguments.rows, arguments.pieces, _ = heads.shape
+        self._kernel()
+        return heads
 
 
 def supports_rotation(head_dim: int, dtype: torch.dtype) -> bool:

@@ -28,9 +28,27 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows, size = x.shape
     out = torch.empty(rows, size, dtype=x.dtype, device=x.device)
     if rows:
-        block = triton.next_power_of_2(size)
-        _norm_kernel[(rows,)](x, weight, out, x.stride(0), eps, SIZE=size, BLOCK=block, num_warps=min(16, max(1, block // 512)))
+        _norm(x, weight, out, (rows, 1), eps)
     return out
+
+
+def norm_heads_(heads: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` of every head by itself, in place.
+
+    Args:
+        heads: [T, H, D], the heads of a token behind one another. weight: [D].
+    """
+    if heads.numel():
+        _norm(heads, weight, heads, (heads.shape[0], heads.shape[1]), eps)
+    return heads
+
+
+def _norm(x: Tensor, weight: Tensor, out: Tensor, grid: tuple[int, int], eps: float) -> None:
+    """grid: (rows, pieces of a row)."""
+    size = len(weight)
+    block = triton.next_power_of_2(size)
+    warps = min(16, max(1, block // 512))
+    _norm_kernel[grid](x, weight, out, x.stride(0), out.stride(0), eps, SIZE=size, BLOCK=block, num_warps=warps)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -51,15 +69,16 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _norm_kernel(x, weight, out, x_stride, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """One row a program."""
+def _norm_kernel(x, weight, out, x_stride, out_stride, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """One piece of a row a program."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < SIZE
-    values = tl.load(x + row * x_stride + column, mask, other=0.0).to(tl.float32)
+    first = tl.program_id(1) * SIZE
+    values = tl.load(x + row * x_stride + first + column, mask, other=0.0).to(tl.float32)
     factor = 1.0 / tl.sqrt(tl.sum(values * values, 0) / SIZE + eps)
     normed = values * factor * tl.load(weight + column, mask, other=0.0).to(tl.float32)
-    tl.store(out + row * SIZE + column, cast(normed, out.dtype.element_ty), mask)
+    tl.store(out + row * out_stride + first + column, cast(normed, out.dtype.element_ty), mask)
 
 
 @triton.jit
