@@ -20,15 +20,17 @@ from .rope import rotate_
 
 
 class RMSNorm(WeightLayer):
-    """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension, computed in float32 (Zhang and Sennrich, 2019)."""
+    """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension, computed in float32 (Zhang and Sennrich, 2019); with
+    `add_to` [T, hidden] the result is added to that in place."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = parameter(size)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:  # [T, hidden] -> [T, hidden]
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:  # [T, hidden] -> [T, hidden]
+        y = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return y if add_to is None else add_to.add_(y)
 
 
 class HeadNorm(WeightLayer):

@@ -29,7 +29,7 @@ MERGED_LAYERS = {
 
 class LlamaAttention(nn.Module):
     """Projections around paged attention, over a window if the model has one, with queries and keys rotated by RoPE; the result
-    is added to `add_to` [T, hidden]."""
+    is added to `add_to` [T, hidden], if that is given."""
 
     def __init__(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> None:
         super().__init__()
@@ -39,7 +39,9 @@ class LlamaAttention(nn.Module):
         self.o_proj = RowParallelLinear(inputs, config.hidden_size, config.output_bias, parallel)
         self.attn = Attention(len(heads), len(kv_heads), config.head_dim, layer, config.sliding_window)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata, add_to: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, metadata: AttentionMetadata, add_to: Tensor | None
+    ) -> Tensor:
         return self.o_proj(self.attn(self.project(x), metadata, rope), add_to)
 
     def project(self, x: Tensor) -> Tensor:
@@ -55,8 +57,8 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = GateUpParallelLinear(config, parallel)
         self.down_proj = RowParallelLinear(parallel.mlp(config), config.hidden_size, config.mlp_bias, parallel)
 
-    def forward(self, x: Tensor, add_to: Tensor) -> Tensor:
-        """The sum of `add_to` [T, hidden], which is overwritten, and the MLP of `x` [T, hidden]."""
+    def forward(self, x: Tensor, add_to: Tensor | None) -> Tensor:
+        """The MLP of `x` [T, hidden], added to `add_to` [T, hidden], which is overwritten, if that is given."""
         return self.down_proj(self.gate_up_proj(x), add_to)
 
 

@@ -85,7 +85,8 @@ def rope_inverse_frequencies(config: ModelConfig) -> Tensor:
 
 def periods(theta: float, size: int) -> Tensor:
     """Positions in which each pair of `size` elements turns by one radian, [size / 2] in float32."""
-    return torch.pow(theta, torch.arange(0, size, 2, dtype=torch.float32) / size)
+    lengths: Tensor = theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    return lengths
 
 
 def scale_llama3(

@@ -32,7 +32,7 @@ WORK = "layers-so-far"
 """Folder in the output folder with the finished layers of a run that is not through."""
 MANIFEST = "recipe.json"
 
-QUANTIZABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+QUANTIZABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")
 """Architectures with the matrices that `calibration` knows, each behind a norm, and with files that keep their pieces apart."""
 
 

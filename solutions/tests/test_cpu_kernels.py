@@ -221,7 +221,12 @@ def test_rms_norm(tokens: int, size: int, dtype: torch.dtype) -> None:
     x, weight = random(tokens, size, dtype=dtype), random(size, dtype=dtype, seed=1)
     wide = x.double()
     expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
-    assert error(NativeNorm(weight, 1e-5)(x), expected) < TOLERANCE[dtype]
+    norm = NativeNorm(weight, 1e-5)
+    assert error(norm(x), expected) < TOLERANCE[dtype]
+    stream = random(tokens, size, dtype=dtype, seed=2)
+    total = stream.double() + expected
+    assert norm(x, stream) is stream
+    assert error(stream, total) < TOLERANCE[dtype]
 
 
 @needs_kernels

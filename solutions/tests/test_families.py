@@ -224,8 +224,7 @@ FEATURES: dict[str, Callable[[str, Path], None]] = {
 REFUSED = {
     ("mistral", "batch invariance"): "not with a sliding window",
     ("gpt2", "CPU kernels, replayed"): "",
-    ("gpt2", "making GPTQ"): "cannot be quantized",
-    ("gpt2", "making AWQ"): "cannot be quantized",
+    **{(family, f"making {method}"): "" for family in ("gpt2", "phi3", "olmo2") for method in ("GPTQ", "AWQ")},
 }
 """What a family does not do: the message that says so, or nothing where another way is taken and all else stays as it is."""
 

@@ -310,9 +310,13 @@ def test_rms_norm(hidden: int, dtype: torch.dtype) -> None:
 
     expected = x.double() / (x.double().pow(2).mean(dim=-1, keepdim=True) + 1e-5).sqrt() * weight.double()
     step = max(torch.finfo(dtype).eps, 1e-6)
-    normed = rms_norm(x, weight, 1e-5)
+    normed = rms_norm(x, weight=weight, eps=1e-5)
     assert normed.dtype == dtype
     torch.testing.assert_close(normed.double(), expected, rtol=step, atol=step)
+    stream = torch.randn(5, hidden, generator=rng).to(DEVICE, dtype)
+    total = stream.double() + expected
+    assert rms_norm(x, stream, weight=weight, eps=1e-5) is stream
+    torch.testing.assert_close(stream.double(), total, rtol=step, atol=2 * step)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *TOLERANCE], ids=str)

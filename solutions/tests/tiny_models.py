@@ -88,6 +88,10 @@ def make_tiny_gpt2(path: Path, **overrides: Any) -> GPT2LMHeadModel:
 
 _SIZES = _LLAMA_SIZES | {"hidden_size": 192, "intermediate_size": 160, "num_attention_heads": 6, "num_key_value_heads": 3}
 YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 5000.0, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 128,
+    "short_factor": [1.0 + i / 20 for i in range(12)], "long_factor": [1.0 + i / 2 for i in range(12)],
+}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _SIZES,
     "mistral": _SIZES | {"sliding_window": 24},
@@ -97,6 +101,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen2": _SIZES | {"tie_word_embeddings": True},
     "qwen3": _SIZES | {"hidden_size": 96, "head_dim": 32, "rope_parameters": YARN},
+    "smollm3": _SIZES | {"no_rope_layers": [1, 0, 1]},
+    "phi3": _SIZES | {"max_position_embeddings": 512, "original_max_position_embeddings": 128, "rope_parameters": LONGROPE},
+    "olmo2": _SIZES,
 }  # fmt: skip
 """What makes each family itself, by transformers' ``model_type``: KV heads that two ranks cannot share evenly, heads of 32
 elements (which the kernels of a CPU turn) though hidden / heads may be another number, scaling that some dozen tokens meet."""

@@ -99,6 +99,29 @@ def _qwen3(hf: Entries) -> Fields:
     return fields | {"mlp_bias": False, "sliding_window": _qwen2(hf)["sliding_window"]}
 
 
+def _smollm3(hf: Entries) -> Fields:
+    hf = hf.silent(
+        bos_token_id=128000, eos_token_id=128001, num_key_value_heads=4, tie_word_embeddings=True, rope_theta=2e6,
+    )  # fmt: skip
+    interval, layers = hf.whole("no_rope_layer_interval", 4), range(hf.whole("num_hidden_layers", high=MAX_LAYERS))
+    turns = hf.many("no_rope_layers", int, None) or [(layer + 1) % interval for layer in layers]
+    if len(turns) < len(layers):
+        raise ModelError(f"config.json: no_rope_layers has {len(turns)} entries for {len(layers)} layers")
+    still = tuple(layer for layer in layers if not turns[layer])
+    return _llama(hf) | {"layers_without_rope": still, "sliding_window": _window(hf, lambda layer: layer in still)}
+
+
+def _phi3(hf: Entries) -> Fields:
+    hf = hf.silent(eos_token_id=32000, rms_norm_eps=1e-5, original_max_position_embeddings=4096)
+    return _llama(hf, turns_parts=True) | _NO_BIASES | {"sliding_window": hf.whole("sliding_window", None)}
+
+
+def _olmo2(hf: Entries) -> Fields:
+    if hf.whole("sliding_window", None) is not None:
+        raise ModelError("OLMo with a sliding window (OLMo 3) is not supported; OLMo 2 has none")
+    return _llama(hf.silent(bos_token_id=None, eos_token_id=50279, rms_norm_eps=1e-5)) | {"mlp_bias": False}
+
+
 def _window(hf: Entries, slides: Callable[[int], bool]) -> int | None:
     """The window of all layers; None: there is none.
 
@@ -149,6 +172,9 @@ FAMILIES = {
         Family("MistralForCausalLM", "mistral", _mistral),
         Family("Qwen2ForCausalLM", "qwen2", _qwen2),
         Family("Qwen3ForCausalLM", "qwen3", _qwen3),
+        Family("SmolLM3ForCausalLM", "smollm3", _smollm3),
+        Family("Phi3ForCausalLM", "phi3", _phi3),
+        Family("Olmo2ForCausalLM", "olmo2", _olmo2),
         Family("GPT2LMHeadModel", "gpt2", _gpt2),
     )
 }

@@ -28,6 +28,7 @@ class ModelConfig:
         rope_theta: base of the rotary frequencies (unused by GPT-2).
         rope_scaling: None, or ``{"rope_type": ..., **numbers}``, what `rope.read_rope` makes.
         rotary_dim: elements at the start of a head that RoPE turns; None: all.
+        layers_without_rope: layers that get no positions.
         tie_word_embeddings: the LM head is the embedding's own weight.
         sliding_window: a token sees itself and the ``sliding_window - 1`` before it; None: all.
         attention_bias, output_bias, mlp_bias: whether there is a bias in the projections to queries, keys and values, in the
@@ -53,6 +54,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
     rotary_dim: int | None = None
+    layers_without_rope: tuple[int, ...] = ()
     tie_word_embeddings: bool = False
     sliding_window: int | None = None
     attention_bias: bool = False

@@ -22,19 +22,26 @@ void rms_norm(const T* x, const T* weight, T* y, int64_t m, int64_t n, float eps
     }
 }
 
-// The same in place, for each of `pieces` of n elements that lie behind one another in each of m rows, ldx apart.
+// The same for each of `pieces` of n elements that lie behind one another in each of m rows; the rows of x and y lie ldx and ldy
+// apart. With `add` the result is added to y, else y may be x.
 template <typename T>
-void norm_pieces(T* x, const T* weight, int64_t ldx, int64_t m, int64_t pieces, int64_t n, float eps) {
+void norm_pieces(const T* x, const T* weight, T* y, int64_t ldx, int64_t ldy, int64_t m, int64_t pieces, int64_t n, float eps,
+                 bool add) {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < m; ++row) {
-        for (T* piece = x + row * ldx; piece < x + row * ldx + pieces * n; piece += n) {
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+            const T* from = x + row * ldx + piece * n;
+            T* to = y + row * ldy + piece * n;
             Floats squares{};
             for (int64_t i = 0; i < n; i += LANES) {
-                const Floats v = load(piece + i);
+                const Floats v = load(from + i);
                 squares += v * v;
             }
             const float factor = 1.0f / std::sqrt(sum(squares) / n + eps);
-            for (int64_t i = 0; i < n; i += LANES) store(piece + i, load(piece + i) * factor * load(weight + i));
+            for (int64_t i = 0; i < n; i += LANES) {
+                const Floats v = load(from + i) * factor * load(weight + i);
+                store(to + i, add ? load(to + i) + v : v);
+            }
         }
     }
 }
@@ -70,9 +77,9 @@ extern "C" struct Norm {
 };
 extern "C" struct PiecesNorm {
     int64_t m;
-    void* x;
-    const void* weight;
-    int64_t ldx, pieces, n;
+    const void *x, *weight;
+    void* y;
+    int64_t ldx, ldy, pieces, n, add;
     double eps;
 };
 extern "C" struct Rotation {
@@ -93,7 +100,8 @@ void rms_norm(const Norm& a) {
 template <typename T>
 void norm_pieces(const PiecesNorm& a) {
     on_all_threads([&] {
-        norm_pieces(static_cast<T*>(a.x), static_cast<const T*>(a.weight), a.ldx, a.m, a.pieces, a.n, static_cast<float>(a.eps));
+        norm_pieces(static_cast<const T*>(a.x), static_cast<const T*>(a.weight), static_cast<T*>(a.y), a.ldx, a.ldy, a.m, a.pieces,
+                    a.n, static_cast<float>(a.eps), a.add != 0);
     });
 }
 template <typename T>
