@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, MistralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
 
 from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
 from solutions.models.config.entries import ModelError
+from solutions.models.config.families import FAMILIES
 from solutions.models.config.model_config import ALIASES, ModelConfig
+from solutions.tests import tiny_models
 from solutions.tests.tiny_models import make_tiny_llama
 
 
@@ -34,6 +37,51 @@ def test_built_in_configs(alias: str, reference: Any) -> None:
     assert ours == ModelConfig.from_hf(reference.to_dict())
     assert ours.num_heads * ours.head_dim == ours.hidden_size == reference.hidden_size
     assert ours.intermediate_size == (getattr(reference, "intermediate_size", None) or 4 * reference.hidden_size)
+
+
+@pytest.mark.parametrize(
+    ("alias", "count"),
+    [
+        ("llama-3.2-1b", 1_235_814_400), ("qwen2.5-0.5b", 494_032_768), ("qwen3-0.6b", 596_049_920),
+        ("smollm3", 3_075_098_624), ("phi-4-mini", 3_836_021_760),
+    ],
+)  # fmt: skip
+def test_aliases_are_the_models_of_that_name(alias: str, count: int) -> None:
+    """transformers makes of the same config.json a model of as many weights as its card says, and spells the config in its own
+    way, which means the same here."""
+    hf = ALIASES[alias].hf_config
+    family = FAMILIES[hf["architectures"][0]]
+    reference = AutoConfig.for_model(family.model_type, **json.loads(json.dumps(hf)))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(reference)
+    assert sum(param.numel() for param in model.parameters()) == count
+    assert ModelConfig.from_hf(reference.to_dict()) == ALIASES[alias].config
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_configs_of_transformers_4_and_5_say_the_same(family: str) -> None:
+    reference = AutoConfig.for_model(family, **tiny_models.FAMILIES[family]).to_dict()
+    older = dict(reference)
+    if rope := older.pop("rope_parameters", None):
+        older |= {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope.get("partial_rotary_factor")}
+        beside = ("rope_theta", "rope_type", "partial_rotary_factor")
+        scaling = {key: value for key, value in rope.items() if key not in beside}
+        older["rope_scaling"] = {"type": rope["rope_type"]} | scaling if scaling else None
+    older["torch_dtype"] = older.pop("dtype", None)
+    assert older != reference
+    assert ModelConfig.from_hf(older) == ModelConfig.from_hf(reference)
+
+
+def test_a_family_says_what_its_silent_files_mean() -> None:
+    """Only what every file has; the rest is transformers' default."""
+    for name, family in FAMILIES.items():
+        reference = AutoConfig.for_model(family.model_type).to_dict()
+        shown = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        shown += ("max_position_embeddings", "n_embd", "n_layer", "n_head", "n_positions")
+        silent = {key: reference[key] for key in shown if key in reference}
+        assert ModelConfig.from_hf(silent | {"architectures": [name]}) == ModelConfig.from_hf(
+            reference | {"architectures": [name]}
+        )
 
 
 LLAMA = {

