@@ -6,7 +6,6 @@ Source: https://platform.openai.com/docs/api-reference (completions, chat, model
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -24,6 +23,7 @@ from pydantic import (
 )
 
 from ..batching.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams, StructuredOutput
+from .answer_forms import FORMS, Choices, ResponseFormat, Schema, StructuredOutputs, form_of
 from .errors import RequestError
 from .openai_fields import Bool, Int, Number, Request, Strings, text_or_list, without_nulls
 
@@ -31,43 +31,11 @@ MAX_CHOICES = 128
 """Most choices (`n`) that a request may ask for: OpenAI's limit."""
 
 
-def _schema(value: Any) -> Any:
-    """An object, or the text of one."""
-    if isinstance(value, (dict, str)):
-        return value
-    raise ValueError("must be a JSON schema: an object, or the text of one")
-
-
 class StreamOptions(Request):
     include_usage: Bool | None = None
     """Ends the stream with a chunk that has the usage and no choices."""
     continuous_usage_stats: Bool | None = None
     """vLLM's: with `include_usage`, every chunk has the usage of its choice so far."""
-
-
-class JsonSchema(Request):
-    name: str
-    description: str | None = None
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
-    strict: Bool | None = None
-    """Accepted either way: an answer always follows the schema."""
-
-
-class ResponseFormat(Request):
-    """OpenAI's way to ask for a structured answer."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _check_schema(self) -> ResponseFormat:
-        if (self.json_schema is None) == (self.type == "json_schema"):
-            raise ValueError("the type json_schema needs json_schema, and no other type may have it")
-        return self
-
-
-FORMS = ("response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
-"""Fields that ask for a form of the answer, at most one of which a request may have."""
 
 
 class GenerationRequest(Request):
@@ -106,12 +74,12 @@ class GenerationRequest(Request):
     priority: Int | None = None
     """Lower goes first, if the engine schedules by priority."""
     response_format: ResponseFormat | None = None
-    guided_json: Annotated[Any, PlainValidator(_schema, json_schema_input_type=dict[str, Any] | str)] | None = None
-    """vLLM's, as the three below: a JSON schema."""
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    """Older names of `structured_outputs`' fields, as the three below."""
     guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
+    guided_choice: Choices | None = None
     guided_grammar: str | None = None
-    """In EBNF; the first rule is ``root``."""
 
     @field_validator("logit_bias")
     @classmethod
@@ -135,22 +103,7 @@ class GenerationRequest(Request):
         Raises:
             RequestError: there are several, or one cannot be.
         """
-        asked = [name for name in FORMS if (value := getattr(self, name)) is not None and getattr(value, "type", "") != "text"]
-        if not asked:
-            return None
-        name = asked[0]
-        if len(asked) > 1:
-            raise RequestError(f"{asked[1]} cannot be combined with {name}", asked[1])
-        value = getattr(self, name)
-        if isinstance(value, ResponseFormat):
-            schema = None if value.json_schema is None else json.dumps(value.json_schema.schema_)
-            kind, text = ("json_object", "") if schema is None else ("json", schema)
-        else:
-            kind, text = name.removeprefix("guided_"), value if isinstance(value, str) else json.dumps(value)
-        try:
-            return name, StructuredOutput(kind, text)
-        except ValueError as error:
-            raise RequestError(str(error).replace("structured_output", name), name) from error
+        return form_of({name: value for name in FORMS if (value := getattr(self, name)) is not None})
 
     @property
     def include_usage(self) -> bool:
@@ -204,7 +157,7 @@ class GenerationRequest(Request):
         for ours, theirs in fields.items():
             message = re.sub(rf"\b{ours}\b", theirs, message)
         field = fields.get(name, name)
-        return RequestError(message, field if field in type(self).model_fields else self.prompt_field)
+        return RequestError(message, field if field.split(".")[0] in type(self).model_fields else self.prompt_field)
 
 
 def _parse_prompts(value: Any) -> list[str | list[int]]:

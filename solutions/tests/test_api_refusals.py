@@ -105,6 +105,20 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 5}}}}, "response_format"),
     ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": None, "json_object": False}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "(("}}, "structured_outputs.regex"),
+    ({"structured_outputs": {"regex": 5}}, "structured_outputs.regex"),
+    ({"structured_outputs": {"json": 5}}, "structured_outputs.json"),
+    ({"structured_outputs": {"json": {"type": 5}}}, "structured_outputs.json"),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+    ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+    ({"structured_outputs": {"regex": "a", "whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern"),
+    ({"structured_outputs": {"grammar": 'start: "a" | "b"'}}, "structured_outputs.grammar"),
+    ({"structured_outputs": {"grammar": "?start: x\n%import common.INT"}}, "structured_outputs.grammar"),
+    ({"structured_outputs": {"regex": "a"}, "guided_regex": "a"}, "guided_regex"),
+    ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
     ({"guided_regex": "(("}, "guided_regex"),
     ({"guided_regex": ""}, "guided_regex"),
     ({"guided_choice": []}, "guided_choice"),
@@ -183,7 +197,7 @@ def test_a_schema_that_cannot_be_honoured_is_refused_with_keyword_and_path(
     assert_serves(client)
 
 
-@pytest.mark.parametrize(("fields", "param"), BAD_CHATS)
+@pytest.mark.parametrize(("fields", "param"), BAD_CHATS, ids=[f"{param}-{index}" for index, (_, param) in enumerate(BAD_CHATS)])
 def test_a_bad_chat_request_is_refused_by_name(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:
     body = {"model": MODEL, "messages": HI, **fields}
     with pytest.raises(openai.BadRequestError) as caught:

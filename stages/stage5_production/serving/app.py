@@ -14,6 +14,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
+from .answer_forms import mark_older
 from .async_engine import AsyncEngine
 from .errors import ErrorBody, RequestError, context_error
 from .guards import BodyLimit, Bugs, KeyGuard, RequestIds, TrailingSlashes, add_error_handlers
@@ -188,7 +189,7 @@ async def respond(
     with nullcontext() if tracer is None else tracer.under(requests, http.headers):
         stream = await engine.submit(requests)
     if body.stream:
-        return EventStreamResponse(reply, stream)
+        return mark_older(EventStreamResponse(reply, stream), body.model_fields_set)
     async with stream:
         watch = asyncio.create_task(close_on_disconnect(http, stream))
         try:
@@ -197,7 +198,8 @@ async def respond(
             watch.cancel()
     if len(outputs) < len(requests):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(reply.whole(outputs).model_dump_json(), media_type="application/json")
+    answer = Response(reply.whole(outputs).model_dump_json(), media_type="application/json")
+    return mark_older(answer, body.model_fields_set)
 
 
 async def engine_requests(
