@@ -70,7 +70,8 @@ class Reply(ABC):
 
     @property
     def usage(self) -> Usage:
-        """Tokens of everything that went through `choices` so far; a prompt counts once."""
+        """All prompts' tokens, each prompt once, whatever `n`; all that are counted in `_tokens`; and what each prompt found in
+        the cache (`_cached`)."""
         prompt, completion = sum(map(len, self.prompts.values())), self._tokens.total()
         return Usage(
             prompt_tokens=prompt,
@@ -92,7 +93,8 @@ class Reply(ABC):
         )  # fmt: skip
 
     def choices(self, output: RequestOutput) -> Iterable[tuple[int, CompletionOutput]]:
-        """The sequences in an output with the index of their choice; counts the tokens of each choice (`_tokens`)."""
+        """The sequences in an output with the index of their choice. Before it passes one on, it counts its tokens as those of
+        its choice (`_tokens`); of the cached ones every output says the same again (`_cached`, by request)."""
         self._cached[output.request_id] = output.num_cached_tokens
         for sequence in output.outputs:
             index = self._first_choice[output.request_id] + sequence.index
@@ -267,7 +269,7 @@ async def server_sent_events(reply: Reply, stream: OutputStream) -> AsyncIterato
     the first token.
 
     An error after the start cannot change the HTTP status, which is sent already. It becomes one more event, before ``[DONE]``:
-    503 and its message if the engine is dead, otherwise 500 without details, which go to the log.
+    503 and its message if the engine is dead, otherwise 500 and "internal server error"; the exception goes to the log.
     """
     try:
         is_open = False
@@ -289,6 +291,6 @@ async def server_sent_events(reply: Reply, stream: OutputStream) -> AsyncIterato
 
 
 def _event(data: BaseModel) -> str:
-    """An event as it goes over the wire: a line that begins with ``data: `` and holds the JSON, then an empty line (WHATWG
-    HTML, §9.2)."""
+    """An event as it goes over the wire: a line that begins with ``data: `` and holds the JSON, its nulls too, then an empty
+    line (WHATWG HTML, §9.2)."""
     return f"data: {data.model_dump_json()}\n\n"

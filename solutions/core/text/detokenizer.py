@@ -225,7 +225,7 @@ class StopStrings:
         return text[:cut]
 
     def flush(self) -> str:
-        """The text held back, once nothing more comes."""
+        """The text held back, when nothing more comes; a second time, or behind a match, there is none."""
         text, self._tail = self._tail, ""
         return text
 

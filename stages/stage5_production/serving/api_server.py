@@ -115,9 +115,9 @@ class Server(uvicorn.Server):
         self.engine = engine
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Handle a signal. The first one stops new connections (`should_exit`) and drains the engine; a second one, of either
-        kind, ends what still runs (`force_exit`). uvicorn's own version would also raise the signal again at its end, before
-        the engine is closed."""
+        """Handle a signal. The first one stops new connections (`should_exit`) and drains the engine (`is_draining`); a second
+        one, of either kind, ends what still runs (`force_exit`); more change nothing. uvicorn's own version would also raise
+        the signal again at its end, before the engine is closed."""
         # Hint: Three ends: a signal that waits, a signal that does not, and an engine that is dead. What does each of
         # them owe to those who still read?
         raise NotImplementedError("Stage 5 · Task 5.9: Server.handle_exit, see stages/stage5_production/GUIDE.md#task-5-9")

@@ -70,7 +70,8 @@ class Reply(ABC):
 
     @property
     def usage(self) -> Usage:
-        """Tokens of everything that went through `choices` so far; a prompt counts once."""
+        """All prompts' tokens, each prompt once, whatever `n`; all that are counted in `_tokens`; and what each prompt found in
+        the cache (`_cached`)."""
         # Hint: `_first_choice` knows where a prompt's choices begin. And what a prompt found in the cache is said again
         # with every output.
         raise NotImplementedError("Stage 5 · Task 5.2: Reply.usage, see stages/stage5_production/GUIDE.md#task-5-2")
@@ -88,7 +89,8 @@ class Reply(ABC):
         )  # fmt: skip
 
     def choices(self, output: RequestOutput) -> Iterable[tuple[int, CompletionOutput]]:
-        """The sequences in an output with the index of their choice; counts the tokens of each choice (`_tokens`)."""
+        """The sequences in an output with the index of their choice. Before it passes one on, it counts its tokens as those of
+        its choice (`_tokens`); of the cached ones every output says the same again (`_cached`, by request)."""
         raise NotImplementedError("Stage 5 · Task 5.2: Reply.choices, see stages/stage5_production/GUIDE.md#task-5-2")
 
     @abstractmethod
@@ -257,7 +259,7 @@ async def server_sent_events(reply: Reply, stream: OutputStream) -> AsyncIterato
     the first token.
 
     An error after the start cannot change the HTTP status, which is sent already. It becomes one more event, before ``[DONE]``:
-    503 and its message if the engine is dead, otherwise 500 without details, which go to the log.
+    503 and its message if the engine is dead, otherwise 500 and "internal server error"; the exception goes to the log.
     """
     # Hint: An async generator: what you yield goes out at once, and between two yields the client waits with you.
     raise NotImplementedError("Stage 5 · Task 5.3: server_sent_events, see stages/stage5_production/GUIDE.md#task-5-3")
@@ -265,6 +267,6 @@ async def server_sent_events(reply: Reply, stream: OutputStream) -> AsyncIterato
 
 
 def _event(data: BaseModel) -> str:
-    """An event as it goes over the wire: a line that begins with ``data: `` and holds the JSON, then an empty line (WHATWG
-    HTML, §9.2)."""
+    """An event as it goes over the wire: a line that begins with ``data: `` and holds the JSON, its nulls too, then an empty
+    line (WHATWG HTML, §9.2)."""
     raise NotImplementedError("Stage 5 · Task 5.3: _event, see stages/stage5_production/GUIDE.md#task-5-3")

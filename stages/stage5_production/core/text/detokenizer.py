@@ -212,7 +212,7 @@ class StopStrings:
         raise NotImplementedError("Stage 5 · Task 5.4: StopStrings.push, see stages/stage5_production/GUIDE.md#task-5-4")
 
     def flush(self) -> str:
-        """The text held back, once nothing more comes."""
+        """The text held back, when nothing more comes; a second time, or behind a match, there is none."""
         raise NotImplementedError("Stage 5 · Task 5.4: StopStrings.flush, see stages/stage5_production/GUIDE.md#task-5-4")
 
 
