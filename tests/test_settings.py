@@ -9,7 +9,7 @@ import pytest
 
 from solutions.batching.sampling_params import SamplingParams
 from solutions.core.config import EngineConfig
-from solutions.serving import openai_protocol
+from solutions.serving import openai_protocol, tokenizer_routes
 from tests.readers import Readers, flags_of
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ RECORDS = (
     "Recipe",
 )
 REQUESTS = sorted(
-    name for name, value in vars(openai_protocol).items()
+    name for name, value in (vars(openai_protocol) | vars(tokenizer_routes)).items()
     if isinstance(value, type) and issubclass(value, openai_protocol.Request) and value is not openai_protocol.Request
 )  # fmt: skip
 

@@ -260,7 +260,7 @@ class BlockManager:
         self._changed.discard(seq.seq_id)
 
     def swap_out(self, seq: Sequence) -> BlockPairs:
-        """Move what is computed of a sequence to host memory and free its device blocks.
+        """Move what is computed of a sequence to host memory and free its device blocks as `free` does.
 
         A `NULL_BLOCK` in the table stays one and is not moved.
 

@@ -18,8 +18,12 @@ Shape = tuple[tuple[str, int | None], ...]
 """The role of each message, and the number of its parts; None: it came as a text."""
 MARK = "zqmark"
 """A key of each part that no template asks for. If it is in the prompt, the template has printed the list of parts itself."""
+ROLES = ("system", "user", "assistant", "tool")
+"""The roles that every API has. A template may leave out a message of one of them, such as what an assistant thought."""
 MANY_MESSAGES = 256
 """With so many messages only a few combinations of forms are tried, because each of them renders the template."""
+MAX_ROLES = 4
+"""With more roles only a few combinations are tried too, because each role triples their number."""
 
 
 def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> list[int]:
@@ -55,6 +59,9 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> list[int]
     said = [index for index, message in enumerate(messages) if message["role"] == "user" and any(contents[index])]
     if said and unread.issuperset(said):
         raise ValueError("the model's chat template leaves out what the user says")
+    strange = [message["role"] for index, message in enumerate(messages) if index in unread and message["role"] not in ROLES]
+    if strange:
+        raise ValueError(f"the model's chat template leaves out what the role {strange[0]!r} says")
     return token_ids
 
 
@@ -124,7 +131,7 @@ def _ways(shape: Shape) -> Iterator[tuple[Form, ...]]:
     yield tuple("text" if parts is None else "parts" for _, parts in shape)
     roles = list(dict.fromkeys(role for role, _ in shape))
     choices: list[tuple[Form, ...]] = [(form,) * len(roles) for form in ("text", "parts", "part")]
-    if len(shape) < MANY_MESSAGES:
+    if len(shape) < MANY_MESSAGES and len(roles) <= MAX_ROLES:
         choices += itertools.product(("text", "parts", "part"), repeat=len(roles))
     for choice in choices:
         by_role = dict(zip(roles, choice, strict=True))

@@ -11,6 +11,8 @@ import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
+    BeforeValidator,
     Field,
     PlainValidator,
     Strict,
@@ -23,7 +25,7 @@ from pydantic import (
 
 from ..batching.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams, StructuredOutput
 from .errors import RequestError
-from .openai_fields import Bool, Int, Number, Request, Strings, text_or_list
+from .openai_fields import Bool, Int, Number, Request, Strings, text_or_list, without_nulls
 
 MAX_CHOICES = 128
 """Most choices (`n`) that a request may ask for: OpenAI's limit."""
@@ -86,11 +88,13 @@ class GenerationRequest(Request):
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     repetition_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: Annotated[dict[str, Number], BeforeValidator(without_nulls)] | None = None
     """Token id, as a string, → bias."""
     min_tokens: Int | None = None
     ignore_eos: Bool | None = None
     stop_token_ids: list[Int] | None = None
+    allowed_token_ids: list[Int] | None = None
+    bad_words: list[str] | None = None
     skip_special_tokens: Bool | None = None
     include_stop_str_in_output: Bool | None = None
     stream: Bool | None = None
@@ -263,8 +267,14 @@ def _text_or_parts(value: Any, check_parts: ValidatorFunctionWrapHandler) -> Any
     return value if isinstance(value, str) else check_parts(text_or_list(value))
 
 
+def _known_role(role: str) -> str:
+    """OpenAI's newer name of the role system is the same to every template."""
+    return "system" if role == "developer" else role
+
+
 class ChatMessage(Request):
-    role: Literal["system", "user", "assistant"]
+    role: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$"), AfterValidator(_known_role)]
+    """Any that the model's chat template takes."""
     content: Annotated[list[TextPart], WrapValidator(_text_or_parts, json_schema_input_type=str | list[TextPart])]
     """A text or parts, as they came; an assistant's content may be null."""
 
@@ -320,26 +330,3 @@ class ChatCompletionRequest(GenerationRequest):
         raise NotImplementedError(
             "Stage 5 · Task 5.1: ChatCompletionRequest.sampling_fields, see stages/stage5_production/GUIDE.md#task-5-1"
         )
-
-
-class TokenizeRequest(Request):
-    """Body of ``POST /tokenize``, as vLLM has it: a text or a conversation."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    add_special_tokens: Bool | None = None
-    """For a text; true by default. A conversation's special tokens are in its template."""
-
-    @model_validator(mode="after")
-    def _check_source(self) -> TokenizeRequest:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
-        return self
-
-
-class DetokenizeRequest(Request):
-    """Body of ``POST /detokenize``."""
-
-    model: str | None = None
-    tokens: list[Int]
