@@ -6,6 +6,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, nullcontext
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from .answer_forms import mark_older
 from .async_engine import AsyncEngine
+from .chat_messages import link_calls
 from .errors import ErrorBody, RequestError, context_error
 from .guards import BodyLimit, Bugs, KeyGuard, RequestIds, TrailingSlashes, add_error_handlers
 from .ignored_fields import TolerantRoute
@@ -37,6 +39,8 @@ from .openai_protocol import (
 from .output_stream import OutputStream
 from .responses import ChatReply, CompletionReply, Reply, server_sent_events
 from .tokenizer_routes import add_tokenizer_routes, chat_prompt
+from .tool_calls.calling import ToolCalling
+from .tool_replies import ToolReply
 from .tracing import RequestTracer
 
 if TYPE_CHECKING:
@@ -62,7 +66,7 @@ def package_version() -> str:
 def create_app(
     async_engine: AsyncEngine, served_model_names: Sequence[str], api_keys: Sequence[str] | None = None, *,
     max_body_bytes: int = MAX_BODY_BYTES, allowed_origins: Sequence[str] = (), tracer: RequestTracer | None = None,
-    live: bool = False, strict: bool = False,
+    live: bool = False, strict: bool = False, tool_call_parser: str = "auto", enable_auto_tool_choice: bool = True,
 ) -> FastAPI:  # fmt: skip
     """Make the server's ASGI application, which starts and ends the engine's thread.
 
@@ -73,6 +77,7 @@ def create_app(
         max_body_bytes: larger bodies are refused.
         allowed_origins: web pages that may call the API from a browser; none: only its own.
         tracer: gets a span of each sequence.
+        tool_call_parser, enable_auto_tool_choice: see `ToolCalling`.
         live: offer the page and ``/live``, which show everybody with access to the API which requests run, without texts.
         strict: refuse unknown fields instead of ignoring them, see `TolerantRoute`.
     """
@@ -110,7 +115,8 @@ def create_app(
         return models[name]
 
     add_operator_routes(app, async_engine, metrics)
-    add_openai_routes(app, async_engine, models, check_model)
+    calling = ToolCalling(engine.tokenizer, tool_call_parser, enable_auto_tool_choice)
+    add_openai_routes(app, async_engine, models, check_model, calling)
     if live:
         add_live_page(app, async_engine, served_model_names[0], responses=ERRORS)
     add_tokenizer_routes(app, async_engine.engine, check_model, responses=ERRORS)
@@ -141,8 +147,9 @@ def add_operator_routes(app: FastAPI, async_engine: AsyncEngine, metrics: Engine
 
 
 def add_openai_routes(
-    app: FastAPI, async_engine: AsyncEngine, models: dict[str, ModelCard], check_model: Callable[[str], ModelCard]
-) -> None:
+    app: FastAPI, async_engine: AsyncEngine, models: dict[str, ModelCard], check_model: Callable[[str], ModelCard],
+    calling: ToolCalling,
+) -> None:  # fmt: skip
     """Add the routes of OpenAI's API."""
 
     @app.get("/v1/models", responses=ERRORS)
@@ -161,8 +168,15 @@ def add_openai_routes(
     @app.post("/v1/chat/completions", response_model=ChatCompletionResponse, responses=ERRORS | STREAMED)
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         check_model(body.model)
-        prompt = await asyncio.to_thread(chat_prompt, async_engine.engine.tokenizer, body.messages)
-        return await respond(async_engine, http, body, [prompt], ChatReply, "chatcmpl")
+        use = body.tool_use(calling, body.form if body.tools or body.functions else None)
+        messages = [message.as_dict() for message in body.messages]
+        link_calls(messages)
+        told = calling.conversation(messages, [] if use is None else use.functions)
+        prompt = await asyncio.to_thread(chat_prompt, async_engine.engine.tokenizer, *told)
+        if use is None:
+            return await respond(async_engine, http, body, [prompt], ChatReply, "chatcmpl")
+        body.call_with(use)
+        return await respond(async_engine, http, body, [prompt], partial(ToolReply, use), "chatcmpl")
 
 
 async def respond(
@@ -170,7 +184,7 @@ async def respond(
     http: Request,
     body: GenerationRequest,
     prompts: list[str | list[int]],
-    reply_class: type[Reply],
+    make_reply: Callable[..., Reply],
     prefix: str,
 ) -> Response:
     """Validate, submit, and answer whole or as a stream. A client that leaves aborts its requests.
@@ -184,7 +198,7 @@ async def respond(
     requests = await unless_left(http, engine_requests(engine, reply_id, body, prompts, tenant, address))
     if requests is None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    reply = reply_class(reply_id, body, {r.request_id: r.prompt_token_ids for r in requests}, engine.engine.tokenizer)
+    reply = make_reply(reply_id, body, {r.request_id: r.prompt_token_ids for r in requests}, engine.engine.tokenizer)
     tracer: RequestTracer | None = http.app.state.tracer
     with nullcontext() if tracer is None else tracer.under(requests, http.headers):
         stream = await engine.submit(requests)

@@ -64,7 +64,7 @@ HINTS = frozenset({
     "service_tier", "store", "verbosity",
 })  # fmt: skip
 """Fields that are accepted because they change no answer of this server: who speaks or asks, what may be cached or kept, what
-the answer will probably be, how fast and how thoughtful it shall be, and how to call tools, which this server does not have."""
+the answer will probably be, how fast and how thoughtful it shall be, and how to call tools, where there are none."""
 Int = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
 Bool = Annotated[bool, Strict()]
@@ -77,6 +77,11 @@ def text_or_list(value: Any) -> Any:
     if isinstance(value, list):
         return value
     raise ValueError("must be a string or a list")
+
+
+def unless_empty(value: Any) -> Any:
+    """An empty list is none: some clients always send one."""
+    return None if value == [] else value
 
 
 def without_nulls(value: Any) -> Any:
