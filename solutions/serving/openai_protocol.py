@@ -156,7 +156,8 @@ class GenerationRequest(Request):
         for ours, theirs in fields.items():
             message = re.sub(rf"\b{ours}\b", theirs, message)
         field = fields.get(name, name)
-        return RequestError(message, field if field.split(".")[0] in type(self).model_fields else self.prompt_field)
+        known = field.split(".")[0] in type(self).model_fields or field == self.token_limit[0]
+        return RequestError(message, field if known else self.prompt_field)
 
 
 def _parse_prompts(value: Any) -> list[str | list[int]]:
