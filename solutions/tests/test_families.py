@@ -262,6 +262,23 @@ def test_cell(family: str, feature: str, tmp_path: Path) -> None:
             FEATURES[feature](family, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "olmo2"])
+def test_ranks_that_share_kv_heads(family: str, tmp_path: Path) -> None:
+    """Four query heads over one KV head, which both ranks then hold."""
+    sizes = {} if family == "qwen3" else {"hidden_size": 128}
+    model = make_tiny(family, tmp_path, num_attention_heads=4, num_key_value_heads=1, **sizes)
+    llm = LLM(str(tmp_path), **SETTINGS, tensor_parallel_size=2)
+    try:
+        for prompt, answer in zip(PROMPTS, generate(llm), strict=True):
+            with torch.inference_mode():
+                logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            behind = logits.amax(-1) - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+            assert float(behind.max()) < 1e-3
+    finally:
+        llm.llm_engine.close()
+
+
 def test_every_family_is_here() -> None:
     assert set(FAMILIES) == {family.model_type for family in KNOWN.values()}
     found = {name: KNOWN[resolve_model(str(folder(name))).config.architecture].model_type for name in FAMILIES}
