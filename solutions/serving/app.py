@@ -14,32 +14,29 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
-from ..core.text.chat_template import render_chat
+from .answer_forms import mark_older
 from .async_engine import AsyncEngine
 from .errors import ErrorBody, RequestError, context_error
 from .guards import BodyLimit, Bugs, KeyGuard, RequestIds, TrailingSlashes, add_error_handlers
+from .ignored_fields import TolerantRoute
 from .json_body import JsonRoute
 from .live.feed import add_live_page
 from .metrics import CONTENT_TYPE, EngineMetrics
 from .openai_answers import (
     ChatCompletionResponse,
     CompletionResponse,
-    DetokenizeResponse,
     ModelCard,
     ModelList,
-    TokenizeResponse,
     VersionResponse,
 )
 from .openai_protocol import (
     ChatCompletionRequest,
-    ChatMessage,
     CompletionRequest,
-    DetokenizeRequest,
     GenerationRequest,
-    TokenizeRequest,
 )
 from .output_stream import OutputStream
 from .responses import ChatReply, CompletionReply, Reply, server_sent_events
+from .tokenizer_routes import add_tokenizer_routes, chat_prompt
 from .tracing import RequestTracer
 
 if TYPE_CHECKING:
@@ -65,7 +62,7 @@ def package_version() -> str:
 def create_app(
     async_engine: AsyncEngine, served_model_names: Sequence[str], api_keys: Sequence[str] | None = None, *,
     max_body_bytes: int = MAX_BODY_BYTES, allowed_origins: Sequence[str] = (), tracer: RequestTracer | None = None,
-    live: bool = False,
+    live: bool = False, strict: bool = False,
 ) -> FastAPI:  # fmt: skip
     """Make the server's ASGI application, which starts and ends the engine's thread.
 
@@ -77,6 +74,7 @@ def create_app(
         allowed_origins: web pages that may call the API from a browser; none: only its own.
         tracer: gets a span of each sequence.
         live: offer the page and ``/live``, which show everybody with access to the API which requests run, without texts.
+        strict: refuse unknown fields instead of ignoring them, see `TolerantRoute`.
     """
 
     @asynccontextmanager
@@ -87,7 +85,7 @@ def create_app(
 
     engine = async_engine.engine
     app = FastAPI(title="Build your own vLLM", version=package_version(), lifespan=lifespan)
-    app.router.route_class = JsonRoute
+    app.router.route_class = JsonRoute if strict else TolerantRoute
     add_error_handlers(app)
     app.add_middleware(Bugs)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
@@ -107,14 +105,15 @@ def create_app(
 
     def check_model(name: str) -> ModelCard:
         if name not in models:
-            raise RequestError(f"model {name!r} does not exist; this server has {', '.join(models)}", "model", 404)
+            there = ", ".join(models)
+            raise RequestError(f"model {name!r} does not exist; this server has {there}", "model", 404, "model_not_found")
         return models[name]
 
     add_operator_routes(app, async_engine, metrics)
     add_openai_routes(app, async_engine, models, check_model)
     if live:
         add_live_page(app, async_engine, served_model_names[0], responses=ERRORS)
-    add_tokenizer_routes(app, async_engine, check_model)
+    add_tokenizer_routes(app, async_engine.engine, check_model, responses=ERRORS)
     return app
 
 
@@ -166,29 +165,6 @@ def add_openai_routes(
         return await respond(async_engine, http, body, [prompt], ChatReply, "chatcmpl")
 
 
-def add_tokenizer_routes(app: FastAPI, async_engine: AsyncEngine, check_model: Callable[[str], ModelCard]) -> None:
-    """The tokenizer, as vLLM offers it."""
-    engine = async_engine.engine
-
-    @app.post("/tokenize", responses=ERRORS)
-    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
-        """The token ids of a text, or of a conversation in the model's template."""
-        if body.model is not None:
-            check_model(body.model)
-        tokens = await asyncio.to_thread(tokens_of, engine.tokenizer, body)
-        return TokenizeResponse(count=len(tokens), max_model_len=engine.limits.max_model_len, tokens=tokens)
-
-    @app.post("/detokenize", responses=ERRORS)
-    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
-        """The text of token ids."""
-        if body.model is not None:
-            check_model(body.model)
-        if any(not 0 <= token < engine.model_config.vocab_size for token in body.tokens):
-            raise RequestError(f"tokens must be from 0 to {engine.model_config.vocab_size - 1}", "tokens")
-        decode = need_tokenizer(engine.tokenizer, "tokens").decode
-        return DetokenizeResponse(prompt=await asyncio.to_thread(decode, body.tokens))
-
-
 async def respond(
     engine: AsyncEngine,
     http: Request,
@@ -213,7 +189,7 @@ async def respond(
     with nullcontext() if tracer is None else tracer.under(requests, http.headers):
         stream = await engine.submit(requests)
     if body.stream:
-        return EventStreamResponse(reply, stream)
+        return mark_older(EventStreamResponse(reply, stream), body.model_fields_set)
     async with stream:
         watch = asyncio.create_task(close_on_disconnect(http, stream))
         try:
@@ -222,7 +198,8 @@ async def respond(
             watch.cancel()
     if len(outputs) < len(requests):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(reply.whole(outputs).model_dump_json(), media_type="application/json")
+    answer = Response(reply.whole(outputs).model_dump_json(), media_type="application/json")
+    return mark_older(answer, body.model_fields_set)
 
 
 async def engine_requests(
@@ -264,43 +241,6 @@ def engine_prompt(prompt: str | list[int], cache_salt: str | None) -> Prompt:
     if cache_salt is not None:
         made["cache_salt"] = cache_salt
     return made
-
-
-def need_tokenizer(tokenizer: Any, field: str) -> Any:
-    """The tokenizer.
-
-    Raises:
-        RequestError: the model has none.
-    """
-    if tokenizer is None:
-        raise RequestError("this model has no tokenizer; send token ids", field)
-    return tokenizer
-
-
-def tokens_of(tokenizer: Any, body: TokenizeRequest) -> list[int]:
-    """What ``/tokenize`` is asked for.
-
-    Raises:
-        RequestError: the model has no tokenizer or no template.
-    """
-    if body.messages is not None:
-        return chat_prompt(tokenizer, body.messages)
-    ids: list[int] = need_tokenizer(tokenizer, "prompt").encode(
-        body.prompt, add_special_tokens=body.add_special_tokens is not False
-    )
-    return ids
-
-
-def chat_prompt(tokenizer: Any, messages: list[ChatMessage]) -> list[int]:
-    """The conversation as token ids, by the model's chat template, up to where the assistant speaks.
-
-    Raises:
-        RequestError: the model has no chat template, or it does not take this conversation.
-    """
-    try:
-        return render_chat(tokenizer, [message.as_dict() for message in messages])
-    except ValueError as error:
-        raise RequestError(f"{error}; /v1/completions takes any prompt", "messages") from error
 
 
 async def unless_left(http: Request, work: Coroutine[Any, Any, list[EngineRequest]]) -> list[EngineRequest] | None:

@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..batching.scheduler_config import QueueFullError
 from .async_engine import EngineDeadError
 from .errors import RequestError, error_body
-from .openai_fields import describe_validation_error
+from .openai_fields import describe_validation_error, validation_code
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +55,9 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        message, param = describe_validation_error(error.errors()[0])
-        return error_response(message, 400, param)
+        first = error.errors()[0]
+        message, param = describe_validation_error(first)
+        return error_response(message, 400, param, code=validation_code(first))
 
     @app.exception_handler(QueueFullError)
     async def queue_full(_: Request, error: QueueFullError) -> Response:

@@ -11,16 +11,6 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 
-class TokenizeResponse(BaseModel):
-    count: int
-    max_model_len: int
-    tokens: list[int]
-
-
-class DetokenizeResponse(BaseModel):
-    prompt: str
-
-
 class VersionResponse(BaseModel):
     version: str
 

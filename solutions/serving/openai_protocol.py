@@ -6,11 +6,12 @@ Source: https://platform.openai.com/docs/api-reference (completions, chat, model
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
+    BeforeValidator,
     Field,
     PlainValidator,
     Strict,
@@ -22,18 +23,12 @@ from pydantic import (
 )
 
 from ..batching.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams, StructuredOutput
+from .answer_forms import FORMS, Choices, ResponseFormat, Schema, StructuredOutputs, form_of
 from .errors import RequestError
-from .openai_fields import Bool, Int, Number, Request, Strings, text_or_list
+from .openai_fields import Bool, Int, Number, Request, Strings, text_or_list, without_nulls
 
 MAX_CHOICES = 128
 """Most choices (`n`) that a request may ask for: OpenAI's limit."""
-
-
-def _schema(value: Any) -> Any:
-    """An object, or the text of one."""
-    if isinstance(value, (dict, str)):
-        return value
-    raise ValueError("must be a JSON schema: an object, or the text of one")
 
 
 class StreamOptions(Request):
@@ -41,31 +36,6 @@ class StreamOptions(Request):
     """Ends the stream with a chunk that has the usage and no choices."""
     continuous_usage_stats: Bool | None = None
     """vLLM's: with `include_usage`, every chunk has the usage of its choice so far."""
-
-
-class JsonSchema(Request):
-    name: str
-    description: str | None = None
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
-    strict: Bool | None = None
-    """Accepted either way: an answer always follows the schema."""
-
-
-class ResponseFormat(Request):
-    """OpenAI's way to ask for a structured answer."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _check_schema(self) -> ResponseFormat:
-        if (self.json_schema is None) == (self.type == "json_schema"):
-            raise ValueError("the type json_schema needs json_schema, and no other type may have it")
-        return self
-
-
-FORMS = ("response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
-"""Fields that ask for a form of the answer, at most one of which a request may have."""
 
 
 class GenerationRequest(Request):
@@ -86,11 +56,13 @@ class GenerationRequest(Request):
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     repetition_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: Annotated[dict[str, Number], BeforeValidator(without_nulls)] | None = None
     """Token id, as a string, → bias."""
     min_tokens: Int | None = None
     ignore_eos: Bool | None = None
     stop_token_ids: list[Int] | None = None
+    allowed_token_ids: list[Int] | None = None
+    bad_words: list[str] | None = None
     skip_special_tokens: Bool | None = None
     include_stop_str_in_output: Bool | None = None
     stream: Bool | None = None
@@ -102,12 +74,12 @@ class GenerationRequest(Request):
     priority: Int | None = None
     """Lower goes first, if the engine schedules by priority."""
     response_format: ResponseFormat | None = None
-    guided_json: Annotated[Any, PlainValidator(_schema, json_schema_input_type=dict[str, Any] | str)] | None = None
-    """vLLM's, as the three below: a JSON schema."""
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    """Older names of `structured_outputs`' fields, as the three below."""
     guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
+    guided_choice: Choices | None = None
     guided_grammar: str | None = None
-    """In EBNF; the first rule is ``root``."""
 
     @field_validator("logit_bias")
     @classmethod
@@ -131,22 +103,7 @@ class GenerationRequest(Request):
         Raises:
             RequestError: there are several, or one cannot be.
         """
-        asked = [name for name in FORMS if (value := getattr(self, name)) is not None and getattr(value, "type", "") != "text"]
-        if not asked:
-            return None
-        name = asked[0]
-        if len(asked) > 1:
-            raise RequestError(f"{asked[1]} cannot be combined with {name}", asked[1])
-        value = getattr(self, name)
-        if isinstance(value, ResponseFormat):
-            schema = None if value.json_schema is None else json.dumps(value.json_schema.schema_)
-            kind, text = ("json_object", "") if schema is None else ("json", schema)
-        else:
-            kind, text = name.removeprefix("guided_"), value if isinstance(value, str) else json.dumps(value)
-        try:
-            return name, StructuredOutput(kind, text)
-        except ValueError as error:
-            raise RequestError(str(error).replace("structured_output", name), name) from error
+        return form_of({name: value for name in FORMS if (value := getattr(self, name)) is not None})
 
     @property
     def include_usage(self) -> bool:
@@ -200,7 +157,7 @@ class GenerationRequest(Request):
         for ours, theirs in fields.items():
             message = re.sub(rf"\b{ours}\b", theirs, message)
         field = fields.get(name, name)
-        return RequestError(message, field if field in type(self).model_fields else self.prompt_field)
+        return RequestError(message, field if field.split(".")[0] in type(self).model_fields else self.prompt_field)
 
 
 def _parse_prompts(value: Any) -> list[str | list[int]]:
@@ -266,8 +223,14 @@ def _text_or_parts(value: Any, check_parts: ValidatorFunctionWrapHandler) -> Any
     return value if isinstance(value, str) else check_parts(text_or_list(value))
 
 
+def _known_role(role: str) -> str:
+    """OpenAI's newer name of the role system is the same to every template."""
+    return "system" if role == "developer" else role
+
+
 class ChatMessage(Request):
-    role: Literal["system", "user", "assistant"]
+    role: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$"), AfterValidator(_known_role)]
+    """Any that the model's chat template takes."""
     content: Annotated[list[TextPart], WrapValidator(_text_or_parts, json_schema_input_type=str | list[TextPart])]
     """A text or parts, as they came; an assistant's content may be null."""
 
@@ -322,26 +285,3 @@ class ChatCompletionRequest(GenerationRequest):
         context. `logprobs` is the number of alternatives; 0 asks for the sampled token's alone."""
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return super().sampling_fields() | {"max_tokens": self.token_limit[1], "logprobs": logprobs}
-
-
-class TokenizeRequest(Request):
-    """Body of ``POST /tokenize``, as vLLM has it: a text or a conversation."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    add_special_tokens: Bool | None = None
-    """For a text; true by default. A conversation's special tokens are in its template."""
-
-    @model_validator(mode="after")
-    def _check_source(self) -> TokenizeRequest:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
-        return self
-
-
-class DetokenizeRequest(Request):
-    """Body of ``POST /detokenize``."""
-
-    model: str | None = None
-    tokens: list[Int]

@@ -28,7 +28,7 @@ def test_tokenize_and_detokenize(url: str, tokenizer: Any) -> None:
     for path, fields, param in (
         ("tokenize", {}, None), ("tokenize", {"prompt": "x", "messages": HI}, None), ("tokenize", {"prompt": 1}, "prompt"),
         ("detokenize", {"tokens": [49152]}, "tokens"), ("detokenize", {"tokens": [-1]}, "tokens"),
-        ("tokenize", {"prompt": "x", "model": "gpt-9"}, "model"), ("detokenize", {"tokens": [1], "extra": 1}, "extra"),
+        ("tokenize", {"prompt": "x", "model": "gpt-9"}, "model"), ("detokenize", {"tokens": [True]}, "tokens[0]"),
     ):  # fmt: skip
         error = httpx.post(f"{base}/{path}", json=fields)
         assert (error.status_code, error.json()["error"]["param"]) == (404 if param == "model" else 400, param)
@@ -68,15 +68,18 @@ def test_metrics_count_what_clients_got(client: openai.OpenAI, url: str) -> None
     assert new["vllm:num_requests_running"] == new["vllm:num_requests_waiting"] == 0
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_times_are_those_that_a_client_measures(client: openai.OpenAI, url: str) -> None:
-    """Alone and over one connection, within a tenth and what HTTP takes."""
+    """Alone and over one connection. The server's parts add up; HTTP and a busy machine only ever add to a client's times."""
     before, start = counted(url), time.perf_counter()
-    chunks = client.completions.create(**GREEDY, prompt="Once upon a time", max_tokens=100, stream=True)
+    chunks = client.completions.create(**GREEDY, prompt="Once upon a time", max_tokens=200, stream=True)
     times = [time.perf_counter() for chunk in chunks if chunk.choices[0].text]
     new = since(url, before)
-    first, rest = times[0] - start, times[-1] - times[0]
-    assert new["vllm:time_to_first_token_seconds_sum"] == pytest.approx(first, rel=0.1, abs=0.05)
-    assert new["vllm:inter_token_latency_seconds_sum"] == pytest.approx(rest, rel=0.1, abs=0.05)
-    assert new["vllm:e2e_request_latency_seconds_sum"] == pytest.approx(first + rest, rel=0.1, abs=0.05)
-    assert rest > 0.2  # so that a tenth is not all
+    first, whole = times[0] - start, times[-1] - start
+    ttft, rest, e2e = (
+        new[f"vllm:{name}_seconds_sum"] for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency")
+    )
+    assert ttft + rest == pytest.approx(e2e, rel=0.01)
+    assert 0.5 * first < ttft < first
+    assert 0.8 * whole < e2e < 1.2 * whole + 0.2  # the request ends a moment after its last text
