@@ -26,7 +26,7 @@ from ..core.platform.progress import LateBar
 from .config.entries import Entries, ModelError
 from .config.model_config import ModelConfig
 from .gguf_tokenizer import end_tokens, tokenizer_from_gguf
-from .layers import scale_llama3
+from .rope import scale_llama3
 
 FORMAT_VERSION = 2
 """Raise it when the same file converts to something else than before: older folders are then made anew."""

@@ -117,9 +117,9 @@ class Server(uvicorn.Server):
         self.engine = engine
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Handle a signal. The first one stops new connections (`should_exit`) and drains the engine; a second one, of either
-        kind, ends what still runs (`force_exit`). uvicorn's own version would also raise the signal again at its end, before
-        the engine is closed."""
+        """Handle a signal. The first one stops new connections (`should_exit`) and drains the engine (`is_draining`); a second
+        one, of either kind, ends what still runs (`force_exit`); more change nothing. uvicorn's own version would also raise
+        the signal again at its end, before the engine is closed."""
         self.force_exit = self.should_exit
         self.should_exit = True
         self.engine.is_draining = True

@@ -121,7 +121,21 @@ def field_path(keys: list[Any]) -> str:
 
 
 def describe_validation_error(error: dict[str, Any]) -> tuple[str, str | None]:
-    """The first of pydantic's errors as one line and the path of the field, such as ``messages[1].name``."""
+    """The first of pydantic's errors as one line and the path of the field, such as ``messages[1].name``.
+
+    ============================================  ====================================================================
+    broken JSON (``json_invalid``)                the body is not valid JSON: ERROR at character PLACE; no path
+    no path, but two fields that contradict       the message of the ``value_error``; no path
+    no path otherwise                             the body must be a JSON object, sent with Content-Type:
+                                                  application/json; no path
+    ``extra_forbidden``, known to `UNSUPPORTED`   PATH is not supported by this server
+    ``extra_forbidden``                           PATH is not a field of this request
+    ``missing``                                   PATH is required
+    any other                                     PATH: MESSAGE
+    ============================================  ====================================================================
+
+    ERROR is in the error's ``ctx``, PLACE in its ``loc``; pydantic's "Value error, " before a message is left out.
+    """
     kind, loc = error["type"], list(error["loc"][1:])  # the first part says only that it is the body's
     if kind == "json_invalid":
         return f"the body is not valid JSON: {error['ctx']['error']} at character {loc[0]}", None

@@ -72,7 +72,8 @@ class Reply(ABC):
 
     @property
     def usage(self) -> Usage:
-        """Tokens of everything that went through `choices` so far; a prompt counts once."""
+        """All prompts' tokens, each prompt once, whatever `n`; all that are counted in `_tokens`; and what each prompt found in
+        the cache (`_cached`)."""
         prompt, completion = sum(map(len, self.prompts.values())), self._tokens.total()
         return Usage(
             prompt_tokens=prompt,
@@ -94,7 +95,8 @@ class Reply(ABC):
         )  # fmt: skip
 
     def choices(self, output: RequestOutput) -> Iterable[tuple[int, CompletionOutput]]:
-        """The sequences in an output with the index of their choice; counts the tokens of each choice (`_tokens`)."""
+        """The sequences in an output with the index of their choice. Before it passes one on, it counts its tokens as those of
+        its choice (`_tokens`); of the cached ones every output says the same again (`_cached`, by request)."""
         self._cached[output.request_id] = output.num_cached_tokens
         for sequence in output.outputs:
             index = self._first_choice[output.request_id] + sequence.index
@@ -145,7 +147,8 @@ class CompletionReply(Reply):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._offsets: dict[int, int] = {}  # choice → characters of its tokens so far
-        self._echoed: dict[int, list[str]] = {}  # choice → texts of its prompt's tokens, which are its first
+        # choice → texts and log-probabilities of its prompt's tokens, which are its first
+        self._echoed: dict[int, tuple[list[str], list[Position | None]]] = {}
         self._scores: dict[str, list[Position | None]] = {}  # request → log-probabilities of its prompt
         self._begun: set[int] = set()  # choices that have their prompt
         self._told: set[int] = set()  # choices that have its token ids
@@ -211,10 +214,11 @@ class CompletionReply(Reply):
 
     def _with_prompt(self, output: RequestOutput, index: int, sequence: CompletionOutput) -> CompletionOutput:
         """A sequence, or its beginning, behind the prompt."""
-        echo, prompt_ids, logprobs = self._echo(index), output.prompt_token_ids, None
-        if (scores := self._scores.get(output.request_id)) is not None and sequence.logprobs is not None:
-            logprobs = [*scores, *sequence.logprobs]
-            self._echoed[index] = prompt_texts(self.tokenizer, self._prompt(index), prompt_ids, echo)
+        echo, prompt_ids = self._echo(index), output.prompt_token_ids
+        logprobs = None
+        if (scores := self._scores.get(output.request_id)) is not None:
+            logprobs = sequence.logprobs
+            self._echoed[index] = prompt_texts(self.tokenizer, self._prompt(index), prompt_ids, echo), scores
         return replace(sequence, text=echo + sequence.text, token_ids=prompt_ids + sequence.token_ids, logprobs=logprobs)
 
     def _prompt(self, index: int) -> str | list[int]:
@@ -229,8 +233,8 @@ class CompletionReply(Reply):
     def _logprobs(self, index: int, sequence: CompletionOutput) -> CompletionLogprobs | None:
         if self.request.logprobs is None or sequence.logprobs is None:
             return None
-        start, echoed = self._offsets.get(index, 0), self._echoed.pop(index, [])
-        positions = sequence.logprobs
+        start, (echoed, scores) = self._offsets.get(index, 0), self._echoed.pop(index, ([], []))
+        positions = [*scores, *sequence.logprobs]
         if self.request.return_tokens_as_token_ids:
             positions, echoed = without_texts(positions), [f"token_id:{token}" for token in sequence.token_ids[: len(echoed)]]
         result = completion_logprobs(sequence.token_ids, positions, start, echoed)
@@ -309,7 +313,7 @@ async def server_sent_events(reply: Reply, stream: OutputStream) -> AsyncIterato
     the first token.
 
     An error after the start cannot change the HTTP status, which is sent already. It becomes one more event, before ``[DONE]``:
-    503 and its message if the engine is dead, otherwise 500 without details, which go to the log.
+    503 and its message if the engine is dead, otherwise 500 and "internal server error"; the exception goes to the log.
     """
     try:
         is_open = False
@@ -331,6 +335,6 @@ async def server_sent_events(reply: Reply, stream: OutputStream) -> AsyncIterato
 
 
 def _event(data: BaseModel) -> str:
-    """An event as it goes over the wire: a line that begins with ``data: `` and holds the JSON, then an empty line (WHATWG
-    HTML, §9.2)."""
+    """An event as it goes over the wire: a line that begins with ``data: `` and holds the JSON, its nulls too, then an empty
+    line (WHATWG HTML, §9.2)."""
     return f"data: {data.model_dump_json()}\n\n"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -185,7 +185,7 @@ def forbid(logits: Tensor, guided: list[tuple[Guide, list[tuple[int, Any]]]], vo
         logits[row, :vocab_size].masked_fill_(forbidden[index], -torch.inf)
 
 
-def by_guide(sequences: list[Any]) -> list[tuple[Guide, list[tuple[int, Any]]]]:
+def by_guide(sequences: Sequence[Any]) -> list[tuple[Guide, list[tuple[int, Any]]]]:
     """Guides with their rows, in the order of the rows."""
     found: dict[Guide, list[tuple[int, Any]]] = {}
     for row, seq in enumerate(sequences):

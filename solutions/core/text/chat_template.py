@@ -1,8 +1,8 @@
 """Conversations as token ids, in the form that a model's chat template can read.
 
-A message's content is a text or a list of parts, ``{"type": "text", "text": ...}``. Some templates read only the one, some only
-the other, and one that gets the wrong form says nothing: in Jinja a loop over a text finds no parts, and writes none. So a
-template is tried first, with the same roles and a made-up word for each text, and what it writes shows which words it has read.
+A message's content is a text or a list of parts, ``{"type": "text", "text": ...}``. Some templates read only texts, others only
+parts. A template that gets the wrong form raises no error: in Jinja a loop over a text finds no parts and writes nothing. So a
+template is tried first, with the same roles and a made-up word for each text. Its output shows which words it has read.
 """
 
 from __future__ import annotations
@@ -17,20 +17,19 @@ Form = Literal["text", "parts", "part"]
 Shape = tuple[tuple[str, int | None], ...]
 """The role of each message, and the number of its parts; None: it came as a text."""
 MARK = "zqmark"
-"""A key of a part that no template asks for: where it is in the prompt, the list of parts was written as it is."""
+"""A key of each part that no template asks for. If it is in the prompt, the template has printed the list of parts itself."""
 ROLES = ("system", "user", "assistant", "tool")
-"""Those that every API has; a template may leave out a message of one of them, such as what an assistant thought."""
+"""The roles that every API has. A template may leave out a message of one of them, such as what an assistant thought."""
 MANY_MESSAGES = 256
-"""From here on only a few ways are tried: each costs as much as the template itself."""
+"""With so many messages only a few combinations of forms are tried, because each of them renders the template."""
 MAX_ROLES = 4
-"""With more roles only a few ways are tried too: each triples their number."""
+"""With more roles only a few combinations are tried too, because each role triples their number."""
 
 
 def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> list[int]:
     """A conversation as token ids, up to where the assistant speaks.
 
-    A message stays in the form in which it came, unless the template reads only the other. As a text, parts are joined by line
-    breaks.
+    A message keeps its form unless the template reads only the other one. Parts that become a text are joined by line breaks.
 
     Args:
         tokenizer: of transformers.
@@ -98,10 +97,10 @@ class _Template:
 
 @lru_cache(maxsize=256)
 def _readable(template: _Template, shape: Shape) -> tuple[tuple[Form, ...], frozenset[int]]:
-    """A form for each message so that the template reads as many as it ever does, and those that it does not read even so.
+    """The forms, one for each message, in which the template reads the most messages, and the messages that it leaves out.
 
     Raises:
-        Exception: of any kind; the template takes none of the ways, and this is what it says of texts.
+        Exception: of any kind; the template takes no combination of forms, and this is its error for texts.
     """
     best: tuple[tuple[Form, ...], frozenset[int]] | None = None
     for forms in _ways(shape):
@@ -128,7 +127,7 @@ def _readable(template: _Template, shape: Shape) -> tuple[tuple[Form, ...], froz
 
 
 def _ways(shape: Shape) -> Iterator[tuple[Form, ...]]:
-    """As it came; all in one form; each choice of a form by role."""
+    """Forms to try: as the messages came; all in one form; each combination of a form for every role."""
     yield tuple("text" if parts is None else "parts" for _, parts in shape)
     roles = list(dict.fromkeys(role for role, _ in shape))
     choices: list[tuple[Form, ...]] = [(form,) * len(roles) for form in ("text", "parts", "part")]

@@ -72,7 +72,10 @@ class PackedLinear:
         self.out_features = self.num_rows // 2 if gated else self.num_rows
         self.epilogue = SILU_MUL if gated else STORE
         rows = gate_and_up_order(self.num_rows) if gated else slice(None)
-        self._dtype = dtype or weight.dtype
+        if dtype is None:
+            assert isinstance(weight, Tensor)  # codes do not say what is computed in
+            dtype = weight.dtype
+        self._dtype = dtype
         if quantization == "int4" and not isinstance(weight, GroupQuantized):
             weight = quantize_groups(weight, 4, INT4_GROUP, whole_zeros=False)
         self.scales = self.order = None
@@ -167,7 +170,7 @@ def pack_int8(weight: Tensor) -> Tensor:
 
 def _with_heads(heads: Tensor, body: Tensor, length: int) -> Tensor:
     """[P, B]: each panel's groups one behind the other, a head [P, G, ...] before `length` rows of the body [P, R, ...]."""
-    pieces = []
+    pieces: list[Tensor] = []
     for group in range(heads.shape[1]):
         pieces += heads[:, group], body[:, group * length : (group + 1) * length].flatten(1)
     packed = torch.cat(pieces, dim=1)
@@ -192,7 +195,8 @@ def pack_groups(weight: GroupQuantized, rows: slice | Tensor = slice(None)) -> T
     def panels(values: Tensor) -> Tensor:  # [N, x] -> [P, 32, x]
         values = values[rows]
         missing = values.new_zeros(-len(values) % PANEL, values.shape[1])
-        return torch.cat((values, missing)).unflatten(0, (-1, PANEL))
+        in_panels: Tensor = torch.cat((values, missing)).unflatten(0, (-1, PANEL))
+        return in_panels
 
     halves = panels(weight.codes).unflatten(1, (2, 16)).unflatten(3, (-1, 2))  # [P, 2, 16, K / 2, 2]
     low, high = halves.transpose(2, 3).unbind(1)

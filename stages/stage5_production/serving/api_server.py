@@ -48,6 +48,8 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
                        help="web pages that may call this server from a browser (default: only its own)")  # fmt: skip
     group.add_argument("--strict", action="store_true",
                        help="refuse unknown fields (default: ignore them, and name them in X-Ignored-Fields)")  # fmt: skip
+    group.add_argument("--enable-tokenizer-info-endpoint", action="store_true",
+                       help="offer /tokenizer_info, which shows the tokenizer's settings and the chat template")  # fmt: skip
     group.add_argument("--max-waiting-tokens", type=int, metavar="N",
                        help="most prompt tokens that may wait; requests beyond get a 429 (default: no limit)")  # fmt: skip
     group.add_argument(
@@ -115,9 +117,9 @@ class Server(uvicorn.Server):
         self.engine = engine
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Handle a signal. The first one stops new connections (`should_exit`) and drains the engine; a second one, of either
-        kind, ends what still runs (`force_exit`). uvicorn's own version would also raise the signal again at its end, before
-        the engine is closed."""
+        """Handle a signal. The first one stops new connections (`should_exit`) and drains the engine (`is_draining`); a second
+        one, of either kind, ends what still runs (`force_exit`); more change nothing. uvicorn's own version would also raise
+        the signal again at its end, before the engine is closed."""
         # Hint: Three ends: a signal that waits, a signal that does not, and an engine that is dead. What does each of
         # them owe to those who still read?
         raise NotImplementedError("Stage 5 · Task 5.9: Server.handle_exit, see stages/stage5_production/GUIDE.md#task-5-9")
@@ -157,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine.observers.append(recorder)
     app = create_app(
         async_engine, names, keys, max_body_bytes=args.max_body_bytes, allowed_origins=args.allowed_origins, tracer=tracer,
-        live=args.live, strict=args.strict,
+        live=args.live, strict=args.strict, tokenizer_info=args.enable_tokenizer_info_endpoint,
     )  # fmt: skip
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=args.shutdown_timeout,

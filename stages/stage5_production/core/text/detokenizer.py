@@ -110,7 +110,7 @@ class Detokenizer:
         return "".join(pieces)
 
     def would_add(self, candidates: list[int]) -> list[str]:
-        """What `step` would give for each of these tokens in place of the next one, but for bytes that are no character."""
+        """What `step` would give for each of these tokens in place of the next one; "" for one that ends inside a character."""
         held, context = self.tokens[self._settled : self.offset], self._context(self._settled)
         texts = [self._new_text([*held, token], context) if token not in self.special_ids else "" for token in candidates]
         return ["" if text.endswith(REPLACEMENT) else text for text in texts]
@@ -132,9 +132,9 @@ class Detokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
 
     def _context(self, end: int) -> tuple[list[int], str, str]:
-        """The fewest tokens before `end` that tell how the next ones read; their text; and what of it will stay as it is.
+        """The fewest tokens before `end` that tell how the next ones decode; their text; the part of it that will not change.
 
-        The two texts differ where the tokens end inside a character: the second goes up to there.
+        The two texts differ if the tokens end inside a character: the second ends before it.
         """
         ids, text = [], ""
         for size in (*CONTEXT_SIZES, end):
@@ -212,7 +212,7 @@ class StopStrings:
         raise NotImplementedError("Stage 5 · Task 5.4: StopStrings.push, see stages/stage5_production/GUIDE.md#task-5-4")
 
     def flush(self) -> str:
-        """The text held back, once nothing more comes."""
+        """The text held back, when nothing more comes; a second time, or behind a match, there is none."""
         raise NotImplementedError("Stage 5 · Task 5.4: StopStrings.flush, see stages/stage5_production/GUIDE.md#task-5-4")
 
 
