@@ -87,6 +87,10 @@ class SamplingParams:
     logprobs: int | None = None
     """Alternatives returned at each generated token, besides the sampled one."""
     prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
+    """So many tokens of a longer prompt are used; -1: as many as leave room for `max_tokens`."""
+    truncation_side: str = "left"
+    """Where a prompt is cut off, "left" or "right"."""
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     structured_output: StructuredOutput | None = None
@@ -140,6 +144,10 @@ class SamplingParams:
         if self.max_tokens is not None:
             _require_int("max_tokens", self.max_tokens, 1, None)
         _require_int("min_tokens", self.min_tokens, 0, self.max_tokens)
+        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens != -1:
+            _require_int("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, None)
+        if self.truncation_side not in ("left", "right"):
+            raise ValueError(f'truncation_side must be "left" or "right", got {self.truncation_side!r}')
         for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if value is not None:
                 _require_int(name, value, 0, MAX_LOGPROBS)

@@ -53,6 +53,8 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
                        help="how the model writes calls of tools (default: auto, by its chat template)")  # fmt: skip
     group.add_argument("--enable-auto-tool-choice", action=argparse.BooleanOptionalAction, default=True,
                        help="let the model decide whether to call a tool (default: on)")  # fmt: skip
+    group.add_argument("--enable-tokenizer-info-endpoint", action="store_true",
+                       help="offer /tokenizer_info, which shows the tokenizer's settings and the chat template")  # fmt: skip
     group.add_argument("--max-waiting-tokens", type=int, metavar="N",
                        help="most prompt tokens that may wait; requests beyond get a 429 (default: no limit)")  # fmt: skip
     group.add_argument(
@@ -163,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     app = create_app(
         async_engine, names, keys, max_body_bytes=args.max_body_bytes, allowed_origins=args.allowed_origins, tracer=tracer,
         live=args.live, strict=args.strict, tool_call_parser=args.tool_call_parser,
-        enable_auto_tool_choice=args.enable_auto_tool_choice,
+        enable_auto_tool_choice=args.enable_auto_tool_choice, tokenizer_info=args.enable_tokenizer_info_endpoint,
     )  # fmt: skip
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=args.shutdown_timeout,

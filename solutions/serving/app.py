@@ -28,6 +28,7 @@ from .metrics import CONTENT_TYPE, EngineMetrics
 from .openai_answers import (
     ChatCompletionResponse,
     CompletionResponse,
+    LoadResponse,
     ModelCard,
     ModelList,
     VersionResponse,
@@ -70,6 +71,7 @@ def create_app(
     async_engine: AsyncEngine, served_model_names: Sequence[str], api_keys: Sequence[str] | None = None, *,
     max_body_bytes: int = MAX_BODY_BYTES, allowed_origins: Sequence[str] = (), tracer: RequestTracer | None = None,
     live: bool = False, strict: bool = False, tool_call_parser: str = "auto", enable_auto_tool_choice: bool = True,
+    tokenizer_info: bool = False,
 ) -> FastAPI:  # fmt: skip
     """Make the server's ASGI application, which starts and ends the engine's thread.
 
@@ -83,6 +85,7 @@ def create_app(
         tool_call_parser, enable_auto_tool_choice: see `ToolCalling`.
         live: offer the page and ``/live``, which show everybody with access to the API which requests run, without texts.
         strict: refuse unknown fields instead of ignoring them, see `TolerantRoute`.
+        tokenizer_info: offer ``/tokenizer_info``, which shows the chat template.
     """
 
     @asynccontextmanager
@@ -109,7 +112,10 @@ def create_app(
     if tracer is not None:
         engine.observers.append(tracer)
     async_engine.on_rejection = metrics.on_rejection
-    models = {name: ModelCard(id=name, max_model_len=engine.limits.max_model_len) for name in served_model_names}
+    models = {
+        name: ModelCard(id=name, root=engine.config.model, max_model_len=engine.limits.max_model_len)
+        for name in served_model_names
+    }
 
     def check_model(name: str) -> ModelCard:
         if name not in models:
@@ -135,7 +141,7 @@ def create_app(
     add_messages_routes(app, door, responses=ERRORS)
     if live:
         add_live_page(app, async_engine, served_model_names[0], responses=ERRORS)
-    add_tokenizer_routes(app, async_engine.engine, check_model, responses=ERRORS)
+    add_tokenizer_routes(app, async_engine.engine, check_model, info=tokenizer_info, responses=ERRORS)
     return app
 
 
@@ -143,6 +149,8 @@ def add_operator_routes(app: FastAPI, async_engine: AsyncEngine, metrics: Engine
     """Add the routes for load balancers, Prometheus and operators."""
 
     @app.get("/health")
+    @app.get("/ping")
+    @app.post("/ping")
     async def health() -> Response:
         """Whether the engine lives."""
         return Response(status_code=200 if async_engine.is_running else 503)
@@ -151,6 +159,11 @@ def add_operator_routes(app: FastAPI, async_engine: AsyncEngine, metrics: Engine
     async def ready() -> Response:
         """Whether new requests are welcome: the engine lives and the server does not shut down."""
         return Response(status_code=200 if async_engine.is_running and not async_engine.is_draining else 503)
+
+    @app.get("/load")
+    async def load() -> LoadResponse:
+        """How many requests are being answered."""
+        return LoadResponse(server_load=async_engine.num_requests)
 
     @app.get("/metrics")
     async def show_metrics() -> Response:

@@ -30,7 +30,7 @@ from .openai_fields import describe_validation_error, validation_code
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = ("/health", "/ready", "/")
+OPEN_PATHS = ("/health", "/ping", "/ready", "/")
 """Paths that need no key: load balancers have none, and a browser must load the page that asks for one."""
 OPEN_FOLDER = "/page/"
 RETRY_AFTER_SECONDS = 1

@@ -72,6 +72,16 @@ class GenerationRequest(Request):
     """Prompts share cached prefixes only with prompts of the same salt."""
     priority: Int | None = None
     """Lower goes first, if the engine schedules by priority."""
+    prompt_logprobs: Int | None = None
+    """Alternatives returned at each token of the prompt."""
+    return_token_ids: Bool | None = None
+    """Puts the token ids of prompt and answer beside their texts."""
+    return_tokens_as_token_ids: Bool | None = None
+    """In log-probabilities, a token is its id, ``token_id:7``, instead of its text."""
+    truncate_prompt_tokens: Int | None = None
+    """So many tokens of a longer prompt are used, by default its last; -1: as many as leave room for the answer."""
+    truncation_side: Literal[left, right] | None = None
+    """Where a prompt is cut off."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | None = None
@@ -87,6 +97,13 @@ class GenerationRequest(Request):
             if not re.fullmatch(r"[0-9]{1,9}", key):
                 raise ValueError(f"keys must be token ids, got {key!r}")
         return bias
+
+    @field_validator("prompt_logprobs")
+    @classmethod
+    def _check_prompt_logprobs(cls, number: int | None, info: ValidationInfo) -> int | None:
+        if number is not None and info.data.get("stream"):
+            raise ValueError("cannot be streamed")
+        return number
 
     @field_validator("stream_options")
     @classmethod
@@ -192,6 +209,15 @@ class CompletionRequest(GenerationRequest):
     """How many are sampled; the `n` with the highest log-probability per token are returned."""
     echo: Bool | None = None
     """Puts the prompt before the generated text, and its log-probabilities before the others."""
+
+    @field_validator("echo")
+    @classmethod
+    def _check_echo(cls, echo: bool | None, info: ValidationInfo) -> bool | None:
+        """What is echoed is the whole prompt, with `logprobs` of its own."""
+        for name in ("truncate_prompt_tokens", "prompt_logprobs"):
+            if echo and info.data.get(name) is not None:
+                raise ValueError(f"cannot be combined with {name}")
+        return echo
 
     @field_validator("best_of")
     @classmethod

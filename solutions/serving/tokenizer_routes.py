@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, Field, model_validator
+from pydantic_core import to_jsonable_python
 
 from ..core.text.chat_template import render_chat
 from .chat_messages import ChatMessage
@@ -26,6 +27,8 @@ class TokenizeRequest(Request):
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     add_special_tokens: Bool | None = None
     """For a text; true by default. A conversation's special tokens are in its template."""
+    return_token_strs: Bool | None = None
+    """Also what the vocabulary calls each token."""
 
     @model_validator(mode="after")
     def _check_source(self) -> TokenizeRequest:
@@ -45,6 +48,7 @@ class TokenizeResponse(BaseModel):
     count: int
     max_model_len: int
     tokens: list[int]
+    token_strs: list[str] | None = Field(default=None, exclude_if=lambda strs: strs is None)
 
 
 class DetokenizeResponse(BaseModel):
@@ -52,9 +56,10 @@ class DetokenizeResponse(BaseModel):
 
 
 def add_tokenizer_routes(
-    app: FastAPI, engine: LLMEngine, check_model: Callable[[str], Any], *, responses: dict[int | str, Any]
+    app: FastAPI, engine: LLMEngine, check_model: Callable[[str], Any], *, info: bool, responses: dict[int | str, Any]
 ) -> None:
-    """Add the routes; `check_model` raises what a model's name deserves, and `responses` describe what errors look like."""
+    """Add the routes, ``/tokenizer_info`` among them if `info`. `check_model` raises what a model's name deserves, and
+    `responses` describe what errors look like."""
 
     @app.post("/tokenize", responses=responses)
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
@@ -62,7 +67,11 @@ def add_tokenizer_routes(
         if body.model is not None:
             check_model(body.model)
         tokens = await asyncio.to_thread(tokens_of, engine.tokenizer, body)
-        return TokenizeResponse(count=len(tokens), max_model_len=engine.limits.max_model_len, tokens=tokens)
+        named = need_tokenizer(engine.tokenizer, "prompt").convert_ids_to_tokens
+        strs = named(tokens) if body.return_token_strs else None
+        return TokenizeResponse(
+            count=len(tokens), max_model_len=engine.limits.max_model_len, tokens=tokens, token_strs=strs
+        )  # fmt: skip
 
     @app.post("/detokenize", responses=responses)
     async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
@@ -73,6 +82,21 @@ def add_tokenizer_routes(
             raise RequestError(f"tokens must be from 0 to {engine.model_config.vocab_size - 1}", "tokens")
         decode = need_tokenizer(engine.tokenizer, "tokens").decode
         return DetokenizeResponse(prompt=await asyncio.to_thread(decode, body.tokens))
+
+    if info:
+
+        @app.get("/tokenizer_info", responses=responses)
+        async def tokenizer_info() -> dict[str, Any]:
+            """What the tokenizer was made with, and the chat template."""
+            return info_of(need_tokenizer(engine.tokenizer, "tokens"))
+
+
+def info_of(tokenizer: Any) -> dict[str, Any]:
+    """A tokenizer's settings as JSON, without the paths of its files."""
+    settings = {name: value for name, value in tokenizer.init_kwargs.items() if not name.endswith(("_file", "_path"))}
+    more = {"tokenizer_class": type(tokenizer).__name__, "chat_template": tokenizer.chat_template}
+    found: dict[str, Any] = to_jsonable_python(settings | more, fallback=str)
+    return found
 
 
 def need_tokenizer(tokenizer: Any, field: str) -> Any:
