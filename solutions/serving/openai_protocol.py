@@ -7,7 +7,7 @@ Source: https://platform.openai.com/docs/api-reference (completions, chat, model
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -80,7 +80,7 @@ class GenerationRequest(Request):
     """In log-probabilities, a token is its id, ``token_id:7``, instead of its text."""
     truncate_prompt_tokens: Int | None = None
     """So many tokens of a longer prompt are used, by default its last; -1: as many as leave room for the answer."""
-    truncation_side: Literal[left, right] | None = None
+    truncation_side: Literal["left", "right"] | None = None
     """Where a prompt is cut off."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
