@@ -9,8 +9,6 @@
 #include <cstring>
 #include <utility>
 
-#include <omp.h>
-
 #if defined(__AVX512BF16__) || defined(__AVX512VNNI__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -272,22 +270,5 @@ inline void tile(const uint8_t* a, int64_t lda, const int8_t* panel, int64_t k, 
 
 constexpr int PANEL = 32;     // columns of a panel
 constexpr int TILE_ROWS = 8;  // rows of a tile: 16 accumulators, which leaves room for the operands
-
-// Threads of every parallel region here. OpenMP's own default knows nothing of a container's quota, and is kept for each thread apart.
-inline int& threads() {
-    static int count = 1;
-    return count;
-}
-
-// Run `body` on all threads: those of the region that is open, which a recording opens for all its kernels, else of one of its own.
-template <typename Body>
-inline void on_all_threads(const Body& body) {
-    if (omp_in_parallel()) {
-        body();
-    } else {
-#pragma omp parallel num_threads(threads())
-        body();
-    }
-}
 
 }  // namespace native

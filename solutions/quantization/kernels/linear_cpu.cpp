@@ -9,6 +9,8 @@ using namespace native;
 
 namespace {
 
+constexpr int64_t ROWS = 4;  // of a share, when activations are brought into another form
+
 // Part of a row to bytes; returns its scale.
 template <typename T>
 float quantize(const T* x, uint8_t* bytes, int64_t k) {
@@ -53,7 +55,7 @@ Output<T> output(const Linear& a) {
 template <typename T>
 void linear(const Linear& a) {
     const Plain<T> weights{static_cast<const T*>(a.x), static_cast<const T*>(a.w), a.ldx, a.k};
-    on_all_threads([&] { multiply(weights, output<T>(a), a.m, a.n); });
+    multiply(weights, output<T>(a), a.m, a.n);
 }
 
 template <typename T>
@@ -61,14 +63,12 @@ void linear_int8(const Linear& a) {
     uint8_t* bytes = static_cast<uint8_t*>(a.other_x);
     const Int8 weights{bytes, a.of_groups, static_cast<const uint8_t*>(a.w), a.scales, a.k, a.group};
     const int64_t groups = weights.groups();
-    on_all_threads([&] {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < a.m; ++row)
-            for (int64_t g = 0, i = 0; g < groups; ++g, i += a.group)
-                a.of_groups[row * groups + g] =
-                    quantize(static_cast<const T*>(a.x) + row * a.ldx + i, bytes + row * a.k + i, std::min(a.group, a.k - i));
-        multiply(weights, output<T>(a), a.m, a.n);
+    parallel_for(a.m, ROWS, [&](int64_t row) {
+        for (int64_t g = 0, i = 0; g < groups; ++g, i += a.group)
+            a.of_groups[row * groups + g] =
+                quantize(static_cast<const T*>(a.x) + row * a.ldx + i, bytes + row * a.k + i, std::min(a.group, a.k - i));
     });
+    multiply(weights, output<T>(a), a.m, a.n);
 }
 
 template <typename T>
@@ -76,15 +76,12 @@ void linear_int4(const Linear& a) {
     const T* x = static_cast<const T*>(a.x);
     T* ordered = static_cast<T*>(a.other_x);
     const Int4<T> weights{a.order ? ordered : x, a.order ? a.k : a.ldx, a.k, a.group, static_cast<const uint8_t*>(a.w), a.of_groups};
-    on_all_threads([&] {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < a.m; ++row) {
-            if (a.order)
-                for (int64_t i = 0; i < a.k; ++i) ordered[row * a.k + i] = x[row * a.ldx + a.order[i]];
-            weights.sum_groups(row, a.of_groups + row * weights.groups());
-        }
-        multiply(weights, output<T>(a), a.m, a.n);
+    parallel_for(a.m, ROWS, [&](int64_t row) {
+        if (a.order)
+            for (int64_t i = 0; i < a.k; ++i) ordered[row * a.k + i] = x[row * a.ldx + a.order[i]];
+        weights.sum_groups(row, a.of_groups + row * weights.groups());
     });
+    multiply(weights, output<T>(a), a.m, a.n);
 }
 
 }  // namespace

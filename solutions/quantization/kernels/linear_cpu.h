@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "core/platform/native.h"
+#include "core/platform/shares.h"
 
 namespace native {
 
@@ -123,8 +124,7 @@ void multiply_panel(const Weights& w, const Output<Y>& out, int64_t panel, int64
 
 template <typename Weights, typename Y>
 void multiply(const Weights& w, const Output<Y>& out, int64_t m, int64_t n) {
-#pragma omp for schedule(static)
-    for (int64_t panel = 0; panel < (n + PANEL - 1) / PANEL; ++panel) multiply_panel(w, out, panel, m, n);
+    parallel_for((n + PANEL - 1) / PANEL, 1, [&](int64_t panel) { multiply_panel(w, out, panel, m, n); });
 }
 
 }  // namespace native
