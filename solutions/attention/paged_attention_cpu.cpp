@@ -10,6 +10,7 @@
 // next 64 are fetched, across the end of an item into the one that the thread has claimed after it.
 #include "attention/paged_decode_cpu.h"
 #include "attention/paged_prefill_cpu.h"
+#include "core/platform/shares.h"
 
 using namespace native;
 
@@ -153,13 +154,12 @@ extern "C" struct Attend {
     const void *query, *key, *value;
     void *cache, *output, *scales;
     int64_t ldq, ldkv;
-    int64_t claimed;  // units of work that threads have taken
 };
 
 namespace {
 
 template <typename T>
-void attend(Attend& a) {
+void attend(const Attend& a) {
     const Step& step = *a.step;
     const T *query = static_cast<const T*>(a.query), *key = static_cast<const T*>(a.key), *value = static_cast<const T*>(a.value);
     const int64_t dim = step.head_dim, kv_heads = step.num_kv_heads;
@@ -167,31 +167,29 @@ void attend(Attend& a) {
                          step.num_blocks * step.block_size * kv_heads};
     T* output = static_cast<T*>(a.output);
     const Units units(step);
-    on_all_threads([&] {
-        // All keys and values of the step are written before any is read: a sequence may read blocks that another one fills.
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < a.m; ++t) {
-            if (t == 0) a.claimed = 0;
-            for (int64_t h = 0; h < kv_heads; ++h)
-                cache.write(step.slot_mapping[t] * kv_heads + h, dim, key + t * a.ldkv + h * dim, value + t * a.ldkv + h * dim);
-        }
+    // All keys and values of the step are written before any is read: a sequence may read blocks that another one fills.
+    parallel_for(a.m, 16, [&](int64_t t) {
+        for (int64_t h = 0; h < kv_heads; ++h)
+            cache.write(step.slot_mapping[t] * kv_heads + h, dim, key + t * a.ldkv + h * dim, value + t * a.ldkv + h * dim);
+    });
+    int64_t claimed = 0;
+    parallel_for(std::min<int64_t>(units.count, threads()), 1, [&](int64_t) {
         static thread_local Arena arena;
-        int64_t unit = units.claim(a.claimed);
+        int64_t unit = units.claim(claimed);
         while (unit < units.count) {
-            const int64_t upcoming = units.claim(a.claimed);
+            const int64_t upcoming = units.claim(claimed);
             attend_unit(units, unit, upcoming, query, a.ldq, cache, output, arena);
             unit = upcoming;
         }
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < step.num_merges * step.num_heads; ++i)
-            merge(step, step.merges[i / step.num_heads], i % step.num_heads, output);
+    });
+    parallel_for(step.num_merges * step.num_heads, 1, [&](int64_t i) {
+        merge(step, step.merges[i / step.num_heads], i % step.num_heads, output);
     });
 }
 
 }  // namespace
 
 extern "C" {
-void attend_f32(Attend* a) { attend<float>(*a); }
-void attend_bf16(Attend* a) { attend<bf16>(*a); }
+void attend_f32(const Attend* a) { attend<float>(*a); }
+void attend_bf16(const Attend* a) { attend<bf16>(*a); }
 }

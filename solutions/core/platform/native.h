@@ -9,8 +9,6 @@
 #include <cstring>
 #include <utility>
 
-#include <omp.h>
-
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -206,22 +204,5 @@ inline void gather(float* to, Floats low, Floats high) {
 
 // Into the second-level cache what is needed soon.
 inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-
-// Threads of every parallel region here. OpenMP's own default knows nothing of a container's quota, and is kept for each thread apart.
-inline int& threads() {
-    static int count = 1;
-    return count;
-}
-
-// Run `body` on all threads: those of the region that is open, which a recording opens for all its kernels, else of one of its own.
-template <typename Body>
-inline void on_all_threads(const Body& body) {
-    if (omp_in_parallel()) {
-        body();
-    } else {
-#pragma omp parallel num_threads(threads())
-        body();
-    }
-}
 
 }  // namespace native

@@ -9,6 +9,8 @@ using namespace native;
 
 namespace {
 
+constexpr int64_t ROWS = 4;  // of a share, when activations are brought into another form
+
 inline void store_operands(uint8_t* to, Bits bytes) { store_as(to, __builtin_convertvector(bytes, Bytes)); }
 inline void store_operands(int16_t* to, Bits bytes) {
     store_as(to, shuffle(__builtin_convertvector(bytes, Shorts), [](int i) { return (i & ~3) | (i & 1) << 1 | (i & 2) >> 1; }));
@@ -58,16 +60,13 @@ template <typename T>
 void linear(const Linear& a) {
     const T* x = static_cast<const T*>(a.x);
     const T* packed = static_cast<const T*>(a.w);
-    on_all_threads([&] {
-        if constexpr (std::is_same_v<Operand<T>, T>) {
-            multiply(Plain<T>{x, packed, a.ldx, a.k}, output<T>(a), a.m, a.n);
-        } else {
-            Operand<T>* wide = static_cast<Operand<T>*>(a.other_x);
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < a.m; ++row) widen(x + row * a.ldx, a.k, wide + row * a.k);
-            multiply(Plain<T>{wide, packed, a.k, a.k}, output<T>(a), a.m, a.n);
-        }
-    });
+    if constexpr (std::is_same_v<Operand<T>, T>) {
+        multiply(Plain<T>{x, packed, a.ldx, a.k}, output<T>(a), a.m, a.n);
+    } else {
+        Operand<T>* wide = static_cast<Operand<T>*>(a.other_x);
+        parallel_for(a.m, ROWS, [&](int64_t row) { widen(x + row * a.ldx, a.k, wide + row * a.k); });
+        multiply(Plain<T>{wide, packed, a.k, a.k}, output<T>(a), a.m, a.n);
+    }
 }
 
 template <typename T>
@@ -75,14 +74,12 @@ void linear_int8(const Linear& a) {
     auto* bytes = static_cast<Operand<uint8_t>*>(a.other_x);
     const Int8 weights{bytes, a.of_groups, static_cast<const uint8_t*>(a.w), a.scales, a.k, a.group};
     const int64_t groups = weights.groups();
-    on_all_threads([&] {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < a.m; ++row)
-            for (int64_t g = 0, i = 0; g < groups; ++g, i += a.group)
-                a.of_groups[row * groups + g] =
-                    quantize(static_cast<const T*>(a.x) + row * a.ldx + i, bytes + row * a.k + i, std::min(a.group, a.k - i));
-        multiply(weights, output<T>(a), a.m, a.n);
+    parallel_for(a.m, ROWS, [&](int64_t row) {
+        for (int64_t g = 0, i = 0; g < groups; ++g, i += a.group)
+            a.of_groups[row * groups + g] =
+                quantize(static_cast<const T*>(a.x) + row * a.ldx + i, bytes + row * a.k + i, std::min(a.group, a.k - i));
     });
+    multiply(weights, output<T>(a), a.m, a.n);
 }
 
 template <typename T>
@@ -94,17 +91,14 @@ void linear_int4(const Linear& a) {
     const Operand<T>* from = other;
     if constexpr (SAME) from = moved ? other : x;
     const Int4<Operand<T>> weights{from, moved ? a.k : a.ldx, a.k, a.group, static_cast<const uint8_t*>(a.w), a.of_groups};
-    on_all_threads([&] {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < a.m; ++row) {
-            if (a.order)
-                for (int64_t i = 0; i < a.k; ++i) widen(x + row * a.ldx + a.order[i], 1, other + row * a.k + i);
-            else if (moved)
-                widen(x + row * a.ldx, a.k, other + row * a.k);
-            weights.sum_groups(row, a.of_groups + row * weights.groups());
-        }
-        multiply(weights, output<T>(a), a.m, a.n);
+    parallel_for(a.m, ROWS, [&](int64_t row) {
+        if (a.order)
+            for (int64_t i = 0; i < a.k; ++i) widen(x + row * a.ldx + a.order[i], 1, other + row * a.k + i);
+        else if (moved)
+            widen(x + row * a.ldx, a.k, other + row * a.k);
+        weights.sum_groups(row, a.of_groups + row * weights.groups());
     });
+    multiply(weights, output<T>(a), a.m, a.n);
 }
 
 }  // namespace

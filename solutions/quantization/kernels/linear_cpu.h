@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "core/platform/shares.h"
 #include "core/platform/tiles.h"
 
 namespace native {
@@ -127,11 +128,10 @@ constexpr int64_t BLOCK = MULTIPLIES_BF16 ? std::numeric_limits<int64_t>::max() 
 template <typename Weights, typename Y>
 void multiply(const Weights& w, const Output<Y>& out, int64_t m, int64_t n) {
     const int64_t panels = (n + PANEL - 1) / PANEL, blocks = (m - 1) / BLOCK + 1;
-#pragma omp for schedule(static)
-    for (int64_t unit = 0; unit < blocks * panels; ++unit) {
+    parallel_for(blocks * panels, 1, [&](int64_t unit) {
         const int64_t first = unit / panels * BLOCK;
         multiply_panel(w, out, unit % panels, first, std::min(BLOCK, m - first), n);
-    }
+    });
 }
 
 }  // namespace native
