@@ -132,7 +132,7 @@ def test_auto_lets_the_model_speak(ask: Callable[..., Any]) -> None:
     (content, calls, reason), *_ = whole(ask())
     assert content
     assert calls == []
-    assert reason == "stop"
+    assert reason in ("stop", "length")
     assert streamed(ask(stream=True))[0] == [(content, calls, reason)]
     ((content, calls, _),) = whole(ask(tool_choice="none", max_tokens=20))
     assert content

@@ -111,6 +111,11 @@ TRANSCRIPTS: dict[str, list[Transcript]] = {
             [("write-file", {"text": '\n  a "b" \\ </param> <b>\té 日本 😀\n\n', "mode": "as it is"})],
         ),
         Transcript("<tool_call><function=now></function></tool_call>", "", [("now", {})]),
+        Transcript(
+            tagged('<function=write-file>\n<parameter=mode>\n["a \\"</parameter>\\n", 5]\n</parameter>\n</function>'),
+            "",
+            [("write-file", {"mode": ['a "</parameter>\n', 5]})],
+        ),
         Transcript("<tool_call>\n{}", "<tool_call>\n{}", [], False),
     ],
     "pythonic": [

@@ -7,10 +7,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from .source import Source, Step
 from .tool_format import Function
 
 PLAIN = {"default", "description", "enum", "examples", "title", "type"}
 """Keywords of a text that is written as it is."""
+_QUOTES = re.compile(r'\\.|"', re.DOTALL)
 SHARED = ("$defs", "definitions")
 TOP = {"$id", "$schema", "additionalProperties", "description", "properties", "required", "title", "type", *SHARED}
 
@@ -70,3 +72,23 @@ def as_json(text: str) -> str | None:
     except (ValueError, RecursionError):
         return None
     return text.strip()
+
+
+def value_before(source: Source, mark: str) -> Step[str]:
+    """A value up to a mark, as JSON. Within a string of JSON the mark is a text.
+
+    Raises:
+        BrokenError: the mark has not come.
+    """
+    text = ""
+    while True:
+        for step in source.until(mark, needed=True):
+            if step is None:
+                yield None
+            else:
+                text += step.text
+        if not text.startswith(('"', "[", "{")) or _QUOTES.findall(text).count('"') % 2 == 0:
+            break
+        text += mark
+    text = text.removesuffix("\n")
+    return as_json(text) or json.dumps(text, ensure_ascii=False)

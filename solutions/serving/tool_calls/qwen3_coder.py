@@ -17,7 +17,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from .named_parameters import Parameter, as_json, parameters_of
+from .named_parameters import Parameter, parameters_of, value_before
 from .source import Piece, Source, Step
 from .tool_format import Form, Function, ToolFormat, const, either, listed, schema, sequence
 
@@ -49,7 +49,11 @@ class Qwen3Coder(ToolFormat):
             while (yield from source.expect("<parameter=", "</function>")) != "</function>":
                 key = yield from source.name_before(">")
                 yield Piece(f"{start}{json.dumps(key, ensure_ascii=False)}: ", call)
-                yield from _value(source, call, (name, key) in plain)
+                yield from source.next_of("\n")
+                if (name, key) in plain:
+                    yield from _text(source, call)
+                else:
+                    yield Piece((yield from value_before(source, CLOSE)), call)
                 start = ", "
             yield Piece("{}" if start == "{" else "}", call)
             yield from source.expect(END)
@@ -75,21 +79,15 @@ def _form(parameter: Parameter) -> Form:
     return whole if parameter.is_required else {"type": "optional", "content": whole}
 
 
-def _value(source: Source, call: int, is_plain: bool) -> Step[None]:
-    """A value up to its closing tag, as JSON; a plain text piece by piece."""
-    yield from source.next_of("\n")
-    held, text = "", ""
-    if is_plain:
-        yield Piece('"', call)
+def _text(source: Source, call: int) -> Step[None]:
+    """A plain text up to its closing tag, piece by piece, as JSON."""
+    held = ""
+    yield Piece('"', call)
     for step in source.until(CLOSE, needed=True):
         if step is None:
             yield None
             continue
         new = held + step.text
         held = "\n" if new.endswith("\n") else ""  # the one before the tag
-        new = new.removesuffix("\n")
-        if is_plain:
-            yield Piece(json.dumps(new, ensure_ascii=False)[1:-1], call)
-        else:
-            text += new
-    yield Piece('"' if is_plain else as_json(text) or json.dumps(text, ensure_ascii=False), call)
+        yield Piece(json.dumps(new.removesuffix("\n"), ensure_ascii=False)[1:-1], call)
+    yield Piece('"', call)
