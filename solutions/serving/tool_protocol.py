@@ -94,7 +94,7 @@ class ToolFields(Request):
         ]
         names = [each.name for each in functions]
         if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
-            raise RequestError(f"the function {twice!r} is there twice", field)
+            raise RequestError(f"{field}: the function {twice!r} is there twice", field)
         if missing := next((name for name in choice.names or () if name not in names), None):
             raise RequestError(f"the function {missing!r} of '{chooser}' is not in '{field}'", chooser)
         if choice.mode == "none":
@@ -130,7 +130,7 @@ def _function(definition: FunctionDefinition, place: str) -> Function:
 
 def bad_schema(name: str, why: str, place: str) -> RequestError:
     """Refuse a function, in OpenAI's words."""
-    return RequestError(f"Invalid schema for function '{name}': {why}", place, code="invalid_function_parameters")
+    return RequestError(f"{place}: Invalid schema for function '{name}': {why}", place, code="invalid_function_parameters")
 
 
 def schema_error(use: ToolUse, error: ValueError) -> RequestError | None:

@@ -177,7 +177,14 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
         "response_format.json_schema.schema.const",
     ),
 ]
-CODES = {"invalid_value", "invalid_type", "unsupported_parameter", "unknown_parameter", "missing_required_parameter"}
+CODES = {
+    "invalid_function_parameters",
+    "invalid_value",
+    "invalid_type",
+    "unsupported_parameter",
+    "unknown_parameter",
+    "missing_required_parameter",
+}
 """OpenAI's words for what is wrong with a field."""
 
 
