@@ -220,9 +220,7 @@ def test_no_call_walks_through_the_counts() -> None:
     for block in (blocks[800], blocks[7], blocks[3], blocks[3]):
         allocator.free(block)
     allocator.free(blocks[10], reuse_first=True)
-    assert isinstance(allocator.ref_counts, WalkedCounts), (
-        "the counts were copied into a new list, which walks through them"
-    )
+    assert isinstance(allocator.ref_counts, WalkedCounts), "the counts were copied into a new list, which walks through them"
     check_equal(allocator.ref_counts.walked, 0, "reference counts that 908 calls walked over")
 
 
