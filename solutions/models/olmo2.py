@@ -75,7 +75,8 @@ class Olmo2DecoderLayer(nn.Module):
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:
         hidden = self.post_attention_layernorm(self.self_attn(hidden, rope, metadata, None), add_to=hidden)
-        return self.post_feedforward_layernorm(self.mlp(hidden, None), add_to=hidden)
+        out: torch.Tensor = self.post_feedforward_layernorm(self.mlp(hidden, None), add_to=hidden)
+        return out
 
 
 class Olmo2ForCausalLM(LlamaForCausalLM):

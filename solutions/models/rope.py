@@ -75,7 +75,8 @@ def rope_inverse_frequencies(config: ModelConfig) -> Tensor:
         return 1.0 / (divisors * periods(theta, size))
     frequencies = 1.0 / periods(theta, size)
     if kind == "linear":
-        return frequencies / scaling["factor"]
+        factor = float(scaling["factor"])
+        return frequencies / factor
     if kind == "llama3":
         return scale_llama3(frequencies, **numbers)
     if kind == "yarn":
