@@ -96,8 +96,9 @@ class InputProcessor:
         text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         if token_ids is None:
             token_ids = self._tokenize(text)
-        self._check_token_ids(token_ids)
         params = self._complete(params)
+        token_ids = self._truncated(token_ids, params)
+        self._check_token_ids(token_ids)
         if params.structured_output is not None and self.no_structure is not None:
             raise ValueError(f"structured_output: {self.no_structure}")
         salt = prompt.get("cache_salt")
@@ -177,6 +178,15 @@ class InputProcessor:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{name}: character {error.start} is half of a surrogate pair; send whole characters") from None
+
+    def _truncated(self, token_ids: list[int], params: SamplingParams) -> list[int]:
+        """A prompt as short as the parameters ask for."""
+        most = params.truncate_prompt_tokens
+        if most == -1:
+            most = max(1, self.max_model_len - (params.max_tokens or 1))
+        if most is None or len(token_ids) <= most:
+            return token_ids
+        return token_ids[-most:] if params.truncation_side == "left" else token_ids[:most]
 
     def _check_token_ids(self, token_ids: list[int]) -> None:
         if len(token_ids) == 0:

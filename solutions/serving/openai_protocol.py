@@ -10,22 +10,21 @@ import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     PlainValidator,
     Strict,
     ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
     field_validator,
-    model_validator,
 )
 
 from ..batching.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams, StructuredOutput
 from .answer_forms import FORMS, Choices, ResponseFormat, Schema, StructuredOutputs, form_of
+from .chat_messages import ChatMessage
 from .errors import RequestError
-from .openai_fields import Bool, Int, Number, Request, Strings, text_or_list, without_nulls
+from .openai_fields import Bool, Int, Number, Request, Strings, without_nulls
+from .tool_calls.calling import ToolUse
+from .tool_protocol import ToolFields, schema_error
 
 MAX_CHOICES = 128
 """Most choices (`n`) that a request may ask for: OpenAI's limit."""
@@ -73,6 +72,16 @@ class GenerationRequest(Request):
     """Prompts share cached prefixes only with prompts of the same salt."""
     priority: Int | None = None
     """Lower goes first, if the engine schedules by priority."""
+    prompt_logprobs: Int | None = None
+    """Alternatives returned at each token of the prompt."""
+    return_token_ids: Bool | None = None
+    """Puts the token ids of prompt and answer beside their texts."""
+    return_tokens_as_token_ids: Bool | None = None
+    """In log-probabilities, a token is its id, ``token_id:7``, instead of its text."""
+    truncate_prompt_tokens: Int | None = None
+    """So many tokens of a longer prompt are used, by default its last; -1: as many as leave room for the answer."""
+    truncation_side: Literal["left", "right"] | None = None
+    """Where a prompt is cut off."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | None = None
@@ -88,6 +97,13 @@ class GenerationRequest(Request):
             if not re.fullmatch(r"[0-9]{1,9}", key):
                 raise ValueError(f"keys must be token ids, got {key!r}")
         return bias
+
+    @field_validator("prompt_logprobs")
+    @classmethod
+    def _check_prompt_logprobs(cls, number: int | None, info: ValidationInfo) -> int | None:
+        if number is not None and info.data.get("stream"):
+            raise ValueError("cannot be streamed")
+        return number
 
     @field_validator("stream_options")
     @classmethod
@@ -157,7 +173,8 @@ class GenerationRequest(Request):
         for ours, theirs in fields.items():
             message = re.sub(rf"\b{ours}\b", theirs, message)
         field = fields.get(name, name)
-        return RequestError(message, field if field.split(".")[0] in type(self).model_fields else self.prompt_field)
+        known = field.split(".")[0] in type(self).model_fields or field == self.token_limit[0]
+        return RequestError(message, field if known else self.prompt_field)
 
 
 def _parse_prompts(value: Any) -> list[str | list[int]]:
@@ -193,6 +210,15 @@ class CompletionRequest(GenerationRequest):
     echo: Bool | None = None
     """Puts the prompt before the generated text, and its log-probabilities before the others."""
 
+    @field_validator("echo")
+    @classmethod
+    def _check_echo(cls, echo: bool | None, info: ValidationInfo) -> bool | None:
+        """What is echoed is the whole prompt, with `logprobs` of its own."""
+        for name in ("truncate_prompt_tokens", "prompt_logprobs"):
+            if echo and info.data.get(name) is not None:
+                raise ValueError(f"cannot be combined with {name}")
+        return echo
+
     @field_validator("best_of")
     @classmethod
     def _check_best_of(cls, best_of: int | None, info: ValidationInfo) -> int | None:
@@ -213,45 +239,11 @@ class CompletionRequest(GenerationRequest):
         return values if self.best_of is None else {"logprobs": 0, **values, "n": self.best_of}
 
 
-class TextPart(Request):
-    type: Literal["text"]
-    text: str
-
-
-def _text_or_parts(value: Any, check_parts: ValidatorFunctionWrapHandler) -> Any:
-    """A text or parts, as they came. A pydantic union would put the names of its members into the path of an error."""
-    return value if isinstance(value, str) else check_parts(text_or_list(value))
-
-
-def _known_role(role: str) -> str:
-    """OpenAI's newer name of the role system is the same to every template."""
-    return "system" if role == "developer" else role
-
-
-class ChatMessage(Request):
-    role: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$"), AfterValidator(_known_role)]
-    """Any that the model's chat template takes."""
-    content: Annotated[list[TextPart], WrapValidator(_text_or_parts, json_schema_input_type=str | list[TextPart])]
-    """A text or parts, as they came; an assistant's content may be null."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Role and content, for a chat template."""
-        if isinstance(self.content, str):
-            return {"role": self.role, "content": self.content}
-        return {"role": self.role, "content": [{"type": part.type, "text": part.text} for part in self.content]}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _allow_silence(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("role") == "assistant" and data.get("content") is None:
-            return {**data, "content": ""}
-        return data
-
-
-class ChatCompletionRequest(GenerationRequest):
+class ChatCompletionRequest(GenerationRequest, ToolFields):
     """Body of ``POST /v1/chat/completions``."""
 
     prompt_field = "messages"
+    _use: ToolUse | None = None
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Int | None = None
@@ -273,6 +265,27 @@ class ChatCompletionRequest(GenerationRequest):
         if value and not info.data.get("logprobs"):
             raise ValueError("only allowed with logprobs: true")
         return value
+
+    def call_with(self, use: ToolUse) -> None:
+        """From here on the answer is held to the form of calls. Stop strings end a text, never a call."""
+        self._use = use
+        if use.format.has_special_tokens:
+            self.skip_special_tokens = False
+        if use.required:
+            self.stop = None
+
+    @property
+    def form(self) -> tuple[str, StructuredOutput] | None:
+        return super().form if self._use is None else ("tools", self._use.form)
+
+    def to_sampling_params(self) -> SamplingParams:
+        params = super().to_sampling_params()
+        params.stop_until = None if self._use is None else self._use.beginning
+        return params
+
+    def refusal(self, error: ValueError) -> RequestError:
+        found = None if self._use is None else schema_error(self._use, error)
+        return found or super().refusal(error)
 
     @property
     def token_limit(self) -> tuple[str, int | None]:

@@ -372,4 +372,4 @@ def test_a_stream_says_too_which_of_its_fields_are_old(url: str) -> None:
 def test_models(client: openai.OpenAI) -> None:
     models = client.models.list().data
     assert [(model.id, model.object, model.max_model_len) for model in models] == [(MODEL, "model", CONTEXT)]
-    assert client.models.retrieve(MODEL).id == MODEL
+    assert (client.models.retrieve(MODEL).id, client.models.retrieve(MODEL).root) == (MODEL, MODEL)

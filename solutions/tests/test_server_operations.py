@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import threading
 import time
 from typing import Any
 
@@ -11,6 +13,9 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from solutions.serving.tokenizer_routes import info_of
+from solutions.tests.fake_engine import FakeEngine
+from solutions.tests.fake_server import body, serve, until
 from solutions.tests.real_server import CHAT, CONTEXT, GREEDY, MODEL
 
 HI = [{"role": "user", "content": "hi"}]
@@ -32,6 +37,34 @@ def test_tokenize_and_detokenize(url: str, tokenizer: Any) -> None:
     ):  # fmt: skip
         error = httpx.post(f"{base}/{path}", json=fields)
         assert (error.status_code, error.json()["error"]["param"]) == (404 if param == "model" else 400, param)
+
+
+def test_tokens_by_their_names(url: str, tokenizer: Any) -> None:
+    base = url.removesuffix("/v1")
+    text = "Ein Süßwarenladen 😀"
+    answer = httpx.post(f"{base}/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert answer["token_strs"] == tokenizer.convert_ids_to_tokens(tokenizer.encode(text))
+    assert httpx.get(f"{base}/tokenizer_info").status_code == 404  # it needs a flag
+
+
+def test_what_the_tokenizer_is_has_no_paths(tokenizer: Any) -> None:
+    info = info_of(tokenizer)
+    assert json.loads(json.dumps(info)) == info
+    assert (info["chat_template"], info["eos_token"]) == (tokenizer.chat_template, "<|im_end|>")
+    assert "/" not in json.dumps(info | {"chat_template": ""}).replace("</s>", "")
+    with serve(FakeEngine(), tokenizer_info=True) as url:
+        assert "/tokenizer_info" in httpx.get(f"{url}/openapi.json").json()["paths"]
+
+
+def test_load_counts_requests_and_ping_is_health() -> None:
+    gate = threading.Event()
+    fake = FakeEngine(gate=gate)
+    with serve(fake, ["secret"]) as url:
+        key = {"Authorization": "Bearer secret"}
+        assert [httpx.request(method, f"{url}/ping").status_code for method in ("GET", "POST")] == [200, 200]
+        with httpx.stream("POST", f"{url}/v1/completions", json=body(stream=True, n=2, prompt=["a", "b"]), headers=key):
+            assert httpx.get(f"{url}/load", headers=key).json() == {"server_load": 1}
+        until(lambda: httpx.get(f"{url}/load", headers=key).json() == {"server_load": 0})
 
 
 def test_ready_and_version(url: str) -> None:

@@ -96,6 +96,11 @@ class AsyncEngine:
         """False once the engine has failed or was shut down."""
         return self._death is None and self._thread.is_alive()
 
+    @property
+    def num_requests(self) -> int:
+        """Requests that are being answered; read it in the event loop."""
+        return len(set(self._streams.values()))
+
     async def prepare(
         self, request_id: str, prompts: list[Prompt], params: SamplingParams, priority: int = 0, client: str | None = None
     ) -> list[EngineRequest]:
