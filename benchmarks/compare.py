@@ -23,6 +23,8 @@ examples:
     python benchmarks/compare.py
   server against server; vLLM must be on the path, or in the environment that VLLM names
     python benchmarks/compare.py --backends server vllm --repeats 5 --plot servers.png
+  what is left of it beside one busy process
+    python benchmarks/compare.py --backends bf16 int8 --busy 1
   a server that you have started (vLLM, llama.cpp, TGI, SGLang, OpenVINO)
     python benchmarks/compare.py --backends bf16 --url sglang=http://localhost:30000/v1
 """
@@ -30,6 +32,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -83,6 +86,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--url", nargs="+", default=[], metavar="NAME=URL", help="servers to measure too, with /v1 at the end")
     parser.add_argument("--api-key", help="key for the servers of --url")
     parser.add_flag("--repeats", 3, "runs of each, in turns")
+    parser.add_argument("--busy", type=int, default=0, help="measure again beside 1 to so many processes that never rest")
     parser.output_flags("speeds and ratios")
     args = parser.parse_args(argv)
     if not all("=" in server for server in args.url):
@@ -211,7 +215,13 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors(RuntimeError), ExitStack() as stack:
         runners = make_runners(args, stack)
         has_servers = len(runners) > sum(name in SETTINGS or name == "hf" for name in args.backends)
-        found = {name: measure(runners, name, args.repeats, PAUSE if has_servers else 0) for name in args.workloads}
+        found = {}
+        for busy in range(args.busy + 1):
+            if busy:
+                stack.callback(subprocess.Popen([sys.executable, "-c", "while True: pass"]).kill)
+            for name in args.workloads:
+                runs = measure(runners, name, args.repeats, PAUSE if has_servers else 0)
+                found[f"{name} beside {busy}" if busy else name] = runs
     summary = summarise(found)
     show(summary, place(device))
     finish(args, "compare", summary, partial(draw, summary), threads=torch.get_num_threads())

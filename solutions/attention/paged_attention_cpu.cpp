@@ -2,7 +2,7 @@
 //
 // Work is cut into items: some neighbouring queries of one sequence and a range of the keys that they see. An item is computed
 // for one KV head at a time, with all query heads that share it, so each key and value is read once. Few rows (decode) are dotted
-// with the keys where they lie; many rows (prefill) go through the register tiles of native.h, 64 keys at a time, with the
+// with the keys where they lie; many rows (prefill) go through the register tiles of tiles.h, 64 keys at a time, with the
 // softmax kept up to date on the way (online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022, §3.1).
 // A long context may be split over several items; their partial results are merged at the end (Flash-Decoding).
 //
@@ -10,6 +10,7 @@
 // next 64 are fetched, across the end of an item into the one that the thread has claimed after it.
 #include "attention/paged_decode_cpu.h"
 #include "attention/paged_prefill_cpu.h"
+#include "core/platform/shares.h"
 
 using namespace native;
 
@@ -45,10 +46,10 @@ Work<T> prepare(const Step& step, const Item& item, int64_t kv_head, const T* qu
     T* chunk = cache.scales ? arena.take<T>(2 * KEYS * dim) : nullptr;
     const T *keys = chunk ? chunk : cache.vectors + kv_head * dim, *values = keys + (chunk ? KEYS : cache.num_heads) * dim;
     Work<T> work{step, item, kv_head, group, rows, dim, keys, values, cache.head(kv_head, dim), chunk,
-                 arena.take<T>(rows * dim), arena.take<float>(rows * KEYS), arena.take<float>(rows), arena.take<float>(rows),
+                 arena.take<Operand<T>>(rows * dim), arena.take<float>(rows * KEYS), arena.take<float>(rows), arena.take<float>(rows),
                  arena.take<float>(rows * dim)};
     for (int64_t r = 0; r < rows; ++r) {
-        std::memcpy(work.q + r * dim, query + (item.row + r / group) * ldq + (kv_head * group + r % group) * dim, dim * sizeof(T));
+        widen(query + (item.row + r / group) * ldq + (kv_head * group + r % group) * dim, dim, work.q + r * dim);
         work.top[r] = MINUS_INFINITY;
         work.sum[r] = 0;
     }
@@ -87,7 +88,7 @@ struct Units {
 
     const Item& item(int64_t unit) const { return step.items[unit / step.num_kv_heads]; }
     int64_t kv_head(int64_t unit) const { return unit % step.num_kv_heads; }
-    bool is_few(int64_t unit) const { return !step.tiles_only && item(unit).queries * group < TILE_ROWS; }
+    bool is_few(int64_t unit) const { return !step.tiles_only && item(unit).queries * group < MANY_ROWS; }
     int64_t heads(int64_t unit) const { return joined && is_few(unit) ? step.num_kv_heads : 1; }
     // The next unit that nobody has: the later heads of a joined item belong to its first.
     int64_t claim(int64_t& claimed) const {
@@ -153,13 +154,12 @@ extern "C" struct Attend {
     const void *query, *key, *value;
     void *cache, *output, *scales;
     int64_t ldq, ldkv;
-    int64_t claimed;  // units of work that threads have taken
 };
 
 namespace {
 
 template <typename T>
-void attend(Attend& a) {
+void attend(const Attend& a) {
     const Step& step = *a.step;
     const T *query = static_cast<const T*>(a.query), *key = static_cast<const T*>(a.key), *value = static_cast<const T*>(a.value);
     const int64_t dim = step.head_dim, kv_heads = step.num_kv_heads;
@@ -167,31 +167,29 @@ void attend(Attend& a) {
                          step.num_blocks * step.block_size * kv_heads};
     T* output = static_cast<T*>(a.output);
     const Units units(step);
-    on_all_threads([&] {
-        // All keys and values of the step are written before any is read: a sequence may read blocks that another one fills.
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < a.m; ++t) {
-            if (t == 0) a.claimed = 0;
-            for (int64_t h = 0; h < kv_heads; ++h)
-                cache.write(step.slot_mapping[t] * kv_heads + h, dim, key + t * a.ldkv + h * dim, value + t * a.ldkv + h * dim);
-        }
+    // All keys and values of the step are written before any is read: a sequence may read blocks that another one fills.
+    parallel_for(a.m, 16, [&](int64_t t) {
+        for (int64_t h = 0; h < kv_heads; ++h)
+            cache.write(step.slot_mapping[t] * kv_heads + h, dim, key + t * a.ldkv + h * dim, value + t * a.ldkv + h * dim);
+    });
+    int64_t claimed = 0;
+    parallel_for(std::min<int64_t>(units.count, threads()), 1, [&](int64_t) {
         static thread_local Arena arena;
-        int64_t unit = units.claim(a.claimed);
+        int64_t unit = units.claim(claimed);
         while (unit < units.count) {
-            const int64_t upcoming = units.claim(a.claimed);
+            const int64_t upcoming = units.claim(claimed);
             attend_unit(units, unit, upcoming, query, a.ldq, cache, output, arena);
             unit = upcoming;
         }
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < step.num_merges * step.num_heads; ++i)
-            merge(step, step.merges[i / step.num_heads], i % step.num_heads, output);
+    });
+    parallel_for(step.num_merges * step.num_heads, 1, [&](int64_t i) {
+        merge(step, step.merges[i / step.num_heads], i % step.num_heads, output);
     });
 }
 
 }  // namespace
 
 extern "C" {
-void attend_f32(Attend* a) { attend<float>(*a); }
-void attend_bf16(Attend* a) { attend<bf16>(*a); }
+void attend_f32(const Attend* a) { attend<float>(*a); }
+void attend_bf16(const Attend* a) { attend<bf16>(*a); }
 }

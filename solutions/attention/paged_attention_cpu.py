@@ -44,7 +44,7 @@ class _Attend(native.Arguments):
 
     _fields_ = tuple(
         (name, ctypes.c_void_p) for name in ("step", "query", "key", "value", "cache", "output", "scales")
-    ) + tuple((name, ctypes.c_int64) for name in ("ldq", "ldkv", "claimed"))
+    ) + tuple((name, ctypes.c_int64) for name in ("ldq", "ldkv"))
 
 
 @dataclass(slots=True)

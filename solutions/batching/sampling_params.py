@@ -22,8 +22,8 @@ class RequestOutputKind(enum.Enum):
 
 MAX_LOGPROBS = 20
 """Most alternatives a request may ask for at a position (the OpenAI limit)."""
-STRUCTURES = ("json", "json_object", "regex", "choice", "grammar")
-MAX_DEFINITION = {"json": 4 << 20, "choice": 1 << 20, "regex": 16_384, "grammar": 1 << 17}
+STRUCTURES = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
+MAX_DEFINITION = {"json": 4 << 20, "structural_tag": 32 << 20, "choice": 1 << 20, "regex": 16_384, "grammar": 1 << 17}
 """Characters that may describe a form. What bounds a schema is its cost, see `json_schema`; this only bounds reading it."""
 
 
@@ -34,7 +34,7 @@ class StructuredOutput:
     Attributes:
         kind: one of `STRUCTURES`.
         definition: a JSON schema as text; nothing for "json_object"; a regular expression; a JSON list of texts for "choice";
-            a grammar in XGrammar's EBNF, whose first rule is ``root``.
+            a grammar in XGrammar's EBNF, whose first rule is ``root``; a structural tag in XGrammar's form, as JSON.
     """
 
     kind: str
@@ -74,6 +74,8 @@ class SamplingParams:
     """Makes the request's samples independent of whatever else is in the batch."""
     stop: list[str] = field(default_factory=list)
     """Strings that end generation; left out of the text unless `include_stop_str_in_output`."""
+    stop_until: str | None = None
+    """A regular expression; behind what it matches first, such as the beginning of a call, stop strings end nothing."""
     stop_token_ids: list[int] = field(default_factory=list)
     bad_words: list[str] = field(default_factory=list)
     bad_words_token_ids: list[list[int]] = field(default_factory=list)

@@ -5,9 +5,10 @@
 // slots are enough: whoever writes for call c + 2 has seen all flags at c + 1, and a rank raises its flag to c + 1 only when it has
 // read everything of call c. Nothing is locked, and nobody waits longer than for the last one to come.
 //
-// A call's elements are dealt out to `parts`, each with flags and slots of its own, so that thread t of every rank meets thread t of
-// the others and no thread waits for its own rank's.
+// A call's elements are dealt out to `parts`, each with flags and slots of its own. Every rank begins its parts in their order, so the
+// first part that is not done everywhere is begun, or will be by whoever is free, in every rank: nobody waits in a circle.
 #include "core/platform/native.h"
+#include "core/platform/shares.h"
 
 #include <algorithm>
 #include <atomic>
@@ -62,14 +63,6 @@ int64_t now() {
     return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
-inline void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
-
 // Whether a rank's process has ended, or the one that started this rank has: a child is asked for without taking its exit code away.
 bool has_ended(const Memory& m, int64_t rank) {
     const pid_t pid = static_cast<pid_t>(process(m, rank).load(std::memory_order_relaxed));
@@ -84,7 +77,7 @@ bool wait_for(const Memory& m, int64_t rank, int64_t part, int64_t call) {
     const Word& theirs = flag(m, rank, part);
     for (int i = 0; i < SPINS; ++i) {
         if (theirs.load(std::memory_order_acquire) >= call) return true;
-        pause();
+        relax();
     }
     const int64_t start = now();
     for (int64_t i = 0; theirs.load(std::memory_order_acquire) < call; ++i) {
@@ -115,19 +108,17 @@ void exchange(const Collective& a, const Read& read) {
     Memory& m = *a.memory;
     const int64_t n = a.m * a.width, share = (n / m.parts + LANES) / LANES * LANES, capacity = m.part_bytes / sizeof(T);
     const T* x = static_cast<const T*>(a.x);
-    on_all_threads([&] {
-#pragma omp for schedule(static, 1)
-        for (int64_t part = 0; part < m.parts; ++part) {
-            const int64_t start = now(), stop = std::min(n, (part + 1) * share);
-            for (int64_t first = part * share; first < stop; first += capacity) {
-                const int64_t count = std::min(capacity, stop - first);
-                const int64_t call = flag(m, m.rank, part).load(std::memory_order_relaxed) + 1;
-                std::memcpy(slot(m, m.rank, part, call), x + first, count * sizeof(T));
-                if (!meet(m, part, call)) break;
-                read(part, call, first, count);
-            }
-            if (part == 0) m.nanoseconds += now() - start;
+    std::atomic<int64_t> begun{0};
+    parallel_for(m.parts, 1, [&](int64_t) {
+        const int64_t part = begun.fetch_add(1), start = now(), stop = std::min(n, (part + 1) * share);
+        for (int64_t first = part * share; first < stop; first += capacity) {
+            const int64_t count = std::min(capacity, stop - first);
+            const int64_t call = flag(m, m.rank, part).load(std::memory_order_relaxed) + 1;
+            std::memcpy(slot(m, m.rank, part, call), x + first, count * sizeof(T));
+            if (!meet(m, part, call)) break;
+            read(part, call, first, count);
         }
+        if (part == 0) m.nanoseconds += now() - start;
     });
 }
 

@@ -96,7 +96,8 @@ def read_api_keys(given: Iterable[str], file: Path | None) -> list[str]:
 
 
 class KeyGuard:
-    """Everything but `OPEN_PATHS` needs one of the API keys as ``Authorization: Bearer …``.
+    """Everything but `OPEN_PATHS` needs one of the API keys as ``Authorization: Bearer …``, or, as Anthropic's clients send it,
+    as ``x-api-key: …``.
 
     Each key has a prefix cache of its own: ``scope["state"]["tenant"]`` is a name for the key, which becomes part of the
     cache's salt.
@@ -123,7 +124,8 @@ class KeyGuard:
 
     def tenant(self, scope: Scope) -> str | None:
         """The tenant whose key the request carries. All wrong keys take equally long, so that timing reveals nothing."""
-        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        headers = dict(scope["headers"])
+        scheme, _, given = headers.get(b"authorization", b"Bearer " + headers.get(b"x-api-key", b"")).partition(b" ")
         matches = [name for key, name in self.tenants.items() if secrets.compare_digest(given.strip(), key)]
         return matches[0] if matches and scheme.lower() == b"bearer" else None
 

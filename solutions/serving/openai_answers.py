@@ -58,7 +58,7 @@ class Answer(BaseModel):
     model: str
 
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "tool_calls", "function_call"]
 
 
 class CompletionLogprobs(BaseModel):
@@ -131,10 +131,25 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class CalledFunction(BaseModel):
+    name: str
+    arguments: str
+    """JSON; where the answer was cut, its beginning."""
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    """Null if it only calls tools."""
     refusal: None = None
+    tool_calls: list[ToolCall] | None = Field(default=None, exclude_if=lambda calls: calls is None)
+    function_call: CalledFunction | None = Field(default=None, exclude_if=lambda call: call is None)
 
 
 class ChatChoice(BaseModel):
@@ -154,9 +169,25 @@ class ChatCompletionResponse(Answer):
     prompt_logprobs: PromptLogprobs = _if_set()
 
 
+class FunctionDelta(BaseModel):
+    name: str | None = Field(default=None, exclude_if=lambda name: name is None)
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    """What is new in a call; id, type and name come once, at its beginning."""
+
+    index: int
+    id: str | None = Field(default=None, exclude_if=lambda call_id: call_id is None)
+    type: Literal["function"] | None = Field(default=None, exclude_if=lambda kind: kind is None)
+    function: FunctionDelta
+
+
 class Delta(BaseModel):
     role: Literal["assistant"] | None = Field(default=None, exclude_if=lambda role: role is None)
     content: str | None = Field(default=None, exclude_if=lambda content: content is None)
+    tool_calls: list[ToolCallDelta] | None = Field(default=None, exclude_if=lambda calls: calls is None)
+    function_call: FunctionDelta | None = Field(default=None, exclude_if=lambda call: call is None)
 
 
 class ChatChunkChoice(BaseModel):

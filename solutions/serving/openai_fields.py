@@ -6,9 +6,11 @@ field. What changes no answer passes (`HINTS`). What nobody knows is an error he
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, ValidationError, model_validator
+
+from .errors import RequestError
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     # OpenAI's
@@ -64,7 +66,7 @@ HINTS = frozenset({
     "service_tier", "store", "verbosity",
 })  # fmt: skip
 """Fields that are accepted because they change no answer of this server: who speaks or asks, what may be cached or kept, what
-the answer will probably be, how fast and how thoughtful it shall be, and how to call tools, which this server does not have."""
+the answer will probably be, how fast and how thoughtful it shall be, and how to call tools, where there are none."""
 Int = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
 Bool = Annotated[bool, Strict()]
@@ -77,6 +79,11 @@ def text_or_list(value: Any) -> Any:
     if isinstance(value, list):
         return value
     raise ValueError("must be a string or a list")
+
+
+def unless_empty(value: Any) -> Any:
+    """An empty list is none: some clients always send one."""
+    return None if value == [] else value
 
 
 def without_nulls(value: Any) -> Any:
@@ -108,6 +115,22 @@ class Request(BaseModel):
             for name, value in data.items()
             if name in known or not (name in HINTS or value in UNSUPPORTED.get(name, ()))
         }
+
+
+AnyRequest = TypeVar("AnyRequest", bound=Request)
+
+
+def read_request(kind: type[AnyRequest], body: dict[str, Any]) -> AnyRequest:
+    """A request whose body is not a client's own, but was made from one of another API.
+
+    Raises:
+        RequestError: a field is not valid; names it.
+    """
+    try:
+        return kind.model_validate({name: value for name, value in body.items() if value is not None})
+    except ValidationError as error:
+        first: Any = error.errors()[0]
+        raise RequestError(*describe_validation_error({**first, "loc": ("body", *first["loc"])})) from None
 
 
 def field_path(keys: list[Any]) -> str:

@@ -11,9 +11,9 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic_core import to_jsonable_python
 
 from ..core.text.chat_template import render_chat
+from .chat_messages import ChatMessage
 from .errors import RequestError
 from .openai_fields import Bool, Int, Request
-from .openai_protocol import ChatMessage
 
 if TYPE_CHECKING:
     from ..core.engine import LLMEngine
@@ -117,20 +117,21 @@ def tokens_of(tokenizer: Any, body: TokenizeRequest) -> list[int]:
         RequestError: the model has no tokenizer or no template.
     """
     if body.messages is not None:
-        return chat_prompt(tokenizer, body.messages)
+        return chat_prompt(tokenizer, [message.as_dict() for message in body.messages])
     ids: list[int] = need_tokenizer(tokenizer, "prompt").encode(
         body.prompt, add_special_tokens=body.add_special_tokens is not False
     )
     return ids
 
 
-def chat_prompt(tokenizer: Any, messages: list[ChatMessage]) -> list[int]:
-    """The conversation as token ids, by the model's chat template, up to where the assistant speaks.
+def chat_prompt(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
+    """The conversation as token ids, by the model's chat template, up to where the assistant speaks; with the tools that it may
+    call, if the template tells of them.
 
     Raises:
         RequestError: the model has no chat template, or it does not take this conversation.
     """
     try:
-        return render_chat(tokenizer, [message.as_dict() for message in messages])
+        return render_chat(tokenizer, messages, tools)
     except ValueError as error:
         raise RequestError(f"{error}; /v1/completions takes any prompt", "messages") from error

@@ -82,6 +82,26 @@ BAD_COMPLETIONS = [  # fields, the field at fault
     ({"guided_json": {"properties": {"\ud800": {}}}}, "guided_json.properties.\\ud800"),
     ({"\ud800": 1}, "\\ud800"),
 ]
+F: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+
+
+def tools(**fields: Any) -> dict[str, Any]:
+    return {"tools": [{"type": "function", "function": {"name": "f"} | fields}]}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def called(*ids: str, arguments: str = "{}") -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [{"id": each, **call} for each in ids]}
+
+
+def result(call_id: str) -> dict[str, Any]:
+    return {"role": "tool", "content": "x", "tool_call_id": call_id}
+
+
 BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
     ({"messages": "hi"}, "messages"),
@@ -97,8 +117,29 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"prompt": "x"}, "prompt"),
     ({"echo": True}, "echo"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ({"tool_choice": "auto"}, "tool_choice"),
+    ({"function_call": {"name": "f"}}, "function_call"),
+    *(({"tools": [F], "tool_choice": choice}, "tool_choice") for choice in ("any", {"type": "function"}, named("g"), 5)),
+    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+    *((tools(name=name), "tools[0].function.name") for name in ("", "a b", "é", "x" * 65, "f.g", "f\n")),
+    (tools(parameters=[]), "tools[0].function.parameters"),
+    (tools(parameters={"type": "array"}), "tools[0].function.parameters"),
+    (tools(parameters={"type": "object", "properties": {"a": {"type": 5}}}), "tools[0].function.parameters"),
+    (tools(strict=1), "tools[0].function.strict"),
+    ({"tools": [F, F]}, "tools"),
+    ({"tools": [F], "parallel_tool_calls": "no"}, "parallel_tool_calls"),
+    ({"tools": [F], "guided_regex": "a"}, "guided_regex"),
+    ({"tools": [F], "tool_choice": "required", "min_tokens": 2}, "min_tokens"),
+    ({"messages": [*HI, {"role": "tool", "content": "x", "tool_call_id": "a"}]}, "messages[1].tool_call_id"),
+    ({"messages": [*HI, called("a")]}, "messages[1]"),
+    ({"messages": [*HI, called("a"), *HI]}, "messages[1]"),
+    ({"messages": [*HI, called("a"), result("b")]}, "messages[2].tool_call_id"),
+    ({"messages": [*HI, called("a", "b"), result("a"), *HI]}, "messages[2]"),
+    ({"messages": [*HI, called("a"), result("a"), result("a")]}, "messages[3].tool_call_id"),
+    ({"messages": [*HI, called("a", "a"), result("a")]}, "messages[1].tool_calls[1].id"),
+    ({"messages": [*HI, called("a", arguments="[]"), result("a")]}, "messages[1].tool_calls[0].function.arguments"),
+    ({"messages": [*HI, called("a", arguments="{"), result("a")]}, "messages[1].tool_calls[0].function.arguments"),
+    ({"messages": [*HI, called("a") | {"role": "user", "content": "x"}, result("a")]}, "messages[1].tool_calls"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format"),
     ({"response_format": {"type": "json_object", "json_schema": {"name": "x", "schema": {}}}}, "response_format"),

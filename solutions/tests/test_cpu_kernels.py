@@ -200,6 +200,7 @@ def test_int8_of_nothing_and_of_the_extremes() -> None:
     torch.testing.assert_close(got[1, :3], torch.tensor([-5e30, 3e30, 0.0]))
 
 
+@needs_kernels
 def test_packing_is_undone_by_unpacking() -> None:
     for dtype, columns in ((torch.float32, 3), (torch.bfloat16, 6), (torch.int8, 8)):
         for rows in (1, 31, 32, 33, 96):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, SmolLM3Config
 
 from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
@@ -193,6 +193,41 @@ def test_linear_scaling_reaches_over_the_whole_context(tmp_path: Path) -> None:
         {"prompt_token_ids": ids}, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False
     )
     assert output[0].outputs[0].token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "still"),
+    [
+        ({}, (3,)),
+        ({"no_rope_layer_interval": 2}, (1, 3)),
+        ({"no_rope_layers": [0, 1, 1, 0, 0]}, (0, 3)),  # 1 means with RoPE
+        ({"no_rope_layers": [1, 1, 1, 1], "no_rope_layer_interval": 2}, ()),
+        ({"no_rope_layers": [1, 1]}, "no_rope_layers has 2 entries for 4 layers"),
+    ],
+    ids=str,
+)
+def test_layers_without_rope(changes: dict[str, Any], still: tuple[int, ...] | str) -> None:
+    config = LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 4, "num_key_value_heads": 4} | changes
+    if isinstance(still, str):
+        with raises(still):
+            ModelConfig.from_hf(config)
+    else:
+        assert ModelConfig.from_hf(config).layers_without_rope == still
+        assert [not turns for turns in SmolLM3Config(**config).no_rope_layers[:4]] == [layer in still for layer in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "message"),
+    [
+        ("Phi3ForCausalLM", {"partial_rotary_factor": 0.4}, "RoPE over 3 of 8 elements of a head is not supported"),
+        ("Phi3ForCausalLM", {"partial_rotary_factor": 1.5}, "RoPE over 12 of 8 elements"),
+        ("Qwen3ForCausalLM", {"partial_rotary_factor": 0.5}, "part of the head .* not supported in this family"),
+        ("Olmo2ForCausalLM", {"sliding_window": 64}, "OLMo 3"),
+    ],
+)
+def test_what_other_families_refuse(architecture: str, changes: dict[str, Any], message: str) -> None:
+    with raises(message):
+        ModelConfig.from_hf(LLAMA | {"architectures": [architecture]} | changes)
 
 
 WINDOWED = {"use_sliding_window": True, "sliding_window": 24, "num_hidden_layers": 2}

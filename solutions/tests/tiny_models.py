@@ -101,7 +101,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen2": _SIZES | {"tie_word_embeddings": True},
     "qwen3": _SIZES | {"hidden_size": 96, "head_dim": 32, "rope_parameters": YARN},
-    "smollm3": _SIZES | {"no_rope_layers": [1, 0, 1]},
+    "smollm3": _SIZES | {"num_hidden_layers": 4},
     "phi3": _SIZES | {"max_position_embeddings": 512, "original_max_position_embeddings": 128, "rope_parameters": LONGROPE},
     "olmo2": _SIZES,
 }  # fmt: skip

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -38,13 +37,15 @@ SOURCES = (
 )
 HEADERS = (
     "core/platform/native.h",
+    "core/platform/tiles.h",
+    "core/platform/shares.h",
     "attention/paged_work_cpu.h",
     "attention/paged_decode_cpu.h",
     "attention/paged_prefill_cpu.h",
     "quantization/kernels/linear_cpu.h",
     "quantization/kernels/linear_int4_cpu.h",
 )
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", "-Wall", "-Wextra")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-pthread", "-fPIC", "-shared", "-Wall", "-Wextra")
 
 
 class BuildError(RuntimeError):
@@ -132,20 +133,9 @@ def compile_library(
             )
             if run.returncode != 0:
                 said = run.stderr.strip() or f"it ended with {run.returncode}"
-                raise BuildError(f"{program} could not compile the {name}{NO_OPENMP if lacks_openmp(said) else ''}:\n{said}")
+                raise BuildError(f"{program} could not compile the {name}:\n{said}")
             part.rename(library)
     return library
-
-
-NO_OPENMP = ", for it has no OpenMP (with clang++: apt install libomp-dev, dnf install libomp-devel)"
-
-
-def lacks_openmp(said: str) -> bool:
-    """Whether a compiler's or linker's complaint is that OpenMP's header or library is missing: Clang comes without them."""
-    return (
-        re.search(r"'?omp\.h'?.*not found|omp\.h: No such file|(?:cannot find|unable to find library) -l(?:omp|gomp)\b", said)
-        is not None
-    )
 
 
 @functools.cache

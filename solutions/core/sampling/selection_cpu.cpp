@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "core/platform/native.h"
+#include "core/platform/shares.h"
 
 using namespace native;
 
@@ -66,10 +67,7 @@ namespace {
 
 template <typename T>
 void argmax(const Argmax& a) {
-    on_all_threads([&] {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < a.m; ++row) a.y[row] = argmax(static_cast<const T*>(a.x) + row * a.ldx, a.n);
-    });
+    parallel_for(a.m, 1, [&](int64_t row) { a.y[row] = argmax(static_cast<const T*>(a.x) + row * a.ldx, a.n); });
 }
 
 }  // namespace

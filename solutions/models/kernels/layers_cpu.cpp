@@ -1,15 +1,17 @@
 // What stands between the matrix products of a layer, each in one pass over its rows: normalisation and rotation.
 #include "core/platform/native.h"
+#include "core/platform/shares.h"
 
 using namespace native;
 
 namespace {
 
+constexpr int64_t ROWS = 16;  // of a share: a microsecond's work
+
 // y = x / sqrt(mean(x²) + eps) · weight, for each of m rows of n, n a multiple of 16.
 template <typename T>
 void rms_norm(const T* x, const T* weight, T* y, int64_t m, int64_t n, float eps) {
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < m; ++row) {
+    parallel_for(m, ROWS, [=](int64_t row) {
         const T* from = x + row * n;
         T* to = y + row * n;
         Floats squares{};
@@ -19,7 +21,7 @@ void rms_norm(const T* x, const T* weight, T* y, int64_t m, int64_t n, float eps
         }
         const float factor = 1.0f / std::sqrt(sum(squares) / n + eps);
         for (int64_t i = 0; i < n; i += LANES) store(to + i, load(from + i) * factor * load(weight + i));
-    }
+    });
 }
 
 // The same for each of `pieces` of n elements that lie behind one another in each of m rows; the rows of x and y lie ldx and ldy
@@ -27,8 +29,7 @@ void rms_norm(const T* x, const T* weight, T* y, int64_t m, int64_t n, float eps
 template <typename T>
 void norm_pieces(const T* x, const T* weight, T* y, int64_t ldx, int64_t ldy, int64_t m, int64_t pieces, int64_t n, float eps,
                  bool add) {
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < m; ++row) {
+    parallel_for(m, ROWS, [=](int64_t row) {
         for (int64_t piece = 0; piece < pieces; ++piece) {
             const T* from = x + row * ldx + piece * n;
             T* to = y + row * ldy + piece * n;
@@ -43,7 +44,7 @@ void norm_pieces(const T* x, const T* weight, T* y, int64_t ldx, int64_t ldy, in
                 store(to + i, add ? load(to + i) + v : v);
             }
         }
-    }
+    });
 }
 
 // Turn pairs (i, i + D/2) of `heads` heads of each of m rows, ldx apart, by the row's angles: cosines and sines are [m, D], the
@@ -51,8 +52,7 @@ void norm_pieces(const T* x, const T* weight, T* y, int64_t ldx, int64_t ldy, in
 template <typename T>
 void rotate(T* x, int64_t ldx, const T* cosines, const T* sines, int64_t m, int64_t heads, int64_t dim) {
     const int64_t half = dim / 2;
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < m; ++row) {
+    parallel_for(m, ROWS, [=](int64_t row) {
         const T *c = cosines + row * dim, *s = sines + row * dim;
         for (int64_t h = 0; h < heads; ++h) {
             T* head = x + row * ldx + h * dim;
@@ -62,7 +62,7 @@ void rotate(T* x, int64_t ldx, const T* cosines, const T* sines, int64_t m, int6
                 store(head + half + i, b * load(c + half + i) + a * load(s + half + i));
             }
         }
-    }
+    });
 }
 
 }  // namespace
@@ -93,22 +93,16 @@ namespace {
 
 template <typename T>
 void rms_norm(const Norm& a) {
-    on_all_threads([&] {
-        rms_norm(static_cast<const T*>(a.x), static_cast<const T*>(a.weight), static_cast<T*>(a.y), a.m, a.n, static_cast<float>(a.eps));
-    });
+    rms_norm(static_cast<const T*>(a.x), static_cast<const T*>(a.weight), static_cast<T*>(a.y), a.m, a.n, static_cast<float>(a.eps));
 }
 template <typename T>
 void norm_pieces(const PiecesNorm& a) {
-    on_all_threads([&] {
-        norm_pieces(static_cast<const T*>(a.x), static_cast<const T*>(a.weight), static_cast<T*>(a.y), a.ldx, a.ldy, a.m, a.pieces,
-                    a.n, static_cast<float>(a.eps), a.add != 0);
-    });
+    norm_pieces(static_cast<const T*>(a.x), static_cast<const T*>(a.weight), static_cast<T*>(a.y), a.ldx, a.ldy, a.m, a.pieces, a.n,
+                static_cast<float>(a.eps), a.add != 0);
 }
 template <typename T>
 void rotate(const Rotation& a) {
-    on_all_threads([&] {
-        rotate(static_cast<T*>(a.x), a.ldx, static_cast<const T*>(a.cosines), static_cast<const T*>(a.sines), a.m, a.heads, a.dim);
-    });
+    rotate(static_cast<T*>(a.x), a.ldx, static_cast<const T*>(a.cosines), static_cast<const T*>(a.sines), a.m, a.heads, a.dim);
 }
 
 }  // namespace
@@ -127,13 +121,11 @@ void norm_pieces_bf16(const PiecesNorm* a) { norm_pieces<bf16>(*a); }
 void rotate_f32(const Rotation* a) { rotate<float>(*a); }
 void rotate_bf16(const Rotation* a) { rotate<bf16>(*a); }
 
-void set_num_threads(int64_t count) { threads() = static_cast<int>(count); }
+void set_num_threads(int64_t count) { threads() = static_cast<int>(std::min<int64_t>(count, MAX_THREADS)); }
 
-// Make the calls of a recording again with m rows, one after the other, in one parallel region: every kernel ends with a barrier.
+// Make the calls of a recording again with m rows, one after the other.
 void replay(const Call* calls, int64_t count, int64_t m) {
     for (int64_t i = 0; i < count; ++i) *calls[i].arguments = m;
-    on_all_threads([&] {
-        for (int64_t i = 0; i < count; ++i) calls[i].kernel(calls[i].arguments);
-    });
+    for (int64_t i = 0; i < count; ++i) calls[i].kernel(calls[i].arguments);
 }
 }

@@ -6,7 +6,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, nullcontext
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -16,29 +16,34 @@ from starlette.types import Receive, Scope, Send
 
 from .answer_forms import mark_older
 from .async_engine import AsyncEngine
+from .chat_messages import link_calls
 from .errors import ErrorBody, RequestError, context_error
 from .guards import BodyLimit, Bugs, KeyGuard, RequestIds, TrailingSlashes, add_error_handlers
 from .ignored_fields import TolerantRoute
 from .json_body import JsonRoute
 from .live.feed import add_live_page
-from .metrics import CONTENT_TYPE, EngineMetrics
+from .messages_api.routes import add_messages_routes
+from .metrics import EngineMetrics
 from .openai_answers import (
     ChatCompletionResponse,
     CompletionResponse,
-    LoadResponse,
     ModelCard,
     ModelList,
-    VersionResponse,
 )
 from .openai_protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,
 )
+from .operator_routes import add_operator_routes, package_version
 from .output_stream import OutputStream
-from .responses import ChatReply, CompletionReply, Reply, server_sent_events
+from .responses import ChatReply, CompletionReply, Reply
+from .responses_api.routes import add_responses_routes
 from .tokenizer_routes import add_tokenizer_routes, chat_prompt
+from .tool_calls.calling import ToolCalling
+from .tool_replies import ToolReply
 from .tracing import RequestTracer
+from .wire import ChatDoor, Submitted, Wire
 
 if TYPE_CHECKING:
     from ..core.input import EngineRequest, Prompt, TokensPrompt
@@ -52,18 +57,11 @@ STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-strea
 """With ``stream: true`` the answer is server-sent events: chunks as JSON, then ``[DONE]``."""
 
 
-def package_version() -> str:
-    """The installed version of this project."""
-    try:
-        return version("build-your-own-vllm")
-    except PackageNotFoundError:  # run from a folder that is only on the path
-        return "unknown"
-
-
 def create_app(
     async_engine: AsyncEngine, served_model_names: Sequence[str], api_keys: Sequence[str] | None = None, *,
     max_body_bytes: int = MAX_BODY_BYTES, allowed_origins: Sequence[str] = (), tracer: RequestTracer | None = None,
-    live: bool = False, strict: bool = False, tokenizer_info: bool = False,
+    live: bool = False, strict: bool = False, tool_call_parser: str = "auto", enable_auto_tool_choice: bool = True,
+    tokenizer_info: bool = False,
 ) -> FastAPI:  # fmt: skip
     """Make the server's ASGI application, which starts and ends the engine's thread.
 
@@ -74,6 +72,7 @@ def create_app(
         max_body_bytes: larger bodies are refused.
         allowed_origins: web pages that may call the API from a browser; none: only its own.
         tracer: gets a span of each sequence.
+        tool_call_parser, enable_auto_tool_choice: see `ToolCalling`.
         live: offer the page and ``/live``, which show everybody with access to the API which requests run, without texts.
         strict: refuse unknown fields instead of ignoring them, see `TolerantRoute`.
         tokenizer_info: offer ``/tokenizer_info``, which shows the chat template.
@@ -115,46 +114,31 @@ def create_app(
         return models[name]
 
     add_operator_routes(app, async_engine, metrics)
-    add_openai_routes(app, async_engine, models, check_model)
+    calling = ToolCalling(engine.tokenizer, tool_call_parser, enable_auto_tool_choice)
+    add_openai_routes(app, async_engine, models, check_model, calling)
+
+    async def submit_chat(http: Request, body: ChatCompletionRequest, prefix: str) -> Submitted | None:
+        check_model(body.model)
+        prompt, make_reply = await read_chat(engine.tokenizer, calling, body)
+        return await submit(async_engine, http, body, [prompt], make_reply, prefix)
+
+    async def chat_tokens(body: ChatCompletionRequest) -> list[int]:
+        check_model(body.model)
+        return (await read_chat(engine.tokenizer, calling, body))[0]
+
+    door = ChatDoor(submit_chat, deliver, chat_tokens)
+    add_responses_routes(app, door, responses=ERRORS)
+    add_messages_routes(app, door, responses=ERRORS)
     if live:
         add_live_page(app, async_engine, served_model_names[0], responses=ERRORS)
     add_tokenizer_routes(app, async_engine.engine, check_model, info=tokenizer_info, responses=ERRORS)
     return app
 
 
-def add_operator_routes(app: FastAPI, async_engine: AsyncEngine, metrics: EngineMetrics) -> None:
-    """Add the routes for load balancers, Prometheus and operators."""
-
-    @app.get("/health")
-    @app.get("/ping")
-    @app.post("/ping")
-    async def health() -> Response:
-        """Whether the engine lives."""
-        return Response(status_code=200 if async_engine.is_running else 503)
-
-    @app.get("/ready")
-    async def ready() -> Response:
-        """Whether new requests are welcome: the engine lives and the server does not shut down."""
-        return Response(status_code=200 if async_engine.is_running and not async_engine.is_draining else 503)
-
-    @app.get("/load")
-    async def load() -> LoadResponse:
-        """How many requests are being answered."""
-        return LoadResponse(server_load=async_engine.num_requests)
-
-    @app.get("/metrics")
-    async def show_metrics() -> Response:
-        """For Prometheus."""
-        return Response(metrics.text(), media_type=CONTENT_TYPE)
-
-    @app.get("/version")
-    async def show_version() -> VersionResponse:
-        return VersionResponse(version=package_version())
-
-
 def add_openai_routes(
-    app: FastAPI, async_engine: AsyncEngine, models: dict[str, ModelCard], check_model: Callable[[str], ModelCard]
-) -> None:
+    app: FastAPI, async_engine: AsyncEngine, models: dict[str, ModelCard], check_model: Callable[[str], ModelCard],
+    calling: ToolCalling,
+) -> None:  # fmt: skip
     """Add the routes of OpenAI's API."""
 
     @app.get("/v1/models", responses=ERRORS)
@@ -168,13 +152,32 @@ def add_openai_routes(
     @app.post("/v1/completions", response_model=CompletionResponse, responses=ERRORS | STREAMED)
     async def completions(body: CompletionRequest, http: Request) -> Response:
         check_model(body.model)
-        return await respond(async_engine, http, body, body.prompt, CompletionReply, "cmpl")
+        return await respond(async_engine, http, body, body.prompt, CompletionReply, "cmpl-")
 
     @app.post("/v1/chat/completions", response_model=ChatCompletionResponse, responses=ERRORS | STREAMED)
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         check_model(body.model)
-        prompt = await asyncio.to_thread(chat_prompt, async_engine.engine.tokenizer, body.messages)
-        return await respond(async_engine, http, body, [prompt], ChatReply, "chatcmpl")
+        prompt, make_reply = await read_chat(async_engine.engine.tokenizer, calling, body)
+        return await respond(async_engine, http, body, [prompt], make_reply, "chatcmpl-")
+
+
+async def read_chat(
+    tokenizer: Any, calling: ToolCalling, body: ChatCompletionRequest
+) -> tuple[list[int], Callable[..., Reply]]:
+    """The prompt of a chat, and what makes the reply to it.
+
+    Raises:
+        RequestError: messages or tools are not valid.
+    """
+    use = body.tool_use(calling, body.form if body.tools or body.functions else None)
+    messages = [message.as_dict() for message in body.messages]
+    link_calls(messages)
+    told = calling.conversation(messages, [] if use is None else use.functions)
+    prompt = await asyncio.to_thread(chat_prompt, tokenizer, *told)
+    if use is None:
+        return prompt, ChatReply
+    body.call_with(use)
+    return prompt, partial(ToolReply, use)
 
 
 async def respond(
@@ -182,36 +185,59 @@ async def respond(
     http: Request,
     body: GenerationRequest,
     prompts: list[str | list[int]],
-    reply_class: type[Reply],
+    make_reply: Callable[..., Reply],
     prefix: str,
 ) -> Response:
     """Validate, submit, and answer whole or as a stream. A client that leaves aborts its requests.
 
     Raises:
+        What `submit` raises.
+    """
+    submitted = await submit(engine, http, body, prompts, make_reply, prefix)
+    return mark_older(await deliver(http, submitted, Wire()), body.model_fields_set)
+
+
+async def submit(
+    engine: AsyncEngine,
+    http: Request,
+    body: GenerationRequest,
+    prompts: list[str | list[int]],
+    make_reply: Callable[..., Reply],
+    prefix: str,
+) -> Submitted | None:
+    """Validate and submit. Returns None if the client leaves before that is done.
+
+    Raises:
         RequestError: a prompt or a parameter is not valid; nothing has reached the engine then.
         QueueFullError, EngineDeadError: see `AsyncEngine.submit`.
     """
-    reply_id = f"{prefix}-{uuid.uuid4().hex}"
+    reply_id = f"{prefix}{uuid.uuid4().hex}"
     tenant, address = getattr(http.state, "tenant", None), http.client and http.client.host
     requests = await unless_left(http, engine_requests(engine, reply_id, body, prompts, tenant, address))
     if requests is None:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    reply = reply_class(reply_id, body, {r.request_id: r.prompt_token_ids for r in requests}, engine.engine.tokenizer)
+        return None
+    reply = make_reply(reply_id, body, {r.request_id: r.prompt_token_ids for r in requests}, engine.engine.tokenizer)
     tracer: RequestTracer | None = http.app.state.tracer
     with nullcontext() if tracer is None else tracer.under(requests, http.headers):
-        stream = await engine.submit(requests)
-    if body.stream:
-        return mark_older(EventStreamResponse(reply, stream), body.model_fields_set)
+        return Submitted(reply, await engine.submit(requests))
+
+
+async def deliver(http: Request, submitted: Submitted | None, wire: Wire) -> Response:
+    """Answer whole or as a stream. A client that leaves aborts its requests."""
+    if submitted is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    reply, stream = submitted.reply, submitted.stream
+    if reply.request.stream:
+        return EventStreamResponse(wire.events(reply, stream), stream)
     async with stream:
         watch = asyncio.create_task(close_on_disconnect(http, stream))
         try:
             outputs = [output async for output in stream if output.finished]
         finally:
             watch.cancel()
-    if len(outputs) < len(requests):
+    if len(outputs) < len(reply.prompts):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    answer = Response(reply.whole(outputs).model_dump_json(), media_type="application/json")
-    return mark_older(answer, body.model_fields_set)
+    return Response(wire.whole(reply, outputs), media_type="application/json")
 
 
 async def engine_requests(
@@ -281,9 +307,9 @@ async def close_on_disconnect(http: Request, stream: OutputStream) -> None:
 class EventStreamResponse(StreamingResponse):
     """Server-sent events. When the response ends, for whatever reason, the work for it ends too."""
 
-    def __init__(self, reply: Reply, stream: OutputStream) -> None:
+    def __init__(self, events: AsyncIterator[str], stream: OutputStream) -> None:
         super().__init__(
-            server_sent_events(reply, stream),
+            events,
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )

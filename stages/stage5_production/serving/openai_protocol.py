@@ -10,22 +10,21 @@ import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     PlainValidator,
     Strict,
     ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
     field_validator,
-    model_validator,
 )
 
 from ..batching.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams, StructuredOutput
 from .answer_forms import FORMS, Choices, ResponseFormat, Schema, StructuredOutputs, form_of
+from .chat_messages import ChatMessage
 from .errors import RequestError
-from .openai_fields import Bool, Int, Number, Request, Strings, text_or_list, without_nulls
+from .openai_fields import Bool, Int, Number, Request, Strings, without_nulls
+from .tool_calls.calling import ToolUse
+from .tool_protocol import ToolFields, schema_error
 
 MAX_CHOICES = 128
 """Most choices (`n`) that a request may ask for: OpenAI's limit."""
@@ -171,7 +170,8 @@ class GenerationRequest(Request):
         for ours, theirs in fields.items():
             message = re.sub(rf"\b{ours}\b", theirs, message)
         field = fields.get(name, name)
-        return RequestError(message, field if field.split(".")[0] in type(self).model_fields else self.prompt_field)
+        known = field.split(".")[0] in type(self).model_fields or field == self.token_limit[0]
+        return RequestError(message, field if known else self.prompt_field)
 
 
 def _parse_prompts(value: Any) -> list[str | list[int]]:
@@ -236,45 +236,11 @@ class CompletionRequest(GenerationRequest):
         return values if self.best_of is None else {"logprobs": 0, **values, "n": self.best_of}
 
 
-class TextPart(Request):
-    type: Literal["text"]
-    text: str
-
-
-def _text_or_parts(value: Any, check_parts: ValidatorFunctionWrapHandler) -> Any:
-    """A text or parts, as they came. A pydantic union would put the names of its members into the path of an error."""
-    return value if isinstance(value, str) else check_parts(text_or_list(value))
-
-
-def _known_role(role: str) -> str:
-    """OpenAI's newer name of the role system is the same to every template."""
-    return "system" if role == "developer" else role
-
-
-class ChatMessage(Request):
-    role: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$"), AfterValidator(_known_role)]
-    """Any that the model's chat template takes."""
-    content: Annotated[list[TextPart], WrapValidator(_text_or_parts, json_schema_input_type=str | list[TextPart])]
-    """A text or parts, as they came; an assistant's content may be null."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Role and content, for a chat template."""
-        if isinstance(self.content, str):
-            return {"role": self.role, "content": self.content}
-        return {"role": self.role, "content": [{"type": part.type, "text": part.text} for part in self.content]}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _allow_silence(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("role") == "assistant" and data.get("content") is None:
-            return {**data, "content": ""}
-        return data
-
-
-class ChatCompletionRequest(GenerationRequest):
+class ChatCompletionRequest(GenerationRequest, ToolFields):
     """Body of ``POST /v1/chat/completions``."""
 
     prompt_field = "messages"
+    _use: ToolUse | None = None
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Int | None = None
@@ -296,6 +262,27 @@ class ChatCompletionRequest(GenerationRequest):
         if value and not info.data.get("logprobs"):
             raise ValueError("only allowed with logprobs: true")
         return value
+
+    def call_with(self, use: ToolUse) -> None:
+        """From here on the answer is held to the form of calls. Stop strings end a text, never a call."""
+        self._use = use
+        if use.format.has_special_tokens:
+            self.skip_special_tokens = False
+        if use.required:
+            self.stop = None
+
+    @property
+    def form(self) -> tuple[str, StructuredOutput] | None:
+        return super().form if self._use is None else ("tools", self._use.form)
+
+    def to_sampling_params(self) -> SamplingParams:
+        params = super().to_sampling_params()
+        params.stop_until = None if self._use is None else self._use.beginning
+        return params
+
+    def refusal(self, error: ValueError) -> RequestError:
+        found = None if self._use is None else schema_error(self._use, error)
+        return found or super().refusal(error)
 
     @property
     def token_limit(self) -> tuple[str, int | None]:

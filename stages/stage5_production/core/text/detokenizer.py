@@ -8,6 +8,7 @@ sequence is by definition the concatenation of these pieces. Streamed or not, a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,6 +22,8 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What decoding gives for bytes that are no character, or not yet one."""
 CONTEXT_SIZES = (8, 64)
 """Tokens of context that are tried before all of them; almost always the first will do."""
+MAX_MARK = 256
+"""Characters from the end of a text within which `stop_until` is looked for."""
 MAX_HELD = 16
 """Tokens that may wait for the rest of a character. It has four bytes at most, so this many are no single character."""
 
@@ -232,7 +235,8 @@ class TextReader:
     """Reads the text of a sequence as its tokens come; the `stop_search` of one that has stop strings.
 
     The text of the token that ended the sequence (end of sequence or a stop token) is left out, like the stop string,
-    unless `include_stop_str_in_output`. A stop string counts if a token after the first `min_tokens` completes it.
+    unless `include_stop_str_in_output`. A stop string counts if a token after the first `min_tokens` completes it, and none
+    behind what `stop_until` matches.
 
     Args:
         seq: the sequence; `seq.tokens` is read as it grows.
@@ -244,7 +248,7 @@ class TextReader:
         log: reads the tokens in its place where their log-probabilities are wanted.
     """
 
-    __slots__ = ("_found", "_stops", "detokenizer", "log", "seq")
+    __slots__ = ("_found", "_so_far", "_stops", "_until", "detokenizer", "log", "seq")
 
     def __init__(self, seq: Sequence, tokenizer: Tokenizer | None, special_ids: frozenset[int]) -> None:
         params = seq.params
@@ -253,6 +257,8 @@ class TextReader:
         self.log: TextSource | None = None
         self._stops: StopStrings | None = None
         self._found = ""  # text that `find` has made and nobody has read yet
+        self._until = None if params.stop_until is None else re.compile(params.stop_until)
+        self._so_far = ""  # all text, where there is something to match
         if tokenizer is not None and params.detokenize:
             skipped = special_ids if params.skip_special_tokens else frozenset()
             self.detokenizer = Detokenizer(tokenizer, seq.tokens, seq.num_prompt_tokens, skipped)
@@ -303,7 +309,15 @@ class TextReader:
         return text
 
     def _until_stop(self, piece: str, armed: bool) -> str:
-        return piece if self._stops is None else self._stops.push(piece, armed)
+        if self._stops is None:
+            return piece
+        if self._until is None or not piece:
+            return self._stops.push(piece, armed)
+        old = len(self._so_far)
+        if self._until.search(self._so_far, max(0, old - MAX_MARK)):
+            return self._stops.push(piece, False)
+        self._so_far += piece
+        return self._stops.push(piece, armed)
 
     def _text_end(self, reason: str | None) -> int:
         """Index behind the last token whose text counts, if the sequence has ended for this reason; None: it has not."""

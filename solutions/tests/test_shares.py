@@ -1,0 +1,116 @@
+"""Loops in shares (``core/platform/shares.h``): each item once, whoever takes it; watched for races; late threads and forks."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from solutions.core.platform import native
+
+if native.compiler() is None:
+    pytest.skip("there is no C++ compiler here", allow_module_level=True)
+
+PROGRAM = r"""
+#include "core/platform/shares.h"
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+#include <sys/wait.h>
+#include <unistd.h>
+
+using namespace native;
+
+// Loops of every length, one behind the other: each item must have run once, and the caller sees what it wrote.
+bool exact(int rounds, int most) {
+    std::vector<int> seen(most);
+    for (int round = 0; round < rounds; ++round) {
+        const int count = round % most, grain = 1 + round % 3;
+        parallel_for(count, grain, [&](int64_t i) { seen[i] += round; });
+        for (int i = 0; i < count; ++i) {
+            if (seen[i] != round) return std::printf("round %d: item %d ran with %d\n", round, i, seen[i]), false;
+            seen[i] = 0;
+        }
+    }
+    return true;
+}
+
+// Two callers at once, as two engines in one process.
+bool callers() {
+    std::atomic<bool> good{true};
+    std::vector<std::thread> all;
+    for (int c = 0; c < 3; ++c) all.emplace_back([&] { if (!exact(3000, 40)) good = false; });
+    for (std::thread& one : all) one.join();
+    return good;
+}
+
+// A helper that sits on a share for long holds only that one: the caller does all others meanwhile.
+bool late() {
+    std::atomic<int> others{0};
+    std::atomic<bool> helped{false};
+    const std::thread::id caller = std::this_thread::get_id();
+    parallel_for(100, 1, [&](int64_t) {
+        if (std::this_thread::get_id() == caller) {
+            while (!helped) std::this_thread::yield();
+            ++others;
+        } else if (!helped.exchange(true)) {
+            while (others < 99) std::this_thread::yield();
+        } else {
+            ++others;
+        }
+    });
+    return others == 99;
+}
+
+// A child has no thread of its parent's but the caller, and needs helpers of its own to finish this.
+bool forked() {
+    if (pid_t child = fork()) {
+        int status = 0;
+        waitpid(child, &status, 0);
+        return status == 0 && exact(100, 40);
+    }
+    alarm(20);
+    _exit(late() && exact(100, 40) ? 0 : 1);
+}
+
+int main(int, char** argv) {
+    threads() = std::atoi(argv[2]);
+    const bool good = !std::strcmp(argv[1], "exact") ? exact(20000, 40) : !std::strcmp(argv[1], "callers") ? callers()
+                    : !std::strcmp(argv[1], "late") ? late() : forked();
+    return good ? 0 : 1;
+}
+"""
+
+
+def build(folder: Path, *flags: str) -> Path:
+    """The program above, for one way of compiling it."""
+    source, program = folder / "shares.cpp", folder / "shares"
+    source.write_text(PROGRAM)
+    include = native.find_source("core/platform/shares.h").parents[2]
+    command = [native.need_compiler(), "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", *flags]
+    subprocess.run([*command, f"-I{include}", str(source), "-o", str(program)], check=True)
+    return program
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("shares"))
+
+
+@pytest.mark.parametrize(
+    ("case", "threads"), [("exact", 2), ("exact", 5), ("callers", 3), ("late", 2), ("late", 4), ("forked", 2)]
+)
+def test_each_share_runs_once_whoever_takes_it(program: Path, case: str, threads: int) -> None:
+    run = subprocess.run([str(program), case, str(threads)], capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.slow
+def test_no_two_threads_touch_the_same_without_order(tmp_path: Path) -> None:
+    """Under ThreadSanitizer, with more threads than cores. (A fork while threads run is not for it.)"""
+    watched = build(tmp_path, "-g", "-fsanitize=thread")
+    for case in ("exact", "callers", "late"):
+        run = subprocess.run([str(watched), case, "4"], capture_output=True, text=True, timeout=240, check=False)
+        assert run.returncode == 0, run.stdout + run.stderr
