@@ -59,6 +59,7 @@ CUDA_SANITIZED = CXX=g++ CXXFLAGS="-O1 -g -fsanitize=$(SANITIZE)" OMP_NUM_THREAD
 SANITIZE_BY_GCC = $(if $(and $(SANITIZE),$(filter command line,$(origin CXX)),$(filter-out g++,$(CXX))),echo "make: the sanitizers\
   are those of g++; leave CXX=$(CXX) or SANITIZE=$(SANITIZE) out" >&2; exit 1,:)
 COURSE := $(RUN) -m stages.course
+BYOV   := $(RUN) -m solutions.serving.command
 TEST_STAGE = --task "$(TASK)" --with "$(WITH)" --impl "$(IMPL)"
 
 ##@ Use
@@ -75,16 +76,16 @@ setup: $(STAMP) ## Create .venv, install, fetch the default model; does nothing 
 	@echo "$(if $(STAMP),All is set up in $(VENV),VENV is empty: $(PYTHON) is used as it is)"
 
 serve: $(STAMP) ## Serve the OpenAI-compatible API (MODEL, PORT, ARGS; HOST=0.0.0.0 to let other machines in)
-	@$(RUN) -m solutions.serving.api_server --model $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+	@$(BYOV) serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 serve-replicas: $(STAMP) ## Serve by several engines behind one API (MODEL, PORT, HOST, ARGS="replicas=2 router=prefix")
 	@$(RUN) -m solutions.serving.replicas.ray_app --host $(HOST) --port $(PORT) model=$(MODEL) $(or $(ARGS),replicas=2)
 
 chat: $(STAMP) ## Chat with the model in the terminal (MODEL, ARGS)
-	@$(RUN) -m solutions.core.engine --model $(MODEL) $(ARGS)
+	@$(BYOV) chat $(MODEL) $(ARGS)
 
 doctor: $(STAMP) ## Say what this machine has and what the engine will use
-	@$(RUN) -m solutions.core.doctor $(ARGS)
+	@$(BYOV) doctor $(ARGS)
 
 ##@ Learn
 test-stage-1: $(STAMP) ## Test your stage 1, block management (TASK=1.3, WITH=1,2, IMPL=solutions)

@@ -51,7 +51,7 @@ from solutions.models.config.model_config import ModelConfig
 from solutions.models.kernels.attach import packed_of
 from solutions.models.loader import resolve_model
 from solutions.serving import api_server
-from solutions.tests.tiny_models import make_tiny_llama
+from solutions.tests.tiny_models import make_tiny, make_tiny_llama
 
 # Datasets
 
@@ -514,6 +514,15 @@ def test_a_profile_accounts_for_a_whole_step(tmp_path: Path, quantization: str |
     assert head.floor == max(head.bytes / 1e9, head.operations / (2e9 if quantization else 1e9))
     assert all(row.seconds > 0 for row in rows.values() if row.floor is not None)
     assert not engine.has_unfinished_requests()
+
+
+@pytest.mark.slow
+def test_only_layers_of_the_known_kernels_can_be_profiled(tmp_path: Path) -> None:
+    """Qwen3's have two norms more."""
+    make_tiny("qwen3", tmp_path)
+    engine = LLMEngine(EngineConfig(str(tmp_path), dtype="float32", device="cpu", max_model_len=64))
+    with pytest.raises(ValueError, match="of LLaMA's layers"):
+        profile_step(engine, Ceilings(1e9, {"float32": 1e9}), "float32", 1, 32, 4)
 
 
 def test_only_replayed_steps_can_be_profiled(checkpoint: Path) -> None:

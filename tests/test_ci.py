@@ -77,16 +77,18 @@ def test_clang_without_openmp_is_not_enough(machine: Path) -> None:
     assert line.endswith("apt install clang libomp-dev")
 
 
-def test_ci_runs_the_fuzz_and_the_other_compiler() -> None:
-    lines = (ROOT / ".ci/run").read_text().splitlines()
-    commands = [line.split("phase ", 1)[1] for line in lines if "phase " in line]
-    for phase in (
-        "tools .ci/tools", "set-up make setup", "lint make lint", "guide make guide ARGS=build", "tests make test",
-        "slow make test-slow",
-        "course make check-course", "notebooks make notebooks", "fuzz make fuzz MINUTES=2",
-        "clang make test-cpu-kernels CXX=clang++",
-    ):  # fmt: skip
-        assert any(command.startswith(phase) for command in commands)
+def test_ci_runs_the_gate_on_every_change_and_everything_at_night() -> None:
+    text = (ROOT / ".ci/run").read_text()
+    gate, night = text.split('if [ "${1:-}" = all ]; then\n')
+    assert re.findall(r"^phase \S+ (.*)$", gate, re.MULTILINE) == [
+        ".ci/tools | tee \"$untested\"", "make setup", "make lint", "make guide ARGS=build", "make test", "make check-course"
+    ]  # fmt: skip
+    for command in ("make test-slow", "make notebooks", "make fuzz MINUTES=2", "make test-cpu-kernels CXX=clang++"):
+        assert f" {command}" in night
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert re.findall(r"run: (\.ci/run.*)", workflow) == [".ci/run", ".ci/run all"]
+    unknown = subprocess.run([BASH, ROOT / ".ci/run", "some"], capture_output=True, text=True, check=False)
+    assert (unknown.returncode, unknown.stdout, unknown.stderr) == (2, "", "usage: .ci/run [all]\n")
 
 
 def test_the_container_and_the_workflow_call_what_is_there() -> None:

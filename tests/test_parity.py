@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
 from solutions.models.loader import load_tokenizer, resolve_model
-from solutions.tests.tiny_models import make_tiny_gpt2, make_tiny_mistral
+from solutions.tests.tiny_models import FAMILIES, make_tiny
 from tests.parity import (
     AXES,
     NUM_TOKENS,
@@ -50,11 +50,13 @@ def oracle(default_model_path, text_ids) -> Oracle:
     return make_oracle(default_model_path, text_ids)
 
 
-@pytest.fixture(scope="session", params=[make_tiny_gpt2, make_tiny_mistral], ids=["gpt2", "mistral"])
+@pytest.fixture(scope="session", params=[family for family in FAMILIES if family != "llama"])
 def tiny_oracle(request, tmp_path_factory) -> Oracle:
     path = tmp_path_factory.mktemp("tiny")
-    length = "n_positions" if request.param is make_tiny_gpt2 else "max_position_embeddings"
-    request.param(path, **{length: 640})
+    sizes = {"n_positions" if request.param == "gpt2" else "max_position_embeddings": 640}
+    if request.param == "phi3":  # the divisors of short sequences for all
+        sizes = {"max_position_embeddings": 2560, "original_max_position_embeddings": 640}
+    make_tiny(request.param, path, **sizes)
     return make_oracle(path, list(TEXT.encode()))
 
 

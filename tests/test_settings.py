@@ -9,7 +9,7 @@ import pytest
 
 from solutions.batching.sampling_params import SamplingParams
 from solutions.core.config import EngineConfig
-from solutions.serving import openai_protocol
+from solutions.serving import answer_forms, openai_protocol, tokenizer_routes
 from tests.readers import Readers, flags_of
 
 ROOT = Path(__file__).parents[1]
@@ -28,11 +28,11 @@ RECORDS = (
     "Recipe",
 )
 REQUESTS = sorted(
-    name for name, value in vars(openai_protocol).items()
+    name for name, value in (vars(answer_forms) | vars(openai_protocol) | vars(tokenizer_routes)).items()
     if isinstance(value, type) and issubclass(value, openai_protocol.Request) and value is not openai_protocol.Request
 )  # fmt: skip
 
-BY_NAME = {*SamplingParams.__dataclass_fields__, *openai_protocol.FORMS}
+BY_NAME = {*SamplingParams.__dataclass_fields__, *answer_forms.FORMS, *answer_forms.StructuredOutputs.model_fields}
 """Fields of a request that its methods copy or look through by their names; SamplingParams' own fields have readers."""
 
 ACCEPTED = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 import torch
 
@@ -35,7 +36,7 @@ def make_backend(
         module = importlib.import_module(f".paged_attention_{candidate}", __package__)
         problem = module.problem(device, dtype, head_dim, block_size)
         if problem is None:
-            backend = getattr(module, f"{candidate.capitalize()}Backend")
+            backend: Callable[..., AttentionBackend] = getattr(module, f"{candidate.capitalize()}Backend")
             if batch_invariant and candidate == "cpu":
                 return backend(batch_invariant=True)
             return backend(device) if candidate == "cuda" else backend()

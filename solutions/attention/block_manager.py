@@ -117,7 +117,7 @@ class BlockManager:
 
     def _match(self, seq: Sequence) -> list[int]:
         """The cached blocks that a waiting sequence begins with; none if it does not look them up."""
-        return self.prefix_cache.match(seq) if self._looks_up(seq) else []
+        return self.prefix_cache.match(seq) if self.prefix_cache is not None and self._looks_up(seq) else []
 
     # A sequence's life
 
@@ -143,6 +143,7 @@ class BlockManager:
         self._set_table(seq, hits + self._new_blocks(self.num_blocks_for(len(seq.tokens)) - len(hits)))
         num_cached = len(hits) * self.block_size
         if self._looks_up(seq) and seq.num_preemptions == 0:
+            assert self.prefix_cache is not None
             self.prefix_cache.record(len(seq.tokens), num_cached)
         return num_cached
 
@@ -251,20 +252,22 @@ class BlockManager:
         for block in reversed(self.tables.pop(seq.seq_id, [])):
             if block != NULL_BLOCK:
                 self._free_block(block)
-        for block in self.host_tables.pop(seq.seq_id, []):
-            if block != NULL_BLOCK:
-                self.host_allocator.free(block)
+        if self.host_allocator is not None:
+            for block in self.host_tables.pop(seq.seq_id, []):
+                if block != NULL_BLOCK:
+                    self.host_allocator.free(block)
         self._num_expired.pop(seq.seq_id, None)
         self._changed.discard(seq.seq_id)
 
     def swap_out(self, seq: Sequence) -> BlockPairs:
-        """Move what is computed of a sequence to host memory and free its device blocks.
+        """Move what is computed of a sequence to host memory and free its device blocks as `free` does.
 
         A `NULL_BLOCK` in the table stays one and is not moved.
 
         Returns:
             (device block, host block) pairs to copy.
         """
+        assert self.host_allocator is not None  # `can_swap_out` was asked
         table = self.tables[seq.seq_id][: self.num_blocks_for(seq.num_computed_tokens)]
         host_table = [NULL_BLOCK if block == NULL_BLOCK else self.host_allocator.allocate() for block in table]
         self.free(seq)
@@ -279,6 +282,7 @@ class BlockManager:
         Returns:
             (host block, device block) pairs to copy.
         """
+        assert self.host_allocator is not None  # or nothing was swapped out
         host_table = self.host_tables.pop(seq.seq_id)
         table = [NULL_BLOCK if block == NULL_BLOCK else self._new_blocks(1)[0] for block in host_table]
         pairs = [pair for pair in zip(host_table, table, strict=True) if pair[0] != NULL_BLOCK]

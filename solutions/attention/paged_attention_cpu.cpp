@@ -2,7 +2,7 @@
 //
 // Work is cut into items: some neighbouring queries of one sequence and a range of the keys that they see. An item is computed
 // for one KV head at a time, with all query heads that share it, so each key and value is read once. Few rows (decode) are dotted
-// with the keys where they lie; many rows (prefill) go through the register tiles of native.h, 64 keys at a time, with the
+// with the keys where they lie; many rows (prefill) go through the register tiles of tiles.h, 64 keys at a time, with the
 // softmax kept up to date on the way (online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022, §3.1).
 // A long context may be split over several items; their partial results are merged at the end (Flash-Decoding).
 //
@@ -46,10 +46,10 @@ Work<T> prepare(const Step& step, const Item& item, int64_t kv_head, const T* qu
     T* chunk = cache.scales ? arena.take<T>(2 * KEYS * dim) : nullptr;
     const T *keys = chunk ? chunk : cache.vectors + kv_head * dim, *values = keys + (chunk ? KEYS : cache.num_heads) * dim;
     Work<T> work{step, item, kv_head, group, rows, dim, keys, values, cache.head(kv_head, dim), chunk,
-                 arena.take<T>(rows * dim), arena.take<float>(rows * KEYS), arena.take<float>(rows), arena.take<float>(rows),
+                 arena.take<Operand<T>>(rows * dim), arena.take<float>(rows * KEYS), arena.take<float>(rows), arena.take<float>(rows),
                  arena.take<float>(rows * dim)};
     for (int64_t r = 0; r < rows; ++r) {
-        std::memcpy(work.q + r * dim, query + (item.row + r / group) * ldq + (kv_head * group + r % group) * dim, dim * sizeof(T));
+        widen(query + (item.row + r / group) * ldq + (kv_head * group + r % group) * dim, dim, work.q + r * dim);
         work.top[r] = MINUS_INFINITY;
         work.sum[r] = 0;
     }
@@ -88,7 +88,7 @@ struct Units {
 
     const Item& item(int64_t unit) const { return step.items[unit / step.num_kv_heads]; }
     int64_t kv_head(int64_t unit) const { return unit % step.num_kv_heads; }
-    bool is_few(int64_t unit) const { return !step.tiles_only && item(unit).queries * group < TILE_ROWS; }
+    bool is_few(int64_t unit) const { return !step.tiles_only && item(unit).queries * group < MANY_ROWS; }
     int64_t heads(int64_t unit) const { return joined && is_few(unit) ? step.num_kv_heads : 1; }
     // The next unit that nobody has: the later heads of a joined item belong to its first.
     int64_t claim(int64_t& claimed) const {

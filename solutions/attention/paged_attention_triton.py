@@ -209,12 +209,12 @@ class TritonBackend(AttentionBackend):
         candidates = DECODE_CONFIGS if is_decode else PREFILL_CONFIGS
         dim = query.shape[2]
         sizes = (dim, query.itemsize, cache.keys.itemsize)
-        candidates = [c for c in candidates if c.shared_memory(*sizes) <= SHARED_MEMORY] or [candidates[0]]
+        fitting = [c for c in candidates if c.shared_memory(*sizes) <= SHARED_MEMORY] or [candidates[0]]
         key = (is_decode, query.shape[1:], query.dtype, cache.keys.shape[1:], cache.keys.dtype, sliding_window)
         if key not in self._fastest:
             if torch.cuda.is_current_stream_capturing():
-                return candidates[0]
-            self._fastest[key] = self._compare(candidates, is_decode, query, cache, metadata, scale, sliding_window)
+                return fitting[0]
+            self._fastest[key] = self._compare(fitting, is_decode, query, cache, metadata, scale, sliding_window)
         return self._fastest[key]
 
     def _compare(
@@ -257,7 +257,7 @@ class Cache:
 
 
 def typical_step(
-    metadata: AttentionMetadata, is_decode: bool, blocks: tuple[int, int], device: torch.device
+    metadata: AttentionMetadata, is_decode: bool, blocks: tuple[int, ...], device: torch.device
 ) -> AttentionMetadata:
     """A step to compare configurations on; `blocks` is (num_blocks, block_size)."""
     num_blocks, block_size = blocks

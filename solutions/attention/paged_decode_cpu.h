@@ -44,9 +44,9 @@ inline void fetch_row(const T* row, int64_t dim) {
     for (int64_t i = 0; i < dim; i += 64 / sizeof(T)) fetch(row + i);
 }
 
-// acc + a · b, lane by lane, over 16 elements in float32 or 32 bfloat16s in pairs.
-template <int WIDTH, typename T>
-inline Floats multiply_add(Floats acc, const T* a, const T* b) {
+// acc + a · b, lane by lane, over as many elements as a register holds: LANES in float32, twice as many bfloat16s in pairs.
+template <int WIDTH, typename C, typename T>
+inline Floats multiply_add(Floats acc, const C* a, const T* b) {
     if constexpr (WIDTH == LANES)
         return acc + load(a) * load(b);
     else
@@ -57,10 +57,10 @@ inline Floats multiply_add(Floats acc, const T* a, const T* b) {
 template <int R, int N, int WIDTH, typename T>
 void score_rows(const Work<T>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
     const int64_t dim = N ? N * WIDTH : work.dim;
-    const T* q = work.q + row * dim;
+    const Operand<T>* q = work.q + row * dim;
     for (int64_t base = 0; base < count; base += LANES) {
-        Floats fours[R][4];
-        for (int four = 0; four < 4; ++four) {
+        Floats fours[R][LANES / 4];
+        for (int four = 0; four < LANES / 4; ++four) {
             Floats products[R][4] = {};
             for (int i = 0; i < 4; ++i) {
                 const T* key = work.keys + offsets[base + 4 * four + i];
@@ -74,13 +74,12 @@ void score_rows(const Work<T>& work, int64_t row, int64_t count, const int64_t* 
     }
 }
 
-// Add R rows' weighted values to their outputs.
-template <int R, int N, typename T>
+// Add R rows' weighted values to their outputs, WIDTH registers of each at a time. D is N registers (N = 0: any number).
+template <int R, int N, int WIDTH = N, typename T>
 void add_values(const Work<T>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
     const int64_t dim = N ? N * LANES : work.dim;
     const float* weights = work.scores + row * KEYS;
     float* out = work.out + row * dim;
-    constexpr int WIDTH = N ? N : 1;
     for (int64_t part = 0; part < dim; part += WIDTH * LANES) {
         Floats total[R][WIDTH];
         for (int r = 0; r < R; ++r)
@@ -98,7 +97,7 @@ void add_values(const Work<T>& work, int64_t row, int64_t count, const int64_t* 
     }
 }
 
-// The same with bfloat16 dot products, which take pairs of neighbouring keys. D is P vectors of 32.
+// The same with bfloat16 dot products, which take pairs of neighbouring keys. D is P times two registers.
 template <int R, int P>
 void add_value_pairs(const Work<bf16>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
     bf16 weights[R][KEYS];
@@ -116,9 +115,8 @@ void add_value_pairs(const Work<bf16>& work, int64_t row, int64_t count, const i
             Bits pairs[2];
             interleave_quarters(load_as<Words>(even + p * 2 * LANES), load_as<Words>(odd + p * 2 * LANES), pairs);
             for (int r = 0; r < R; ++r) {
-                uint32_t both;
-                std::memcpy(&both, weights[r] + i, 4);
-                for (int h = 0; h < 2; ++h) total[r][2 * p + h] = dot_pairs(total[r][2 * p + h], Bits{} + both, pairs[h]);
+                const Bits both = (Bits)broadcast_word(weights[r] + i);
+                for (int h = 0; h < 2; ++h) total[r][2 * p + h] = dot_pairs(total[r][2 * p + h], both, pairs[h]);
             }
         }
     }
@@ -126,34 +124,38 @@ void add_value_pairs(const Work<bf16>& work, int64_t row, int64_t count, const i
         for (int p = 0; p < P; ++p) gather(out + r * work.dim + p * 2 * LANES, total[r][2 * p], total[r][2 * p + 1]);
 }
 
-template <int R>
-void score(const Work<float>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
-    work.dim == 64 ? score_rows<R, 4, 16>(work, row, count, offsets, ahead) : score_rows<R, 0, 16>(work, row, count, offsets, ahead);
-}
-template <int R>
-void add(const Work<float>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
+template <typename T>
+constexpr bool IN_PAIRS = std::is_same_v<T, bf16> && MULTIPLIES_BF16;
+
+template <int R, typename T>
+void score(const Work<T>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
+    constexpr int WIDTH = IN_PAIRS<T> ? 2 * LANES : LANES;
     switch (work.dim) {
-        case 64: add_values<R, 4>(work, row, count, offsets, ahead); break;
-        case 128: add_values<R, 8>(work, row, count, offsets, ahead); break;
-        default: add_values<R, 0>(work, row, count, offsets, ahead);
+        case 64: score_rows<R, 64 / WIDTH, WIDTH>(work, row, count, offsets, ahead); break;
+        case 96: score_rows<R, 96 / WIDTH, WIDTH>(work, row, count, offsets, ahead); break;
+        case 128: score_rows<R, 128 / WIDTH, WIDTH>(work, row, count, offsets, ahead); break;
+        default: score_rows<R, 0, LANES>(work, row, count, offsets, ahead);
     }
 }
-template <int R>
-void score(const Work<bf16>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
-    switch (work.dim) {
-        case 64: score_rows<R, 2, 32>(work, row, count, offsets, ahead); break;
-        case 96: score_rows<R, 3, 32>(work, row, count, offsets, ahead); break;
-        case 128: score_rows<R, 4, 32>(work, row, count, offsets, ahead); break;
-        default: score_rows<R, 0, 16>(work, row, count, offsets, ahead);
-    }
-}
-template <int R>
-void add(const Work<bf16>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
-    switch (work.dim) {
-        case 64: add_value_pairs<R, 2>(work, row, count, offsets, ahead); break;
-        case 96: add_value_pairs<R, 3>(work, row, count, offsets, ahead); break;
-        case 128: add_value_pairs<R, 4>(work, row, count, offsets, ahead); break;
-        default: add_values<R, 0>(work, row, count, offsets, ahead);
+
+template <int R, typename T>
+void add(const Work<T>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
+    if constexpr (IN_PAIRS<T>) {
+        switch (work.dim) {
+            case 64: add_value_pairs<R, 32 / LANES>(work, row, count, offsets, ahead); break;
+            case 96: add_value_pairs<R, 48 / LANES>(work, row, count, offsets, ahead); break;
+            case 128: add_value_pairs<R, 64 / LANES>(work, row, count, offsets, ahead); break;
+            default: add_values<R, 0, 1>(work, row, count, offsets, ahead);
+        }
+    } else if constexpr (LANES == 16) {
+        switch (work.dim) {
+            case 64: add_values<R, 4>(work, row, count, offsets, ahead); break;
+            case 128: add_values<R, 8>(work, row, count, offsets, ahead); break;
+            default: add_values<R, 0, 1>(work, row, count, offsets, ahead);
+        }
+    } else {
+        work.dim % 32 ? add_values<R, 0, 16 / LANES>(work, row, count, offsets, ahead)
+                      : add_values<R, 0, 4>(work, row, count, offsets, ahead);
     }
 }
 
@@ -166,6 +168,8 @@ void attend_rows(const Work<T>& work, int64_t row, int64_t first, int64_t count,
     }
     add<R>(work, row, count, offsets, ahead);
 }
+
+constexpr int MOST_ROWS = REGISTERS == 32 ? 4 : 3;  // that share the loads of keys and values: 4 registers each
 
 // All heads of an item; `upcoming` is the item that comes after it, or null.
 template <typename T>
@@ -190,7 +194,7 @@ void few_rows(const Work<T>* heads, int64_t num_heads, const Item* upcoming) {
                 at = next = in_chunk;
             }
             int64_t row = 0;
-            for (; row + 4 <= work->rows; row += 4) attend_rows<4>(*work, row, first, count, at, next);
+            for (; row + MOST_ROWS <= work->rows; row += MOST_ROWS) attend_rows<MOST_ROWS>(*work, row, first, count, at, next);
             switch (work->rows - row) {
                 case 3: attend_rows<3>(*work, row, first, count, at, next); break;
                 case 2: attend_rows<2>(*work, row, first, count, at, next); break;

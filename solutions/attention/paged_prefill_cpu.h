@@ -1,4 +1,4 @@
-// Attention of many rows, as in prefill: bound by the dot product units, so it goes through the register tiles of native.h.
+// Attention of many rows, as in prefill: bound by the dot product units, so it goes through the register tiles of tiles.h.
 #pragma once
 
 #include "attention/paged_work_cpu.h"
@@ -6,9 +6,13 @@
 namespace native {
 
 // Many rows are the columns of panels, with keys and values as the rows of the tiles that run against them. So scores come out as
-// [keys, rows]: the softmax of 16 rows is computed side by side, and keys need no packing.
+// [keys, rows]: the softmax of LANES rows is computed side by side, and keys need no packing.
+//
+// In what follows C is what is computed in: T, or float where the processor does not multiply T.
+constexpr int64_t MANY_ROWS = 8;                       // of an item, from which on that pays
+constexpr int TILE_KEYS = REGISTERS == 32 ? 8 : 4;  // rows of a tile: of 64 keys and of any head's size a divisor
 
-// Sixteen rows of a matrix as columns of a panel.
+// LANES rows of a matrix as columns of a panel.
 template <typename T>
 void pack_columns(const T* rows, int64_t count, int64_t dim, T* panel, int64_t column) {
     constexpr int64_t WORD = 4 / sizeof(T);  // a float, or two bfloat16s
@@ -22,9 +26,10 @@ void pack_columns(const T* rows, int64_t count, int64_t dim, T* panel, int64_t c
 }
 
 // Two neighbouring values: floats one behind the other, bfloat16s in pairs, [D, 2].
-inline void pack_values(const float* even, const float* odd, int64_t dim, float* to) {
-    std::memcpy(to, even, dim * sizeof(float));
-    std::memcpy(to + dim, odd, dim * sizeof(float));
+template <typename T>
+inline void pack_values(const T* even, const T* odd, int64_t dim, float* to) {
+    widen(even, dim, to);
+    widen(odd, dim, to + dim);
 }
 inline void pack_values(const bf16* even, const bf16* odd, int64_t dim, bf16* to) {
     for (int64_t d = 0; d < dim; d += LANES) {
@@ -32,7 +37,7 @@ inline void pack_values(const bf16* even, const bf16* odd, int64_t dim, bf16* to
         store_as(to + 2 * d, low | high << 16);
     }
 }
-// The same for the weights of 16 rows: panel is [2, 32] floats or [32, 2] bfloat16s.
+// The same for the weights of LANES rows: panel is [2, PANEL] floats or [PANEL, 2] bfloat16s.
 inline void pack_weights(Floats even, Floats odd, float* panel) {
     store(panel, even);
     store(panel + PANEL, odd);
@@ -41,32 +46,33 @@ inline void pack_weights(Floats even, Floats odd, bf16* panel) {
     store_as(panel, __builtin_convertvector(narrow(even), Bits) | __builtin_convertvector(narrow(odd), Bits) << 16);
 }
 
-// 32 rows of an item, and what is known of them so far.
-template <typename T>
+// PANEL rows of an item, and what is known of them so far.
+template <typename C>
 struct Columns {
-    T* queries;           // panel [D, 32]
-    float* out;           // [D, 32]
+    C* queries;           // panel [D, PANEL]
+    float* out;           // [D, PANEL]
     Floats top[2], sum[2];
     Ints first[2], last[2];  // keys that each row sees
 };
 
-// The memory that chunk after chunk goes through: keys [KEYS, D], values in pairs, scores [KEYS, 32] and weights as a panel.
-template <typename T>
+// The memory that chunk after chunk goes through: keys [KEYS, D], values in pairs, scores [KEYS, PANEL] and weights as a
+// panel.
+template <typename C>
 struct Chunk {
-    T *keys, *values, *weights;
+    C *keys, *values, *weights;
     float* scores;
 };
 
-template <typename T>
-void attend_columns(const Work<T>& work, Columns<T>& columns, int64_t first, const Chunk<T>& chunk) {
-    constexpr int64_t WORD = 4 / sizeof(T);
+template <typename T, typename C>
+void attend_columns(const Work<T>& work, Columns<C>& columns, int64_t first, const Chunk<C>& chunk) {
+    constexpr int64_t WORD = 4 / sizeof(C);
     const int64_t dim = work.dim, seen = std::min<int64_t>(KEYS, columns.last[1][LANES - 1] + 1 - first);
     if (seen <= 0) return;
-    const int64_t count = (seen + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
-    for (int64_t k = 0; k < count; k += TILE_ROWS) {
-        Floats c[TILE_ROWS][2] = {};
-        tile<TILE_ROWS>(chunk.keys + k * dim, dim, columns.queries, PANEL, dim, c);
-        for (int m = 0; m < TILE_ROWS; ++m)
+    const int64_t count = (seen + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS;
+    for (int64_t k = 0; k < count; k += TILE_KEYS) {
+        Floats c[TILE_KEYS][2] = {};
+        tile<TILE_KEYS>(chunk.keys + k * dim, dim, columns.queries, PANEL, dim, c);
+        for (int m = 0; m < TILE_KEYS; ++m)
             for (int h = 0; h < 2; ++h) store(chunk.scores + (k + m) * PANEL + h * LANES, c[m][h] * work.step.scale);
     }
     const bool all_seen = columns.last[0][0] >= first + count - 1 && columns.first[1][LANES - 1] <= first;
@@ -94,19 +100,19 @@ void attend_columns(const Work<T>& work, Columns<T>& columns, int64_t first, con
         columns.top[h] = best;
         columns.sum[h] = columns.sum[h] * factor[h] + total;
     }
-    for (int64_t d = 0; d < dim; d += TILE_ROWS) {
-        Floats c[TILE_ROWS][2];
-        for (int m = 0; m < TILE_ROWS; ++m)
+    for (int64_t d = 0; d < dim; d += TILE_KEYS) {
+        Floats c[TILE_KEYS][2];
+        for (int m = 0; m < TILE_KEYS; ++m)
             for (int h = 0; h < 2; ++h) c[m][h] = load(columns.out + (d + m) * PANEL + h * LANES) * factor[h];
-        tile<TILE_ROWS>(chunk.values + d * WORD, WORD, chunk.weights, PANEL, count, c, {}, WORD * dim);
-        for (int m = 0; m < TILE_ROWS; ++m)
+        tile<TILE_KEYS>(chunk.values + d * WORD, WORD, chunk.weights, PANEL, count, c, {}, WORD * dim);
+        for (int m = 0; m < TILE_KEYS; ++m)
             for (int h = 0; h < 2; ++h) store(columns.out + (d + m) * PANEL + h * LANES, c[m][h]);
     }
 }
 
-// Results of 32 columns back into rows: `from` and `count` say which.
-template <typename T>
-void unpack_columns(const Work<T>& work, const Columns<T>& columns, int64_t from, int64_t count) {
+// Results of PANEL columns back into rows: `from` and `count` say which.
+template <typename T, typename C>
+void unpack_columns(const Work<T>& work, const Columns<C>& columns, int64_t from, int64_t count) {
     for (int64_t h = 0; h * LANES < count; ++h) {
         const int64_t row = from + h * LANES, n = std::min<int64_t>(LANES, count - h * LANES);
         std::memcpy(work.top + row, &columns.top[h], n * sizeof(float));
@@ -123,11 +129,12 @@ void unpack_columns(const Work<T>& work, const Columns<T>& columns, int64_t from
 template <typename T>
 void many_rows(const Work<T>& work, Arena& arena) {
     const int64_t dim = work.dim, num_columns = (work.rows + PANEL - 1) / PANEL;
-    static thread_local std::vector<Columns<T>> all;
+    using C = Operand<T>;
+    static thread_local std::vector<Columns<C>> all;
     all.resize(num_columns);
     for (int64_t p = 0; p < num_columns; ++p) {
-        Columns<T>& columns = all[p];
-        columns.queries = arena.take<T>(dim * PANEL);
+        Columns<C>& columns = all[p];
+        columns.queries = arena.take<C>(dim * PANEL);
         columns.out = arena.take<float>(dim * PANEL);
         std::fill(columns.out, columns.out + dim * PANEL, 0.0f);
         for (int h = 0; h < 2; ++h) {
@@ -142,7 +149,7 @@ void many_rows(const Work<T>& work, Arena& arena) {
             }
         }
     }
-    const Chunk<T> chunk{arena.take<T>(KEYS * dim), arena.take<T>(KEYS * dim), arena.take<T>(KEYS * PANEL), arena.take<float>(KEYS * PANEL)};
+    const Chunk<C> chunk{arena.take<C>(KEYS * dim), arena.take<C>(KEYS * dim), arena.take<C>(KEYS * PANEL), arena.take<float>(KEYS * PANEL)};
     int64_t offsets[KEYS];
     for (int64_t first = work.item.left; first < work.item.right; first += KEYS) {
         const int64_t count = find(work.step, work.item, first, offsets);
@@ -150,9 +157,9 @@ void many_rows(const Work<T>& work, Arena& arena) {
             work.load_chunk(count, offsets, offsets);
             for (int64_t i = 0; i < KEYS; ++i) offsets[i] = i * dim;
         }
-        for (int64_t i = 0; i < KEYS; ++i) std::memcpy(chunk.keys + i * dim, work.keys + offsets[i], dim * sizeof(T));
+        for (int64_t i = 0; i < KEYS; ++i) widen(work.keys + offsets[i], dim, chunk.keys + i * dim);
         for (int64_t i = 0; i < KEYS; i += 2) pack_values(work.values + offsets[i], work.values + offsets[i + 1], dim, chunk.values + i * dim);
-        for (Columns<T>& columns : all) attend_columns(work, columns, first, chunk);
+        for (Columns<C>& columns : all) attend_columns(work, columns, first, chunk);
     }
     for (int64_t p = 0; p < num_columns; ++p) unpack_columns(work, all[p], p * PANEL, std::min<int64_t>(PANEL, work.rows - p * PANEL));
 }

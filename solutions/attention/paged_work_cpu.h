@@ -5,7 +5,7 @@
 #include <limits>
 #include <vector>
 
-#include "core/platform/native.h"
+#include "core/platform/tiles.h"
 
 namespace native {
 
@@ -49,15 +49,13 @@ struct QuantizedHead {
 // One vector of an int8 cache in the type that is computed in; `offset` is that of its first element.
 template <typename T>
 inline void dequantize(const int8_t* vectors, const uint16_t* scales, int64_t offset, int64_t dim, T* to) {
-    typedef int8_t Bytes __attribute__((vector_size(16)));
     const Floats scale = broadcast(half_to_float(scales[offset / dim]));
-    for (int64_t i = 0; i < dim; i += LANES) store(to + i, __builtin_convertvector(load_as<Bytes>(vectors + offset + i), Floats) * scale);
+    for (int64_t i = 0; i < dim; i += LANES) store(to + i, __builtin_convertvector(load_as<SignedBytes>(vectors + offset + i), Floats) * scale);
 }
 
 // Store one vector of int8 numbers and its scale: the largest magnitude / 127, rounded up, so that nothing exceeds 127.
 template <typename T>
 inline void quantize(const T* vector, int64_t dim, int8_t* to, uint16_t* scale) {
-    typedef int8_t Bytes __attribute__((vector_size(16)));
     Floats most{};
     for (int64_t i = 0; i < dim; i += LANES) {
         const Floats v = load(vector + i);
@@ -67,7 +65,7 @@ inline void quantize(const T* vector, int64_t dim, int8_t* to, uint16_t* scale) 
     const float step = half_to_float(*scale), inverse = step > 0 ? 1.0f / step : 0.0f;
     for (int64_t i = 0; i < dim; i += LANES) {
         const Floats rounded = load(vector + i) * inverse + 12582912.0f;  // 1.5 * 2^23 leaves the integer in the low bits
-        store_as(to + i, __builtin_convertvector((Ints)rounded, Bytes));
+        store_as(to + i, __builtin_convertvector((Ints)rounded, SignedBytes));
     }
 }
 
@@ -80,7 +78,7 @@ struct Work {
     const T *keys, *values;  // the layer's cache from this head on, [num_blocks, block_size, H_kv, D] each
     QuantizedHead int8;      // or this
     T* chunk;                // [2, KEYS, D]: keys and values of an int8 cache in T, as many as are looked at together
-    T* q;                    // [rows, D], gathered
+    Operand<T>* q;           // [rows, D], gathered
     float *scores, *sum, *top, *out;  // [rows, KEYS], [rows], [rows], [rows, D]
 
     // Keys and values that lie at `offsets` of an int8 cache, one behind the other in `chunk`, and those at `ahead` fetched.

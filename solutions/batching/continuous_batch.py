@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from .scheduler_output import SchedulerOutput
 from .sequence import Sequence
-from .step_arrays import FlatArrays
+from .step_arrays import HostArrays
 
 
 @dataclass(slots=True)
-class FlatBatch(FlatArrays[NDArray[np.int64], NDArray[np.int32]]):
+class FlatBatch(HostArrays):
     """One step's input: the arrays of `FlatArrays` for S sequences with T tokens in all, and what rank 0 alone knows. M, the
     width of `block_tables`, is enough for the longest context of the step.
 

@@ -22,8 +22,8 @@ class RequestOutputKind(enum.Enum):
 
 MAX_LOGPROBS = 20
 """Most alternatives a request may ask for at a position (the OpenAI limit)."""
-STRUCTURES = ("json", "json_object", "regex", "choice", "grammar")
-MAX_DEFINITION = {"json": 4 << 20, "choice": 1 << 20, "regex": 16_384, "grammar": 1 << 17}
+STRUCTURES = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
+MAX_DEFINITION = {"json": 4 << 20, "structural_tag": 32 << 20, "choice": 1 << 20, "regex": 16_384, "grammar": 1 << 17}
 """Characters that may describe a form. What bounds a schema is its cost, see `json_schema`; this only bounds reading it."""
 
 
@@ -34,7 +34,7 @@ class StructuredOutput:
     Attributes:
         kind: one of `STRUCTURES`.
         definition: a JSON schema as text; nothing for "json_object"; a regular expression; a JSON list of texts for "choice";
-            a grammar in XGrammar's EBNF, whose first rule is ``root``.
+            a grammar in XGrammar's EBNF, whose first rule is ``root``; a structural tag in XGrammar's form, as JSON.
     """
 
     kind: str
@@ -74,6 +74,8 @@ class SamplingParams:
     """Makes the request's samples independent of whatever else is in the batch."""
     stop: list[str] = field(default_factory=list)
     """Strings that end generation; left out of the text unless `include_stop_str_in_output`."""
+    stop_until: str | None = None
+    """A regular expression; behind what it matches first, such as the beginning of a call, stop strings end nothing."""
     stop_token_ids: list[int] = field(default_factory=list)
     bad_words: list[str] = field(default_factory=list)
     bad_words_token_ids: list[list[int]] = field(default_factory=list)
@@ -85,6 +87,10 @@ class SamplingParams:
     logprobs: int | None = None
     """Alternatives returned at each generated token, besides the sampled one."""
     prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
+    """So many tokens of a longer prompt are used; -1: as many as leave room for `max_tokens`."""
+    truncation_side: str = "left"
+    """Where a prompt is cut off, "left" or "right"."""
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     structured_output: StructuredOutput | None = None
@@ -138,6 +144,10 @@ class SamplingParams:
         if self.max_tokens is not None:
             _require_int("max_tokens", self.max_tokens, 1, None)
         _require_int("min_tokens", self.min_tokens, 0, self.max_tokens)
+        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens != -1:
+            _require_int("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, None)
+        if self.truncation_side not in ("left", "right"):
+            raise ValueError(f'truncation_side must be "left" or "right", got {self.truncation_side!r}')
         for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if value is not None:
                 _require_int(name, value, 0, MAX_LOGPROBS)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+FinishReason = Literal["stop", "length", "abort"]
 
 
 class TokenGuide(Protocol):
@@ -115,7 +117,7 @@ class Sequence:
         self.children: list[Sequence] = []
         self.block_hashes: list[bytes] = []
         self.status = SequenceStatus.WAITING
-        self.finish_reason: str | None = None
+        self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.cumulative_logprob = 0.0
         self.num_preemptions = 0
@@ -169,7 +171,7 @@ class Sequence:
         length = len(self.tokens)
         if length < self.max_len and token not in self.stop_ids and self.stop_search is None:
             return False
-        reason: str | None = None
+        reason: FinishReason | None = None
         stop_reason: int | str | None = None
         if token in self.stop_ids and length - self.num_prompt_tokens >= self.params.min_tokens:
             is_eos = token in self.eos_token_ids and not self.params.ignore_eos
@@ -183,8 +185,8 @@ class Sequence:
         self.finish(reason, stop_reason)
         return True
 
-    def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
-        """End the sequence: "stop", "length" or "abort", and what stopped it. Its blocks are the scheduler's to free."""
+    def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End the sequence, and say what stopped it. Its blocks are the scheduler's to free."""
         self.status, self.finish_reason, self.stop_reason = SequenceStatus.FINISHED, reason, stop_reason
 
     def __repr__(self) -> str:

@@ -50,8 +50,12 @@ class FlatArrays(PagedArrays[Int64, Int32]):
     positions: Int64
 
 
+HostArrays = FlatArrays[NDArray[np.int64], NDArray[np.int32]]
+"""As a step is laid out and sent."""
+
+
 @dataclass(slots=True)
-class StepArrays(FlatArrays[NDArray[np.int64], NDArray[np.int32]]):
+class StepArrays(HostArrays):
     """What the other ranks need of a step.
 
     Attributes:

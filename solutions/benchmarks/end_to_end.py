@@ -42,16 +42,18 @@ def now() -> float:
 def arrivals(count: int, rate: float, *, burst: int = 1, seed: int = 0) -> list[float]:
     """When requests arrive that know nothing of each other: a Poisson process.
 
-    Groups of `burst` arrive together, at exponential distances, so that `rate` is the mean whatever `burst` is.
+    Groups of `burst` arrive together, at exponential distances, so that `rate` is the mean whatever `burst` is; the last group
+    is what is left.
 
     Args:
-        count: of the requests. rate: requests a second; infinite: all at once. seed: of the distances.
+        count: of the requests. rate: requests a second; infinite: all at once. seed: of the distances, which a generator of
+            their own draws.
 
     Returns:
         [count] seconds after the start, ascending; the first group comes at 0.
 
     Raises:
-        ValueError: `rate` is not above 0, or `burst` below 1.
+        ValueError: "arrivals need a rate above 0 and bursts of at least 1", and `rate` is not, or `burst`.
     """
     if not rate > 0 or burst < 1:
         raise ValueError(f"arrivals need a rate above 0 and bursts of at least 1, got {rate} and {burst}")

@@ -40,7 +40,8 @@ class Stream:
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token after the first, in seconds; None for an answer of one token, after which nobody waits."""
+        """Time per output token after the first, in seconds, however many came in a piece. None for an answer of one token,
+        after which nobody waits, and where nobody has counted the tokens (`num_tokens` is 0)."""
         return (self.times[-1] - self.times[0]) / (self.num_tokens - 1) if self.num_tokens > 1 else None
 
     @property
@@ -64,7 +65,7 @@ def percentile(values: Sequence[float], q: float) -> float:
         values: in any order; left as they are. q: 0 to 100.
 
     Raises:
-        ValueError: there are no values, or `q` is no percentage.
+        ValueError: "there is no percentile Q of N values", for there are none, or `q` is no percentage.
     """
     if not values or not 0 <= q <= 100:
         raise ValueError(f"there is no percentile {q} of {len(values)} values")
@@ -87,7 +88,8 @@ def percentiles(seconds: Iterable[float]) -> dict[str, float]:
 
 
 def latencies(streams: Iterable[Stream]) -> dict[str, dict[str, float]]:
-    """`percentiles` of TTFT, TPOT, ITL and the whole time, of the streams without an error; what has no values is left out.
+    """`percentiles` of TTFT, TPOT, ITL and the whole time, of the streams without an error: "ttft_ms", "tpot_ms", "itl_ms" and
+    "latency_ms". What has no values is left out.
 
     Every request counts once in TTFT, TPOT and latency, and every wait once in ITL, however long its request.
     """
@@ -109,7 +111,8 @@ class Limits:
     tpot: float = math.inf
 
     def are_met_by(self, stream: Stream) -> bool:
-        """Whether an answer came in time; at a limit is in time, and what has no answer is not."""
+        """Whether an answer came in time, by its TTFT and its TPOT, if it has one; at a limit is in time. What has an error is
+        not, even if some of it came."""
         return stream.error is None and stream.ttft <= self.ttft and (stream.tpot or 0.0) <= self.tpot
 
 
@@ -117,7 +120,7 @@ def attainment(streams: Sequence[Stream], limits: Limits) -> float:
     """Share of all requests that were answered in time.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no requests.
     """
     if not streams:
         raise ValueError("there are no requests of which any could be in time")
@@ -136,7 +139,7 @@ def goodput(streams: Iterable[Stream], seconds: float, limits: Limits) -> float:
 
 def sustained_rate(measured: Iterable[tuple[float, float]], share: float = 0.9) -> float:
     """The highest rate of arrivals that a server stands: at it, and at every lower rate measured, at least `share` of the
-    requests were in time; 0.0 if that is none.
+    requests were in time, each time that it was measured; 0.0 if that is none.
 
     A server that fails at 4 a second and passes at 5 was lucky at 5.
 

@@ -74,7 +74,8 @@ class UsageMeter:
         self._usage = Usage(system)
 
     def add(self, sequences: Iterable[tuple[int, int, int]]) -> None:
-        """Take one snapshot: (tokens held, slots reserved, tokens when it ends) of every running sequence."""
+        """Take one snapshot: (tokens held, slots reserved, tokens when it ends) of every running sequence, from any iterable. A
+        sequence may end with more tokens than it has slots so far."""
         usage, reserved = self._usage, 0
         for tokens, slots, final in sequences:
             filled = min(slots, final)
@@ -201,7 +202,7 @@ def simulate_contiguous(
         memory: an empty allocator of `capacity` slots.
 
     Raises:
-        ValueError: not even one sequence fits, or the requests are too few.
+        ValueError: "one sequence does not fit the memory of N tokens"; or the requests are too few (`UsageMeter.result`).
     """
     meter = UsageMeter(system, capacity)
     waiting, settled = deque(lengths), int(SETTLED_SHARE * len(lengths))

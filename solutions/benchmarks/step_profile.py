@@ -24,7 +24,7 @@ from ..core.config import DEFAULT_MODEL, EngineConfig
 from ..core.engine import LLMEngine
 from ..core.sampling.selection_cpu import native_argmax
 from ..models.config.model_config import ModelConfig
-from ..models.llama import LlamaForCausalLM
+from ..models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from .kernels import Ceilings, measure_ceilings
 from .report import Parser, finish, one_line_errors, show_table
 
@@ -92,8 +92,9 @@ def profile_step(
         ValueError: the engine runs without recordings, or cannot take the whole batch in one step.
     """
     model = engine.executor.worker.model
-    if not isinstance(model, LlamaForCausalLM) or not isinstance(model.model.run_layers, LayerReplay):
-        raise ValueError("only a LLaMA model's replayed steps can be profiled: on a CPU with a compiler, not --enforce-eager")
+    is_llama = isinstance(model, LlamaForCausalLM) and model.decoder_layer is LlamaDecoderLayer
+    if not is_llama or not isinstance(model.model.run_layers, LayerReplay):
+        raise ValueError("only replayed steps of LLaMA's layers can be profiled: on a CPU with a compiler, not --enforce-eager")
     if batch > engine.config.max_num_seqs or batch * context > engine.limits.max_num_batched_tokens:
         raise ValueError(
             f"{batch} sequences of {context} tokens do not fit one step, which takes {engine.config.max_num_seqs} "

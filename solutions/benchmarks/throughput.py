@@ -76,11 +76,19 @@ class Measurement:
 def run_engine(llm: LLM, requests: Many[BenchRequest], show_progress: bool = False) -> Measurement:
     """Generate all requests with the engine and count what came out.
 
-    The prefix cache is emptied first: a second run over the same prompts would otherwise find all of them.
+    The prefix cache, if there is one, is emptied first: a second run over the same prompts would otherwise find all of them.
+    Requests are greedy and run to their length; all other parameters are the defaults, as users have them.
+
+    Args:
+        show_progress: whether the engine draws a bar.
+
+    Returns:
+        The backend is "engine". Its `details` are `_latencies`, and of this run alone "num_steps", "num_preemptions" and
+        "prefix_cache_hit_tokens" (in `stats`: `prefix_cache_hits`).
 
     Raises:
-        ValueError: a request does not fit the context.
-        RuntimeError: a request came back with another number of tokens than it asked for.
+        ValueError: a request does not fit the context (`check_context`); nothing was generated.
+        RuntimeError: a request came back with another number of tokens than it asked for (`_check_counts`).
     """
     engine = llm.llm_engine
     check_context(requests, engine.limits.max_model_len)
@@ -182,7 +190,8 @@ def left_pad(prompts: Many[list[int]]) -> tuple[Tensor, Tensor]:
 
 def warm_up_requests(requests: Many[BenchRequest]) -> list[BenchRequest]:
     """The first `WARM_UP_REQUESTS` with at most `WARM_UP_TOKENS` to generate: they go through the same code and memory as the
-    real ones. Each begins with another token, or a prefix cache would know the real prompts afterwards."""
+    real ones. Each begins with another token, which is no larger (or is 1), or a prefix cache would know the real prompts
+    afterwards; none has a text, for the same reason."""
 
     def other(token: int) -> int:
         return token - 1 if token else 1

@@ -19,6 +19,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -26,8 +27,7 @@ from torch import Tensor
 
 from ..attention.paged_attention import AttentionBackend, AttentionMetadata, attention_metadata
 from ..attention.paged_attention_cpu import Plan, new_step
-from ..batching.continuous_batch import FlatBatch
-from ..batching.step_arrays import FlatArrays, StepArrays
+from ..batching.step_arrays import FlatArrays, HostArrays
 from ..models.kernels.attach import is_native, put
 from ..models.layers import Attention, CausalLM
 from ..models.llama import LlamaForCausalLM
@@ -100,7 +100,7 @@ class CudaGraphRecorder:
         return replay
 
 
-class DecodeGraphs(Capture[FlatBatch | StepArrays]):
+class DecodeGraphs(Capture[HostArrays]):
     """Runs decode steps through steps recorded for some batch sizes.
 
     Args:
@@ -130,21 +130,21 @@ class DecodeGraphs(Capture[FlatBatch | StepArrays]):
         for size in reversed(sizes):
             step = self._views(size)
             metadata = attention_metadata(step, (1, max_model_len), kv_caches, kv_scales, backend, sliding_window)
-            self._steps[size] = record(lambda step=step, metadata=metadata: model(step.input_ids, step.positions, metadata))
+            self._steps[size] = record(partial(model, step.input_ids, step.positions, metadata))
 
     def _views(self, size: int) -> FlatArrays[Tensor, Tensor]:
         """The buffers as a step of this size."""
         rows = {each.name: size for each in fields(FlatArrays)} | {"query_start_loc": size + 1}
         return FlatArrays(**{name: getattr(self._buffers, name)[:count] for name, count in rows.items()})
 
-    def size_for(self, batch: FlatBatch | StepArrays) -> int | None:
+    def size_for(self, batch: HostArrays) -> int | None:
         """The recorded size that `batch` runs in, or None: it is too large, or more than decoding."""
         count = len(batch.context_lens)
         if len(batch.input_ids) != count:
             return None
         return next((size for size in self.sizes if size >= count), None)
 
-    def run(self, batch: FlatBatch | StepArrays, size: int) -> Tensor:
+    def run(self, batch: HostArrays, size: int) -> Tensor:
         """Hidden states [T, hidden] of a step for which `size_for` gave `size`; the next step overwrites them."""
         of, count, width = self._buffers, len(batch.input_ids), batch.block_tables.shape[1]
         of.input_ids[:count].copy_(torch.from_numpy(batch.input_ids))
@@ -234,5 +234,6 @@ def replay_layers(model: CausalLM, parallel: TensorParallel) -> None:
         return
     layers = [*model.model.layers.modules(), model.model.norm]
     if all(is_native(layer) for layer in layers if isinstance(layer, WeightLayer | Attention)):
-        attention, dtype = model.model.layers[0].self_attn.attn, model.model.embed_tokens.weight.dtype
+        attention = next(layer for layer in layers if isinstance(layer, Attention))
+        dtype = model.model.embed_tokens.weight.dtype
         put(model.model, "run_layers", LayerReplay(model.model.run_layers, attention, model.config.hidden_size, dtype))

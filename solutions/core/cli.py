@@ -1,4 +1,4 @@
-"""The engine on the command line: completes prompts from flags, a file or a pipe, or chats on a terminal."""
+"""The engine on the command line. It completes prompts from flags, a file or a pipe, or chats in a terminal."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .output import RequestOutput
 from .text.chat_template import render_chat
 
 EPILOG = """examples:
-  complete one prompt, as it is generated
+  complete one prompt; the text appears as it is generated
     python -m solutions.core.engine --prompt "The capital of France is"
-  complete many, all at once: a prompt a line
+  complete many prompts in one batch, one prompt per line
     python -m solutions.core.engine --prompts-file prompts.txt --max-tokens 64
     cat prompts.txt | python -m solutions.core.engine
   chat
@@ -32,22 +32,25 @@ EPILOG = """examples:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m solutions.core.engine", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG,
-        description="Complete prompts with the engine, or chat when there is a terminal and no prompt.",
+        description="Complete prompts with the engine. Without a prompt, in a terminal, chat with the model.",
     )  # fmt: skip
     group = parser.add_argument_group("prompts")
-    group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given several times")
-    group.add_argument("--prompts-file", type=Path, metavar="FILE", help="a text file with a prompt a line")
-    group.add_argument("--max-tokens", type=int, default=128, help="most tokens to generate (default: 128)")
+    group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
+    group.add_argument("--prompts-file", type=Path, metavar="FILE", help="a text file with one prompt per line")
+    group.add_argument("--max-tokens", type=int, default=128, help="maximum number of tokens to generate (default: 128)")
     group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
-    group.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this share (default: 1)")
-    group.add_argument("--top-k", type=int, default=0, help="sample from this many likeliest tokens (default: 0, all)")
-    group.add_argument("--system", metavar="TEXT", help="chat: the system message")
+    group.add_argument(
+        "--top-p", type=float, default=1.0,
+        help="sample from the most likely tokens whose probabilities add up to this (default: 1, all tokens)",
+    )  # fmt: skip
+    group.add_argument("--top-k", type=int, default=0, help="sample from this many most likely tokens (default: 0, all tokens)")
+    group.add_argument("--system", metavar="TEXT", help="the system message of a chat")
     add_engine_flags(parser)
     return parser
 
 
 def main(make_llm: Callable[..., Any], argv: list[str] | None = None) -> None:
-    """Entry point of ``python -m solutions.core.engine``; exits with 1 and one line on a problem.
+    """Entry point of ``python -m solutions.core.engine``. After an error it prints one line and exits with 1.
 
     Args:
         make_llm: `LLM`, which stands above this file.
@@ -70,18 +73,18 @@ def main(make_llm: Callable[..., Any], argv: list[str] | None = None) -> None:
 
 
 def _prompts(args: argparse.Namespace) -> list[str] | None:
-    """Prompts from flags, file or pipe; None when there are none and a person sits at a terminal."""
+    """Prompts from flags, file or pipe; None: there are none, and standard input is a terminal."""
     prompts = list(args.prompt)
     if args.prompts_file is not None:
         prompts += [line for line in args.prompts_file.read_text().splitlines() if line.strip()]
         if not prompts:
-            raise ValueError(f"{args.prompts_file} holds no prompts; write one a line")
+            raise ValueError(f"{args.prompts_file} holds no prompts; write one per line")
     elif not prompts:
         if sys.stdin.isatty():
             return None
         prompts = [line for line in sys.stdin.read().splitlines() if line.strip()]
         if not prompts:
-            raise ValueError("no prompt: use --prompt, --prompts-file, or pipe one prompt a line into standard input")
+            raise ValueError("no prompt: use --prompt, --prompts-file, or pipe one prompt per line into standard input")
     return prompts
 
 
@@ -97,7 +100,7 @@ def _complete(llm: Any, prompts: list[str], params: SamplingParams) -> None:
 
 
 def _stream(engine: Any, prompt: Prompt, params: SamplingParams, show_prompt: bool) -> RequestOutput:
-    """Generate one sequence and write its text as it comes.
+    """Generate one sequence and print its text as it comes.
 
     Returns:
         The last output, with the whole text.
@@ -105,7 +108,8 @@ def _stream(engine: Any, prompt: Prompt, params: SamplingParams, show_prompt: bo
     engine.add_request("stream", prompt, params)
     if show_prompt:
         print(prompt, end="", flush=True)
-    shown, last = 0, None
+    shown = 0
+    last: RequestOutput | None = None
     try:
         while engine.has_unfinished_requests():
             for last in engine.step():
@@ -115,6 +119,7 @@ def _stream(engine: Any, prompt: Prompt, params: SamplingParams, show_prompt: bo
     finally:
         engine.abort_request("stream")
     print()
+    assert last is not None  # a request has at least one output
     return last
 
 
@@ -147,12 +152,14 @@ def _chat(llm: Any, params: SamplingParams, system: str | None) -> None:
 def _statistics(engine: Any, outputs: list[RequestOutput], seconds: float) -> str:
     """One line: latency, rate, cache."""
     num_tokens = sum(len(o.token_ids) for output in outputs for o in output.outputs)
-    first = [o.metrics.first_token_time - o.metrics.arrival_time for o in outputs]
-    decode = [
-        (o.metrics.last_token_time - o.metrics.first_token_time) / (len(o.outputs[0].token_ids) - 1)
-        for o in outputs
-        if len(o.outputs[0].token_ids) > 1
-    ]
+    first, decode = [], []
+    for output in outputs:
+        metrics, count = output.metrics, len(output.outputs[0].token_ids)
+        assert metrics.first_token_time is not None
+        assert metrics.last_token_time is not None
+        first.append(metrics.first_token_time - metrics.arrival_time)
+        if count > 1:
+            decode.append((metrics.last_token_time - metrics.first_token_time) / (count - 1))
     stats = engine.stats()
     tpot = f"TPOT {1e3 * sum(decode) / len(decode):.1f} ms, " if decode else ""
     return (

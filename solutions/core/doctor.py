@@ -38,7 +38,11 @@ INSTRUCTION_SETS = {
 
 
 def tool_version(commands: list[str], pattern: str) -> str | None:
-    """The first of the commands that is installed, with what its --version matches, such as "g++ 12.2.0"."""
+    """The first of the commands that is installed, with its version, such as "g++ 12.2.0"; None: none is.
+
+    Args:
+        pattern: a regular expression whose group is the version in the output of ``--version``.
+    """
     for command in commands:
         if shutil.which(command):
             run = subprocess.run([command, "--version"], capture_output=True, text=True, check=False)
@@ -68,7 +72,7 @@ def gpus() -> str:
 
 
 def machine_rows() -> Rows:
-    """What there is."""
+    """What this machine has."""
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     chosen = os.environ.get("CXX")
     compiler = tool_version([chosen] if chosen else ["g++", "clang++"], r"(\d+\.\d+(?:\.\d+)?)")
@@ -83,7 +87,7 @@ def machine_rows() -> Rows:
         ("memory", f"{format_bytes(total_memory())}, of which {format_bytes(available_memory())} free"),
         (
             "C++ compiler",
-            compiler or (f"CXX is {chosen!r}, which is not here" if chosen else "none found; install g++ or clang++"),
+            compiler or (f"CXX is {chosen!r}, which was not found" if chosen else "none found; install g++ or clang++"),
         ),
         ("nvcc", tool_version(["nvcc"], r"release (\d+\.\d+)") or "none found; only needed to compile CUDA kernels"),
         ("GPU", gpus()),
@@ -92,6 +96,7 @@ def machine_rows() -> Rows:
 
 def model_rows(source: ModelSource) -> Rows:
     """Where the model's files lie, and how large they are."""
+    assert source.path is not None  # only random weights have none
     size = sum(file.stat().st_size for file in source.path.iterdir())
     return [("model", source.name), ("its files", f"{source.path} ({format_bytes(size)})")]
 
@@ -105,7 +110,7 @@ def engine_rows(config: EngineConfig, source: ModelSource) -> Rows:
         ("dtype", str(limits.dtype).removeprefix("torch.")),
         ("threads", str(pick_threads())),
         ("attention", limits.attention_backend),
-        ("layers", "C++ kernels" if native.load() else f"PyTorch, for {native.why_not.splitlines()[0]}"),
+        ("layers", "C++ kernels" if native.load() else f"PyTorch: {native.why_not.splitlines()[0]}"),
         ("KV cache", kv_cache),
         ("longest sequence", f"{limits.max_model_len} tokens"),
         ("a step", f"{config.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens"),
@@ -121,7 +126,7 @@ def show(title: str, rows: Rows, console: Console) -> None:
 
 
 def main() -> None:
-    """Print both tables; exits with 1 and one line where the engine could not start."""
+    """Print both tables. If the engine could not start, say so in one line and exit with 1."""
     console = Console(highlight=False)
     show("This machine has", machine_rows(), console)
     config = EngineConfig()

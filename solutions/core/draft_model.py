@@ -26,31 +26,38 @@ from .worker import Worker
 
 
 @dataclass(frozen=True, slots=True)
+class DraftModel:
+    """A model that drafts: what the engine's settings are for it, and where it is."""
+
+    settings: EngineConfig
+    source: ModelSource
+
+
+@dataclass(frozen=True, slots=True)
 class FoundDraft:
     """What drafts, found and checked before anything is loaded.
 
     Attributes:
-        settings, source: of the model that drafts; None: it takes none.
+        model: the one that drafts; None: none does.
     """
 
     speculation: SpeculativeConfig
-    settings: EngineConfig | None = None
-    source: ModelSource | None = None
+    model: DraftModel | None = None
 
 
 class DraftModelProposer(Proposer):
     """A model that drafts.
 
     Args:
-        draft: the model, which was checked. limits: the target's.
+        speculation: how many tokens to draft, and when. draft: the model, which was checked. limits: the target's.
 
     Attributes:
         tables: seq_id → blocks, the block manager's.
     """
 
-    def __init__(self, draft: FoundDraft, limits: Limits) -> None:
-        super().__init__(draft.speculation)
-        self.model_config = draft.source.config
+    def __init__(self, speculation: SpeculativeConfig, draft: DraftModel, limits: Limits) -> None:
+        super().__init__(speculation)
+        self.model_config: ModelConfig = draft.source.config
         threads = torch.get_num_threads() if limits.device.type == "cpu" else None  # the other ranks keep their cores
         self.worker = Worker(draft.settings, draft.source, limits.device, limits.dtype, threads=threads)
         self.tables: dict[int, list[int]] = {}
@@ -175,6 +182,7 @@ def find_draft(config: EngineConfig, target: ModelConfig, limits: Limits) -> Fou
     speculation = SpeculativeConfig.parse(config.speculative_config)
     if speculation.method == "ngram":
         return FoundDraft(speculation)
+    assert speculation.model is not None  # `SpeculativeConfig` sees to it
     source = resolve_model(speculation.model)
     check_fits(source.config, target, limits.max_model_len)
     settings = replace(
@@ -182,13 +190,13 @@ def find_draft(config: EngineConfig, target: ModelConfig, limits: Limits) -> Fou
         distributed_executor_backend=None,
     )  # fmt: skip
     check_settings(settings, source, limits.device, limits.dtype)
-    return FoundDraft(speculation, settings, source)
+    return FoundDraft(speculation, DraftModel(settings, source))
 
 
 def make_proposer(draft: FoundDraft | None, limits: Limits) -> Proposer | None:
     """Load what drafts, if anything does."""
     if draft is None:
         return None
-    if draft.source is None:
+    if draft.model is None:
         return NgramProposer(draft.speculation)
-    return DraftModelProposer(draft, limits)
+    return DraftModelProposer(draft.speculation, draft.model, limits)

@@ -93,7 +93,7 @@ class LockstepExecutor(Executor):
     """
 
     _others: Sequence[WorkerHandle]
-    _finalizer: weakref.finalize
+    _finalizer: weakref.finalize[..., LockstepExecutor]
 
     def _init_worker(self, setup: Setup, store: dist.TCPStore, threads: int | None = None) -> None:
         """Wait for the others, join them as `setup` says, and make rank 0's worker.
@@ -195,10 +195,13 @@ def step_arrays(batch: FlatBatch) -> StepArrays:
         return np.array(list(moves), np.int64).reshape(-1, 2)
 
     return StepArrays(
-        *(getattr(batch, array.name) for array in fields(FlatArrays)),
-        pairs(decision.swap_out), pairs(decision.swap_in), pairs(decision.copies),
-        np.concatenate([*calls, np.empty(0, np.int64)]), np.array([len(rows) for rows in calls], np.int64),
-    )  # fmt: skip
+        **{array.name: getattr(batch, array.name) for array in fields(FlatArrays)},
+        swap_out=pairs(decision.swap_out),
+        swap_in=pairs(decision.swap_in),
+        copies=pairs(decision.copies),
+        logit_rows=np.concatenate([*calls, np.empty(0, np.int64)]),
+        logit_counts=np.array([len(rows) for rows in calls], np.int64),
+    )
 
 
 def local_model(model: ModelConfig, config: EngineConfig) -> ModelConfig:

@@ -46,8 +46,8 @@ Prompt = str | TokensPrompt
 
 @dataclass(slots=True)
 class EngineRequest:
-    """A validated request. `arrival_time` is on the clock of `time.monotonic`; `grammar` is the compiled form of the answer,
-    which whoever submits the request has waited for."""
+    """A validated request. `arrival_time` is on the clock of `time.monotonic`. `grammar` is the answer's grammar once it is
+    compiled: `InputProcessor.complete` or the server sets it."""
 
     request_id: str
     prompt: str | None
@@ -67,7 +67,7 @@ class InputProcessor:
         model: gives vocabulary and end-of-sequence tokens.
         max_model_len: longest sequence, prompt and output.
         max_num_seqs: most sequences that a request may ask for with ``n``.
-        no_structure: why answers of a given form cannot be had; None: they can.
+        no_structure: why structured answers are not available here; None: they are.
     """
 
     def __init__(
@@ -83,11 +83,11 @@ class InputProcessor:
         self._is_closed = False
 
     def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> EngineRequest:
-        """Make a request. The form of its answer is not compiled yet: see `complete`, or `compile` where nobody may wait.
+        """Make a request. The answer's grammar is not compiled yet: `complete` waits for it, `compile` does not wait.
 
         Raises:
             ContextLengthError: the prompt is too long.
-            ValueError: something about it is wrong; the message says what and what would be right.
+            ValueError: something else is wrong; the message says what, and what is allowed.
         """
         if isinstance(prompt, str):
             prompt = {"prompt": prompt}
@@ -96,8 +96,9 @@ class InputProcessor:
         text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         if token_ids is None:
             token_ids = self._tokenize(text)
-        self._check_token_ids(token_ids)
         params = self._complete(params)
+        token_ids = self._truncated(token_ids, params)
+        self._check_token_ids(token_ids)
         if params.structured_output is not None and self.no_structure is not None:
             raise ValueError(f"structured_output: {self.no_structure}")
         salt = prompt.get("cache_salt")
@@ -124,10 +125,10 @@ class InputProcessor:
         return sequences
 
     def compile(self, wanted: StructuredOutput, client: str | None = None) -> Future[CompiledGrammar]:
-        """Have the form of an answer compiled, see `GrammarProcesses.compile`.
+        """Compile the grammar of a structured answer in another process; see `GrammarProcesses.compile`.
 
         Raises:
-            ValueError: it cannot be had here. CompilingStoppedError: `close` was called.
+            ValueError: structured answers are not available here. CompilingStoppedError: `close` was called.
         """
         if self.no_structure is not None:
             raise ValueError(f"structured_output: {self.no_structure}")
@@ -141,16 +142,16 @@ class InputProcessor:
         return self._grammars.compile(wanted, client)
 
     def complete(self, request: EngineRequest) -> None:
-        """Wait for the compiled form of a request's answer, if it asks for one and has none yet.
+        """Compile the grammar of a request's answer and wait for it. A request without one, or that has it, is left alone.
 
         Raises:
-            ValueError: it cannot be had.
+            ValueError: the grammar cannot be compiled.
         """
         if request.params.structured_output is not None and request.grammar is None:
             request.grammar = self.compile(request.params.structured_output).result()
 
     def close(self) -> None:
-        """Stop compiling, and end the process that it takes."""
+        """Stop compiling and end the compiler's process."""
         with self._lock:
             self._is_closed = True
             grammars = self._grammars
@@ -167,15 +168,25 @@ class InputProcessor:
     def _encode(self, name: str, text: str, **options: Any) -> list[int]:
         """Token ids of a text."""
         self._check_text(name, text)
-        return self.tokenizer.encode(text, **options)
+        token_ids: list[int] = self.tokenizer.encode(text, **options)
+        return token_ids
 
     @staticmethod
     def _check_text(name: str, text: str) -> None:
-        """Raises ValueError if a text is none: half of a surrogate pair is no character."""
+        """Raises ValueError if a text holds half of a surrogate pair, which is not a character."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{name}: character {error.start} is half of a surrogate pair; send whole characters") from None
+
+    def _truncated(self, token_ids: list[int], params: SamplingParams) -> list[int]:
+        """A prompt as short as the parameters ask for."""
+        most = params.truncate_prompt_tokens
+        if most == -1:
+            most = max(1, self.max_model_len - (params.max_tokens or 1))
+        if most is None or len(token_ids) <= most:
+            return token_ids
+        return token_ids[-most:] if params.truncation_side == "left" else token_ids[:most]
 
     def _check_token_ids(self, token_ids: list[int]) -> None:
         if len(token_ids) == 0:
@@ -213,6 +224,6 @@ class InputProcessor:
 
 
 def _cut_off(seq: Sequence, num_output_tokens: int) -> None:
-    """Let a sequence end with the token behind so many, as if it were long enough, and say why."""
+    """End a sequence with the token after the first `num_output_tokens`, as if `max_len` were reached, and say why."""
     seq.max_len = min(seq.max_len, seq.num_prompt_tokens + num_output_tokens + 1)
     seq.max_len_reason = "structured_output takes too long to follow"

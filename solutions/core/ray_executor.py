@@ -136,7 +136,7 @@ class RankActor:
     """What runs in an actor. Calls take effect one after another, in the order in which they were made."""
 
     def __init__(self) -> None:
-        self._worker_proc: WorkerProc | None = None
+        self._worker_proc: WorkerProc  # from `start` on
         self._failure: BaseException | None = None
 
     def start(self, setup: Setup, own_interface: bool) -> None:
@@ -167,7 +167,8 @@ class RankActor:
 
     def gpus(self) -> list[str]:
         """The GPUs that Ray has given this actor; also: whether it lives."""
-        return import_ray().get_runtime_context().get_accelerator_ids().get("GPU", [])
+        ids: list[str] = import_ray().get_runtime_context().get_accelerator_ids().get("GPU", [])
+        return ids
 
 
 class RayWorkerHandle(WorkerHandle):

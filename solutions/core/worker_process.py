@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from ..batching.step_arrays import StepArrays
 from ..models.loader import ModelSource
@@ -119,7 +120,8 @@ class StepBoard:
         size = sum(count * np.dtype(_DTYPES[name]).itemsize for name, count in zip(_NAMES, counts, strict=True))
         if self._map is None or len(self._map) < size:
             self._map = mmap.mmap(self.descriptor, 0)  # it has grown
-        arrays, at = [], 0
+        arrays: list[NDArray[Any]] = []
+        at = 0
         for name, shape, count in zip(_NAMES, shapes, counts, strict=True):
             array = np.frombuffer(self._map, _DTYPES[name], count, at).reshape(shape).copy()
             at += array.nbytes
@@ -148,8 +150,8 @@ def init_worker_distributed(setup: Setup, store: dist.Store | str) -> TensorPara
     communicator = join(setup.rank, setup.size, store, setup.device)
     if setup.config.collective_backend == "ring":
         return TensorParallel(setup.rank, setup.size, RingCommunicator())
-    wanted = setup.device.type == "cpu" and setup.memory is not None and setup.config.enable_cpu_kernels
-    if wanted and native.load() is not None:
+    wanted = setup.device.type == "cpu" and setup.config.enable_cpu_kernels
+    if wanted and setup.memory is not None and native.load() is not None:
         communicator = SharedMemoryCommunicator(setup.memory, pick_threads(ranks=setup.size))
     return TensorParallel(setup.rank, setup.size, communicator)
 
@@ -181,16 +183,17 @@ class WorkerProcHandle(WorkerHandle):
         command = [sys.executable, "-m", __name__]
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, pass_fds=[setup.board, setup.memory], env=environment, text=True
-        )
+        shared = [descriptor for descriptor in (setup.board, setup.memory) if descriptor is not None]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=shared, env=environment, text=True)
+        assert self._process.stdin is not None
+        self._bell = self._process.stdin
         self.send(setup=base64.b64encode(pickle.dumps(setup)).decode())
 
     def send(self, **message: Any) -> None:
         """Ring the bell. A step is told by the shapes that `StepBoard.write` gave."""
         try:
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
+            self._bell.write(json.dumps(message) + "\n")
+            self._bell.flush()
         except (BrokenPipeError, ValueError):
             raise WorkerDiedError(self._death()) from None
 
@@ -201,7 +204,7 @@ class WorkerProcHandle(WorkerHandle):
 
     def release(self) -> None:
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._bell.close()
 
     def stop(self, seconds: float) -> None:
         try:

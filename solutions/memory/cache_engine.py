@@ -21,7 +21,7 @@ def element_type(kv_cache_dtype: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of one block: keys and values of `block_size` tokens in all layers."""
+    """Bytes of one block: keys and values of `block_size` tokens in all layers. Types of whole numbers count as any others."""
     return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
 
 
@@ -31,7 +31,8 @@ def num_blocks_for_budget(budget_bytes: int, bytes_per_block: int) -> int:
 
 
 def write_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Store the keys and values of T tokens in one layer's cache.
+    """Store the keys and values of T tokens in one layer's cache, and change nothing else. The number of tensor operations does
+    not grow with T.
 
     Args:
         key, value: [T, H_kv, D].
@@ -67,7 +68,8 @@ def scale_bytes(num_layers: int, block_size: int, num_kv_heads: int, dtype: torc
 
 
 def move_blocks(source: list[Tensor], target: list[Tensor], pairs: BlockPairs) -> None:
-    """Copy whole blocks in every layer. All sources are read before any destination is written.
+    """Copy whole blocks in every layer, and change nothing else. All sources are read before any destination is written, into
+    memory for these blocks: there is no room for a second cache.
 
     Args:
         source, target: for each layer [2, num_blocks, block_size, H_kv, D]; may be the same tensors, or on two devices.

@@ -39,6 +39,13 @@ _TEKKEN_SPLIT = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _CONTRACTIONS
+    + r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _CONTRACTIONS
+    + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)  # fmt: skip
 
 
 def _byte_level(*before: pre_tokenizers.PreTokenizer, use_regex: bool) -> pre_tokenizers.PreTokenizer:
@@ -52,6 +59,7 @@ def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
 _GPT2 = _byte_level(use_regex=True)
 _SINGLE_DIGITS = _byte_level(pre_tokenizers.Digits(individual_digits=True), use_regex=True)
 _LLAMA3 = _split(_LLAMA3_SPLIT)
+_QWEN2 = _split(_QWEN2_SPLIT)
 PRE_TOKENIZERS = {
     "default": _GPT2,
     "gpt-2": _GPT2,
@@ -62,6 +70,9 @@ PRE_TOKENIZERS = {
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama-bpe": _LLAMA3,
+    "dbrx": _split(_LLAMA3_SPLIT),  # OLMo 2
+    "qwen2": _QWEN2,
+    "gpt-4o": _split(_GPT4O_SPLIT),  # Phi-4-mini
     "tekken": _split(_TEKKEN_SPLIT),
 }
 """By ``tokenizer.ggml.pre``."""
@@ -144,6 +155,8 @@ def _byte_level_bpe(metadata: Entries, tokens: list[str]) -> Tokenizer:
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.many("ggml.merges", str)]
     tokenizer = Tokenizer(_bpe(vocab=vocab, merges=merges, ignore_merges=PRE_TOKENIZERS[pre] is _LLAMA3))
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
+    if PRE_TOKENIZERS[pre] is _QWEN2:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

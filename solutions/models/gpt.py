@@ -35,7 +35,7 @@ class GPT2Attention(nn.Module):
         heads, kv_heads = parallel.heads(config)
         inputs = heads.times(config.head_dim)
         self.c_attn = QKVParallelLinear(config, parallel)
-        self.c_proj = RowParallelLinear(inputs, config.hidden_size, config.attention_bias, parallel)
+        self.c_proj = RowParallelLinear(inputs, config.hidden_size, config.output_bias, parallel)
         self.attn = Attention(len(heads), len(kv_heads), config.head_dim, layer)
 
     def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:

@@ -14,7 +14,8 @@ from ..parallelism.tensor_parallel import (
     VocabParallelEmbedding,
 )
 from .config.model_config import ModelConfig
-from .layers import Attention, CausalLM, RMSNorm, RotaryEmbedding
+from .layers import Attention, CausalLM, RMSNorm
+from .rope import RotaryEmbedding
 
 MERGED_LAYERS = {
     "q_proj": ("qkv_proj", "q"),
@@ -28,18 +29,24 @@ MERGED_LAYERS = {
 
 class LlamaAttention(nn.Module):
     """Projections around paged attention, over a window if the model has one, with queries and keys rotated by RoPE; the result
-    is added to `add_to` [T, hidden]."""
+    is added to `add_to` [T, hidden], if that is given."""
 
     def __init__(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> None:
         super().__init__()
         heads, kv_heads = parallel.heads(config)
         inputs = heads.times(config.head_dim)
         self.qkv_proj = QKVParallelLinear(config, parallel)
-        self.o_proj = RowParallelLinear(inputs, config.hidden_size, config.attention_bias, parallel)
+        self.o_proj = RowParallelLinear(inputs, config.hidden_size, config.output_bias, parallel)
         self.attn = Attention(len(heads), len(kv_heads), config.head_dim, layer, config.sliding_window)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata, add_to: Tensor) -> Tensor:
-        return self.o_proj(self.attn(self.qkv_proj(x), metadata, rope), add_to)
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, metadata: AttentionMetadata, add_to: Tensor | None
+    ) -> Tensor:
+        return self.o_proj(self.attn(self.project(x), metadata, rope), add_to)
+
+    def project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values before they are rotated: [T, hidden] -> [T, (H + 2·H_kv)·D]."""
+        return self.qkv_proj(x)
 
 
 class GatedMLP(nn.Module):
@@ -50,18 +57,24 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = GateUpParallelLinear(config, parallel)
         self.down_proj = RowParallelLinear(parallel.mlp(config), config.hidden_size, config.mlp_bias, parallel)
 
-    def forward(self, x: Tensor, add_to: Tensor) -> Tensor:
-        """The sum of `add_to` [T, hidden], which is overwritten, and the MLP of `x` [T, hidden]."""
+    def forward(self, x: Tensor, add_to: Tensor | None) -> Tensor:
+        """The MLP of `x` [T, hidden], added to `add_to` [T, hidden], which is overwritten, if that is given."""
         return self.down_proj(self.gate_up_proj(x), add_to)
 
 
 class LlamaDecoderLayer(nn.Module):
-    """Attention and MLP, each added to the residual stream after a norm of its input."""
+    """Attention and MLP, each added to the residual stream after a norm of its input.
+
+    Attributes:
+        attention: the class of its attention, for families that differ there.
+    """
+
+    attention: type[LlamaAttention] = LlamaAttention
 
     def __init__(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = LlamaAttention(config, layer, parallel)
+        self.self_attn = self.attention(config, layer, parallel)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = GatedMLP(config, parallel)
 
@@ -72,12 +85,12 @@ class LlamaDecoderLayer(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    """Embedding, decoder layers and final norm."""
+    """Embedding, decoder layers of one kind and final norm."""
 
-    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, parallel: TensorParallel, decoder_layer: type[nn.Module]) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config, parallel)
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config, layer, parallel) for layer in range(config.num_layers))
+        self.layers = nn.ModuleList(decoder_layer(config, layer, parallel) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
 
@@ -92,12 +105,18 @@ class LlamaModel(nn.Module):
 
 
 class LlamaForCausalLM(CausalLM):
-    """LLaMA with its head; parameters are named as in Hugging Face's checkpoints but for `MERGED_LAYERS`."""
+    """LLaMA with its head; parameters are named as in Hugging Face's checkpoints but for `MERGED_LAYERS`.
+
+    Attributes:
+        decoder_layer: the class of its layers, for families that differ there.
+    """
+
+    decoder_layer: type[nn.Module] = LlamaDecoderLayer
 
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
         self.config = config
-        self.model = LlamaModel(config, parallel)
+        self.model = LlamaModel(config, parallel, self.decoder_layer)
         self.lm_head = ParallelLMHead(config, self.model.embed_tokens, parallel)
 
     def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:

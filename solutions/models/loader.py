@@ -16,10 +16,8 @@ from ..parallelism.tensor_parallel import SINGLE, TensorParallel
 from ..quantization.layout.description import METHODS
 from .config.entries import Entries, ModelError, read_json
 from .config.model_config import ALIASES, Alias, ModelConfig
-from .gpt import GPT2LMHeadModel
+from .families import MODEL_CLASSES
 from .layers import CausalLM
-from .llama import LlamaForCausalLM
-from .mistral import MistralForCausalLM
 from .model_files import quantization_description, weight_files
 from .tokenizer_files import TOKENIZER_FILES, has_own_code, read_tokenizer
 from .weight_headers import WeightHeaders
@@ -27,10 +25,6 @@ from .weights import fill_randomly, load_weights, quantized_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-MODEL_CLASSES: dict[str, type[CausalLM]] = {
-    model.__name__: model for model in (LlamaForCausalLM, MistralForCausalLM, GPT2LMHeadModel)
-}
 
 WAYS_OUT = (
     "give a folder in Hugging Face format, a .gguf file, or use the default model smollm2-135m "

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .config.entries import ModelError, read_json
+from .config.families import FAMILIES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 CONFIG_FILE = "tokenizer_config.json"
-_CONFIG_CLASSES = {"LlamaForCausalLM": "LlamaConfig", "MistralForCausalLM": "MistralConfig", "GPT2LMHeadModel": "GPT2Config"}
-"""transformers' names by architecture."""
 
 
 def has_own_code(folder: Path) -> bool:
@@ -49,7 +48,7 @@ def read_tokenizer(where: Path | str, architecture: str, name: str) -> PreTraine
 
             tokenizer = load_sentencepiece(folder)
         else:
-            tokenizer = _auto_tokenizer(where, architecture)
+            tokenizer = _auto_tokenizer(where, FAMILIES[architecture].model_type)
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(f"{type(tokenizer).__name__} is no fast tokenizer; convert it to a tokenizer.json")
         tokenizer.decode(tokenizer.encode("a b"))  # settings of the wrong kind show only here
@@ -67,10 +66,10 @@ def read_tokenizer(where: Path | str, architecture: str, name: str) -> PreTraine
     return tokenizer
 
 
-def _auto_tokenizer(where: Path | str, architecture: str) -> PreTrainedTokenizerFast:
+def _auto_tokenizer(where: Path | str, model_type: str) -> PreTrainedTokenizerFast:
     import transformers  # takes a second
 
-    config = getattr(transformers, _CONFIG_CLASSES[architecture])()  # given, so that config.json is not read once more
+    config = transformers.AutoConfig.for_model(model_type)  # given, so that config.json is not read once more
     config._name_or_path = str(where)
     return transformers.AutoTokenizer.from_pretrained(where, config=config, trust_remote_code=False)
 

@@ -75,36 +75,6 @@ class Communicator:
             dist.all_gather(list(out.tensor_split(self.size)), x.contiguous(), group=self.group)
         return out
 
-    def reduce_scatter(self, x: Tensor) -> Tensor:
-        """This rank's part of the sum of all ranks' `x` [size · n, ...]: [n, ...].
-
-        Raises:
-            ValueError: the first dimension is no multiple of the number of ranks.
-        """
-        if len(x) % self.size:
-            raise ValueError(f"reduce_scatter over {self.size} ranks needs a multiple of {self.size} rows, got {len(x)}")
-        out = x.new_empty((len(x) // self.size, *x.shape[1:]))
-        with self._counted("reduce_scatter", _ring_bytes(x, self.size)):
-            dist.reduce_scatter(out, list(x.contiguous().tensor_split(self.size)), group=self.group)
-        return out
-
-    def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
-        """The `x` of rank `source`, in place on the others."""
-        with self._counted("broadcast", x.nbytes if self.rank == source else 0):
-            dist.broadcast(x, group=self.group, group_src=source)
-        return x
-
-    def send(self, x: Tensor, target: int) -> None:
-        """Give `x` to rank `target`, which calls `recv`."""
-        with self._counted("send", x.nbytes):
-            dist.send(x.contiguous(), group=self.group, group_dst=target)
-
-    def recv(self, x: Tensor, source: int) -> Tensor:
-        """Fill the contiguous `x` with what rank `source` sends."""
-        with self._counted("recv", 0):
-            dist.recv(x, group=self.group, group_src=source)
-        return x
-
     def exchange(self, outgoing: Tensor, target: int, incoming: Tensor, source: int) -> Tensor:
         """Send and receive at once: in a ring where all sent first, all would wait for a receiver. Fills `incoming`."""
         with self._counted("exchange", outgoing.nbytes):

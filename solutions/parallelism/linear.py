@@ -49,12 +49,13 @@ class Linear(WeightLayer):
         self.weight = parameter(out_features, in_features) if weight is None else weight
         self.bias = parameter(out_features) if bias else None
 
-    def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-        """[T, in] -> [T, out]; with `add_to` [T, out] the result is added to that in place."""
-        return self.multiply(x, add_to)
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, in] -> [T, out]."""
+        return self.multiply(x)
 
     def multiply(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-        """The product itself, whatever a kind of layer does around it: what a kernel takes the place of."""
+        """The product itself, whatever a kind of layer does around it: what a kernel takes the place of. With `add_to` [T, out]
+        the result is added to that in place."""
         y = F.linear(x, self.weight, self.bias)
         return y if add_to is None else add_to.add_(y)
 

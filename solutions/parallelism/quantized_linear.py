@@ -25,6 +25,8 @@ class QuantizedLinear(WeightLayer):
         ValueError: with act-order a rank's columns are of all groups; that is not supported.
     """
 
+    layer: Linear
+
     def __init__(self, layer: Linear, form: QuantizedFormat) -> None:
         super().__init__()
         rows, columns = layer.weight.shape
@@ -71,8 +73,8 @@ class QuantizedLinear(WeightLayer):
         order = self.order
         if order is not None and torch.equal(order, torch.arange(len(order), device=order.device)):
             order = None
-        tensors = (param.data for param in (self.codes, self.scales, self.zeros))
-        quantized = GroupQuantized(*tensors, self.bits, self.group_size, None if order is None else order.data)
+        codes, scales, zeros = (param.data for param in (self.codes, self.scales, self.zeros))
+        quantized = GroupQuantized(codes, scales, zeros, self.bits, self.group_size, None if order is None else order.data)
         for name in ("codes", "scales", "zeros", "order"):
             setattr(self, name, None)
         return quantized

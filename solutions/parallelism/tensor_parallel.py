@@ -155,7 +155,7 @@ class ColumnParallelLinear(Linear):
     def __init__(self, in_features: int, pieces: dict[str, Shard], bias: bool) -> None:
         super().__init__(in_features, sum(map(len, pieces.values())), bias)
         self.pieces = pieces
-        self.shard_ids = tuple(pieces)
+        self.shard_ids: tuple[str, ...] = tuple(pieces)
 
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
         """Take this rank's rows of one piece's weight or bias; without `shard_id`, of all pieces in order (GPT-2 keeps QKV
@@ -221,7 +221,7 @@ class RowParallelLinear(Linear):
         With `add_to` [T, out], the residual stream, which is the same on all ranks, that is added too: by rank 0 alone, whose
         result lies in it. The other ranks' results lie elsewhere, and their `add_to` is as it was.
         """
-        return self.parallel.all_reduce(super().forward(x, add_to if self.parallel.rank == 0 else None))
+        return self.parallel.all_reduce(self.multiply(x, add_to if self.parallel.rank == 0 else None))
 
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
         """Take this rank's columns of the weight [out, in]; of the bias [out] all on rank 0 and zeros on the others.
@@ -279,7 +279,7 @@ class ParallelLMHead(Linear):
     def forward(self, hidden: Tensor) -> Tensor:
         """[N, hidden] -> [N, V]: each rank computes its tokens' logits, all get all, and the padding is cut off."""
         logits = super().forward(hidden)
-        if self.parallel.size == 1:
+        if self.parallel.communicator is None:
             return logits
         parts = self.parallel.communicator.all_gather(logits)  # [size · N, V / size]
         return torch.cat(parts.chunk(self.parallel.size), dim=-1)[:, : self.rows.full]

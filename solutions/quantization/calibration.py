@@ -21,6 +21,8 @@ from .layout.groups import GroupQuantized
 
 MATRICES = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 """The matrix products of a decoder layer, in the order in which data goes through them."""
+BEFORE = {"self_attn.o_proj": (MATRICES[0], "v"), "mlp.down_proj": (MATRICES[2], "up")}
+"""Matrices whose inputs another one makes: that one, and which of its pieces."""
 BLOCK_SIZE = 16
 
 
@@ -70,8 +72,11 @@ class LayerInputs:
         return plain_weight(self.matrix(name)).data
 
     def can_fold(self, name: str) -> bool:
-        """Whether the inputs of a matrix can be divided by a factor each where they are made."""
-        return name != "self_attn.o_proj" or self.weight(name).shape[1] == len(self._rows_before(name))
+        """Whether the inputs of a matrix can be divided by a factor each where they are made: not behind a bias."""
+        if name not in BEFORE:
+            return True
+        before = self.matrix(BEFORE[name][0])
+        return before.bias is None and self.weight(name).shape[1] == len(self._rows_before(name))
 
     def fold(self, name: str, scale: Tensor) -> None:
         """Multiply a matrix's columns by `scale` [K], and divide what makes its inputs."""
@@ -84,7 +89,7 @@ class LayerInputs:
 
     def _rows_before(self, name: str) -> Tensor:
         """The rows of the matrix whose outputs are this one's inputs: v's for o_proj, up's for down_proj."""
-        before, piece = {"self_attn.o_proj": (MATRICES[0], "v"), "mlp.down_proj": (MATRICES[2], "up")}[name]
+        before, piece = BEFORE[name]
         matrix = self.matrix(before)
         return pieces_of(matrix, plain_weight(matrix).data)[piece]
 

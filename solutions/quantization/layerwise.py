@@ -32,6 +32,9 @@ WORK = "layers-so-far"
 """Folder in the output folder with the finished layers of a run that is not through."""
 MANIFEST = "recipe.json"
 
+QUANTIZABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")
+"""Architectures with the matrices that `calibration` knows, each behind a norm, and with files that keep their pieces apart."""
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -106,8 +109,13 @@ def quantize_model(
         ValueError: the model is of another kind, or the folder holds a run with other settings.
     """
     source = resolve_model(recipe.model)
-    if source.config.architecture not in ("LlamaForCausalLM", "MistralForCausalLM") or source.path is None:
-        raise ValueError(f"{recipe.model}: LLaMA and Mistral models with weights can be quantized, not this one")
+    if source.path is None:
+        raise ValueError(f"{recipe.model} has no weights here that could be quantized")
+    if source.config.architecture not in QUANTIZABLE:
+        raise ValueError(
+            f"{recipe.model}: models of {source.config.architecture} cannot be quantized here; those of "
+            f"{', '.join(QUANTIZABLE)} can"
+        )
     if source.config.quantization is not None:
         raise ValueError(f"{recipe.model} is quantized already; start from the whole model")
     work = output / WORK

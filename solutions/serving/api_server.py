@@ -23,6 +23,7 @@ from .async_engine import AsyncEngine
 from .connections import TimedConnection
 from .guards import API_KEY_VARIABLE, log_as_json, read_api_keys
 from .live.recording import TraceRecorder
+from .tool_calls.formats import FORMATS
 from .tracing import RequestTracer, otlp_exporter
 
 MAX_NUM_WAITING = 1024
@@ -46,6 +47,14 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
                        help="largest request body (default: 4 MiB)")  # fmt: skip
     group.add_argument("--allowed-origins", nargs="+", metavar="URL", default=[],
                        help="web pages that may call this server from a browser (default: only its own)")  # fmt: skip
+    group.add_argument("--strict", action="store_true",
+                       help="refuse unknown fields (default: ignore them, and name them in X-Ignored-Fields)")  # fmt: skip
+    group.add_argument("--tool-call-parser", choices=("auto", *FORMATS), default="auto",
+                       help="how the model writes calls of tools (default: auto, by its chat template)")  # fmt: skip
+    group.add_argument("--enable-auto-tool-choice", action=argparse.BooleanOptionalAction, default=True,
+                       help="let the model decide whether to call a tool (default: on)")  # fmt: skip
+    group.add_argument("--enable-tokenizer-info-endpoint", action="store_true",
+                       help="offer /tokenizer_info, which shows the tokenizer's settings and the chat template")  # fmt: skip
     group.add_argument("--max-waiting-tokens", type=int, metavar="N",
                        help="most prompt tokens that may wait; requests beyond get a 429 (default: no limit)")  # fmt: skip
     group.add_argument(
@@ -113,9 +122,9 @@ class Server(uvicorn.Server):
         self.engine = engine
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Handle a signal. The first one stops new connections (`should_exit`) and drains the engine; a second one, of either
-        kind, ends what still runs (`force_exit`). uvicorn's own version would also raise the signal again at its end, before
-        the engine is closed."""
+        """Handle a signal. The first one stops new connections (`should_exit`) and drains the engine (`is_draining`); a second
+        one, of either kind, ends what still runs (`force_exit`); more change nothing. uvicorn's own version would also raise
+        the signal again at its end, before the engine is closed."""
         self.force_exit = self.should_exit
         self.should_exit = True
         self.engine.is_draining = True
@@ -155,7 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine.observers.append(recorder)
     app = create_app(
         async_engine, names, keys, max_body_bytes=args.max_body_bytes, allowed_origins=args.allowed_origins, tracer=tracer,
-        live=args.live,
+        live=args.live, strict=args.strict, tool_call_parser=args.tool_call_parser,
+        enable_auto_tool_choice=args.enable_auto_tool_choice, tokenizer_info=args.enable_tokenizer_info_endpoint,
     )  # fmt: skip
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=args.shutdown_timeout,

@@ -33,6 +33,10 @@ INLINE_LIMIT = 2048
 HEALTH_SECONDS = 1.0
 """Seconds between two checks: of an idle engine, whether all its ranks live; of a busy one, whether its step hangs."""
 
+FULL = "{waiting} tokens of prompts are waiting, at most {limit} may; try again later"
+ENDED, FAILED = "the server is shutting down", "the engine has failed; the server's log has the cause"
+"""What clients learn when the engine's thread has ended."""
+
 
 class EngineDeadError(RuntimeError):
     """The engine failed or was shut down; no request can be served any more."""
@@ -80,8 +84,9 @@ class AsyncEngine:
         self._loop.call_later(HEALTH_SECONDS, self._watch)
 
     def shutdown(self) -> None:
-        """Stop after the step that is running, fail what is unfinished with `EngineDeadError`, join the thread if it comes. The
-        engine's processes that compile grammars are ended before that (`engine.input.close`)."""
+        """Stop after the step that is running, fail what is unfinished with `EngineDeadError`, and join the thread, however
+        long its step takes, unless it hangs (`_is_stalled`) or was never started. The engine's processes that compile grammars
+        are ended before that (`engine.input.close`)."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -94,6 +99,11 @@ class AsyncEngine:
     def is_running(self) -> bool:
         """False once the engine has failed or was shut down."""
         return self._death is None and self._thread.is_alive()
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that are being answered; read it in the event loop."""
+        return len(set(self._streams.values()))
 
     async def prepare(
         self, request_id: str, prompts: list[Prompt], params: SamplingParams, priority: int = 0, client: str | None = None
@@ -191,7 +201,8 @@ class AsyncEngine:
             self._send(partial(self._abort_now, running))
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
-        """Put a step's outputs into their streams, and forget the streams of requests that have finished."""
+        """Put a step's outputs into their streams, and forget under which name a request that has finished had its stream. A
+        stream may serve several requests; one that was aborted has none."""
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is None:  # aborted while the step was running
@@ -201,8 +212,8 @@ class AsyncEngine:
                 del self._streams[output.request_id]
 
     def _fail(self, reason: str) -> None:
-        """Declare the engine dead for this reason: end every stream with an `EngineDeadError`, then call `on_death`, unless
-        this is how a shutdown ends. Later calls do nothing."""
+        """Declare the engine dead for this reason (`_death`): forget the streams, end each of them, once, with an
+        `EngineDeadError` of it, then call `on_death`, unless this is how a shutdown ends. Later calls do nothing."""
         if self._death is not None:  # a thread that was given up has ended after all
             return
         self._death = reason
@@ -215,13 +226,14 @@ class AsyncEngine:
     # -------------------------------------------------------------------------------------------- on the engine thread
 
     def _run(self) -> None:
-        """What the engine's thread does until it is told to stop: take commands, step if there is work, post the outputs of
-        a step in one piece. `_step_since` is the time at which the step began that is running, None between steps.
+        """What the engine's thread does until it is told to stop: take commands, step if there is work (`_has_work`), post the
+        outputs of a step in one piece, if there are any. `_step_since` is the time, on `time.monotonic`, at which the step
+        began that is running; None between steps, while commands are carried out too.
 
-        Whatever happens, the last thing that it posts is `_fail` with a reason that may be shown to clients; of an exception
-        the log has more.
+        Whatever happens, the last thing that it posts is `_fail` with a reason that may be shown to clients: `ENDED`, or
+        `FAILED` behind an exception, which goes to the log.
         """
-        reason = "the server is shutting down"
+        reason = ENDED
         try:
             while (commands := self._next_commands()) is not None:
                 for command in commands:
@@ -233,17 +245,17 @@ class AsyncEngine:
                     if outputs:
                         self._post(self._deliver, outputs)
         except Exception:
-            reason = "the engine has failed; the server's log has the cause"
+            reason = FAILED
             logger.exception("The engine has failed")
         finally:
             self._post(self._fail, reason)
 
     def _next_commands(self) -> list[Callable[[], None]] | None:
         """Sleep until there is something to do: a command, requests to step for, or the end. While it sleeps, it checks the
-        engine's health every `HEALTH_SECONDS`.
+        engine's health every `HEALTH_SECONDS`, and lets pass what that raises.
 
         Returns:
-            All commands, oldest first, none of which comes again; None when the thread has to end.
+            All commands, oldest first, none of which comes again; None when the thread has to end, whatever waits.
         """
         with self._wake:
             while not self._wake.wait_for(lambda: self._stopping or self._commands or self._has_work(), HEALTH_SECONDS):
@@ -256,8 +268,10 @@ class AsyncEngine:
         return self.engine.has_unfinished_requests() and self.may_step()
 
     def _accept(self, requests: list[EngineRequest], stream: OutputStream) -> None:
-        """Submit all requests of a stream, or none: where one is refused, by `_admit` or by the engine, those before it are
-        aborted. By `_post` the stream is told that they are taken, or the error; and `on_rejection` the reason of a full queue.
+        """Submit all requests of a stream, or none: where one is refused, by `_admit` or by the engine (QueueFullError, or
+        ValueError for an id in use), those before it are aborted at once (`_abort_now`). By `_post` the stream is told, once,
+        that they are taken (`accept`) or the error (`fail`); and `on_rejection`, if somebody listens, the `reason` of a full
+        queue.
         """
         for done, request in enumerate(requests):
             try:
@@ -275,15 +289,15 @@ class AsyncEngine:
         """Check that there is room for a request.
 
         Raises:
-            QueueFullError: with the reason "tokens": more than `max_waiting_tokens` (None: no limit) would wait. An empty queue
-                takes any request.
+            QueueFullError: more than `max_waiting_tokens` (None: no limit) would wait; the message is `FULL` with the numbers,
+                the reason "tokens". An empty queue takes any request.
         """
         limit = self.max_waiting_tokens
         if limit is None:
             return
         waiting = self.engine.num_waiting_tokens
         if waiting and waiting + len(request.prompt_token_ids) > limit:
-            raise QueueFullError(f"{waiting} tokens of prompts are waiting, at most {limit} may; try again later", "tokens")
+            raise QueueFullError(FULL.format(waiting=waiting, limit=limit), "tokens")
 
     def _abort_now(self, request_ids: list[str]) -> None:
         for request_id in request_ids:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 CONTEXT_LENGTH = "context_length_exceeded"
 """OpenAI's code for a request that does not fit into the context. LangChain and others then shorten the conversation."""
+_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 MAX_MESSAGE = 500
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\u0085\u2028\u2029\ud800-\udfff]")
 _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -23,7 +24,7 @@ class RequestError(Exception):
         super().__init__(message)
         self.param = param
         self.status = status
-        self.code = code
+        self.code = code or ("invalid_value" if param and status == 400 else None)
 
 
 class ErrorDetail(BaseModel):
@@ -31,7 +32,7 @@ class ErrorDetail(BaseModel):
     type: str
     param: str | None = None
     code: int | str
-    """The HTTP status, or `CONTEXT_LENGTH`, which clients look for."""
+    """OpenAI's word for what is wrong, or the HTTP status where it has none."""
 
 
 class ErrorBody(BaseModel):
@@ -41,8 +42,8 @@ class ErrorBody(BaseModel):
 def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> ErrorBody:
     """The body of every answer that is not a success."""
     kind = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    param = None if param is None else _quoted(param)
-    return ErrorBody(error=ErrorDetail(message=_quoted(message), type=kind, param=param, code=code or status))
+    param, word = None if param is None else _quoted(param), code or _CODES.get(status) or status
+    return ErrorBody(error=ErrorDetail(message=_quoted(message), type=kind, param=param, code=word))
 
 
 def _quoted(text: str) -> str:
@@ -62,9 +63,9 @@ def context_error(limit: int, num_tokens: int, prompt: str, asked: tuple[str, in
     """
     start = f"This model's maximum context length is {limit} tokens. However, "
     if asked is None:
-        text = f"your {prompt} resulted in {num_tokens} tokens. Please reduce the length of the {prompt} ({CONTEXT_LENGTH})."
+        text = f"your {prompt} resulted in {num_tokens} tokens. Please reduce the length of the {prompt}. ({CONTEXT_LENGTH})"
         return RequestError(start + text, prompt, code=CONTEXT_LENGTH)
     field, count = asked
     text = f"you requested {num_tokens + count} tokens ({num_tokens} in the {prompt}, {count} in the completion)."
-    advice = f"Please reduce the length of the {prompt} or {field} ({CONTEXT_LENGTH})."
+    advice = f"Please reduce the length of the {prompt} or {field}. ({CONTEXT_LENGTH})"
     return RequestError(f"{start}{text} {advice}", field, code=CONTEXT_LENGTH)

@@ -26,11 +26,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..batching.scheduler_config import QueueFullError
 from .async_engine import EngineDeadError
 from .errors import RequestError, error_body
-from .openai_fields import describe_validation_error
+from .openai_fields import describe_validation_error, validation_code
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = ("/health", "/ready", "/")
+OPEN_PATHS = ("/health", "/ping", "/ready", "/")
 """Paths that need no key: load balancers have none, and a browser must load the page that asks for one."""
 OPEN_FOLDER = "/page/"
 RETRY_AFTER_SECONDS = 1
@@ -55,8 +55,9 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        message, param = describe_validation_error(error.errors()[0])
-        return error_response(message, 400, param)
+        first = error.errors()[0]
+        message, param = describe_validation_error(first)
+        return error_response(message, 400, param, code=validation_code(first))
 
     @app.exception_handler(QueueFullError)
     async def queue_full(_: Request, error: QueueFullError) -> Response:
@@ -95,7 +96,8 @@ def read_api_keys(given: Iterable[str], file: Path | None) -> list[str]:
 
 
 class KeyGuard:
-    """Everything but `OPEN_PATHS` needs one of the API keys as ``Authorization: Bearer …``.
+    """Everything but `OPEN_PATHS` needs one of the API keys as ``Authorization: Bearer …``, or, as Anthropic's clients send it,
+    as ``x-api-key: …``.
 
     Each key has a prefix cache of its own: ``scope["state"]["tenant"]`` is a name for the key, which becomes part of the
     cache's salt.
@@ -122,7 +124,8 @@ class KeyGuard:
 
     def tenant(self, scope: Scope) -> str | None:
         """The tenant whose key the request carries. All wrong keys take equally long, so that timing reveals nothing."""
-        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        headers = dict(scope["headers"])
+        scheme, _, given = headers.get(b"authorization", b"Bearer " + headers.get(b"x-api-key", b"")).partition(b" ")
         matches = [name for key, name in self.tenants.items() if secrets.compare_digest(given.strip(), key)]
         return matches[0] if matches and scheme.lower() == b"bearer" else None
 

@@ -107,11 +107,13 @@ def _refusal(path: tuple[Any, ...], problem: str, top: bool = False) -> RequestE
 
 
 class JsonRequest(Request):
-    """A request whose body is read by `read_json`."""
+    """A request whose body is read by `read_json`, once: who changes the value changes it for all."""
 
     async def json(self) -> Any:
         """The body's value; for what it raises see `read_json`."""
-        return read_json(await self.body())
+        if not hasattr(self, "_value"):
+            self._value = read_json(await self.body())
+        return self._value
 
 
 class JsonRoute(APIRoute):

@@ -113,7 +113,8 @@ class EngineMetrics(Collector):
 
         As vLLM counts, the size of a step is the prompt tokens that it computed, which is all that is scheduled of a sequence
         without a token yet, and the tokens that it generated, a first one among them. What is computed again behind a
-        preemption is neither.
+        preemption is neither. All of it is entered under `_lock`, which a scrape takes too, and
+        equal waits as one, with their count.
         """
         with self._lock:
             size: float = sum(count for seq, count in decision.scheduled.items() if seq not in self._times)
@@ -148,7 +149,8 @@ class EngineMetrics(Collector):
 
     def _end(self, seq: Sequence, now: float) -> None:
         """Enter what is known of a sequence that is over: its lengths, its reason, and how long it waited, was prefilled and
-        decoded, and lasted. One that was never scheduled has waited until now; one without a token was neither."""
+        decoded, and lasted. One that was never scheduled has waited until now; one without a token was neither prefilled nor
+        decoded. Whoever calls this holds the lock."""
         times, reason, started = self._times.pop(seq, None), seq.finish_reason, seq.first_scheduled_time
         assert reason is not None, "it is over"
         self.finished[reason] += 1

@@ -6,23 +6,17 @@ Source: https://platform.openai.com/docs/api-reference (completions, chat, model
 from __future__ import annotations
 
 import time
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
 
-class TokenizeResponse(BaseModel):
-    count: int
-    max_model_len: int
-    tokens: list[int]
-
-
-class DetokenizeResponse(BaseModel):
-    prompt: str
-
-
 class VersionResponse(BaseModel):
     version: str
+
+
+class LoadResponse(BaseModel):
+    server_load: int
 
 
 class ModelCard(BaseModel):
@@ -30,6 +24,9 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int = Field(default_factory=lambda: int(time.time()))
     owned_by: str = "local"
+    root: str
+    """The model that is served under this name."""
+    parent: None = None
     max_model_len: int
     """Longest sequence, prompt and output together, in tokens."""
 
@@ -61,7 +58,7 @@ class Answer(BaseModel):
     model: str
 
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "tool_calls", "function_call"]
 
 
 class CompletionLogprobs(BaseModel):
@@ -76,6 +73,26 @@ class CompletionLogprobs(BaseModel):
     """Where each token begins in the choice's text, in characters."""
 
 
+def _if_set() -> Any:
+    """A field that an answer has only if the request asks for it."""
+    return Field(default=None, exclude_if=lambda value: value is None)
+
+
+TokenIds = list[int] | None
+
+
+class PromptLogprob(BaseModel):
+    """vLLM's: a token at one place of the prompt."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None] | None
+"""At each token of the prompt, by id, itself and the likeliest; null for the first, which nothing predicts."""
+
+
 class CompletionChoice(BaseModel):
     index: int
     text: str
@@ -83,12 +100,16 @@ class CompletionChoice(BaseModel):
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     """vLLM's: the stop string or stop token that ended the text; null for end of sequence."""
+    token_ids: TokenIds = _if_set()
+    """vLLM's, of the generated text."""
+    prompt_token_ids: TokenIds = _if_set()
+    prompt_logprobs: PromptLogprobs = _if_set()
 
 
 class CompletionResponse(Answer):
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
-    usage: Usage | None = Field(default=None, exclude_if=lambda usage: usage is None)
+    usage: Usage | None = _if_set()
 
 
 class TopLogprob(BaseModel):
@@ -110,10 +131,25 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class CalledFunction(BaseModel):
+    name: str
+    arguments: str
+    """JSON; where the answer was cut, its beginning."""
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    """Null if it only calls tools."""
     refusal: None = None
+    tool_calls: list[ToolCall] | None = Field(default=None, exclude_if=lambda calls: calls is None)
+    function_call: CalledFunction | None = Field(default=None, exclude_if=lambda call: call is None)
 
 
 class ChatChoice(BaseModel):
@@ -122,17 +158,36 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    token_ids: TokenIds = _if_set()
 
 
 class ChatCompletionResponse(Answer):
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: TokenIds = _if_set()
+    prompt_logprobs: PromptLogprobs = _if_set()
+
+
+class FunctionDelta(BaseModel):
+    name: str | None = Field(default=None, exclude_if=lambda name: name is None)
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    """What is new in a call; id, type and name come once, at its beginning."""
+
+    index: int
+    id: str | None = Field(default=None, exclude_if=lambda call_id: call_id is None)
+    type: Literal["function"] | None = Field(default=None, exclude_if=lambda kind: kind is None)
+    function: FunctionDelta
 
 
 class Delta(BaseModel):
     role: Literal["assistant"] | None = Field(default=None, exclude_if=lambda role: role is None)
     content: str | None = Field(default=None, exclude_if=lambda content: content is None)
+    tool_calls: list[ToolCallDelta] | None = Field(default=None, exclude_if=lambda calls: calls is None)
+    function_call: FunctionDelta | None = Field(default=None, exclude_if=lambda call: call is None)
 
 
 class ChatChunkChoice(BaseModel):
@@ -141,9 +196,11 @@ class ChatChunkChoice(BaseModel):
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    token_ids: TokenIds = _if_set()
 
 
 class ChatCompletionChunk(Answer):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]
-    usage: Usage | None = Field(default=None, exclude_if=lambda usage: usage is None)
+    usage: Usage | None = _if_set()
+    prompt_token_ids: TokenIds = _if_set()

@@ -1,42 +1,72 @@
 """What all requests share: fields that are refused, accepted or dropped, plain types, and how an error names a field.
 
-A field that this server cannot honour is refused by name, never ignored. Two kinds of values pass: those that mean "not set",
-which are ``null`` and the default that OpenAI documents (see `UNSUPPORTED`), and those that change no answer (see `HINTS`).
+A field that would change the answer and cannot be honoured is refused by name (`UNSUPPORTED`). A null means "not set" in any
+field. What changes no answer passes (`HINTS`). What nobody knows is an error here; `ignored_fields.py` makes it less.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, ValidationError, model_validator
+
+from .errors import RequestError
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "audio": (None,),
-    "function_call": (None, "none"),
-    "functions": (None, []),
-    "modalities": (None, ["text"]),
-    "moderation": (None,),
-    "name": (None,),
-    "annotations": (None, []),
-    "reasoning_effort": (None,),
-    "refusal": (None,),
-    "service_tier": (None, "auto", "default"),
-    "store": (None, False),
-    "suffix": (None, ""),
-    "tool_call_id": (None,),
-    "tool_calls": (None, []),
-    "tool_choice": (None, "none"),
-    "tools": (None, []),
-    "verbosity": (None,),
-    "web_search_options": (None,),
+    # OpenAI's
+    "audio": (),
+    "function_call": ("none",),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "refusal": ("",),
+    "suffix": ("",),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "web_search_options": (),
+    # vLLM's
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "disable_additional_properties": (False,),
+    "disable_any_whitespace": (False,),
+    "guided_json_object": (False,),
+    "guided_whitespace_pattern": (),
+    "prompt_embeds": (),
+    "repetition_detection": (),
+    "structural_tag": (),
+    "thinking_token_budget": (),
+    "use_beam_search": (False,),
+    "whitespace_pattern": (),
+    # what others call a form of the answer
+    "ebnf": (),
+    "format": (),
+    "grammar": ("",),
+    "json_schema": (),
+    "regex": (),
+    # samplers of llama.cpp and others
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "mirostat": (0,),
+    "repeat_penalty": (1,),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "top_n_sigma": (-1, 0),
+    "typical_p": (1,),
+    "xtc_probability": (0,),
 }
-"""Fields of the OpenAI API that are refused, each with the values that mean "not set" and therefore pass."""
+"""Fields that would change the answer and are refused, each with the values that mean "not set" and therefore pass."""
 HINTS = frozenset({
-    "include_obfuscation", "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
-    "prompt_cache_retention", "safety_identifier",
+    "annotations", "cache_control", "include_obfuscation", "metadata", "name", "parallel_tool_calls", "prediction",
+    "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "reasoning_effort", "safety_identifier",
+    "service_tier", "store", "verbosity",
 })  # fmt: skip
-"""Fields of the OpenAI API that are accepted because they change no answer of this server: who asks, what may be cached for how
-long, what the answer will probably be, and how to call tools, which this server does not have."""
+"""Fields that are accepted because they change no answer of this server: who speaks or asks, what may be cached or kept, what
+the answer will probably be, how fast and how thoughtful it shall be, and how to call tools, where there are none."""
 Int = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
 Bool = Annotated[bool, Strict()]
@@ -51,13 +81,24 @@ def text_or_list(value: Any) -> Any:
     raise ValueError("must be a string or a list")
 
 
+def unless_empty(value: Any) -> Any:
+    """An empty list is none: some clients always send one."""
+    return None if value == [] else value
+
+
+def without_nulls(value: Any) -> Any:
+    """A dictionary without the keys that are not set."""
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
 Strings = Annotated[list[str], BeforeValidator(text_or_list, json_schema_input_type=str | list[str])]
 
 
 class Request(BaseModel):
-    """Base of all requests. Unknown fields are errors; unsupported ones pass only if they mean "not set" or change nothing.
+    """Base of all requests and of the objects in them. Unknown fields are errors; unsupported ones pass only if they mean "not
+    set" or change nothing.
 
-    A null means "not set" in any field, also in one that this request does not have: clients write all that they know of.
+    A null is as good as no field at all, also of one that this request does not have: clients write all that they know of.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -67,12 +108,29 @@ class Request(BaseModel):
     def _drop_unset(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        supported = cls.model_fields
+        data = without_nulls(data)
+        known = {field.alias or name for name, field in cls.model_fields.items()}
         return {
             name: value
             for name, value in data.items()
-            if name in supported or not (value is None or name in HINTS or value in UNSUPPORTED.get(name, ()))
+            if name in known or not (name in HINTS or value in UNSUPPORTED.get(name, ()))
         }
+
+
+AnyRequest = TypeVar("AnyRequest", bound=Request)
+
+
+def read_request(kind: type[AnyRequest], body: dict[str, Any]) -> AnyRequest:
+    """A request whose body is not a client's own, but was made from one of another API.
+
+    Raises:
+        RequestError: a field is not valid; names it.
+    """
+    try:
+        return kind.model_validate({name: value for name, value in body.items() if value is not None})
+    except ValidationError as error:
+        first: Any = error.errors()[0]
+        raise RequestError(*describe_validation_error({**first, "loc": ("body", *first["loc"])})) from None
 
 
 def field_path(keys: list[Any]) -> str:
@@ -86,7 +144,21 @@ def field_path(keys: list[Any]) -> str:
 
 
 def describe_validation_error(error: dict[str, Any]) -> tuple[str, str | None]:
-    """The first of pydantic's errors as one line and the path of the field, such as ``messages[1].name``."""
+    """The first of pydantic's errors as one line and the path of the field, such as ``messages[1].name``.
+
+    ============================================  ====================================================================
+    broken JSON (``json_invalid``)                the body is not valid JSON: ERROR at character PLACE; no path
+    no path, but two fields that contradict       the message of the ``value_error``; no path
+    no path otherwise                             the body must be a JSON object, sent with Content-Type:
+                                                  application/json; no path
+    ``extra_forbidden``, known to `UNSUPPORTED`   PATH is not supported by this server
+    ``extra_forbidden``                           PATH is not a field of this request
+    ``missing``                                   PATH is required
+    any other                                     PATH: MESSAGE
+    ============================================  ====================================================================
+
+    ERROR is in the error's ``ctx``, PLACE in its ``loc``; pydantic's "Value error, " before a message is left out.
+    """
     kind, loc = error["type"], list(error["loc"][1:])  # the first part says only that it is the body's
     if kind == "json_invalid":
         return f"the body is not valid JSON: {error['ctx']['error']} at character {loc[0]}", None
@@ -101,3 +173,15 @@ def describe_validation_error(error: dict[str, Any]) -> tuple[str, str | None]:
     if kind == "missing":
         return f"{path} is required", path
     return f"{path}: {error['msg'].removeprefix('Value error, ')}", path
+
+
+def validation_code(error: dict[str, Any]) -> str | None:
+    """OpenAI's word for what one of pydantic's errors says of a field; None: it has none, or the whole body is at fault."""
+    kind, loc = error["type"], error["loc"][1:]
+    if kind == "json_invalid" or not loc:
+        return None
+    if kind == "extra_forbidden":
+        return "unsupported_parameter" if loc[-1] in UNSUPPORTED else "unknown_parameter"
+    if kind == "missing":
+        return "missing_required_parameter"
+    return "invalid_type" if kind.endswith("_type") else "invalid_value"

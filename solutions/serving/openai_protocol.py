@@ -6,34 +6,28 @@ Source: https://platform.openai.com/docs/api-reference (completions, chat, model
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     PlainValidator,
     Strict,
     ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
     field_validator,
-    model_validator,
 )
 
 from ..batching.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams, StructuredOutput
+from .answer_forms import FORMS, Choices, ResponseFormat, Schema, StructuredOutputs, form_of
+from .chat_messages import ChatMessage
 from .errors import RequestError
-from .openai_fields import Bool, Int, Number, Request, Strings, text_or_list
+from .openai_fields import Bool, Int, Number, Request, Strings, without_nulls
+from .tool_calls.calling import ToolUse
+from .tool_protocol import ToolFields, schema_error
 
 MAX_CHOICES = 128
 """Most choices (`n`) that a request may ask for: OpenAI's limit."""
-
-
-def _schema(value: Any) -> Any:
-    """An object, or the text of one."""
-    if isinstance(value, (dict, str)):
-        return value
-    raise ValueError("must be a JSON schema: an object, or the text of one")
 
 
 class StreamOptions(Request):
@@ -41,31 +35,6 @@ class StreamOptions(Request):
     """Ends the stream with a chunk that has the usage and no choices."""
     continuous_usage_stats: Bool | None = None
     """vLLM's: with `include_usage`, every chunk has the usage of its choice so far."""
-
-
-class JsonSchema(Request):
-    name: str
-    description: str | None = None
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
-    strict: Bool | None = None
-    """Accepted either way: an answer always follows the schema."""
-
-
-class ResponseFormat(Request):
-    """OpenAI's way to ask for a structured answer."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _check_schema(self) -> ResponseFormat:
-        if (self.json_schema is None) == (self.type == "json_schema"):
-            raise ValueError("the type json_schema needs json_schema, and no other type may have it")
-        return self
-
-
-FORMS = ("response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
-"""Fields that ask for a form of the answer, at most one of which a request may have."""
 
 
 class GenerationRequest(Request):
@@ -86,11 +55,13 @@ class GenerationRequest(Request):
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
     repetition_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: Annotated[dict[str, Number], BeforeValidator(without_nulls)] | None = None
     """Token id, as a string, → bias."""
     min_tokens: Int | None = None
     ignore_eos: Bool | None = None
     stop_token_ids: list[Int] | None = None
+    allowed_token_ids: list[Int] | None = None
+    bad_words: list[str] | None = None
     skip_special_tokens: Bool | None = None
     include_stop_str_in_output: Bool | None = None
     stream: Bool | None = None
@@ -101,13 +72,23 @@ class GenerationRequest(Request):
     """Prompts share cached prefixes only with prompts of the same salt."""
     priority: Int | None = None
     """Lower goes first, if the engine schedules by priority."""
+    prompt_logprobs: Int | None = None
+    """Alternatives returned at each token of the prompt."""
+    return_token_ids: Bool | None = None
+    """Puts the token ids of prompt and answer beside their texts."""
+    return_tokens_as_token_ids: Bool | None = None
+    """In log-probabilities, a token is its id, ``token_id:7``, instead of its text."""
+    truncate_prompt_tokens: Int | None = None
+    """So many tokens of a longer prompt are used, by default its last; -1: as many as leave room for the answer."""
+    truncation_side: Literal["left", "right"] | None = None
+    """Where a prompt is cut off."""
     response_format: ResponseFormat | None = None
-    guided_json: Annotated[Any, PlainValidator(_schema, json_schema_input_type=dict[str, Any] | str)] | None = None
-    """vLLM's, as the three below: a JSON schema."""
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    """Older names of `structured_outputs`' fields, as the three below."""
     guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
+    guided_choice: Choices | None = None
     guided_grammar: str | None = None
-    """In EBNF; the first rule is ``root``."""
 
     @field_validator("logit_bias")
     @classmethod
@@ -116,6 +97,13 @@ class GenerationRequest(Request):
             if not re.fullmatch(r"[0-9]{1,9}", key):
                 raise ValueError(f"keys must be token ids, got {key!r}")
         return bias
+
+    @field_validator("prompt_logprobs")
+    @classmethod
+    def _check_prompt_logprobs(cls, number: int | None, info: ValidationInfo) -> int | None:
+        if number is not None and info.data.get("stream"):
+            raise ValueError("cannot be streamed")
+        return number
 
     @field_validator("stream_options")
     @classmethod
@@ -131,22 +119,7 @@ class GenerationRequest(Request):
         Raises:
             RequestError: there are several, or one cannot be.
         """
-        asked = [name for name in FORMS if (value := getattr(self, name)) is not None and getattr(value, "type", "") != "text"]
-        if not asked:
-            return None
-        name = asked[0]
-        if len(asked) > 1:
-            raise RequestError(f"{asked[1]} cannot be combined with {name}", asked[1])
-        value = getattr(self, name)
-        if isinstance(value, ResponseFormat):
-            schema = None if value.json_schema is None else json.dumps(value.json_schema.schema_)
-            kind, text = ("json_object", "") if schema is None else ("json", schema)
-        else:
-            kind, text = name.removeprefix("guided_"), value if isinstance(value, str) else json.dumps(value)
-        try:
-            return name, StructuredOutput(kind, text)
-        except ValueError as error:
-            raise RequestError(str(error).replace("structured_output", name), name) from error
+        return form_of({name: value for name in FORMS if (value := getattr(self, name)) is not None})
 
     @property
     def include_usage(self) -> bool:
@@ -200,7 +173,8 @@ class GenerationRequest(Request):
         for ours, theirs in fields.items():
             message = re.sub(rf"\b{ours}\b", theirs, message)
         field = fields.get(name, name)
-        return RequestError(message, field if field in type(self).model_fields else self.prompt_field)
+        known = field.split(".")[0] in type(self).model_fields or field == self.token_limit[0]
+        return RequestError(message, field if known else self.prompt_field)
 
 
 def _parse_prompts(value: Any) -> list[str | list[int]]:
@@ -236,6 +210,15 @@ class CompletionRequest(GenerationRequest):
     echo: Bool | None = None
     """Puts the prompt before the generated text, and its log-probabilities before the others."""
 
+    @field_validator("echo")
+    @classmethod
+    def _check_echo(cls, echo: bool | None, info: ValidationInfo) -> bool | None:
+        """What is echoed is the whole prompt, with `logprobs` of its own."""
+        for name in ("truncate_prompt_tokens", "prompt_logprobs"):
+            if echo and info.data.get(name) is not None:
+                raise ValueError(f"cannot be combined with {name}")
+        return echo
+
     @field_validator("best_of")
     @classmethod
     def _check_best_of(cls, best_of: int | None, info: ValidationInfo) -> int | None:
@@ -256,39 +239,11 @@ class CompletionRequest(GenerationRequest):
         return values if self.best_of is None else {"logprobs": 0, **values, "n": self.best_of}
 
 
-class TextPart(Request):
-    type: Literal["text"]
-    text: str
-
-
-def _text_or_parts(value: Any, check_parts: ValidatorFunctionWrapHandler) -> Any:
-    """A text or parts, as they came. A pydantic union would put the names of its members into the path of an error."""
-    return value if isinstance(value, str) else check_parts(text_or_list(value))
-
-
-class ChatMessage(Request):
-    role: Literal["system", "user", "assistant"]
-    content: Annotated[list[TextPart], WrapValidator(_text_or_parts, json_schema_input_type=str | list[TextPart])]
-    """A text or parts, as they came; an assistant's content may be null."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Role and content, for a chat template."""
-        if isinstance(self.content, str):
-            return {"role": self.role, "content": self.content}
-        return {"role": self.role, "content": [{"type": part.type, "text": part.text} for part in self.content]}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _allow_silence(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("role") == "assistant" and data.get("content") is None:
-            return {**data, "content": ""}
-        return data
-
-
-class ChatCompletionRequest(GenerationRequest):
+class ChatCompletionRequest(GenerationRequest, ToolFields):
     """Body of ``POST /v1/chat/completions``."""
 
     prompt_field = "messages"
+    _use: ToolUse | None = None
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Int | None = None
@@ -311,6 +266,27 @@ class ChatCompletionRequest(GenerationRequest):
             raise ValueError("only allowed with logprobs: true")
         return value
 
+    def call_with(self, use: ToolUse) -> None:
+        """From here on the answer is held to the form of calls. Stop strings end a text, never a call."""
+        self._use = use
+        if use.format.has_special_tokens:
+            self.skip_special_tokens = False
+        if use.required:
+            self.stop = None
+
+    @property
+    def form(self) -> tuple[str, StructuredOutput] | None:
+        return super().form if self._use is None else ("tools", self._use.form)
+
+    def to_sampling_params(self) -> SamplingParams:
+        params = super().to_sampling_params()
+        params.stop_until = None if self._use is None else self._use.beginning
+        return params
+
+    def refusal(self, error: ValueError) -> RequestError:
+        found = None if self._use is None else schema_error(self._use, error)
+        return found or super().refusal(error)
+
     @property
     def token_limit(self) -> tuple[str, int | None]:
         if self.max_completion_tokens is None:
@@ -322,26 +298,3 @@ class ChatCompletionRequest(GenerationRequest):
         context. `logprobs` is the number of alternatives; 0 asks for the sampled token's alone."""
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return super().sampling_fields() | {"max_tokens": self.token_limit[1], "logprobs": logprobs}
-
-
-class TokenizeRequest(Request):
-    """Body of ``POST /tokenize``, as vLLM has it: a text or a conversation."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    add_special_tokens: Bool | None = None
-    """For a text; true by default. A conversation's special tokens are in its template."""
-
-    @model_validator(mode="after")
-    def _check_source(self) -> TokenizeRequest:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
-        return self
-
-
-class DetokenizeRequest(Request):
-    """Body of ``POST /detokenize``."""
-
-    model: str | None = None
-    tokens: list[Int]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from typing import Any, TypeAlias
 
 from ..core.text.detokenizer import REPLACEMENT
 from ..core.text.logprobs import Logprob, texts_of
-from .openai_answers import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
+from .openai_answers import ChatLogprobs, CompletionLogprobs, PromptLogprob, PromptLogprobs, TokenLogprob, TopLogprob
 
 MIN_LOGPROB = -9999.0
 """What OpenAI reports for a token that is all but impossible; JSON has no -inf."""
@@ -27,6 +28,29 @@ def finite(logprob: float) -> float:
 def token_text(token_id: int, entry: Logprob) -> str:
     """The token as text, or its id if the engine has no tokenizer."""
     return f"token_id:{token_id}" if entry.decoded_token is None else entry.decoded_token
+
+
+def without_texts(positions: Sequence[Position | None]) -> list[Any]:
+    """The same positions, whose tokens are called by their ids."""
+    return [
+        None if position is None else {token: replace(entry, decoded_token=None) for token, entry in position.items()}
+        for position in positions
+    ]
+
+
+def prompt_logprobs(positions: Sequence[Position | None] | None) -> PromptLogprobs:
+    """The log-probabilities of a prompt in vLLM's form."""
+    if positions is None:
+        return None
+    return [
+        None
+        if position is None
+        else {
+            token: PromptLogprob(logprob=finite(entry.logprob), rank=entry.rank, decoded_token=entry.decoded_token)
+            for token, entry in _by_rank(position)
+        }
+        for position in positions
+    ]
 
 
 def _by_rank(position: Position) -> list[tuple[int, Logprob]]:

@@ -21,13 +21,8 @@ from solutions.batching.sampling_params import SamplingParams
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLMEngine
 from solutions.core.platform import native
-from solutions.tests.tiny_models import VOCAB_SIZE, make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
+from solutions.tests.tiny_models import FAMILIES, VOCAB_SIZE, make_tiny
 
-MAKERS = {
-    "llama": partial(make_tiny_llama, hidden_size=64), "mistral": partial(make_tiny_mistral, hidden_size=64),
-    "gpt2": partial(make_tiny_gpt2, n_embd=64),
-}  # fmt: skip
-"""With heads of 16 elements, which the kernels of a CPU take."""
 TIE = {"auto": 1e-3, "int8": 0.02}
 """How far below the likeliest token a chosen one may lie, as two sums of the same numbers differ; logits are some units apart.
 A key that two programs round to neighbouring integers makes more of a difference."""
@@ -37,7 +32,7 @@ A key that two programs round to neighbouring integers makes more of a differenc
 def folder(name: str) -> Path:
     """A model's folder, made once for the process."""
     path = Path(tempfile.mkdtemp(prefix=f"twins-{name}-"))
-    MAKERS[name](path)
+    make_tiny(name, path)
     return path
 
 
@@ -124,7 +119,7 @@ def run_engine_twins(rng: random.Random) -> None:
     Raises:
         AssertionError: a token is not the likeliest one, an invariant broke, an answer is short, or blocks were left over.
     """
-    name = rng.choice(list(MAKERS))
+    name = rng.choice(list(FAMILIES))
     settings = draw_settings(rng, name)
     engine = LLMEngine(EngineConfig(model=str(folder(name)), **settings))
     longest = settings["max_model_len"] // 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as GGMLType
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from solutions.tests.tiny_models import CHAT_TEMPLATE, byte_tokenizer, make_tiny_llama
 
@@ -18,10 +19,18 @@ WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "v
 """K-quants have blocks of 256."""
 
 
-def llama_cpp_names(model: LlamaForCausalLM) -> Iterator[tuple[str, np.ndarray]]:
-    """llama.cpp's names and layout: the rows of q and k reordered within each head."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+def llama_cpp_architecture(model: PreTrainedModel) -> str:
+    """Mistral is labelled llama, the others as transformers calls them."""
+    return "llama" if model.config.model_type == "mistral" else model.config.model_type
+
+
+def llama_cpp_names(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
+    """llama.cpp's names and layout: in some families the rows of q and k reordered within each head."""
+    architecture = llama_cpp_architecture(model)
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers)
     heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
+    heads = heads if architecture in ("llama", "smollm3") else {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
@@ -33,10 +42,10 @@ def llama_cpp_names(model: LlamaForCausalLM) -> Iterator[tuple[str, np.ndarray]]
         yield names.get_name(name, try_suffixes=(".weight", ".bias")), values
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM, kind: GGMLType = GGMLType.F32, drop: str = "", **extra: Any) -> Path:
+def write_gguf(path: Path, model: PreTrainedModel, kind: GGMLType = GGMLType.F32, drop: str = "", **extra: Any) -> Path:
     """A GGUF file of a tiny model; matrices are stored as `kind`, `extra` are more tensors and keys (``a__b`` is a.b)."""
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, llama_cpp_architecture(model))
     writer.add_tokenizer_model("gpt2")
     vocab = byte_tokenizer().get_vocab()
     tokens = [*sorted(vocab, key=vocab.get), "ab", "ĊĊ", "ĠĠ"]
@@ -54,8 +63,18 @@ def write_gguf(path: Path, model: LlamaForCausalLM, kind: GGMLType = GGMLType.F3
     return path
 
 
+def write_gguf_header(path: Path, model: PreTrainedModel) -> Path:
+    """A file that says what it is of, and no more."""
+    writer = gguf.GGUFWriter(path, model.config.model_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def write_model(
-    writer: gguf.GGUFWriter, model: LlamaForCausalLM, kind: GGMLType = GGMLType.F32, drop: str = "", **extra: Any
+    writer: gguf.GGUFWriter, model: PreTrainedModel, kind: GGMLType = GGMLType.F32, drop: str = "", **extra: Any
 ) -> None:
     config = model.config
     writer.add_context_length(config.max_position_embeddings)
@@ -65,7 +84,25 @@ def write_model(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if getattr(config, "head_dim", None):
+        writer.add_key_length(config.head_dim)
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if rope["rope_type"] == "longrope":
+        head_dim = config.hidden_size // config.num_attention_heads
+        writer.add_rope_dimension_count(int(rope["partial_rotary_factor"] * head_dim))
+        longer = config.max_position_embeddings / config.original_max_position_embeddings
+        writer.add_rope_scaling_attn_factors(
+            math.sqrt(1 + math.log(longer) / math.log(config.original_max_position_embeddings))
+        )
+        writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+        extra |= {f"rope_factors_{n}.weight": np.array(rope[f"{n}_factor"], np.float32) for n in ("long", "short")}
+    if getattr(config, "sliding_window", None):
+        writer.add_sliding_window(config.sliding_window)
     random = np.random.default_rng(0)
     tensors = dict(llama_cpp_names(model)) | {k: v for k, v in extra.items() if isinstance(v, np.ndarray)}
     for name, values in tensors.items():

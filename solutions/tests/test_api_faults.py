@@ -92,7 +92,7 @@ def test_a_full_queue_is_429_and_recovers(stream: bool) -> None:
         assert next(first).choices[0].text.startswith("a")
         with pytest.raises(openai.RateLimitError) as caught:
             client.completions.create(model="fake", prompt="hi", stream=stream)
-        assert caught.value.body["code"] == 429
+        assert caught.value.body["code"] == "rate_limit_exceeded"
         assert int(caught.value.response.headers["retry-after"]) >= 1
         first.close()
         until(lambda: not fake.running)
@@ -153,7 +153,7 @@ def test_api_keys_guard_everything_but_health() -> None:
             assert good.completions.create(model="fake", prompt="hi", max_tokens=2).choices[0].text == "ab"
         for key in ("wrong", "first-ke", "first-key2", "schlüssel".encode().decode("latin-1")):
             response = client.get("/v1/models", headers={"Authorization": f"Bearer {key}".encode("latin-1")})
-            assert (response.status_code, response.json()["error"]["code"]) == (401, 401)
+            assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0).models.list()
         for path in ("/v1/models", "/openapi.json", "/docs", "/nowhere", "/v1/completions"):

@@ -59,14 +59,15 @@ BAD_COMPLETIONS = [  # fields, the field at fault
     ({"cache_salt": ""}, "cache_salt"),
     ({"priority": 1}, "priority"),  # the server schedules by arrival
     ({"stream_options": {"include_usage": True}}, "stream_options"),
-    ({"stream": True, "stream_options": {"more": True}}, "stream_options.more"),
     ({"suffix": "end"}, "suffix"),
+    ({"use_beam_search": True}, "use_beam_search"),
+    ({"mirostat": 2}, "mirostat"),
+    ({"messages": HI}, "messages"),
+    ({"allowed_token_ids": []}, "allowed_token_ids"),
+    ({"bad_words": [""]}, "bad_words"),
     ({"best_of": 1, "n": 2}, "best_of"),
     ({"best_of": 2, "stream": True}, "best_of"),
     ({"best_of": 1000}, "best_of"),
-    ({"nonsense": 1}, "nonsense"),
-    ({"body": 1}, "body"),
-    ({"stream": True, "stream_options": {"body": 1}}, "stream_options.body"),
     ({"guided_json": 5}, "guided_json"),
     ({"top_k": 10**400}, None),
     ({"prompt": "half of \ud83d"}, "prompt"),
@@ -80,16 +81,34 @@ BAD_COMPLETIONS = [  # fields, the field at fault
     ({"guided_json": {"const": "\ud800"}}, "guided_json.const"),
     ({"guided_json": {"properties": {"\ud800": {}}}}, "guided_json.properties.\\ud800"),
     ({"\ud800": 1}, "\\ud800"),
-    ({"line\nbreak": 1}, "line\\nbreak"),
 ]
-BAD_CHATS = [
+F: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+
+
+def tools(**fields: Any) -> dict[str, Any]:
+    return {"tools": [{"type": "function", "function": {"name": "f"} | fields}]}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def called(*ids: str, arguments: str = "{}") -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [{"id": each, **call} for each in ids]}
+
+
+def result(call_id: str) -> dict[str, Any]:
+    return {"role": "tool", "content": "x", "tool_call_id": call_id}
+
+
+BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
     ({"messages": "hi"}, "messages"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "a b", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [*HI, {"role": "user", "content": None}]}, "messages[1].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0].type"),
-    ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages[0].name"),
     ({"messages": [{"role": "user", "content": "word " * CONTEXT}]}, "messages"),
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"max_completion_tokens": CONTEXT}, "max_completion_tokens"),
@@ -98,14 +117,49 @@ BAD_CHATS = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"prompt": "x"}, "prompt"),
     ({"echo": True}, "echo"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ({"tool_choice": "auto"}, "tool_choice"),
+    ({"function_call": {"name": "f"}}, "function_call"),
+    *(({"tools": [F], "tool_choice": choice}, "tool_choice") for choice in ("any", {"type": "function"}, named("g"), 5)),
+    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+    *((tools(name=name), "tools[0].function.name") for name in ("", "a b", "é", "x" * 65, "f.g", "f\n")),
+    (tools(parameters=[]), "tools[0].function.parameters"),
+    (tools(parameters={"type": "array"}), "tools[0].function.parameters"),
+    (tools(parameters={"type": "object", "properties": {"a": {"type": 5}}}), "tools[0].function.parameters"),
+    (tools(strict=1), "tools[0].function.strict"),
+    ({"tools": [F, F]}, "tools"),
+    ({"tools": [F], "parallel_tool_calls": "no"}, "parallel_tool_calls"),
+    ({"tools": [F], "guided_regex": "a"}, "guided_regex"),
+    ({"tools": [F], "tool_choice": "required", "min_tokens": 2}, "min_tokens"),
+    ({"messages": [*HI, {"role": "tool", "content": "x", "tool_call_id": "a"}]}, "messages[1].tool_call_id"),
+    ({"messages": [*HI, called("a")]}, "messages[1]"),
+    ({"messages": [*HI, called("a"), *HI]}, "messages[1]"),
+    ({"messages": [*HI, called("a"), result("b")]}, "messages[2].tool_call_id"),
+    ({"messages": [*HI, called("a", "b"), result("a"), *HI]}, "messages[2]"),
+    ({"messages": [*HI, called("a"), result("a"), result("a")]}, "messages[3].tool_call_id"),
+    ({"messages": [*HI, called("a", "a"), result("a")]}, "messages[1].tool_calls[1].id"),
+    ({"messages": [*HI, called("a", arguments="[]"), result("a")]}, "messages[1].tool_calls[0].function.arguments"),
+    ({"messages": [*HI, called("a", arguments="{"), result("a")]}, "messages[1].tool_calls[0].function.arguments"),
+    ({"messages": [*HI, called("a") | {"role": "user", "content": "x"}, result("a")]}, "messages[1].tool_calls"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format"),
     ({"response_format": {"type": "json_object", "json_schema": {"name": "x", "schema": {}}}}, "response_format"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 5}}}}, "response_format"),
     ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": None, "json_object": False}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "(("}}, "structured_outputs.regex"),
+    ({"structured_outputs": {"regex": 5}}, "structured_outputs.regex"),
+    ({"structured_outputs": {"json": 5}}, "structured_outputs.json"),
+    ({"structured_outputs": {"json": {"type": 5}}}, "structured_outputs.json"),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+    ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+    ({"structured_outputs": {"regex": "a", "whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern"),
+    ({"structured_outputs": {"grammar": 'start: "a" | "b"'}}, "structured_outputs.grammar"),
+    ({"structured_outputs": {"grammar": "?start: x\n%import common.INT"}}, "structured_outputs.grammar"),
+    ({"structured_outputs": {"regex": "a"}, "guided_regex": "a"}, "guided_regex"),
+    ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
     ({"guided_regex": "(("}, "guided_regex"),
     ({"guided_regex": ""}, "guided_regex"),
     ({"guided_choice": []}, "guided_choice"),
@@ -113,18 +167,18 @@ BAD_CHATS = [
     ({"guided_json": {"type": 5}}, "guided_json"),
     ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
     ({"modalities": ["text", "audio"]}, "modalities"),
-    ({"reasoning_effort": "low"}, "reasoning_effort"),
-    ({"service_tier": "flex"}, "service_tier"),
-    ({"store": True}, "store"),
+    ({"audio": {"voice": "alloy", "format": "wav"}}, "audio"),
+    ({"messages": [{"role": "assistant", "audio": {"id": "x"}}]}, "messages[0].audio"),
     ({"messages": [{"role": "user", "content": "\ud83d"}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}]}, "messages[0].content[0].text"),
     ({"messages": [*HI, {"role": "assistant", "content": 5}]}, "messages[1].content"),
-    ({"messages": [{"role": "user", "content": "x", "body": 1}]}, "messages[0].body"),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": "\ud800"}}}},
         "response_format.json_schema.schema.const",
     ),
 ]
+CODES = {"invalid_value", "invalid_type", "unsupported_parameter", "unknown_parameter", "missing_required_parameter"}
+"""OpenAI's words for what is wrong with a field."""
 
 
 def assert_serves(client: openai.OpenAI) -> None:
@@ -141,7 +195,8 @@ def assert_refused(error: openai.APIStatusError, status: int, param: str | None)
     message = error.body["message"]
     too_long = message.startswith(f"This model's maximum context length is {CONTEXT} tokens. However, you")
     assert error.status_code == status
-    assert error.body["code"] == ("context_length_exceeded" if too_long else status)
+    words = {"context_length_exceeded"} if too_long else {"model_not_found"} if status == 404 else CODES if param else {status}
+    assert error.body["code"] in words
     assert error.param == param
     assert "\n" not in message
     assert "/" not in message.replace("/v1/", "")  # no paths
@@ -183,7 +238,7 @@ def test_a_schema_that_cannot_be_honoured_is_refused_with_keyword_and_path(
     assert_serves(client)
 
 
-@pytest.mark.parametrize(("fields", "param"), BAD_CHATS)
+@pytest.mark.parametrize(("fields", "param"), BAD_CHATS, ids=[f"{param}-{index}" for index, (_, param) in enumerate(BAD_CHATS)])
 def test_a_bad_chat_request_is_refused_by_name(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:
     body = {"model": MODEL, "messages": HI, **fields}
     with pytest.raises(openai.BadRequestError) as caught:
@@ -214,21 +269,38 @@ def test_a_request_that_does_not_fit_says_so_in_openais_words(client: openai.Ope
             assert caught.value.code == "context_length_exceeded"
             assert "context_length_exceeded" in caught.value.body["message"]  # newer clients show no more than that
             assert caught.value.type == "invalid_request_error"
-            assert caught.value.body["message"].startswith(f"{start}{said}. Please reduce the length of the ")
+            sentence = f"{start}{said}. Please reduce the length of the {'messages' if 'chat' in path else 'prompt'}"
+            assert caught.value.body["message"].startswith(sentence + (". (" if "resulted" in said else " or max_"))
     fits = client.completions.create(
         model=MODEL, prompt=[7] * 12, max_tokens=CONTEXT - 12, logit_bias={tokenizer.eos_token_id: 100}
     )
     assert fits.choices[0].finish_reason == "stop"
 
 
+HINTS = {
+    "metadata": {"team": "a"}, "safety_identifier": "u", "prompt_cache_key": "k", "prompt_cache_retention": "24h",
+    "parallel_tool_calls": False, "prediction": {"type": "content", "content": "Hello"}, "user": "u", "store": True,
+    "service_tier": "flex", "verbosity": "low", "reasoning_effort": "high",
+}  # fmt: skip
+
+
 def test_hints_that_change_no_answer_are_accepted(client: openai.OpenAI) -> None:
-    hints = {
-        "metadata": {"team": "a"}, "safety_identifier": "u", "prompt_cache_key": "k", "prompt_cache_retention": "24h",
-        "parallel_tool_calls": False, "prediction": {"type": "content", "content": "Hello"}, "user": "u",
-    }  # fmt: skip
     asked = {**GREEDY, "messages": HI, "max_tokens": 4}
     plain = client.chat.completions.create(**asked).choices[0].message.content
-    assert client.chat.completions.create(**asked, extra_body=hints).choices[0].message.content == plain
+    part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
+    hinted = [{"role": "user", "name": "Ann", "content": [part]}]
+    raw = client.chat.completions.with_raw_response.create(**{**asked, "messages": hinted}, extra_body=HINTS)
+    assert raw.parse().choices[0].message.content == plain
+    assert "x-ignored-fields" not in raw.headers
+
+
+def test_a_developer_is_the_system_and_a_role_of_ones_own_reaches_the_template(client: openai.OpenAI, tokenizer: Any) -> None:
+    def tokens(*messages: dict[str, str]) -> int:
+        return client.chat.completions.create(**GREEDY, messages=messages, max_tokens=1).usage.prompt_tokens
+
+    rule, critic = {"role": "system", "content": "Be brief."}, {"role": "critic", "content": "Too long."}
+    assert tokens({**rule, "role": "developer"}, *HI) == tokens(rule, *HI)
+    assert tokens(*HI, critic) == len(tokenizer.apply_chat_template([*HI, critic], add_generation_prompt=True)["input_ids"])
 
 
 def test_null_is_not_set_in_any_field(client: openai.OpenAI) -> None:
@@ -243,10 +315,14 @@ def test_null_is_not_set_in_any_field(client: openai.OpenAI) -> None:
     messages = [
         {"role": "system", "content": "Be brief.", "name": None}, {"role": "user", "content": "Hi", "tool_calls": None},
         {"role": "assistant", "content": None, "refusal": None, "audio": None},
-        {"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": None}]},
+        {"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": None, "mine": None}], "mine": None},
     ]  # fmt: skip
     chat = {"model": MODEL, "messages": messages, "prompt": None, "max_tokens": 2, **nulls}
     assert post(client, "/chat/completions", chat)["choices"]
+    schema = {"name": "x", "description": None, "strict": None, "mine": None, "schema": {"const": None}}
+    formed = chat | {"response_format": {"type": "json_schema", "json_schema": schema}}
+    answer = post(client, "/chat/completions", formed | {"max_tokens": 8})["choices"][0]["message"]["content"]
+    assert answer == "null"  # in a schema, null is a value
     root = str(client.base_url).removesuffix("/v1/")
     tokens = httpx.post(f"{root}/tokenize", json={"prompt": "Hi", "messages": None, "add_special_tokens": None, "x": None})
     assert tokens.json()["count"] == 1

@@ -338,23 +338,38 @@ def test_the_client_parses_a_model_by_itself(client: openai.OpenAI) -> None:
 
 @pytest.mark.slow
 def test_other_forms(client: openai.OpenAI) -> None:
-    def ask(**fields: Any) -> str:
-        return (
-            client.completions.create(model=MODEL, prompt="An answer:", max_tokens=40, seed=0, extra_body=fields)
-            .choices[0]
-            .text
-        )
+    """`structured_outputs`, and the older names of its fields, which mean the same and say that they are old."""
 
-    assert ask(response_format={"type": "json_object"}).startswith("{")  # it may be long; whole ones are read elsewhere
-    assert json.loads(ask(guided_json={"enum": [1, "two"]})) in (1, "two")
-    assert json.loads(ask(guided_json='{"type": "boolean"}')) in (True, False)
-    assert re.fullmatch(r"\d{4}", ask(guided_regex=r"\d{4}"))
-    assert ask(guided_choice=["yes", "no"]) in ("yes", "no")
-    assert ask(guided_grammar='root ::= "a" ("b" | "c")') in ("ab", "ac")
-    assert ask(response_format={"type": "text"})
+    def ask(**fields: Any) -> tuple[str, str | None]:
+        raw = client.completions.with_raw_response.create(
+            model=MODEL, prompt="An answer:", max_tokens=40, seed=0, extra_body=fields
+        )
+        assert ("deprecation" in raw.headers) == ("x-deprecated-fields" in raw.headers)
+        return raw.parse().choices[0].text, raw.headers.get("x-deprecated-fields")
+
+    for field, value, fits in (
+        ("json", {"enum": [1, "two"]}, lambda text: json.loads(text) in (1, "two")),
+        ("json", '{"type": "boolean"}', lambda text: json.loads(text) in (True, False)),
+        ("regex", r"\d{4}", lambda text: re.fullmatch(r"\d{4}", text)),
+        ("choice", ["yes", "no"], lambda text: text in ("yes", "no")),
+        ("grammar", 'root ::= "a" ("b" | "c")', lambda text: text in ("ab", "ac")),
+    ):
+        text, older = ask(structured_outputs={field: value, "json_object": None})
+        assert (bool(fits(text)), older) == (True, None), field
+        assert ask(**{f"guided_{field}": value}) == (text, f"guided_{field}; use=structured_outputs")
+    assert ask(structured_outputs={"json_object": True})[0].startswith("{")  # it may be long; whole ones are read elsewhere
+    assert ask(response_format={"type": "json_object"})[0].startswith("{")
+    assert ask(response_format={"type": "text"})[0]
+
+
+def test_a_stream_says_too_which_of_its_fields_are_old(url: str) -> None:
+    asked = {"model": MODEL, "prompt": "x", "stream": True, "guided_choice": ["yes"], "guided_json": None}
+    response = httpx.post(f"{url}/completions", json=asked)
+    assert response.headers["deprecation"].startswith("@")
+    assert response.headers["x-deprecated-fields"] == "guided_choice; use=structured_outputs"
 
 
 def test_models(client: openai.OpenAI) -> None:
     models = client.models.list().data
     assert [(model.id, model.object, model.max_model_len) for model in models] == [(MODEL, "model", CONTEXT)]
-    assert client.models.retrieve(MODEL).id == MODEL
+    assert (client.models.retrieve(MODEL).id, client.models.retrieve(MODEL).root) == (MODEL, MODEL)

@@ -151,3 +151,26 @@ def test_a_template_is_tried_once_for_conversations_of_one_shape(llm: LLM, monke
         render_chat(tokenizer, [{"role": "user", "content": text}])
     assert sum("tokenize" not in call for call in calls) == 3
     assert sum("tokenize" in call for call in calls) <= 5
+
+
+def test_roles_of_ones_own_are_written_or_refused(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = use(llm, monkeypatch, START + "{{ message.content }}" + END)
+    talk = [*TALK, {"role": "critic", "content": "Too long."}]
+    assert render_chat(tokenizer, talk) == rendered(tokenizer, talk)
+    known = "{% for message in messages %}{% if message.role != 'critic' %}{{ message.content }}{% endif %}{% endfor %}"
+    with pytest.raises(ValueError, match="leaves out what the role 'critic' says"):
+        render_chat(use(llm, monkeypatch, known), talk)
+
+
+def test_many_roles_are_tried_in_few_ways(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ways for each of 40 roles would not end."""
+    tokenizer = use(llm, monkeypatch, START + "{{ message.content[0].text }}" + END + "{# many #}")
+    calls = []
+    apply = tokenizer.apply_chat_template
+    monkeypatch.setattr(
+        tokenizer, "apply_chat_template", lambda *args, **kw: calls.append(kw) or apply(*args, **kw), raising=False
+    )
+    talk = [{"role": f"role{index}", "content": "x"} for index in range(40)]
+    right = [{"role": each["role"], "content": parts("x")} for each in talk]
+    assert render_chat(tokenizer, talk) == rendered(tokenizer, right)
+    assert len(calls) < 10

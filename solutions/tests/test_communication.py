@@ -36,37 +36,20 @@ def total(size: int, length: int) -> torch.Tensor:
 
 
 def library_calls(comm: Communicator) -> dict[str, object]:
-    size = comm.size
-    got = {
+    got: dict[str, object] = {
         "all_reduce": comm.all_reduce(inputs(comm.rank, 5)),
         "all_gather": comm.all_gather(torch.full((2, 3), float(comm.rank))),
-        "reduce_scatter": comm.reduce_scatter(inputs(comm.rank, 3 * size)),
-        "broadcast": comm.broadcast(inputs(comm.rank, 5), source=size - 1),
     }
-    if size > 1:
-        got["sent"] = comm.recv(torch.empty(4), source=1) if comm.rank == 0 else None
-        if comm.rank == 1:
-            comm.send(torch.arange(4.0), target=0)
-    try:
-        comm.reduce_scatter(torch.zeros(size + 1))
-    except ValueError as error:
-        got["error"] = str(error)
     got["traffic"] = {name: (t.calls, t.bytes_sent) for name, t in comm.traffic.items()}
     return got
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_librarys_collectives(size: int) -> None:
-    for rank, got in enumerate(run_ranks(library_calls, size)):
+    for got in run_ranks(library_calls, size):
         torch.testing.assert_close(got["all_reduce"], total(size, 5), rtol=0, atol=0)
         assert got["all_gather"].tolist() == [[float(r)] * 3 for r in range(size) for _ in range(2)]
-        torch.testing.assert_close(got["reduce_scatter"], total(size, 3 * size)[3 * rank : 3 * rank + 3], rtol=0, atol=0)
-        torch.testing.assert_close(got["broadcast"], inputs(size - 1, 5), rtol=0, atol=0)
-        if size > 1:
-            assert f"a multiple of {size} rows, got {size + 1}" in got["error"]
-        if size > 1 and rank == 0:
-            assert got["sent"].tolist() == [0, 1, 2, 3]
-            assert got["traffic"]["all_reduce"] == (1, 2 * (20 * (size - 1) // size))
+        assert got["traffic"] == {"all_reduce": (1, 2 * (20 * (size - 1) // size)), "all_gather": (1, 24 * (size - 1))}
 
 
 def rings(comm: Communicator) -> list[dict[str, object]]:

@@ -19,8 +19,8 @@ from solutions.core.capture import LayerReplay
 from solutions.core.engine import LLM
 from solutions.core.platform import native
 from solutions.core.sampling.selection_cpu import native_argmax
-from solutions.models.kernels.layers_cpu import NativeNorm, NativeRotation
-from solutions.models.layers import rotate_
+from solutions.models.kernels.layers_cpu import NativeHeadNorm, NativeNorm, NativeRotation
+from solutions.models.rope import rotate_
 from solutions.quantization.kernels.linear_cpu import INT8_GROUP, PackedLinear, pack, quantize_channels, supports, unpack
 from solutions.quantization.layout.groups import GroupQuantized, quantize_groups
 from solutions.tests.tiny_models import make_tiny_llama, make_tiny_mistral
@@ -200,6 +200,7 @@ def test_int8_of_nothing_and_of_the_extremes() -> None:
     torch.testing.assert_close(got[1, :3], torch.tensor([-5e30, 3e30, 0.0]))
 
 
+@needs_kernels
 def test_packing_is_undone_by_unpacking() -> None:
     for dtype, columns in ((torch.float32, 3), (torch.bfloat16, 6), (torch.int8, 8)):
         for rows in (1, 31, 32, 33, 96):
@@ -221,7 +222,27 @@ def test_rms_norm(tokens: int, size: int, dtype: torch.dtype) -> None:
     x, weight = random(tokens, size, dtype=dtype), random(size, dtype=dtype, seed=1)
     wide = x.double()
     expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
-    assert error(NativeNorm(weight, 1e-5)(x), expected) < TOLERANCE[dtype]
+    norm = NativeNorm(weight, 1e-5)
+    assert error(norm(x), expected) < TOLERANCE[dtype]
+    stream = random(tokens, size, dtype=dtype, seed=2)
+    total = stream.double() + expected
+    assert norm(x, stream) is stream
+    assert error(stream, total) < TOLERANCE[dtype]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "heads", "size"), [(1, 1, 16), (5, 3, 48), (33, 4, 128)])
+def test_norm_of_each_head(tokens: int, heads: int, size: int, dtype: torch.dtype) -> None:
+    """In place, and of no head but those that it is given."""
+    qkv, weight = random(tokens, heads + 2, size, dtype=dtype), random(size, dtype=dtype, seed=1)
+    qkv *= torch.arange(1, heads + 3)[:, None].to(dtype)  # heads that differ in length
+    before = qkv.clone()
+    wide = qkv[:, 1:-1].double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    NativeHeadNorm(weight, 1e-5)(qkv[:, 1:-1])
+    assert error(qkv[:, 1:-1].flatten(1), expected.flatten(1)) < TOLERANCE[dtype]
+    assert torch.equal(qkv[:, [0, -1]], before[:, [0, -1]])
 
 
 @needs_kernels

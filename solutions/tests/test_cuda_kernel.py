@@ -20,6 +20,7 @@ from solutions.core.platform import native
 from solutions.memory.cache_engine import write_kv
 from solutions.tests.attention_cases import GARBAGE, HEAD_DIMS, AttentionCase, make_case, relative_error
 from solutions.tests.cuda_faults import CPU, FAULTS, REPORTS, Fault, few_kernels, is_right, sanitizer_environment
+from solutions.tests.cuda_resources import resources
 
 if native.compiler() is None:
     pytest.skip("no C++ compiler here, so the CUDA kernels cannot run on the CPU", allow_module_level=True)
@@ -204,7 +205,7 @@ def test_a_kernel_that_does_not_compile_is_a_problem(monkeypatch: pytest.MonkeyP
         cuda_build.build(CPU, tmp_path, tmp_path / "broken.cu")
     monkeypatch.setattr(cuda_build, "nvcc", lambda: None)
     with pytest.raises(native.BuildError, match="nvcc was found neither on PATH nor in CUDA_HOME"):
-        cuda_build.resources("sm_90")
+        cuda_build.build(torch.device("cuda"), tmp_path)
 
 
 def test_a_launch_that_fails_and_a_cache_of_another_dtype_are_errors() -> None:
@@ -283,7 +284,7 @@ needs_nvcc = pytest.mark.skipif(cuda_build.nvcc() is None, reason="no nvcc here,
 @needs_nvcc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_nvcc_needs_no_spills(arch: str) -> None:
-    kernels = cuda_build.resources(arch)
+    kernels = resources(arch)
     print(f"\n{arch}: kernel, registers, bytes spilled, bytes of shared memory")
     for kernel in kernels:
         print(f"{kernel.kernel:40} {kernel.registers:4} {kernel.spilled:5} {kernel.shared:6}")

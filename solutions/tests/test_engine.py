@@ -202,6 +202,9 @@ def test_chat_answers_behind_the_template(llm):
     (output,) = llm.chat(messages, GREEDY)
     assert llm.get_tokenizer().decode(output.prompt_token_ids) == "user: Hi\nassistant: "
     assert len(llm.chat([messages, messages], GREEDY)) == 2
+    assert llm.chat([], GREEDY) == []
+    with pytest.raises(ValueError, match="one conversation or a list of conversations"):
+        llm.chat([messages[0], messages], GREEDY)
 
 
 def test_context_is_never_exceeded(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as GGMLType
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Tokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -25,7 +26,7 @@ from solutions.models.config.model_config import ALIASES
 from solutions.models.loader import ModelSource, load_model, load_tokenizer, resolve_model
 from solutions.tests.gguf_files import WIDE, cache, tiny, tiny_model, write_gguf, write_model
 from solutions.tests.test_models import run
-from solutions.tests.tiny_models import make_tiny_llama
+from solutions.tests.tiny_models import make_tiny, make_tiny_llama
 
 __all__ = ["cache", "tiny", "tiny_model"]
 
@@ -364,3 +365,56 @@ def test_default_models_tokenizer(smollm2: ModelSource) -> None:
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+# --- other families --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "smollm3", "phi3", "olmo2"])
+def test_files_of_each_family_are_the_model_they_were_made_of(tmp_path: Path, cache: Path, family: str) -> None:
+    """The folder that a file becomes says the same as the one it was made of, config and logits."""
+    model = make_tiny(family, tmp_path / "hf", num_hidden_layers=4)
+    source, original = resolve_model(str(write_gguf(tmp_path / "model.gguf", model))), resolve_model(str(tmp_path / "hf"))
+    ours, theirs = (dataclasses.asdict(found.config) for found in (source, original))
+    scalings = [config.pop("rope_scaling") or {} for config in (ours, theirs)]
+    assert ours == theirs | {"vocab_size": ours["vocab_size"]}
+    numbers = {name: pytest.approx(value) if isinstance(value, float | tuple) else value for name, value in scalings[1].items()}
+    assert scalings[0] == numbers
+    served = replace(source, config=replace(source.config, max_model_len=100))
+    prompt = list(b"Queries and keys of which the rows lie in the order of the family.")
+    logits = run(load_model(served, torch.float32, CPU), source.config, [prompt], [len(prompt)])[0]
+    with torch.inference_mode():
+        torch.testing.assert_close(logits, model(torch.tensor([prompt])).logits[0], atol=1e-3, rtol=1e-4)
+
+
+def test_yarn_of_a_file(tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM) -> None:
+    keys = {"type": "yarn", "factor": 4.0, "original_context_length": 128, "yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0}
+    extra = {f"llama__rope__scaling__{key}": value for key, value in keys.items()}
+    config = resolve_model(str(write_gguf(tmp_path / "a.gguf", tiny_model, **extra))).config
+    numbers = {"factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 16.0, "beta_slow": 2.0}
+    assert config.rope_scaling.items() >= ({"rope_type": "yarn"} | numbers).items()
+    assert config.rope_scaling["attention_factor"] == pytest.approx(0.1 * np.log(4.0) + 1)
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "expected"),
+    [
+        ("qwen2", "ab12\n\n3 ab", ["ab", "1", "2", "ĊĊ", "3", "Ġ", "ab"]),
+        ("dbrx", "ab123ab", ["ab", "1", "2", "3", "ab"]),
+        ("gpt-4o", "Ab12'S ab", ["A", "b", "1", "2", "'", "S", "Ġ", "ab"]),
+    ],
+)
+def test_tokenizers_of_other_families(
+    tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM, pre: str, text: str, expected: list[str]
+) -> None:
+    tokenizer = load_tokenizer(resolve_model(str(write_gguf(tmp_path / "a.gguf", tiny_model, pre=pre))))
+    assert tokenizer.tokenize(text) == expected
+
+
+def test_qwen2s_cuts_are_those_of_transformers(tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM) -> None:
+    """Where a text is cut before the vocabulary comes in, and that composed and decomposed letters are one."""
+    ours = load_tokenizer(resolve_model(str(write_gguf(tmp_path / "a.gguf", tiny_model, pre="qwen2")))).backend_tokenizer
+    theirs = Qwen2Tokenizer().backend_tokenizer
+    for text in ("I'M 1234 years,\n\n  old!?\r\n\tÄpfel e\u0301te\u0301 中文字 3.14", "don't\u00a0DON'T  x_y ... \u2003z"):
+        assert ours.normalizer.normalize_str(text) == theirs.normalizer.normalize_str(text)
+        assert ours.pre_tokenizer.pre_tokenize_str(text) == theirs.pre_tokenizer.pre_tokenize_str(text)

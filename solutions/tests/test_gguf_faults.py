@@ -53,11 +53,19 @@ def test_garbage_after_the_first_bytes(tmp_path: Path, cache: Path, seed: int) -
     ("changes", "message"),
     [
         ({"merges": ["a c"]}, "tokenizer in the GGUF file is damaged .*`ac` out of vocabulary"),
-        ({"pre": "qwen2"}, "pre-tokenizer 'qwen2' .* known: default, gpt-2, smollm"),
+        ({"pre": "stablelm2"}, "pre-tokenizer 'stablelm2' .* known: default, gpt-2, smollm"),
         ({"llama__expert_count": 8}, "with experts"),
-        ({"llama__rope__dimension_count": 16}, "RoPE over 16 of 64 elements"),
-        ({"llama__rope__scaling__type": "yarn", "llama__rope__scaling__factor": 2.0}, "'yarn' is not supported"),
-        ({"blk.0.attn_q_norm.weight": np.ones(64, np.float32)}, "'blk.0.attn_q_norm.weight' .* no layer of a LLaMA"),
+        ({"llama__rope__dimension_count": 16}, "RoPE over a part of the head .* not supported in this family"),
+        ({"llama__rope__scaling__type": "ntk", "llama__rope__scaling__factor": 2.0}, "'ntk' is not supported"),
+        (
+            {
+                "llama__rope__scaling__type": "yarn",
+                "llama__rope__scaling__factor": 2.0,
+                "llama__rope__scaling__attn_factor": 0.5,
+            },
+            "YaRN with an attn_factor of 0.5",
+        ),
+        ({"blk.0.attn_q_norm.weight": np.ones(64, np.float32)}, "'blk.0.attn_q_norm.weight' .* no layer of a LlamaForCausalLM"),
         ({"drop": "token_embd.weight"}, "no entry 'token_embd.weight'"),
         ({"merges": ["ab"]}, "tokenizer in the GGUF file is damaged"),
         ({"llama__rope__dimension_count": "64"}, "llama.rope.dimension_count must be a whole number from 1 to .*, got '64'"),

@@ -124,7 +124,14 @@ def texts(count: int = 6, length: int = 40) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("make", "sizes"), [(make_tiny_llama, {}), (make_tiny_llama, {"num_key_value_heads": 4}), (make_tiny_mistral, {})]
+    ("make", "sizes"),
+    [
+        (make_tiny_llama, {}),
+        (make_tiny_llama, {"num_key_value_heads": 4}),
+        (make_tiny_llama, {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}),
+        (make_tiny_mistral, {}),
+    ],
+    ids=str,
 )
 def test_folding_scales_leaves_the_models_outputs_as_they_were(tmp_path, make, sizes):
     make(tmp_path, **sizes)
@@ -137,7 +144,7 @@ def test_folding_scales_leaves_the_models_outputs_as_they_were(tmp_path, make, s
                 scale = torch.rand(layer.weight(name).shape[1], generator=torch.Generator().manual_seed(index)) + 0.5
                 with torch.inference_mode():
                     layer.fold(name, scale)
-        assert layer.can_fold("self_attn.o_proj") == (sizes.get("num_key_value_heads") == 4)
+        assert layer.can_fold("self_attn.o_proj") == (sizes == {"num_key_value_heads": 4})
         assert set(layer.changed) == {"input_layernorm.weight", "post_attention_layernorm.weight"}
         plain.advance(index, {}, {})
         folded.advance(index, {}, {})
@@ -234,7 +241,10 @@ def test_what_cannot_be_quantized_is_one_clear_error(tmp_path):
     make_tiny_llama(tmp_path / "llama")
     (tmp_path / "short").write_text("too short")
     for flags, message in [
-        (["--model", str(tmp_path / "gpt2")], "LLaMA and Mistral models with weights can be quantized, not this one"),
+        (
+            ["--model", str(tmp_path / "gpt2")],
+            "models of GPT2LMHeadModel cannot be quantized here; those of LlamaForCausalLM, ",
+        ),
         (
             ["--model", str(tmp_path / "llama"), "--calibration-file", str(tmp_path / "short")],
             "has 9 tokens and a sample takes 512",

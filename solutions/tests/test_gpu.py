@@ -25,7 +25,7 @@ from solutions.models.config.model_config import ALIASES
 from solutions.models.costs.roofline import CARDS, Card, decode_cost, num_product_weights, prefill_cost
 from solutions.models.kernels.attach import Plan, add_inside, attach
 from solutions.models.loader import load_model, resolve_model
-from solutions.tests.tiny_models import make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
+from solutions.tests.tiny_models import make_tiny, make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -86,6 +86,15 @@ def test_the_real_model_on_triton() -> None:
     ids = torch.tensor([output.prompt_token_ids])
     expected = hf.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, min_new_tokens=16, do_sample=False)
     assert output.outputs[0].token_ids == expected[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "smollm3", "phi3", "olmo2"])
+def test_other_families(tmp_path: Path, family: str) -> None:
+    """Biases, norms of heads and behind layers, layers that do not turn, heads that turn in part."""
+    make_tiny(family, tmp_path)
+    assert generate(tmp_path, attention_backend="triton")[1] == oracle(tmp_path)
 
 
 @needs_triton

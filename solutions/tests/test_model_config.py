@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, MistralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, SmolLM3Config
 
 from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
 from solutions.models.config.entries import ModelError
+from solutions.models.config.families import FAMILIES
 from solutions.models.config.model_config import ALIASES, ModelConfig
+from solutions.tests import tiny_models
 from solutions.tests.tiny_models import make_tiny_llama
 
 
@@ -36,6 +39,51 @@ def test_built_in_configs(alias: str, reference: Any) -> None:
     assert ours.intermediate_size == (getattr(reference, "intermediate_size", None) or 4 * reference.hidden_size)
 
 
+@pytest.mark.parametrize(
+    ("alias", "count"),
+    [
+        ("llama-3.2-1b", 1_235_814_400), ("qwen2.5-0.5b", 494_032_768), ("qwen3-0.6b", 596_049_920),
+        ("smollm3", 3_075_098_624), ("phi-4-mini", 3_836_021_760),
+    ],
+)  # fmt: skip
+def test_aliases_are_the_models_of_that_name(alias: str, count: int) -> None:
+    """transformers makes of the same config.json a model of as many weights as its card says, and spells the config in its own
+    way, which means the same here."""
+    hf = ALIASES[alias].hf_config
+    family = FAMILIES[hf["architectures"][0]]
+    reference = AutoConfig.for_model(family.model_type, **json.loads(json.dumps(hf)))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(reference)
+    assert sum(param.numel() for param in model.parameters()) == count
+    assert ModelConfig.from_hf(reference.to_dict()) == ALIASES[alias].config
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_configs_of_transformers_4_and_5_say_the_same(family: str) -> None:
+    reference = AutoConfig.for_model(family, **tiny_models.FAMILIES[family]).to_dict()
+    older = dict(reference)
+    if rope := older.pop("rope_parameters", None):
+        older |= {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope.get("partial_rotary_factor")}
+        beside = ("rope_theta", "rope_type", "partial_rotary_factor")
+        scaling = {key: value for key, value in rope.items() if key not in beside}
+        older["rope_scaling"] = {"type": rope["rope_type"]} | scaling if scaling else None
+    older["torch_dtype"] = older.pop("dtype", None)
+    assert older != reference
+    assert ModelConfig.from_hf(older) == ModelConfig.from_hf(reference)
+
+
+def test_a_family_says_what_its_silent_files_mean() -> None:
+    """Only what every file has; the rest is transformers' default."""
+    for name, family in FAMILIES.items():
+        reference = AutoConfig.for_model(family.model_type).to_dict()
+        shown = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        shown += ("max_position_embeddings", "n_embd", "n_layer", "n_head", "n_positions")
+        silent = {key: reference[key] for key in shown if key in reference}
+        assert ModelConfig.from_hf(silent | {"architectures": [name]}) == ModelConfig.from_hf(
+            reference | {"architectures": [name]}
+        )
+
+
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64,
     "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 64,
@@ -48,13 +96,21 @@ LLAMA3 = {
 }  # fmt: skip
 
 
+LONGROPE = {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"architectures": ["FalconForCausalLM"]}, "'FalconForCausalLM' is not supported; supported are LlamaForCausalLM"),
         ({"architectures": None, "model_type": "bert"}, "'bert' is not supported"),
         ({"architectures": None}, "'none named' is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported; supported are default, linear"),
+        ({"rope_scaling": {"rope_type": "axial", "factor": 2.0}}, "'axial' is not supported; supported are default, linear"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "no entry 'factor'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_slow": 32}}, "beta_fast above beta_slow"),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4}}, "no entry 'long_factor'"),
+        ({"rope_scaling": LONGROPE | {"long_factor": [2.0] * 3}}, "a divisor for each of 4 pairs, and there are 4 and 3"),
+        ({"rope_scaling": LONGROPE | {"long_factor": [2.0, 2.0, 2.0, 0.0]}}, "long_factor must be a list of numbers above 0"),
         ({"rope_scaling": {"type": "linear"}}, "no entry 'factor'"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"hidden_act": "swish2"}, "'swish2' is not supported; supported are silu"),
@@ -70,7 +126,6 @@ LLAMA3 = {
         ({"rope_theta": 0}, "rope_theta must be a number above 0, got 0"),
         ({"rope_scaling": "linear"}, "rope_scaling must be an object"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor must be a number of at least 1"),
-        ({"rope_scaling": {"type": "longrope", "factor": 2}}, "'longrope' is not supported"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor above that"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
         ({"head_dim": 7}, "heads of 7 elements are not supported"),
@@ -112,6 +167,10 @@ def test_null_for_what_has_a_default() -> None:
         ({"rope_type": "linear", "factor": 4.0, "original_max_position_embeddings": 4096}, 16384, 16384, 16384),
         ({"rope_type": "dynamic", "factor": 2.0}, 4096, 4096, 8192),
         (LLAMA3, 131072, 131072, 131072),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 32768, 131072, 131072),  # Qwen 2.5
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 40960, 131072, 131072),  # Qwen3
+        ({"rope_type": "yarn", "factor": 2.0}, 4096, 8192, 8192),
+        (LONGROPE | {"original_max_position_embeddings": 4096}, 131072, 131072, 131072),
         (None, 4096, 4096, 4096),
     ],
     ids=str,
@@ -134,3 +193,64 @@ def test_linear_scaling_reaches_over_the_whole_context(tmp_path: Path) -> None:
         {"prompt_token_ids": ids}, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False
     )
     assert output[0].outputs[0].token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "still"),
+    [
+        ({}, (3,)),
+        ({"no_rope_layer_interval": 2}, (1, 3)),
+        ({"no_rope_layers": [0, 1, 1, 0, 0]}, (0, 3)),  # 1 means with RoPE
+        ({"no_rope_layers": [1, 1, 1, 1], "no_rope_layer_interval": 2}, ()),
+        ({"no_rope_layers": [1, 1]}, "no_rope_layers has 2 entries for 4 layers"),
+    ],
+    ids=str,
+)
+def test_layers_without_rope(changes: dict[str, Any], still: tuple[int, ...] | str) -> None:
+    config = LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 4, "num_key_value_heads": 4} | changes
+    if isinstance(still, str):
+        with raises(still):
+            ModelConfig.from_hf(config)
+    else:
+        assert ModelConfig.from_hf(config).layers_without_rope == still
+        assert [not turns for turns in SmolLM3Config(**config).no_rope_layers[:4]] == [layer in still for layer in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "message"),
+    [
+        ("Phi3ForCausalLM", {"partial_rotary_factor": 0.4}, "RoPE over 3 of 8 elements of a head is not supported"),
+        ("Phi3ForCausalLM", {"partial_rotary_factor": 1.5}, "RoPE over 12 of 8 elements"),
+        ("Qwen3ForCausalLM", {"partial_rotary_factor": 0.5}, "part of the head .* not supported in this family"),
+        ("Olmo2ForCausalLM", {"sliding_window": 64}, "OLMo 3"),
+    ],
+)
+def test_what_other_families_refuse(architecture: str, changes: dict[str, Any], message: str) -> None:
+    with raises(message):
+        ModelConfig.from_hf(LLAMA | {"architectures": [architecture]} | changes)
+
+
+WINDOWED = {"use_sliding_window": True, "sliding_window": 24, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize("family", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"sliding_window": 24}, None),
+        (WINDOWED | {"max_window_layers": 2}, None),
+        (WINDOWED | {"max_window_layers": 0}, 24),
+        (WINDOWED | {"layer_types": ["sliding_attention"] * 2}, 24),
+        (WINDOWED | {"layer_types": ["full_attention"] * 2}, None),
+        (WINDOWED | {"max_window_layers": 1}, "some layers have a sliding window"),
+        (WINDOWED | {"layer_types": ["full_attention", "sliding_attention"]}, "some layers have a sliding window"),
+    ],
+    ids=str,
+)
+def test_windows_of_all_layers_or_none(family: str, changes: dict[str, Any], window: int | str | None) -> None:
+    config = LLAMA | {"architectures": [family], "num_key_value_heads": 4} | changes
+    if isinstance(window, str):
+        with raises(window):
+            ModelConfig.from_hf(config)
+    else:
+        assert ModelConfig.from_hf(config).sliding_window == window

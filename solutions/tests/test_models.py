@@ -13,9 +13,10 @@ from torch import Tensor
 
 from solutions.attention.paged_attention import AttentionMetadata, NaiveBackend
 from solutions.models.config.model_config import ModelConfig
-from solutions.models.layers import CausalLM, RMSNorm, RotaryEmbedding, rope_inverse_frequencies, rotate_
+from solutions.models.layers import CausalLM, RMSNorm
 from solutions.models.loader import load_model, resolve_model
-from solutions.tests.tiny_models import VOCAB_SIZE, make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
+from solutions.models.rope import RotaryEmbedding, rope_inverse_frequencies, rotate_
+from solutions.tests.tiny_models import FAMILIES, VOCAB_SIZE, make_tiny, make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 8
@@ -89,13 +90,35 @@ ROPE_SCALING = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
     },
-}
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "yarn in full": {
+        "rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 64, "beta_fast": 4.0, "beta_slow": 0.5,
+        "attention_factor": 1.3, "truncate": False,
+    },
+    "yarn with two scales": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mscale": 0.7, "mscale_all_dim": 1.4,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ROPE_SCALING)
 def test_llama_with_each_rope_scaling(tmp_path: Path, kind: str) -> None:
     oracle = make_tiny_llama(tmp_path, rope_parameters={"rope_theta": 5000.0} | (ROPE_SCALING[kind] or {}))
     assert_same_logits(tmp_path, oracle)
+
+
+def test_longrope_has_other_divisors_beyond_the_trained_context(tmp_path: Path) -> None:
+    """transformers takes those of the sequence's length, here those of the longest that is served."""
+    scaling = {"rope_type": "longrope", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 40}
+    divisors = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [1.5, 2.0, 3.0, 4.0, 5.0, 6.0]}
+    oracle = make_tiny_llama(tmp_path, max_position_embeddings=160, rope_parameters=scaling | divisors)
+    assert_same_logits(tmp_path, oracle, lengths=[70, 41], max_model_len=70)
+    assert_same_logits(tmp_path, oracle, lengths=[40, 11], max_model_len=40)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family(tmp_path: Path, family: str) -> None:
+    assert_same_logits(tmp_path, make_tiny(family, tmp_path), max_model_len=128)
 
 
 def test_llama_reads_rope_scaling_as_older_checkpoints_write_it(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from solutions.attention.paged_attention_triton import (
     TritonBackend,
     problem,
 )
-from solutions.models.layers import rotate_
+from solutions.models.rope import rotate_
 from solutions.tests.attention_cases import (
     BLOCK_SIZES,
     HEAD_DIMS,
@@ -37,7 +37,7 @@ from solutions.tests.attention_cases import (
 )
 
 pytest.importorskip("triton", reason="Triton is not installed, so there are no kernels to test")
-from solutions.models.kernels.layers_triton import rms_norm, silu_mul
+from solutions.models.kernels.layers_triton import norm_heads_, rms_norm, silu_mul
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -310,9 +310,27 @@ def test_rms_norm(hidden: int, dtype: torch.dtype) -> None:
 
     expected = x.double() / (x.double().pow(2).mean(dim=-1, keepdim=True) + 1e-5).sqrt() * weight.double()
     step = max(torch.finfo(dtype).eps, 1e-6)
-    normed = rms_norm(x, weight, 1e-5)
+    normed = rms_norm(x, weight=weight, eps=1e-5)
     assert normed.dtype == dtype
     torch.testing.assert_close(normed.double(), expected, rtol=step, atol=step)
+    stream = torch.randn(5, hidden, generator=rng).to(DEVICE, dtype)
+    total = stream.double() + expected
+    assert rms_norm(x, stream, weight=weight, eps=1e-5) is stream
+    torch.testing.assert_close(stream.double(), total, rtol=step, atol=2 * step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *TOLERANCE], ids=str)
+def test_norm_of_each_head(dtype: torch.dtype) -> None:
+    """In place, and of no head but those that it is given."""
+    rng = torch.Generator().manual_seed(1)
+    qkv = torch.randn(3, 5, 48, generator=rng).to(DEVICE, dtype) * torch.arange(1, 6, device=DEVICE)[:, None].to(dtype)
+    weight = torch.randn(48, generator=rng).to(DEVICE, dtype)
+    before, wide = qkv.clone(), qkv[:, 1:4].double()
+    expected = wide / (wide.pow(2).mean(dim=-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    norm_heads_(qkv[:, 1:4], weight, 1e-5)
+    step = max(torch.finfo(dtype).eps, 1e-6)
+    torch.testing.assert_close(qkv[:, 1:4].double(), expected, rtol=step, atol=step)
+    assert torch.equal(qkv[:, [0, 4]], before[:, [0, 4]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *TOLERANCE], ids=str)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -82,3 +84,32 @@ def make_tiny_gpt2(path: Path, **overrides: Any) -> GPT2LMHeadModel:
         "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD,
     }  # fmt: skip
     return _save(GPT2LMHeadModel(GPT2Config(**(sizes | overrides))), path)
+
+
+_SIZES = _LLAMA_SIZES | {"hidden_size": 192, "intermediate_size": 160, "num_attention_heads": 6, "num_key_value_heads": 3}
+YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 5000.0, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 128,
+    "short_factor": [1.0 + i / 20 for i in range(12)], "long_factor": [1.0 + i / 2 for i in range(12)],
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _SIZES,
+    "mistral": _SIZES | {"sliding_window": 24},
+    "gpt2": {
+        "vocab_size": VOCAB_SIZE, "n_embd": 192, "n_layer": 3, "n_head": 6, "n_positions": 512,
+        "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD,
+    },
+    "qwen2": _SIZES | {"tie_word_embeddings": True},
+    "qwen3": _SIZES | {"hidden_size": 96, "head_dim": 32, "rope_parameters": YARN},
+    "smollm3": _SIZES | {"num_hidden_layers": 4},
+    "phi3": _SIZES | {"max_position_embeddings": 512, "original_max_position_embeddings": 128, "rope_parameters": LONGROPE},
+    "olmo2": _SIZES,
+}  # fmt: skip
+"""What makes each family itself, by transformers' ``model_type``: KV heads that two ranks cannot share evenly, heads of 32
+elements (which the kernels of a CPU turn) though hidden / heads may be another number, scaling that some dozen tokens meet."""
+
+
+def make_tiny(family: str, path: Path, **overrides: Any) -> PreTrainedModel:
+    """Save a model of a family of `FAMILIES` to `path`; overrides are arguments of its configuration."""
+    config = AutoConfig.for_model(family, **(FAMILIES[family] | overrides))
+    return _save(AutoModelForCausalLM.from_config(config), path)

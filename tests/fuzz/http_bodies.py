@@ -32,6 +32,7 @@ SAMPLING = {
 FORMS = (
     {"guided_json": SCHEMA}, {"guided_json": json.dumps(SCHEMA)}, {"guided_regex": "a{1,3}"}, {"guided_choice": ["x", "yes"]},
     {"guided_grammar": 'root ::= "a" | "b"'}, {"response_format": {"type": "json_object"}},
+    {"structured_outputs": {"json": SCHEMA}}, {"structured_outputs": {"choice": ["x"], "regex": None}},
     {"response_format": {"type": "text"}},
     {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}},
 )  # fmt: skip

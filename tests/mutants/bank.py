@@ -2,12 +2,14 @@
 
 Each ``stageN.toml`` here lists ``[[mutant]]`` tables: `name`, the `task` whose tests must kill it, `file` inside `solutions/`,
 `why` somebody writes it and what it does to users, and the `old` text that stands there once with the `new` one in its place.
+`ties`, which may be left out, lists what it shows to be tested: a trap of the guide by its title, or ``function: Error`` of a
+docstring's ``Raises:``. `tests/gate_ties.py` compares that with what there is.
 """
 
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from stages.course.tools.catalog import CourseError, Stage
@@ -29,6 +31,7 @@ class Mutant:
     why: str
     old: str
     new: str
+    ties: list[str] = field(default_factory=list)
 
 
 def load_mutants(root: Path, stage: Stage) -> list[Mutant]:
@@ -43,8 +46,8 @@ def load_mutants(root: Path, stage: Stage) -> list[Mutant]:
     names = {field.name for field in fields(Mutant)}
     mutants = []
     for entry in tomllib.loads(path.read_text(encoding="utf-8")).get("mutant", []):
-        if entry.keys() != names:
-            odd = ", ".join(sorted(names.symmetric_difference(entry)))
+        if entry.keys() | {"ties"} != names:
+            odd = ", ".join(sorted(names.symmetric_difference(entry.keys() | {"ties"})))
             raise CourseError(f"{path.name}, mutant {entry.get('name')!r}: missing or unknown: {odd}")
         mutants.append(Mutant(**entry))
     return mutants

@@ -38,6 +38,7 @@ SOURCES = (
 HEADERS = (
     "core/platform/native.h",
     "core/platform/shares.h",
+    "core/platform/tiles.h",
     "attention/paged_work_cpu.h",
     "attention/paged_decode_cpu.h",
     "attention/paged_prefill_cpu.h",

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Iterator
-from typing import Any
+from collections.abc import Sequence as Many
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...batching.sequence import Sequence
+from ...batching.sampling_params import SamplingParams
+from ...batching.sequence import TokenGuide
 from ..structured.structured_output import by_guide, forbid
 
 BANNED = -1e30
@@ -33,12 +35,30 @@ def to_device(data: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+class Sampled(Protocol):
+    """What sampling reads of a sequence: of all of it, or with drafts of its beginning."""
+
+    params: SamplingParams
+    guide: TokenGuide | None
+    num_prompt_tokens: int
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def tokens(self) -> list[int]: ...
+
+    @property
+    def output_token_ids(self) -> list[int]: ...
+
+    @property
+    def num_output_tokens(self) -> int: ...
+
+
 class TokenCounts:
     """The distinct tokens of a sequence, and how often each is in its output: kept up to date as the sequence grows."""
 
     __slots__ = ("_place", "_seen", "counts", "sequence", "token_ids")
 
-    def __init__(self, sequence: Sequence) -> None:
+    def __init__(self, sequence: Sampled) -> None:
         self.sequence = sequence
         self.token_ids = array("q")
         self.counts = array("f")  # 0: only in the prompt
@@ -65,7 +85,7 @@ class LogitsProcessors:
     """
 
     def __init__(
-        self, sequences: list[Sequence], width: int, device: torch.device, before: LogitsProcessors | None = None,
+        self, sequences: Many[Sampled], width: int, device: torch.device, before: LogitsProcessors | None = None,
         vocab_size: int | None = None,
     ) -> None:  # fmt: skip
         """
@@ -88,14 +108,14 @@ class LogitsProcessors:
         known = before._counts if before else {}
         penalised = [(i, s) for i, s in rows if _has_penalty(s)]
         self._penalised_rows = [i for i, _ in penalised]
-        self._counts: dict[Sequence, TokenCounts] = {s: known.get(s) or TokenCounts(s) for _, s in penalised}
+        self._counts: dict[Sampled, TokenCounts] = {s: known.get(s) or TokenCounts(s) for _, s in penalised}
         names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
         penalties = np.array([[getattr(s.params, name) for _, s in penalised] for name in names])
         penalties[0] = penalties[0].clip(1 / MAX_PENALTY, MAX_PENALTY)
         self._penalties = list(penalties.astype(np.float32))
 
     @staticmethod
-    def wanted(sequences: list[Sequence]) -> bool:
+    def wanted(sequences: Many[Sampled]) -> bool:
         """Whether any of `sequences` asks for one of these operations."""
         return any(
             s.guide is not None
@@ -156,6 +176,6 @@ class LogitsProcessors:
         flat[places] = logit - frequency * count - presence * (count > 0)
 
 
-def _has_penalty(seq: Sequence) -> bool:
+def _has_penalty(seq: Sampled) -> bool:
     params = seq.params
     return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0

@@ -108,17 +108,17 @@ def verify(
     for seq in sequences:
         draft = drafts.get(seq) or Draft([])
         stop = start + len(draft.token_ids) + 1
-        entries = own.logprobs[start:stop]
         if draft.probs is None:
             new = _while_equal(draft.token_ids, own.token_ids[start:stop])
+            entries = [entry for entry in own.logprobs[start : start + len(new)] if entry is not None]
         else:
             target_probs = sampler.probabilities(logits[start:stop], places[start:stop])
             new = rejection_sample(draft.token_ids, draft.probs, target_probs, sampler.uniforms(stop - start))
-            if seq.params.logprobs is not None:
-                entries = sampler.prompt_logprobs(logits[start : start + len(new)], new, seq.params.logprobs)
+            count = seq.params.logprobs
+            entries = [] if count is None else sampler.prompt_logprobs(logits[start : start + len(new)], new, count)
         tokens.append(new)
-        if seq.params.logprobs is not None:
-            logprobs[seq] = entries[: len(new)]
+        if entries:
+            logprobs[seq] = entries
         start = stop
     return tokens, logprobs
 

@@ -13,15 +13,15 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...batching.sampling_params import SamplingParams
-from ...batching.sequence import Sequence
 from . import selection_cpu
-from .logits_processors import LogitsProcessors, to_device
+from .logits_processors import LogitsProcessors, Sampled, to_device
 from .selection import BLOCK, Filters, argmax, draw, ranked
 
 MAX_TEMPERATURE = 1e30
@@ -75,7 +75,7 @@ class _Rows:
 class _Plan:
     """What stays the same while the batch does."""
 
-    sequences: list[Sequence]
+    sequences: list[Sampled]
     processors: LogitsProcessors | None
     greedy: _Rows
     random: _Rows
@@ -113,7 +113,7 @@ class Sampler:
         self._padded = self._scratch = torch.empty(0, self._width)
 
     @torch.inference_mode()
-    def __call__(self, logits: Tensor, sequences: list[Sequence]) -> SamplerOutput:
+    def __call__(self, logits: Tensor, sequences: Many[Sampled]) -> SamplerOutput:
         """Sample one token a row.
 
         Args:
@@ -161,7 +161,7 @@ class Sampler:
         return result
 
     @torch.inference_mode()
-    def probabilities(self, logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    def probabilities(self, logits: Tensor, sequences: Many[Sampled]) -> Tensor:
         """The distributions that `__call__` draws from: [N, V] float32; a greedy row has a single 1."""
         plan = self._plan_of(sequences, logits.device)
         x = self._process(logits, plan)
@@ -229,7 +229,7 @@ class Sampler:
         padded[:, : self.vocab_size].copy_(logits)
         return padded
 
-    def _uniform(self, seq: Sequence) -> float:
+    def _uniform(self, seq: Sampled) -> float:
         seed = seq.params.seed
         return self._generator.random() if seed is None else uniform(seed, seq.num_output_tokens)
 
@@ -237,7 +237,7 @@ class Sampler:
     def _scale(x: Tensor, plan: _Plan) -> Tensor:
         return x if plan.temperature is None else x.div_(plan.temperature)
 
-    def _plan_of(self, sequences: list[Sequence], device: torch.device) -> _Plan:
+    def _plan_of(self, sequences: Many[Sampled], device: torch.device) -> _Plan:
         """The plan for this batch: the last one, if the batch is the same."""
         last = self._plan
         if last is not None and last.sequences == sequences:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,6 +88,8 @@ class GrammarCompiler:
                 grammar = self._compiler.compile_grammar(_json_grammar(OBJECT if kind == "json_object" else text))
             elif kind == "regex":
                 grammar = self._compiler.compile_regex(text)
+            elif kind == "structural_tag":
+                grammar = self._compiler.compile_structural_tag(_with_grammars(json.loads(text), {}))
             elif kind == "choice":
                 quoted = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
                 grammar = self._compiler.compile_grammar(f"root ::= {' | '.join(quoted)}")
@@ -111,6 +113,30 @@ def _json_grammar(schema: str) -> str:
     except ValueError as error:
         place = "" if str(error).startswith("the keyword") else "the json is not valid: "
         raise ValueError(f"structured_output: {place}{error}") from None
+
+
+def _with_grammars(part: Any, made: dict[str, str]) -> Any:
+    """A part of a structural tag, with grammars of ours in the place of JSON schemas.
+
+    Args:
+        made: schema as text → its grammar.
+
+    Raises:
+        ValueError: a schema is not valid; the message begins with its `place` (which is ours), if it has one.
+    """
+    if isinstance(part, list):
+        return [_with_grammars(one, made) for one in part]
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") != "json_schema" or not part.keys() <= {"type", "json_schema", "place"}:
+        return {name: _with_grammars(one, made) for name, one in part.items()}
+    text = json.dumps(part.get("json_schema"))
+    if text not in made:
+        try:
+            made[text] = to_grammar(text)
+        except ValueError as error:
+            raise ValueError(f"structured_output: {part.get('place', 'json_schema')}: {error}") from None
+    return {"type": "grammar", "grammar": made[text]}
 
 
 class Guide:
@@ -185,7 +211,7 @@ def forbid(logits: Tensor, guided: list[tuple[Guide, list[tuple[int, Any]]]], vo
         logits[row, :vocab_size].masked_fill_(forbidden[index], -torch.inf)
 
 
-def by_guide(sequences: list[Any]) -> list[tuple[Guide, list[tuple[int, Any]]]]:
+def by_guide(sequences: Sequence[Any]) -> list[tuple[Guide, list[tuple[int, Any]]]]:
     """Guides with their rows, in the order of the rows."""
     found: dict[Guide, list[tuple[int, Any]]] = {}
     for row, seq in enumerate(sequences):

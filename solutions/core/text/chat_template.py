@@ -1,36 +1,44 @@
 """Conversations as token ids, in the form that a model's chat template can read.
 
-A message's content is a text or a list of parts, ``{"type": "text", "text": ...}``. Some templates read only the one, some only
-the other, and one that gets the wrong form says nothing: in Jinja a loop over a text finds no parts, and writes none. So a
-template is tried first, with the same roles and a made-up word for each text, and what it writes shows which words it has read.
+A message's content is a text or a list of parts, ``{"type": "text", "text": ...}``. Some templates read only texts, others only
+parts. A template that gets the wrong form raises no error: in Jinja a loop over a text finds no parts and writes nothing. So a
+template is tried first, with the same roles and a made-up word for each text. Its output shows which words it has read.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
 Form = Literal["text", "parts", "part"]
 """A text; parts; one part, with the whole text."""
-Shape = tuple[tuple[str, int | None], ...]
-"""The role of each message, and the number of its parts; None: it came as a text."""
+Shape = tuple[tuple[str, int | None, str], ...]
+"""The role of each message; the number of its parts, None: it came as a text; and all that it has besides, as JSON."""
 MARK = "zqmark"
-"""A key of a part that no template asks for: where it is in the prompt, the list of parts was written as it is."""
+"""A key of each part that no template asks for. If it is in the prompt, the template has printed the list of parts itself."""
+CALLS = "tool_calls"
+"""What a message has that calls tools; some templates leave out what such a message says."""
+ROLES = ("system", "user", "assistant", "tool")
+"""The roles that every API has. A template may leave out a message of one of them, such as what an assistant thought."""
 MANY_MESSAGES = 256
-"""From here on only a few ways are tried: each costs as much as the template itself."""
+"""With so many messages only a few combinations of forms are tried, because each of them renders the template."""
+MAX_ROLES = 4
+"""With more roles only a few combinations are tried too, because each role triples their number."""
 
 
-def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> list[int]:
+def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
     """A conversation as token ids, up to where the assistant speaks.
 
-    A message stays in the form in which it came, unless the template reads only the other. As a text, parts are joined by line
-    breaks.
+    A message keeps its form unless the template reads only the other one. Parts that become a text are joined by line breaks.
 
     Args:
         tokenizer: of transformers.
-        messages: each with a role and a content; a content that is None or missing is empty.
+        messages: each with a role and a content; a content that is None or missing is empty. What else they have, such as
+            `tool_calls`, stays as it is.
+        tools: what the model may call, for the template.
 
     Raises:
         ValueError: there is no chat template, it does not take this conversation, or it leaves out all that the user says.
@@ -40,31 +48,37 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> list[int]
     contents = [_parts(message) for message in messages]
     came_as_text = [not isinstance(message.get("content"), list) for message in messages]
     shape = tuple(
-        (message["role"], None if text else len(parts))
+        (message["role"], None if text else len(parts), _besides(message))
         for message, text, parts in zip(messages, came_as_text, contents, strict=True)
     )
     try:
-        forms, unread = _readable(_Template(tokenizer), shape)
+        forms, unread = _readable(_Template(tokenizer, tools), shape)
         conversation = [
             {**message, "content": _content(parts, form)}
             for message, parts, form in zip(messages, contents, forms, strict=True)
         ]
-        token_ids: list[int] = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+        token_ids: list[int] = tokenizer.apply_chat_template(
+            conversation, tools=tools, add_generation_prompt=True, return_dict=False
+        )
     except Exception as error:  # a template is a program, and may fail in any way
         reason = str(error) or type(error).__name__
         raise ValueError(f"the model's chat template does not take these messages: {reason}") from error
     said = [index for index, message in enumerate(messages) if message["role"] == "user" and any(contents[index])]
     if said and unread.issuperset(said):
         raise ValueError("the model's chat template leaves out what the user says")
+    strange = [message["role"] for index, message in enumerate(messages) if index in unread and message["role"] not in ROLES]
+    if strange:
+        raise ValueError(f"the model's chat template leaves out what the role {strange[0]!r} says")
     return token_ids
 
 
 class _Template:
-    """A tokenizer's template; equal to others of the same text."""
+    """A tokenizer's template, with the tools that it tells of; equal to others of the same text and tools."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, tools: Sequence[dict[str, Any]] | None = None) -> None:
         self.tokenizer = tokenizer
-        self.text = repr(tokenizer.chat_template)  # of several templates, a dictionary
+        self.tools = tools
+        self.text = repr((tokenizer.chat_template, tools))  # of several templates, a dictionary
 
     def __hash__(self) -> int:
         return hash(self.text)
@@ -78,12 +92,17 @@ class _Template:
         Raises:
             Exception: of any kind; the template does not take them.
         """
-        words = [[f"zq{index}x{part}qz" for part in range(parts or 1)] for index, (_, parts) in enumerate(shape)]
-        conversation = [
-            {"role": role, "content": _content(said, form, {MARK: MARK})}
-            for (role, _), said, form in zip(shape, words, forms, strict=True)
+        words = [
+            [] if CALLS in besides else [f"zq{index}x{part}qz" for part in range(parts or 1)]
+            for index, (_, parts, besides) in enumerate(shape)
         ]
-        prompt = self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False).lower()
+        conversation = [
+            {"role": role, "content": _content(said, form, {MARK: MARK}), **json.loads(besides or "{}")}
+            for (role, _, besides), said, form in zip(shape, words, forms, strict=True)
+        ]
+        prompt = self.tokenizer.apply_chat_template(
+            conversation, tools=self.tools, add_generation_prompt=True, tokenize=False
+        ).lower()
         if MARK in prompt:
             raise ValueError("it writes lists of parts as they are")
         return frozenset(index for index, said in enumerate(words) if not all(word in prompt for word in said))
@@ -91,10 +110,10 @@ class _Template:
 
 @lru_cache(maxsize=256)
 def _readable(template: _Template, shape: Shape) -> tuple[tuple[Form, ...], frozenset[int]]:
-    """A form for each message so that the template reads as many as it ever does, and those that it does not read even so.
+    """The forms, one for each message, in which the template reads the most messages, and the messages that it leaves out.
 
     Raises:
-        Exception: of any kind; the template takes none of the ways, and this is what it says of texts.
+        Exception: of any kind; the template takes no combination of forms, and this is its error for texts.
     """
     best: tuple[tuple[Form, ...], frozenset[int]] | None = None
     for forms in _ways(shape):
@@ -121,15 +140,21 @@ def _readable(template: _Template, shape: Shape) -> tuple[tuple[Form, ...], froz
 
 
 def _ways(shape: Shape) -> Iterator[tuple[Form, ...]]:
-    """As it came; all in one form; each choice of a form by role."""
-    yield tuple("text" if parts is None else "parts" for _, parts in shape)
-    roles = list(dict.fromkeys(role for role, _ in shape))
+    """Forms to try: as the messages came; all in one form; each combination of a form for every role."""
+    yield tuple("text" if parts is None else "parts" for _, parts, _ in shape)
+    roles = list(dict.fromkeys(role for role, *_ in shape))
     choices: list[tuple[Form, ...]] = [(form,) * len(roles) for form in ("text", "parts", "part")]
-    if len(shape) < MANY_MESSAGES:
+    if len(shape) < MANY_MESSAGES and len(roles) <= MAX_ROLES:
         choices += itertools.product(("text", "parts", "part"), repeat=len(roles))
     for choice in choices:
         by_role = dict(zip(roles, choice, strict=True))
-        yield tuple(by_role[role] for role, _ in shape)
+        yield tuple(by_role[role] for role, *_ in shape)
+
+
+def _besides(message: dict[str, Any]) -> str:
+    """What a message has besides role and content, as JSON; nothing if it has nothing."""
+    more = {name: value for name, value in message.items() if name not in ("role", "content")}
+    return json.dumps(more) if more else ""
 
 
 def _parts(message: dict[str, Any]) -> list[str]:

@@ -5,12 +5,12 @@ begins with a space unless the text begins with it, and a stop string may cut a 
 
     The texts of the tokens, joined, are the text. Always.
 
-So a token carries the characters that it completes, those before it that hold a part of them carry "", and a token carries no
-more than the answer does: what a stop string cuts off, special tokens that are left out and the token that ended the text are
-"". What is no character when the text ends is U+FFFD, at the last token that holds a part of it.
+So a token carries the characters that it completes. Tokens before it that hold a part of such a character carry "". A token
+carries no more than the answer does: text that a stop string cuts off, special tokens that are left out and the token that
+ended the text are "". Bytes that are no character when the text ends become U+FFFD, at the last token that holds some of them.
 
-Alternatives are read in the same place: what they would have added there. One that would have added nothing, as it is special
-or holds a part of a character, is shown as it reads by itself.
+An alternative's text is what it would have added in the same place. One that would have added nothing, because it is special or
+holds a part of a character, is shown as it decodes by itself.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from ..sampling.sampler import TokenLogprobs
 
 LOCAL_DECODERS = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
-"""With these a token reads alike wherever text stands before it, if it is whole characters."""
+"""With these a token decodes to the same text behind any text that ends on a whole character."""
 ANCHOR = "a"
-"""Text behind which a token is read that is to be read behind any text."""
+"""A text that stands for any text: a token is decoded behind it."""
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ class Logprob:
 
 
 class TokenTexts:
-    """Texts of a vocabulary's tokens that need no context, each worked out once."""
+    """Texts of a vocabulary's tokens that need no context, each computed once."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -55,14 +55,14 @@ class TokenTexts:
         self._anchor = _anchor(tokenizer) if _is_local(tokenizer) else None
 
     def alone(self, token: int) -> str:
-        """As the token reads by itself; U+FFFD for a part of a character, its name for a special one."""
+        """What the token decodes to by itself; U+FFFD for a part of a character, its name for a special one."""
         text = self._alone.get(token)
         if text is None:
             text = self._alone[token] = self.tokenizer.decode([token], skip_special_tokens=False)
         return text
 
     def inside(self, token: int) -> str | None:
-        """What the token adds behind any text that ends on a whole character; None if that takes a look at the text."""
+        """What the token adds behind any text that ends on a whole character; None: it depends on the text."""
         if self._anchor is None:
             return None
         if token not in self._inside:
@@ -138,7 +138,7 @@ class TokenLog:
         self._in_text = False
 
     def add(self, entries: list[TokenLogprobs]) -> None:
-        """Take those of tokens that are about to be appended; of these the first that ends the sequence may be the last."""
+        """Take the entries of tokens that are about to be appended. Those behind one that ends the sequence are not used."""
         self._sampled.extend(entries)
 
     def step(self) -> str:
@@ -163,7 +163,7 @@ class TokenLog:
         return text
 
     def give(self, text: str, ended: bool) -> tuple[str, list[dict[int, Logprob]]]:
-        """The text that is sure by whole tokens, and these tokens' entries.
+        """The text that is sure, in whole tokens, and the entries of these tokens.
 
         Args:
             text: what has become sure since the last call.
@@ -221,7 +221,7 @@ class PromptLog:
         self._in_text = False
 
     def add(self, start: int, entries: list[TokenLogprobs]) -> None:
-        """Take those of tokens ``start``, ``start + 1``, …; those that are known already are the same."""
+        """Take the entries of tokens ``start``, ``start + 1``, …; those that are known already are the same."""
         for index, entry in enumerate(entries, start):
             if self.entries[index] is None:
                 self.entries[index] = self._read(index, entry)

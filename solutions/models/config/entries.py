@@ -35,6 +35,10 @@ class Entries:
     def __init__(self, content: dict[str, Any], where: str = "config.json") -> None:
         self.content, self.where = content, where
 
+    def silent(self, **defaults: Any) -> Entries:
+        """The same, where names that are not there at all mean `defaults`; ``null`` still means that there is none."""
+        return Entries(defaults | self.content, self.where)
+
     def whole(self, name: str, default: Any = REQUIRED, low: int = 1, high: int = MAX_WHOLE) -> Any:
         """A whole number from `low` to `high`."""
         value = self._get(name, default)
@@ -73,6 +77,13 @@ class Entries:
         value = self._get(name, default)
         good = isinstance(value, list) and all(type(member) is kind for member in value)
         return value if value is default or good else self._refuse(name, f"a list of {kind.__name__}", value)
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of numbers above 0."""
+        value = self._get(name, REQUIRED)
+        if not isinstance(value, list) or not all(type(each) in (int, float) and 0 < each <= MAX_NUMBER for each in value):
+            self._refuse(name, "a list of numbers above 0", value)
+        return tuple(map(float, value))
 
     def token_ids(self, name: str, vocab_size: int) -> list[int] | None:
         """Tokens of which there may be one or many; None: the entry is not there.

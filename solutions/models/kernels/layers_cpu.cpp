@@ -24,6 +24,29 @@ void rms_norm(const T* x, const T* weight, T* y, int64_t m, int64_t n, float eps
     });
 }
 
+// The same for each of `pieces` of n elements that lie behind one another in each of m rows; the rows of x and y lie ldx and ldy
+// apart. With `add` the result is added to y, else y may be x.
+template <typename T>
+void norm_pieces(const T* x, const T* weight, T* y, int64_t ldx, int64_t ldy, int64_t m, int64_t pieces, int64_t n, float eps,
+                 bool add) {
+    parallel_for(m, ROWS, [=](int64_t row) {
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+            const T* from = x + row * ldx + piece * n;
+            T* to = y + row * ldy + piece * n;
+            Floats squares{};
+            for (int64_t i = 0; i < n; i += LANES) {
+                const Floats v = load(from + i);
+                squares += v * v;
+            }
+            const float factor = 1.0f / std::sqrt(sum(squares) / n + eps);
+            for (int64_t i = 0; i < n; i += LANES) {
+                const Floats v = load(from + i) * factor * load(weight + i);
+                store(to + i, add ? load(to + i) + v : v);
+            }
+        }
+    });
+}
+
 // Turn pairs (i, i + D/2) of `heads` heads of each of m rows, ldx apart, by the row's angles: cosines and sines are [m, D], the
 // first half of the sines negated. D is a multiple of 32.
 template <typename T>
@@ -52,6 +75,13 @@ extern "C" struct Norm {
     int64_t n;
     double eps;
 };
+extern "C" struct PiecesNorm {
+    int64_t m;
+    const void *x, *weight;
+    void* y;
+    int64_t ldx, ldy, pieces, n, add;
+    double eps;
+};
 extern "C" struct Rotation {
     int64_t m;
     void* x;
@@ -64,6 +94,11 @@ namespace {
 template <typename T>
 void rms_norm(const Norm& a) {
     rms_norm(static_cast<const T*>(a.x), static_cast<const T*>(a.weight), static_cast<T*>(a.y), a.m, a.n, static_cast<float>(a.eps));
+}
+template <typename T>
+void norm_pieces(const PiecesNorm& a) {
+    norm_pieces(static_cast<const T*>(a.x), static_cast<const T*>(a.weight), static_cast<T*>(a.y), a.ldx, a.ldy, a.m, a.pieces, a.n,
+                static_cast<float>(a.eps), a.add != 0);
 }
 template <typename T>
 void rotate(const Rotation& a) {
@@ -81,6 +116,8 @@ extern "C" struct Call {
 extern "C" {
 void rms_norm_f32(const Norm* a) { rms_norm<float>(*a); }
 void rms_norm_bf16(const Norm* a) { rms_norm<bf16>(*a); }
+void norm_pieces_f32(const PiecesNorm* a) { norm_pieces<float>(*a); }
+void norm_pieces_bf16(const PiecesNorm* a) { norm_pieces<bf16>(*a); }
 void rotate_f32(const Rotation* a) { rotate<float>(*a); }
 void rotate_bf16(const Rotation* a) { rotate<bf16>(*a); }
 

@@ -22,6 +22,16 @@ class _Norm(native.Arguments):
     )
 
 
+class _PiecesNorm(native.Arguments):
+    """`PiecesNorm` of the C++ file."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "y")),
+        *((name, ctypes.c_int64) for name in ("ldx", "ldy", "pieces", "n", "add")),
+        ("eps", ctypes.c_double),
+    )
+
+
 class _Rotation(native.Arguments):
     """`Rotation` of the C++ file."""
 
@@ -37,18 +47,48 @@ def supports_norm(weight: Tensor) -> bool:
 
 
 class NativeNorm:
-    """RMSNorm: ``x / sqrt(mean(x²) + eps) · weight`` over the last dimension of a contiguous [T, hidden]."""
+    """RMSNorm: ``x / sqrt(mean(x²) + eps) · weight`` over the last dimension of a contiguous [T, hidden]; with `add_to` of that
+    shape the result is added to it in place."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         self._weight = weight
         self._arguments = _Norm(weight=weight.data_ptr(), n=len(weight), eps=eps)
         self._kernel = native.Kernel(f"rms_norm_{_NAMES[weight.dtype]}", self._arguments)
+        self._pieces = _Pieces(weight, eps, add=True)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
         rows, width = x.shape
+        if add_to is not None:
+            return self._pieces(x.unsqueeze(1), add_to)
         y = native.result("norm", rows, width, x.dtype)
         arguments = self._arguments
         arguments.x, arguments.y, arguments.rows = x.data_ptr(), y.data_ptr(), rows
+        self._kernel()
+        return y
+
+
+class NativeHeadNorm:
+    """RMSNorm in place of each head of [T, H, D], heads that lie behind one another; the weight is one that `supports_norm`."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._pieces = _Pieces(weight, eps, add=False)
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        return self._pieces(heads, heads)
+
+
+class _Pieces:
+    """`norm_pieces` of the C++ file."""
+
+    def __init__(self, weight: Tensor, eps: float, add: bool) -> None:
+        self._weight = weight
+        self._arguments = _PiecesNorm(weight=weight.data_ptr(), n=len(weight), eps=eps, add=add)
+        self._kernel = native.Kernel(f"norm_pieces_{_NAMES[weight.dtype]}", self._arguments)
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:  # [T, pieces, n], and y with as many elements a row
+        arguments = self._arguments
+        arguments.x, arguments.y, arguments.ldx, arguments.ldy = x.data_ptr(), y.data_ptr(), x.stride(0), y.stride(0)
+        arguments.rows, arguments.pieces, _ = x.shape
         self._kernel()
         return y
 

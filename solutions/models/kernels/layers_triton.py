@@ -16,21 +16,39 @@ SILU_COLUMNS = 1024
 """Elements of a row that one program of `silu_mul` computes."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, add_to: Tensor | None = None, *, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x²) + eps) · weight`` over each row (Zhang and Sennrich, 2019).
 
     Args:
-        x: [T, hidden], its rows may lie apart. weight: [hidden].
+        x: [T, hidden], its rows may lie apart. weight: [hidden]. add_to: [T, hidden], what the result is added to in place.
 
     Returns:
         [T, hidden] in the dtype of `x`.
     """
     rows, size = x.shape
-    out = torch.empty(rows, size, dtype=x.dtype, device=x.device)
+    out = torch.empty(rows, size, dtype=x.dtype, device=x.device) if add_to is None else add_to
     if rows:
-        block = triton.next_power_of_2(size)
-        _norm_kernel[(rows,)](x, weight, out, x.stride(0), eps, SIZE=size, BLOCK=block, num_warps=min(16, max(1, block // 512)))
+        _norm(x, weight, out, (rows, 1), eps, add_to is not None)
     return out
+
+
+def norm_heads_(heads: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` of every head by itself, in place.
+
+    Args:
+        heads: [T, H, D], the heads of a token behind one another. weight: [D].
+    """
+    if heads.numel():
+        _norm(heads, weight, heads, (heads.shape[0], heads.shape[1]), eps, False)
+    return heads
+
+
+def _norm(x: Tensor, weight: Tensor, out: Tensor, grid: tuple[int, int], eps: float, add: bool) -> None:
+    """grid: (rows, pieces of a row). add: to what `out` holds."""
+    size = len(weight)
+    block = triton.next_power_of_2(size)
+    warps = min(16, max(1, block // 512))
+    _norm_kernel[grid](x, weight, out, x.stride(0), out.stride(0), eps, ADD=add, SIZE=size, BLOCK=block, num_warps=warps)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -51,15 +69,20 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _norm_kernel(x, weight, out, x_stride, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """One row a program."""
+def _norm_kernel(
+    x, weight, out, x_stride, out_stride, eps, ADD: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One piece of a row a program."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < SIZE
-    values = tl.load(x + row * x_stride + column, mask, other=0.0).to(tl.float32)
+    first = tl.program_id(1) * SIZE
+    values = tl.load(x + row * x_stride + first + column, mask, other=0.0).to(tl.float32)
     factor = 1.0 / tl.sqrt(tl.sum(values * values, 0) / SIZE + eps)
     normed = values * factor * tl.load(weight + column, mask, other=0.0).to(tl.float32)
-    tl.store(out + row * SIZE + column, cast(normed, out.dtype.element_ty), mask)
+    if ADD:
+        normed += tl.load(out + row * out_stride + first + column, mask, other=0.0).to(tl.float32)
+    tl.store(out + row * out_stride + first + column, cast(normed, out.dtype.element_ty), mask)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-// y = x · Wᵀ on a CPU, W packed once into panels (see core/platform/native.h): one pass over the weights for up to 8 rows, so that decoding
+// y = x · Wᵀ on a CPU, W packed once into panels (see core/platform/tiles.h): one pass over the weights for up to 8 rows, so that decoding
 // runs at the speed of memory, and full register tiles for more, so that prefill runs at the speed of the dot product units.
 //
 // Every row is summed in the same order whatever rows stand beside it, so a token's result does not depend on its batch.
@@ -11,9 +11,14 @@ namespace {
 
 constexpr int64_t ROWS = 4;  // of a share, when activations are brought into another form
 
+inline void store_operands(uint8_t* to, Bits bytes) { store_as(to, __builtin_convertvector(bytes, Bytes)); }
+inline void store_operands(int16_t* to, Bits bytes) {
+    store_as(to, shuffle(__builtin_convertvector(bytes, Shorts), [](int i) { return (i & ~3) | (i & 1) << 1 | (i & 2) >> 1; }));
+}
+
 // Part of a row to bytes; returns its scale.
 template <typename T>
-float quantize(const T* x, uint8_t* bytes, int64_t k) {
+float quantize(const T* x, Operand<uint8_t>* bytes, int64_t k) {
     Floats most{};
     for (int64_t i = 0; i < k; i += LANES) {
         const Floats v = load(x + i);
@@ -22,19 +27,18 @@ float quantize(const T* x, uint8_t* bytes, int64_t k) {
     const float top = largest(most), scale = top / 127.0f, inverse = top > 0 ? 127.0f / top : 0.0f;
     for (int64_t i = 0; i < k; i += LANES) {
         const Floats shifted = load(x + i) * inverse + (128.0f + 8388608.0f);  // 2^23 leaves the rounded integer in the low bits
-        typedef uint8_t Bytes __attribute__((vector_size(16)));
-        store_as(bytes + i, __builtin_convertvector((Bits)shifted & 0xff, Bytes));
+        store_operands(bytes + i, (Bits)shifted & 0xff);
     }
     return scale;
 }
 
 }  // namespace
 
-// The arguments of a product, as ctypes fills them in: x [m, k] with rows ldx apart, w in n/32 panels, y [m, n] with rows ldy apart
+// The arguments of a product, as ctypes fills them in: x [m, k] with rows ldx apart, w in n/PANEL panels, y [m, n] with rows ldy apart
 // (half of n with SILU_MUL). bias is of the padded columns, or null. k is a multiple of 2 for bfloat16, of 16 for int8.
 // group: of int8 the elements of x that share a scale, of int4 the weights; then there is memory for a number for each row and group.
-// For int8 only: scales of the padded columns, and memory for the quantized x, other_x [m, k] bytes.
-// For int4 only: where the columns are in another order than those of x, that order [k] and memory for x in it, other_x [m, k].
+// other_x: memory for x [m, k] in the form that tiles read, where that is another one: see linear_layout.
+// For int8 only: scales of the padded columns. For int4 only: the columns' order [k], where it is another than that of x.
 extern "C" struct Linear {
     int64_t m;
     const void *x, *w;
@@ -54,13 +58,20 @@ Output<T> output(const Linear& a) {
 
 template <typename T>
 void linear(const Linear& a) {
-    const Plain<T> weights{static_cast<const T*>(a.x), static_cast<const T*>(a.w), a.ldx, a.k};
-    multiply(weights, output<T>(a), a.m, a.n);
+    const T* x = static_cast<const T*>(a.x);
+    const T* packed = static_cast<const T*>(a.w);
+    if constexpr (std::is_same_v<Operand<T>, T>) {
+        multiply(Plain<T>{x, packed, a.ldx, a.k}, output<T>(a), a.m, a.n);
+    } else {
+        Operand<T>* wide = static_cast<Operand<T>*>(a.other_x);
+        parallel_for(a.m, ROWS, [&](int64_t row) { widen(x + row * a.ldx, a.k, wide + row * a.k); });
+        multiply(Plain<T>{wide, packed, a.k, a.k}, output<T>(a), a.m, a.n);
+    }
 }
 
 template <typename T>
 void linear_int8(const Linear& a) {
-    uint8_t* bytes = static_cast<uint8_t*>(a.other_x);
+    auto* bytes = static_cast<Operand<uint8_t>*>(a.other_x);
     const Int8 weights{bytes, a.of_groups, static_cast<const uint8_t*>(a.w), a.scales, a.k, a.group};
     const int64_t groups = weights.groups();
     parallel_for(a.m, ROWS, [&](int64_t row) {
@@ -73,12 +84,18 @@ void linear_int8(const Linear& a) {
 
 template <typename T>
 void linear_int4(const Linear& a) {
+    constexpr bool SAME = std::is_same_v<Operand<T>, T>;
     const T* x = static_cast<const T*>(a.x);
-    T* ordered = static_cast<T*>(a.other_x);
-    const Int4<T> weights{a.order ? ordered : x, a.order ? a.k : a.ldx, a.k, a.group, static_cast<const uint8_t*>(a.w), a.of_groups};
+    auto* other = static_cast<Operand<T>*>(a.other_x);
+    const bool moved = a.order || !SAME;
+    const Operand<T>* from = other;
+    if constexpr (SAME) from = moved ? other : x;
+    const Int4<Operand<T>> weights{from, moved ? a.k : a.ldx, a.k, a.group, static_cast<const uint8_t*>(a.w), a.of_groups};
     parallel_for(a.m, ROWS, [&](int64_t row) {
         if (a.order)
-            for (int64_t i = 0; i < a.k; ++i) ordered[row * a.k + i] = x[row * a.ldx + a.order[i]];
+            for (int64_t i = 0; i < a.k; ++i) widen(x + row * a.ldx + a.order[i], 1, other + row * a.k + i);
+        else if (moved)
+            widen(x + row * a.ldx, a.k, other + row * a.k);
         weights.sum_groups(row, a.of_groups + row * weights.groups());
     });
     multiply(weights, output<T>(a), a.m, a.n);
@@ -87,6 +104,12 @@ void linear_int4(const Linear& a) {
 }  // namespace
 
 extern "C" {
+// How weights and x are to lie: columns of a panel, and bytes of a number of x as tiles read it, of bfloat16 and of int8.
+void linear_layout(int64_t (&to)[3]) {
+    to[0] = PANEL;
+    to[1] = sizeof(Operand<bf16>);
+    to[2] = sizeof(Operand<uint8_t>);
+}
 void linear_f32(const Linear* a) { linear<float>(*a); }
 void linear_bf16(const Linear* a) { linear<bf16>(*a); }
 void linear_int8_f32(const Linear* a) { linear_int8<float>(*a); }

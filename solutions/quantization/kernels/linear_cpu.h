@@ -2,15 +2,16 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
-#include "core/platform/native.h"
 #include "core/platform/shares.h"
+#include "core/platform/tiles.h"
 
 namespace native {
 
 enum Epilogue { STORE = 0, ADD = 1, SILU_MUL = 2 };
 
-// What becomes of a tile's sums. With SILU_MUL a panel's columns are 16 of the gate, then the same 16 of up, and y has half of them.
+// What becomes of a tile's sums. With SILU_MUL a panel's columns are LANES of the gate, then the same of up, and y has half of them.
 template <typename T>
 struct Output {
     T* y;
@@ -41,11 +42,12 @@ struct Output {
 // Weights in the type of the activations: float32 or bfloat16.
 template <typename T>
 struct Plain {
-    const T *x, *packed;
+    const Operand<T>* x;
+    const T* packed;
     int64_t ldx, k;
 
     int64_t panel_bytes() const { return k * PANEL * sizeof(T); }
-    int64_t bytes_a_step() const { return 128; }
+    int64_t bytes_a_step() const { return STEP; }
 
     template <int M, typename Y>
     void rows(int64_t panel, int64_t row, int64_t width, const Output<Y>& out, Ahead ahead) const {
@@ -57,10 +59,10 @@ struct Plain {
 
 // int8 weights with a scale for each column; activations as unsigned bytes around 128, with a scale for each group of a row's. What
 // the 128 adds, 128 times the sum of the group's weights, is where the sums begin.
-// A panel holds for each group 32 such sums, less the factor, in 16 bits, then the weights of the group as native.h wants them.
+// A panel holds for each group PANEL such sums, less the factor, in 16 bits, then the weights of the group as tiles.h wants them.
 struct Int8 {
     static constexpr int64_t HEAD = 2 * PANEL;
-    const uint8_t* x;
+    const Operand<uint8_t>* x;
     const float* row_scales;  // [m, groups]
     const uint8_t* packed;
     const float* column_scales;
@@ -78,7 +80,6 @@ struct Int8 {
             const int64_t begin = g * group, count = std::min(group, k - begin);
             Ints sums[M][2];
             for (int h = 0; h < 2; ++h) {
-                typedef int16_t Shorts __attribute__((vector_size(32)));
                 const Ints start = __builtin_convertvector(load_as<Shorts>(at + h * PANEL), Ints) * -128;
                 for (int m = 0; m < M; ++m) sums[m][h] = start;
             }
@@ -99,32 +100,38 @@ struct Int8 {
     }
 };
 
-// One panel with all rows, in tiles as even as can be: a lone row at the end would wait for memory, not compute. Each tile fetches
-// its share of the next panel.
+template <int M, typename Weights, typename Y>
+void multiply_rows(const Weights& w, const Output<Y>& out, int64_t panel, int64_t row, int64_t rows, int64_t width, Ahead ahead) {
+    if (rows == M)
+        w.template rows<M>(panel, row, width, out, ahead);
+    else if constexpr (M > 1)
+        multiply_rows<M - 1>(w, out, panel, row, rows, width, ahead);
+}
+
+// One panel with `m` rows from `first` on, in tiles as even as can be: a lone row at the end would wait for memory, not compute. Each
+// tile fetches its share of the next panel.
 template <typename Weights, typename Y>
-void multiply_panel(const Weights& w, const Output<Y>& out, int64_t panel, int64_t m, int64_t n) {
+void multiply_panel(const Weights& w, const Output<Y>& out, int64_t panel, int64_t first, int64_t m, int64_t n) {
     const int64_t width = std::min<int64_t>(PANEL, n - panel * PANEL);
     const int64_t tiles = (m + TILE_ROWS - 1) / TILE_ROWS, bytes = w.panel_bytes();
     const char* next = reinterpret_cast<const char*>(w.packed) + (panel + 1) * bytes;
     for (int64_t i = 0; i < tiles; ++i) {
         const int64_t row = m * i / tiles;
         const Ahead ahead{next + bytes * i / tiles, (w.bytes_a_step() + tiles - 1) / tiles};
-        switch (m * (i + 1) / tiles - row) {
-            case 8: w.template rows<8>(panel, row, width, out, ahead); break;
-            case 7: w.template rows<7>(panel, row, width, out, ahead); break;
-            case 6: w.template rows<6>(panel, row, width, out, ahead); break;
-            case 5: w.template rows<5>(panel, row, width, out, ahead); break;
-            case 4: w.template rows<4>(panel, row, width, out, ahead); break;
-            case 3: w.template rows<3>(panel, row, width, out, ahead); break;
-            case 2: w.template rows<2>(panel, row, width, out, ahead); break;
-            case 1: w.template rows<1>(panel, row, width, out, ahead); break;
-        }
+        multiply_rows<TILE_ROWS>(w, out, panel, first + row, m * (i + 1) / tiles - row, width, ahead);
     }
 }
 
+// Rows that go through all panels before the next ones do: as many floats of x as the second-level cache holds.
+constexpr int64_t BLOCK = MULTIPLIES_BF16 ? std::numeric_limits<int64_t>::max() : 96;
+
 template <typename Weights, typename Y>
 void multiply(const Weights& w, const Output<Y>& out, int64_t m, int64_t n) {
-    parallel_for((n + PANEL - 1) / PANEL, 1, [&](int64_t panel) { multiply_panel(w, out, panel, m, n); });
+    const int64_t panels = (n + PANEL - 1) / PANEL, blocks = (m - 1) / BLOCK + 1;
+    parallel_for(blocks * panels, 1, [&](int64_t unit) {
+        const int64_t first = unit / panels * BLOCK;
+        multiply_panel(w, out, unit % panels, first, std::min(BLOCK, m - first), n);
+    });
 }
 
 }  // namespace native

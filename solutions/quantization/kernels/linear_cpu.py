@@ -11,6 +11,8 @@ quantized from a checkpoint. Decoding waits for memory, which has less than a th
 from __future__ import annotations
 
 import ctypes
+import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,8 +21,6 @@ from ...core.platform import native
 from ...core.platform.huge_pages import empty_in_huge_pages
 from ..layout.groups import GroupQuantized, quantize_groups
 
-PANEL = 32
-"""Columns of a panel, as in core/platform/native.h."""
 INT8_GROUP = 96
 """Activations of a token that share a scale: of the default model's widths a divisor."""
 INT4_GROUP = 32
@@ -36,6 +36,29 @@ class _Linear(native.Arguments):
     _fields_ = [(name, ctypes.c_void_p) for name in ("x", "w", "scales", "bias", "y", "other_x", "of_groups", "order")] + [
         (name, ctypes.c_int64) for name in ("ldx", "ldy", "n", "k", "epilogue", "group")
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the kernels, as they are built for this processor, want weights and activations to look like.
+
+    Attributes:
+        panel: rows of weights that lie side by side.
+        bfloat16, int8: what tiles read of x in the place of a bfloat16, and of a byte.
+    """
+
+    panel: int
+    bfloat16: torch.dtype
+    int8: torch.dtype
+
+
+@functools.cache
+def layout() -> Layout:
+    """What `linear_layout` in the C++ file says."""
+    numbers = (ctypes.c_int64 * 3)()
+    native.loaded().linear_layout(numbers)
+    panel, of_bfloat16, of_int8 = numbers
+    return Layout(panel, torch.bfloat16 if of_bfloat16 == 2 else torch.float32, torch.uint8 if of_int8 == 1 else torch.int16)
 
 
 def supports(dtype: torch.dtype, in_features: int, quantization: str | None = None) -> bool:
@@ -60,8 +83,8 @@ class PackedLinear:
         dtype: of the activations; default: that of `weight`.
 
     Attributes:
-        weight: the packed weights in the kernel's order: [P, K, 32] for P panels in the weights' own type; of int8 and
-            int4 the bytes of each, sums, scales and zeros among them, [P, B].
+        weight: the packed weights in the kernel's order: [P, K / g, panel, g] for P panels in the weights' own type; of int8
+            and int4 the bytes of each, sums, scales and zeros among them, [P, B].
     """
 
     def __init__(
@@ -72,7 +95,11 @@ class PackedLinear:
         self.out_features = self.num_rows // 2 if gated else self.num_rows
         self.epilogue = SILU_MUL if gated else STORE
         rows = gate_and_up_order(self.num_rows) if gated else slice(None)
-        self._dtype = dtype or weight.dtype
+        if dtype is None:
+            assert isinstance(weight, Tensor)  # codes do not say what is computed in
+            dtype = weight.dtype
+        self._dtype = dtype
+        operand = layout().bfloat16 if dtype is torch.bfloat16 else dtype
         if quantization == "int4" and not isinstance(weight, GroupQuantized):
             weight = quantize_groups(weight, 4, INT4_GROUP, whole_zeros=False)
         self.scales = self.order = None
@@ -81,17 +108,20 @@ class PackedLinear:
         group = 0
         if isinstance(weight, GroupQuantized):
             kind, group = "int4_", weight.group_size
-            self._scratch = (0 if weight.order is None else self.num_columns, self._dtype, weight.scales.shape[1])
+            is_moved = weight.order is not None or operand is not self._dtype
+            self._scratch = (self.num_columns if is_moved else 0, operand, weight.scales.shape[1])
             self.weight = pack_groups(weight, rows)
             self.order = None if weight.order is None else weight.order.to(torch.int32).contiguous()
         elif quantization == "int8":
             kind, group = "int8_", INT8_GROUP
-            self._scratch = (self.num_columns, torch.uint8, -(-self.num_columns // INT8_GROUP))
+            self._scratch = (self.num_columns, layout().int8, -(-self.num_columns // INT8_GROUP))
             codes, scales = quantize_channels(weight)
             self.scales = _padded(scales[rows])
             self.weight = pack_int8(codes[rows])
         else:
             kind = ""
+            if operand is not self._dtype:
+                self._scratch = (self.num_columns, operand, 0)
             self.weight = pack(weight[rows])
         self.bias = None if bias is None else _padded(bias[rows].float())
         self._arguments = _Linear(n=self.num_rows, k=self.num_columns, w=self.weight.data_ptr(), group=group)
@@ -125,15 +155,15 @@ class PackedLinear:
 
 
 def gate_and_up_order(rows: int) -> Tensor:
-    """Rows so that each panel has 16 of the gate and the same 16 of up.
+    """Rows so that one half of each panel is of the gate, the other of up, and both the same.
 
     Raises:
-        ValueError: half of the rows is no multiple of 16.
+        ValueError: half of the rows is no multiple of 16, of which half of any processor's panel is a part.
     """
     half = rows // 2
     if half % 16:
         raise ValueError(f"a gated matrix needs a multiple of 32 rows, got {rows}")
-    gate = torch.arange(half).view(-1, 16)
+    gate = torch.arange(half).view(-1, layout().panel // 2)
     return torch.cat((gate, gate + half), dim=1).flatten()
 
 
@@ -145,29 +175,33 @@ def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """[N, K] in panels of 32 rows: [P, K / g, 32, g], g values of a row side by side (1 float, 2 bfloat16, 4 int8)."""
+    """[N, K] in panels of rows: [P, K / g, panel, g], g values of a row side by side (1 float, 2 bfloat16, 4 int8)."""
     rows, columns = weight.shape
-    group = 4 // weight.itemsize
-    panels = -(-rows // PANEL)
-    if rows % PANEL:
-        weight = torch.cat((weight, weight.new_zeros(panels * PANEL - rows, columns)))
-    in_order = weight.view(panels, PANEL, columns // group, group).transpose(1, 2)
+    group, panel = 4 // weight.itemsize, layout().panel
+    panels = -(-rows // panel)
+    if rows % panel:
+        weight = torch.cat((weight, weight.new_zeros(panels * panel - rows, columns)))
+    in_order = weight.view(panels, panel, columns // group, group).transpose(1, 2)
     return empty_in_huge_pages(tuple(in_order.shape), weight.dtype).copy_(in_order)
 
 
 def pack_int8(weight: Tensor) -> Tensor:
-    """int8 weights [N, K] as ``Int8`` in ``linear_cpu.h`` reads them: bytes [P, B] for panels of 32 rows, before each group's
-    weights the sums of the group."""
-    sums = weight.new_zeros(-(-len(weight) // PANEL) * PANEL, -(-weight.shape[1] // INT8_GROUP), dtype=torch.int16)
+    """int8 weights [N, K] as ``Int8`` in ``linear_cpu.h`` reads them.
+
+    Returns:
+        Bytes [P, B] for panels of rows; before each group's weights stand the sums of the group.
+    """
+    panel = layout().panel
+    sums = weight.new_zeros(-(-len(weight) // panel) * panel, -(-weight.shape[1] // INT8_GROUP), dtype=torch.int16)
     for group, part in enumerate(weight.split(INT8_GROUP, dim=1)):
         sums[: len(weight), group] = part.sum(dim=1, dtype=torch.int16)
-    heads = sums.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous().view(torch.uint8)  # [P, G, 64]
+    heads = sums.unflatten(0, (-1, panel)).transpose(1, 2).contiguous().view(torch.uint8)  # [P, G, 2 * panel]
     return _with_heads(heads, pack(weight).view(torch.uint8).flatten(2), INT8_GROUP // 4)
 
 
 def _with_heads(heads: Tensor, body: Tensor, length: int) -> Tensor:
     """[P, B]: each panel's groups one behind the other, a head [P, G, ...] before `length` rows of the body [P, R, ...]."""
-    pieces = []
+    pieces: list[Tensor] = []
     for group in range(heads.shape[1]):
         pieces += heads[:, group], body[:, group * length : (group + 1) * length].flatten(1)
     packed = torch.cat(pieces, dim=1)
@@ -175,7 +209,7 @@ def _with_heads(heads: Tensor, body: Tensor, length: int) -> Tensor:
 
 
 def pack_groups(weight: GroupQuantized, rows: slice | Tensor = slice(None)) -> Tensor:
-    """4-bit codes with their scales and zeros, as ``linear_int4_cpu.h`` reads them: bytes [P, B] for panels of 32 rows.
+    """4-bit codes with their scales and zeros, as ``linear_int4_cpu.h`` reads them: bytes [P, B] for panels of rows.
 
     Args:
         rows: which, in which order.
@@ -189,26 +223,29 @@ def pack_groups(weight: GroupQuantized, rows: slice | Tensor = slice(None)) -> T
             f"int4 needs 4 bits and even numbers of columns, got {weight.bits} bits, {columns} in groups of {size}"
         )
 
-    def panels(values: Tensor) -> Tensor:  # [N, x] -> [P, 32, x]
-        values = values[rows]
-        missing = values.new_zeros(-len(values) % PANEL, values.shape[1])
-        return torch.cat((values, missing)).unflatten(0, (-1, PANEL))
+    panel = layout().panel
 
-    halves = panels(weight.codes).unflatten(1, (2, 16)).unflatten(3, (-1, 2))  # [P, 2, 16, K / 2, 2]
+    def panels(values: Tensor) -> Tensor:  # [N, x] -> [P, panel, x]
+        values = values[rows]
+        missing = values.new_zeros(-len(values) % panel, values.shape[1])
+        in_panels: Tensor = torch.cat((values, missing)).unflatten(0, (-1, panel))
+        return in_panels
+
+    halves = panels(weight.codes).unflatten(1, (2, -1)).unflatten(3, (-1, 2))  # [P, 2, panel / 2, K / 2, 2]
     low, high = halves.transpose(2, 3).unbind(1)
-    codes = (low | high << 4).flatten(2)  # [P, K / 2, 32]
-    head = torch.stack((panels(weight.scales), panels(weight.zeros - 8)), dim=1)  # [P, 2, 32, G]
-    head = head.permute(0, 3, 1, 2).to(torch.float16).contiguous().view(torch.uint8).flatten(2)  # [P, G, 128]
+    codes = (low | high << 4).flatten(2)  # [P, K / 2, panel]
+    head = torch.stack((panels(weight.scales), panels(weight.zeros - 8)), dim=1)  # [P, 2, panel, G]
+    head = head.permute(0, 3, 1, 2).to(torch.float16).contiguous().view(torch.uint8).flatten(2)  # [P, G, 4 * panel]
     return _with_heads(head, codes, size // 2)
 
 
 def unpack(packed: Tensor, rows: int) -> Tensor:
     """The [rows, K] matrix that `pack` was given."""
-    panels, groups, _, group = packed.shape
-    return packed.transpose(1, 2).reshape(panels * PANEL, groups * group)[:rows]
+    panels, groups, panel, group = packed.shape
+    return packed.transpose(1, 2).reshape(panels * panel, groups * group)[:rows]
 
 
 def _padded(values: Tensor) -> Tensor:
     """Zeros at the end up to a whole panel, where the kernel reads them."""
-    missing = -len(values) % PANEL
+    missing = -len(values) % layout().panel
     return torch.cat((values, values.new_zeros(missing))).contiguous()

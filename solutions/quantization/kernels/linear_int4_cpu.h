@@ -6,9 +6,9 @@
 
 namespace native {
 
-// What 32 bytes say: of two neighbouring inputs, the codes of columns 0-15 in the low halves of the bytes and of 16-31 in the high
-// ones. Codes are 8 less than written, which keeps sums small.
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+// What PANEL bytes say: of two neighbouring inputs, the codes of the columns of a panel's first half in the low halves of the bytes and
+// of the second in the high ones. Codes are 8 less than written, which keeps sums small.
+#if defined(__AVX512BW__)
 // As pairs of bfloat16. A permutation looks at 5 bits of an index, of which the table ignores the highest, so nothing need be masked.
 inline void codes_as_pairs(const uint8_t* at, Bits (&pairs)[2]) {
     alignas(64) static constexpr uint16_t VALUES[32] = {
@@ -19,31 +19,53 @@ inline void codes_as_pairs(const uint8_t* at, Bits (&pairs)[2]) {
     pairs[0] = (Bits)_mm512_permutexvar_epi16(index, table);
     pairs[1] = (Bits)_mm512_permutexvar_epi16(_mm512_srli_epi16(index, 4), table);
 }
-
-template <int M>
-inline void add_codes(const bf16* x, int64_t ldx, const uint8_t* at, Floats (&c)[M][2]) {
-    Bits pairs[2];
-    codes_as_pairs(at, pairs);
-    for (int m = 0; m < M; ++m) {
-        uint32_t pair;
-        std::memcpy(&pair, x + m * ldx, 4);
-        for (int h = 0; h < 2; ++h) c[m][h] = dot_pairs(c[m][h], Bits{} + pair, pairs[h]);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+// As pairs of bfloat16: their low and their high bytes out of two tables, for the low halves in one lane and the high ones in the other.
+inline void codes_as_pairs(const uint8_t* at, Bits (&pairs)[2]) {
+    const __m256i low = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, -32, -64, -96, -128, 64, 0, -128, 0, -128, 0, 64, -128, -96, -64, -32));
+    const __m256i high = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(-63, -64, -64, -64, -64, -64, -64, -65, 0, 63, 64, 64, 64, 64, 64, 64));
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    const __m256i index = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(codes, 4), codes), _mm256_set1_epi8(15));
+    const __m256i lows = _mm256_shuffle_epi8(low, index), highs = _mm256_shuffle_epi8(high, index);
+    const __m256i first = _mm256_unpacklo_epi8(lows, highs), second = _mm256_unpackhi_epi8(lows, highs);
+    pairs[0] = (Bits)_mm256_permute2x128_si256(first, second, 0x20);
+    pairs[1] = (Bits)_mm256_permute2x128_si256(first, second, 0x31);
+}
+#else
+inline void codes_as_pairs(const uint8_t* at, Bits (&pairs)[2]) {
+    const Words both = __builtin_convertvector(load_as<PanelBytes>(at), Words);
+    for (int h = 0; h < 2; ++h) {
+        const Ints codes = (Ints)(h ? both >> 4 : both & 15);
+        const Floats even = __builtin_convertvector((codes & 15) - 8, Floats), odd = __builtin_convertvector((codes >> 16) - 8, Floats);
+        pairs[h] = (Bits)even >> 16 | (Bits)odd;
     }
 }
 #endif
 
-template <int M, typename T>
-inline void add_codes(const T* x, int64_t ldx, const uint8_t* at, Floats (&c)[M][2]) {
-    typedef uint8_t Bytes __attribute__((vector_size(32)));
-    const Words both = __builtin_convertvector(load_as<Bytes>(at), Words);
+template <int M>
+inline void add_codes(const float* x, int64_t ldx, const uint8_t* at, Floats (&c)[M][2]) {
+    Bits pairs[2];
+    codes_as_pairs(at, pairs);
     for (int h = 0; h < 2; ++h) {
-        const Ints pairs = (Ints)(h ? both >> 4 : both & 15);
-        const Floats even = __builtin_convertvector((pairs & 15) - 8, Floats), odd = __builtin_convertvector((pairs >> 16) - 8, Floats);
-        for (int m = 0; m < M; ++m) c[m][h] += to_float(x[m * ldx]) * even + to_float(x[m * ldx + 1]) * odd;
+        const Floats even = (Floats)(pairs[h] << 16), odd = (Floats)(pairs[h] & 0xffff0000u);
+        for (int m = 0; m < M; ++m) {
+            c[m][h] += x[m * ldx] * even;
+            c[m][h] += x[m * ldx + 1] * odd;
+        }
     }
 }
+#ifdef __AVX512BF16__
+template <int M>
+inline void add_codes(const bf16* x, int64_t ldx, const uint8_t* at, Floats (&c)[M][2]) {
+    Bits pairs[2];
+    codes_as_pairs(at, pairs);
+    for (int m = 0; m < M; ++m)
+        for (int h = 0; h < 2; ++h) c[m][h] = dot_pairs(c[m][h], (Bits)broadcast_word(x + m * ldx), pairs[h]);
+}
+#endif
 
-// A panel holds for each group 32 scales and 32 zeros as halves, then 32 bytes of codes for every two inputs.
+// A panel holds for each group PANEL scales and as many zeros as halves, then PANEL bytes of codes for every two inputs.
 template <typename T>
 struct Int4 {
     static constexpr int64_t HEAD = 4 * PANEL;

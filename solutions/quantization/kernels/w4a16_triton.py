@@ -79,7 +79,8 @@ class TritonLinear:
             return self.num_splits
         if rows > FEW_ROWS:
             return 1
-        return max(1, min(PROGRAMS // tiles, triton.cdiv(self.num_columns, BLOCK_K) // MIN_SPLIT))
+        most: int = triton.cdiv(self.num_columns, BLOCK_K) // MIN_SPLIT
+        return max(1, min(PROGRAMS // tiles, most))
 
 
 @triton.jit

@@ -125,7 +125,7 @@ class BlockManager:
 
     def _match(self, seq: Sequence) -> list[int]:
         """The cached blocks that a waiting sequence begins with; none if it does not look them up."""
-        return self.prefix_cache.match(seq) if self._looks_up(seq) else []
+        return self.prefix_cache.match(seq) if self.prefix_cache is not None and self._looks_up(seq) else []
 
     # A sequence's life
 
@@ -239,14 +239,15 @@ class BlockManager:
         for block in reversed(self.tables.pop(seq.seq_id, [])):
             if block != NULL_BLOCK:
                 self._free_block(block)
-        for block in self.host_tables.pop(seq.seq_id, []):
-            if block != NULL_BLOCK:
-                self.host_allocator.free(block)
+        if self.host_allocator is not None:
+            for block in self.host_tables.pop(seq.seq_id, []):
+                if block != NULL_BLOCK:
+                    self.host_allocator.free(block)
         self._num_expired.pop(seq.seq_id, None)
         self._changed.discard(seq.seq_id)
 
     def swap_out(self, seq: Sequence) -> BlockPairs:
-        """Move what is computed of a sequence to host memory and free its device blocks.
+        """Move what is computed of a sequence to host memory and free its device blocks as `free` does.
 
         A `NULL_BLOCK` in the table stays one and is not moved.
 

@@ -113,14 +113,14 @@ class NaiveBackend(AttentionBackend):
         scale: float, sliding_window: int | None = None,
     ) -> Tensor:  # fmt: skip
         """See `AttentionBackend.attend`. Scores, softmax and sums are computed in `compute_dtype`, one sequence at a time; what
-        the block table holds beside the visible context is not read."""
+        the block table holds beside the visible context is not read. Of all that it is given only the cache changes."""
         raise NotImplementedError(
             "Stage 1 · Task 1.6: NaiveBackend.attend, see stages/stage1_block_management/GUIDE.md#task-1-6"
         )
 
 
 def gather_context(kv_cache: Tensor, block_table: Tensor, left: int, right: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of the positions left..right-1 of one sequence, collected from its blocks.
+    """Keys and values of the positions left..right-1 of one sequence, collected from the blocks that hold them, and no others.
 
     Args:
         kv_cache: [2, num_blocks, block_size, H_kv, D].

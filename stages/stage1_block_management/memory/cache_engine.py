@@ -21,7 +21,7 @@ def element_type(kv_cache_dtype: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of one block: keys and values of `block_size` tokens in all layers."""
+    """Bytes of one block: keys and values of `block_size` tokens in all layers. Types of whole numbers count as any others."""
     # Hint: A token has a key and a value in every layer for every KV head. And a cache whose block and offset axes are
     # flattened into one is indexed by slot.
     raise NotImplementedError("Stage 1 · Task 1.5: block_bytes, see stages/stage1_block_management/GUIDE.md#task-1-5")
@@ -33,7 +33,8 @@ def num_blocks_for_budget(budget_bytes: int, bytes_per_block: int) -> int:
 
 
 def write_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Store the keys and values of T tokens in one layer's cache.
+    """Store the keys and values of T tokens in one layer's cache, and change nothing else. The number of tensor operations does
+    not grow with T.
 
     Args:
         key, value: [T, H_kv, D].
@@ -67,7 +68,8 @@ def scale_bytes(num_layers: int, block_size: int, num_kv_heads: int, dtype: torc
 
 
 def move_blocks(source: list[Tensor], target: list[Tensor], pairs: BlockPairs) -> None:
-    """Copy whole blocks in every layer. All sources are read before any destination is written.
+    """Copy whole blocks in every layer, and change nothing else. All sources are read before any destination is written, into
+    memory for these blocks: there is no room for a second cache.
 
     Args:
         source, target: for each layer [2, num_blocks, block_size, H_kv, D]; may be the same tensors, or on two devices.

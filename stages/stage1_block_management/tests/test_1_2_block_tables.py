@@ -12,6 +12,7 @@ from stages.batching.sampling_params import SamplingParams
 from stages.batching.sequence import Sequence
 from stages.course.fixtures.checks import check_equal
 from stages.course.fixtures.slots import slots
+from stages.memory.block_allocator import OutOfBlocksError
 
 SEARCH = settings(
     max_examples=30, stateful_step_count=20, derandomize=True, deadline=None, database=None, report_multiple_bugs=False,
@@ -44,7 +45,8 @@ def state(manager: BlockManager) -> tuple:
 @pytest.mark.parametrize(
     ("block_size", "num_tokens", "blocks"),
     [(1, 0, 0), (1, 1, 1), (1, 7, 7), (4, 0, 0), (4, 1, 1), (4, 3, 1), (4, 4, 1), (4, 5, 2), (4, 8, 2), (4, 9, 3),
-     (16, 15, 1), (16, 16, 1), (16, 17, 2), (16, 4095, 256), (16, 4096, 256), (16, 4097, 257)],
+     (16, 15, 1), (16, 16, 1), (16, 17, 2), (16, 4095, 256), (16, 4096, 256), (16, 4097, 257), (256, 1, 1), (256, 255, 1),
+     (256, 257, 2), (256, 513, 3)],
 )  # fmt: skip
 def test_number_of_blocks_rounds_up(block_size: int, num_tokens: int, blocks: int) -> None:
     """num_blocks_for gives the fewest blocks that hold the tokens: a started block counts, a full one needs no further one.
@@ -99,6 +101,18 @@ def test_tables_do_not_overlap() -> None:
     blocks = [block for table in manager.tables.values() for block in table]
     check_equal(sorted(blocks), list(range(7)), "all blocks in the tables, sorted")
     check_equal(manager.allocator.num_free, 2, "free blocks")
+
+
+def test_who_does_not_ask_is_told() -> None:
+    """allocate for more tokens than are free raises OutOfBlocksError, which comes from the allocator.
+
+    Why: a sequence that is admitted with half a table computes into memory of somebody else. The scheduler asks
+    `can_allocate` first; when it forgets to, the engine must hear of it.
+    """
+    manager = plain_manager(3, 4)
+    manager.allocate(sequence(0, 5))
+    with pytest.raises(OutOfBlocksError):
+        manager.allocate(sequence(1, 5))
 
 
 @pytest.mark.parametrize(("block_size", "computed"), CASES)
@@ -206,6 +220,36 @@ def test_a_block_is_needed_for_a_copy_before_it_is_made(
     before = state(manager)
     check_equal(manager.append_slots(seq, num_tokens, []), False, f"append_slots into a shared block with {free} free")
     check_equal(state(manager), before, "tables, counts and free queue")
+
+
+@pytest.mark.parametrize(("num_tokens", "new"), [(1, 0), (2, 0), (3, 1)])
+def test_a_table_with_a_copy_in_it_has_changed(num_tokens: int, new: int) -> None:
+    """append_slots asks `_copy_on_write(table, index)` for a copy of the shared block that it writes first, puts the pair
+    behind those in `copies`, and notes the sequence in `_changed`, whether or not new blocks come as well.
+
+    Why: the arrays that attention reads mirror only tables that are noted. With the old one, two sequences write into one
+    block. (A stand-in that gives the pair (70, 71) takes the place of task 1.3.)
+    """
+    manager = plain_manager(6, 4)
+    seq = sequence(0, 6, computed=6)
+    manager.allocate(seq)
+    table = list(manager.tables[0])
+    manager.allocator.share(table[1])
+    manager.tables[1] = [table[1]]
+    manager.take_changed()
+    asked: list[tuple[list[int], int]] = []
+
+    def copy(table: list[int], index: int) -> tuple[int, int]:
+        asked.append((list(table), index))
+        return 70, 71
+
+    manager._copy_on_write = copy
+    copies = [(8, 9)]
+    check_equal(manager.append_slots(seq, num_tokens, copies), True, "append_slots, with blocks free")
+    check_equal(asked, [(table, 1)], "tables and places that were asked to be copied")
+    check_equal(copies, [(8, 9), (70, 71)], "blocks to copy, after one that was in the list before")
+    check_equal(len(manager.tables[0]), 2 + new, f"blocks for 6 + {num_tokens} tokens")
+    check_equal(manager.take_changed(), {0}, "sequences with a changed table")
 
 
 def test_a_shared_block_that_is_full_is_left_alone() -> None:

@@ -41,9 +41,10 @@ def running(num_blocks: int, length: int, **settings: int) -> tuple[BlockManager
 
 
 def forked(manager: BlockManager, parent: Sequence, num_tokens: int, seq_id: int = 1) -> Sequence:
-    """A child that shares the first `num_tokens` tokens, all of them computed."""
-    child = sequence(seq_id, num_tokens, computed=num_tokens)
+    """A child that shares the first `num_tokens` tokens. As in the engine it knows one more, which it computes itself."""
+    child = sequence(seq_id, num_tokens + 1)
     manager.fork(parent, child, num_tokens)
+    child.num_computed_tokens = num_tokens
     return child
 
 
@@ -136,6 +137,67 @@ def test_the_last_one_to_hold_a_block_does_not_copy() -> None:
     check_equal(copies, [(partial, manager.tables[1][1]), (partial, manager.tables[0][1])], "blocks to copy")
     check_equal(manager.tables[2][1], partial, "last block of the third")
     check_equal(manager.allocator.num_used, 4, "used blocks: one common, three own")
+
+
+@pytest.mark.parametrize("length", [7, 8, 9])
+def test_a_second_answer_to_a_prompt(length: int) -> None:
+    """The engine's way to n = 2: the parent has computed a prompt of 7, 8 or 9 tokens, and the child shares all but the last.
+
+    Why: these lengths stand beside and on the edge of a block, where a child that is one token longer than what it shares is
+    easily given a block too many, which is then copied for nothing.
+    """
+    manager, parent = running(8, length)
+    table = list(manager.tables[0])
+    child = forked(manager, parent, length - 1)
+    check_equal(manager.tables[1], table[:2], "table of the child, which shares 6, 7 or 8 tokens")
+    copies: list[tuple[int, int]] = []
+    check_equal(manager.append_slots(child, 1, copies), True, "append_slots, with blocks free")
+    sources = {7: [table[1]], 8: [table[1]], 9: []}[length]
+    check_equal([source for source, _ in copies], sources, "blocks that are copied")
+    check_equal(len(manager.tables[1]), len(table), "blocks of the child")
+    check_equal(manager.allocator.num_used, len(table) + 1, "used blocks")
+    manager.check_invariants()
+
+
+def test_a_copied_block_is_still_found() -> None:
+    """When the block that is copied is a full one of the prefix cache, the cache keeps it, and the copy has no entry.
+
+    Why: that is every prompt that ends with a block, and is asked for two answers: the child writes the last position again.
+    The next one with this prompt should still find all of it.
+    """
+    manager, parent = running(8, 8, enable_prefix_caching=True)
+    manager.cache_full_blocks(sequence(0, 8), 8)
+    table = list(manager.tables[0])
+    child = forked(manager, parent, 7)
+    copies: list[tuple[int, int]] = []
+    manager.append_slots(child, 1, copies)
+    check_equal([source for source, _ in copies], [table[1]], "blocks that are copied")
+    check_equal(manager.prefix_cache.match(sequence(5, 9)), table, "cached blocks of a prompt with the same 8 tokens")
+    check_equal(copies[0][1] in manager.prefix_cache, False, "the copy is in the prefix cache")
+    manager.check_invariants()
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_copy_takes_the_place_of_its_source(index: int) -> None:
+    """A shared block in the beginning, the middle or at the end of a table is replaced where it stands; the others stay.
+
+    Why: blocks that were given in advance follow the one that is written. Their places are what the positions of the
+    sequence point to.
+    """
+    manager = BlockManager(6, B, enable_prefix_caching=False)
+    seq = sequence(0, 12, computed=index * B + 1)
+    manager.allocate(seq)
+    before = list(manager.tables[0])
+    manager.allocator.share(before[index])
+    manager.tables[1] = [before[index]]
+    copies: list[tuple[int, int]] = []
+    check_equal(manager.append_slots(seq, 1, copies), True, "append_slots, with blocks free")
+    after = manager.tables[0]
+    check_equal(copies, [(before[index], after[index])], "blocks to copy")
+    assert after[index] not in before, "the copy is a block that the table had before"
+    check_equal([after[i] for i in range(3) if i != index], [before[i] for i in range(3) if i != index], "the other blocks")
+    check_equal(len(after), 3, "blocks in the table")
+    manager.check_invariants()
 
 
 @pytest.mark.parametrize("num_tokens", [4, 8])

@@ -134,6 +134,52 @@ def test_the_last_free_block_is_not_counted_twice() -> None:
     check_equal(manager.can_allocate(sequence(1, 4)), True, "4 tokens: one new block")
 
 
+def test_cached_blocks_that_are_free_count_against_the_watermark() -> None:
+    """Of 6 blocks with a watermark of 2, a prompt whose 3 blocks are cached and free may come when 5 are free, not when 4 are.
+
+    Why: taken out of the queue they are no more there for those who run than new ones would be.
+    """
+    manager = BlockManager(6, 4, watermark=0.34)
+    first = sequence(0, 13)
+    manager.allocate(first)
+    manager.cache_full_blocks(first, 13)
+    manager.free(first)
+    manager.allocate(sequence(2, 4, first=100))
+    check_equal(manager.can_allocate(sequence(1, 12)), True, "12 tokens: 2 cached blocks that are free, 1 new; 5 free")
+    check_equal(manager.can_allocate(sequence(1, 13)), False, "13 tokens: 3 cached blocks that are free, 1 new; 5 free")
+    check_equal(manager.can_allocate(sequence(1, 13), keep_watermark=False), True, "13 tokens, no watermark")
+
+
+def test_who_looks_nothing_up_needs_room_for_all() -> None:
+    """A prompt that wants its log-probabilities shares nothing, so all of its blocks must fit, cached or not; `_match` knows.
+
+    Why: `allocate` will give it new blocks. A yes that counts on shared ones ends in OutOfBlocksError.
+    """
+    manager = BlockManager(4, 4, watermark=0)
+    first = sequence(0, 9)
+    manager.allocate(first)
+    manager.cache_full_blocks(first, 9)
+    check_equal(manager.can_allocate(sequence(1, 12)), True, "12 tokens, 8 of them cached; 1 block free")
+    check_equal(manager.can_allocate(sequence(1, 12, prompt_logprobs=1)), False, "the same with prompt_logprobs")
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "with_watermark", "without"), [(0, True, True), (1, True, True), (2, False, True), (3, False, True),
+                                                  (4, False, False)],
+)  # fmt: skip
+def test_one_comparison_for_all(num_blocks: int, with_watermark: bool, without: bool) -> None:
+    """_fits with 3 of 10 blocks free and a watermark of 2: one block can be taken, or three when it is not kept.
+
+    Why: every question is this comparison. One that is off by one here is off by one everywhere.
+    """
+    manager, _ = admitted(10, 1, 7, 7, watermark=0.2)
+    check_equal(manager._fits(num_blocks, True), with_watermark, f"_fits({num_blocks}) with 3 free, watermark 2")
+    check_equal(manager._fits(num_blocks, False), without, f"_fits({num_blocks}) with 3 free, no watermark")
+    manager.allocate(sequence(1, 2))
+    check_equal(manager._fits(0, True), False, "_fits(0) with 1 free: the watermark of 2 is not there")
+    check_equal(manager._fits(0, False), True, "_fits(0) with 1 free, no watermark")
+
+
 def test_questions_change_nothing() -> None:
     """Asking can_allocate, can_fork, can_swap_out and can_swap_in leaves tables, counts, queue and counters as they were.
 
@@ -301,6 +347,63 @@ def test_what_left_the_window_needs_no_room() -> None:
     for length, fits in ((18, True), (20, True), (21, True), (24, True), (25, False)):
         seq.tokens[18:] = [0] * (length - 18)
         check_equal(manager.can_swap_in(seq), fits, f"can_swap_in with {length} tokens, 12 of them out of sight, 3 blocks free")
+
+
+def test_host_memory_has_no_watermark() -> None:
+    """The watermark is about device memory: a sequence whose blocks fill the host to the last one can be swapped out.
+
+    Why: nobody grows on the host. Blocks kept free there are never used.
+    """
+    manager, seq = admitted(8, 4, 8, 8, num_host_blocks=2, watermark=0.25)
+    check_equal(manager.can_swap_out(seq), True, "can_swap_out with 2 blocks, 2 host blocks free")
+
+
+def test_shared_blocks_need_room_on_the_host_too() -> None:
+    """can_swap_out counts blocks that others hold as well: each is copied.
+
+    Why: the other one may end while this one is away, and take the only copy along.
+    """
+    manager, seq = admitted(8, 4, 8, 8, num_host_blocks=1)
+    for block in manager.tables[0]:
+        manager.allocator.share(block)
+    manager.tables[1] = list(manager.tables[0])
+    check_equal(manager.can_swap_out(seq), False, "can_swap_out with 2 shared blocks, 1 host block free")
+
+
+def test_what_was_swapped_out_is_still_found() -> None:
+    """The device blocks that a swap leaves are freed as `free` does it: the prefix cache knows them, and the end of the text is
+    reused before its beginning.
+
+    Why: until they are overwritten they hold what they held. Another prompt with this beginning need not compute it.
+    """
+    manager, seq = admitted(6, 4, 12, 12, num_host_blocks=3, enable_prefix_caching=True)
+    manager.cache_full_blocks(sequence(0, 12), 12)
+    table = list(manager.tables[0])
+    manager.swap_out(seq)
+    check_equal(manager.prefix_cache.match(sequence(1, 13)), table, "cached blocks of another prompt with the same 12 tokens")
+    check_equal(manager.allocator.free_blocks()[3:], table[::-1], "end of the free queue")
+    manager.check_invariants()
+
+
+@pytest.mark.parametrize("length", [9, 12, 13])
+def test_new_blocks_behind_the_returning_ones_lose_their_content(length: int) -> None:
+    """A sequence that left with 8 computed tokens and comes back with room for 9, 12 or 13 overwrites what its further blocks
+    held: the prefix cache knows none of its blocks.
+
+    Why: the restored blocks and the new ones behind them are both about to be written. One that keeps its old entry answers
+    a later prompt from this sequence's keys and values.
+    """
+    manager, seq = admitted(4, 4, length, 8, num_host_blocks=2, enable_prefix_caching=True)
+    manager.swap_out(seq)
+    other = sequence(1, 16, first=100)
+    manager.allocate(other)
+    manager.cache_full_blocks(other, 16)
+    manager.free(other)
+    check_equal(len(manager.prefix_cache), 4, "cached blocks before the return")
+    manager.swap_in(seq)
+    known = [block for block in manager.tables[0] if block in manager.prefix_cache]
+    check_equal(known, [], "blocks of the returned sequence that are still known by what they held")
+    manager.check_invariants()
 
 
 def test_a_shared_block_is_saved_but_not_taken_from_others() -> None:

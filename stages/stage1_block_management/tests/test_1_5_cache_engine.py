@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stages.course.fixtures.checks import check_equal
+from stages.course.fixtures.operations import Operations
 from stages.memory.cache_engine import CacheEngine, block_bytes, move_blocks, num_blocks_for_budget, write_kv
 
 KIB, GIB = 1024, 1024**3
@@ -49,7 +50,8 @@ def test_a_token_of_llama_7b_takes_512_kib() -> None:
 @pytest.mark.parametrize(
     ("shape", "dtype", "expected"),
     [((30, 16, 3, 64), torch.bfloat16, 368_640), ((32, 16, 8, 128), torch.bfloat16, 2_097_152),
-     ((3, 5, 7, 11), torch.float32, 9_240), ((1, 1, 1, 1), torch.float32, 8), ((1, 1, 1, 1), torch.float8_e4m3fn, 2)],
+     ((3, 5, 7, 11), torch.float32, 9_240), ((1, 1, 1, 1), torch.float32, 8), ((1, 1, 1, 1), torch.float8_e4m3fn, 2),
+     ((30, 16, 3, 64), torch.int8, 184_320), ((3, 5, 7, 11), torch.float64, 18_480)],
 )  # fmt: skip
 def test_bytes_of_a_block(shape: tuple[int, int, int, int], dtype: torch.dtype, expected: int) -> None:
     """Layers, block size, KV heads, head size and bytes of a number all count, and K and V make it twice as much.
@@ -158,6 +160,56 @@ def test_keys_may_be_slices_of_a_larger_tensor() -> None:
         check_equal(cache[1, slot // 2, slot % 2].flatten(), fused[t, 3:].flatten(), f"value in slot {slot}")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float16])
+def test_caches_of_every_type(dtype: torch.dtype) -> None:
+    """Storing and copying work for every type that a cache may have, whole numbers as well.
+
+    Why: `--kv-cache-dtype int8` halves the cache again. What computes with the numbers on the way, or asks for the precision of
+    a float, fails there or changes them.
+    """
+    cache = torch.zeros(2, 3, 2, 1, 2).to(dtype)
+    key = torch.tensor([[-3.0, 2.0], [4.0, -5.0]]).view(2, 1, 2).to(dtype)
+    value = torch.tensor([[6.0, 7.0], [-8.0, 1.0]]).view(2, 1, 2).to(dtype)
+    write_kv(key, value, cache, torch.tensor([4, 1]))
+    move_blocks([cache], [cache], [(2, 0), (0, 2)])
+    check_equal(cache.dtype, dtype, "type of the cache")
+    expected = torch.zeros(2, 6, 2)
+    expected[0, 0], expected[0, 5], expected[1, 0], expected[1, 5] = (
+        torch.tensor(numbers) for numbers in ([-3.0, 2.0], [4.0, -5.0], [6.0, 7.0], [-8.0, 1.0])
+    )
+    check_equal(cache.float().flatten(), expected.flatten(), "keys, then values, by slot, when blocks 0 and 2 changed places")
+
+
+def test_writing_takes_as_many_operations_for_many_tokens_as_for_few() -> None:
+    """write_kv asks as much of PyTorch for 64 tokens as for 2.
+
+    Why: a loop over the tokens is right, and a hundred times slower; it runs in each layer of each step.
+    """
+    counts = []
+    for tokens in (2, 64):
+        (cache,) = caches(40, layers=1)
+        key = torch.zeros(tokens, 1, 2)
+        with Operations() as operations:
+            write_kv(key, key, cache, torch.arange(tokens))
+        counts.append(operations.count)
+    check_equal(counts[1], counts[0], "operations for 64 tokens, expected as many as for 2")
+
+
+def test_writing_leaves_its_arguments_alone() -> None:
+    """write_kv changes nothing but the cache.
+
+    Why: all layers of a step are given one and the same slot mapping. Computed in place, it sends every layer but the first
+    to other slots.
+    """
+    (cache,) = caches(4, layers=1)
+    key, slots = torch.full((3, 1, 2), -1.0), torch.tensor([5, 2, 7])
+    value = key * 2
+    write_kv(key, value, cache, slots)
+    check_equal(slots, [5, 2, 7], "slot mapping")
+    check_equal(key.flatten(), [-1.0] * 6, "keys")
+    check_equal(value.flatten(), [-2.0] * 6, "values")
+
+
 def test_blocks_are_copied_in_every_layer() -> None:
     """move_blocks copies keys and values of whole blocks in all layers and touches nothing else.
 
@@ -205,6 +257,43 @@ def test_impossible_copies_change_nothing(pairs: list[tuple[int, int]], error: t
     with pytest.raises(error):
         move_blocks(source, target, pairs)
     check_blocks_are(target, before)
+
+
+def test_copying_takes_no_second_cache() -> None:
+    """For 3 of 200 blocks no tensor comes to be that is larger than those 3 blocks in all layers.
+
+    Why: the cache is the memory of the card. Whoever clones it to be safe runs out of memory with the first copy.
+    """
+    memory, host = caches(200), caches(100)
+    for source, target in ((memory, memory), (memory, host), (host, memory)):
+        with Operations() as operations:
+            move_blocks(source, target, [(1, 2), (2, 1), (7, 9)])
+        limit = 3 * 2 * memory[0][:, 0].numel()
+        assert operations.largest <= limit, f"a tensor of {operations.largest} numbers was made; 3 blocks are {limit}"
+
+
+def test_moving_leaves_its_pairs_and_sources_alone() -> None:
+    """move_blocks changes its targets only: neither the list of pairs, in any order, nor what it copies from.
+
+    Why: the pairs are part of the step's decision, which others read after this.
+    """
+    device, host = caches(5), caches(5, start=1000)
+    before, pairs = clones(device), [(4, 1), (0, 3), (2, 0)]
+    move_blocks(device, host, pairs)
+    check_equal(pairs, [(4, 1), (0, 3), (2, 0)], "pairs after the call")
+    check_blocks_are(device, before)
+
+
+def test_a_block_may_keep_its_number_on_the_way() -> None:
+    """A pair (2, 2) from the device to the host is a copy like any other.
+
+    Why: the two memories count their blocks alike. Only within one memory is such a pair nothing to do.
+    """
+    device, host = caches(4), caches(4, start=1000)
+    move_blocks(device, host, [(2, 2), (0, 1)])
+    for layer, (ours, theirs) in enumerate(zip(host, device, strict=True)):
+        check_equal(ours[:, 2].flatten(), theirs[:, 2].flatten(), f"block 2 of the host in layer {layer}")
+        check_equal(ours[:, 1].flatten(), theirs[:, 0].flatten(), f"block 1 of the host in layer {layer}")
 
 
 def test_a_long_sequence_moves_in_one_go() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stages.attention.paged_attention import AttentionMetadata, NaiveBackend, gather_context
 from stages.course.fixtures.checks import check_close, check_equal
+from stages.course.fixtures.operations import Operations
 
 GARBAGE = (1_000_000, -1, -7)
 """What may stand in a block table where nobody may look: no such block, and the NULL_BLOCK of a sliding window."""
@@ -138,6 +139,20 @@ def test_gather_looks_at_needed_entries_only() -> None:
     check_equal(value.flatten(), [15.0, 8.0, 9.0], "values of the same positions")
 
 
+def test_gathering_takes_no_more_than_it_gives() -> None:
+    """To collect 20 positions of a sequence of 1,600, whose table has 100 blocks of 16, no tensor is made that is larger than
+    3 blocks of K and V.
+
+    Why: with a sliding window only the end of a long text is looked at. Whoever collects all of it first copies it in each
+    layer of each step.
+    """
+    cache, table = torch.zeros(2, 120, 16, 1, 2), torch.arange(100)
+    with Operations() as operations:
+        gather_context(cache, table, 1580, 1600)
+    limit = 3 * 2 * 16 * 2
+    assert operations.largest <= limit, f"a tensor of {operations.largest} numbers was made; 3 blocks are {limit}"
+
+
 @pytest.mark.parametrize("block_size", [1, 3, 16])
 def test_decode(block_size: int) -> None:
     """One new token a sequence, with contexts of 1 token and at and beside multiples of the block size.
@@ -200,6 +215,17 @@ def test_scores_are_scaled(scale: float) -> None:
     check_close(batch.run(), batch.expected, f"attention with scale {scale}")
 
 
+@pytest.mark.parametrize("scale", [40.0, 4000.0])
+def test_large_scores(scale: float) -> None:
+    """Scores in the hundreds and ten thousands, of both signs, give the same attention as any others, in decodes and prompts.
+
+    Why: exp of a score above 88 is infinite in float32, and infinite / infinite is no number. So the largest score is taken
+    off first, as `softmax` does. And a mask that takes off a thousand hides nothing from such scores.
+    """
+    batch = make_batch([1, 9, 3], [30, 9, 17], scale=scale)
+    check_close(batch.run(), batch.expected, f"attention with scores of up to {scale:g} times some", tolerance=1e-3)
+
+
 @pytest.mark.parametrize("window", [1, 2, 4, 5, 9, 100])
 @pytest.mark.parametrize("block_size", [1, 4])
 def test_sliding_window(window: int, block_size: int) -> None:
@@ -244,6 +270,35 @@ def test_a_block_written_in_this_step_can_be_read_by_another_sequence(reader_fir
         meta.block_tables, meta.context_lens = meta.block_tables.flip(0), meta.context_lens.flip(0)
         meta.query_start_loc = torch.tensor([0, 3, 11]).int()
     check_close(batch.run(), batch.expected, "attention over a block of this step")
+
+
+def test_tokens_may_be_slices_of_a_larger_tensor() -> None:
+    """Query, key and value that are views into one fused projection give the same attention.
+
+    Why: that is how a model hands them over. They are not contiguous in memory, so a `view` of them fails.
+    """
+    batch = make_batch([1, 6, 2], [9, 6, 13])
+    fused = torch.cat([batch.query, batch.key, batch.value], dim=1)  # [T, four query + two key + two value heads, D]
+    batch.query, batch.key, batch.value = fused[:, :4], fused[:, 4:6], fused[:, 6:]
+    check_close(batch.run(), batch.expected, "attention of slices")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_cache_is_written(dtype: torch.dtype) -> None:
+    """attend changes nothing that it is given but the cache: not the tokens, nor tables, slots, starts and lengths.
+
+    Why: all layers of a step read the same metadata, and in float32 `to(torch.float32)` is the tensor itself and no copy.
+    """
+    batch = make_batch([1, 6, 2], [9, 6, 13], window=5, dtype=dtype, scale=0.5)
+    meta = batch.metadata
+    given = {
+        "query": batch.query, "key": batch.key, "value": batch.value, "block_tables": meta.block_tables,
+        "slot_mapping": meta.slot_mapping, "query_start_loc": meta.query_start_loc, "context_lens": meta.context_lens,
+    }  # fmt: skip
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    batch.run()
+    for name, tensor in given.items():
+        check_equal(tensor.flatten(), before[name].flatten(), f"{name} after attend")
 
 
 def test_the_step_leaves_its_keys_and_values_in_the_cache() -> None:

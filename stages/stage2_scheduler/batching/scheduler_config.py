@@ -22,8 +22,8 @@ def priority(seq: Sequence) -> tuple[int, ...]:
 
 
 POLICIES: dict[str, Callable[[Sequence], tuple[Any, ...]]] = {"fcfs": fcfs, "priority": priority, "lpm": fcfs}
-"""Sort keys: both queues are kept in this order, so the first is served first and the last is preempted first. With "lpm" the
-order of who waits is worked out anew at each step, because it depends on what is cached: `Scheduler.sort_by_prefix`."""
+"""Sort keys. Both queues are kept in this order: the first is served first, the last is preempted first. With "lpm" each step
+sorts the waiting queue again, because the order depends on what is cached: `Scheduler.sort_by_prefix`."""
 
 PREEMPTION_MODES = ("recompute", "swap")
 
@@ -38,8 +38,8 @@ class SchedulerConfig:
         max_model_len: longest sequence, prompt and output together.
         enable_chunked_prefill: split prompts over steps; when off, a prompt must fit into one step's budget.
         long_prefill_token_threshold: most tokens of one prompt in one step, so that decodes are not held up (0: the budget).
-        policy: a key of `POLICIES`; "fcfs": by arrival; "priority": lower `priority` first, ties by arrival; "lpm": longest
-            prefix match, the waiting sequence first of whose tokens most are cached.
+        policy: a key of `POLICIES`; "fcfs": by arrival; "priority": lower `priority` first, ties by arrival; "lpm" (longest
+            prefix match): the waiting sequence with the most cached tokens first.
         preemption_mode: "recompute" drops a victim's KV blocks, "swap" copies them to host memory while there is room
             (and recomputes when there is none).
         max_num_waiting: sequences that may wait; None is unbounded.
@@ -77,7 +77,7 @@ class SchedulerConfig:
 
 
 class QueueFullError(RuntimeError):
-    """As much is waiting as may wait, counted in "requests" or "tokens" (`reason`); try again later."""
+    """The waiting queue is full; try again later. `reason` says which of its limits is reached: "requests" or "tokens"."""
 
     def __init__(self, message: str, reason: str = "requests") -> None:
         super().__init__(message)

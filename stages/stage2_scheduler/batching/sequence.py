@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+FinishReason = Literal["stop", "length", "abort"]
 
 
 class TokenGuide(Protocol):
@@ -115,7 +117,7 @@ class Sequence:
         self.children: list[Sequence] = []
         self.block_hashes: list[bytes] = []
         self.status = SequenceStatus.WAITING
-        self.finish_reason: str | None = None
+        self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.cumulative_logprob = 0.0
         self.num_preemptions = 0
@@ -175,8 +177,8 @@ class Sequence:
         """
         raise NotImplementedError("Stage 2 · Task 2.1: Sequence.append_token, see stages/stage2_scheduler/GUIDE.md#task-2-1")
 
-    def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
-        """End the sequence: "stop", "length" or "abort", and what stopped it. Its blocks are the scheduler's to free."""
+    def finish(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End the sequence, and say what stopped it. Its blocks are the scheduler's to free."""
         self.status, self.finish_reason, self.stop_reason = SequenceStatus.FINISHED, reason, stop_reason
 
     def __repr__(self) -> str:

@@ -49,7 +49,7 @@ class EngineStats:
 
 
 class EngineObserver(Protocol):
-    """Is told what the engine does, on the thread that steps it; times are those of `time.monotonic`."""
+    """Is told what the engine does, on the thread that steps it. Times are from `time.monotonic`."""
 
     def on_step(self, decision: SchedulerOutput, now: float) -> None:
         """A step has ended, and at `now` the sequences of ``decision.sampled`` got their tokens."""
@@ -67,7 +67,7 @@ class LLMEngine:
         config: all settings.
 
     Raises:
-        ValueError: the model cannot be had, a setting is wrong, or memory is short; one line that says what to do.
+        ValueError: the model is not found, a setting is wrong, or memory is short. The message is one line and says what to do.
 
     Attributes:
         observers: are told of every step.
@@ -114,8 +114,8 @@ class LLMEngine:
         self._report = startup_report(config, limits, clock.laps)
 
     def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> EngineRequest:
-        """Tokenize and validate a request without touching the engine's state; safe in any thread. The form of its answer is
-        not compiled yet: `submit` waits for it, unless `input.compile` was asked before.
+        """Tokenize and validate a request without touching the engine's state; safe in any thread. The answer's grammar is not
+        compiled yet; `submit` waits for it unless `input.compile` was called before.
 
         Raises:
             ValueError: something about the request is wrong.
@@ -123,11 +123,11 @@ class LLMEngine:
         return self.input.prepare(request_id, prompt, params, priority)
 
     def submit(self, request: EngineRequest) -> None:
-        """Queue a prepared request. If the form of its answer is not compiled yet, that is waited for.
+        """Queue a prepared request. If the answer's grammar is not compiled yet, wait for it.
 
         Raises:
-            QueueFullError: as many sequences wait as may.
-            ValueError: a request with this id is running, or the form of its answer cannot be had.
+            QueueFullError: the waiting queue is full.
+            ValueError: a request with this id is running, or the answer's grammar cannot be compiled.
         """
         if self.outputs.sequences(request.request_id):
             raise ValueError(f"request id {request.request_id!r} is in use")
@@ -200,7 +200,7 @@ class LLMEngine:
         )
 
     def check_health(self) -> None:
-        """See that the model can still be run, for when there is nothing to run.
+        """Check that the model can still run. An engine without requests finds out in no other way.
 
         Raises:
             WorkerDiedError: another rank has ended.
@@ -208,8 +208,8 @@ class LLMEngine:
         self.executor.check_health()
 
     def close(self) -> None:
-        """End the other ranks and what compiles forms, if there are any; the engine is of no use afterwards. Happens by itself
-        with the process."""
+        """End the other ranks and the grammar compiler. The engine cannot be used afterwards. The end of the process does the
+        same."""
         self.input.close()
         self.executor.close()
 
@@ -245,19 +245,21 @@ class LLM:
 
         Args:
             prompts: one or many; a string or ``{"prompt_token_ids": [...]}``.
-            sampling_params: one for all or one a prompt.
+            sampling_params: one for all prompts, or one for each.
             use_tqdm: show a progress bar.
-            priority: one a prompt, for the policy "priority"; lower goes first.
+            priority: one for each prompt, for the policy "priority"; lower goes first.
 
         Returns:
-            One output a prompt, in their order.
+            One output for each prompt, in the same order.
 
         Raises:
-            ValueError: a prompt or parameter is wrong; nothing has been generated then.
+            ValueError: a prompt or parameter is wrong. Nothing is generated then.
         """
         many = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
-        single = sampling_params is None or isinstance(sampling_params, SamplingParams)
-        every = [sampling_params or SamplingParams()] * len(many) if single else list(sampling_params)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            every = [sampling_params or SamplingParams()] * len(many)
+        else:
+            every = list(sampling_params)
         priorities = [0] * len(many) if priority is None else list(priority)
         if not len(many) == len(every) == len(priorities):
             raise ValueError(f"{len(many)} prompts, {len(every)} sampling_params and {len(priorities)} priorities do not match")
@@ -283,8 +285,12 @@ class LLM:
         Raises:
             ValueError: see `render_chat` and `generate`.
         """
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        prompts = [{"prompt_token_ids": render_chat(self.get_tokenizer(), list(one))} for one in conversations]
+        alone = [message for message in messages if isinstance(message, dict)]
+        if alone and len(alone) < len(messages):
+            raise ValueError("messages must be one conversation or a list of conversations, not some of each")
+        conversations = [alone] if alone else [list(one) for one in messages if not isinstance(one, dict)]
+        tokenizer = self.get_tokenizer()
+        prompts: list[Prompt] = [{"prompt_token_ids": render_chat(tokenizer, one)} for one in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def _run(self, requests: list[EngineRequest], show_progress: bool) -> list[RequestOutput]:

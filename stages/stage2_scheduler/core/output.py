@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tokenizers import Tokenizer
+
 from ..batching.sampling_params import RequestOutputKind, SamplingParams
-from ..batching.sequence import Sequence, SequenceStatus
+from ..batching.sequence import FinishReason, Sequence, SequenceStatus
 from .text.detokenizer import TextReader, special_token_ids
 from .text.logprobs import Logprob, PromptLog, TokenLog, TokenTexts
 
@@ -26,8 +28,8 @@ class CompletionOutput:
     token_ids: list[int]
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
-    finish_reason: str | None = None
-    """"stop", "length" or "abort"; None while running."""
+    finish_reason: FinishReason | None = None
+    """None while running."""
     stop_reason: int | str | None = None
     """The stop string or stop token that ended the sequence; None for end of sequence."""
 
@@ -110,9 +112,8 @@ class _RequestState:
         self.prompt_log: PromptLog | None = None
 
     def output(self, states: list[_SequenceState]) -> RequestOutput:
-        request, finished = self.request, self.num_unfinished == 0
-        hidden = self.prompt_log is None or (self.delta and self.started and not finished)
-        prompt_logprobs = None if hidden else self.prompt_log.entries
+        request, log, finished = self.request, self.prompt_log, self.num_unfinished == 0
+        prompt_logprobs = None if log is None or (self.delta and self.started and not finished) else log.entries
         self.started = True
         return RequestOutput(
             request.request_id, request.prompt, request.prompt_token_ids, [state.completion() for state in states],
@@ -163,8 +164,8 @@ class _LoggedState(_SequenceState):
 
     def __init__(self, request: _RequestState, seq: Sequence, texts: TokenTexts | None, special_ids: frozenset[int]) -> None:
         super().__init__(request, seq, texts, special_ids)
-        self.logprobs = []
-        self.log = TokenLog(seq, self.detokenizer, None if self.detokenizer is None else texts)
+        self.logprobs: list[dict[int, Logprob]] = []
+        self.log: TokenLog = TokenLog(seq, self.detokenizer, None if self.detokenizer is None else texts)
         self._num_ready = seq.num_prompt_tokens
 
     @property
@@ -202,11 +203,12 @@ class OutputProcessor:
     """
 
     def __init__(self, tokenizer: Any | None) -> None:
-        self._tokenizer = None if tokenizer is None else tokenizer.backend_tokenizer
-        self._special_ids = frozenset() if tokenizer is None else special_token_ids(self._tokenizer)
+        self._tokenizer: Tokenizer | None = None if tokenizer is None else tokenizer.backend_tokenizer
+        self._special_ids = frozenset() if self._tokenizer is None else special_token_ids(self._tokenizer)
         self._requests: dict[str, _RequestState] = {}
         self._states: dict[int, _SequenceState] = {}
-        self._texts = None if tokenizer is None else TokenTexts(self._tokenizer)
+        self._logs: dict[int, TokenLog] = {}  # of the sequences whose log-probabilities are wanted
+        self._texts = None if self._tokenizer is None else TokenTexts(self._tokenizer)
         self.num_prompt_tokens = 0
         """Of the prompts that got a first token; a prompt counts once, whatever `n`."""
 
@@ -228,9 +230,13 @@ class OutputProcessor:
         if params.prompt_logprobs is not None:
             state.prompt_log = PromptLog(request.prompt_token_ids, self._texts if params.detokenize else None)
         for seq in sorted(sequences, key=lambda seq: seq.index):
-            kind = _SequenceState if params.logprobs is None else _LoggedState
-            state.states.append(kind(state, seq, self._texts, self._special_ids))
-            self._states[seq.seq_id] = state.states[-1]
+            if params.logprobs is None:
+                each = _SequenceState(state, seq, self._texts, self._special_ids)
+            else:
+                each = _LoggedState(state, seq, self._texts, self._special_ids)
+                self._logs[seq.seq_id] = each.log
+            state.states.append(each)
+            self._states[seq.seq_id] = each
         state.num_unfinished = len(state.states)
         self._requests[request.request_id] = state
 
@@ -251,9 +257,11 @@ class OutputProcessor:
             prompts: request, position of the first entry, which is 1 or more as nothing predicts token 0, one entry a token.
         """
         for seq, entries in sampled.items():
-            self._states[seq.seq_id].log.add(entries)
+            self._logs[seq.seq_id].add(entries)
         for request_id, start, entries in prompts:
-            self._requests[request_id].prompt_log.add(start, entries)
+            log = self._requests[request_id].prompt_log
+            assert log is not None
+            log.add(start, entries)
 
     def emit(self, sequences: list[Sequence], now: float) -> list[RequestOutput]:
         """Outputs of one step: at most one a request, made by `_RequestState.output`.
@@ -300,3 +308,4 @@ class OutputProcessor:
             del self._requests[request.request.request_id]
             for each in request.states:
                 del self._states[each.seq.seq_id]
+                self._logs.pop(each.seq.seq_id, None)

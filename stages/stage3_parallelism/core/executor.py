@@ -93,7 +93,7 @@ class LockstepExecutor(Executor):
     """
 
     _others: Sequence[WorkerHandle]
-    _finalizer: weakref.finalize
+    _finalizer: weakref.finalize[..., LockstepExecutor]
 
     def _init_worker(self, setup: Setup, store: dist.TCPStore, threads: int | None = None) -> None:
         """Wait for the others, join them as `setup` says, and make rank 0's worker.

@@ -15,7 +15,7 @@ from ..attention.paged_attention import attention_metadata
 from ..batching.continuous_batch import FlatBatch
 from ..batching.scheduler_output import BlockPairs
 from ..batching.sequence import Sequence
-from ..batching.step_arrays import FlatArrays, StepArrays
+from ..batching.step_arrays import FlatArrays, HostArrays, StepArrays
 from ..memory.cache_engine import CacheEngine, element_type
 from ..models.kernels.attach import Plan, attach, packed_of
 from ..models.loader import ModelSource, load_model
@@ -124,7 +124,7 @@ class Worker:
             replay_layers(self.model, parallel)
         self.sampler = Sampler(source.config.vocab_size, config.seed)
         self.config = config
-        self.cache: CacheEngine | None = None
+        self.cache: CacheEngine  # from `create_cache` on
         self.graphs: DecodeGraphs | None = None
 
     def _check_batch_invariance(self) -> None:
@@ -164,10 +164,11 @@ class Worker:
     @torch.inference_mode()
     def capture_graphs(self, sizes: list[int], record: Callable[[Step], Step]) -> None:
         """Record decode steps of these batch sizes, to be replayed from now on."""
-        model = self.model_config
+        longest, window = self.config.max_model_len, self.model_config.sliding_window
+        assert longest is not None  # `resolve_limits` has set it
         self.graphs = DecodeGraphs(
-            self.model, self.backend, self.cache.kv_caches, sizes, self.config.max_model_len, self.config.block_size,
-            model.sliding_window, record, self.cache.kv_scales or None,
+            self.model, self.backend, self.cache.kv_caches, sizes, longest, self.config.block_size, window, record,
+            self.cache.kv_scales or None,
         )  # fmt: skip
 
     @torch.inference_mode()
@@ -207,7 +208,7 @@ class Worker:
         self.cache.swap_in(swap_in)
         self.cache.copy_blocks(copies)
 
-    def forward(self, batch: FlatArrays[NDArray[np.int64], NDArray[np.int32]]) -> Tensor:
+    def forward(self, batch: HostArrays) -> Tensor:
         """Hidden states of all tokens, [T, hidden]."""
         if self.graphs is not None and (size := self.graphs.size_for(batch)) is not None:
             return self.graphs.run(batch, size)
@@ -216,7 +217,7 @@ class Worker:
         metadata = attention_metadata(
             step, longest, self.cache.kv_caches, self.cache.kv_scales or None, self.backend, self.model_config.sliding_window
         )
-        hidden = self.model(step.input_ids, step.positions, metadata)
+        hidden: Tensor = self.model(step.input_ids, step.positions, metadata)
         self.parallel.check()
         return hidden
 
@@ -226,7 +227,7 @@ class Worker:
         for span in prompt_spans(batch):
             logits = self.model.compute_logits(hidden[span.first : span.first + len(span.targets)])
             target_ids = torch.tensor(span.targets, device=self.device)
-            entries = self.sampler.prompt_logprobs(logits, target_ids, span.seq.params.prompt_logprobs)
+            entries = self.sampler.prompt_logprobs(logits, target_ids, span.num_likeliest)
             results.append((span.seq.request_id, span.position, entries))
         return results
 
@@ -237,25 +238,27 @@ class PromptSpan:
 
     Attributes:
         first: row of the batch whose hidden state predicts the first of them. position: of that token in its sequence.
-        targets: the tokens.
+        targets: the tokens. num_likeliest: how many of the likeliest tokens are wanted with each.
     """
 
     seq: Sequence
     first: int
     position: int
     targets: list[int]
+    num_likeliest: int
 
 
 def prompt_spans(batch: FlatBatch) -> list[PromptSpan]:
     """The prompt tokens in this step of the sequences whose request wants their log-probabilities."""
     spans = []
     for index, seq in enumerate(batch.sequences):
-        if seq.params.prompt_logprobs is None or seq.num_computed_tokens >= seq.num_prompt_tokens - 1 or seq.index > 0:
+        wanted = seq.params.prompt_logprobs
+        if wanted is None or seq.num_computed_tokens >= seq.num_prompt_tokens - 1 or seq.index > 0:
             continue
         first, last = batch.query_start_loc[index : index + 2].tolist()
         position = seq.num_computed_tokens + 1  # the token at position p is predicted by the hidden state at p - 1
         targets = seq.tokens[position : min(position + last - first, seq.num_prompt_tokens)]
-        spans.append(PromptSpan(seq, first, position, targets))
+        spans.append(PromptSpan(seq, first, position, targets, wanted))
     return spans
 
 

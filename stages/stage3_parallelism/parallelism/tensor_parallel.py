@@ -149,7 +149,7 @@ class ColumnParallelLinear(Linear):
     def __init__(self, in_features: int, pieces: dict[str, Shard], bias: bool) -> None:
         super().__init__(in_features, sum(map(len, pieces.values())), bias)
         self.pieces = pieces
-        self.shard_ids = tuple(pieces)
+        self.shard_ids: tuple[str, ...] = tuple(pieces)
 
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
         """Take this rank's rows of one piece's weight or bias; without `shard_id`, of all pieces in order (GPT-2 keeps QKV

@@ -6,6 +6,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, nullcontext
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -14,33 +15,37 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
-from ..core.text.chat_template import render_chat
+from .answer_forms import mark_older
 from .async_engine import AsyncEngine
+from .chat_messages import link_calls
 from .errors import ErrorBody, RequestError, context_error
 from .guards import BodyLimit, Bugs, KeyGuard, RequestIds, TrailingSlashes, add_error_handlers
+from .ignored_fields import TolerantRoute
 from .json_body import JsonRoute
 from .live.feed import add_live_page
+from .messages_api.routes import add_messages_routes
 from .metrics import CONTENT_TYPE, EngineMetrics
 from .openai_answers import (
     ChatCompletionResponse,
     CompletionResponse,
-    DetokenizeResponse,
+    LoadResponse,
     ModelCard,
     ModelList,
-    TokenizeResponse,
     VersionResponse,
 )
 from .openai_protocol import (
     ChatCompletionRequest,
-    ChatMessage,
     CompletionRequest,
-    DetokenizeRequest,
     GenerationRequest,
-    TokenizeRequest,
 )
 from .output_stream import OutputStream
-from .responses import ChatReply, CompletionReply, Reply, server_sent_events
+from .responses import ChatReply, CompletionReply, Reply
+from .responses_api.routes import add_responses_routes
+from .tokenizer_routes import add_tokenizer_routes, chat_prompt
+from .tool_calls.calling import ToolCalling
+from .tool_replies import ToolReply
 from .tracing import RequestTracer
+from .wire import ChatDoor, Submitted, Wire
 
 if TYPE_CHECKING:
     from ..core.input import EngineRequest, Prompt, TokensPrompt
@@ -65,7 +70,8 @@ def package_version() -> str:
 def create_app(
     async_engine: AsyncEngine, served_model_names: Sequence[str], api_keys: Sequence[str] | None = None, *,
     max_body_bytes: int = MAX_BODY_BYTES, allowed_origins: Sequence[str] = (), tracer: RequestTracer | None = None,
-    live: bool = False,
+    live: bool = False, strict: bool = False, tool_call_parser: str = "auto", enable_auto_tool_choice: bool = True,
+    tokenizer_info: bool = False,
 ) -> FastAPI:  # fmt: skip
     """Make the server's ASGI application, which starts and ends the engine's thread.
 
@@ -76,7 +82,10 @@ def create_app(
         max_body_bytes: larger bodies are refused.
         allowed_origins: web pages that may call the API from a browser; none: only its own.
         tracer: gets a span of each sequence.
+        tool_call_parser, enable_auto_tool_choice: see `ToolCalling`.
         live: offer the page and ``/live``, which show everybody with access to the API which requests run, without texts.
+        strict: refuse unknown fields instead of ignoring them, see `TolerantRoute`.
+        tokenizer_info: offer ``/tokenizer_info``, which shows the chat template.
     """
 
     @asynccontextmanager
@@ -87,7 +96,7 @@ def create_app(
 
     engine = async_engine.engine
     app = FastAPI(title="Build your own vLLM", version=package_version(), lifespan=lifespan)
-    app.router.route_class = JsonRoute
+    app.router.route_class = JsonRoute if strict else TolerantRoute
     add_error_handlers(app)
     app.add_middleware(Bugs)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
@@ -103,18 +112,36 @@ def create_app(
     if tracer is not None:
         engine.observers.append(tracer)
     async_engine.on_rejection = metrics.on_rejection
-    models = {name: ModelCard(id=name, max_model_len=engine.limits.max_model_len) for name in served_model_names}
+    models = {
+        name: ModelCard(id=name, root=engine.config.model, max_model_len=engine.limits.max_model_len)
+        for name in served_model_names
+    }
 
     def check_model(name: str) -> ModelCard:
         if name not in models:
-            raise RequestError(f"model {name!r} does not exist; this server has {', '.join(models)}", "model", 404)
+            there = ", ".join(models)
+            raise RequestError(f"model {name!r} does not exist; this server has {there}", "model", 404, "model_not_found")
         return models[name]
 
     add_operator_routes(app, async_engine, metrics)
-    add_openai_routes(app, async_engine, models, check_model)
+    calling = ToolCalling(engine.tokenizer, tool_call_parser, enable_auto_tool_choice)
+    add_openai_routes(app, async_engine, models, check_model, calling)
+
+    async def submit_chat(http: Request, body: ChatCompletionRequest, prefix: str) -> Submitted | None:
+        check_model(body.model)
+        prompt, make_reply = await read_chat(engine.tokenizer, calling, body)
+        return await submit(async_engine, http, body, [prompt], make_reply, prefix)
+
+    async def chat_tokens(body: ChatCompletionRequest) -> list[int]:
+        check_model(body.model)
+        return (await read_chat(engine.tokenizer, calling, body))[0]
+
+    door = ChatDoor(submit_chat, deliver, chat_tokens)
+    add_responses_routes(app, door, responses=ERRORS)
+    add_messages_routes(app, door, responses=ERRORS)
     if live:
         add_live_page(app, async_engine, served_model_names[0], responses=ERRORS)
-    add_tokenizer_routes(app, async_engine, check_model)
+    add_tokenizer_routes(app, async_engine.engine, check_model, info=tokenizer_info, responses=ERRORS)
     return app
 
 
@@ -122,6 +149,8 @@ def add_operator_routes(app: FastAPI, async_engine: AsyncEngine, metrics: Engine
     """Add the routes for load balancers, Prometheus and operators."""
 
     @app.get("/health")
+    @app.get("/ping")
+    @app.post("/ping")
     async def health() -> Response:
         """Whether the engine lives."""
         return Response(status_code=200 if async_engine.is_running else 503)
@@ -130,6 +159,11 @@ def add_operator_routes(app: FastAPI, async_engine: AsyncEngine, metrics: Engine
     async def ready() -> Response:
         """Whether new requests are welcome: the engine lives and the server does not shut down."""
         return Response(status_code=200 if async_engine.is_running and not async_engine.is_draining else 503)
+
+    @app.get("/load")
+    async def load() -> LoadResponse:
+        """How many requests are being answered."""
+        return LoadResponse(server_load=async_engine.num_requests)
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
@@ -142,8 +176,9 @@ def add_operator_routes(app: FastAPI, async_engine: AsyncEngine, metrics: Engine
 
 
 def add_openai_routes(
-    app: FastAPI, async_engine: AsyncEngine, models: dict[str, ModelCard], check_model: Callable[[str], ModelCard]
-) -> None:
+    app: FastAPI, async_engine: AsyncEngine, models: dict[str, ModelCard], check_model: Callable[[str], ModelCard],
+    calling: ToolCalling,
+) -> None:  # fmt: skip
     """Add the routes of OpenAI's API."""
 
     @app.get("/v1/models", responses=ERRORS)
@@ -157,36 +192,32 @@ def add_openai_routes(
     @app.post("/v1/completions", response_model=CompletionResponse, responses=ERRORS | STREAMED)
     async def completions(body: CompletionRequest, http: Request) -> Response:
         check_model(body.model)
-        return await respond(async_engine, http, body, body.prompt, CompletionReply, "cmpl")
+        return await respond(async_engine, http, body, body.prompt, CompletionReply, "cmpl-")
 
     @app.post("/v1/chat/completions", response_model=ChatCompletionResponse, responses=ERRORS | STREAMED)
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         check_model(body.model)
-        prompt = await asyncio.to_thread(chat_prompt, async_engine.engine.tokenizer, body.messages)
-        return await respond(async_engine, http, body, [prompt], ChatReply, "chatcmpl")
+        prompt, make_reply = await read_chat(async_engine.engine.tokenizer, calling, body)
+        return await respond(async_engine, http, body, [prompt], make_reply, "chatcmpl-")
 
 
-def add_tokenizer_routes(app: FastAPI, async_engine: AsyncEngine, check_model: Callable[[str], ModelCard]) -> None:
-    """The tokenizer, as vLLM offers it."""
-    engine = async_engine.engine
+async def read_chat(
+    tokenizer: Any, calling: ToolCalling, body: ChatCompletionRequest
+) -> tuple[list[int], Callable[..., Reply]]:
+    """The prompt of a chat, and what makes the reply to it.
 
-    @app.post("/tokenize", responses=ERRORS)
-    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
-        """The token ids of a text, or of a conversation in the model's template."""
-        if body.model is not None:
-            check_model(body.model)
-        tokens = await asyncio.to_thread(tokens_of, engine.tokenizer, body)
-        return TokenizeResponse(count=len(tokens), max_model_len=engine.limits.max_model_len, tokens=tokens)
-
-    @app.post("/detokenize", responses=ERRORS)
-    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
-        """The text of token ids."""
-        if body.model is not None:
-            check_model(body.model)
-        if any(not 0 <= token < engine.model_config.vocab_size for token in body.tokens):
-            raise RequestError(f"tokens must be from 0 to {engine.model_config.vocab_size - 1}", "tokens")
-        decode = need_tokenizer(engine.tokenizer, "tokens").decode
-        return DetokenizeResponse(prompt=await asyncio.to_thread(decode, body.tokens))
+    Raises:
+        RequestError: messages or tools are not valid.
+    """
+    use = body.tool_use(calling, body.form if body.tools or body.functions else None)
+    messages = [message.as_dict() for message in body.messages]
+    link_calls(messages)
+    told = calling.conversation(messages, [] if use is None else use.functions)
+    prompt = await asyncio.to_thread(chat_prompt, tokenizer, *told)
+    if use is None:
+        return prompt, ChatReply
+    body.call_with(use)
+    return prompt, partial(ToolReply, use)
 
 
 async def respond(
@@ -194,35 +225,59 @@ async def respond(
     http: Request,
     body: GenerationRequest,
     prompts: list[str | list[int]],
-    reply_class: type[Reply],
+    make_reply: Callable[..., Reply],
     prefix: str,
 ) -> Response:
     """Validate, submit, and answer whole or as a stream. A client that leaves aborts its requests.
 
     Raises:
+        What `submit` raises.
+    """
+    submitted = await submit(engine, http, body, prompts, make_reply, prefix)
+    return mark_older(await deliver(http, submitted, Wire()), body.model_fields_set)
+
+
+async def submit(
+    engine: AsyncEngine,
+    http: Request,
+    body: GenerationRequest,
+    prompts: list[str | list[int]],
+    make_reply: Callable[..., Reply],
+    prefix: str,
+) -> Submitted | None:
+    """Validate and submit. Returns None if the client leaves before that is done.
+
+    Raises:
         RequestError: a prompt or a parameter is not valid; nothing has reached the engine then.
         QueueFullError, EngineDeadError: see `AsyncEngine.submit`.
     """
-    reply_id = f"{prefix}-{uuid.uuid4().hex}"
+    reply_id = f"{prefix}{uuid.uuid4().hex}"
     tenant, address = getattr(http.state, "tenant", None), http.client and http.client.host
     requests = await unless_left(http, engine_requests(engine, reply_id, body, prompts, tenant, address))
     if requests is None:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    reply = reply_class(reply_id, body, {r.request_id: r.prompt_token_ids for r in requests}, engine.engine.tokenizer)
+        return None
+    reply = make_reply(reply_id, body, {r.request_id: r.prompt_token_ids for r in requests}, engine.engine.tokenizer)
     tracer: RequestTracer | None = http.app.state.tracer
     with nullcontext() if tracer is None else tracer.under(requests, http.headers):
-        stream = await engine.submit(requests)
-    if body.stream:
-        return EventStreamResponse(reply, stream)
+        return Submitted(reply, await engine.submit(requests))
+
+
+async def deliver(http: Request, submitted: Submitted | None, wire: Wire) -> Response:
+    """Answer whole or as a stream. A client that leaves aborts its requests."""
+    if submitted is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    reply, stream = submitted.reply, submitted.stream
+    if reply.request.stream:
+        return EventStreamResponse(wire.events(reply, stream), stream)
     async with stream:
         watch = asyncio.create_task(close_on_disconnect(http, stream))
         try:
             outputs = [output async for output in stream if output.finished]
         finally:
             watch.cancel()
-    if len(outputs) < len(requests):
+    if len(outputs) < len(reply.prompts):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(reply.whole(outputs).model_dump_json(), media_type="application/json")
+    return Response(wire.whole(reply, outputs), media_type="application/json")
 
 
 async def engine_requests(
@@ -266,43 +321,6 @@ def engine_prompt(prompt: str | list[int], cache_salt: str | None) -> Prompt:
     return made
 
 
-def need_tokenizer(tokenizer: Any, field: str) -> Any:
-    """The tokenizer.
-
-    Raises:
-        RequestError: the model has none.
-    """
-    if tokenizer is None:
-        raise RequestError("this model has no tokenizer; send token ids", field)
-    return tokenizer
-
-
-def tokens_of(tokenizer: Any, body: TokenizeRequest) -> list[int]:
-    """What ``/tokenize`` is asked for.
-
-    Raises:
-        RequestError: the model has no tokenizer or no template.
-    """
-    if body.messages is not None:
-        return chat_prompt(tokenizer, body.messages)
-    ids: list[int] = need_tokenizer(tokenizer, "prompt").encode(
-        body.prompt, add_special_tokens=body.add_special_tokens is not False
-    )
-    return ids
-
-
-def chat_prompt(tokenizer: Any, messages: list[ChatMessage]) -> list[int]:
-    """The conversation as token ids, by the model's chat template, up to where the assistant speaks.
-
-    Raises:
-        RequestError: the model has no chat template, or it does not take this conversation.
-    """
-    try:
-        return render_chat(tokenizer, [message.as_dict() for message in messages])
-    except ValueError as error:
-        raise RequestError(f"{error}; /v1/completions takes any prompt", "messages") from error
-
-
 async def unless_left(http: Request, work: Coroutine[Any, Any, list[EngineRequest]]) -> list[EngineRequest] | None:
     """Wait for the result of some work. If the client leaves first, the work is cancelled and the result is None."""
 
@@ -329,9 +347,9 @@ async def close_on_disconnect(http: Request, stream: OutputStream) -> None:
 class EventStreamResponse(StreamingResponse):
     """Server-sent events. When the response ends, for whatever reason, the work for it ends too."""
 
-    def __init__(self, reply: Reply, stream: OutputStream) -> None:
+    def __init__(self, events: AsyncIterator[str], stream: OutputStream) -> None:
         super().__init__(
-            server_sent_events(reply, stream),
+            events,
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )

@@ -114,7 +114,8 @@ class EngineMetrics(Collector):
 
         As vLLM counts, the size of a step is the prompt tokens that it computed, which is all that is scheduled of a sequence
         without a token yet, and the tokens that it generated, a first one among them. What is computed again behind a
-        preemption is neither.
+        preemption is neither. All of it is entered under `_lock`, which a scrape takes too, and
+        equal waits as one, with their count.
         """
         raise NotImplementedError("Stage 5 · Task 5.8: EngineMetrics.on_step, see stages/stage5_production/GUIDE.md#task-5-8")
 
@@ -132,7 +133,8 @@ class EngineMetrics(Collector):
 
     def _end(self, seq: Sequence, now: float) -> None:
         """Enter what is known of a sequence that is over: its lengths, its reason, and how long it waited, was prefilled and
-        decoded, and lasted. One that was never scheduled has waited until now; one without a token was neither."""
+        decoded, and lasted. One that was never scheduled has waited until now; one without a token was neither prefilled nor
+        decoded. Whoever calls this holds the lock."""
         raise NotImplementedError("Stage 5 · Task 5.8: EngineMetrics._end, see stages/stage5_production/GUIDE.md#task-5-8")
 
     # ------------------------------------------------------------------------------------------ read by Prometheus

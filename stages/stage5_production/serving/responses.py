@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from typing import Any, TypedDict
@@ -26,6 +26,7 @@ from .openai_answers import (
     CompletionLogprobs,
     CompletionResponse,
     Delta,
+    PromptLogprobs,
     PromptTokensDetails,
     Usage,
 )
@@ -35,7 +36,7 @@ from .openai_protocol import (
     GenerationRequest,
 )
 from .output_stream import OutputStream
-from .token_logprobs import Position, chat_logprobs, completion_logprobs, prompt_texts
+from .token_logprobs import Position, chat_logprobs, completion_logprobs, prompt_logprobs, prompt_texts, without_texts
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +68,12 @@ class Reply(ABC):
         self._first_choice = {request_id: i * self.n for i, request_id in enumerate(prompts)}
         self._cached: dict[str, int] = {}
         self._tokens: Counter[int] = Counter()  # choice → tokens of what was generated for it so far
+        self._ids: defaultdict[int, list[int]] = defaultdict(list)  # choice → those that no chunk had yet
 
     @property
     def usage(self) -> Usage:
-        """Tokens of everything that went through `choices` so far; a prompt counts once."""
+        """All prompts' tokens, each prompt once, whatever `n`; all that are counted in `_tokens`; and what each prompt found in
+        the cache (`_cached`)."""
         # Hint: `_first_choice` knows where a prompt's choices begin. And what a prompt found in the cache is said again
         # with every output.
         raise NotImplementedError("Stage 5 · Task 5.2: Reply.usage, see stages/stage5_production/GUIDE.md#task-5-2")
@@ -88,8 +91,24 @@ class Reply(ABC):
         )  # fmt: skip
 
     def choices(self, output: RequestOutput) -> Iterable[tuple[int, CompletionOutput]]:
-        """The sequences in an output with the index of their choice; counts the tokens of each choice (`_tokens`)."""
+        """The sequences in an output with the index of their choice. Before it passes one on, it counts its tokens as those of
+        its choice (`_tokens`); of the cached ones every output says the same again (`_cached`, by request)."""
         raise NotImplementedError("Stage 5 · Task 5.2: Reply.choices, see stages/stage5_production/GUIDE.md#task-5-2")
+
+    def noted(self, choices: Iterable[tuple[int, CompletionOutput]]) -> Iterable[tuple[int, CompletionOutput]]:
+        """The same choices; if the request asks for token ids, they are kept for `take_ids`."""
+        for index, sequence in choices:
+            if self.request.return_token_ids:
+                self._ids[index] += sequence.token_ids
+            yield index, sequence
+
+    def take_ids(self, index: int) -> list[int] | None:
+        """Token ids of a choice that went through `noted` since the last call; None unless the request asks for them."""
+        return self._ids.pop(index, []) if self.request.return_token_ids else None
+
+    def prompt_ids(self, index: int) -> list[int] | None:
+        """Token ids of a choice's prompt; None unless the request asks for them."""
+        return list(self.prompts.values())[index // self.n] if self.request.return_token_ids else None
 
     @abstractmethod
     def whole(self, outputs: list[RequestOutput]) -> BaseModel:
@@ -120,9 +139,11 @@ class CompletionReply(Reply):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._offsets: dict[int, int] = {}  # choice → characters of its tokens so far
-        self._echoed: dict[int, list[str]] = {}  # choice → texts of its prompt's tokens, which are its first
+        # choice → texts and log-probabilities of its prompt's tokens, which are its first
+        self._echoed: dict[int, tuple[list[str], list[Position | None]]] = {}
         self._scores: dict[str, list[Position | None]] = {}  # request → log-probabilities of its prompt
         self._begun: set[int] = set()  # choices that have their prompt
+        self._told: set[int] = set()  # choices that have its token ids
 
     def whole(self, outputs: list[RequestOutput]) -> CompletionResponse:
         if self.request.best_of is not None:
@@ -135,7 +156,7 @@ class CompletionReply(Reply):
         """With `echo`, the first piece of a choice follows its prompt, unless the opening chunks hold the prompt."""
         if output.prompt_logprobs is not None:
             self._scores[output.request_id] = output.prompt_logprobs
-        for index, sequence in super().choices(output):
+        for index, sequence in self.noted(super().choices(output)):
             if not self.request.echo or self._opens_with_prompt or index in self._begun:
                 yield index, sequence
             else:
@@ -153,7 +174,9 @@ class CompletionReply(Reply):
             yield CompletionResponse(**self.head, choices=[choice], usage=self.usage_so_far(index, 0))
 
     def chunk(self, index: int, sequence: CompletionOutput) -> CompletionResponse:
-        return CompletionResponse(**self.head, choices=[self._choice(index, sequence)], usage=self.usage_so_far(index))
+        choice = self._choice(index, sequence)
+        self._told.add(index)
+        return CompletionResponse(**self.head, choices=[choice], usage=self.usage_so_far(index))
 
     def closing(self) -> CompletionResponse:
         return CompletionResponse(**self.head, choices=[], usage=self.usage)
@@ -171,14 +194,23 @@ class CompletionReply(Reply):
             logprobs=self._logprobs(index, sequence),
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
+            token_ids=self.take_ids(index),
+            prompt_token_ids=None if index in self._told else self.prompt_ids(index),
+            prompt_logprobs=self._prompt_logprobs(index),
         )
+
+    def _prompt_logprobs(self, index: int) -> PromptLogprobs:
+        if self.request.prompt_logprobs is None:
+            return None
+        return prompt_logprobs(self._scores[list(self.prompts)[index // self.n]])
 
     def _with_prompt(self, output: RequestOutput, index: int, sequence: CompletionOutput) -> CompletionOutput:
         """A sequence, or its beginning, behind the prompt."""
-        echo, prompt_ids, logprobs = self._echo(index), output.prompt_token_ids, None
-        if (scores := self._scores.get(output.request_id)) is not None and sequence.logprobs is not None:
-            logprobs = [*scores, *sequence.logprobs]
-            self._echoed[index] = prompt_texts(self.tokenizer, self._prompt(index), prompt_ids, echo)
+        echo, prompt_ids = self._echo(index), output.prompt_token_ids
+        logprobs = None
+        if (scores := self._scores.get(output.request_id)) is not None:
+            logprobs = sequence.logprobs
+            self._echoed[index] = prompt_texts(self.tokenizer, self._prompt(index), prompt_ids, echo), scores
         return replace(sequence, text=echo + sequence.text, token_ids=prompt_ids + sequence.token_ids, logprobs=logprobs)
 
     def _prompt(self, index: int) -> str | list[int]:
@@ -193,8 +225,11 @@ class CompletionReply(Reply):
     def _logprobs(self, index: int, sequence: CompletionOutput) -> CompletionLogprobs | None:
         if self.request.logprobs is None or sequence.logprobs is None:
             return None
-        start, echoed = self._offsets.get(index, 0), self._echoed.pop(index, [])
-        result = completion_logprobs(sequence.token_ids, sequence.logprobs, start, echoed)
+        start, (echoed, scores) = self._offsets.get(index, 0), self._echoed.pop(index, ([], []))
+        positions = [*scores, *sequence.logprobs]
+        if self.request.return_tokens_as_token_ids:
+            positions, echoed = without_texts(positions), [f"token_id:{token}" for token in sequence.token_ids[: len(echoed)]]
+        result = completion_logprobs(sequence.token_ids, positions, start, echoed)
         self._offsets[index] = start + sum(map(len, result.tokens))
         return result
 
@@ -218,12 +253,22 @@ class ChatReply(Reply):
                 logprobs=self._logprobs(sequence),
                 finish_reason=sequence.finish_reason,
                 stop_reason=sequence.stop_reason,
+                token_ids=self.take_ids(index),
             )
             for output in outputs
             for index, sequence in self.choices(output)
         ]
         choices.sort(key=lambda choice: choice.index)
-        return ChatCompletionResponse(**self.head, choices=choices, usage=self.usage)
+        return ChatCompletionResponse(**self.head, choices=choices, usage=self.usage, **self.about_prompt(outputs))
+
+    def about_prompt(self, outputs: list[RequestOutput]) -> dict[str, Any]:
+        """What an answer says of its prompt, if the request asks for it."""
+        asked = self.request.prompt_logprobs is not None
+        scores = prompt_logprobs(outputs[0].prompt_logprobs) if asked else None
+        return {"prompt_token_ids": self.prompt_ids(0), "prompt_logprobs": scores}
+
+    def choices(self, output: RequestOutput) -> Iterable[tuple[int, CompletionOutput]]:
+        return self.noted(super().choices(output))
 
     def opening(self) -> Iterable[ChatCompletionChunk]:
         """A chunk for each choice, with the role and an empty text, and the usage of no token yet (`usage_so_far`)."""
@@ -236,6 +281,7 @@ class ChatReply(Reply):
             logprobs=self._logprobs(sequence),
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
+            token_ids=self.take_ids(index),
         )
         return ChatCompletionChunk(**self.head, choices=[choice], usage=self.usage_so_far(index))
 
@@ -245,7 +291,8 @@ class ChatReply(Reply):
     def _logprobs(self, sequence: CompletionOutput) -> ChatLogprobs | None:
         if not self.request.logprobs or sequence.logprobs is None:
             return None
-        return chat_logprobs(self.tokenizer, sequence.token_ids, sequence.logprobs, self.request.top_logprobs or 0)
+        positions = without_texts(sequence.logprobs) if self.request.return_tokens_as_token_ids else sequence.logprobs
+        return chat_logprobs(self.tokenizer, sequence.token_ids, positions, self.request.top_logprobs or 0)
 
 
 async def server_sent_events(reply: Reply, stream: OutputStream) -> AsyncIterator[str]:
@@ -255,7 +302,7 @@ async def server_sent_events(reply: Reply, stream: OutputStream) -> AsyncIterato
     the first token.
 
     An error after the start cannot change the HTTP status, which is sent already. It becomes one more event, before ``[DONE]``:
-    503 and its message if the engine is dead, otherwise 500 without details, which go to the log.
+    503 and its message if the engine is dead, otherwise 500 and "internal server error"; the exception goes to the log.
     """
     # Hint: An async generator: what you yield goes out at once, and between two yields the client waits with you.
     raise NotImplementedError("Stage 5 · Task 5.3: server_sent_events, see stages/stage5_production/GUIDE.md#task-5-3")
@@ -263,6 +310,6 @@ async def server_sent_events(reply: Reply, stream: OutputStream) -> AsyncIterato
 
 
 def _event(data: BaseModel) -> str:
-    """An event as it goes over the wire: a line that begins with ``data: `` and holds the JSON, then an empty line (WHATWG
-    HTML, §9.2)."""
+    """An event as it goes over the wire: a line that begins with ``data: `` and holds the JSON, its nulls too, then an empty
+    line (WHATWG HTML, §9.2)."""
     raise NotImplementedError("Stage 5 · Task 5.3: _event, see stages/stage5_production/GUIDE.md#task-5-3")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from stages.batching.sampling_params import RequestOutputKind, SamplingParams
+from stages.batching.sampling_params import RequestOutputKind, SamplingParams, StructuredOutput
 from stages.course.fixtures.checks import check_equal
 from stages.serving.openai_fields import describe_validation_error
-from stages.serving.openai_protocol import ChatCompletionRequest, CompletionRequest
+from stages.serving.openai_protocol import ChatCompletionRequest, CompletionRequest, TokenizeRequest
 
 DELTA, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
 
@@ -41,6 +42,36 @@ def test_fields_that_both_have_go_across() -> None:
     expected = {"temperature": 0.0, "n": 2, "stop": ["a"], "seed": 0, "ignore_eos": False, "min_tokens": 0, "top_k": 5}
     check_equal(fields, expected | {"output_kind": FINAL_ONLY}, "fields")
     SamplingParams(**fields)
+    check_equal(completion(logprobs=2).sampling_fields(), {"logprobs": 2, "output_kind": FINAL_ONLY}, "log-probabilities")
+
+
+@pytest.mark.parametrize("make", [completion, chat])
+@pytest.mark.parametrize(
+    ("fields", "form"),
+    [
+        ({"guided_regex": "a+"}, StructuredOutput("regex", "a+")),
+        ({"guided_json": '{"type": "null"}'}, StructuredOutput("json", '{"type": "null"}')),
+        ({"response_format": {"type": "json_object"}}, StructuredOutput("json_object")),
+        ({"response_format": {"type": "text"}}, None),
+    ],
+)
+def test_a_form_goes_across(make: Callable[..., Any], fields: dict[str, Any], form: StructuredOutput | None) -> None:
+    """The engine calls it `structured_output`, whatever field asks for it; a text like any other is no form.
+
+    Why: a server that forgets it answers with prose where a program waits for JSON.
+    """
+    check_equal(make(**fields).sampling_fields().get("structured_output"), form, "structured_output")
+
+
+def test_the_request_stays_as_it_is() -> None:
+    """Asked twice, with a bias and two limits, it says the same, and its fields are what the client sent.
+
+    Why: errors are told in the client's words, from the same request.
+    """
+    request = chat(logit_bias={"50": 1.0}, max_completion_tokens=3, logprobs=True)
+    before = request.model_copy(deep=True)
+    check_equal(request.sampling_fields(), request.sampling_fields(), "fields, asked twice")
+    check_equal(request == before, True, "the request is as before")
 
 
 def test_fields_of_the_server_stay_behind() -> None:
@@ -71,12 +102,14 @@ def test_the_tokens_of_a_bias_are_numbers() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "limit"), [({}, None), ({"max_tokens": 5}, 5), ({"max_completion_tokens": 7}, 7),
-                          ({"max_tokens": 7, "max_completion_tokens": 7}, 7)]
+                          ({"max_tokens": 7, "max_completion_tokens": 7}, 7), ({"max_completion_tokens": 0}, 0),
+                          ({"max_tokens": 0}, 0)]
 )  # fmt: skip
 def test_a_chat_has_two_names_for_its_limit_and_no_default(fields: dict[str, int], limit: int | None) -> None:
-    """max_completion_tokens is the newer name of max_tokens; without either an answer may fill the context.
+    """max_completion_tokens is the newer name of max_tokens; without either an answer may fill the context. 0 is a limit.
 
-    Why: the engine's own default of 16 tokens is that of completions. A chat that ends after 16 tokens looks broken.
+    Why: the engine's own default of 16 tokens is that of completions. A chat that ends after 16 tokens looks broken. And a 0
+    that passes for "not set" is a whole context of tokens, where the engine would have refused it.
     """
     check_equal(chat(**fields).sampling_fields()["max_tokens"], limit, "max_tokens")
 
@@ -115,6 +148,10 @@ def problem(request: type[Any], body: Any) -> tuple[str, str | None]:
         ({"model": "m", "prompt": "x", "stop": [1]}, "stop[0]: Input should be a valid string", "stop[0]"),
         ({"model": "m", "prompt": "x", "stream": True, "stream_options": {"more": 1}},
          "stream_options.more is not a field of this request", "stream_options.more"),
+        ({"model": "m", "prompt": "x", "stream": True, "stream_options": {"": 1}},
+         'stream_options."" is not a field of this request', 'stream_options.""'),
+        ({"model": "m", "prompt": "x", "logit_bias": {"50": "much"}},
+         "logit_bias.50: Input should be a valid number", "logit_bias.50"),
         ({"model": "m", "prompt": []}, "prompt: must be a string, token ids, or a list of either, and not empty", "prompt"),
         ([1], "the body must be a JSON object, sent with Content-Type: application/json", None),
     ],
@@ -135,6 +172,36 @@ def test_an_error_in_a_list_has_its_place() -> None:
     parts = [{"type": "image_url", "text": "x"}]
     body = {"model": "m", "messages": [{"role": "user", "content": "a"}, {"role": "user", "content": parts}]}
     check_equal(problem(ChatCompletionRequest, body)[1], "messages[1].content[0].type", "field")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "param"),
+    [
+        ({}, "messages[1].content is required", "messages[1].content"),
+        ({"content": "x", "audio": {"id": "y"}}, "messages[1].audio is not supported by this server", "messages[1].audio"),
+        ({"content": "x", "nonsense": 1}, "messages[1].nonsense is not a field of this request", "messages[1].nonsense"),
+    ],
+)
+def test_a_message_is_named_with_its_place(fields: dict[str, Any], message: str, param: str) -> None:
+    """What is missing in the second message, not supported there, or unknown: the whole path, and by its last part whether
+    this server knows it.
+
+    Why: "content is required" sends a user through all of the conversation.
+    """
+    body = {"model": "m", "messages": [{"role": "user", "content": "a"}, {"role": "user", **fields}]}
+    check_equal(problem(ChatCompletionRequest, body), (message, param), "message and field")
+
+
+def test_an_error_of_the_whole_body_names_no_field() -> None:
+    """Two fields that are wrong together say so; a request without a body, or with another type, is told what a body is.
+
+    Why: a client that sends no body at all must not read " is required".
+    """
+    check_equal(problem(TokenizeRequest, {"model": "m"}), ("give either prompt or messages", None), "fields that contradict")
+    for kind in ("missing", "model_attributes_type"):
+        error = {"type": kind, "loc": ("body",), "msg": "Field required"}
+        expected = ("the body must be a JSON object, sent with Content-Type: application/json", None)
+        check_equal(describe_validation_error(error), expected, f"an error of type {kind}")
 
 
 def test_broken_json_is_told_with_its_place() -> None:

@@ -22,12 +22,12 @@ from stages.core.output import CompletionOutput, RequestOutput
 from stages.course.fixtures.checks import check_equal
 from stages.course.fixtures.http import running
 from stages.serving.async_engine import EngineDeadError
-from stages.serving.openai_protocol import ChatCompletionRequest
-from stages.serving.responses import ChatReply, _event, server_sent_events
+from stages.serving.openai_protocol import ChatCompletionRequest, CompletionRequest
+from stages.serving.responses import ChatReply, CompletionReply, _event, server_sent_events
 
 
 class Chunk(BaseModel):
-    says: str
+    says: str | None
 
 
 class PlainReply:
@@ -35,18 +35,20 @@ class PlainReply:
 
     def __init__(self, include_usage: bool = False) -> None:
         self.request = SimpleNamespace(include_usage=include_usage)
+        self.given = 0
 
     def opening(self) -> Iterable[Chunk]:
         return [Chunk(says="open")]
 
     def choices(self, output: RequestOutput) -> Iterable[tuple[int, CompletionOutput]]:
+        self.given += len(output.outputs)
         return [(sequence.index, sequence) for sequence in output.outputs]
 
     def chunk(self, index: int, sequence: CompletionOutput) -> Chunk:
         return Chunk(says=f"{index}:{sequence.text}")
 
     def closing(self) -> Chunk:
-        return Chunk(says="usage")
+        return Chunk(says=f"usage of {self.given}")
 
 
 def output(*sequences: CompletionOutput) -> RequestOutput:
@@ -79,11 +81,15 @@ def says(event: str) -> str:
 
 
 def test_an_event_is_a_line_and_an_empty_line() -> None:
-    """``data: {"says":"hi"}`` and two line breaks.
+    """``data: {"says":"hi"}`` and two line breaks; a field without a value is a null.
 
-    Why: at the empty line a client knows that the event is complete; without it, it waits for more.
+    Why: at the empty line a client knows that the event is complete; without it, it waits for more. And clients read a field
+    that they know, such as ``finish_reason``, without asking whether it is there.
     """
-    check_equal(_event(Chunk(says="hi")), 'data: {"says":"hi"}\n\n', "event")
+    for text in ("hi", None):
+        event = _event(Chunk(says=text))
+        check_equal((event[:6], event[-3:]), ("data: ", "}\n\n"), "beginning and end of the event")
+        check_equal(json.loads(event[6:]), {"says": text}, "JSON of the event")
 
 
 def test_a_line_break_in_the_text_is_none_on_the_wire() -> None:
@@ -116,12 +122,22 @@ def test_each_piece_of_each_choice_is_an_event() -> None:
 
 
 def test_nothing_is_not_sent() -> None:
-    """A token whose text is held back gives no event; the end gives one without text; and so do log-probabilities.
+    """A token whose text is held back gives no event, also with an empty list of log-probabilities; the end gives one without
+    text; and so do log-probabilities.
 
     Why: half of a character is no text yet. But the last chunk says why the answer ended, and the client waits for that.
     """
-    steps = [output(piece("")), output(piece("", logprobs=[{1: None}])), output(piece("")), output(piece("", finish="stop"))]
-    check_equal(events(PlainReply(), *steps), ["open", "0:", "0:", "[DONE]"], "events")
+    steps = [output(piece("")), output(piece("", logprobs=[{1: None}])), output(piece("", logprobs=[]))]
+    check_equal(events(PlainReply(), *steps, output(piece("", finish="stop"))), ["open", "0:", "0:", "[DONE]"], "events")
+
+
+def test_an_answer_that_ends_at_once_opens_too() -> None:
+    """The first token ends it and has no text: the opening, the end, ``[DONE]``. Or its text is the whole answer.
+
+    Why: the client waits for a role and for a reason, however short the answer is.
+    """
+    check_equal(events(PlainReply(), output(piece("", finish="stop"))), ["open", "0:", "[DONE]"], "events of no text")
+    check_equal(events(PlainReply(), output(piece("a", finish="stop"))), ["open", "0:a", "[DONE]"], "events of one token")
 
 
 @pytest.mark.parametrize("wanted", [False, True])
@@ -131,7 +147,32 @@ def test_usage_comes_last_and_when_asked_for(wanted: bool) -> None:
     Why: it is known at the end only, and clients that did not ask for it do not expect a chunk without choices.
     """
     got = events(PlainReply(wanted), output(piece("a", finish="stop")))
-    check_equal(got, ["open", "0:a", *["usage"] * wanted, "[DONE]"], "events")
+    check_equal(got, ["open", "0:a", *["usage of 1"] * wanted, "[DONE]"], "events")
+
+
+def test_two_prompts_with_two_choices_each() -> None:
+    """Four choices that end one after the other, and a usage: what a client of ``/v1/completions`` reads.
+
+    Why: a request may be a list of prompts. Whoever ends with the first of them has a quarter of the answer, and the client
+    waits for the rest for ever.
+    """
+    options = {"include_usage": True}
+    body = CompletionRequest(model="m", prompt=["a", "b"], n=2, stream=True, stream_options=options)
+    reply = CompletionReply("id", body, {"x": [1, 2], "y": [3]}, None)
+    steps = [("y", piece("A", 0), piece("B", 1)), ("x", piece("C", 0, "stop"), piece("D", 1, "length")),
+             ("y", piece("E", 1, "stop")), ("y", piece("F", 0)), ("y", piece("G", 0, "length"))]  # fmt: skip
+    ends = [False, True, False, False, True]
+    items = [RequestOutput(name, None, [], list(pieces), end) for (name, *pieces), end in zip(steps, ends, strict=True)]
+    chunks = [json.loads(event) for event in events(reply, *items)[:-1]]
+    texts, reasons = dict.fromkeys(range(4), ""), {}
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        check_equal(choice["index"] in reasons, False, f"choice {choice['index']} has ended before")
+        texts[choice["index"]] += choice["text"]
+        reasons |= {choice["index"]: choice["finish_reason"]} if choice["finish_reason"] else {}
+    check_equal(texts, {0: "C", 1: "D", 2: "AFG", 3: "BE"}, "texts of the choices")
+    check_equal(reasons, {0: "stop", 1: "length", 2: "length", 3: "stop"}, "why they ended")
+    check_equal([bool(chunk.get("usage")) for chunk in chunks], [False] * 7 + [True], "chunks with a usage")
+    check_equal(chunks[-1]["usage"]["completion_tokens"], 7, "tokens of the usage")
 
 
 def test_a_piece_is_sent_when_it_is_there() -> None:
@@ -211,6 +252,21 @@ def test_an_error_in_the_middle_is_an_event(
     check_equal((found["code"], found["message"]), (code, message), "code and message")
 
 
+def test_an_error_of_the_opening_is_an_event(caplog: pytest.LogCaptureFixture) -> None:
+    """The chunks that open an answer cannot be made: an event with the code 500, and ``[DONE]``.
+
+    Why: a generator that raises ends the connection, and clients try again what will fail again.
+    """
+
+    class Broken(PlainReply):
+        def opening(self) -> Iterable[Chunk]:
+            raise KeyError("a bug")
+
+    with caplog.at_level(logging.CRITICAL):
+        got = events(Broken(), output(piece("a", finish="stop")))
+    check_equal((json.loads(got[0])["error"]["code"], got[1:]), (500, ["[DONE]"]), "code, and the events behind")
+
+
 def test_a_bug_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     """The exception that the client does not see.
 
@@ -230,6 +286,21 @@ def test_every_choice_opens_with_its_role() -> None:
     got = [(choice.index, choice.delta.role, choice.delta.content) for chunk in chunks for choice in chunk.choices]
     check_equal(got, [(i, "assistant", "") for i in range(3)], "index, role and text")
     check_equal(len(chunks), 3, "chunks")
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_an_opening_has_a_usage_of_no_token(wanted: bool) -> None:
+    """With ``continuous_usage_stats`` each chunk says the usage so far. The opening, which waits for the first piece: no token.
+
+    Why: gateways bill by the last usage that they have seen, and the role is no token.
+    """
+    options = {"include_usage": True, "continuous_usage_stats": wanted}
+    messages = [{"role": "user", "content": "hi"}]
+    body = ChatCompletionRequest(model="m", messages=messages, n=2, stream=True, stream_options=options)
+    reply = ChatReply("id", body, {"r": [1, 2, 3]}, None)
+    list(reply.choices(output(piece("a", 0), piece("b", 1))))
+    got = [chunk.usage and (chunk.usage.prompt_tokens, chunk.usage.completion_tokens) for chunk in reply.opening()]
+    check_equal(got, [(3, 0) if wanted else None] * 2, "prompt and completion tokens of each opening chunk")
 
 
 def test_the_openai_client_reads_it() -> None:

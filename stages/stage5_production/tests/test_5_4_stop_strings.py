@@ -53,6 +53,38 @@ def test_not_a_letter_of_a_stop_is_given_out() -> None:
     check_equal(reader.flush(), "STx", "text at the end")
 
 
+def test_a_stop_of_one_character_holds_nothing_back() -> None:
+    """With "\\n" alone each piece goes out as it comes.
+
+    Why: a line break is the stop that most people use. A cut at ``-0`` holds everything back, and the stream is none.
+    """
+    reader = StopStrings(["\n", "!"])
+    check_equal([reader.push(piece) for piece in ("ab", "c", "d\ne")], ["ab", "c", "d"], "text given out")
+    check_equal(reader.matched, "\n", "stop")
+
+
+def test_capitals_are_other_letters() -> None:
+    """Of "end END" with the stop "END" it is "end ".
+
+    Why: a stop is a text, and no search engine's query.
+    """
+    check_equal(read(["END"], ["end ", "END"]), ("end ", "END"), "text and stop")
+
+
+def test_what_was_held_back_is_given_out_once() -> None:
+    """A second `flush` gives nothing; nor does one behind a stop, where nothing is to come any more.
+
+    Why: the end of an answer can be told twice, by a length and by a client that leaves.
+    """
+    reader = StopStrings(["STOP"])
+    reader.push("ab")
+    check_equal([reader.flush(), reader.flush()], ["ab", ""], "text at the end, asked for twice")
+    reader = StopStrings(["STOP"])
+    reader.push("STO")
+    reader.push("P")
+    check_equal(reader.flush(), "", "text behind a stop")
+
+
 def test_the_earliest_match_counts() -> None:
     """Of "bc" and "abcd" in "xabcd" it is "abcd", which begins first; of two that begin together the first listed.
 

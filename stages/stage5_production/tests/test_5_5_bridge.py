@@ -15,7 +15,7 @@ from stages.core.output import CompletionOutput, RequestOutput
 from stages.course.fixtures.checks import check_equal
 from stages.course.fixtures.waiting import turns, until
 from stages.serving import async_engine
-from stages.serving.async_engine import AsyncEngine
+from stages.serving.async_engine import ENDED, FAILED, AsyncEngine
 from stages.serving.output_stream import OutputStream
 
 
@@ -66,7 +66,7 @@ class Stepper:
 
 
 def run(engine: Stepper, *commands: Callable[[AsyncEngine], None], stop_after: int | None = None) -> list[tuple[str, Any]]:
-    """Run the engine's thread here until it ends; what it posted to the loop, in order.
+    """Run the engine's thread here until it ends; what it posted to the loop, in order: outputs and reasons.
 
     Args:
         commands: that it finds at its start. stop_after: so many posts it is told to stop; None: only when there is no work.
@@ -75,11 +75,13 @@ def run(engine: Stepper, *commands: Callable[[AsyncEngine], None], stop_after: i
     posted: list[tuple[str, Any]] = []
 
     def post(callback: Callable[..., None], *args: Any) -> None:
-        posted.append((callback.__name__, *args))
+        callback(*args)  # there is no other thread here
         if stop_after is not None and len(posted) == stop_after:
             bridge._stopping = True
 
     bridge._post = post
+    bridge._deliver = lambda outputs: posted.append(("_deliver", outputs))
+    bridge._fail = lambda reason: posted.append(("_fail", reason))
     bridge._commands = [lambda command=command: command(bridge) for command in commands]
     unfinished = engine.has_unfinished_requests
 
@@ -110,19 +112,42 @@ async def rest(stream: OutputStream) -> list[tuple[str, str]]:
             return got
 
 
-def test_what_waits_is_read_in_the_order_of_requests() -> None:
-    """a, then b, then a again: both pieces of a come first, as one.
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_what_waits_is_read_in_the_order_of_requests(names: str) -> None:
+    """One, then the other, then the first again: both pieces of the first come first, as one, whatever the requests' names.
 
-    Why: at most one output a request waits, so a slow reader costs no more than the text that he has not read.
+    Why: at most one output a request waits, so a slow reader costs no more than the text that he has not read. And what has
+    waited longest is read first, or a request with many pieces is never read, or keeps another from it.
+    """
+    one, other = names
+
+    async def main(*outputs: RequestOutput) -> list[tuple[str, str]]:
+        stream = stream_of("a", "b")
+        for each in outputs:
+            stream.put(each)
+        first = seen(await asyncio.wait_for(stream.__anext__(), 10))
+        stream.put(output(other, "y", True))
+        stream.put(output(one, "3", True))
+        return [first, *await rest(stream)]
+
+    got = asyncio.run(main(output(one, "1"), output(other, "x"), output(one, "2")))
+    check_equal(got, [(one, "12"), (other, "xy"), (one, "3")], "outputs that are read")
+
+
+def test_a_request_of_one_token_ends_alone() -> None:
+    """Of three requests one ends with its first output; the others go on, and the stream ends with the last of them.
+
+    Why: prompts of one request have answers of different lengths.
     """
 
     async def main() -> list[tuple[str, str]]:
-        stream = stream_of("a", "b")
-        for one in (output("a", "1"), output("b", "x"), output("a", "2", True), output("b", "y", True)):
+        stream, got = stream_of("a", "b", "c"), []
+        for one in (output("b", "1", True), output("a", "2"), output("c", "3", True), output("a", "4", True)):
             stream.put(one)
-        return await rest(stream)
+            got.append(seen(await asyncio.wait_for(stream.__anext__(), 10)))
+        return got + await rest(stream)
 
-    check_equal(asyncio.run(main()), [("a", "12"), ("b", "xy")], "outputs that are read")
+    check_equal(asyncio.run(main()), [("b", "1"), ("a", "2"), ("c", "3"), ("a", "4")], "outputs that are read")
 
 
 def test_a_reader_who_keeps_up_gets_every_piece() -> None:
@@ -156,6 +181,17 @@ def test_outputs_that_hold_all_so_far_replace_each_other() -> None:
     check_equal(asyncio.run(main()), [("a", "123")], "outputs that are read")
 
 
+class Counted(asyncio.Event):
+    """An event that is waited for now and then, and not again and again."""
+
+    num_waits = 0
+
+    async def wait(self) -> bool:
+        self.num_waits += 1
+        assert self.num_waits < 50, "it does not sleep: the event is set, and nothing is there"
+        return await super().wait()
+
+
 def test_a_reader_sleeps_until_something_comes() -> None:
     """Who reads first is woken by what is put later, and by the end of all requests.
 
@@ -164,6 +200,7 @@ def test_a_reader_sleeps_until_something_comes() -> None:
 
     async def main() -> tuple[bool, list[tuple[str, str]]]:
         stream = stream_of("a", "b")
+        stream._changed = Counted()
         stream._changed.set()  # of something that has been read
         reading = asyncio.create_task(rest(stream))
         await turns()
@@ -245,6 +282,80 @@ def test_it_is_known_since_when_a_step_runs() -> None:
     check_equal(found, [("in the step", True), ("posted", None), ("posted", None)], "what was seen, and when")
 
 
+def test_a_command_is_no_step() -> None:
+    """An abort comes while nothing runs: `_step_since` is None while it is carried out, and afterwards.
+
+    Why: a clock that no step stops goes on. After a while an idle server takes itself for hung, and ends.
+    """
+    found: list[Any] = []
+    bridge = AsyncEngine(Stepper())
+    bridge._post = lambda callback, *args: found.append(bridge._step_since)
+
+    def stop() -> None:
+        found.append(bridge._step_since)
+        bridge._stopping = True
+
+    bridge._commands = [lambda: found.append(bridge._step_since), stop]
+    bridge._run()
+    check_equal(found, [None] * 3, "`_step_since` in two commands, and at the end")
+
+
+def test_no_step_is_made_while_none_may_be() -> None:
+    """There is work, and `may_step` says no: commands are carried out, and the engine does not step.
+
+    Why: who looks at the engine's state between two steps has stopped it.
+    """
+    engine, asked = Stepper([output("a", "1")]), []
+    bridge = AsyncEngine(engine)
+    bridge._post = lambda callback, *args: None
+
+    def may_step() -> bool:
+        asked.append(1)
+        bridge._stopping = len(asked) > 3
+        return False
+
+    bridge.may_step = may_step
+    bridge._commands = [lambda: engine.log.append("command")]
+    bridge._run()
+    check_equal(engine.log, ["command"], "what was done")
+
+
+def test_nothing_is_begun_behind_the_end() -> None:
+    """It is told to stop while a command waits: no commands, and no step.
+
+    Why: the memory is given back as soon as the thread is through.
+    """
+    engine = Stepper([output("a", "1")])
+    bridge = AsyncEngine(engine)
+    bridge._stopping, bridge._commands = True, [print]
+    check_equal(bridge._next_commands(), None, "commands when the thread has to end")
+
+
+def test_a_rank_that_has_died_ends_the_thread(caplog: pytest.LogCaptureFixture) -> None:
+    """`check_health` raises while the engine is idle: the last post says that the engine has failed.
+
+    Why: the next user would wait for a rank that does not answer.
+    """
+
+    def check() -> None:
+        raise RuntimeError("rank 1 has died")
+
+    engine, posted = Stepper(), []
+    engine.check_health = check
+    bridge = AsyncEngine(engine)
+
+    def has_unfinished_requests() -> bool:
+        engine.num_polls += 1
+        bridge._stopping = engine.num_polls > 20
+        return False
+
+    engine.has_unfinished_requests = has_unfinished_requests
+    bridge._post, bridge._fail = (lambda callback, *args: callback(*args)), posted.append
+    with caplog.at_level(logging.ERROR):
+        bridge._run()
+    check_equal(posted, [FAILED], "reasons that were posted")
+
+
 def test_the_end_is_told_last() -> None:
     """Told to stop after its first post, with steps left: it stops, and says so.
 
@@ -253,7 +364,7 @@ def test_the_end_is_told_last() -> None:
     engine = Stepper(*[[output("a", "1")]] * 5)
     posted = run(engine, stop_after=1)
     check_equal([name for name, *_ in posted], ["_deliver", "_fail"], "posts")
-    check_equal(posted[-1][1], "the server is shutting down", "reason")
+    check_equal(posted[-1][1], ENDED, "reason")
 
 
 @pytest.mark.parametrize("where", ["step", "command"])
@@ -270,7 +381,7 @@ def test_an_exception_ends_the_thread_and_its_text_stays_in_the_log(where: str, 
     with caplog.at_level(logging.ERROR):
         posted = run(Stepper(error, [output("a", "1")])) if where == "step" else run(Stepper([output("a", "1")]), fail)
     check_equal([name for name, *_ in posted], ["_fail"], "posts")
-    check_equal(posted[0][1], "the engine has failed; the server's log has the cause", "reason")
+    check_equal(posted[0][1], FAILED, "reason")
     check_equal(any("/secret/path" in (record.exc_text or "") for record in caplog.records), True, "the log has the exception")
 
 
@@ -334,6 +445,23 @@ def test_outputs_find_their_streams() -> None:
         return [seen(await anext(one)), *await rest(other)], sorted(bridge._streams)
 
     check_equal(asyncio.run(main()), ([("a", "1"), ("b", "2")], ["a"]), "what was read, and streams that are still known")
+
+
+def test_a_stream_is_known_until_its_last_request_has_finished() -> None:
+    """Two prompts of one request: the first ends, and the second goes on.
+
+    Why: if the stream is forgotten with the first, the outputs of the second find nobody, and the client waits for ever.
+    """
+
+    async def main() -> tuple[list[Any], list[str]]:
+        bridge, stream = AsyncEngine(Stepper()), stream_of("a", "b")
+        bridge._streams = {"a": stream, "b": stream}
+        bridge._deliver([output("a", "1", True), output("b", "1")])
+        known = sorted(bridge._streams)
+        bridge._deliver([output("b", "2", True)])
+        return await rest(stream), [*known, *bridge._streams]
+
+    check_equal(asyncio.run(main()), ([("a", "1"), ("b", "12")], ["b"]), "what was read, and streams that are still known")
 
 
 def test_the_loop_goes_on_while_a_step_runs() -> None:

@@ -63,6 +63,24 @@ def test_a_closed_stream_aborts_what_is_unfinished() -> None:
     check_equal(asyncio.run(main()), ["a", "c"], "requests that were aborted")
 
 
+@pytest.mark.parametrize("waiting", [["a"], ["c", "b"], ["a", "b", "c"]])
+def test_who_leaves_with_something_to_read_is_aborted_too(waiting: list[str]) -> None:
+    """Outputs wait unread for one, two or all of three requests, none of which has finished.
+
+    Why: a client who leaves has mostly not read all there was. His blocks would stay taken until an answer that nobody reads is
+    complete.
+    """
+
+    async def main() -> list[str]:
+        stream, aborted = stream_of("a", "b", "c")
+        for name in waiting:
+            stream.put(output(name, False))
+        stream.close()
+        return sorted(aborted)
+
+    check_equal(asyncio.run(main()), ["a", "b", "c"], "requests that were aborted")
+
+
 def test_a_stream_is_closed_once() -> None:
     """Closed by the watcher of the connection and again at the end of the response.
 
@@ -138,6 +156,27 @@ def test_what_has_finished_is_not_aborted(names: list[str], commands: int) -> No
     check_equal(abort(["a", "b"], names)[:2], (commands, aborted), "commands and ids")
 
 
+def test_who_leaves_when_one_of_his_prompts_is_done() -> None:
+    """Two of three prompts still run; the third's output has come, and was not read.
+
+    Why: the other two hold blocks; the third has none, and its name may be somebody else's by now.
+    """
+
+    async def main() -> tuple[list[str], list[str]]:
+        engine = Engine()
+        bridge = AsyncEngine(engine)
+        stream = OutputStream(["a", "b", "c"], bridge._abort)
+        bridge._streams = {"a": stream, "c": stream, "other": OutputStream(["other"], bridge._abort)}
+        stream.put(output("b", True))
+        stream.put(output("c", False))
+        stream.close()
+        for command in bridge._commands:
+            command()
+        return sorted(engine.aborted), sorted(bridge._streams)
+
+    check_equal(asyncio.run(main()), (["a", "c"], ["other"]), "requests that were aborted, and streams that are known")
+
+
 def test_the_last_output_of_an_aborted_request_finds_nobody() -> None:
     """A step was running when its request was aborted.
 
@@ -158,9 +197,10 @@ def test_the_last_output_of_an_aborted_request_finds_nobody() -> None:
 
 
 def test_only_a_disconnect_closes() -> None:
-    """First the rest of a body, in two messages, then the client leaves.
+    """First the rest of a body, in two messages, then one of another kind, then the client leaves.
 
-    Why: the first message of a connection is not its end; a request with a body would be aborted at once.
+    Why: the first message of a connection is not its end; a request with a body would be aborted at once. And servers may send
+    messages that nobody here has heard of.
     """
 
     async def main() -> list[list[str]]:
@@ -168,14 +208,14 @@ def test_only_a_disconnect_closes() -> None:
         messages = asyncio.Queue[dict[str, Any]]()
         watch = asyncio.create_task(close_on_disconnect(SimpleNamespace(receive=messages.get), stream))
         seen = []
-        for kind in ("http.request", "http.request", "http.disconnect"):
+        for kind in ("http.request", "http.request", "http.of_tomorrow", "http.disconnect"):
             messages.put_nowait({"type": kind})
             await turns()
             seen.append(list(aborted))
         await asyncio.wait_for(watch, 10)
         return seen
 
-    check_equal(asyncio.run(main()), [[], [], ["a"]], "aborted after each message")
+    check_equal(asyncio.run(main()), [[], [], [], ["a"]], "aborted after each message")
 
 
 @pytest.mark.parametrize("leaves", [True, False])

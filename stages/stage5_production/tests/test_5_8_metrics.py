@@ -54,6 +54,34 @@ def test_a_value_at_a_bound_is_within_it() -> None:
     check_equal(histogram.sum, 7.0, "sum")
 
 
+def test_a_value_is_entered_as_it_is() -> None:
+    """Waits of 3 ms and of 1.4 ms: their sum is 4.4 ms.
+
+    Why: on a GPU the time between two tokens is a few milliseconds. Rounded to hundredths of a second it is 0.
+    """
+    metrics, seq = make(), sequence()
+    for now in (1.0, 1.003, 1.0044):
+        step(metrics, now, seq)
+    check_equal(entered(metrics.between), (2, 0.0044), "between tokens: count, sum")
+
+
+def test_a_step_is_entered_under_the_lock() -> None:
+    """`_lock` is held when a step's size and waits are entered, and when a sequence ends, and free afterwards.
+
+    Why: a scrape comes on another thread. Between two entries of a step it would see a count without its sum.
+    """
+    metrics, held = make(), []
+    for name in ("step_size", "between", "first_token", "whole"):
+        histogram = getattr(metrics, name)
+        histogram.observe = lambda *args, name=name: held.append((name, metrics._lock.locked()))
+    seq = sequence()
+    step(metrics, 1.0, seq)
+    step(metrics, 2.0, finish(seq, "stop"))
+    expected = [(name, True) for name in ("between", "first_token", "step_size", "whole")]
+    check_equal(sorted(set(held)), expected, "histograms that were entered, and whether the lock was held")
+    check_equal(metrics._lock.locked(), False, "the lock, after the steps")
+
+
 def test_a_value_may_count_for_many() -> None:
     """observe(3, 10) is ten values of 3.
 
@@ -108,6 +136,10 @@ def test_equal_waits_are_several() -> None:
     step(metrics, 1.0, *sequences)
     step(metrics, 2.0, *sequences)
     check_equal(entered(metrics.between), (3, 3.0), "between tokens: count, sum")
+    calls: list[float] = []
+    metrics.between.observe = lambda value, count=1: calls.append(value)
+    step(metrics, 3.0, *sequences)
+    check_equal(calls, [1.0], "entries of three equal waits")
 
 
 def test_what_comes_in_one_step_is_one_wait() -> None:
@@ -186,22 +218,40 @@ def test_a_single_token_has_no_time_per_token() -> None:
     check_equal((entered(metrics.per_token), entered(metrics.decode)), ((0, 0.0), (1, 0.0)), "per token, decode: count, sum")
 
 
-@pytest.mark.parametrize("started", [False, True])
-def test_what_is_aborted_has_ended_too(started: bool) -> None:
-    """Before its first step it has only waited; after its first token all is known but for the rest.
+def test_what_was_found_in_the_cache_is_of_the_prompt() -> None:
+    """A prompt of 3 tokens, 2 of which were cached, has a length of 3.
+
+    Why: it is what users send. A cache that works must not look like users who write less.
+    """
+    metrics, seq = make(), sequence(prompt=3)
+    seq.num_cached_tokens = 2
+    step(metrics, 1.0, finish(seq, "stop"))
+    check_equal(entered(metrics.prompt_len), (1, 3.0), "prompt lengths: count, sum")
+
+
+@pytest.mark.parametrize("when", ["in the queue", "in its prefill", "after two tokens"])
+def test_what_is_aborted_has_ended_too(when: str) -> None:
+    """Arrived at 1, aborted at 4. In the queue it has only waited; scheduled at 1.5 and without a token it was not prefilled;
+    after tokens at 2 and 2.5 it was decoded for half a second, whatever it waited for then.
 
     Why: users who leave are the first sign of a slow server, and they must not vanish from its statistics.
     """
     metrics, seq = make(), sequence(arrival=1.0, scheduled=1.5)
-    if started:
-        step(metrics, 2.0, seq)
+    tokens, queue = [], 0.5
+    if when == "in the queue":
+        seq.first_scheduled_time, queue = None, 3.0
+    elif when == "in its prefill":
+        metrics.on_step(SchedulerOutput({seq: 2}, []), 2.0)
     else:
-        seq.first_scheduled_time = None
+        tokens = [2.0, 2.5]
+    for now in tokens:
+        step(metrics, now, seq)
     metrics.on_abort([finish(seq, "abort")], 4.0)
     check_equal(dict(metrics.finished), {"abort": 1}, "ended, by reason")
-    check_equal(entered(metrics.whole), (1, 3.0), "whole requests: count, sum")
-    check_equal(entered(metrics.queue), (1, 0.5 if started else 3.0), "queue: count, sum")
-    check_equal(entered(metrics.prefill)[0], int(started), "prefill: count")
+    expected = {"whole": (1, 3.0), "queue": (1, queue), "prompt_len": (1, 3.0), "output_len": (1, float(len(tokens)))}
+    expected |= {"prefill": (1, 0.5), "decode": (1, 0.5), "per_token": (1, 0.5)} if tokens else {}
+    expected |= {name: (0, 0.0) for name in ("prefill", "decode", "per_token") if not tokens}
+    check_equal({name: entered(getattr(metrics, name)) for name in expected}, expected, "histograms: count, sum")
 
 
 def test_nobody_is_remembered_after_the_end() -> None:

@@ -94,6 +94,19 @@ def test_the_first_signal_drains_and_the_second_ends(first: signal.Signals, seco
     check_equal(states, [(True, True, False), (True, True, True)], "should_exit, is_draining, force_exit after each")
 
 
+def test_nothing_takes_a_signal_back() -> None:
+    """A third signal, and a fourth, change nothing.
+
+    Why: a keyboard's SIGINT comes twice as easily as once.
+    """
+    one = server()
+    for _ in range(2):
+        one.handle_exit(signal.SIGTERM, None)
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        one.handle_exit(sig, None)
+        check_equal((one.should_exit, one.engine.is_draining, one.force_exit), (True, True, True), "state after another signal")
+
+
 def test_a_signal_is_not_raised_again() -> None:
     """What uvicorn remembers of signals, and raises when it has ended, is empty.
 
@@ -201,12 +214,40 @@ def test_shutdown_waits_for_the_step_that_runs() -> None:
     ended = threading.Thread(target=bridge.shutdown)
     ended.start()
     until(lambda: bridge._stopping, "the thread is told to stop")
-    ended.join(0.2)  # who does not wait is through by now
-    waits = ended.is_alive()
     engine.gate.set()
     ended.join(10)
-    check_equal((waits, ended.is_alive(), bridge._thread.is_alive()), (True, False, False), "waits, waits still, thread lives")
+    check_equal((ended.is_alive(), bridge._thread.is_alive()), (False, False), "waits still, thread lives")
     check_equal(engine.num_steps, 1, "steps")
+
+
+class LongStep:
+    """Stands in for a thread whose step lasts for so many seconds of waiting for it; they pass at once."""
+
+    ident = 1
+
+    def __init__(self, seconds: float) -> None:
+        self.left, self.num_looks = seconds, 0
+
+    def is_alive(self) -> bool:
+        self.num_looks += 1
+        assert self.num_looks < 100_000, "it looks and does not wait"
+        return self.left > 0
+
+    def join(self, timeout: float | None = None) -> None:
+        self.left -= self.left if timeout is None else timeout
+
+
+@pytest.mark.parametrize("seconds", [0.05, 1.5, 100.0])
+def test_a_long_step_is_waited_for_to_its_end(seconds: float) -> None:
+    """The step that runs ends after 0.05, 1.5 or 100 seconds; none of them is so long that it counts as hanging.
+
+    Why: a prefill of 100,000 tokens takes its time. Behind `shutdown` the memory in which it computes is given back.
+    """
+    bridge = AsyncEngine(Idle())
+    bridge._thread = LongStep(seconds)
+    bridge._is_stalled = lambda: False
+    bridge.shutdown()
+    check_equal(bridge._thread.left <= 0, True, "the step has ended when shutdown returns")
 
 
 def test_an_idle_engine_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,5 +353,6 @@ def test_a_death_is_news_and_a_shutdown_is_not(stopping: bool) -> None:
     order: list[int] = []
     bridge.on_death = lambda: order.append(len(bridge._streams))
     bridge._stopping = stopping
-    fail(bridge, "it broke", "it broke again")
+    told = fail(bridge, "it broke", "it broke again")
+    check_equal(told, [(0, "EngineDeadError: it broke"), (1, "EngineDeadError: it broke")], "what each stream was told")
     check_equal(order, [] if stopping else [0], "streams that were known at each call of on_death")

@@ -52,8 +52,11 @@ def in_turns(
     Args:
         on_start: told the system's name and the number of the repeat, from 1, before each run.
 
+    Returns:
+        The runs of each system, in the order of `runners` and of the repeats.
+
     Raises:
-        ValueError: the systems did not do the same work, see `check_same_work`.
+        ValueError: the systems did not do the same work in all runs, see `check_same_work`.
     """
     # Hint: Two systems run beside each other so that what disturbs one disturbs the other. What would still favour the
     # second?
@@ -61,10 +64,11 @@ def in_turns(
 
 
 def check_same_work(results: Mapping[str, Sequence[Measurement]]) -> None:
-    """See that every run of every system had the same requests, prompt tokens and wanted output tokens.
+    """See that every run of every system had the same requests, prompt tokens and wanted output tokens (how many of them it
+    computed is its own business).
 
     Raises:
-        ValueError: one had not; its name and numbers are in the message.
+        ValueError: one had not the work of the first run; its name and its numbers are in the message.
     """
     raise NotImplementedError("Stage 6 · Task 6.6: check_same_work, see stages/stage6_benchmark/GUIDE.md#task-6-6")
 
@@ -78,7 +82,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
         ours, theirs: what is better when higher, such as tokens a second; entry i of both is from the same turn.
 
     Raises:
-        ValueError: there are no pairs, or not as many of one as of the other.
+        ValueError: "a ratio needs pairs of runs", and there are none, or not as many of one as of the other.
     """
     raise NotImplementedError("Stage 6 · Task 6.6: ratio, see stages/stage6_benchmark/GUIDE.md#task-6-6")
 

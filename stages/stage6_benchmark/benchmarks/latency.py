@@ -42,7 +42,8 @@ class Stream:
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token after the first, in seconds; None for an answer of one token, after which nobody waits."""
+        """Time per output token after the first, in seconds, however many came in a piece. None for an answer of one token,
+        after which nobody waits, and where nobody has counted the tokens (`num_tokens` is 0)."""
         raise NotImplementedError("Stage 6 · Task 6.1: Stream.tpot, see stages/stage6_benchmark/GUIDE.md#task-6-1")
 
     @property
@@ -66,7 +67,7 @@ def percentile(values: Sequence[float], q: float) -> float:
         values: in any order; left as they are. q: 0 to 100.
 
     Raises:
-        ValueError: there are no values, or `q` is no percentage.
+        ValueError: "there is no percentile Q of N values", for there are none, or `q` is no percentage.
     """
     raise NotImplementedError("Stage 6 · Task 6.1: percentile, see stages/stage6_benchmark/GUIDE.md#task-6-1")
 
@@ -83,7 +84,8 @@ def percentiles(seconds: Iterable[float]) -> dict[str, float]:
 
 
 def latencies(streams: Iterable[Stream]) -> dict[str, dict[str, float]]:
-    """`percentiles` of TTFT, TPOT, ITL and the whole time, of the streams without an error; what has no values is left out.
+    """`percentiles` of TTFT, TPOT, ITL and the whole time, of the streams without an error: "ttft_ms", "tpot_ms", "itl_ms" and
+    "latency_ms". What has no values is left out.
 
     Every request counts once in TTFT, TPOT and latency, and every wait once in ITL, however long its request.
     """
@@ -98,7 +100,8 @@ class Limits:
     tpot: float = math.inf
 
     def are_met_by(self, stream: Stream) -> bool:
-        """Whether an answer came in time; at a limit is in time, and what has no answer is not."""
+        """Whether an answer came in time, by its TTFT and its TPOT, if it has one; at a limit is in time. What has an error is
+        not, even if some of it came."""
         # Hint: An answer is in time or it is not; count those that are. What do you divide by: by time, by what was
         # asked, by what was answered?
         raise NotImplementedError("Stage 6 · Task 6.5: Limits.are_met_by, see stages/stage6_benchmark/GUIDE.md#task-6-5")
@@ -108,7 +111,7 @@ def attainment(streams: Sequence[Stream], limits: Limits) -> float:
     """Share of all requests that were answered in time.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no requests.
     """
     raise NotImplementedError("Stage 6 · Task 6.5: attainment, see stages/stage6_benchmark/GUIDE.md#task-6-5")
 
@@ -125,7 +128,7 @@ def goodput(streams: Iterable[Stream], seconds: float, limits: Limits) -> float:
 
 def sustained_rate(measured: Iterable[tuple[float, float]], share: float = 0.9) -> float:
     """The highest rate of arrivals that a server stands: at it, and at every lower rate measured, at least `share` of the
-    requests were in time; 0.0 if that is none.
+    requests were in time, each time that it was measured; 0.0 if that is none.
 
     A server that fails at 4 a second and passes at 5 was lucky at 5.
 

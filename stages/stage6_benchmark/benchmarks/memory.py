@@ -76,7 +76,8 @@ class UsageMeter:
         self._usage = Usage(system)
 
     def add(self, sequences: Iterable[tuple[int, int, int]]) -> None:
-        """Take one snapshot: (tokens held, slots reserved, tokens when it ends) of every running sequence."""
+        """Take one snapshot: (tokens held, slots reserved, tokens when it ends) of every running sequence, from any iterable. A
+        sequence may end with more tokens than it has slots so far."""
         raise NotImplementedError("Stage 6 · Task 6.4: UsageMeter.add, see stages/stage6_benchmark/GUIDE.md#task-6-4")
 
     def result(self, preemptions: int = 0) -> Usage:
@@ -194,7 +195,7 @@ def simulate_contiguous(
         memory: an empty allocator of `capacity` slots.
 
     Raises:
-        ValueError: not even one sequence fits, or the requests are too few.
+        ValueError: "one sequence does not fit the memory of N tokens"; or the requests are too few (`UsageMeter.result`).
     """
     raise NotImplementedError("Stage 6 · Task 6.4: simulate_contiguous, see stages/stage6_benchmark/GUIDE.md#task-6-4")
 

@@ -46,6 +46,18 @@ def test_one_token_has_no_tpot() -> None:
     Why: zeros would make the mean and the median look better the more short answers there are.
     """
     check_equal(Stream(0.0, [0.5], num_tokens=1).tpot, None, "tpot")
+    check_equal(Stream(0.0, [0.5, 0.6]).tpot, None, "tpot of an answer whose tokens the server has not counted")
+
+
+def test_tokens_that_came_together_took_no_time() -> None:
+    """Five tokens in one piece: 0 seconds a token, which is a value, and counts as one.
+
+    Why: that is what the client saw. An answer that is left out because its number is false in Python makes the others' median
+    of it.
+    """
+    check_equal(Stream(0.0, [0.5], num_tokens=5).tpot, 0.0, "tpot")
+    found = latencies([Stream(0.0, [0.5], num_tokens=5), Stream(0.0, [0.5, 0.7], num_tokens=2)])
+    check_equal(round(found["tpot_ms"]["mean"], 6), 100.0, "mean TPOT in ms, of 0 and 200")
 
 
 def test_itl_is_every_wait_but_the_first() -> None:
@@ -55,6 +67,17 @@ def test_itl_is_every_wait_but_the_first() -> None:
     """
     check_equal([rounded(wait) for wait in Stream(0.0, [0.5, 0.6, 0.9], num_tokens=3).itl], [0.1, 0.3], "itl")
     check_equal(Stream(0.0, [0.5], num_tokens=1).itl, [], "itl of one piece")
+    check_equal([rounded(wait) for wait in Stream(0.0, [1.0, 1.5, 1.6], 3).itl], [0.5, 0.1], "itl, in its order")
+
+
+def test_pieces_that_came_together_waited_for_nothing() -> None:
+    """Pieces at 1, 1 and 2: waits of 0 and 1 second, and both are counted.
+
+    Why: a proxy that gathers brings them in clumps. Without the zeros the clumps look like a steady flow that is slow.
+    """
+    stream = Stream(0.0, [1.0, 1.0, 2.0], num_tokens=3)
+    check_equal(stream.itl, [0.0, 1.0], "itl")
+    check_equal(round(latencies([stream])["itl_ms"]["p50"], 6), 500.0, "median ITL in ms")
 
 
 @pytest.mark.parametrize(("q", "expected"), [(0, 10.0), (50, 30.0), (100, 50.0), (25, 20.0), (90, 46.0), (99, 49.6)])
@@ -114,9 +137,29 @@ def test_refused_requests_are_in_no_average() -> None:
 
     Why: a refusal is quick. Counted as an answer it would make an overloaded server look fast.
     """
-    found = latencies(many())["ttft_ms"]
+    found = latencies(stream for stream in many())["ttft_ms"]
     check_equal({name: round(value, 6) for name, value in found.items()},
                 {"mean": 250.0, "p50": 250.0, "p90": 370.0, "p99": 397.0, "max": 400.0}, "TTFT in ms")  # fmt: skip
+
+
+def test_streams_may_come_from_an_iterator() -> None:
+    """Of a generator all four kinds are there, as of a list.
+
+    Why: whoever goes through it once for each kind finds it empty at the second.
+    """
+    found, expected = latencies(stream for stream in many()), latencies(many())
+    check_equal(sorted(expected), ["itl_ms", "latency_ms", "tpot_ms", "ttft_ms"], "what was measured of a list")
+    check_equal(found, expected, "what was measured of an iterator")
+
+
+def test_an_answer_that_broke_off_is_in_no_average() -> None:
+    """Two pieces, then an error; beside it an answer after a second.
+
+    Why: it has a fast first token and no end. A server that breaks off under load would look faster for it.
+    """
+    found = latencies([Stream(0.0, [0.1, 0.2], 2, error="the engine hangs"), Stream(0.0, [1.0, 3.0], 2)])
+    got = {kind: round(values["p50"], 6) for kind, values in found.items()}
+    check_equal(got, {"ttft_ms": 1000.0, "tpot_ms": 2000.0, "itl_ms": 2000.0, "latency_ms": 3000.0}, "medians in ms")
 
 
 def test_what_has_no_values_is_left_out() -> None:

@@ -6,8 +6,8 @@ import asyncio
 import math
 import random
 import statistics
-from collections.abc import Callable
-from itertools import groupby, pairwise
+from collections.abc import Iterator
+from itertools import count, groupby, pairwise
 
 import pytest
 
@@ -91,6 +91,26 @@ def test_bursts_arrive_together_at_the_same_rate(burst: int) -> None:
     assert 4.5 < rate < 5.5, f"bursts of {burst} arrive at {rate:.2f} requests a second, expected about 5"
 
 
+@pytest.mark.parametrize(("number", "burst"), [(10, 4), (3, 8), (9, 8), (8, 8), (7, 8), (0, 3)])
+def test_the_last_group_may_be_smaller(number: int, burst: int) -> None:
+    """Ten requests in groups of four are 4, 4 and 2.
+
+    Why: a run of 10 requests that sends 8 or 12 did other work than it says.
+    """
+    sizes = [len(list(group)) for _, group in groupby(arrivals(number, 1.0, burst=burst, seed=5))]
+    check_equal(sizes, [min(burst, number - first) for first in range(0, number, burst)], "how many arrive together")
+
+
+def test_nobody_elses_numbers_are_drawn() -> None:
+    """The process's own generator, `random.random`, is as it was.
+
+    Why: whoever draws from it after that draws the same every time, and does not know it.
+    """
+    before = random.getstate()
+    arrivals(20, 3.0, seed=4)
+    check_equal(random.getstate() == before, True, "the generator is as it was")
+
+
 def test_the_seed_decides() -> None:
     """The same seed gives the same times, another seed others.
 
@@ -162,6 +182,15 @@ def test_a_late_client_hides_no_wait() -> None:
     check_equal(ends(streams), [10.0, 4.0, 6.0], "when they were answered")
 
 
+def test_requests_and_times_may_come_from_iterators() -> None:
+    """Both as generators: an open loop needs the next of each, and no list.
+
+    Why: a load of a day is drawn while it is sent.
+    """
+    streams = simulate(open_loop(Server().send, iter(requests(1, 2)), (float(second) for second in range(2))))
+    check_equal((starts(streams), ends(streams)), ([0.0, 1.0], [1.0, 3.0]), "when the clocks began, and the answers")
+
+
 def test_an_open_loop_begins_now() -> None:
     """Times are seconds after the call, wherever the loop's clock stands.
 
@@ -223,6 +252,28 @@ def test_nobody_sends_after_the_time() -> None:
     streams = simulate(closed_loop(server.send, iter(requests(*[2] * 1000)), 2, seconds=5.0))
     check_equal([round(at, 9) for at, _ in server.sent], [0, 0, 2, 2, 4, 4], "when requests were sent")
     check_equal(ends(streams), [2, 2, 4, 4, 6, 6], "when they were answered")
+
+
+def test_a_closed_loop_begins_now() -> None:
+    """Called at 100 s for 5 s, with requests of 2 s without an end: one user sends at 100, 102 and 104.
+
+    Why: the loop's clock counts from whenever it began, not from the run's beginning. And requests that are drawn without an
+    end cannot be listed first.
+    """
+    server = Server()
+
+    def endless() -> Iterator[BenchRequest]:
+        for number in count():
+            assert number < 10_000, "requests are read long before they are sent"
+            yield BenchRequest([1], 2)
+
+    async def later() -> list[Stream]:
+        await asyncio.sleep(100.0)
+        return await closed_loop(server.send, endless(), 1, seconds=5.0)
+
+    streams = simulate(later())
+    check_equal([round(at, 9) for at, _ in server.sent], [100.0, 102.0, 104.0], "when requests were sent")
+    check_equal(ends(streams), [102.0, 104.0, 106.0], "when they were answered")
 
 
 def test_a_slow_server_is_asked_less_in_a_closed_loop_only() -> None:

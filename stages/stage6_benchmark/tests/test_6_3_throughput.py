@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from stages.batching.sampling_params import SamplingParams
 from stages.benchmarks import throughput
 from stages.benchmarks.datasets import BenchRequest, Workload, make_requests
 from stages.benchmarks.throughput import WARM_UP_REQUESTS, WARM_UP_TOKENS, Measurement, run_engine, warm_up_requests, warmed
@@ -25,7 +27,8 @@ class Clock:
 
 
 class Engine:
-    """Stands for an `LLM` that takes 0.25 s a request, and 1 s more for a prompt that it has not in its prefix cache."""
+    """Stands for an `LLM` that takes 0.25 s a request, and 1 s more for a prompt that it has not in its prefix cache. A request
+    is ten steps and a preemption, a prompt that was cached 16 tokens; it has run before, and asking for its state takes 3 s."""
 
     def __init__(self, clock: Clock, missing: int = 0) -> None:
         self.clock, self.missing = clock, missing
@@ -34,7 +37,15 @@ class Engine:
         self.llm_engine = SimpleNamespace(
             limits=SimpleNamespace(max_model_len=512),
             block_manager=SimpleNamespace(prefix_cache=SimpleNamespace(clear=self.clear)),
-            stats=lambda: SimpleNamespace(num_steps=0, num_preemptions=0, prefix_cache_hits=0),
+            stats=self.stats,
+        )
+        self.num_steps, self.num_preemptions, self.prefix_cache_hits = 1000, 100, 320
+        self.bars: list[bool] = []
+
+    def stats(self) -> SimpleNamespace:
+        self.clock.seconds += 3.0
+        return SimpleNamespace(
+            num_steps=self.num_steps, num_preemptions=self.num_preemptions, prefix_cache_hits=self.prefix_cache_hits
         )
 
     def clear(self) -> None:
@@ -44,9 +55,13 @@ class Engine:
     def generate(self, prompts: Sequence[dict[str, list[int]]], params: Sequence[Any], use_tqdm: bool = True) -> list[Any]:
         ids = [prompt["prompt_token_ids"] for prompt in prompts]
         self.calls.append((ids, list(params)))
+        self.bars.append(use_tqdm)
+        self.num_steps += 10 * len(ids)
+        self.num_preemptions += len(ids)
         outputs = []
         for prompt, wanted in zip(ids, params, strict=True):
             begin = self.clock.seconds
+            self.prefix_cache_hits += 16 if tuple(prompt[:16]) in self.cached else 0
             self.clock.seconds += 0.25 if tuple(prompt[:16]) in self.cached else 1.25
             self.cached.add(tuple(prompt[:16]))
             metrics = SimpleNamespace(arrival_time=begin, first_token_time=begin + 0.1, last_token_time=self.clock.seconds)
@@ -86,6 +101,52 @@ def test_a_second_run_finds_nothing_of_the_first(clock: Clock) -> None:
     check_equal([run_engine(engine, REQUESTS).seconds for _ in range(3)], [5.0] * 3, "seconds of three runs")
 
 
+def test_prompts_are_made_before_the_clock(clock: Clock) -> None:
+    """Reading the requests takes a second each time: the run takes 5 s all the same.
+
+    Why: building prompts and parameters is the benchmark's work. Of many short requests it takes longer than some engines.
+    """
+
+    class Slow(list):
+        def __iter__(self) -> Any:
+            clock.seconds += 1.0
+            return super().__iter__()
+
+        def __getitem__(self, index: Any) -> Any:
+            clock.seconds += 1.0
+            return super().__getitem__(index)
+
+    check_equal(run_engine(Engine(clock), Slow(REQUESTS)).seconds, 5.0, "seconds")
+
+
+def test_details_are_of_this_run(clock: Clock) -> None:
+    """An engine that has run before, twice the same four requests and the first of them again: steps, preemptions and tokens
+    found in the cache are those of the run, and the latencies are medians in milliseconds.
+
+    Why: its counters count from the start of the process. The second run would show the first one's steps too.
+    """
+    engine = Engine(clock)
+    requests = [*REQUESTS, BenchRequest(list(REQUESTS[0].prompt_token_ids), 8)]
+    for _ in range(2):
+        details = dict(run_engine(engine, requests).details)
+        counts = {name: details.pop(name) for name in ("num_steps", "num_preemptions", "prefix_cache_hit_tokens")}
+        check_equal(counts, {"num_steps": 50, "num_preemptions": 5, "prefix_cache_hit_tokens": 16}, "counts among the details")
+        rounded = {name: round(value, 6) for name, value in details.items()}
+        check_equal(rounded, {"ttft_ms_median": 100.0, "tpot_ms_median": round(1150 / 7, 6)}, "the other details")
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_progress_is_shown_if_wanted(clock: Clock, shown: bool) -> None:
+    """`show_progress` says whether the engine draws a bar.
+
+    Why: results are read by programs, and drawing takes time.
+    """
+    engine = Engine(clock)
+    run_engine(engine, REQUESTS, show_progress=shown)
+    run_engine(engine, REQUESTS)
+    check_equal(engine.bars, [shown, False], "bars that were drawn, with and without the argument")
+
+
 def test_an_engine_without_a_prefix_cache_is_measured_too(clock: Clock) -> None:
     """`prefix_cache` is None there.
 
@@ -97,16 +158,19 @@ def test_an_engine_without_a_prefix_cache_is_measured_too(clock: Clock) -> None:
 
 
 def test_every_request_is_greedy_and_ends_at_its_length(clock: Clock) -> None:
-    """Temperature 0, `ignore_eos`, and each request's own `max_tokens`.
+    """Temperature 0, `ignore_eos`, and each request's own `max_tokens`; all else is as users have it.
 
     Why: with an end of sequence, the engine that ends soonest has the least to do, and random draws cost time that greedy
-    ones do not.
+    ones do not. And whoever leaves out what users wait for, such as the text, measures another engine.
     """
     engine = Engine(clock)
     run_engine(engine, [BenchRequest([5, 6], 3), BenchRequest([7], 9)])
     ((prompts, params),) = engine.calls
     check_equal(prompts, [[5, 6], [7]], "prompts")
-    check_equal([(p.temperature, p.ignore_eos, p.max_tokens) for p in params], [(0.0, True, 3), (0.0, True, 9)], "parameters")
+    usual = asdict(SamplingParams())
+    changed = [{name: value for name, value in asdict(each).items() if value != usual[name]} for each in params]
+    expected = [{"temperature": 0.0, "max_tokens": length, "ignore_eos": True} for length in (3, 9)]
+    check_equal(changed, expected, "parameters that are not the default")
 
 
 def test_tokens_that_are_missing_are_an_error(clock: Clock) -> None:
@@ -140,9 +204,21 @@ def test_warm_up_requests_are_few_and_short() -> None:
     check_equal({request.output_len for request in warm}, {WARM_UP_TOKENS}, "their tokens")
     check_equal(warm_up_requests([BenchRequest([9], 2)])[0].output_len, 2, "tokens of a request that wants only 2")
     check_equal([len(request.prompt_token_ids) for request in warm], [20] * WARM_UP_REQUESTS, "their prompts' lengths")
+    warm = warm_up_requests([BenchRequest([1] * length, 1) for length in range(1, 41)])
+    lengths = [len(request.prompt_token_ids) for request in warm]
+    check_equal(lengths, list(range(1, WARM_UP_REQUESTS + 1)), "lengths of the first prompts")
 
 
-@pytest.mark.parametrize("prompt", [[5] * 40, [0] * 40, list(range(3, 43)), [7, *range(38, -1, -1)]])
+def test_a_warm_up_sends_no_text() -> None:
+    """A request with a text, which a server gets in place of the ids: its warm-up has none.
+
+    Why: with it the server would be sent the real prompt, and know it afterwards.
+    """
+    (warm,) = warm_up_requests([BenchRequest([5, 6, 7], 8, text="the same words")])
+    check_equal(warm.text, None, "text of the warm-up")
+
+
+@pytest.mark.parametrize("prompt", [[5] * 40, [0] * 40, list(range(3, 43)), [7, *range(38, -1, -1)], [49151, 3], [1, 2]])
 def test_warm_up_prompts_begin_with_another_token(prompt: list[int]) -> None:
     """No prompt shares even its first token with its warm-up, also one that is the same token 40 times.
 
@@ -151,7 +227,8 @@ def test_warm_up_prompts_begin_with_another_token(prompt: list[int]) -> None:
     (warm,) = warm_up_requests([BenchRequest(prompt, 8)])
     assert warm.prompt_token_ids[0] != prompt[0], f"prompt and warm-up both begin with {prompt[0]}"
     assert min(warm.prompt_token_ids) >= 0, "a token id is negative"
-    check_equal(len(warm.prompt_token_ids), 40, "tokens of the warm-up's prompt")
+    assert max(warm.prompt_token_ids) <= max(1, *prompt), "a token id may be one that the vocabulary does not have"
+    check_equal(len(warm.prompt_token_ids), len(prompt), "tokens of the warm-up's prompt")
 
 
 def test_the_warm_up_runs_at_once_and_does_not_count() -> None:

@@ -14,7 +14,7 @@ def stream(ttft: float, tpot: float = 0.0, tokens: int = 5) -> Stream:
     return Stream(0.0, [ttft + tpot * i for i in range(tokens)], tokens)
 
 
-REFUSED = Stream(0.0, error="429")
+REFUSED, BROKEN_OFF = Stream(0.0, error="429"), Stream(0.0, [0.1, 0.2], 2, error="the engine hangs")
 LIMITS = Limits(ttft=1.0, tpot=0.125)
 
 
@@ -22,12 +22,15 @@ LIMITS = Limits(ttft=1.0, tpot=0.125)
     ("one", "expected"),
     [
         (stream(0.5, 0.0625), True), (stream(1.0, 0.125), True), (stream(1.5, 0.0625), False), (stream(0.5, 0.25), False),
-        (stream(0.5, tokens=1), True), (stream(1.5, tokens=1), False), (REFUSED, False),
+        (stream(0.5, tokens=1), True), (stream(1.5, tokens=1), False), (REFUSED, False), (BROKEN_OFF, False),
+        (Stream(0.0, [0.5, 0.5, 0.75], 3), True), (Stream(0.0, [0.5, 0.625, 1.0], 3), False),
     ],
-    ids=["both", "at both limits", "first too late", "then too slow", "one token", "one token too late", "refused"],
+    ids=["both", "at both limits", "first too late", "then too slow", "one token", "one token too late", "refused",
+         "broken off", "one stall", "a mean too slow"],
 )  # fmt: skip
 def test_both_limits_must_be_met(one: Stream, expected: bool) -> None:
-    """In time is at most 1 s to the first token and at most 0.125 s for each further one; at a limit is in time.
+    """In time is at most 1 s to the first token and at most 0.125 s for each further one in the mean (TPOT); at a limit is in
+    time. What broke off with an error is no answer.
 
     Why: an engine that favours prompts has fine first tokens and stutters after them, and the other way around. With one limit
     each of them wins its own benchmark.
@@ -52,14 +55,17 @@ def test_goodput_counts_answers_in_time_a_second() -> None:
     """
     check_equal(goodput([stream(0.5), stream(0.25), stream(3.0), REFUSED], 8.0, LIMITS), 0.25, "goodput")
     check_equal(goodput([REFUSED], 4.0, LIMITS), 0.0, "goodput of a refusal")
+    check_equal(goodput([stream(0.5)], 0.25, LIMITS), 4.0, "goodput of a quarter of a second")
+    check_equal(goodput((each for each in (stream(0.5), REFUSED)), 2.0, LIMITS), 0.5, "goodput of an iterator")
 
 
 def test_attainment_is_a_share_of_all_that_asked() -> None:
-    """Two in time of four, one of which was refused: 50 %.
+    """Two in time of four, one of which was refused, however, or broke off: 50 %.
 
     Why: as a share of what was answered, refusing everything but one request would be perfect.
     """
-    check_equal(attainment([stream(0.5), stream(0.25), stream(3.0), REFUSED], LIMITS), 0.5, "attainment")
+    for other in (REFUSED, Stream(0.0, error="503 too busy"), BROKEN_OFF):
+        check_equal(attainment([stream(0.5), stream(0.25), stream(3.0), other], LIMITS), 0.5, f"attainment with {other.error}")
     with pytest.raises(ValueError, match="no requests"):
         attainment([], LIMITS)
 
@@ -72,15 +78,19 @@ def test_attainment_is_a_share_of_all_that_asked() -> None:
         ([(1.0, 0.5), (2.0, 0.4)], 0.0),
         ([], 0.0),
         ([(8.0, 0.2), (1.0, 1.0), (4.0, 0.92), (2.0, 0.97)], 4.0),
+        ([(1.0, 1.0), (2.0, 1.0), (2.0, 0.8)], 1.0),
+        ([(1.0, 1.0), (2.0, 0.8), (2.0, 1.0)], 1.0),
+        ([(1.0, 1.0), (2.0, 0.95), (2.0, 1.0)], 2.0),
     ],
-    ids=["falls", "at the share", "never", "nothing measured", "in any order"],
+    ids=["falls", "at the share", "never", "nothing measured", "in any order", "failed once", "failed first", "passed twice"],
 )
 def test_the_rate_that_a_server_stands(measured: list[tuple[float, float]], expected: float) -> None:
-    """The highest rate with at least 90 % in time.
+    """The highest rate with at least 90 % in time; of a rate that was measured twice both times.
 
     Why: that is how many requests a second one can sell.
     """
     check_equal(sustained_rate(measured), expected, "rate")
+    check_equal(sustained_rate(pair for pair in measured), expected, "rate, of an iterator")
 
 
 def test_luck_at_a_high_rate_does_not_count() -> None:

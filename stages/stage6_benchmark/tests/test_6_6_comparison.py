@@ -33,17 +33,18 @@ class Machine:
 
 
 def test_systems_alternate_and_change_their_order() -> None:
-    """Three systems, three repeats: A B C, C B A, A B C.
+    """Three systems, three repeats: B A C, C A B, B A C; and who listens hears of each run before it begins.
 
     Why: whoever always comes last has the warmest caches and the hottest processor.
     """
     machine, told = Machine(), []
-    names = {name: machine.system(name) for name in "ABC"}
-    results = in_turns(names, 3, lambda name, repeat: told.append((name, repeat)))
-    check_equal("".join(machine.runs), "ABCCBAABC", "order of the runs")
-    check_equal(told, [(name, 1 + i // 3) for i, name in enumerate("ABCCBAABC")], "what was told before each run")
+    names = {name: machine.system(name) for name in "BAC"}
+    results = in_turns(names, 3, lambda name, repeat: told.append((name, repeat, len(machine.runs))))
+    check_equal("".join(machine.runs), "BACCABBAC", "order of the runs")
+    expected = [(name, 1 + i // 3, i) for i, name in enumerate("BACCABBAC")]
+    check_equal(told, expected, "name, repeat, and runs so far, when it was told")
     check_equal({name: len(runs) for name, runs in results.items()}, {"A": 3, "B": 3, "C": 3}, "runs of each")
-    check_equal(list(results), ["A", "B", "C"], "order of the results")
+    check_equal(list(results), ["B", "A", "C"], "order of the results")
 
 
 def test_a_machine_that_tires_favours_nobody() -> None:
@@ -70,21 +71,31 @@ def test_results_keep_the_order_of_the_repeats() -> None:
 
 @pytest.mark.parametrize("other", [{"requests": 3}, {"prompt": 79}, {"output": 31}], ids=["requests", "prompt", "output"])
 def test_other_work_is_no_comparison(other: dict[str, int]) -> None:
-    """A system with fewer requests, prompt tokens or output tokens than the first is a ValueError that names it.
+    """A system with fewer requests, prompt tokens or output tokens than the first is a ValueError that says its name and its
+    numbers; also if it is the third system, and in a later turn.
 
     Why: the easiest way to be faster is to do less, and a server that ends early does it by itself.
     """
-    with pytest.raises(ValueError, match="theirs did other work"):
+    (less,) = other.values()
+    with pytest.raises(ValueError, match="theirs") as caught:
         check_same_work({"ours": [measurement(1.0)], "theirs": [measurement(1.0), measurement(0.5, **other)]})
-    with pytest.raises(ValueError, match="theirs did other work"):
+    check_equal(str(less) in str(caught.value), True, f"the message, {str(caught.value)!r}, has the number {less}")
+    with pytest.raises(ValueError, match="theirs"):
         in_turns({"ours": lambda: measurement(1.0), "theirs": lambda: measurement(0.5, **other)}, 1)
+    for turn in (1, 2):
+        runs = iter([measurement(1.0)] * (turn - 1) + [measurement(0.5, **other)] * 2)
+        systems = {"ours": lambda: measurement(1.0), "yours": lambda: measurement(1.0), "theirs": lambda runs=runs: next(runs)}
+        with pytest.raises(ValueError, match="theirs"):
+            in_turns(systems, 2)
 
 
 def test_the_same_work_passes() -> None:
-    """Equal work of any speed is a comparison; so is none at all.
+    """Equal work of any speed is a comparison, also if one system computes more tokens to get there; so is none at all.
 
-    Why: speed is what is compared.
+    Why: speed is what is compared. A static batch that computes what nobody asked for is slow, and not another task.
     """
+    wasteful = Measurement("toy", 2.0, 4, 80, 32, 48, {})
+    check_same_work({"ours": [measurement(1.0)], "theirs": [wasteful, wasteful]})
     check_same_work({"ours": [measurement(1.0)], "theirs": [measurement(9.0), measurement(0.5)]})
     check_same_work({})
 
@@ -100,12 +111,13 @@ def test_a_ratio_is_formed_pair_by_pair() -> None:
 
 
 def test_twice_and_half_cancel_out() -> None:
-    """Pairs of 2 and 0.5 have a mean of 1, and the other way around.
+    """Pairs of 2 and 0.5 have a mean of 1, and the other way around; 1, 1 and 8 have one of 2.
 
     Why: the arithmetic mean is 1.25 both ways: each system would be 25 % faster than the other.
     """
     check_equal(round(ratio([2.0, 1.0], [1.0, 2.0]).mean, 9), 1.0, "mean")
     check_equal(round(ratio([1.0, 2.0], [2.0, 1.0]).mean, 9), 1.0, "mean of the other over this")
+    check_equal(round(ratio([1.0, 1.0, 8.0], [1.0] * 3).mean, 9), 2.0, "mean of 1, 1 and 8, whose product is 2 to the third")
 
 
 def test_the_interval_by_hand() -> None:

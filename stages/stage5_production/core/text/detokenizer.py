@@ -8,6 +8,7 @@ sequence is by definition the concatenation of these pieces. Streamed or not, a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,6 +22,8 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What decoding gives for bytes that are no character, or not yet one."""
 CONTEXT_SIZES = (8, 64)
 """Tokens of context that are tried before all of them; almost always the first will do."""
+MAX_MARK = 256
+"""Characters from the end of a text within which `stop_until` is looked for."""
 MAX_HELD = 16
 """Tokens that may wait for the rest of a character. It has four bytes at most, so this many are no single character."""
 
@@ -110,7 +113,7 @@ class Detokenizer:
         return "".join(pieces)
 
     def would_add(self, candidates: list[int]) -> list[str]:
-        """What `step` would give for each of these tokens in place of the next one, but for bytes that are no character."""
+        """What `step` would give for each of these tokens in place of the next one; "" for one that ends inside a character."""
         held, context = self.tokens[self._settled : self.offset], self._context(self._settled)
         texts = [self._new_text([*held, token], context) if token not in self.special_ids else "" for token in candidates]
         return ["" if text.endswith(REPLACEMENT) else text for text in texts]
@@ -132,9 +135,9 @@ class Detokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
 
     def _context(self, end: int) -> tuple[list[int], str, str]:
-        """The fewest tokens before `end` that tell how the next ones read; their text; and what of it will stay as it is.
+        """The fewest tokens before `end` that tell how the next ones decode; their text; the part of it that will not change.
 
-        The two texts differ where the tokens end inside a character: the second goes up to there.
+        The two texts differ if the tokens end inside a character: the second ends before it.
         """
         ids, text = [], ""
         for size in (*CONTEXT_SIZES, end):
@@ -212,7 +215,7 @@ class StopStrings:
         raise NotImplementedError("Stage 5 · Task 5.4: StopStrings.push, see stages/stage5_production/GUIDE.md#task-5-4")
 
     def flush(self) -> str:
-        """The text held back, once nothing more comes."""
+        """The text held back, when nothing more comes; a second time, or behind a match, there is none."""
         raise NotImplementedError("Stage 5 · Task 5.4: StopStrings.flush, see stages/stage5_production/GUIDE.md#task-5-4")
 
 
@@ -232,7 +235,8 @@ class TextReader:
     """Reads the text of a sequence as its tokens come; the `stop_search` of one that has stop strings.
 
     The text of the token that ended the sequence (end of sequence or a stop token) is left out, like the stop string,
-    unless `include_stop_str_in_output`. A stop string counts if a token after the first `min_tokens` completes it.
+    unless `include_stop_str_in_output`. A stop string counts if a token after the first `min_tokens` completes it, and none
+    behind what `stop_until` matches.
 
     Args:
         seq: the sequence; `seq.tokens` is read as it grows.
@@ -244,7 +248,7 @@ class TextReader:
         log: reads the tokens in its place where their log-probabilities are wanted.
     """
 
-    __slots__ = ("_found", "_stops", "detokenizer", "log", "seq")
+    __slots__ = ("_found", "_so_far", "_stops", "_until", "detokenizer", "log", "seq")
 
     def __init__(self, seq: Sequence, tokenizer: Tokenizer | None, special_ids: frozenset[int]) -> None:
         params = seq.params
@@ -253,6 +257,8 @@ class TextReader:
         self.log: TextSource | None = None
         self._stops: StopStrings | None = None
         self._found = ""  # text that `find` has made and nobody has read yet
+        self._until = None if params.stop_until is None else re.compile(params.stop_until)
+        self._so_far = ""  # all text, where there is something to match
         if tokenizer is not None and params.detokenize:
             skipped = special_ids if params.skip_special_tokens else frozenset()
             self.detokenizer = Detokenizer(tokenizer, seq.tokens, seq.num_prompt_tokens, skipped)
@@ -303,7 +309,15 @@ class TextReader:
         return text
 
     def _until_stop(self, piece: str, armed: bool) -> str:
-        return piece if self._stops is None else self._stops.push(piece, armed)
+        if self._stops is None:
+            return piece
+        if self._until is None or not piece:
+            return self._stops.push(piece, armed)
+        old = len(self._so_far)
+        if self._until.search(self._so_far, max(0, old - MAX_MARK)):
+            return self._stops.push(piece, False)
+        self._so_far += piece
+        return self._stops.push(piece, armed)
 
     def _text_end(self, reason: str | None) -> int:
         """Index behind the last token whose text counts, if the sequence has ended for this reason; None: it has not."""

@@ -1,0 +1,182 @@
+// The register tile that matrix products are made of, by what the processor can multiply.
+//
+// c[m][j] += a[m] · panel. A panel holds PANEL columns of a [K, N] matrix, two registers wide, interleaved so that one load gives the
+// operands of one dot product instruction: float [K][PANEL], bfloat16 [K/2][PANEL][2], int8 [K/4][PANEL][4]. As many rows of a share
+// a panel's loads as there are registers for their sums: 8 of 2 x 16 floats with AVX-512, 6 of 2 x 8 with AVX2, 12 of 2 x 4 with NEON
+// (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", ACM TOMS 2008).
+//
+// Weights stay as narrow as they are stored. A processor that cannot multiply them widens them in registers, and reads a's numbers
+// widened once for all: bfloat16 as floats, bytes as 16 bits.
+#pragma once
+
+#include <type_traits>
+
+#include "core/platform/native.h"
+
+namespace native {
+
+constexpr int PANEL = 2 * LANES;                                               // columns of a panel
+constexpr int TILE_ROWS = LANES == 16 ? 8 : REGISTERS == 32 ? 12 : 6;          // most rows of a tile
+constexpr int64_t STEP = 4 * PANEL;                                            // bytes of a panel that a step of a tile takes
+
+#ifdef __AVX512BF16__
+constexpr bool MULTIPLIES_BF16 = true;
+inline Floats dot_pairs(Floats acc, Bits x, Bits w) {
+    return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)w);
+}
+#else
+constexpr bool MULTIPLIES_BF16 = false;
+#endif
+
+// x holds 4 unsigned bytes, w 4 signed ones.
+#if defined(__AVX512VNNI__)
+constexpr bool MULTIPLIES_BYTES = true;
+inline Ints dot_quads(Ints acc, Ints x, Ints w) { return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)x, (__m512i)w); }
+#elif defined(__AVXVNNI__)
+constexpr bool MULTIPLIES_BYTES = true;
+inline Ints dot_quads(Ints acc, Ints x, Ints w) { return (Ints)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)x, (__m256i)w); }
+#else
+constexpr bool MULTIPLIES_BYTES = false;
+#endif
+
+// Two signed words each. `vpmaddubsw` would take bytes, but saturates: 255 · 127 + 255 · 127 is beyond 16 bits.
+#if defined(__AVX512BW__)
+inline Ints dot_words(Ints acc, Ints x, Ints w) { return acc + (Ints)_mm512_madd_epi16((__m512i)x, (__m512i)w); }
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+inline Ints dot_words(Ints acc, Ints x, Ints w) { return acc + (Ints)_mm256_madd_epi16((__m256i)x, (__m256i)w); }
+#elif defined(__SSE2__) && !defined(__AVX2__)
+inline Ints dot_words(Ints acc, Ints x, Ints w) { return acc + (Ints)_mm_madd_epi16((__m128i)x, (__m128i)w); }
+#else
+inline Ints dot_words(Ints acc, Ints x, Ints w) { return acc + (x << 16 >> 16) * (w << 16 >> 16) + (x >> 16) * (w >> 16); }
+#endif
+
+// What a tile reads of x where x is T and the weights are bfloat16 or int8.
+template <typename T>
+using Operand = std::conditional_t<std::is_same_v<T, bf16>, std::conditional_t<MULTIPLIES_BF16, bf16, float>,
+                                   std::conditional_t<std::is_same_v<T, uint8_t> && !MULTIPLIES_BYTES, int16_t, T>>;
+
+template <typename T>
+inline void widen(const T* from, int64_t count, T* to) { std::memcpy(to, from, count * sizeof(T)); }
+inline void widen(const bf16* from, int64_t count, float* to) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
+    for (; i < count; ++i) to[i] = to_float(from[i]);
+}
+
+// With AHEAD a tile also fetches into the second-level cache what is needed soon, `stride` bytes a step, so that memory delivers the
+// next panel while this one is computed with.
+struct Ahead {
+    const char* next;
+    int64_t stride;
+
+    void step() {
+        for (int64_t line = 0; line < STEP; line += 64) fetch(next + line);
+        next += stride;
+    }
+};
+
+// 32 bits of memory in all lanes: two or four numbers of a row.
+inline Ints broadcast_word(const void* from) {
+    int32_t word;
+    std::memcpy(&word, from, 4);
+    return Ints{} + word;
+}
+// A tile of its own function, with sums of its own: with 16 registers, all of which it needs, what stands around it must not want any.
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define TILE_FUNCTION inline
+#else
+#define TILE_FUNCTION __attribute__((noinline))
+#endif
+
+// In the tiles, a[m] goes on by `step` elements from one dot product to the next.
+template <int M, bool AHEAD = false>
+TILE_FUNCTION void tile(const float* a, int64_t lda, const float* panel, int64_t ldp, int64_t k, Floats (&to)[M][2], Ahead ahead = {}, int64_t step = 1) {
+    Floats c[M][2];
+    std::memcpy(c, to, sizeof(c));
+    for (int64_t i = 0; i < k; ++i, panel += ldp, a += step) {
+        if (AHEAD) ahead.step();
+        Floats w0 = load(panel), w1 = load(panel + LANES);
+        for (int m = 0; m < M; ++m) {
+            const Floats x = (Floats)broadcast_word(a + m * lda);
+            c[m][0] += x * w0;
+            c[m][1] += x * w1;
+        }
+    }
+    std::memcpy(to, c, sizeof(c));
+}
+
+#ifdef __AVX512BF16__
+template <int M, bool AHEAD = false>
+inline void tile(const bf16* a, int64_t lda, const bf16* panel, int64_t ldp, int64_t k, Floats (&c)[M][2], Ahead ahead = {}, int64_t step = 2) {
+    for (int64_t i = 0; i < k; i += 2, panel += 2 * ldp, a += step) {
+        if (AHEAD) ahead.step();
+        Bits w0 = load_as<Bits>(panel), w1 = load_as<Bits>(panel + 2 * LANES);
+        for (int m = 0; m < M; ++m) {
+            const Bits x = (Bits)broadcast_word(a + m * lda);
+            c[m][0] = dot_pairs(c[m][0], x, w0);
+            c[m][1] = dot_pairs(c[m][1], x, w1);
+        }
+    }
+}
+#endif
+
+// bfloat16 weights, widened: the first of each pair by a shift, then the second by a mask.
+template <int M>
+inline void add_products(const float* a, int64_t lda, const Floats (&w)[2], Floats (&c)[M][2]) {
+    for (int m = 0; m < M; ++m) {
+        Floats x = (Floats)broadcast_word(a + m * lda);
+        for (int h = 0; h < 2; ++h) c[m][h] += x * w[h];
+    }
+}
+template <int M, bool AHEAD = false>
+TILE_FUNCTION void tile(const float* a, int64_t lda, const bf16* panel, int64_t ldp, int64_t k, Floats (&to)[M][2], Ahead ahead = {}) {
+    Floats c[M][2];
+    std::memcpy(c, to, sizeof(c));
+    for (int64_t i = 0; i < k; i += 2, panel += 2 * ldp, a += 2) {
+        if (AHEAD) ahead.step();
+        Floats w[2];
+        for (int h = 0; h < 2; ++h) w[h] = (Floats)(load_as<Bits>(panel + h * PANEL) << 16);
+        add_products(a, lda, w, c);
+        for (int h = 0; h < 2; ++h) w[h] = (Floats)(load_as<Bits>(panel + h * PANEL) & 0xffff0000u);
+        add_products(a + 1, lda, w, c);
+    }
+    std::memcpy(to, c, sizeof(c));
+}
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+template <int M, bool AHEAD = false>
+inline void tile(const uint8_t* a, int64_t lda, const int8_t* panel, int64_t k, Ints (&c)[M][2], Ahead ahead = {}) {
+    for (int64_t i = 0; i < k; i += 4, panel += STEP) {
+        if (AHEAD) ahead.step();
+        Ints w0 = load_as<Ints>(panel), w1 = load_as<Ints>(panel + STEP / 2);
+        for (int m = 0; m < M; ++m) {
+            const Ints x = broadcast_word(a + m * lda + i);
+            c[m][0] = dot_quads(c[m][0], x, w0);
+            c[m][1] = dot_quads(c[m][1], x, w1);
+        }
+    }
+}
+#endif
+
+// The same of numbers in 16 bits, of each four in the order 0, 2, 1, 3: so the weights' even bytes are one operand, the odd ones
+// another.
+template <int M>
+inline void add_products(const int16_t* a, int64_t lda, const Ints (&w)[2], Ints (&c)[M][2]) {
+    for (int m = 0; m < M; ++m) {
+        const Ints x = broadcast_word(a + m * lda);
+        for (int h = 0; h < 2; ++h) c[m][h] = dot_words(c[m][h], x, w[h]);
+    }
+}
+template <int M, bool AHEAD = false>
+inline void tile(const int16_t* a, int64_t lda, const int8_t* panel, int64_t k, Ints (&c)[M][2], Ahead ahead = {}) {
+    for (int64_t i = 0; i < k; i += 4, panel += STEP, a += 4) {
+        if (AHEAD) ahead.step();
+        Ints w[2];
+        for (int h = 0; h < 2; ++h) w[h] = (Ints)(load_as<SignedWords>(panel + h * STEP / 2) << 8 >> 8);
+        add_products(a, lda, w, c);
+        for (int h = 0; h < 2; ++h) w[h] = (Ints)(load_as<SignedWords>(panel + h * STEP / 2) >> 8);
+        add_products(a + 2, lda, w, c);
+    }
+}
+
+}  // namespace native

@@ -1,0 +1,181 @@
+"""The families of models: what each is called, and how its ``config.json`` becomes the fields of a `ModelConfig`.
+
+A family is an entry here, a file in ``models/`` that says what it computes, and an entry in ``gguf_config.py`` where llama.cpp
+knows it. Where a file is silent, transformers' default for the family holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .entries import Entries, ModelError
+from .rope import read_rope
+
+Fields = dict[str, Any]
+MAX_LAYERS = 9999
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Attributes:
+    architecture: as ``architectures`` names it, and the class in ``models/``. model_type: as transformers calls it.
+    read: the fields of a `ModelConfig` from a config.json.
+    """
+
+    architecture: str
+    model_type: str
+    read: Callable[[Entries], Fields]
+
+
+def find_family(hf: Entries) -> Family:
+    """The family of a config.json: by its ``architectures``, or without them by its ``model_type``.
+
+    Raises:
+        ModelError: none is supported.
+    """
+    model_type = hf.text("model_type", "")
+    named = hf.many("architectures", str, None) or [
+        name for name, family in FAMILIES.items() if family.model_type == model_type
+    ]
+    if known := next((name for name in named if name in FAMILIES), None):
+        return FAMILIES[known]
+    asked = next(iter(named), model_type) or "none named"
+    raise ModelError(f"model architecture {asked!r} is not supported; supported are {', '.join(FAMILIES)}")
+
+
+def _of_all(hf: Entries) -> Fields:
+    vocab_size = hf.whole("vocab_size")
+    return {
+        "vocab_size": vocab_size,
+        "bos_token_id": next(iter(hf.token_ids("bos_token_id", vocab_size) or ()), None),
+        "eos_token_ids": tuple(hf.token_ids("eos_token_id", vocab_size) or ()),
+        "torch_dtype": hf.text("dtype", None) or hf.text("torch_dtype", None),
+    }
+
+
+def _llama(hf: Entries, turns_parts: bool = False) -> Fields:
+    """turns_parts: RoPE may turn only a part of each head."""
+    hf = hf.silent(bos_token_id=1, eos_token_id=2)
+    heads, hidden = hf.whole("num_attention_heads"), hf.whole("hidden_size")
+    head_dim = hf.whole("head_dim", hidden // heads)
+    rope, has_bias = read_rope(hf, head_dim), hf.flag("attention_bias", False)
+    if rope["rotary_dim"] is not None and not turns_parts:
+        raise ModelError("RoPE over a part of the head (partial_rotary_factor) is not supported in this family")
+    return _of_all(hf) | rope | {
+        "hidden_size": hidden,
+        "intermediate_size": hf.whole("intermediate_size"),
+        "num_layers": hf.whole("num_hidden_layers", high=MAX_LAYERS),
+        "num_heads": heads,
+        "num_kv_heads": hf.whole("num_key_value_heads", heads),
+        "head_dim": head_dim,
+        "norm_eps": hf.number("rms_norm_eps", 1e-6),
+        "hidden_act": hf.text("hidden_act", "silu"),
+        "tie_word_embeddings": hf.flag("tie_word_embeddings", False),
+        "attention_bias": has_bias,
+        "output_bias": has_bias,
+        "mlp_bias": hf.flag("mlp_bias", False),
+    }  # fmt: skip
+
+
+_NO_BIASES = {"attention_bias": False, "output_bias": False, "mlp_bias": False}
+
+
+def _mistral(hf: Entries) -> Fields:
+    hf = hf.silent(num_key_value_heads=8, sliding_window=4096)
+    return _llama(hf) | _NO_BIASES | {"sliding_window": hf.whole("sliding_window", None)}
+
+
+def _qwen2(hf: Entries) -> Fields:
+    hf = hf.silent(bos_token_id=None, eos_token_id=None, num_key_value_heads=32, max_window_layers=28, sliding_window=4096)
+    first = hf.whole("max_window_layers", low=0)
+    window = _window(hf, lambda layer: layer >= first)
+    return _llama(hf) | _NO_BIASES | {"attention_bias": True, "sliding_window": window}
+
+
+def _qwen3(hf: Entries) -> Fields:
+    fields = _llama(hf.silent(head_dim=128, bos_token_id=None, eos_token_id=None, num_key_value_heads=32))
+    return fields | {"mlp_bias": False, "sliding_window": _qwen2(hf)["sliding_window"]}
+
+
+def _smollm3(hf: Entries) -> Fields:
+    hf = hf.silent(
+        bos_token_id=128000, eos_token_id=128001, num_key_value_heads=4, tie_word_embeddings=True, rope_theta=2e6,
+    )  # fmt: skip
+    interval, layers = hf.whole("no_rope_layer_interval", 4), range(hf.whole("num_hidden_layers", high=MAX_LAYERS))
+    turns = hf.many("no_rope_layers", int, None) or [(layer + 1) % interval for layer in layers]
+    if len(turns) < len(layers):
+        raise ModelError(f"config.json: no_rope_layers has {len(turns)} entries for {len(layers)} layers")
+    still = tuple(layer for layer in layers if not turns[layer])
+    return _llama(hf) | {"layers_without_rope": still, "sliding_window": _window(hf, lambda layer: layer in still)}
+
+
+def _phi3(hf: Entries) -> Fields:
+    hf = hf.silent(eos_token_id=32000, rms_norm_eps=1e-5, original_max_position_embeddings=4096)
+    return _llama(hf, turns_parts=True) | _NO_BIASES | {"sliding_window": hf.whole("sliding_window", None)}
+
+
+def _olmo2(hf: Entries) -> Fields:
+    if hf.whole("sliding_window", None) is not None:
+        raise ModelError("OLMo with a sliding window (OLMo 3) is not supported; OLMo 2 has none")
+    return _llama(hf.silent(bos_token_id=None, eos_token_id=50279, rms_norm_eps=1e-5)) | {"mlp_bias": False}
+
+
+def _window(hf: Entries, slides: Callable[[int], bool]) -> int | None:
+    """The window of all layers; None: there is none.
+
+    Args:
+        slides: whether a layer has the window, where the file gives no ``layer_types``.
+
+    Raises:
+        ModelError: only some layers have it.
+    """
+    window: int | None = hf.whole("sliding_window", None) if hf.flag("use_sliding_window", False) else None
+    layers = range(hf.whole("num_hidden_layers", high=MAX_LAYERS))
+    kinds = {"sliding_attention" if slides(layer) else "full_attention" for layer in layers}
+    kinds = set(hf.many("layer_types", str, None) or kinds)
+    if window is None or kinds == {"full_attention"}:
+        return None
+    if kinds != {"sliding_attention"}:
+        raise ModelError("models of which some layers have a sliding window and others none (layer_types) are not supported")
+    return window
+
+
+def _gpt2(hf: Entries) -> Fields:
+    if not hf.flag("scale_attn_weights", True) or hf.flag("scale_attn_by_inverse_layer_idx", False):
+        raise ModelError("GPT-2 with scale_attn_weights=false or scale_attn_by_inverse_layer_idx=true is not supported")
+    heads, hidden = hf.whole("n_head"), hf.whole("n_embd")
+    if hidden % heads:
+        raise ModelError(f"config.json: n_embd, {hidden}, is no multiple of n_head, {heads}")
+    return _of_all(hf.silent(bos_token_id=50256, eos_token_id=50256)) | {
+        "hidden_size": hidden,
+        "intermediate_size": hf.whole("n_inner", 4 * hidden),
+        "num_layers": hf.whole("n_layer", high=MAX_LAYERS),
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": hidden // heads,
+        "max_position_embeddings": hf.whole("n_positions"),
+        "norm_eps": hf.number("layer_norm_epsilon", 1e-5),
+        "hidden_act": hf.text("activation_function", "gelu_new"),
+        "tie_word_embeddings": hf.flag("tie_word_embeddings", True),
+        "attention_bias": True,
+        "output_bias": True,
+        "mlp_bias": True,
+    }
+
+
+FAMILIES = {
+    family.architecture: family
+    for family in (
+        Family("LlamaForCausalLM", "llama", _llama),
+        Family("MistralForCausalLM", "mistral", _mistral),
+        Family("Qwen2ForCausalLM", "qwen2", _qwen2),
+        Family("Qwen3ForCausalLM", "qwen3", _qwen3),
+        Family("SmolLM3ForCausalLM", "smollm3", _smollm3),
+        Family("Phi3ForCausalLM", "phi3", _phi3),
+        Family("Olmo2ForCausalLM", "olmo2", _olmo2),
+        Family("GPT2LMHeadModel", "gpt2", _gpt2),
+    )
+}
+"""By architecture."""

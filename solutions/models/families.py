@@ -1,0 +1,19 @@
+"""The class of each architecture: the families' files, found by the names that a config.json gives them."""
+
+from __future__ import annotations
+
+from .gpt import GPT2LMHeadModel
+from .layers import CausalLM
+from .llama import LlamaForCausalLM
+from .mistral import MistralForCausalLM
+from .olmo2 import Olmo2ForCausalLM
+from .phi3 import Phi3ForCausalLM
+from .qwen2 import Qwen2ForCausalLM
+from .qwen3 import Qwen3ForCausalLM
+from .smollm3 import SmolLM3ForCausalLM
+
+_ALL: tuple[type[CausalLM], ...] = (
+    LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, SmolLM3ForCausalLM, Phi3ForCausalLM,
+    Olmo2ForCausalLM, GPT2LMHeadModel,
+)  # fmt: skip
+MODEL_CLASSES = {model.__name__: model for model in _ALL}

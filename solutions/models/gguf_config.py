@@ -1,0 +1,193 @@
+"""What a GGUF file's header says of its model, as a Hugging Face ``config.json``; and the names of its tensors.
+
+llama.cpp calls Mistral llama, too, and takes some things for granted that a config.json says: they are written here, by family.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as GGMLType
+
+from .config.entries import Entries, ModelError
+from .config.families import FAMILIES
+from .gguf_tokenizer import end_tokens
+from .rope import periods, scale_llama3
+
+EXACT_DTYPES = {GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+"""Tensors that say how positions become angles, which a config.json does."""
+
+_OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_POST_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFamily:
+    """What llama.cpp makes of a family.
+
+    Attributes:
+        architecture: Hugging Face's name. names: of the tensors that other families lack, or call otherwise.
+        interleaved: RoPE turns pairs (2i, 2i + 1), so the rows of queries and keys lie in that order.
+        taken_for_granted: entries of config.json that no header has.
+    """
+
+    architecture: str
+    names: dict[str, str] = field(default_factory=dict)
+    interleaved: bool = False
+    taken_for_granted: dict[str, Any] = field(default_factory=dict)
+
+    def hf_name(self, name: str) -> str:
+        """A tensor's name in a checkpoint of Hugging Face.
+
+        Raises:
+            ModelError: the family has no such tensor.
+        """
+        names = _LAYER_NAMES | self.names
+        if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
+            layer, part, kind = match.groups()
+            if part in names:
+                return f"model.layers.{layer}.{names[part]}.{kind}"
+        part, _, kind = name.rpartition(".")
+        if part in _OUTER_NAMES:
+            return f"{_OUTER_NAMES[part]}.{kind}"
+        raise ModelError(f"tensor {name!r} in the GGUF file belongs to no layer of a {self.architecture}")
+
+
+GGUF_FAMILIES = {
+    "llama": GgufFamily("LlamaForCausalLM", interleaved=True),
+    "qwen2": GgufFamily("Qwen2ForCausalLM"),
+    "qwen3": GgufFamily("Qwen3ForCausalLM", _HEAD_NORMS),
+    "smollm3": GgufFamily("SmolLM3ForCausalLM", interleaved=True, taken_for_granted={"no_rope_layer_interval": 4}),
+    "phi3": GgufFamily("Phi3ForCausalLM", {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}),
+    "olmo2": GgufFamily("Olmo2ForCausalLM", _HEAD_NORMS | _POST_NORMS),
+}
+"""By ``general.architecture``."""
+
+
+def gguf_family(metadata: Entries) -> GgufFamily:
+    """The family of a file.
+
+    Raises:
+        ModelError: it is not supported.
+    """
+    name = metadata.text("general.architecture")
+    if name not in GGUF_FAMILIES:
+        supported = ", ".join(GGUF_FAMILIES)
+        raise ModelError(f"GGUF architecture {name!r} is not supported; supported are {supported}; Mistral is labelled llama")
+    return GGUF_FAMILIES[name]
+
+
+def hf_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[str, Any]:
+    """What the original ``config.json`` said, as far as the model computes with it.
+
+    Raises:
+        ModelError: an architecture or feature that is not supported, or an entry is missing or wrong.
+        KeyError: a tensor is missing.
+    """
+    family, name = gguf_family(metadata), metadata.text("general.architecture")
+    if metadata.whole(f"{name}.expert_count", 0, low=0) or metadata.whole("split.count", 0, low=0) > 1:
+        raise ModelError("GGUF files with experts or split into several files are not supported")
+    if any(isinstance(metadata.content.get(f"{name}.attention.head_count{kind}"), list) for kind in ("", "_kv")):
+        raise ModelError("GGUF files whose layers differ in their numbers of heads are not supported")
+    heads, hidden = metadata.whole(f"{name}.attention.head_count"), metadata.whole(f"{name}.embedding_length")
+    head_dim = metadata.whole(f"{name}.attention.key_length", hidden // heads)
+    window = metadata.whole(f"{name}.attention.sliding_window", 0, low=0)
+    architecture = "MistralForCausalLM" if window and name == "llama" else family.architecture
+    rotated = metadata.whole(f"{name}.rope.dimension_count", head_dim)
+    parts: dict[str, Any] = {} if rotated == head_dim else {"partial_rotary_factor": rotated / head_dim}
+    scaling = _rope_scaling(metadata, f"{name}.rope", tensors)
+    if scaling is not None and scaling["rope_type"] == "longrope":  # where Phi-3's own files have it
+        parts["original_max_position_embeddings"] = scaling.get("original_max_position_embeddings")
+    windows = {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0} if window else {}
+    embedding = tensors["token_embd.weight"]
+    vocab_size = int(embedding.shape[1])
+    return {
+        "architectures": [architecture],
+        "model_type": FAMILIES[architecture].model_type,
+        "vocab_size": vocab_size,
+        "hidden_size": hidden,
+        "intermediate_size": metadata.whole(f"{name}.feed_forward_length"),
+        "num_hidden_layers": metadata.whole(f"{name}.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.whole(f"{name}.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": metadata.whole(f"{name}.context_length"),
+        "rms_norm_eps": _decimal(metadata.number(f"{name}.attention.layer_norm_rms_epsilon")),
+        "hidden_act": "silu",
+        "rope_theta": _decimal(metadata.number(f"{name}.rope.freq_base", 10000.0, above=True)),
+        "rope_scaling": scaling,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+        "bos_token_id": next(iter(metadata.token_ids("tokenizer.ggml.bos_token_id", vocab_size) or ()), None),
+        "eos_token_id": [token for token in end_tokens(metadata) if token < vocab_size] or None,
+        "pad_token_id": next(iter(metadata.token_ids("tokenizer.ggml.padding_token_id", vocab_size) or ()), None),
+        "dtype": str(EXACT_DTYPES.get(embedding.tensor_type, torch.float32)).removeprefix("torch."),
+    } | family.taken_for_granted | parts | windows  # fmt: skip
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal that rounds to the same float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _rope_scaling(metadata: Entries, prefix: str, tensors: dict[str, gguf.ReaderTensor]) -> dict[str, Any] | None:
+    """Older files give linear scaling's factor alone, as ``rope.scale_linear``; one that names no kind means linear."""
+    if "rope_freqs.weight" in tensors:
+        return _llama3_scaling(metadata, prefix, tensors["rope_freqs.weight"].data)
+    original = metadata.whole(f"{prefix}.scaling.original_context_length", None)
+    sizes = {} if original is None else {"original_max_position_embeddings": original}
+    magnitude = metadata.number(f"{prefix}.scaling.attn_factor", 1.0, above=True)
+    if "rope_factors_long.weight" in tensors:
+        divisors = {name: tensors[f"rope_factors_{name}.weight"].data for name in ("short", "long")}
+        named = {f"{name}_factor": [_decimal(value) for value in values] for name, values in divisors.items()}
+        return {"rope_type": "longrope", "attention_factor": _decimal(magnitude)} | named | sizes
+    kind = metadata.text(f"{prefix}.scaling.type", "linear")
+    factor = metadata.number(f"{prefix}.scaling.factor", 0.0) or metadata.number(f"{prefix}.scale_linear", 0.0)
+    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
+        return None
+    scaling = {"rope_type": kind, "factor": _decimal(factor) if factor else None} | sizes
+    if kind == "yarn":
+        if magnitude != 1.0:
+            raise ModelError(f"YaRN with an attn_factor of {magnitude:g} in a GGUF file is not supported")
+        betas = {name: metadata.number(f"{prefix}.scaling.yarn_{name}", None) for name in ("beta_fast", "beta_slow")}
+        scaling |= {name: _decimal(value) for name, value in betas.items() if value is not None}
+    return scaling
+
+
+def _llama3_scaling(metadata: Entries, prefix: str, divisors: np.ndarray) -> dict[str, Any]:
+    """Llama 3's scaling from what llama.cpp keeps of it: the number that divides each frequency, [D / 2].
+
+    Only the factor varies between the published models (8 in Llama 3.1, 32 in Llama 3.2), and the slowest pair, which
+    is scaled in full, shows it.
+
+    Raises:
+        ModelError: the divisors are not those of Llama 3 with that factor.
+    """
+    factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
+    plain = 1.0 / periods(metadata.number(f"{prefix}.freq_base", 10000.0, above=True), 2 * len(divisors))
+    expected = plain / scale_llama3(plain, factor, low, high, original)
+    if not torch.allclose(expected, torch.tensor(divisors), rtol=1e-3):
+        raise ModelError("the RoPE frequencies in the GGUF file (rope_freqs.weight) are not those of Llama 3")
+    return {
+        "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }  # fmt: skip

@@ -1,0 +1,130 @@
+"""What a model says, as the output items and the events of the Responses API.
+
+The whole answer is made by the events' own code, so that a stream adds up to it.
+
+Source: https://platform.openai.com/docs/api-reference/responses-streaming
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+Event = dict[str, Any]
+Item = dict[str, Any]
+
+
+class ResponseBuilder:
+    """Builds one response piece by piece. Each method yields the events that say what is new.
+
+    Args:
+        response_id: begins with ``resp_``.
+        created: seconds since 1970. model: the name that the request used.
+        echo: the fields that say what was asked for; see `ResponsesRequest.echo`.
+
+    Attributes:
+        response: the response as it is now. Its events hold copies.
+    """
+
+    def __init__(self, response_id: str, created: int, model: str, echo: dict[str, Any]) -> None:
+        head = {"id": response_id, "object": "response", "created_at": created, "status": "in_progress", "model": model}
+        self.response: dict[str, Any] = head | {"error": None, "incomplete_details": None, "output": [], "usage": None} | echo
+        self._number = 0
+        self._open: Item | None = None
+        self._calls: dict[int, Item] = {}  # index in the chat's answer → item
+
+    def created(self) -> Iterator[Event]:
+        """The response has begun."""
+        yield self._event("created", response=self._snapshot())
+        yield self._event("in_progress", response=self._snapshot())
+
+    def text(self, delta: str, logprobs: list[dict[str, Any]]) -> Iterator[Event]:
+        """More of what the model says to the user."""
+        if self._open is None or self._open["type"] != "message":
+            yield from self._begin({"type": "message", "role": "assistant", "content": []}, "msg")
+            new: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+            self.response["output"][-1]["content"].append(new)
+            yield self._event("content_part.added", **self._place(), content_index=0, part=dict(new))
+        part = self._part()
+        part["text"] += delta
+        part["logprobs"] += logprobs
+        yield self._event("output_text.delta", **self._place(), content_index=0, delta=delta, logprobs=logprobs)
+
+    def call(self, index: int, call_id: str | None, name: str | None, arguments: str) -> Iterator[Event]:
+        """More of a call: its id and its name come with its first piece."""
+        if index not in self._calls:
+            item = {"type": "function_call", "call_id": call_id, "name": name, "arguments": ""}
+            yield from self._begin(item, "fc")
+            self._calls[index] = item
+        if arguments:
+            self._calls[index]["arguments"] += arguments
+            yield self._event("function_call_arguments.delta", **self._place(), delta=arguments)
+
+    def end(self, finish_reason: str, usage: dict[str, Any]) -> Iterator[Event]:
+        """The model has ended, for a reason that chat completions have. An answer without anything is an empty text."""
+        if not self.response["output"]:
+            yield from self.text("", [])
+        cut = finish_reason == "length"
+        yield from self._close("incomplete" if cut else "completed")
+        status = "incomplete" if cut else "completed"
+        details = {"reason": "max_output_tokens"} if cut else None
+        self.response |= {"status": status, "incomplete_details": details, "usage": usage, "completed_at": int(time.time())}
+        yield self._event(status, response=self._snapshot())
+
+    def fail(self, message: str) -> Iterator[Event]:
+        """It cannot go on."""
+        yield from self._close("incomplete")
+        self.response |= {"status": "failed", "error": {"code": "server_error", "message": message}}
+        yield self._event("failed", response=self._snapshot())
+
+    def _event(self, kind: str, **fields: Any) -> Event:
+        event = {"type": f"response.{kind}", "sequence_number": self._number, **fields}
+        self._number += 1
+        return event
+
+    def _snapshot(self) -> dict[str, Any]:
+        return {**self.response, "output": list(self.response["output"])}
+
+    def _place(self) -> dict[str, Any]:
+        assert self._open is not None
+        return {"item_id": self._open["id"], "output_index": len(self.response["output"]) - 1}
+
+    def _part(self) -> dict[str, Any]:
+        assert self._open is not None
+        part: dict[str, Any] = self._open["content"][0]
+        return part
+
+    def _begin(self, item: Item, prefix: str) -> Iterator[Event]:
+        yield from self._close("completed")
+        item |= {"id": f"{prefix}_{uuid.uuid4().hex}", "status": "in_progress"}
+        self.response["output"].append(item)
+        self._open = item
+        index = len(self.response["output"]) - 1
+        yield self._event("output_item.added", output_index=index, item=_copy(item))
+
+    def _close(self, status: str) -> Iterator[Event]:
+        """End the item that is open, if there is one."""
+        item = self._open
+        if item is None:
+            return
+        place = self._place()
+        if item["type"] == "function_call":
+            done = {"arguments": item["arguments"], "name": item["name"]}
+            yield self._event("function_call_arguments.done", **place, **done)
+        else:
+            part = dict(self._part())
+            kind, more = (
+                ("output_text", {"logprobs": part["logprobs"]}) if item["type"] == "message" else ("reasoning_text", {})
+            )
+            yield self._event(f"{kind}.done", **place, content_index=0, text=part["text"], **more)
+            yield self._event("content_part.done", **place, content_index=0, part=part)
+        item["status"] = status
+        yield self._event("output_item.done", output_index=place["output_index"], item=_copy(item))
+        self._open = None
+
+
+def _copy(item: Item) -> Item:
+    """An item as it is now: its text grows later."""
+    return {**item, "content": [dict(part) for part in item["content"]]} if "content" in item else dict(item)

@@ -1,0 +1,107 @@
+"""The routes of OpenAI's Responses API, over chat completions.
+
+Source: https://platform.openai.com/docs/api-reference/responses
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from ..errors import RequestError
+from ..responses import Head
+from ..wire import ChatDoor, Submitted
+from .events import ResponseBuilder
+from .items import items_of, message_of
+from .request import ResponsesRequest
+from .store import ResponseStore, StoredResponse
+from .wire import ResponsesWire
+
+
+def add_responses_routes(app: FastAPI, door: ChatDoor, responses: dict[int | str, Any]) -> None:
+    """Add the routes. Responses are kept in this process, see `ResponseStore`.
+
+    Args:
+        responses: the errors that routes may answer with, for the API's description.
+    """
+    store, running = ResponseStore(), set[asyncio.Task[None]]()
+
+    def found(http: Request, response_id: str, field: str | None = None) -> StoredResponse:
+        entry = store.get(tenant_of(http), response_id)
+        if entry is None:
+            text, code = f"Response with id '{response_id}' not found; it may have expired", "response_not_found"
+            if field is None:
+                raise RequestError(text, None, 404, code)
+            raise RequestError(
+                f"Previous response with id '{response_id}' not found.", field, 400, "previous_response_not_found"
+            )
+        return entry
+
+    @app.post("/v1/responses", responses=responses)
+    async def create(body: ResponsesRequest, http: Request) -> Response:
+        earlier = body.previous_response_id
+        messages = body.messages([] if earlier is None else found(http, earlier, "previous_response_id").messages)
+        submitted = await door.submit(http, body.chat(messages), "resp_")
+        head: Head = {"id": "", "created": 0, "model": ""} if submitted is None else submitted.reply.head
+        builder = ResponseBuilder(head["id"], head["created"], body.model, body.echo())
+        entry, tenant = StoredResponse(builder.response, messages, items_of(body.input)), tenant_of(http)
+
+        def end() -> None:
+            entry.messages = messages + message_of(builder.response["output"])
+            if body.store is not False:
+                store.finish(tenant, entry)
+
+        wire = ResponsesWire(builder, end)
+        if submitted is None or not body.background:
+            return await door.deliver(http, submitted, wire)
+        task = asyncio.create_task(compute(submitted, wire))
+        entry.cancel = task.cancel
+        store.add(tenant, entry)
+        running.add(task)
+        task.add_done_callback(running.discard)
+        return JSONResponse(builder.response)
+
+    @app.get("/v1/responses/{response_id}", responses=responses)
+    async def retrieve(response_id: str, http: Request, stream: bool = False) -> Response:
+        if stream:
+            raise RequestError("stream: a response that was stored is not streamed again; leave it out", "stream")
+        return JSONResponse(found(http, response_id).response)
+
+    @app.get("/v1/responses/{response_id}/input_items", responses=responses)
+    async def input_items(response_id: str, http: Request) -> Response:
+        items = found(http, response_id).items
+        first, last = (items[0]["id"], items[-1]["id"]) if items else (None, None)
+        return JSONResponse({"object": "list", "data": items, "has_more": False, "first_id": first, "last_id": last})
+
+    @app.delete("/v1/responses/{response_id}", responses=responses)
+    async def delete(response_id: str, http: Request) -> Response:
+        found(http, response_id)
+        store.delete(tenant_of(http), response_id)
+        return JSONResponse({"id": response_id, "object": "response", "deleted": True})
+
+    @app.post("/v1/responses/{response_id}/cancel", responses=responses)
+    async def cancel(response_id: str, http: Request) -> Response:
+        entry = found(http, response_id)
+        if not entry.response["background"]:
+            raise RequestError("Only responses with background: true can be cancelled", "response_id")
+        if entry.cancel is not None:
+            entry.cancel()
+            entry.response["status"] = "cancelled"
+            store.finish(tenant_of(http), entry)
+        return JSONResponse(entry.response)
+
+
+def tenant_of(http: Request) -> str | None:
+    """Who asks, where keys tell clients apart; see `KeyGuard`."""
+    tenant: str | None = getattr(http.state, "tenant", None)
+    return tenant
+
+
+async def compute(submitted: Submitted, wire: ResponsesWire) -> None:
+    """Compute a response for which nobody waits. Being cancelled frees what it holds."""
+    async with submitted.stream as stream:
+        async for _ in wire.events(submitted.reply, stream):
+            pass

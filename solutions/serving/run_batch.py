@@ -1,0 +1,138 @@
+"""Answer a file of requests without a server: ``python -m solutions.serving.run_batch -i in.jsonl -o out.jsonl``.
+
+Each line is in OpenAI's batch format and goes through the server's own application, without a network: what the API answers
+to a client, a batch gets too, errors included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from uuid import uuid4
+
+import httpx
+from fastapi import FastAPI
+
+from ..core.config import add_engine_flags, config_from_flags
+from ..core.platform.machine import settle_heap
+from ..core.platform.progress import GenerationProgress
+from .app import create_app
+from .async_engine import AsyncEngine
+from .batch_files import AnswerFile, BatchRequest, read_requests
+
+EPILOG = """the file of requests has a line of JSON for each:
+  {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions",
+   "body": {"model": "smollm2-135m", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}}
+Answers come in the order in which they are ready; custom_id says whose they are. A run that was stopped or killed goes on
+where it was: give the same command again.
+"""
+
+
+class BatchStoppedError(RuntimeError):
+    """The engine has failed; what is answered stays in the file."""
+
+
+def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command's flags and the engine's."""
+    parser = argparse.ArgumentParser(
+        prog="run_batch", description="Answer a file of requests in OpenAI's batch format.", epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    group = parser.add_argument_group("batch")
+    group.add_argument("-i", "--input-file", type=Path, required=True, metavar="FILE", help="the requests, one a line")
+    group.add_argument("-o", "--output-file", type=Path, required=True, metavar="FILE", help="where the answers go")
+    group.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names in the requests (default: --model's)")
+    add_engine_flags(parser)
+    args = parser.parse_args(argv)
+    if args.max_num_waiting is not None:
+        parser.error("--max-num-waiting is for a server; no request of a batch is refused for the length of the queue")
+    return args
+
+
+async def run(app: FastAPI, requests: Sequence[BatchRequest], answers: AnswerFile, at_once: int) -> None:
+    """Send the requests that have no answer yet through an application, and write each answer as soon as it is there.
+
+    Args:
+        at_once: how many requests may be on their way together.
+
+    Raises:
+        BatchStoppedError: the engine has failed.
+        OSError: an answer cannot be written.
+    """
+    waiting = iter([request for request in requests if request.custom_id not in answers.answered])
+    transport = httpx.ASGITransport(app)
+    with GenerationProgress(len(requests), enabled=True) as progress:
+        for _ in answers.answered:
+            progress.advance(0)
+        async with httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=None) as client:
+
+            async def work() -> None:
+                for request in waiting:
+                    response = await client.post(request.url, json=request.body)
+                    if response.status_code >= 500:
+                        raise BatchStoppedError(response.json()["error"]["message"])
+                    body = response.json()
+                    answer = {"status_code": response.status_code, "request_id": response.headers["x-request-id"], "body": body}
+                    answers.write(request.custom_id, {"id": f"batch_req_{uuid4().hex}", "response": answer, "error": None})
+                    progress.advance((body.get("usage") or {}).get("completion_tokens", 0))
+
+            workers = [asyncio.create_task(work()) for _ in range(at_once)]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a batch; returns the exit code."""
+    args = parse_flags(argv)
+    try:
+        requests = read_requests(args.input_file)
+        answers = AnswerFile(args.output_file, requests)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    with answers:
+        before = len(answers.answered)
+        if before == len(requests):
+            print(f"All {before} requests are answered in {args.output_file}")
+            return 0
+        from ..core.engine import LLMEngine  # after the files are in order: torch takes seconds to import
+
+        try:
+            engine = LLMEngine(config_from_flags(args))
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        settle_heap()
+        for line in engine.startup_summary():
+            print(line, file=sys.stderr)
+        app = create_app(AsyncEngine(engine), args.served_model_name or [args.model])
+
+        async def work() -> None:
+            async with app.router.lifespan_context(app):
+                await run(app, requests, answers, at_once=2 * args.max_num_seqs)  # so that the engine never waits for us
+
+        try:
+            asyncio.run(work())
+        except (BatchStoppedError, OSError) as error:
+            print(f"error: {error}; give the same command again to go on", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            done = f"{len(answers.answered)} of {len(requests)} requests are answered"
+            print(f"stopped: {done}; give the same command again to go on", file=sys.stderr)
+            return 130
+        finally:
+            engine.close()
+            gc.unfreeze()  # what `settle_heap` has frozen would look like a leak at the interpreter's end
+    print(f"{len(requests) - before} requests answered, {before} were before; the answers are in {args.output_file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""The Responses API and the Messages API by their makers' own clients, against a real server."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+import pytest
+
+from solutions.serving.responses_api.store import ResponseStore, StoredResponse
+from solutions.tests.real_server import MODEL
+
+WEATHER = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]}
+FUNCTION = {
+    "type": "function",
+    "name": "get_weather",
+    "description": "Weather in a city",
+    "parameters": WEATHER,
+    "strict": True,
+}
+ASKED = "What is the weather in Paris?"
+
+
+@pytest.fixture(scope="module")
+def claude(url: str) -> Any:
+    with anthropic.Anthropic(base_url=url.removesuffix("/v1"), api_key="unused", max_retries=0, timeout=60) as made:
+        yield made
+
+
+def test_a_response_is_the_chat_s_answer(client: openai.OpenAI) -> None:
+    settings: dict[str, Any] = {"model": MODEL, "temperature": 0}
+    chat = client.chat.completions.create(
+        messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a colour."}],
+        max_tokens=12, logprobs=True, top_logprobs=2, **settings,
+    )  # fmt: skip
+    response = client.responses.create(
+        instructions="Be brief.", input="Name a colour.", max_output_tokens=12, include=["message.output_text.logprobs"],
+        top_logprobs=2, **settings,
+    )  # fmt: skip
+    assert response.output_text == chat.choices[0].message.content
+    assert response.status == ("incomplete" if chat.choices[0].finish_reason == "length" else "completed")
+    assert (response.usage.input_tokens, response.usage.output_tokens) == (
+        chat.usage.prompt_tokens,
+        chat.usage.completion_tokens,
+    )
+    scores = response.output[0].content[0].logprobs
+    assert [each.logprob for each in scores] == [each.logprob for each in chat.choices[0].logprobs.content]
+    with client.responses.stream(
+        instructions="Be brief.", input="Name a colour.", max_output_tokens=12, **settings
+    ) as stream:  # fmt: skip
+        events = list(stream)
+    assert events[0].type == "response.created"
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[-1].response.output_text == response.output_text
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == response.output_text
+
+
+def test_turns_follow_each_other_and_can_be_fetched_and_deleted(client: openai.OpenAI) -> None:
+    settings: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_output_tokens": 8}
+    first = client.responses.create(input="My name is Ada.", instructions="Be brief.", metadata={"a": "b"}, **settings)
+    second = client.responses.create(input="What is my name?", previous_response_id=first.id, **settings)
+    items = [
+        {"role": "user", "content": "My name is Ada."}, {"role": "assistant", "content": first.output_text},
+        {"role": "user", "content": "What is my name?"},
+    ]  # fmt: skip
+    by_hand = client.responses.create(input=items, store=False, **settings)
+    assert (second.output_text, second.usage.input_tokens) == (by_hand.output_text, by_hand.usage.input_tokens)
+    fetched = client.responses.retrieve(first.id)
+    assert (fetched.output_text, fetched.metadata, fetched.instructions) == (first.output_text, {"a": "b"}, "Be brief.")
+    listed = client.responses.input_items.list(first.id)
+    assert [item.content[0].text for item in listed.data] == ["My name is Ada."]
+    client.responses.delete(first.id)
+    for missing in (first.id, by_hand.id, "resp_no"):
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(missing)
+    with pytest.raises(openai.BadRequestError) as error:
+        client.responses.create(input="x", previous_response_id=first.id, **settings)
+    assert (error.value.param, error.value.code) == ("previous_response_id", "previous_response_not_found")
+
+
+def test_background_responses_are_fetched_or_cancelled(client: openai.OpenAI) -> None:
+    settings: dict[str, Any] = {"model": MODEL, "temperature": 0, "background": True}
+    short = client.responses.create(input="Say hi.", max_output_tokens=3, **settings)
+    assert short.status == "in_progress"
+    while short.status == "in_progress":
+        short = client.responses.retrieve(short.id)
+    assert (short.status, short.usage.output_tokens) == ("incomplete", 3)
+    endless = client.responses.create(input="Count to a million.", max_output_tokens=400, **settings)
+    assert client.responses.cancel(endless.id).status == "cancelled"
+    assert client.responses.retrieve(endless.id).status == "cancelled"
+    plain = client.responses.create(model=MODEL, input="Hi", max_output_tokens=2)
+    with pytest.raises(openai.BadRequestError, match="background: true"):
+        client.responses.cancel(plain.id)
+    for extra in ({"stream": True}, {"store": False}):
+        with pytest.raises(openai.BadRequestError, match="background needs"):
+            client.responses.create(input="x", **settings, **extra)
+
+
+def test_tools_and_schemas_of_responses(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "temperature": 0, "tools": [FUNCTION], "input": ASKED, "tool_choice": "required"}
+    answer = client.responses.create(**asked, max_output_tokens=60, parallel_tool_calls=False)
+    (call,) = answer.output
+    assert (call.type, call.name, json.loads(call.arguments).keys()) == ("function_call", "get_weather", {"city"})
+    with client.responses.stream(**asked, max_output_tokens=60, parallel_tool_calls=False) as stream:
+        whole = stream.get_final_response()
+    assert [(item.name, item.arguments) for item in whole.output] == [(call.name, call.arguments)]
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny"}
+    after = client.responses.create(
+        model=MODEL, input=[result], previous_response_id=answer.id, tools=[FUNCTION], tool_choice="none", max_output_tokens=8
+    )  # fmt: skip
+    assert after.output[0].type == "message"
+    form = {"type": "json_schema", "name": "city", "schema": WEATHER, "strict": True}
+    answer = client.responses.create(model=MODEL, input=ASKED, text={"format": form}, max_output_tokens=60)
+    assert json.loads(answer.output_text).keys() == {"city"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": [{"type": "computer_call"}]}, "input[0].type"), ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"temperature": -1}, "temperature"), ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"max_output_tokens": 10_000}, "max_output_tokens"), ({"input": "x " * 600}, "input"), ({"model": "no"}, "model"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
+        ({"input": 3}, "input"),
+    ],
+)  # fmt: skip
+def test_a_response_that_cannot_be_is_refused_by_field(url: str, fields: dict[str, Any], param: str) -> None:
+    answer = httpx.post(f"{url}/responses", json={"model": MODEL, "input": "x", **fields})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (404 if param == "model" else 400, param), answer.text
+
+
+def test_a_message_is_the_chat_s_answer(client: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    chat = client.chat.completions.create(
+        model=MODEL, temperature=0, max_tokens=12, stop=["zz"],
+        messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a colour."}],
+    )  # fmt: skip
+    asked: dict[str, Any] = {
+        "model": MODEL, "extra_body": {"temperature": 0}, "max_tokens": 12, "system": "Be brief.", "stop_sequences": ["zz"],
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "Name a colour."}]}],
+    }  # fmt: skip
+    message = claude.messages.create(**asked)
+    assert message.content[0].text == chat.choices[0].message.content
+    assert message.stop_reason == ("max_tokens" if chat.choices[0].finish_reason == "length" else "end_turn")
+    tokens = message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0)
+    assert (tokens, message.usage.output_tokens) == (chat.usage.prompt_tokens, chat.usage.completion_tokens)
+    with claude.messages.stream(**asked) as stream:
+        assert "".join(stream.text_stream) == message.content[0].text
+        assert stream.get_final_message().stop_reason == message.stop_reason
+    counted = claude.messages.count_tokens(model=MODEL, system="Be brief.", messages=asked["messages"])
+    assert counted.input_tokens == tokens
+    cut = claude.messages.create(**{**asked, "stop_sequences": [message.content[0].text[2:5]]})
+    assert (cut.stop_reason, cut.stop_sequence) == ("stop_sequence", message.content[0].text[2:5])
+    assert cut.content[0].text == message.content[0].text[:2]
+
+
+def test_tools_of_messages(claude: anthropic.Anthropic) -> None:
+    tool = {"name": "get_weather", "description": "Weather in a city", "input_schema": WEATHER}
+    asked: dict[str, Any] = {
+        "model": MODEL, "extra_body": {"temperature": 0}, "max_tokens": 60, "tools": [tool],
+        "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+    }  # fmt: skip
+    messages: list[Any] = [{"role": "user", "content": ASKED}]
+    answer = claude.messages.create(messages=messages, **asked)
+    (call,) = answer.content
+    assert (answer.stop_reason, call.type, call.name, call.input.keys()) == ("tool_use", "tool_use", "get_weather", {"city"})
+    with claude.messages.stream(messages=messages, **asked) as stream:
+        (streamed,) = stream.get_final_message().content
+    assert (streamed.name, streamed.input) == (call.name, call.input)
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": "Sunny"}
+    messages += [{"role": "assistant", "content": answer.content}, {"role": "user", "content": [result]}]
+    after = claude.messages.create(messages=messages, **{**asked, "tool_choice": {"type": "none"}, "max_tokens": 8})
+    assert after.content[0].type == "text"
+    with pytest.raises(anthropic.BadRequestError, match="image"):
+        claude.messages.create(model=MODEL, max_tokens=5, messages=[{"role": "user", "content": [{"type": "image"}]}])
+
+
+def entry(name: str, size: int = 10) -> StoredResponse:
+    return StoredResponse({"id": name, "text": "x" * size}, [], [])
+
+
+def test_the_store_is_bounded_and_tenants_see_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("solutions.serving.responses_api.store.time.monotonic", lambda: now[0])
+    store = ResponseStore(max_bytes=1000, expiry_seconds=60)
+    store.finish("a", entry("one"))
+    assert store.get("b", "one") is None
+    assert store.get(None, "one") is None
+    assert store.get("a", "one") is not None
+    assert not store.delete("b", "one")
+    for number in range(30):  # each of about 110 bytes
+        store.finish("a", entry(f"r{number}", 60))
+    there = [number for number in range(30) if store.get("a", f"r{number}") is not None]
+    assert there == list(range(30 - len(there), 30))
+    assert 5 <= len(there) <= 12
+    now[0] = 159.9
+    assert store.get("a", "r29") is not None
+    now[0] = 160.0
+    assert store.get("a", "r29") is None
+    cancelled: list[str] = []
+    endless = entry("endless")
+    endless.cancel = lambda: cancelled.append("endless")
+    store.add("a", endless)
+    now[0] = 1000.0
+    assert store.get("a", "endless") is endless
+    assert store.delete("a", "endless")
+    assert cancelled == ["endless"]
+    store.finish("a", entry("large", 2000))  # alone above the limit
+    assert store.get("a", "large") is None
