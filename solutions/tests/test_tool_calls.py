@@ -98,7 +98,7 @@ def check(calls: list[Call]) -> None:
         {"tool_choice": "required", "parallel_tool_calls": False},
         {"tool_choice": "required", "n": 3, "temperature": 1.3, "seed": 5},
         {"tool_choice": "required", "stop": ["city", '"', "{", "\n"]},
-        {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": TOOLS[1:]}}},
+        {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": TOOLS[:1]}}},
         {"tool_choice": "required", "response_format": {"type": "json_object"}},
         {"tool_choice": "required", "logprobs": True},
     ],
@@ -114,7 +114,7 @@ def test_calls_that_have_to_be(ask: Callable[..., Any], fields: dict[str, Any]) 
         if fields.get("tool_choice") == NAMED:
             assert [name for name, _ in calls] == ["get_weather"]
         if "allowed" in str(fields):
-            assert {name for name, _ in calls} == {"now"}
+            assert {name for name, _ in calls} == {"get_weather"}
         if "parallel_tool_calls" in fields:
             assert len(calls) == 1
     again, pieces = streamed(ask(**fields, stream=True), fields.get("n", 1))
@@ -134,7 +134,9 @@ def test_auto_lets_the_model_speak(ask: Callable[..., Any]) -> None:
     assert calls == []
     assert reason == "stop"
     assert streamed(ask(stream=True))[0] == [(content, calls, reason)]
-    assert whole(ask(tool_choice="none"))[0][1:] == ([], "stop")
+    ((content, calls, _),) = whole(ask(tool_choice="none", max_tokens=20))
+    assert content
+    assert calls == []
 
 
 def called(call_id: str, name: str, arguments: str) -> dict[str, Any]:
@@ -145,7 +147,7 @@ def result(call_id: str, content: str) -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": call_id, "content": content}
 
 
-@pytest.mark.parametrize("stop", [None, ["unit", '"', "}"], ["\n"]])
+@pytest.mark.parametrize("stop", [None, ["unit", "}", "city"], ["\n"]])
 def test_auto_holds_a_call_from_its_beginning(ask: Callable[..., Any], stop: list[str] | None) -> None:
     """The model imitates an earlier turn. Stop strings end texts, never a call, which they are all in."""
     earlier = called("a", "get_weather", '{"city": "Rome", "unit": "celsius"}')
@@ -179,22 +181,20 @@ def test_a_call_that_is_cut_says_so(ask: Callable[..., Any], limit: int) -> None
 
 def test_ask_call_result_answer(ask: Callable[..., Any], client: openai.OpenAI) -> None:
     """The loop of every agent, with two calls at once, plain and streamed."""
-    messages = [*QUESTION]
     for stream in (False, True):
+        messages = [*QUESTION]
         with client.chat.completions.stream(
             model=MODEL, messages=messages, tools=TOOLS, tool_choice="required", temperature=0, max_tokens=120
         ) as events:
             message = events.get_final_completion().choices[0].message
         assert message.tool_calls
-        messages.append(message.model_dump(exclude_none=True, exclude={"parsed"}))
+        messages.append(message.model_dump(exclude_none=True))
         for call in messages[-1]["tool_calls"]:
-            call["function"].pop("parsed_arguments", None)
             check([(call["function"]["name"], call["function"]["arguments"])])
             messages.append(result(call["id"], '{"temperature": 21}'))
-        answer = ask(messages=messages, tool_choice="none", stream=stream)
+        answer = ask(messages=messages, tool_choice="none", stream=stream, max_tokens=20)
         text = streamed(answer)[0][0][0] if stream else answer.choices[0].message.content
         assert text
-        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "Thank you. And tomorrow?"}]
 
 
 def test_the_model_is_told_of_functions_calls_and_results(ask: Callable[..., Any], tokenizer: Any) -> None:

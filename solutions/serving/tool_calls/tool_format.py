@@ -217,5 +217,7 @@ class ToolParser:
             source.settle()
             yield from source.skip_space()
         except BrokenError:
+            if self.num_calls and source.has_ended:  # cut short where one more was to begin
+                return
             source.give_back()
         yield from source.until("")

@@ -61,9 +61,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 """Fields that would change the answer and are refused, each with the values that mean "not set" and therefore pass."""
 HINTS = frozenset({
-    "annotations", "cache_control", "include_obfuscation", "metadata", "name", "parallel_tool_calls", "prediction",
-    "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "reasoning_effort", "safety_identifier",
-    "service_tier", "store", "verbosity",
+    "annotations", "cache_control", "include_obfuscation", "index", "metadata", "name", "parallel_tool_calls",
+    "parsed_arguments", "prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "reasoning_effort",
+    "safety_identifier", "service_tier", "store", "verbosity",
 })  # fmt: skip
 """Fields that are accepted because they change no answer of this server: who speaks or asks, what may be cached or kept, what
 the answer will probably be, how fast and how thoughtful it shall be, and how to call tools, where there are none."""
