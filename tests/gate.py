@@ -34,6 +34,7 @@ from tests.gate_texts import (
     tests_are_explained,
     tests_import_only_stages,
 )
+from tests.gate_ties import promises_are_tied
 from tests.mutants.bank import Mutant, killer, load_mutants
 
 MUTANTS_PER_STAGE = 13
@@ -67,6 +68,7 @@ RULES: tuple[Rule, ...] = (
     tests_are_explained,
     tests_import_only_stages,
     enough_mutants,
+    promises_are_tied,
     reference_passes,
     starters_say_what_is_missing,
     earlier_tasks_suffice,

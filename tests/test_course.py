@@ -385,6 +385,16 @@ def test_an_error_in_the_learners_code_stops_the_model_with_a_pointer(room: Clas
 # The comparisons that the stages' tests use
 
 
+def test_check_equal_takes_no_answer_that_judges_itself() -> None:
+    text = "class Yes(float):\n    __eq__ = lambda self, other: True\n    __ne__ = lambda self, other: False\n"
+    space: dict[str, type] = {}
+    exec(compile(text, str(STAGES_FOLDER / "stage6_benchmark" / "benchmarks" / "latency.py"), "exec"), space)
+    for answer in (space["Yes"](1), [space["Yes"](1)], {"ttft": space["Yes"](1)}):
+        expected = [2.0] if isinstance(answer, list) else {"ttft": 2.0} if isinstance(answer, dict) else 2.0
+        with pytest.raises(AssertionError, match="Yes, that defines __eq__ itself"):
+            check_equal(answer, expected, "value")
+
+
 def test_check_equal_shows_the_first_differing_entries() -> None:
     check_equal([1, 2], [1, 2], "row")
     with pytest.raises(AssertionError, match=r"(?s)row: 2 of 4 entries differ.*1 +7 +2\n.*3 +9 +4"):

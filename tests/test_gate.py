@@ -97,6 +97,14 @@ def needs(module: str, claim: str) -> Callable[[Toy], None]:
     return first_test(f"from stages.toys.{module} import {claim.split('(')[0]}; assert {claim} and double(1) == 2")
 
 
+def trap_in_the_guide(toy: Toy) -> None:
+    """A trap of task 1.1, and a mutant that is tied to another one."""
+    toy.edit(
+        CHAPTER, "## double", "## double\n\n**Traps.**\n- *Two is not\n  enough.* It is more.\n- *None*: no.\n\n**Test it.**"
+    )
+    toy.edit(MUTANTS, "why", 'ties = ["None"]\nwhy')
+
+
 BREAKS: list[tuple[gate.Rule, Callable[[Toy], None], str]] = [
     (gate.starters_are_fresh, add(SUMS, "# mine\n"), "sums.py is not what the reference gives; run: make starters"),
     (gate.starters_are_fresh, remove(SUMS), "sums.py is not what the reference gives"),
@@ -134,6 +142,13 @@ BREAKS: list[tuple[gate.Rule, Callable[[Toy], None], str]] = [
     (gate.enough_mutants, remove(MUTANTS), "stage 1 has 0 mutants; add to tests/mutants up to 2"),
     (gate.enough_mutants, edit(MUTANTS, '"1.2"', '"1.1"'), "task 1.2 has no mutant"),
     (gate.enough_mutants, edit(MUTANTS, 'name = "double(number)"', 'name = "number-+-2"'), "two mutants are called number-+-2"),
+    (gate.promises_are_tied, edit(MUTANTS, "why", 'ties = ["A fall"]\nwhy'), 'has a tie to "A fall", which nobody promises'),
+    (
+        gate.promises_are_tied,
+        trap_in_the_guide,
+        'task 1.1: nothing in tests/mutants/stage1.toml is tied to "Two is not enough"',
+    ),
+    (gate.promises_are_tied, edit(MUTANTS.replace("1", "2"), "why", 'ties = ["x"]\nwhy'), 'is tied to "half: ValueError"; add'),
     (gate.reference_passes, first_test("assert double(1) == 3"), "test_double_0 fails on the reference: assert 2 == 3"),
     (gate.reference_passes, first_test("import pytest; pytest.skip()"), "task 1.1: test_double_0 fails on the reference"),
     (gate.reference_passes, remove(SECOND), "task 1.2: no test ran on the reference"),

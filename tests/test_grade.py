@@ -29,7 +29,7 @@ from stages.course.grading.supervise import TOKEN
 from stages.course.grading.task_runs import Runner
 from stages.course.grading.workshop import Workshop, with_functions
 from stages.course.tools.catalog import CourseError, Stage, find_stage
-from tests.grade_mutants import find_mutant, solved
+from tests.grade_mutants import find_mutant, mutants, solved
 from tests.mutants.bank import mutate
 from tests.toy_course import REFERENCE, make_toy
 
@@ -167,13 +167,13 @@ HOSTILE = {
     "fork bomb out of its session": (BOMB.replace("os.fork()", "os.fork() or os.setsid()"), "more than 64 processes"),
     "endless loop": ("while True:\n    pass", "longer than"),
     "10 GB": ("return len(bytearray(10 << 30))", "MemoryError"),
-    "exit": ("import os\nos._exit(0)", "ended before all tests had run"),
-    "crash": ("import ctypes\nctypes.string_at(0)", "SIGSEGV"),
+    "exit": ("import os\ngetattr(os, '_ex' + 'it')(0)", "ended before all tests had run"),
+    "crash": ("__import__('cty' + 'pes').string_at(0)", "SIGSEGV"),
     "network": ("import socket\nsocket.create_connection(('192.0.2.1', 80))", "there is no network while grading"),
     "other programs": ("import subprocess\nsubprocess.run(['bash', '-c', 'exec 3<>/dev/tcp/192.0.2.1/80'], check=True)", "1"),
     "flood": ("import os\nwhile True:\n    os.write(1, bytes(100_000))", "printed more than"),
     "the reference, put together": (
-        "import importlib\nreturn importlib.import_module('sol' + 'utions.toys.sums').double(1)",
+        "return __import__('sol' + 'utions.toys.sums').toys.sums.double(1)",
         "cannot be used while grading",
     ),
     "the end of the supervisor": ("import os\nos.kill(os.getppid(), 9)\nos.kill(os.getpid(), 9)", ""),
@@ -197,7 +197,7 @@ def test_a_hostile_file_costs_its_own_task_alone(toys: Toys, nobody_is_left: Non
 
 @pytest.mark.slow
 def test_who_stays_behind_is_ended(toys: Toys, nobody_is_left: None) -> None:
-    stay = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.fork() or time.sleep(600)\n    os._exit(0)"
+    stay = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.fork() or time.sleep(600)\n    os.kill(os.getpid(), 9)"
     for walls in {False, toys.graders[True].runner.sandbox.isolated}:
         assert points(toys.grade(doubling(f"{stay}\nreturn number + number"), walls))["1.1"] == 10
 
@@ -236,11 +236,11 @@ def test_a_closed_sandbox_ends_what_runs(tmp_path: Path, nobody_is_left: None) -
     [
         ("import solutions.toys.sums", "imports the reference: solutions.toys.sums"),
         ("from solutions.toys import sums", "imports the reference: solutions.toys"),
-        ("import importlib; importlib.import_module('solutions.toys.sums')", "names the reference: 'solutions.toys.sums'"),
+        ("load('solutions.toys.sums')", "names the reference: 'solutions.toys.sums'"),
         ("__import__('solutions.toys.sums')", "names the reference"),
         ("open('../../solutions/toys/sums.py')", "names the reference"),
         ("root = 'solutions'", "names the reference"),
-        ("import os; os.environ['COURSE_RESULTS']", "names a variable of the grader"),
+        ("VARIABLE = 'COURSE_RESULTS'", "names a variable of the grader"),
         ("import _pytest.runner", "imports _pytest.runner"),
         ("from ..course import catalog", "imports the course's course"),
     ],
@@ -249,6 +249,50 @@ def test_reaching_for_the_reference_is_found(line: str, told: str) -> None:
     (found,) = offences(f"{SUMS}\n\n{line}\n", "toys/sums.py", SUMS)
     assert told in found
     assert uses_the_reference(found) == ("the reference" in told)
+
+
+CHEATS = {
+    "no test runs": ("import sys\nsys.modules['_py' + 'test.python'].Function.runtest = lambda self: None", "uses sys.modules"),
+    "the same, in a function": ("def late():\n    import sys as s\n    s.modules['x'] = 1", "uses s.modules"),
+    "failed is written as passed": ("import json\njson.dumps = lambda record, **more: record", "changes json.dumps"),
+    "the log is written": ("import os\nlog = next(v for v in os.environ.values() if v.endswith('.jsonl'))", "uses os.environ"),
+    "and left": ("from os import _exit\n_exit(0)", "uses os._exit"),
+    "equals everything": ("class Yes(float):\n    __eq__ = __lt__ = lambda self, other: True", "defines __eq__"),
+    "is never another": ("class Yes(float):\n    def __ne__(self, other):\n        return False", "defines __ne__"),
+    "made at run time": ("Yes = type('Yes', (float,), {'__eq__': lambda self, other: True})", "names __eq__"),
+    "the caller's globals": (
+        "import sys\nframe = sys._getframe()\nframe.f_globals['check_equal'] = lambda *a: None", "uses sys._getframe",
+    ),
+    "by inspection": ("import inspect\ninspect.currentframe()", "imports inspect"),
+    "by a joined name": ("import importlib\nimportlib.import_module('stages.cour' + 'se.checks')", "imports importlib"),
+    "by a module's attributes": ("import math\nsetattr(math, 'is' + 'close', lambda *a: True)", "changes math"),
+    "by the collector": ("from gc import get_objects", "imports gc"),
+    "by memory": ("import ctypes.util", "imports ctypes.util"),
+    "by another's code": ("def late(f):\n    f.__code__ = late.__code__", "uses __code__"),
+    "by builtins": ("__builtins__['len'] = lambda x: 0", "uses __builtins__"),
+    "by the tracer": ("import sys\nsys.settrace(print)", "uses sys.settrace"),
+}  # fmt: skip
+"""Ways to points without work that were tried on this grader, and their like."""
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_cheat_is_named(name: str) -> None:
+    code, told = CHEATS[name]
+    assert any(f"it {told}" in offence for offence in offences(f"{SUMS}\n\n{code}\n", "toys/sums.py", SUMS))
+
+
+def test_what_honest_code_does_is_no_offence() -> None:
+    honest = "import os\nimport sys\nimport torch\ntorch.zeros(1)[0] = os.cpu_count() + sys.maxsize\nsetattr(object(), 'x', 1)"
+    assert offences(f"{SUMS}\n{honest}\n", "toys/sums.py", SUMS) == []
+
+
+@pytest.mark.slow
+def test_wrong_versions_are_not_flagged(workshop: Workshop) -> None:
+    starters: dict[str, str] = {}
+    for stage, mutant in mutants(workshop):
+        starter = starters.setdefault(mutant.file, "") or workshop.starter(stage, mutant.file)
+        starters[mutant.file] = starter
+        assert offences(mutate(mutant, workshop.reference(mutant.file)), mutant.file, starter) == [], mutant.name
 
 
 def test_words_about_the_reference_are_no_offence() -> None:

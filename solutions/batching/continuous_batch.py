@@ -18,7 +18,7 @@ from .step_arrays import HostArrays
 @dataclass(slots=True)
 class FlatBatch(HostArrays):
     """One step's input: the arrays of `FlatArrays` for S sequences with T tokens in all, and what rank 0 alone knows. M, the
-    width of `block_tables`, is enough for the longest context of the step.
+    width of `block_tables`, is the number of blocks of the longest context of the step.
 
     Attributes:
         sequences: the S sequences in order.
@@ -52,7 +52,7 @@ class ContinuousBatch:
     def build(
         self, decision: SchedulerOutput, tables: dict[int, list[int]], progress: dict[int, int] | None = None
     ) -> FlatBatch:
-        """Lay out one step, in the order of ``decision.scheduled``.
+        """Lay out one step, in the order of ``decision.scheduled``, without a Python loop over tokens.
 
         The block tables are mirrored first (`_mirror_tables`); row ``_row_of[seq_id]`` of `_tables` is then a sequence's. A
         batch owns its arrays: it stays as it is when the next one is built.

@@ -10,12 +10,12 @@ from .sequence import Sequence
 
 
 def fcfs(seq: Sequence) -> tuple[int, ...]:
-    """Sort key for first come, first served: by arrival, which `seq_id` counts."""
+    """Sort key for first come, first served: by arrival, which `seq_id` counts; no clock is asked."""
     return (seq.seq_id,)
 
 
 def priority(seq: Sequence) -> tuple[int, ...]:
-    """Sort key: the lower `priority` first, ties by arrival."""
+    """Sort key: the lower `priority` first, ties by arrival, which `seq_id` counts."""
     return (seq.priority, seq.seq_id)
 
 

@@ -92,8 +92,9 @@ def profile_step(
         ValueError: the engine runs without recordings, or cannot take the whole batch in one step.
     """
     model = engine.executor.worker.model
-    is_llama = isinstance(model, LlamaForCausalLM) and model.decoder_layer is LlamaDecoderLayer
-    if not is_llama or not isinstance(model.model.run_layers, LayerReplay):
+    if not isinstance(model, LlamaForCausalLM) or model.decoder_layer is not LlamaDecoderLayer:
+        raise ValueError("only replayed steps of LLaMA's layers can be profiled, and this model has others")
+    if not isinstance(model.model.run_layers, LayerReplay):
         raise ValueError("only replayed steps of LLaMA's layers can be profiled: on a CPU with a compiler, not --enforce-eager")
     if batch > engine.config.max_num_seqs or batch * context > engine.limits.max_num_batched_tokens:
         raise ValueError(

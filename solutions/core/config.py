@@ -34,7 +34,7 @@ class EngineConfig:
 
     model: str = _flag(DEFAULT_MODEL, "alias, folder in Hugging Face format, .gguf file, or hub id")
     tokenizer: str | None = _flag(None, "folder or hub id of the tokenizer, if it is not the model's")
-    dtype: str = _flag("auto", "precision of weights and KV cache; auto: bfloat16 where the processor has it", DTYPES)
+    dtype: str = _flag("auto", "precision of weights and KV cache; auto: bfloat16 where that is fast", DTYPES)
     device: str = _flag("auto", "where the model runs", ("auto", "cpu", "cuda"))
     tensor_parallel_size: int = _flag(1, "ranks that share the model: GPUs, or processes with a part of the cores")
     distributed_executor_backend: str | None = _flag(

@@ -18,8 +18,8 @@ from rich.text import Text
 from ..models.loader import ModelSource, resolve_model
 from .config import EngineConfig
 from .platform import native
-from .platform.machine import ROOT, available_cores, available_memory, cpu_flags, pick_threads, total_memory
-from .startup import format_bytes, resolve_limits, with_blocks
+from .platform.machine import ROOT, available_cores, available_memory, cpu_flags, cpu_has_bf16, pick_threads, total_memory
+from .startup import Limits, format_bytes, resolve_limits, with_blocks
 
 Rows = list[tuple[str, str]]
 
@@ -101,13 +101,22 @@ def model_rows(source: ModelSource) -> Rows:
     return [("model", source.name), ("its files", f"{source.path} ({format_bytes(size)})")]
 
 
+def why_dtype(limits: Limits) -> str:
+    """Why `--dtype auto` chose what it did."""
+    if limits.device.type != "cpu":
+        return ", the checkpoint's 16 bits"
+    if limits.dtype is torch.float32:
+        return ", for neither the processor nor kernels here are fast in bfloat16"
+    return ", which the processor multiplies" if cpu_has_bf16() else ", which the C++ kernels widen in registers"
+
+
 def engine_rows(config: EngineConfig, source: ModelSource) -> Rows:
     """What the engine would choose now."""
     limits = with_blocks(resolve_limits(config, source), config, source.config, weight_bytes=0)
     kv_cache = f"{limits.num_blocks} blocks of {config.block_size} tokens in {format_bytes(limits.kv_bytes)}"
     return [
         ("device", str(limits.device)),
-        ("dtype", str(limits.dtype).removeprefix("torch.")),
+        ("dtype", str(limits.dtype).removeprefix("torch.") + why_dtype(limits)),
         ("threads", str(pick_threads())),
         ("attention", limits.attention_backend),
         ("layers", "C++ kernels" if native.load() else f"PyTorch: {native.why_not.splitlines()[0]}"),

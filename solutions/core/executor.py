@@ -116,12 +116,16 @@ class LockstepExecutor(Executor):
         ...
 
     def create_cache(self, num_blocks: int, block_size: int, num_host_blocks: int) -> None:
-        """Set up the KV cache on every rank, the same number of blocks on each."""
+        """Set up the KV cache on every rank, the same number of blocks on each. The others are told first: on a GPU this
+        records steps, which have sums in them."""
         self._broadcast(cache=[num_blocks, block_size, num_host_blocks])
         self.worker.create_cache(num_blocks, block_size, num_host_blocks)
 
     def execute(self, batch: FlatBatch) -> StepResult:
         """Let every rank compute one step, and sample on this one.
+
+        A RuntimeError may be another rank's death: each is looked at (`check`) for its `death_seconds`, all from the failure
+        on. Any other error comes out at once.
 
         Raises:
             WorkerDiedError: another rank has ended, before or within the step.
@@ -188,7 +192,7 @@ def end_ranks(others: Iterable[WorkerHandle], descriptors: Iterable[int] = ()) -
 
 
 def step_arrays(batch: FlatBatch) -> StepArrays:
-    """What the other ranks need to know of a step."""
+    """What the other ranks need to know of a step; the rows for logits are those of `logit_calls`, with drafts too."""
     decision, calls = batch.decision, logit_calls(batch)
 
     def pairs(moves: Iterable[tuple[int, int]]) -> np.ndarray:

@@ -85,7 +85,7 @@ def resolve_limits(config: EngineConfig, source: ModelSource) -> Limits:
         ValueError: a setting is out of range, or excludes another one, the model or the device.
     """
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device, source.config.torch_dtype)
+    dtype = pick_dtype(config.dtype, device, source.config.torch_dtype, use_cpu_kernels(config, device))
     max_model_len = longest_sequence(config, source.config)
     if config.block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {config.block_size}")

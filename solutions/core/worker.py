@@ -24,7 +24,7 @@ from ..parallelism.tensor_parallel import SINGLE, TensorParallel
 from .capture import CudaGraphRecorder, DecodeGraphs, Step, graph_sizes, replay_layers
 from .config import EngineConfig
 from .platform import native
-from .platform.machine import cpu_has_bf16, pick_threads
+from .platform.machine import cpu_flags, cpu_has_bf16, pick_threads
 from .sampling.rejection_sampler import verify
 from .sampling.sampler import Sampler, TokenLogprobs
 
@@ -59,9 +59,13 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def pick_dtype(name: str, device: torch.device, model_dtype: str | None) -> torch.dtype:
-    """The precision to run in; "auto" is bfloat16 where the processor multiplies it natively, else float32 on a CPU and the
-    checkpoint's own 16-bit type on a GPU.
+def pick_dtype(name: str, device: torch.device, model_dtype: str | None, cpu_kernels: bool = False) -> torch.dtype:
+    """The precision to run in; "auto" is bfloat16 where the processor multiplies it natively, or has AVX2 and the C++ kernels,
+    which read half of float32's bytes and widen them at no loss of speed; else float32 on a CPU and the checkpoint's own
+    16-bit type on a GPU.
+
+    Args:
+        cpu_kernels: whether layers run on the C++ kernels; PyTorch's operators are slow in bfloat16 without its instructions.
 
     Raises:
         ValueError: float16 on a CPU.
@@ -71,7 +75,8 @@ def pick_dtype(name: str, device: torch.device, model_dtype: str | None) -> torc
     if name != "auto":
         return _DTYPES[name]
     if device.type == "cpu":
-        return torch.bfloat16 if cpu_has_bf16() else torch.float32
+        widens = cpu_kernels and "avx2" in cpu_flags()
+        return torch.bfloat16 if widens or cpu_has_bf16() else torch.float32
     return torch.float16 if model_dtype == "float16" else torch.bfloat16
 
 

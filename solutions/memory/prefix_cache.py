@@ -75,7 +75,7 @@ class PrefixCache:
         return hashes
 
     def match(self, seq: Sequence) -> list[int]:
-        """The longest run of cached blocks that a sequence begins with.
+        """The longest run of cached blocks that a sequence begins with, its output included.
 
         At most ``len(tokens) - 1`` tokens are matched: the last token must be computed, or there would be no logits to
         sample from.

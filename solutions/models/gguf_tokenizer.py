@@ -187,7 +187,7 @@ def _sentencepiece_bpe(metadata: Entries, tokens: list[str]) -> Tokenizer:
 
 def merges_from_scores(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
     """Every way to make a token of two others, best score of the result first: training scored in merge order."""
-    merges = []
+    merges: list[tuple[float, int, str, str]] = []
     for token, index in vocab.items():
         pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
         known = sorted((vocab[a], vocab[b], a, b) for a, b in pairs if a in vocab and b in vocab)

@@ -7,7 +7,7 @@ import re
 from torch import Tensor, nn
 
 from ..attention.paged_attention import AttentionMetadata
-from ..parallelism.linear import Embedding
+from ..parallelism.linear import Embedding, Layer
 from ..parallelism.tensor_parallel import (
     ACTIVATION_FUNCTIONS,
     ColumnParallelLinear,
@@ -27,7 +27,7 @@ CAUSAL_MASK = re.compile(r"\.attn\.(masked_)?bias$")
 """Masks that old checkpoints store. (`attn.c_attn.bias` is a real bias.)"""
 
 
-class GPT2Attention(nn.Module):
+class GPT2Attention(Layer):
     """Projections around paged attention: [T, hidden] -> [T, hidden]."""
 
     def __init__(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> None:
@@ -42,7 +42,7 @@ class GPT2Attention(nn.Module):
         return self.c_proj(self.attn(self.c_attn(x), metadata))
 
 
-class GPT2MLP(nn.Module):
+class GPT2MLP(Layer):
     """``c_proj(act(c_fc(x)))``: [T, hidden] -> [T, hidden]."""
 
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
@@ -56,7 +56,7 @@ class GPT2MLP(nn.Module):
         return self.c_proj(self.activation(self.c_fc(x)))
 
 
-class GPT2Block(nn.Module):
+class GPT2Block(Layer):
     """Attention and MLP, each added to the residual stream after a norm of its input."""
 
     def __init__(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> None:
@@ -72,7 +72,7 @@ class GPT2Block(nn.Module):
         return hidden
 
 
-class GPT2Model(nn.Module):
+class GPT2Model(Layer):
     """Embeddings of tokens and positions, blocks and final norm."""
 
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import abc
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention.paged_attention import AttentionMetadata
-from ..parallelism.linear import WeightLayer, parameter
+from ..parallelism.linear import Layer, WeightLayer, parameter
 from .rope import rotate_
 
 
@@ -58,7 +58,7 @@ class LayerNorm(WeightLayer):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-class CausalLM(nn.Module, abc.ABC):
+class CausalLM(Layer, abc.ABC):
     """What the engine asks of a model."""
 
     @abc.abstractmethod
@@ -77,7 +77,7 @@ class CausalLM(nn.Module, abc.ABC):
         ...
 
 
-class Attention(nn.Module):
+class Attention(Layer):
     """The paged attention of one layer. It has no weights: projections belong to the model."""
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, layer: int, sliding_window: int | None = None) -> None:

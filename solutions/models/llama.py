@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..attention.paged_attention import AttentionMetadata
+from ..parallelism.linear import Layer
 from ..parallelism.tensor_parallel import (
     GateUpParallelLinear,
     ParallelLMHead,
@@ -27,7 +28,7 @@ MERGED_LAYERS = {
 """A checkpoint's layer: the merged layer here that holds it, and which piece of that it is."""
 
 
-class LlamaAttention(nn.Module):
+class LlamaAttention(Layer):
     """Projections around paged attention, over a window if the model has one, with queries and keys rotated by RoPE; the result
     is added to `add_to` [T, hidden], if that is given."""
 
@@ -49,7 +50,7 @@ class LlamaAttention(nn.Module):
         return self.qkv_proj(x)
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(Layer):
     """``down(act(gate(x)) · up(x))`` (Shazeer, 2020)."""
 
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
@@ -62,7 +63,7 @@ class GatedMLP(nn.Module):
         return self.down_proj(self.gate_up_proj(x), add_to)
 
 
-class LlamaDecoderLayer(nn.Module):
+class LlamaDecoderLayer(Layer):
     """Attention and MLP, each added to the residual stream after a norm of its input.
 
     Attributes:
@@ -84,7 +85,7 @@ class LlamaDecoderLayer(nn.Module):
         return self.mlp(self.post_attention_layernorm(hidden), add_to=hidden)
 
 
-class LlamaModel(nn.Module):
+class LlamaModel(Layer):
     """Embedding, decoder layers of one kind and final norm."""
 
     def __init__(self, config: ModelConfig, parallel: TensorParallel, decoder_layer: type[nn.Module]) -> None:

@@ -56,7 +56,7 @@ def load_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
         for file in _BESIDE:
             if (folder / file).is_file():
                 shutil.copy(folder / file, made)
-        loaded = PreTrainedTokenizerFast.from_pretrained(made)
+        loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(made)
     ends = {"bos": given.get("add_bos_token", True), "eos": given.get("add_eos_token", False)}
     added = {key: getattr(loaded, f"{key}_token") for key, wanted in ends.items() if wanted}
     bos, eos = (f"{added[key]} " if added.get(key) is not None else "" for key in ends)
@@ -76,7 +76,7 @@ def read_proto(path: Path) -> Any:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # protobuf makes it when it is imported
     try:
         proto.ParseFromString(path.read_bytes())
     except DecodeError:

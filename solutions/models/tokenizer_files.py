@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .config.entries import ModelError, read_json
 from .config.families import FAMILIES
@@ -66,7 +66,8 @@ def read_tokenizer(where: Path | str, architecture: str, name: str) -> PreTraine
     return tokenizer
 
 
-def _auto_tokenizer(where: Path | str, model_type: str) -> PreTrainedTokenizerFast:
+def _auto_tokenizer(where: Path | str, model_type: str) -> Any:
+    """A tokenizer of transformers, fast or not."""
     import transformers  # takes a second
 
     config = transformers.AutoConfig.for_model(model_type)  # given, so that config.json is not read once more

@@ -85,6 +85,7 @@ class WeightHeaders:
     def _read(self, name: str) -> torch.Tensor:
         try:
             with safe_open(self.homes[name], framework="pt", device="cpu") as reader:
-                return reader.get_tensor(name)
+                tensor: torch.Tensor = reader.get_tensor(name)
+                return tensor
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{self.homes[name]} is damaged or incomplete ({error}); fetch or convert it again") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +17,9 @@ from ..quantization.layout.reader import CheckpointError, StoredLayer, Unpacker,
 from .config.entries import ModelError
 from .config.model_config import ModelConfig
 from .layers import CausalLM
+
+Unpack = Callable[[Iterator[tuple[str, torch.Tensor]]], Iterator[tuple[str, torch.Tensor]]]
+"""From the tensors of a file to those of the model, by name."""
 
 
 def quantized_layers(files: list[Path], config: ModelConfig) -> dict[str, StoredLayer]:
@@ -46,14 +49,16 @@ def expect_quantized(model: CausalLM, stored: dict[str, StoredLayer]) -> set[str
     Raises:
         ModelError: the model has no such layer, or layers cannot be cut for so many ranks.
     """
-    modules, pieces, dense = dict(model.named_modules()), {}, set()
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
+    pieces: dict[str, dict[str | None, str]] = {}
+    dense: set[str] = set()
     for name in stored:
         target, shard, _ = model.place(f"{name}.codes", torch.empty(0)) or ("", None, None)
-        if not isinstance(modules.get(target.rpartition(".")[0]), Linear):
+        if target.rpartition(".")[0] not in layers:
             raise ModelError(f"the weights hold {name}.qweight, which is no weight of a {type(model).__name__} of this config")
         pieces.setdefault(target.rpartition(".")[0], {})[shard] = name
     for target, names in pieces.items():
-        layer, forms = modules[target], {stored[name].form for name in names.values()}
+        layer, forms = layers[target], {stored[name].form for name in names.values()}
         is_whole = names.keys() in ({None}, set(layer.shard_ids))
         if isinstance(layer, ParallelLMHead) or not is_whole or len(forms) > 1:
             dense.update(names.values())
@@ -76,7 +81,7 @@ def load_weights(
     model: CausalLM, files: list[Path], stored: dict[str, StoredLayer], names: dict[str, str], progress: bool
 ) -> None:
     """Fill the model; `names` are other names for tensors of the files."""
-    unpack = Unpacker(stored, expect_quantized(model, stored)) if stored else iter
+    unpack: Unpack = Unpacker(stored, expect_quantized(model, stored)) if stored else iter
     weights = _weights(model)
     awaited = {(name, shard): None for name, (layer, _) in weights.items() for shard in layer.shard_ids}  # ordered set
     with LateBar("loading weights", sum(file.stat().st_size for file in files), progress) as bar:
@@ -117,7 +122,7 @@ def _why_not(name: str, model: CausalLM, is_quantized: bool) -> str:
     return f"which is no weight of a {type(model).__name__} of this config"
 
 
-def _unpacked(unpack: Unpacker | type[iter], file: Path, bar: LateBar) -> Iterator[tuple[str, torch.Tensor]]:
+def _unpacked(unpack: Unpack, file: Path, bar: LateBar) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         yield from unpack(_read_tensors(file, bar))
     except CheckpointError as error:

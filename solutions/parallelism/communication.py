@@ -125,7 +125,8 @@ def ring_reduce_scatter(chunks: list[Tensor], communicator: Communicator) -> Ten
     """Sum each rank's chunk over all ranks, with neighbours alone.
 
     In each of size − 1 rounds a rank sends one chunk to the next rank and adds what comes from the one before to its own copy.
-    A chunk starts at the rank after its owner and collects every rank's share on the way around to it.
+    A chunk starts at the rank after its owner and collects every rank's share on the way around to it. Messages and sums are of
+    the chunks' own type; empty chunks go around like others.
 
     Args:
         chunks: one for each rank, contiguous, of any lengths (the same on every rank). They are overwritten by partial sums.
@@ -160,8 +161,8 @@ def ring_all_gather(chunks: list[Tensor], communicator: Communicator) -> list[Te
 def ring_all_reduce(x: Tensor, communicator: Communicator) -> Tensor:
     """The sum of all ranks' contiguous `x`, in place, with neighbours alone, in 2(size − 1) rounds.
 
-    `x` is cut evenly, a chunk for each rank. In the first half of the rounds each rank gets the complete sum of its own chunk,
-    in the second half all get all chunks.
+    `x` is cut evenly as one row, whatever its shape, a chunk for each rank. In the first half of the rounds each rank gets the
+    complete sum of its own chunk, in the second half all get all chunks.
 
     Args:
         x: of any shape, the same on every rank; there may be fewer elements than ranks.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,13 @@ def parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
 
 
-class WeightLayer(nn.Module):
+class Layer(nn.Module):
+    """A module whose result is one tensor."""
+
+    __call__: Callable[..., Tensor]
+
+
+class WeightLayer(Layer):
     """A layer with weights.
 
     Attributes:

@@ -162,7 +162,7 @@ class ColumnParallelLinear(Linear):
         so).
 
         Raises:
-            ValueError: the checkpoint's tensor has another shape.
+            ValueError: the checkpoint's tensor has another shape, also where this rank has no row of it.
         """
         if shard_id is None:
             sizes = [piece.full for piece in self.pieces.values()]
@@ -216,7 +216,7 @@ class RowParallelLinear(Linear):
         self.parallel = parallel
 
     def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-        """[T, local in] -> [T, out], the same on all ranks.
+        """[T, local in] -> [T, out], the same on all ranks. `Linear` makes the product, by `multiply`.
 
         With `add_to` [T, out], the residual stream, which is the same on all ranks, that is added too: by rank 0 alone, whose
         result lies in it. The other ranks' results lie elsewhere, and their `add_to` is as it was.
@@ -244,7 +244,7 @@ class VocabParallelEmbedding(Embedding):
         self.parallel = parallel
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[T] -> [T, hidden], the rows of all ids on every rank."""
+        """[T] -> [T, hidden], the rows of all ids on every rank; `ids` stay as they are."""
         if self.parallel.size == 1:
             return super().forward(ids)
         local = ids - self.rows.start
@@ -277,7 +277,8 @@ class ParallelLMHead(Linear):
         self.rows, self.parallel = embedding.rows, parallel
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[N, hidden] -> [N, V]: each rank computes its tokens' logits, all get all, and the padding is cut off."""
+        """[N, hidden] -> [N, V]: each rank computes its tokens' logits, as `Linear` does, all get all, and the padding is cut
+        off."""
         logits = super().forward(hidden)
         if self.parallel.communicator is None:
             return logits

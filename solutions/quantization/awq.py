@@ -37,8 +37,9 @@ def output_error(difference: Tensor, covariance: Tensor) -> Tensor:
 def search_scale(weight: Tensor, magnitude: Tensor, covariance: Tensor, bits: int, group_size: int, symmetric: bool) -> Tensor:
     """The factor of each input channel with which rounding to nearest changes the outputs least.
 
-    Candidates are ``magnitude ** alpha`` for `GRID` values of alpha from 0, each divided by the geometric mean of its least and
-    largest so that weights stay where they were. A candidate's error is that of ``Q(W s) / s`` against W.
+    Candidates are ``magnitude ** alpha`` for alpha = step / `GRID`, step from 0 to below `GRID`, each divided by the geometric
+    mean of its least and largest so that weights stay where they were; a magnitude below 0.0001 counts as that. A candidate's
+    error is that of ``Q(W s) / s`` against W, all outputs' together; of equals the first is taken.
 
     Args:
         weight: [N, K] float32. magnitude: [K], mean |x| of each channel. covariance: [K, K], mean of x xᵀ.

@@ -7,7 +7,6 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -24,20 +23,19 @@ from .ignored_fields import TolerantRoute
 from .json_body import JsonRoute
 from .live.feed import add_live_page
 from .messages_api.routes import add_messages_routes
-from .metrics import CONTENT_TYPE, EngineMetrics
+from .metrics import EngineMetrics
 from .openai_answers import (
     ChatCompletionResponse,
     CompletionResponse,
-    LoadResponse,
     ModelCard,
     ModelList,
-    VersionResponse,
 )
 from .openai_protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,
 )
+from .operator_routes import add_operator_routes, package_version
 from .output_stream import OutputStream
 from .responses import ChatReply, CompletionReply, Reply
 from .responses_api.routes import add_responses_routes
@@ -57,14 +55,6 @@ MAX_BODY_BYTES = 4 << 20
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 """With ``stream: true`` the answer is server-sent events: chunks as JSON, then ``[DONE]``."""
-
-
-def package_version() -> str:
-    """The installed version of this project."""
-    try:
-        return version("build-your-own-vllm")
-    except PackageNotFoundError:  # run from a folder that is only on the path
-        return "unknown"
 
 
 def create_app(
@@ -143,36 +133,6 @@ def create_app(
         add_live_page(app, async_engine, served_model_names[0], responses=ERRORS)
     add_tokenizer_routes(app, async_engine.engine, check_model, info=tokenizer_info, responses=ERRORS)
     return app
-
-
-def add_operator_routes(app: FastAPI, async_engine: AsyncEngine, metrics: EngineMetrics) -> None:
-    """Add the routes for load balancers, Prometheus and operators."""
-
-    @app.get("/health")
-    @app.get("/ping")
-    @app.post("/ping")
-    async def health() -> Response:
-        """Whether the engine lives."""
-        return Response(status_code=200 if async_engine.is_running else 503)
-
-    @app.get("/ready")
-    async def ready() -> Response:
-        """Whether new requests are welcome: the engine lives and the server does not shut down."""
-        return Response(status_code=200 if async_engine.is_running and not async_engine.is_draining else 503)
-
-    @app.get("/load")
-    async def load() -> LoadResponse:
-        """How many requests are being answered."""
-        return LoadResponse(server_load=async_engine.num_requests)
-
-    @app.get("/metrics")
-    async def show_metrics() -> Response:
-        """For Prometheus."""
-        return Response(metrics.text(), media_type=CONTENT_TYPE)
-
-    @app.get("/version")
-    async def show_version() -> VersionResponse:
-        return VersionResponse(version=package_version())
 
 
 def add_openai_routes(

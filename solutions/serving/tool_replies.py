@@ -63,12 +63,13 @@ class ToolReply(ChatReply):
                 logprobs=self._logprobs(sequence),
                 finish_reason=self._reason(index, sequence),
                 stop_reason=sequence.stop_reason,
+                token_ids=self.take_ids(index),
             )
             for output in outputs
             for index, sequence in self.choices(output)
         ]
         choices.sort(key=lambda choice: choice.index)
-        return ChatCompletionResponse(**self.head, choices=choices, usage=self.usage)
+        return ChatCompletionResponse(**self.head, choices=choices, usage=self.usage, **self.about_prompt(outputs))
 
     def opening(self) -> Iterable[ChatCompletionChunk]:
         """The same without an empty text: whether there will be a text is not known yet."""
@@ -83,6 +84,7 @@ class ToolReply(ChatReply):
             logprobs=self._logprobs(sequence),
             finish_reason=self._reason(index, sequence),
             stop_reason=sequence.stop_reason,
+            token_ids=self.take_ids(index),
         )
         return ChatCompletionChunk(**self.head, choices=[choice], usage=self.usage_so_far(index))
 

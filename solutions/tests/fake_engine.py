@@ -33,8 +33,9 @@ class ByteTokenizer:
     def decode(self, token_ids: list[int], **_: Any) -> str:
         return bytes(token_ids).decode(errors="replace")
 
-    def convert_ids_to_tokens(self, token_id: int) -> str:
-        return chr(token_id)  # what byte-level BPE calls a printable byte
+    def convert_ids_to_tokens(self, ids: int | list[int]) -> str | list[str]:
+        """What byte-level BPE calls printable bytes."""
+        return chr(ids) if isinstance(ids, int) else [chr(each) for each in ids]
 
     def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool = True, **_: Any) -> list[int] | str:
         text = "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"

@@ -77,4 +77,4 @@ def test_a_compiler_that_is_not_here_is_named(tmp_path: Path, monkeypatch: pytes
         native.build(tmp_path)
     with pytest.raises(native.BuildError, match=r"CXX is 'no-such-c\+\+'"):
         cuda_build.build(torch.device("cpu"), tmp_path)
-    assert dict(doctor.machine_rows())["C++ compiler"] == "CXX is 'no-such-c++', which is not here"
+    assert dict(doctor.machine_rows())["C++ compiler"] == "CXX is 'no-such-c++', which was not found"

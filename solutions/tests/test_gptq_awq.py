@@ -131,7 +131,7 @@ def texts(count: int = 6, length: int = 40) -> Tensor:
         (make_tiny_llama, {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}),
         (make_tiny_mistral, {}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_folding_scales_leaves_the_models_outputs_as_they_were(tmp_path, make, sizes):
     make(tmp_path, **sizes)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from solutions.core import worker
 from solutions.core.platform.machine import (
     available_cores,
     available_memory,
@@ -192,6 +194,24 @@ def test_memory_is_the_machines_cut_by_the_cgroup(tmp_path: Path, files: dict[st
 def test_bf16_is_read_from_the_flags(tmp_path: Path, cpuinfo: str, bf16: bool) -> None:
     root = fake(tmp_path, {"proc/cpuinfo": cpuinfo})
     assert cpu_has_bf16(root) is bf16
+
+
+@pytest.mark.parametrize(
+    ("flags", "cpu_kernels", "dtype"),
+    [
+        ({"avx2"}, True, torch.bfloat16),
+        ({"avx2"}, False, torch.float32),
+        ({"sse4_2"}, True, torch.float32),
+        ({"avx2", "avx512_bf16"}, False, torch.bfloat16),
+    ],
+)
+def test_auto_is_bfloat16_where_the_processor_or_the_kernels_are_fast_in_it(
+    flags: set[str], cpu_kernels: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(worker, "cpu_has_bf16", lambda: "avx512_bf16" in flags)
+    assert worker.pick_dtype("auto", torch.device("cpu"), "bfloat16", cpu_kernels) is dtype
+    assert worker.pick_dtype("float32", torch.device("cpu"), "bfloat16", cpu_kernels) is torch.float32
 
 
 def test_no_cpuinfo_means_no_known_flags(tmp_path: Path) -> None:

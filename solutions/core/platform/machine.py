@@ -98,7 +98,7 @@ def cpu_flags(root: Path = ROOT) -> frozenset[str]:
 
 
 def cpu_has_bf16(root: Path = ROOT) -> bool:
-    """Whether the processor multiplies bfloat16 natively; where it does not, float32 is faster and more exact."""
+    """Whether the processor multiplies bfloat16 natively; where it does not, PyTorch is faster in float32, and more exact."""
     return not BF16_FLAGS.isdisjoint(cpu_flags(root))
 
 

@@ -37,8 +37,8 @@ SOURCES = (
 )
 HEADERS = (
     "core/platform/native.h",
-    "core/platform/tiles.h",
     "core/platform/shares.h",
+    "core/platform/tiles.h",
     "attention/paged_work_cpu.h",
     "attention/paged_decode_cpu.h",
     "attention/paged_prefill_cpu.h",

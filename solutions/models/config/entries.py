@@ -1,4 +1,4 @@
-"""Reading what others wrote: a JSON file or a GGUF header, each entry checked for its kind as it is taken out."""
+"""Reads what other programs wrote, a JSON file or a GGUF header, and checks the kind of each entry as it is taken out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAX_WHOLE, MAX_NUMBER = 2**31 - 1, 1e30
 
 
 class ModelError(ValueError):
-    """A model cannot be had or run as asked; the message is one line for the person who asked."""
+    """A model is not there, or cannot run as asked. The message is one line for the user."""
 
 
 class _Required:
@@ -86,10 +86,10 @@ class Entries:
         return tuple(map(float, value))
 
     def token_ids(self, name: str, vocab_size: int) -> list[int] | None:
-        """Tokens of which there may be one or many; None: the entry is not there.
+        """The token ids of an entry that is one id or a list of them; None: the entry is not there.
 
-        Ids outside the vocabulary are left out, for the model cannot make such a token. Files do hold them: -1 for "none", or
-        the id of a token that was added to the tokenizer alone.
+        Ids outside the vocabulary are left out, because the model cannot make such a token. Files do hold them: -1 for "none",
+        or the id of a token that was added to the tokenizer alone.
         """
         value = self._get(name, None)
         if value is None:

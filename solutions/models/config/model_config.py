@@ -91,7 +91,7 @@ class ModelConfig:
         return config
 
     def also_ends_at(self, token: int | None) -> ModelConfig:
-        """This with one more token that ends a text, if there is such a token in the vocabulary."""
+        """The same model with one more token that ends a text, if the vocabulary has that token."""
         if token is None or token in self.eos_token_ids or not 0 <= token < self.vocab_size:
             return self
         return replace(self, eos_token_ids=(*self.eos_token_ids, token))
@@ -102,11 +102,11 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise ModelError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} KV heads evenly")
         if self.architecture != "GPT2LMHeadModel" and (self.head_dim < 4 or self.head_dim % 2):
-            raise ModelError(f"heads of {self.head_dim} elements are not supported: RoPE turns pairs, two at least")
+            raise ModelError(f"heads of {self.head_dim} elements are not supported: RoPE needs an even number, 4 or more")
         self._check_rotation(self.rotary_dim or self.head_dim)
         if self.max_position_embeddings > MAX_POSITIONS:
             raise ModelError(
-                f"a context of {self.max_position_embeddings} tokens is not supported, {MAX_POSITIONS} are at most"
+                f"a context of {self.max_position_embeddings} tokens is not supported; the maximum is {MAX_POSITIONS}"
             )
 
     def _check_rotation(self, rotary_dim: int) -> None:

@@ -55,7 +55,8 @@ def group_parameters(weight: Tensor, bits: int, symmetric: bool, whole_zeros: bo
 
     Asymmetric: the range from the least to the largest weight is cut into 2**bits − 1 steps, and the zero is the whole number
     that brings the least to code 0, or without `whole_zeros` whatever number does so exactly. Symmetric: the zero is
-    2**(bits − 1), and the largest magnitude is 2**(bits − 1) − 1 steps from it. A group of nothing but zeros gets a scale of 1.
+    2**(bits − 1), and the largest magnitude is 2**(bits − 1) − 1 steps from it. A group of nothing but zeros gets a scale of 1,
+    and no other, however small its weights are.
 
     Args:
         weight: [N, g] float32.
@@ -124,13 +125,13 @@ def pack_int32(values: Tensor, bits: int) -> Tensor:
     """Codes side by side in 32-bit words, the first in the lowest bits.
 
     Args:
-        values: [..., n] whole numbers below 2**bits, n a multiple of 32 / bits.
+        values: [..., n] whole numbers below 2**bits, of any integer type and layout in memory, n a multiple of 32 / bits.
 
     Returns:
         [..., n · bits / 32] int32.
 
     Raises:
-        ValueError: they do not fill whole words.
+        ValueError: they "do not fill whole 32-bit words".
     """
     in_word = 32 // bits
     if values.shape[-1] % in_word:

@@ -12,6 +12,24 @@ REFERENCE = re.compile(r"(^|[^\w])solutions([./\\]|$)")
 TOOLS = ("pytest", "_pytest", "hypothesis", "stages")
 """What a starter has no business with: it imports its engine with dots."""
 VARIABLES = re.compile(r"COURSE_RESULTS|GRADING_\w+")
+MACHINERY = ("builtins", "ctypes", "gc", "importlib", "inspect")
+"""Modules by which code gets at other code while it runs."""
+DOORS = {"sys": {"modules", "_getframe", "_current_frames", "settrace", "setprofile"}, "os": {"_exit", "environ", "getenv"}}
+"""Module → its names that lead to the tests, to where results are written, or out of the process."""
+INSIDES = {
+    "__builtins__",
+    "__code__",
+    "__globals__",
+    "__subclasses__",
+    "f_back",
+    "f_globals",
+    "f_locals",
+    "gi_frame",
+    "cr_frame",
+}
+"""Attributes that lead from one function into another."""
+COMPARISONS = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
+"""What a test asks a value; an answer may not give itself."""
 
 
 def offences(text: str, file: str, starter: str) -> list[str]:
@@ -45,7 +63,10 @@ def _in_python(text: str) -> list[tuple[str, int]]:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
     documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    found = []
+    imports = [alias for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    modules_of = {each.name.split(".")[0]: each.name.split(".")[0] for each in imports if each.asname is None}
+    modules_of |= {each.asname: each.name for each in imports if each.asname is not None}
+    found = [(what, node.lineno) for node in ast.walk(tree) for what in _reaches(node, modules_of)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
@@ -59,11 +80,43 @@ def _in_python(text: str) -> list[tuple[str, int]]:
         for module in modules:
             if module.split(".")[0] == "solutions":
                 found.append((f"imports the reference: {module}", node.lineno))
-            elif module.split(".")[0] in TOOLS:
+            elif module.split(".")[0] in (*TOOLS, *MACHINERY):
                 found.append((f"imports {module}", node.lineno))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
             if REFERENCE.search(node.value):
                 found.append((f"names the reference: {node.value[:80]!r}", node.lineno))
             elif VARIABLES.search(node.value):
                 found.append((f"names a variable of the grader: {node.value[:80]!r}", node.lineno))
+            elif node.value in INSIDES | COMPARISONS:
+                found.append((f"names {node.value}", node.lineno))
     return found
+
+
+def _reaches(node: ast.AST, modules: dict[str, str]) -> list[str]:
+    """What a piece of code does to get at the tests or at what judges them.
+
+    Args:
+        modules: name in the file → the module that it was imported as.
+    """
+    if isinstance(node, ast.ImportFrom) and node.level == 0:
+        return [f"uses {node.module}.{each.name}" for each in node.names if each.name in DOORS.get(node.module or "", ())]
+    if isinstance(node, ast.Attribute):
+        door = DOORS.get(modules.get(node.value.id, ""), set()) if isinstance(node.value, ast.Name) else set()
+        written = f"changes {modules[node.value.id]}.{node.attr}" if _is_module(node.value, modules) else ""
+        changes = [written] if written and not isinstance(node.ctx, ast.Load) else []
+        uses = [f"uses {ast.unparse(node)}"] if node.attr in door else []
+        return changes + uses + ([f"uses {node.attr}"] if node.attr in INSIDES else [])
+    if isinstance(node, ast.Name):
+        return [f"uses {node.id}"] if node.id in INSIDES else []
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("setattr", "delattr"):
+        return [f"changes {modules[node.args[0].id]}"] if node.args and _is_module(node.args[0], modules) else []
+    if isinstance(node, ast.ClassDef):
+        targets = [target for each in node.body if isinstance(each, ast.Assign) for target in each.targets]
+        names = [each.name for each in node.body if isinstance(each, ast.FunctionDef)]
+        names += [target.id for target in targets if isinstance(target, ast.Name)]
+        return [f"defines {name}" for name in names if name in COMPARISONS]
+    return []
+
+
+def _is_module(node: ast.expr, modules: dict[str, str]) -> bool:
+    return isinstance(node, ast.Name) and node.id in modules

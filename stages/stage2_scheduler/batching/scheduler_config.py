@@ -10,14 +10,14 @@ from .sequence import Sequence
 
 
 def fcfs(seq: Sequence) -> tuple[int, ...]:
-    """Sort key for first come, first served: by arrival, which `seq_id` counts."""
+    """Sort key for first come, first served: by arrival, which `seq_id` counts; no clock is asked."""
     # Hint: A tuple is compared entry by entry, so a tie-break is a second entry. The module `bisect` can insert into a
     # sorted list.
     raise NotImplementedError("Stage 2 · Task 2.2: fcfs, see stages/stage2_scheduler/GUIDE.md#task-2-2")
 
 
 def priority(seq: Sequence) -> tuple[int, ...]:
-    """Sort key: the lower `priority` first, ties by arrival."""
+    """Sort key: the lower `priority` first, ties by arrival, which `seq_id` counts."""
     raise NotImplementedError("Stage 2 · Task 2.2: priority, see stages/stage2_scheduler/GUIDE.md#task-2-2")
 
 

@@ -164,13 +164,14 @@ class Sequence:
         return self.status is SequenceStatus.FINISHED
 
     def append_token(self, token: int) -> bool:
-        """Append a sampled token and decide whether it ends the sequence; if so, `finish` it.
+        """Append a sampled token to `tokens`, a list that others hold, and decide whether it ends the sequence; if so,
+        `finish` it.
 
         The order is that of vLLM: end-of-sequence token, stop token, length (`max_len`); the first two only once
         ``min_tokens`` are out, this one counted. The reason is "stop" or "length". The stop reason is the stop token; None for
         end of sequence; `max_len_reason` at `max_len`. With ``ignore_eos`` an end-of-sequence token is none, but it may be a
-        stop token. Last, `stop_search` is asked, which needs to know the reason so far. A stop string that it finds comes
-        before all others: the reason is "stop", and the stop reason is the string.
+        stop token. Last, `stop_search` is asked, once for each token, which needs to know the reason so far. A stop string
+        that it finds comes before all others: the reason is "stop", and the stop reason is the string.
 
         Returns:
             True when the sequence has ended.

@@ -171,7 +171,8 @@ class LLMEngine:
         `scheduler` decides, `drafter` puts tokens on trial, `batch` lays the step out, `executor` runs it. The result's
         log-probabilities go to `outputs` (`add_logprobs`) before `scheduler` appends the new tokens, as stop strings are looked
         for there, in text that is read together with them. Then `outputs` emits. Last, each of `observers` is told of the
-        decision, by `on_step`, with the time that `outputs` was given. Without anything to run, `schedule` is all.
+        decision, by `on_step`, with the time that `outputs` was given: that of `time.monotonic` when the step has run. Without
+        anything to run, `schedule` is all; a step that samples nobody is a step.
 
         Returns:
             Outputs of the requests that advanced, as their ``output_kind`` asks.

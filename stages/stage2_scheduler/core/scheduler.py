@@ -47,7 +47,8 @@ class Scheduler:
         self._removed: list[int] = []
 
     def add(self, seq: Sequence) -> None:
-        """Put a sequence into `waiting`, at the place that the policy's key gives it.
+        """Put a sequence into `waiting`, at the place that the policy's key gives it. The queue is in order already, so few
+        keys need to be compared.
 
         Children come to the queue later, without being asked again, so each needs a place now: this sequence's, and those of
         every sequence that waits or runs.
@@ -108,7 +109,7 @@ class Scheduler:
         `_place` gives a sequence its blocks, or says that memory is short. One that has them computes its uncomputed tokens as
         far as the budget and `_max_chunk` go; the blocks that these fill enter the prefix cache (`cache_full_blocks`), and the
         sequence joins `running` at its place. Without chunked prefill, one with more tokens than the budget has left waits.
-        `first_scheduled_time` is that of its first admission.
+        `first_scheduled_time` is that of its first admission, by `time.monotonic`.
 
         Args:
             output: the step so far; receives the admitted sequences.
@@ -177,7 +178,8 @@ class Scheduler:
 
         With the mode "swap", and where the host has room, its blocks move there: it is SWAPPED, and what it has computed stays
         computed. Otherwise they are freed: it is WAITING, and nothing of it is computed any more. Its tokens stay either way.
-        The sequence and the scheduler count the preemption; `output.preempted` and `_removed` note it.
+        The sequence and the scheduler count the preemption; `output.preempted` and `_removed` note it, in both modes. Nothing
+        else of the sequence changes.
 
         Args:
             output: receives the sequence, and the blocks to move.

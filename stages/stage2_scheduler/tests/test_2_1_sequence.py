@@ -91,6 +91,44 @@ def test_output_is_what_was_appended() -> None:
     check_equal(prompt, [11, 12], "the list that the caller gave as prompt")
 
 
+class UncopiedTokens(list[int]):
+    """A list of tokens, counting those that somebody copies or walks over."""
+
+    walked = 0
+
+    def __getitem__(self, place):
+        found = super().__getitem__(place)
+        self.walked += len(found) if isinstance(place, slice) else 0
+        return found
+
+    def __iter__(self):
+        self.walked += len(self)
+        return super().__iter__()
+
+
+def test_counting_copies_nothing() -> None:
+    """num_output_tokens and num_uncomputed_tokens of 1,000 tokens are told without looking at one of them.
+
+    Why: both are asked at each step, for each sequence. Copying the output to count it makes a long answer slower and slower.
+    """
+    seq = make_sequence(0, 3)
+    seq.tokens = tokens = UncopiedTokens(range(1000))
+    seq.num_computed_tokens = 999
+    check_equal((seq.num_output_tokens, seq.num_uncomputed_tokens), (997, 1), "num_output_tokens, num_uncomputed_tokens")
+    check_equal(tokens.walked, 0, "tokens that were copied or walked over")
+
+
+def test_the_list_of_tokens_stays_the_same_one() -> None:
+    """append_token appends to the list that is there: whoever holds `tokens` sees the new one.
+
+    Why: the detokenizer is given the list once and reads it as it grows. From a new list nothing would ever reach it.
+    """
+    seq = make_sequence(0, [11, 12])
+    held = seq.tokens
+    feed(seq, [21, 22])
+    check_equal(held, [11, 12, 21, 22], "the list that somebody took before the first token")
+
+
 @pytest.mark.parametrize("token", [EOS, ALSO_EOS])
 def test_end_of_sequence_token_ends_it(token: int) -> None:
     """Any of the model's end-of-sequence tokens ends the sequence: finish_reason "stop", stop_reason None.
@@ -145,6 +183,43 @@ def test_stop_string_comes_before_every_other_end(
     feed(seq, tokens)
     check_equal((seq.finish_reason, seq.stop_reason), end, "finish_reason and stop_reason")
     check_equal(search.reasons, reasons, "the reasons that the search was given")
+
+
+def test_a_stop_string_is_named_before_a_stop_token() -> None:
+    """When the token that completes a stop string is a stop token as well, the stop reason is the string.
+
+    Why: the text ends before the string, so that is what ended it. A client that gets the token's number looks for it in vain.
+    """
+    seq = make_sequence(0, 3, stop_token_ids=[30])
+    seq.stop_search = search = Search(seq)
+    check_equal(feed(seq, [21, 30]), 2, "tokens until the end")
+    check_equal((seq.finish_reason, seq.stop_reason), ("stop", "stop"), "finish_reason and stop_reason")
+    check_equal(search.reasons, [None, "stop"], "the reasons that the search was given")
+
+
+def test_every_token_is_searched_below_min_tokens_too() -> None:
+    """`min_tokens` holds back stop tokens, not the search: it is asked once for each token, and what it finds decides.
+
+    Why: it reads the text, a token at a time. One that it is not told of is missing in the answer. (Whether a string may end
+    an answer so early is for the search to know.)
+    """
+    seq = make_sequence(0, 3, eos=(EOS,), min_tokens=4, max_tokens=9)
+    seq.stop_search = search = Search(seq)
+    check_equal(feed(seq, [EOS, 21, 30]), 3, "tokens until the end")
+    check_equal(search.reasons, [None, None, None], "the reasons that the search was given")
+    check_equal((seq.finish_reason, seq.stop_reason), ("stop", "stop"), "finish_reason and stop_reason")
+
+
+def test_the_length_may_have_a_reason_of_its_own() -> None:
+    """A sequence with a `max_len_reason` that ends at `max_len` names it; one that ends before does not.
+
+    Why: a form that is complete, or a limit that the server set, ends an answer like a length, and the caller is told which.
+    """
+    for tokens, end in (([21, 22], ("length", "because")), ([21, EOS], ("stop", None))):
+        seq = make_sequence(0, 3, eos=(EOS,))
+        seq.max_len, seq.max_len_reason = 5, "because"
+        check_equal(feed(seq, tokens), 2, "tokens until the end")
+        check_equal((seq.finish_reason, seq.stop_reason), end, "finish_reason and stop_reason")
 
 
 def test_stop_token_ends_it_and_is_named() -> None:

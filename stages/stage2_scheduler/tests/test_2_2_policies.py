@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from stages.batching.scheduler_config import QueueFullError, fcfs, priority
-from stages.batching.sequence import SequenceStatus
+from stages.batching.sequence import Sequence, SequenceStatus
 from stages.course.fixtures.checks import check_equal
 from stages.course.fixtures.simulation import Simulation, ids, make_sequence
 
@@ -51,6 +51,41 @@ def test_keys_of_different_sequences_differ() -> None:
     sequences = [make_sequence(i, 2, priority=i % 2) for i in range(6)]
     for policy in (fcfs, priority):
         check_equal(len({policy(seq) for seq in sequences}), 6, f"different keys under {policy.__name__}")
+
+
+def test_the_clock_says_nothing_about_the_order() -> None:
+    """Arrival is the id: neither arrival_time, nor preemptions, nor the lengths of prompts change the order of a policy.
+
+    Why: a request that was prepared early and submitted late has an early time and a late id. By the clock it would overtake
+    those who were in the queue before it, and it would not be the last one that is preempted.
+    """
+    sequences = [make_sequence(i, length) for i, length in enumerate((200, 2, 90, 1))]
+    for seq, time, preemptions in zip(sequences, (9.0, 3.0, 7.0, 1.0), (0, 1, 0, 2), strict=True):
+        seq.arrival_time, seq.num_preemptions = time, preemptions
+    for policy in (fcfs, priority):
+        check_equal(ids(sorted([sequences[i] for i in (2, 3, 1, 0)], key=policy)), [0, 1, 2, 3], f"order by {policy.__name__}")
+
+
+@pytest.mark.parametrize("newcomer", [-1, 500, 2000])
+def test_a_newcomer_does_not_sort_the_queue(newcomer: int) -> None:
+    """A sequence that enters a queue of 1,000, in front, in the middle or at the end, is compared with at most 20 of them.
+
+    Why: the queue is in order already. Sorting it, or walking along it, for each request takes a busy server's time when it has
+    least. (`bisect` needs 10 comparisons; here a counting key takes the place of the policy's.)
+    """
+    scheduler = Simulation().scheduler
+    scheduler.waiting = [make_sequence(i, 1) for i in range(1000)]
+    scheduler.waiting.pop(500)
+    keys = []
+
+    def key(seq: Sequence) -> tuple[int, ...]:
+        keys.append(seq.seq_id)
+        return (seq.seq_id,)
+
+    scheduler._key = key
+    scheduler.add(make_sequence(newcomer, 1))
+    check_equal(ids(scheduler.waiting), sorted({*range(1000)} - {500} | {newcomer}), "waiting queue")
+    assert len(keys) <= 21, f"{len(keys)} keys were asked for to put one sequence into a sorted queue of 999"
 
 
 @pytest.mark.parametrize(("policy", "expected"), [("fcfs", [0, 1, 2, 3]), ("priority", [3, 1, 2, 0])])
@@ -128,6 +163,7 @@ def test_every_sequence_of_a_request_counts(waiting: int, n: int, fits: bool) ->
         with pytest.raises(QueueFullError):
             scheduler.add(parent)
         check_equal(ids(scheduler.waiting), list(range(waiting)), "waiting queue after the refusal")
+        check_equal(len(parent.children), n - 1, "children of the refused sequence")
 
 
 @pytest.mark.parametrize("running", [False, True])
@@ -150,6 +186,25 @@ def test_children_to_come_keep_their_places(running: bool) -> None:
     with pytest.raises(QueueFullError):
         scheduler.add(make_sequence(20, 2))
     check_equal(len(scheduler.waiting), 8 - 3, "sequences in the queue, beside three children to come")
+
+
+def test_the_children_of_all_count() -> None:
+    """Two waiting requests for 3 answers and a running one for 2 take seven places: in a queue for 8 one is left.
+
+    Why: all of their children come. Whoever counts the largest family only fills the queue beyond its end.
+    """
+    scheduler = Simulation(max_num_waiting=8).scheduler
+    for seq_id, n in ((0, 3), (10, 3), (20, 2)):
+        parent = make_sequence(seq_id, 2)
+        parent.children = [make_sequence(seq_id + i, 2, parent=parent) for i in range(1, n)]
+        if n == 3:
+            scheduler.add(parent)
+        else:
+            parent.status = SequenceStatus.RUNNING
+            scheduler.running.append(parent)
+    scheduler.add(make_sequence(30, 2))
+    with pytest.raises(QueueFullError):
+        scheduler.add(make_sequence(31, 2))
 
 
 def test_running_sequences_take_no_place_in_the_queue() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from stages.batching.scheduler_output import SchedulerOutput
@@ -31,6 +33,21 @@ def test_only_a_sequence_with_nothing_left_is_sampled(computed: int, count: int,
     output.add(seq, count)
     check_equal(counts(output), {0: count}, "scheduled tokens")
     check_equal(ids(output.sampled), [0] if sampled else [], "sampled sequences")
+
+
+@pytest.mark.parametrize(("computed", "count", "sampled"), [(0, 5, False), (0, 7, False), (5, 2, False), (6, 1, False),
+                                                            (0, 8, True), (5, 3, True)])  # fmt: skip
+def test_a_resumed_sequence_is_sampled_at_the_end_of_its_output(computed: int, count: int, sampled: bool) -> None:
+    """A sequence with a prompt of 5 and 3 tokens of output that computes all of it again is sampled behind the eighth.
+
+    Why: behind the prompt, or in the middle of the output, the next token is known already. One that is sampled there is a
+    token out of nowhere in the middle of an answer.
+    """
+    output, seq = SchedulerOutput(), make_sequence(0, 5)
+    seq.tokens += [21, 22, 23]
+    seq.num_computed_tokens = computed
+    output.add(seq, count)
+    check_equal(ids(output.sampled), [0] if sampled else [], f"sampled, with {computed} + {count} of 8 tokens")
 
 
 def test_long_prompt_is_sampled_when_it_is_through() -> None:
@@ -174,6 +191,53 @@ def test_without_chunks_a_prompt_waits_for_a_budget_that_holds_it(length: int, s
     check_equal(counts(admit(sim, 16)), scheduled, "scheduled tokens")
 
 
+def test_without_chunks_a_resumed_sequence_counts_with_its_output() -> None:
+    """Without chunks, a sequence that was preempted with a prompt of 6 and an output of 6 waits where 10 tokens are left.
+
+    Why: it computes all twelve in one step. Measured by its prompt it would be cut, which is what was switched off.
+    """
+    sim = Simulation(enable_chunked_prefill=False, max_num_batched_tokens=64, max_model_len=64)
+    seq = sim.add(6)
+    seq.tokens += [21, 22, 23, 24, 25, 26]
+    seq.num_preemptions = 1
+    check_equal(counts(admit(sim, 10)), {}, "scheduled tokens with a budget of 10")
+    check_equal(sim.manager.allocator.num_used, 0, "blocks in use")
+    check_equal(counts(admit(sim, 12)), {0: 12}, "scheduled tokens with a budget of 12")
+
+
+@pytest.mark.parametrize(("budget", "count", "sampled"), [(2, 2, []), (3, 3, []), (4, 4, [0]), (9, 4, [0])])
+def test_a_swapped_sequence_goes_on_where_it_was(budget: int, count: int, sampled: list[int]) -> None:
+    """A SWAPPED sequence with 6 of 10 tokens computed is admitted for the other 4, as far as the budget goes, and is RUNNING.
+
+    Why: `_place` brings its blocks back, and what it has computed is still computed. (A stand-in for `swap_in`, task 2.5, gives
+    it blocks here.)
+    """
+    sim = Simulation(block_size=4, preemption_mode="swap", num_host_blocks=4)
+    seq = sim.add(10)
+    seq.status, seq.num_computed_tokens, seq.num_preemptions, seq.first_scheduled_time = SequenceStatus.SWAPPED, 6, 1, 12.5
+    sim.scheduler.swap_in = lambda seq, output, keep_watermark: sim.manager.allocate(seq) == 0
+    output = admit(sim, budget)
+    check_equal(counts(output), {0: count}, f"scheduled tokens with a budget of {budget}")
+    check_equal(ids(output.sampled), sampled, "sampled sequences")
+    check_equal((seq.status, seq.first_scheduled_time), (SequenceStatus.RUNNING, 12.5), "status and first_scheduled_time")
+    check_equal((ids(sim.scheduler.waiting), ids(sim.scheduler.running)), ([], [0]), "waiting and running")
+
+
+def test_a_resumed_sequence_may_come_in_chunks() -> None:
+    """A preempted sequence with a prompt of 5 and an output of 3 meets a budget of 6: it is admitted with 6, and not sampled.
+
+    Why: the tokens behind the prompt are known. What follows the sixth stands in its answer already.
+    """
+    sim = Simulation(block_size=4)
+    seq = sim.add(5)
+    seq.tokens += [21, 22, 23]
+    seq.num_preemptions = 1
+    output = admit(sim, 6)
+    check_equal(counts(output), {0: 6}, "scheduled tokens")
+    check_equal(ids(output.sampled), [], "sampled sequences")
+    check_equal(len(sim.manager.tables[0]), 2, "blocks for 8 tokens")
+
+
 def test_threshold_caps_each_prompt() -> None:
     """long_prefill_token_threshold = 8: prompts of 20, 5 and 20 tokens get 8, 5 and 8 of a budget of 32.
 
@@ -199,6 +263,22 @@ def test_admitted_sequence_runs_with_blocks_for_all_its_tokens() -> None:
     check_equal((ids(sim.scheduler.waiting), ids(sim.scheduler.running)), ([], [0]), "waiting and running")
     check_equal(len(sim.manager.tables[0]), 3, "blocks for 9 tokens in blocks of 4")
     check_equal(type(seq.first_scheduled_time), float, "type of first_scheduled_time")
+
+
+def test_the_time_of_admission_is_on_the_monotonic_clock() -> None:
+    """first_scheduled_time is what `time.monotonic` says while admit_waiting runs, for each of those admitted.
+
+    Why: arrival and first token are measured on that clock. A time of another one makes a time to first token of minus fifty
+    years.
+    """
+    sim = Simulation()
+    sequences = [sim.add(4) for _ in range(2)]
+    before = time.monotonic()
+    admit(sim, 100)
+    after = time.monotonic()
+    for seq in sequences:
+        found = seq.first_scheduled_time
+        assert before <= found <= after, f"sequence {seq.seq_id} was admitted at {found}, not from {before} to {after}"
 
 
 def test_first_scheduled_time_stays_the_first() -> None:

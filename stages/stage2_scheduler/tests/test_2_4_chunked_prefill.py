@@ -121,6 +121,113 @@ def test_threshold_caps_every_chunk() -> None:
     check_equal(serve(sim), ({0: 4, 1: 3, 2: 1}, 24), "scheduled tokens and the budget left")
 
 
+def let_go(sim: Simulation) -> list[int]:
+    """Put a stand-in for `preempt`, task 2.5, into a simulation: it frees the victim's blocks, and its id joins this list."""
+    victims: list[int] = []
+
+    def preempt(seq: Sequence, output: SchedulerOutput) -> None:
+        check_equal(seq in sim.scheduler.running, False, f"sequence {seq.seq_id} is still in `running` when it is preempted")
+        victims.append(seq.seq_id)
+        output.preempted.append(seq)
+        sim.manager.free(seq)
+
+    sim.scheduler.preempt = preempt
+    return victims
+
+
+def test_the_last_of_running_gives_way() -> None:
+    """Three run, no block is free, and the first needs one: the last of `running` is taken out of it and preempted, and the
+    others get their tokens.
+
+    Why: who was served last has the least to lose. Whoever preempts the one that asks turns the policy upside down.
+    """
+    sim = Simulation(num_blocks=7, block_size=4)
+    for length in (8, 6, 9):
+        sim.start(length)
+    victims = let_go(sim)
+    check_equal(serve(sim), ({0: 1, 1: 1}, sim.scheduler.config.max_num_batched_tokens - 2), "scheduled tokens, budget left")
+    check_equal(victims, [2], "preempted sequences")
+    check_equal(ids(sim.scheduler.running), [0, 1], "running sequences")
+
+
+def test_as_many_give_way_as_it_takes() -> None:
+    """A first sequence with 8 tokens left needs 4 blocks of 2, and none is free: the last two go, in that order, and no third.
+
+    Why: one victim may not be enough, and one too many is computed again for nothing.
+    """
+    sim = Simulation(num_blocks=8, block_size=2, max_num_batched_tokens=16)
+    first = sim.start(4)
+    for _ in range(3):
+        sim.start(3)
+    first.tokens += list(range(70, 77))
+    victims = let_go(sim)
+    check_equal(serve(sim), ({0: 8, 1: 1}, 7), "scheduled tokens and the budget left")
+    check_equal(victims, [3, 2], "preempted sequences, in the order in which they lost their blocks")
+
+
+def test_the_last_may_have_to_give_way_to_nobody() -> None:
+    """Only the last of three needs a block and none is free: it is preempted itself, and the step goes on with the others:
+    their filled blocks enter the prefix cache, and the rest of the budget is returned.
+
+    Why: the sequences before it have their tokens. Leaving the function at that place forgets what comes behind the loop.
+    """
+    sim = Simulation(num_blocks=6, block_size=4, prefix_caching=True, max_num_batched_tokens=16)
+    for length in (7, 6, 8):
+        sim.start(length)
+    victims, cached = let_go(sim), len(sim.manager.prefix_cache)
+    check_equal(serve(sim), ({0: 1, 1: 1}, 14), "scheduled tokens and the budget left")
+    check_equal(victims, [2], "preempted sequences")
+    check_equal(ids(sim.scheduler.running), [0, 1], "running sequences")
+    check_equal(len(sim.manager.prefix_cache), cached + 1, "cached blocks: the first sequence fills its second one")
+
+
+def test_who_is_preempted_caches_nothing() -> None:
+    """A sequence that is preempted in the step that would have filled its block leaves no entry for it in the prefix cache.
+
+    Why: the entry would name a block that nobody has filled, and the next prompt with these tokens would read it.
+    """
+    sim = Simulation(num_blocks=3, block_size=4, prefix_caching=True, max_num_batched_tokens=16)
+    sim.start(5)
+    last = sim.start(4, computed=3)
+    last.tokens += [71, 72, 73, 74]
+    victims = let_go(sim)
+    check_equal(serve(sim), ({0: 1}, 15), "scheduled tokens and the budget left")
+    check_equal((victims, len(sim.manager.prefix_cache)), ([1], 0), "preempted sequences, and cached blocks")
+
+
+@pytest.mark.parametrize("left", [1, 2, 7, 16, 20])
+def test_a_resumed_sequence_goes_on_in_chunks(left: int) -> None:
+    """A sequence that computes its prompt and output again, `left` tokens of the output still missing, gets min(left, 16) of a
+    budget of 16, and is sampled when that is all.
+
+    Why: a sequence with output is not always one that decodes. A token a step for a long answer would take longer than the
+    answer did.
+    """
+    sim = Simulation(max_num_batched_tokens=16)
+    seq = sim.start(6, computed=5)
+    seq.tokens += list(range(100, 130))
+    seq.num_computed_tokens = len(seq.tokens) - left
+    sim.manager.free(seq)
+    sim.manager.allocate(seq)
+    output = SchedulerOutput()
+    check_equal(sim.scheduler.schedule_running(output), 16 - min(left, 16), "what is left of the budget")
+    check_equal(counts(output), {0: min(left, 16)}, "scheduled tokens")
+    check_equal(ids(output.sampled), [0] if left <= 16 else [], "sampled sequences")
+
+
+def test_a_step_of_chunks_counts() -> None:
+    """A step in which nobody is sampled, and no table changed, is a step: it is counted, and so is what it computed.
+
+    Why: the first steps of a long prompt are such. Left out of the counters, a server that works looks idle.
+    """
+    sim = Simulation(num_blocks=10, block_size=4)
+    chunk = sim.start(20, computed=2)
+    sim.scheduler.update(SchedulerOutput(scheduled={chunk: 3}), [])
+    scheduler = sim.scheduler
+    check_equal((scheduler.num_steps, scheduler.num_generation_tokens), (1, 0), "steps and generated tokens")
+    check_equal((chunk.num_computed_tokens, scheduler.peak_usage), (5, 0.5), "num_computed_tokens and the peak")
+
+
 def test_running_come_before_waiting() -> None:
     """Two decodes run and a prompt of 20 waits, budget 8: the decodes get their tokens, the prompt the other 6.
 
@@ -248,6 +355,7 @@ def test_nothing_is_appended_behind_the_end() -> None:
     output = SchedulerOutput(scheduled={seq: 1, other: 1}, sampled=[seq, other])
     sim.scheduler.update(output, [[71, 72, 73], [74]])
     check_equal(seq.output_token_ids[1:], [71, 72], "tokens that were appended")
+    check_equal(sim.scheduler.num_generation_tokens, 2, "num_generation_tokens: one for each that was sampled")
     check_equal((seq.status, other.output_token_ids[1:]), (SequenceStatus.FINISHED, [74]), "status, and its neighbour's token")
 
 
@@ -365,3 +473,31 @@ def test_sliding_window_lets_go_of_old_blocks() -> None:
         most = max(most, sim.manager.allocator.num_used)
     check_equal(seq.num_output_tokens, 18, "tokens generated")
     assert most <= 4, f"{most} blocks were in use at once; a window of 4 tokens touches 3 blocks, and one more is being filled"
+
+
+def test_a_long_prompt_lets_go_of_old_blocks_too() -> None:
+    """With a window of 4 tokens and blocks of 2, a prompt of 24 in chunks of 4 holds fewer blocks from chunk to chunk.
+
+    Why: it was given blocks for all of it. Those behind the window can serve others long before its first token.
+    """
+    sim = Simulation(num_blocks=12, block_size=2, sliding_window=4, max_num_batched_tokens=4)
+    sim.start(24, computed=4, max_tokens=1)
+    held = []
+    for _ in range(4):
+        sim.step()
+        held.append(sim.manager.allocator.num_used)
+    check_equal(held, [12, 10, 8, 6], "blocks in use after the steps that begin at tokens 4, 8, 12 and 16")
+
+
+def test_the_window_gives_its_blocks_before_one_is_asked_for() -> None:
+    """All blocks are in use, and the sequence that needs a new one has one behind its window: it takes that one, and nobody is
+    preempted.
+
+    Why: a block that nobody sees any more is room. Asked for before it is freed, it costs somebody his place.
+    """
+    sim = Simulation(num_blocks=4, block_size=2, sliding_window=3, max_num_batched_tokens=8)
+    sim.start(6)
+    sim.start(1)
+    victims = let_go(sim)
+    check_equal(serve(sim), ({0: 1, 1: 1}, 6), "scheduled tokens and the budget left")
+    check_equal(victims, [], "preempted sequences")

@@ -102,6 +102,71 @@ def test_preemption_is_counted_and_noted() -> None:
     check_equal(sim.scheduler.num_preemptions, 2, "num_preemptions of the scheduler")
 
 
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_what_a_preemption_leaves_alone(mode: str) -> None:
+    """Parent, first_scheduled_time, num_cached_tokens and the tokens stay as they were, in both modes.
+
+    Why: the first says how long a request queued, the second what its prompt found in the cache. A preemption comes later, and
+    is counted by itself.
+    """
+    sim = Simulation(num_host_blocks=8, preemption_mode=mode)
+    parent, seq = sim.start(9), sim.start(9)
+    tokens = list(seq.tokens)
+    seq.first_scheduled_time, seq.num_cached_tokens, seq.parent = 12.5, 4, parent
+    preempt(sim, seq)
+    check_equal((seq.first_scheduled_time, seq.num_cached_tokens), (12.5, 4), "first_scheduled_time and num_cached_tokens")
+    check_equal((seq.parent, seq.tokens), (parent, tokens), "parent and tokens")
+
+
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_two_victims_of_one_step(mode: str) -> None:
+    """Two sequences are preempted in one step, in either mode: it names both as preempted and removed, has the moves of both,
+    and counts both; one that was preempted four times before counts 5.
+
+    Why: a step may need more than one victim. What is assigned instead of added, or noted for one mode only, loses the first:
+    its blocks are never copied, or its row in the batch is never given back.
+    """
+    sim = Simulation(block_size=4, num_host_blocks=16, preemption_mode=mode)
+    sequences = [sim.start(9), sim.start(6)]
+    tables = [list(sim.manager.tables[seq.seq_id]) for seq in sequences]
+    output = SchedulerOutput()
+    for seq in sequences[::-1]:
+        sim.scheduler.running.remove(seq)
+        sim.scheduler.preempt(seq, output)
+    check_equal(ids(output.preempted), [1, 0], "preempted sequences")
+    check_equal(sim.scheduler._removed, [1, 0], "_removed")
+    moved = [*tables[1], *tables[0]] if mode == "swap" else []
+    check_equal([source for source, _ in output.swap_out], moved, "device blocks to copy to the host")
+    check_equal(len({target for _, target in output.swap_out}), len(moved), "different host blocks")
+    check_equal(sim.scheduler.num_preemptions, 2, "num_preemptions of the scheduler")
+    check_equal([seq.num_preemptions for seq in sequences], [1, 1], "num_preemptions of the sequences")
+    check_equal(ids(sim.scheduler.waiting), [0, 1], "waiting queue")
+    sequences[0].num_preemptions = 4
+    sim.scheduler.waiting.remove(sequences[0])
+    sim.manager.free(sequences[0])
+    sim.manager.allocate(sequences[0])
+    sim.scheduler.preempt(sequences[0], output)
+    check_equal(sequences[0].num_preemptions, 5, "num_preemptions of one that was preempted four times before")
+
+
+def test_two_come_back_in_one_step() -> None:
+    """Two swapped sequences are brought back for one step: it has the moves of both, and what they have computed stays.
+
+    Why: memory becomes free for several at once. The moves that are overwritten never happen, and a sequence reads what
+    another one left.
+    """
+    sim = Simulation(block_size=4, num_host_blocks=16, preemption_mode="swap")
+    sequences = [sim.start(9), sim.start(6)]
+    for seq in sequences:
+        preempt(sim, seq)
+    hosts = [list(sim.manager.host_tables[seq.seq_id]) for seq in sequences]
+    output = SchedulerOutput()
+    for seq in sequences:
+        check_equal(sim.scheduler.swap_in(seq, output, keep_watermark=False), True, "what swap_in returns")
+    check_equal([source for source, _ in output.swap_in], [*hosts[0], *hosts[1]], "host blocks to copy to the device")
+    check_equal([seq.num_computed_tokens for seq in sequences], [9, 6], "num_computed_tokens")
+
+
 @pytest.mark.parametrize(("policy", "expected"), [("fcfs", [0, 1, 2]), ("priority", [1, 0, 2])])
 @pytest.mark.parametrize("mode", ["recompute", "swap"])
 def test_preempted_sequence_waits_at_its_old_place(policy: str, expected: list[int], mode: str) -> None:

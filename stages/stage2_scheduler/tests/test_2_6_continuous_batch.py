@@ -12,6 +12,7 @@ from stages.batching.scheduler_output import SchedulerOutput
 from stages.batching.sequence import Sequence
 from stages.course.fixtures.checks import check_equal
 from stages.course.fixtures.simulation import make_sequence
+from stages.course.fixtures.tracing import lines_run
 
 
 def computed(seq_id: int, tokens: list[int], count: int) -> Sequence:
@@ -31,7 +32,8 @@ def decide(scheduled: dict[Sequence, int], removed: tuple[int, ...] = ()) -> Sch
 
 def check_tables(batch: FlatBatch, expected: list[list[int]]) -> None:
     """Each row begins with the blocks of its sequence's context; what comes behind them means nothing."""
-    check_equal(batch.block_tables.shape[0], len(expected), "rows of block_tables")
+    shape = (len(expected), max(map(len, expected)))
+    check_equal(batch.block_tables.shape, shape, "shape of block_tables: a row a sequence, columns for the longest context")
     for i, blocks in enumerate(expected):
         check_equal(batch.block_tables[i, : len(blocks)].tolist(), blocks, f"block_tables, row {i}")
 
@@ -71,7 +73,7 @@ def test_decode_prompt_and_chunk_in_one_step() -> None:
     check_tables(batch, [[7, 2], [5], [1, 3]])
     check_equal([seq.seq_id for seq in batch.sequences], [0, 1, 2], "sequences")
     check_equal([seq.seq_id for seq in batch.sampled], [0, 1], "sampled")
-    assert batch.decision is decision, "the batch carries the decision itself, for the blocks to copy"
+    check_equal(batch.decision, decision, "the decision, for the blocks to copy")
 
 
 def test_decode_step() -> None:
@@ -249,6 +251,65 @@ def test_rows_follow_the_order_of_the_decision() -> None:
     check_equal(batch.slot_mapping, [12, 22], "slot_mapping")
     check_equal(batch.context_lens, [5, 3], "context_lens")
     check_tables(batch, [[7, 3], [5]])
+
+
+@pytest.mark.parametrize("length", [7, 8, 9, 16])
+def test_tables_are_as_wide_as_the_longest_context(length: int) -> None:
+    """With room for 1,000 blocks, a step whose longest context is at or beside a multiple of the block size has tables with a
+    column for each block of that context, also where a sequence holds more blocks.
+
+    Why: the tables go to the device at each step. Whole rows of a model with a long context are megabytes of leftovers.
+    """
+    short, long = computed(0, [1, 2, 3], 2), computed(1, list(range(40)), length - 1)
+    batch = ContinuousBatch(4, 4000, 4).build(decide({short: 1, long: 1}), {0: [30], 1: list(range(10))})
+    check_tables(batch, [[30], list(range(-(-length // 4)))])
+
+
+def test_who_leaves_gives_back_the_row_in_any_step() -> None:
+    """A sequence leaves in a step in which no table changed: in the next one a newcomer finds its row free.
+
+    Why: most steps change no table. Whoever looks at those who left only when somebody's table changed runs out of rows.
+    """
+    builder = ContinuousBatch(2, 16, 4)
+    first, second = computed(0, [1, 2, 3], 2), computed(1, [4, 5], 1)
+    builder.build(decide({first: 1, second: 1}), {0: [6], 1: [3]})
+    second.tokens.append(6)
+    second.num_computed_tokens = 2
+    calm = builder.build(SchedulerOutput(scheduled={second: 1}, sampled=[second], removed=[0]), {1: [3]})
+    check_tables(calm, [[3]])
+    newcomer = computed(2, [7, 8, 9], 0)
+    second.num_computed_tokens = 2
+    decision = SchedulerOutput(scheduled={second: 1, newcomer: 3}, sampled=[second, newcomer], changed_tables={2})
+    check_tables(builder.build(decision, {1: [3], 2: [5]}), [[3], [5]])
+
+
+def test_no_loop_over_tokens() -> None:
+    """A step of two prompts with 1,500 tokens each runs as many lines of Python as one with 10 each.
+
+    Why: a loop over tokens is right, and in large steps it takes longer than the model. Loops over sequences are allowed.
+    """
+    lines = []
+    for length in (10, 1500):
+        builder = ContinuousBatch(2, 2000, 16)
+        prompts = [computed(i, list(range(length)), 0) for i in range(2)]
+        tables = {i: list(range(100 * i, 100 * i + 100)) for i in range(2)}
+        decision = decide(dict.fromkeys(prompts, length))
+        lines.append(lines_run(lambda builder=builder, decision=decision, tables=tables: builder.build(decision, tables)))
+    assert lines[1] <= lines[0] + 100, f"{lines[0]} lines of Python for 20 tokens, {lines[1]} for 3,000"
+
+
+def test_building_leaves_its_arguments_alone() -> None:
+    """build changes neither the decision, nor the tables, nor what its sequences know and have computed.
+
+    Why: nothing is computed before the step has run. Whoever moves num_computed_tokens here moves it twice.
+    """
+    seq, decode = computed(0, [1, 2, 3, 4, 5], 1), computed(1, [6, 7, 8], 2)
+    decision, tables, progress = decide({seq: 3, decode: 1}), {0: [4, 6], 1: [2]}, {0: 1, 1: 2}
+    ContinuousBatch(2, 16, 4).build(decision, tables, progress)
+    check_equal((tables, progress), ({0: [4, 6], 1: [2]}, {0: 1, 1: 2}), "tables and progress")
+    check_equal((list(decision.scheduled.values()), decision.removed), ([3, 1], []), "tokens of the decision, removed")
+    check_equal([each.seq_id for each in decision.sampled], [1], "sampled sequences of the decision")
+    check_equal((seq.tokens, seq.num_computed_tokens), ([1, 2, 3, 4, 5], 1), "tokens and computed tokens of a sequence")
 
 
 def test_earlier_batch_stays_as_it_was() -> None:

@@ -87,6 +87,31 @@ def test_step_is_schedule_execute_update_emit() -> None:
     check_equal(parts.calls, in_order, "calls of one step")
 
 
+def test_a_step_that_samples_nobody_is_a_step() -> None:
+    """A step of chunks only, in which nobody gets a token, is executed, updated, emitted and told like any other.
+
+    Why: long prompts are computed in such steps. Left out, they are missing in the counters and in every metric.
+    """
+    seq = Sequence(3, [1, 2, 3, 4], SamplingParams())
+    parts = Recorder(SchedulerOutput(scheduled={seq: 2}), StepResult([]), [])
+    check_equal(bare_engine(parts).step(), [], "what step returns")
+    in_order = ["schedule", "draft", "build", "execute", "logprobs", "update", "emit", "on_step"]
+    check_equal(parts.calls, in_order, "calls of one step")
+
+
+def test_every_observer_is_told() -> None:
+    """Of three observers each is told of the step, once, with the same time.
+
+    Why: metrics and the live page both listen. One of them would stand still.
+    """
+    seq = Sequence(3, [1, 2], SamplingParams())
+    parts = Recorder(SchedulerOutput(scheduled={seq: 2}, sampled=[seq]), StepResult([[9]]), [request_output("a", False)])
+    engine = bare_engine(parts)
+    engine.observers = [parts, parts, parts]
+    engine.step()
+    check_equal(parts.calls.count("on_step"), 3, "calls of on_step")
+
+
 def test_step_without_work_is_empty() -> None:
     """When the scheduler decides nothing, a step returns [] and touches neither batch nor model, nor tells anyone.
 
@@ -322,6 +347,36 @@ def test_a_prompt_counts_with_its_first_token() -> None:
     for token in (a, b):
         stream.emit({0: token})
         check_equal(stream.processor.num_prompt_tokens, stream.sequences[0].num_prompt_tokens, "prompt tokens")
+
+
+def test_a_prompt_of_several_answers_counts_once() -> None:
+    """n = 3: the prompt's tokens are counted with the first token of the request, whichever sequence has it, and never again.
+
+    Why: the prompt was computed once. Three times as much would be read as three times the speed.
+    """
+    stream, (a,) = Stream(n=3), letters("a")
+    for sequences in ({1: a}, {0: a, 1: a, 2: a}):
+        stream.emit(sequences)
+        check_equal(stream.processor.num_prompt_tokens, stream.sequences[0].num_prompt_tokens, "prompt tokens")
+
+
+def test_what_nobody_reads_waits_for_the_end() -> None:
+    """FINAL_ONLY without stop strings: `_read` is asked once for each sequence, in the step in which it ends.
+
+    Why: text that is made token by token takes ten times as long, in the one thread that keeps the model busy.
+    """
+    stream, (a, b) = Stream(n=2, output_kind=FINAL_ONLY), letters("ab")
+    read, asked = stream.processor._read, []
+
+    def note(state: Any, ended: bool, now: float) -> None:
+        asked.append((state.seq.index, ended, now))
+        read(state, ended, now)
+
+    stream.processor._read = note
+    stream.emit({0: a, 1: a}, now=3.0)
+    stream.emit({0: b, 1: b}, ends=(1,), now=4.0)
+    stream.emit({0: b}, ends=(0,), now=5.0)
+    check_equal(asked, [(1, True, 4.0), (0, True, 5.0)], "calls of _read: index of the sequence, whether it ended, time")
 
 
 def test_delta_holds_those_that_advanced() -> None:

@@ -116,13 +116,17 @@ class LockstepExecutor(Executor):
         ...
 
     def create_cache(self, num_blocks: int, block_size: int, num_host_blocks: int) -> None:
-        """Set up the KV cache on every rank, the same number of blocks on each."""
+        """Set up the KV cache on every rank, the same number of blocks on each. The others are told first: on a GPU this
+        records steps, which have sums in them."""
         raise NotImplementedError(
             "Stage 3 · Task 3.8: LockstepExecutor.create_cache, see stages/stage3_parallelism/GUIDE.md#task-3-8"
         )
 
     def execute(self, batch: FlatBatch) -> StepResult:
         """Let every rank compute one step, and sample on this one.
+
+        A RuntimeError may be another rank's death: each is looked at (`check`) for its `death_seconds`, all from the failure
+        on. Any other error comes out at once.
 
         Raises:
             WorkerDiedError: another rank has ended, before or within the step.
@@ -184,7 +188,7 @@ def end_ranks(others: Iterable[WorkerHandle], descriptors: Iterable[int] = ()) -
 
 
 def step_arrays(batch: FlatBatch) -> StepArrays:
-    """What the other ranks need to know of a step."""
+    """What the other ranks need to know of a step; the rows for logits are those of `logit_calls`, with drafts too."""
     # Hint: Walk through Worker.execute and mark each line that talks to other ranks or changes the KV cache: the others
     # must do those, in that order, and need nothing else.
     raise NotImplementedError("Stage 3 · Task 3.8: step_arrays, see stages/stage3_parallelism/GUIDE.md#task-3-8")

@@ -40,8 +40,9 @@ def join(
     """Become rank `rank` of `size`; returns when all have come.
 
     Args:
-        store: what `open_rendezvous` gave, or its address as "host:port".
-        device: decides what carries tensors: gloo between CPUs, NCCL between GPUs.
+        store: what `open_rendezvous` gave, or its address as "host:port", with the port behind the last colon.
+        device: decides what carries tensors: gloo between CPUs, NCCL between GPUs; a GPU becomes the current one.
+        timeout: seconds to wait for the store, for the others, and later in each of the group's calls.
 
     Raises:
         TimeoutError: not all ranks have come in time.
@@ -65,7 +66,7 @@ def wait_for_ranks(
     Args:
         store: what `open_rendezvous` gave; `has_come` asks it.
         check: called as long as some are missing, every `pause` seconds; raises when a rank has died, which ends the wait.
-        timeout: seconds until those that are missing are given up.
+        timeout: seconds, by `time.monotonic`, until those that are missing are given up.
 
     Raises:
         TimeoutError: not all have come in time; the message names those that are missing.

@@ -156,7 +156,7 @@ class ColumnParallelLinear(Linear):
         so).
 
         Raises:
-            ValueError: the checkpoint's tensor has another shape.
+            ValueError: the checkpoint's tensor has another shape, also where this rank has no row of it.
         """
         raise NotImplementedError(
             "Stage 3 · Task 3.3: ColumnParallelLinear.weight_loader, see stages/stage3_parallelism/GUIDE.md#task-3-3"
@@ -205,7 +205,7 @@ class RowParallelLinear(Linear):
         self.parallel = parallel
 
     def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
-        """[T, local in] -> [T, out], the same on all ranks.
+        """[T, local in] -> [T, out], the same on all ranks. `Linear` makes the product, by `multiply`.
 
         With `add_to` [T, out], the residual stream, which is the same on all ranks, that is added too: by rank 0 alone, whose
         result lies in it. The other ranks' results lie elsewhere, and their `add_to` is as it was.
@@ -236,7 +236,7 @@ class VocabParallelEmbedding(Embedding):
         self.parallel = parallel
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[T] -> [T, hidden], the rows of all ids on every rank."""
+        """[T] -> [T, hidden], the rows of all ids on every rank; `ids` stay as they are."""
         raise NotImplementedError(
             "Stage 3 · Task 3.6: VocabParallelEmbedding.forward, see stages/stage3_parallelism/GUIDE.md#task-3-6"
         )
@@ -263,7 +263,8 @@ class ParallelLMHead(Linear):
         self.rows, self.parallel = embedding.rows, parallel
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[N, hidden] -> [N, V]: each rank computes its tokens' logits, all get all, and the padding is cut off."""
+        """[N, hidden] -> [N, V]: each rank computes its tokens' logits, as `Linear` does, all get all, and the padding is cut
+        off."""
         raise NotImplementedError("Stage 3 · Task 3.6: ParallelLMHead.forward, see stages/stage3_parallelism/GUIDE.md#task-3-6")
 
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stages.course.fixtures.checks import check_equal
-from stages.course.fixtures.rank_jobs import both_halves, gather, numbers, scatter, total
+from stages.course.fixtures.rank_jobs import both_halves, gather, numbers, scatter, scatter_chunks, total
 from stages.course.fixtures.ranks import Wires, on_processes, on_threads
 from stages.parallelism.communication import Communicator, ring_all_gather, ring_reduce_scatter, split_evenly
 
@@ -48,6 +48,51 @@ def test_reduce_scatter_of_unequal_chunks(size: int, length: int) -> None:
     chunks = total(size, length).tensor_split(size)
     for rank, got in enumerate(on_threads(size, scatter, length)):
         check_equal(got, chunks[rank], f"the chunk of rank {rank}")
+
+
+@pytest.mark.parametrize("lengths", [(1, 5), (5, 1), (0, 3, 1), (2, 0, 0, 7), (1, 4, 2, 3, 6)])
+def test_chunks_of_any_lengths(lengths: tuple[int, ...]) -> None:
+    """The longest chunk may be any of them, and the first one empty.
+
+    Why: chunks that are cut evenly begin with the longest, others do not. A buffer as long as the first one, or as the average,
+    has no room for what comes.
+    """
+    chunks = [torch.arange(1, length + 1, dtype=torch.float64) for length in lengths]
+    share = sum(10**rank for rank in range(len(lengths)))
+    for rank, (got, _) in enumerate(on_threads(len(lengths), scatter_chunks, chunks)):
+        check_equal(got, chunks[rank] * share, f"the chunk of rank {rank}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.int64])
+def test_chunks_keep_their_type(dtype: torch.dtype) -> None:
+    """Messages and sums are of the chunks' own type, and whole numbers beyond 2^53 come out exact.
+
+    Why: a model computes in bfloat16, and a buffer of another type is garbage between processes. To sum in a smaller type loses
+    digits, in a larger one sends more.
+    """
+    large = 2**60 + 1 if dtype is torch.int64 else 2**40 + 1 if dtype is torch.float64 else 1
+    chunks = [torch.tensor([large, 3]).to(dtype), torch.tensor([5]).to(dtype)]
+    for rank, (got, _) in enumerate(on_threads(2, scatter_chunks, chunks)):
+        check_equal(got.dtype, dtype, f"type of the chunk of rank {rank}")
+        check_equal(got, chunks[rank] * 11, f"the chunk of rank {rank}")
+
+
+def test_partial_sums_lie_in_the_chunks_that_were_given() -> None:
+    """The sums are made in the tensors of the list, which stays a list of these tensors.
+
+    Why: chunks may be views of one tensor, and whoever gave them goes on with that. Sums in new tensors are lost to it.
+    """
+    chunks = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
+    views = on_threads(2, _sums_in_views, chunks)
+    for rank, (whole, number) in enumerate(views):
+        check_equal(number, [2, 1][rank], f"elements of the chunk of rank {rank}")
+        mine = whole[:2] if rank == 0 else whole[2:]
+        check_equal(mine, chunks[rank] * 11, f"the part of rank {rank} in the tensor that its chunks are views of")
+
+
+def _sums_in_views(comm: Communicator, chunks: list[torch.Tensor]) -> tuple[torch.Tensor, int]:
+    whole = torch.cat(chunks) * 10**comm.rank
+    return whole, ring_reduce_scatter([whole[:2], whole[2:]], comm).numel()
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5])

@@ -71,6 +71,30 @@ def test_no_rank_sends_more_than_it_must(size: int, length: int) -> None:
         check_equal(got.bytes_sent, 2 * length * BYTES * (size - 1) // size, f"bytes that rank {rank} sends")
 
 
+@pytest.mark.parametrize("shape", [(1, 8), (2, 2, 2), (8, 1), (3, 8)])
+def test_the_shape_does_not_matter(shape: tuple[int, ...]) -> None:
+    """A tensor of any shape is cut as one row: over 4 ranks each sends 2n · 3/4, also where there are fewer rows than ranks.
+
+    Why: a decode step of one sequence is a single row. Cut by rows, it goes around whole, in one rank's hands.
+    """
+    elements = torch.Size(shape).numel()
+    for rank, got in enumerate(on_threads(4, reduce_all, elements, shape)):
+        check_equal(got.result.flatten(), total(4, elements), f"the tensor of rank {rank}")
+        check_equal(got.bytes_sent, 2 * elements * BYTES * 3 // 4, f"bytes that rank {rank} sends")
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_fewer_elements_than_ranks_go_around_as_well(length: int) -> None:
+    """Of 1, 2 or 3 elements over 4 ranks all ranks together send 2 · 3 times as many, in 6 exchanges each, empty ones included.
+
+    Why: in a ring everybody waits for the one before. One that leaves a round out because it has nothing to say hangs all; and
+    if the library does the small sums, the ring is not what is tested.
+    """
+    results = on_threads(4, reduce_all, length)
+    check_equal([got.calls for got in results], [6] * 4, "exchanges of the ranks")
+    check_equal(sum(got.bytes_sent for got in results), 2 * 3 * length * BYTES, "bytes that all ranks send")
+
+
 def test_uneven_chunks_cost_no_more_in_sum() -> None:
     """Of 10 elements over 4 ranks all ranks together send 2 · 3 · 10 elements: every chunk goes around, and no padding.
 

@@ -118,6 +118,22 @@ def test_pieces_come_in_any_order(size: int) -> None:
         check_equal(layer.weight[mine:], parts(B, size)[rank], f"rows of the second piece on rank {rank}")
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_three_pieces_stand_in_the_order_of_the_layer(size: int) -> None:
+    """Pieces "q", "k" and "v" with 1, 3 and 2 outputs stand in that order, not in that of the alphabet; with 2 and 4 ranks some
+    have no row of a piece, and nothing but their rows is written.
+
+    Why: what comes behind the layer cuts its outputs by position. And an empty slice of a weight is easily all of it.
+    """
+    full = {"q": random(1, HIDDEN), "k": random(3, HIDDEN, seed=1), "v": random(2, HIDDEN, seed=2)}
+    for rank, parallel in enumerate(all_ranks(size)):
+        pieces = {name: parallel.share(len(rows)) for name, rows in full.items()}
+        layer = empty(ColumnParallelLinear(HIDDEN, pieces, False))
+        for name in ("v", "q", "k"):
+            load(layer, **{f"weight__{name}": full[name]})
+        check_equal(layer.weight, torch.cat([parts(full[name], size)[rank] for name in "qkv"]), f"weight of rank {rank}")
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_checkpoint_may_have_all_pieces_in_one(size: int) -> None:
     """Without a piece's name the tensor has all pieces one behind the other, whole; each rank takes the same rows as before.
@@ -138,9 +154,10 @@ def test_a_checkpoint_of_another_shape_is_refused(name: str, shape: tuple[int, .
 
     Why: with two ranks a wrong size is easily hidden, as every rank takes just a part.
     """
-    for layer in two_pieces(2):
-        with pytest.raises(ValueError, match="expected shape"):
-            load(layer, **{name: torch.zeros(shape)})
+    for size in (2, 6):  # of 6 ranks the last ones have no row
+        for layer in two_pieces(size):
+            with pytest.raises(ValueError, match="expected shape"):
+                load(layer, **{name: torch.zeros(shape)})
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

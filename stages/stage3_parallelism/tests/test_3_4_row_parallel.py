@@ -139,6 +139,40 @@ def test_between_processes(size: int) -> None:
         check_equal(got["calls"], {"all_reduce": 1}, f"calls of rank {rank}")
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_product_may_be_somebody_elses(residual: bool) -> None:
+    """The product is made by the layer's `multiply(x, add_to)`, whatever stands there by then; the weight itself is not asked.
+
+    Why: kernels put their own function in its place, and keep the weight packed or in 4 bits. Multiplied with the weight, a
+    quantized layer computes with what nobody has filled.
+    """
+    layer = RowParallelLinear(Shard(8, 0, 8), HIDDEN, False, TensorParallel())
+    layer.register_parameter("weight", None)
+    given = []
+
+    def multiply(x: torch.Tensor, add_to: torch.Tensor | None = None) -> torch.Tensor:
+        given.append(None if add_to is None else add_to.clone())
+        y = x.sum(dim=1, keepdim=True).expand(-1, HIDDEN).clone()
+        return y if add_to is None else add_to.add_(y)
+
+    layer.multiply = multiply
+    x, stream = random(TOKENS, 8), random(TOKENS, HIDDEN, seed=3)
+    expected = x.sum(dim=1, keepdim=True).expand(-1, HIDDEN) + (stream if residual else 0)
+    check_close(layer(x, stream.clone()) if residual else layer(x), expected, "what the layer gives")
+    check_equal(len(given), 1, "calls of multiply")
+
+
+def test_the_input_stays_as_it_is() -> None:
+    """A forward changes neither its input nor, but for the stream of rank 0, anything else that it is given.
+
+    Why: the input is another layer's output, and with a residual it is read again.
+    """
+    layer = load(RowParallelLinear(Shard(8, 0, 8), HIDDEN, False, TensorParallel()), weight=random(HIDDEN, 8))
+    x = random(TOKENS, 8)
+    layer(x, random(TOKENS, HIDDEN))
+    check_equal(x.flatten(), random(TOKENS, 8).flatten(), "input after the forward")
+
+
 def test_inputs_need_not_be_even() -> None:
     """Two parts of 6 and 2 inputs: the sum of both ranks' own products is the whole.
 

@@ -61,7 +61,9 @@ def test_kv_heads_are_replicated(num_heads: int, num_kv_heads: int, size: int, e
     check_equal({parallel.heads(config)[1].full for parallel in all_ranks(size)}, {num_kv_heads}, "KV heads in all")
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "size"), [(9, 3, 4), (9, 3, 6), (9, 3, 27), (8, 2, 3), (4, 4, 8)])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "size"), [(9, 3, 4), (9, 3, 6), (9, 3, 27), (8, 2, 3), (4, 4, 8), (12, 2, 3), (12, 3, 4)]
+)
 def test_ranks_that_do_not_fit_are_refused(num_heads: int, num_kv_heads: int, size: int) -> None:
     """Where heads cannot be dealt out, every rank says so with a ValueError that names the number of ranks.
 

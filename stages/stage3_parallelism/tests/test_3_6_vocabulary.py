@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from stages.course.fixtures.checks import check_close, check_equal
 from stages.course.fixtures.layers import HIDDEN, all_ranks, embed, empty, load, logits, random, sizes, span, top_and_bottom
 from stages.course.fixtures.ranks import on_processes, on_threads
-from stages.parallelism.tensor_parallel import VocabParallelEmbedding, load_vocabulary
+from stages.parallelism.tensor_parallel import ParallelLMHead, TensorParallel, VocabParallelEmbedding, load_vocabulary
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,7 @@ from stages.parallelism.tensor_parallel import VocabParallelEmbedding, load_voca
         (10, 4, [(0, 3), (3, 6), (6, 9), (9, 12)]),
         (2, 4, [(0, 1), (1, 2), (2, 3), (3, 4)]),
         (5, 4, [(0, 2), (2, 4), (4, 6), (6, 8)]),
+        (100, 3, [(0, 34), (34, 68), (68, 102)]),
     ],
 )
 def test_parts_of_equal_size(vocab_size: int, size: int, expected: list[tuple[int, int]]) -> None:
@@ -56,6 +57,44 @@ def test_a_table_of_another_size_is_refused(rows: int) -> None:
         part = parallel.vocabulary(sizes())
         with pytest.raises(ValueError, match="expected shape"), torch.no_grad():
             load_vocabulary(torch.zeros(len(part), HIDDEN), torch.zeros(rows, HIDDEN), part)
+
+
+def test_a_table_of_another_width_is_refused() -> None:
+    """A checkpoint with one column, which would fit by being spread over all, is a ValueError.
+
+    Why: assigning to a slice of a weight spreads what is too small without a word.
+    """
+    for parallel in all_ranks(2):
+        part = parallel.vocabulary(sizes())
+        with pytest.raises(ValueError, match="expected shape"), torch.no_grad():
+            load_vocabulary(torch.zeros(len(part), HIDDEN), torch.zeros(10, 1), part)
+
+
+def test_ids_stay_as_they_are() -> None:
+    """The embedding of rank 1 changes nothing about the ids that it is given.
+
+    Why: they are the step's own array, and whatever looks at them next would find the numbers of rank 1.
+    """
+    ids = torch.tensor([9, 5, 0, 7])
+    for rank in range(2):
+        parallel = TensorParallel(rank, 2)
+        layer = load(empty(VocabParallelEmbedding(sizes(), parallel)), weight=random(10, HIDDEN))
+        layer(ids)
+        check_equal(ids, [9, 5, 0, 7], f"ids after the embedding of rank {rank}")
+
+
+def test_logits_come_from_whoever_multiplies() -> None:
+    """The head's product is made by its `multiply`, whatever stands there; the weight itself is not asked.
+
+    Why: a head of 4 bits, or one that a kernel has packed, has no weight any more that could be multiplied with.
+    """
+    for tied in (False, True):
+        config = sizes(tie_word_embeddings=tied)
+        head = ParallelLMHead(config, VocabParallelEmbedding(config, TensorParallel()), TensorParallel())
+        head.register_parameter("weight", None)
+        head.multiply = lambda x, add_to=None: x.sum(dim=1, keepdim=True).expand(-1, 10).clone()
+        hidden = random(3, HIDDEN)
+        check_close(head(hidden), hidden.sum(dim=1, keepdim=True).expand(-1, 10), "logits")
 
 
 @pytest.mark.parametrize(("vocab_size", "size"), [(10, 1), (10, 2), (10, 3), (5, 4), (2, 4)])

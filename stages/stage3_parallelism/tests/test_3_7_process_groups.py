@@ -158,12 +158,13 @@ def test_a_death_says_more_than_the_clock() -> None:
         wait_for_ranks([1], Doors(set()), check, timeout=0.0)
 
 
-def test_time_is_up_for_those_who_are_missing() -> None:
-    """Ranks 1 and 3 live and do not come: when time is up, a TimeoutError names both and not the others.
+def test_time_is_up_for_those_who_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks 1 and 3 live and do not come: when time is up, by `time.monotonic`, a TimeoutError names both and not the others.
 
     Why: of eight ranks the one that hangs is the one to look at.
     """
     doors = Doors({2, 4})
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # a clock that somebody has set back
     start = time.monotonic()
     with pytest.raises(TimeoutError) as error:
         wait_for_ranks([1, 2, 3, 4], doors, doors.look_for_the_dead, WAIT, pause=0.01)
@@ -204,6 +205,52 @@ def test_one_rank_alone() -> None:
     """
     communicator = join(0, 1, open_rendezvous(timeout=WAIT), timeout=WAIT)
     check_equal((communicator.rank, communicator.size), (0, 1), "rank and size")
+
+
+class Meeting:
+    """Stands in for what PyTorch does in `join`: a store, a group, the current device. It notes with which arguments."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.connected: list[tuple[str, int, float]] = []
+        self.groups: list[tuple[str, float | None]] = []
+        self.devices: list[str] = []
+        monkeypatch.setattr(distributed.dist, "TCPStore", self._connect)
+        monkeypatch.setattr(distributed.dist, "init_process_group", self._init)
+        monkeypatch.setattr(distributed.torch.cuda, "set_device", lambda device: self.devices.append(str(device)))
+        monkeypatch.setattr(distributed, "Communicator", lambda *_: "joined")
+
+    def _connect(self, host_name: str, port: int, *_: Any, timeout: Any = None, **__: Any) -> Meeting:
+        self.connected.append((host_name, port, timeout.total_seconds() if timeout else 300.0))
+        return self
+
+    def _init(self, backend: str | None = None, *_: Any, timeout: Any = None, **__: Any) -> None:
+        self.groups.append((backend, timeout.total_seconds() if timeout else None))
+
+    def set(self, *_: Any) -> None:
+        """All keys are welcome."""
+
+    def wait(self, *_: Any) -> None:
+        """All have come."""
+
+    def check(self, *_: Any) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("device", "backend", "devices"), [("cpu", "gloo", []), ("cuda:1", "nccl", ["cuda:1"])])
+@pytest.mark.parametrize("address", ["10.0.0.7:29500", "::1:29500", "some-host:29500"])
+def test_how_a_rank_joins(monkeypatch: pytest.MonkeyPatch, device: str, backend: str, devices: list[str], address: str) -> None:
+    """By gloo on a CPU; by NCCL on a GPU, which becomes the current device. It waits no longer than it was told: for the store
+    at the address, and in the group's own calls.
+
+    Why: by gloo every sum of a GPU goes through the host. And PyTorch's own patience is five minutes for a store and half an
+    hour for a group, in which an operator sees nothing.
+    """
+    meeting = Meeting(monkeypatch)
+    check_equal(join(1, 2, address, device, timeout=7.0), "joined", "what join returns")
+    host, _, port = address.rpartition(":")
+    check_equal(meeting.connected, [(host, int(port), 7.0)], "stores: host, port and seconds to wait")
+    check_equal(meeting.groups, [(backend, 7.0)], "groups: what carries the tensors, and seconds to wait")
+    check_equal(meeting.devices, devices, "devices that became the current one")
 
 
 def join_in_vain(rank: int, size: int, store: Any) -> None:

@@ -15,13 +15,13 @@ import torch
 
 from stages.batching.continuous_batch import ContinuousBatch, FlatBatch
 from stages.batching.sampling_params import SamplingParams
-from stages.batching.scheduler_output import SchedulerOutput
+from stages.batching.scheduler_output import Draft, SchedulerOutput
 from stages.batching.sequence import Sequence
 from stages.batching.step_arrays import StepArrays
 from stages.core import engine as engine_module
 from stages.core import executor as executor_module
 from stages.core.engine import LLM
-from stages.core.executor import step_arrays
+from stages.core.executor import MultiProcExecutor, step_arrays
 from stages.core.worker_process import StepBoard, WorkerDiedError
 from stages.course.fixtures.checks import check_equal
 from stages.course.fixtures.lock_step import Log, bare_executor, bare_worker, thread_executor
@@ -148,6 +148,24 @@ def test_the_arrays_of_a_step() -> None:
     check_equal(step.logit_counts, [4, 2], "logit_counts")
 
 
+def test_drafts_have_logits_too() -> None:
+    """Of a sequence with two drafted tokens and one without, the call for logits has four rows: three of the first, one of the
+    second.
+
+    Why: rank 0 wants logits behind every token on trial. If the others bring fewer rows, the gatherings differ, and with
+    speculation every request dies of the time-out.
+    """
+    drafted, plain = sequence(0, 9, computed=6), sequence(1, 7, computed=6)
+    decision = SchedulerOutput(
+        scheduled={drafted: 3, plain: 1}, sampled=[drafted, plain], changed_tables={0, 1},
+        drafts={drafted: Draft(drafted.tokens[-2:])},
+    )  # fmt: skip
+    batch = ContinuousBatch(8, 16, 4).build(decision, {0: [0, 1, 2, 3], 1: [4, 5, 6, 7]})
+    step = step_arrays(batch)
+    check_equal(step.logit_rows, [0, 1, 2, 3], "logit_rows: the token before the drafts, both drafts, the other sequence's")
+    check_equal(step.logit_counts, [4], "logit_counts")
+
+
 def test_a_step_without_moves_and_logits() -> None:
     """A chunk in the middle of a prompt: no pairs, no rows, no calls, in arrays of the same shapes and types as ever.
 
@@ -212,12 +230,14 @@ def test_everybody_is_told_before_the_driver_computes() -> None:
 
 
 def test_every_rank_sets_up_the_same_cache() -> None:
-    """Ranks 1 and 2 are told the sizes of the cache, and rank 0 sets up its own.
+    """Ranks 1 and 2 are told the sizes of the cache, and then rank 0 sets up its own.
 
-    Why: block tables are the same on all ranks, so the blocks must be, too.
+    Why: block tables are the same on all ranks, so the blocks must be, too. On a GPU a cache comes with recorded steps, whose
+    sums wait for the others: told afterwards, they would never come.
     """
     log = Log()
     bare_executor(log.worker(), [log.rank("rank 1"), log.rank("rank 2")]).create_cache(40, 4, 8)
+    check_equal(log.order, ["rank 1 send", "rank 2 send", "rank 0 create_cache"], "who did what")
     told = [message for who, _, message in log.events if who != "rank 0"]
     check_equal(told, [{"cache": [40, 4, 8]}] * 2, "what the others are told")
     check_equal([args for who, _, args in log.events if who == "rank 0"], [(40, 4, 8)], "what rank 0 sets up")
@@ -234,11 +254,48 @@ def test_a_sum_that_fails_is_blamed_on_the_dead() -> None:
     )
     with pytest.raises(WorkerDiedError, match="rank 2 has ended"):
         executor.execute(mixed_batch())
-    checks = [(who, args) for who, what, args in log.events if what == "check"]
+    checks = log.patience
     check_equal([who for who, _ in checks], ["rank 1", "rank 2"], "ranks that were looked at")
-    for who, args in checks:
-        seconds = args["seconds"] if isinstance(args, dict) else args[0]
+    for who, seconds in checks:
         assert 0.5 <= seconds <= 10, f"{who} was given {seconds} seconds to be dead"
+
+
+def says_out_of_memory(executor: MultiProcExecutor) -> None:
+    """Let rank 0's step fail by itself, which must come out."""
+    with pytest.raises(RuntimeError) as error:
+        executor.execute(mixed_batch())
+    if isinstance(error.value, NotImplementedError):  # an unfinished task is a RuntimeError, too
+        raise error.value
+    check_equal(str(error.value), "out of memory", "what rank 0 says")
+
+
+def test_each_rank_gets_its_own_time_to_be_dead() -> None:
+    """Three ranks are sure of a death after 10, 30 and 20 s: each is given its own, counted from the failure.
+
+    Why: a process on this machine is dead in a moment, a machine on the network much later. One patience for all is too short
+    for some, and an error waits too long for others.
+    """
+    log = Log()
+    others = [log.rank(f"rank {i}", death_seconds=seconds) for i, seconds in ((1, 10.0), (2, 30.0), (3, 20.0))]
+    executor = bare_executor(log.worker(RuntimeError("out of memory")), others)
+    says_out_of_memory(executor)
+    for (who, seconds), most in zip(log.patience, (10.0, 30.0, 20.0), strict=True):
+        assert most - 5 <= seconds <= most, f"{who} was given {seconds} of its {most:g} seconds to be dead"
+
+
+def test_the_others_are_looked_at_at_the_same_time() -> None:
+    """Five ranks that live, each of which needs 0.2 s to be sure: together they are given about that long, not five times it.
+
+    Why: an error of rank 0's own is told when the last of the others has been looked at. With eight ranks one after the other
+    that would be after 14 s.
+    """
+    log = Log()
+    others = [log.rank(f"rank {i}", death_seconds=0.2, lives=True) for i in range(1, 6)]
+    executor = bare_executor(log.worker(RuntimeError("out of memory")), others)
+    says_out_of_memory(executor)
+    check_equal([who for who, _ in log.patience], [f"rank {i}" for i in range(1, 6)], "ranks that were looked at")
+    given = sum(max(0.0, seconds) for _, seconds in log.patience)
+    assert given <= 0.3, f"together the five ranks were given {given:.2f} s to be dead"
 
 
 def test_a_fault_of_its_own_stays_one() -> None:
@@ -248,14 +305,12 @@ def test_a_fault_of_its_own_stays_one() -> None:
     """
     log = Log()
     executor = bare_executor(log.worker(RuntimeError("out of memory")), [log.rank("rank 1")])
-    with pytest.raises(RuntimeError) as error:
-        executor.execute(mixed_batch())
-    if isinstance(error.value, NotImplementedError):  # an unfinished task is a RuntimeError, too
-        raise error.value
-    check_equal(str(error.value), "out of memory", "what rank 0 says")
+    says_out_of_memory(executor)
     executor = bare_executor(log.worker(ValueError("a slip")), [log.rank("rank 1")])
+    before = len(log.patience)
     with pytest.raises(ValueError, match="a slip"):
         executor.execute(mixed_batch())
+    check_equal(len(log.patience), before, "looks at the others, of which there are none for a ValueError")
 
 
 def test_who_cannot_be_told_is_dead_already() -> None:

@@ -63,6 +63,29 @@ def test_nothing_behind_a_rejection_counts() -> None:
     check_equal(len(rejection_sample([3, 3], Q, P, [0.5, 0.0, 0.0])), 1, "tokens when the first is rejected")
 
 
+@pytest.mark.parametrize("last", [0.0, 0.3, 0.6, 0.9, 0.999])
+def test_only_what_is_missing_has_a_weight(last: float) -> None:
+    """Of 10,000 tokens the target forbids all but two; a millionth of the first is missing: the first comes, for any number.
+
+    Why: top-p, top-k and grammars forbid tokens by a probability of 0. A small number that is added for safety adds up over a
+    vocabulary, and now and then a forbidden token comes out.
+    """
+    p, q = torch.zeros(2, 10_000), torch.zeros(1, 10_000)
+    p[:, :2] = 0.5
+    q[0, :2] = torch.tensor([0.499999, 0.500001])
+    check_equal(rejection_sample([1], q, p, [0.9999999, last]), [0], "token after the rejection of the second")
+
+
+def test_distributions_and_numbers_are_read_only() -> None:
+    """The rows of p and q are as before, and the numbers may come from an iterator.
+
+    Why: with log-probabilities wanted, the same rows are read once more.
+    """
+    p, q = P.clone(), Q.clone()
+    check_equal(rejection_sample([3, 1], q, p, iter([0.0, 0.0, 0.9])), [2], "tokens")
+    check_equal((p.tolist(), q.tolist()), (P.tolist(), Q.tolist()), "p and q")
+
+
 def test_where_rounding_leaves_nothing_the_target_decides() -> None:
     """p and q that differ in the last digit only: the residual is all zeros, and a draw from zeros is no token.
 

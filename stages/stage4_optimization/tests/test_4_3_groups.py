@@ -29,6 +29,7 @@ from stages.quantization.layout.groups import (
         ([-0.5, 1.0], 4, True, 1 / 7, 8),
         ([-1.0, 2.0], 8, False, 3 / 255, 85),
         ([-1.0, 2.0], 8, True, 2 / 127, 128),
+        ([-1e-6, 0.0, 2e-6], 4, False, 2e-7, 5),
         ([0.0, 0.0], 4, False, 1.0, 0),
         ([0.0, 0.0], 4, True, 1.0, 8),
     ],
@@ -39,8 +40,9 @@ def test_scale_and_zero_of_a_group(weights: list[float], bits: int, symmetric: b
 
     Why: a scale too small cuts the large weights off, one too large wastes codes; a zero that is no whole number fits no file.
     """
-    scales, zeros = group_parameters(torch.tensor([weights]), bits, symmetric)
-    check_close(scales, torch.tensor([scale]), "scale")
+    scales, zeros = group_parameters(torch.tensor([weights, [9.0] * len(weights)]), bits, symmetric)  # each row by itself
+    check_close(scales[:1] / scale, torch.ones(1), f"scale, which should be {scale:g}, by that")
+    zeros = zeros[:1]
     check_close(zeros, torch.tensor([float(zero)]), "zero")
 
 
@@ -63,6 +65,8 @@ def test_codes_are_the_nearest_and_never_out_of_range() -> None:
     codes = quantize_columns(torch.tensor([[0.24, 0.26, -9.0, 9.0], [2.4, 2.6, -90.0, 90.0]]),
                              torch.tensor([0.1, 1.0]), torch.tensor([5.0, 5.0]), 4)  # fmt: skip
     check_equal(codes.tolist(), [[7, 8, 0, 15], [7, 8, 0, 15]], "codes")
+    wide = quantize_columns(torch.tensor([[-9.0, 0.5, 20.0, 99.0]]), torch.tensor([0.1]), torch.tensor([5.0]), 8)
+    check_equal(wide.tolist(), [[0, 10, 205, 255]], "codes of 8 bits")
 
 
 def test_dequantizing_undoes_groups_and_order() -> None:
@@ -76,6 +80,8 @@ def test_dequantizing_undoes_groups_and_order() -> None:
     weight.order = torch.tensor([4, 0, 3, 1, 2])
     check_close(weight.dequantize(), torch.tensor([[2.0, 30.0, 300.0, 20.0, 1.0]]), "weights in their own order")
     check_equal(weight.codes.tolist(), codes.tolist(), "the codes, which stay")
+    below = GroupQuantized(codes, torch.tensor([[1.0]]), torch.tensor([[3.0]]), 4, 5)
+    check_close(below.dequantize(), torch.tensor([[-2.0, -1.0, 0.0, 1.0, 2.0]]), "weights below zero")
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -108,9 +114,10 @@ def test_the_first_code_lies_in_the_lowest_bits(codes: list[int], bits: int, wor
 
     Why: a file packed the other way round loads without a word, and the model talks gibberish.
     """
-    packed = pack_int32(torch.tensor(codes), bits)
-    check_equal(packed.dtype, torch.int32, "type of the words")
-    check_equal([word % 2**32 for word in packed.tolist()], words, "words")
+    for kind in (torch.uint8, torch.int64):  # codes come as bytes
+        packed = pack_int32(torch.tensor(codes, dtype=kind), bits)
+        check_equal(packed.dtype, torch.int32, "type of the words")
+        check_equal([word % 2**32 for word in packed.tolist()], words, f"words of codes in {kind}")
     signed = torch.tensor([word - 2**32 if word >= 2**31 else word for word in words], dtype=torch.int32)
     unpacked = unpack_int32(signed, bits)
     check_equal(unpacked.tolist(), codes, "codes again")
@@ -126,6 +133,8 @@ def test_packing_works_along_the_last_dimension() -> None:
     packed = pack_int32(codes, 4)
     check_equal(list(packed.shape), [2, 3, 2], "shape")
     check_equal(unpack_int32(packed, 4).tolist(), codes.tolist(), "codes again")
+    across = pack_int32(codes.to(torch.uint8).transpose(0, 1).contiguous().transpose(0, 1), 4)
+    check_equal(across.tolist(), packed.tolist(), "words of codes that lie in memory in another order")
 
 
 def test_codes_that_do_not_fill_a_word_are_refused() -> None:

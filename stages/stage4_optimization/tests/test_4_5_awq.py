@@ -133,22 +133,27 @@ def test_least_and_largest_are_each_others_inverse() -> None:
 
 
 def test_the_weight_stays_as_it_is() -> None:
-    """Candidates are tried on copies.
+    """Candidates are tried on copies; the magnitudes stay too, those of dead channels as well.
 
-    Why: the weight is scaled by whoever asked, once, with the scale that won.
+    Why: the weight is scaled by whoever asked, once, with the scale that won. And the next matrix is given the same statistics.
     """
     weight, x = random_weight(4, 32), inputs(100, 32)
-    before = weight.clone()
-    search_scale(weight, x.abs().mean(dim=0), x.T @ x / len(x), 4, 16, False)
-    check_equal(weight.tolist(), before.tolist(), "weight")
+    x[:, 3] = 0
+    magnitude = x.abs().mean(dim=0)
+    before = weight.clone(), magnitude.clone()
+    search_scale(weight, magnitude, x.T @ x / len(x), 4, 16, False)
+    check_equal(weight.tolist(), before[0].tolist(), "weight")
+    check_equal(magnitude.tolist(), before[1].tolist(), "magnitudes")
 
 
 def test_the_grid_is_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `GRID` at 1 only step 0 is tried.
+    """With `GRID` at 1 only step 0 is tried, with 2 the exponents 0 and a half.
 
-    Why: who wants a finer search changes one number.
+    Why: who wants a finer search changes one number. And the last step counts like the others.
     """
-    monkeypatch.setattr(awq, "GRID", 1)
-    x = inputs(100, 32)
-    scale = search_scale(random_weight(4, 32), x.abs().mean(dim=0), x.T @ x / len(x), 4, 16, False)
-    check_equal(scale.tolist(), [1.0] * 32, "scale")
+    weight, x = random_weight(8, 64), inputs(300, 64)
+    magnitude = x.abs().mean(dim=0)
+    for grid, best in ((1, 0), (2, 10)):
+        monkeypatch.setattr(awq, "GRID", grid)
+        scale = search_scale(weight, magnitude, x.T @ x / len(x), 4, 16, False)
+        check_close(scale, candidate(magnitude, best), f"scale with {grid} steps, which is magnitude to the {best / 20:g}")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed; there is one for Linux: pip install triton")
 from stages.course.fixtures.checks import check_close, check_equal
-from stages.course.fixtures.kernels import DEVICE, contained
+from stages.course.fixtures.kernels import DEVICE, contained, guarded
 from stages.quantization.kernels.w4a16_triton import TritonLinear
 from stages.quantization.layout.groups import GroupQuantized
 
@@ -37,8 +37,9 @@ def dense(weight: GroupQuantized) -> Tensor:
 
 
 def product(weight: GroupQuantized, x: Tensor, splits: int = 1) -> Tensor:
-    """What the kernel gives for x, which has to be of x's type."""
+    """What the kernel gives for x, which has to be of x's type. Nothing may be read behind words, scales and zeros."""
     linear = TritonLinear(weight, splits)
+    linear.packed, linear.scales, linear.zeros = map(guarded, (linear.packed, linear.scales, linear.zeros))
 
     def compute() -> Tensor:
         out = linear(x)
@@ -90,9 +91,10 @@ def test_every_group_has_its_own_scale(inputs: int, size: int) -> None:
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 65])
 @pytest.mark.parametrize(("outputs", "inputs"), [(64, 64), (63, 40), (65, 72), (8, 8)])
 def test_rows_outputs_and_inputs_end_where_they_like(rows: int, outputs: int, inputs: int) -> None:
-    """No size is a multiple of its tile; what lies behind x is NaN.
+    """No size is a multiple of its tile; what lies behind x is NaN, and behind words, scales and zeros there is no memory.
 
-    Why: a load without its mask brings in a stranger's numbers, and a store without its mask overwrites them.
+    Why: a load without its mask brings in a stranger's numbers, and a store without its mask overwrites them. Behind the last
+    tensor of a card's memory a load ends everything.
     """
     weight = quantized(outputs, inputs, inputs)
     wide = torch.full((rows + 1, inputs + 40), torch.nan, device=DEVICE)

@@ -9,10 +9,10 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed; there is one for Linux: pip install triton")
 from stages.attention.paged_attention import AttentionMetadata
 from stages.attention.paged_attention_triton import Config, TritonBackend
-from stages.attention.paged_kernels_triton import gather, merge_splits
+from stages.attention.paged_kernels_triton import gather, merge_splits, visit_keys
 from stages.core.platform.triton_mode import tl, triton
 from stages.course.fixtures.checks import check_close
-from stages.course.fixtures.kernels import DEVICE, contained
+from stages.course.fixtures.kernels import DEVICE, contained, guarded
 from stages.tests.attention_cases import AttentionCase, make_case, quantize_int8
 
 TILE = Config(16, 16, 1, 1)
@@ -101,6 +101,64 @@ def test_heads_that_share_keys(heads: tuple[int, int]) -> None:
     """
     case = make_case([1, 1], [5, 37], heads=heads, head_dim=24, block_size=8, device=DEVICE)
     check_close(attend(case), expected(case), "attention")
+
+
+def test_the_block_table_ends_with_the_context() -> None:
+    """The last row of the table has as many blocks as its context of 33 needs, and behind it there is no memory.
+
+    Why: the last keys of a tile are not there, and neither are their blocks. What lies behind a table is somebody else's.
+    """
+    case = make_case([1, 1], [5, 33], heads=(4, 2), head_dim=16, block_size=8, device=DEVICE)
+    case.block_tables = guarded(case.block_tables[:, : -(-33 // 8)].contiguous())
+    check_close(attend(case), expected(case), "attention")
+
+
+@triton.jit
+def visiting(query, vectors, table, out, BLOCK_SIZE: tl.constexpr, VALUE_KIND: tl.constexpr):
+    row = tl.arange(0, 16)
+    at = row[:, None] * 16 + row[None, :]
+    factor = tl.full([16], 1, tl.float32)
+    _, total, acc = visit_keys(
+        tl.load(query + at), vectors, vectors, None, None, table, 0, BLOCK_SIZE, row, 0, factor, 1, 16, 16, BLOCK_SIZE, 0, 16,
+        16, VALUE_KIND,
+    )  # fmt: skip
+    tl.store(out + at, acc / total[:, None])
+
+
+def visited(number: int, value_kind: tl.dtype) -> tuple[Tensor, Tensor]:
+    """Sixteen queries at the positions of block `number` of a cache of int8 without scales: what comes, and what should come,
+    [16, 16] each."""
+    vectors = torch.empty((number + 1) * 16 * 16, dtype=torch.int8, device=DEVICE)  # what nobody touches takes no memory
+    rng = torch.Generator().manual_seed(0)
+    block = torch.randint(-3, 4, (16, 16), generator=rng, dtype=torch.int8)
+    vectors[-256:] = block.flatten().to(DEVICE)
+    query, table = torch.randn(16, 16, generator=rng).to(DEVICE), torch.tensor([number], dtype=torch.int32, device=DEVICE)
+
+    def compute() -> Tensor:
+        out = torch.full((16, 16), torch.nan, device=DEVICE)
+        visiting[(1,)](query, vectors, table, out, BLOCK_SIZE=16, VALUE_KIND=value_kind)
+        return out
+
+    scores = query.cpu() @ block.float().T * torch.log(torch.tensor(2.0))
+    hidden = torch.ones(16, 16).triu(1) > 0
+    weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=1)
+    return contained(compute, 16, 16, device=DEVICE), weights @ block.float()
+
+
+def test_a_cache_of_more_numbers_than_32_bits_count() -> None:
+    """One block of 16 keys lies behind 2^31 numbers of a cache that is hardly used.
+
+    Why: on a large card a layer's cache has more than 2^31 numbers; a place in 32 bits is then one before the beginning.
+    """
+    check_close(*visited(2**31 // (16 * 16), tl.float32), "attention")
+
+
+def test_weights_are_multiplied_in_the_type_of_the_values() -> None:
+    """Values in float16, weights in float32: the product is in `VALUE_KIND`, here float16.
+
+    Why: a tensor core multiplies two of a kind, and the compiler for a card refuses anything else.
+    """
+    check_close(*visited(2, tl.float16), "attention", 5e-3)
 
 
 def test_rows_that_see_nothing_in_a_tile() -> None:

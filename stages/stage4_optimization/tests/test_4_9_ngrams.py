@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -82,6 +85,49 @@ def test_reading_in_pieces_is_reading_at_once() -> None:
         pieces.update(text[:end])
     check_equal(pieces.propose(text, 4), whole.propose(text, 4), "draft")
     check_equal(pieces.propose(text, 4), [4, 1, 2, 3], "draft")
+
+
+class Text(list[int]):
+    """Counts the tokens that are taken out of it."""
+
+    num_taken = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        got = super().__getitem__(index)
+        self.num_taken += len(got) if isinstance(index, slice) else 1
+        return got
+
+    def __iter__(self) -> Iterator[int]:
+        self.num_taken += len(self)
+        return super().__iter__()
+
+    def copy(self) -> list[int]:
+        return list(self)
+
+
+def test_a_token_costs_what_a_token_costs() -> None:
+    """A text of 3,000 tokens is read; then come twenty single ones, with a draft of four behind each: a few looks at each.
+
+    Why: a step that reads all of the text again takes longer than the model's, once the text is long.
+    """
+    text, index = Text(i * i % 101 for i in range(3000)), NgramIndex(1, 3)
+    index.update(text)
+    for token in range(20):
+        text.append(token)
+        text.num_taken = 0
+        index.update(text)
+        index.propose(text, 4)
+        check_equal(text.num_taken < 100, True, f"few tokens of the text are looked at, and not {text.num_taken}")
+
+
+def test_the_text_stays_as_it_is() -> None:
+    """A draft that goes on with itself is written beside the text.
+
+    Why: the text is the sequence's own list of tokens; what is appended to it has been said.
+    """
+    text = [1, 2, 1, 2]
+    check_equal(propose(text, 5), [1, 2, 1, 2, 1], "draft")
+    check_equal(text, [1, 2, 1, 2], "text")
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)

@@ -58,6 +58,8 @@ def test_tokens_that_came_together_took_no_time() -> None:
     check_equal(Stream(0.0, [0.5], num_tokens=5).tpot, 0.0, "tpot")
     found = latencies([Stream(0.0, [0.5], num_tokens=5), Stream(0.0, [0.5, 0.7], num_tokens=2)])
     check_equal(round(found["tpot_ms"]["mean"], 6), 100.0, "mean TPOT in ms, of 0 and 200")
+    found = latencies([Stream(0.0, [0.5, 0.7, 1.1], num_tokens=8)])
+    check_equal(round(found["itl_ms"]["mean"], 6), 300.0, "mean ITL in ms, between three pieces of eight tokens")
 
 
 def test_itl_is_every_wait_but_the_first() -> None:
