@@ -178,13 +178,9 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ),
 ]
 CODES = {
-    "invalid_function_parameters",
-    "invalid_value",
-    "invalid_type",
+    "invalid_function_parameters", "invalid_type", "invalid_value", "missing_required_parameter", "unknown_parameter",
     "unsupported_parameter",
-    "unknown_parameter",
-    "missing_required_parameter",
-}
+}  # fmt: skip
 """OpenAI's words for what is wrong with a field."""
 
 
