@@ -26,6 +26,7 @@ FILES = sorted(
 )
 
 ABOUT_TIME = {
+    "stages/stage6_benchmark/tests/test_6_2_load.py:test_a_closed_loop_begins_now": "time is simulated: nobody waits",
     "solutions/tests/fake_engine.py:step": "a step takes time",
     "solutions/tests/test_async_engine.py:test_an_idle_engine_sleeps": "how often it looks for work within a time",
     "solutions/tests/test_communication.py:fail_on_one": "a rank that hangs",

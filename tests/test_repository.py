@@ -82,7 +82,7 @@ def test_functions_fit_a_screen(path: Path) -> None:
 
 PAGES = {"compare.py", "grade.py", "latency.py", "memory.py", "throughput.py"}
 """Commands that people and graders type by the path of a file."""
-MOST_BENCHMARK_LINES = 5050
+MOST_BENCHMARK_LINES = 5100
 
 
 def test_each_measurement_has_one_place() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import re
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,6 +147,8 @@ class SamplingParams:
         _require_int("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens != -1:
             _require_int("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, None)
+        if self.stop_until is not None:
+            _require_pattern("stop_until", self.stop_until)
         if self.truncation_side not in ("left", "right"):
             raise ValueError(f'truncation_side must be "left" or "right", got {self.truncation_side!r}')
         for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
@@ -198,6 +201,16 @@ def _require_number(name: str, value: Any, low: float, high: float, *, above: bo
     else:
         limits = f"in {'(' if above else '['}{low:g}, {high:g}]"
     raise ValueError(f"{name} must be a number {limits}, got {value!r}")
+
+
+def _require_pattern(name: str, value: Any) -> None:
+    """Raises ValueError unless the value is a regular expression."""
+    try:
+        if not isinstance(value, str):
+            raise TypeError(f"got {value!r}")
+        re.compile(value)
+    except (TypeError, re.error) as error:
+        raise ValueError(f"{name} must be a regular expression: {error}") from None
 
 
 def _require_int(name: str, value: Any, low: int | None, high: int | None) -> None:

@@ -38,7 +38,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        length = max(config.max_position_embeddings, config.max_model_len or 0)
+        length = max(config.max_position_embeddings, config.longest)
         positions = torch.arange(length, dtype=torch.float32)
         angles = positions[:, None] * rope_inverse_frequencies(config)  # [positions, R / 2]
         magnitude = (config.rope_scaling or {}).get("attention_factor", 1.0)
@@ -65,7 +65,7 @@ def rope_inverse_frequencies(config: ModelConfig) -> Tensor:
     scaling: dict[str, Any] = config.rope_scaling or {"rope_type": "default"}
     numbers = {name: value for name, value in scaling.items() if name not in ("rope_type", "attention_factor")}
     kind, theta, size = scaling["rope_type"], config.rope_theta, config.rotary_dim or config.head_dim
-    served = config.max_model_len or config.max_position_embeddings
+    served = config.longest
     if kind == "dynamic":
         trained, factor = config.max_position_embeddings, scaling["factor"]
         theta *= (factor * max(served, trained) / trained - (factor - 1)) ** (size / (size - 2))

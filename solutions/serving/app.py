@@ -22,7 +22,7 @@ from .guards import BodyLimit, Bugs, KeyGuard, RequestIds, TrailingSlashes, add_
 from .ignored_fields import TolerantRoute
 from .json_body import JsonRoute
 from .live.feed import add_live_page
-from .messages_api.routes import add_messages_routes
+from .messages_routes import add_messages_routes
 from .metrics import EngineMetrics
 from .openai_answers import (
     ChatCompletionResponse,
@@ -38,7 +38,7 @@ from .openai_protocol import (
 from .operator_routes import add_operator_routes, package_version
 from .output_stream import OutputStream
 from .responses import ChatReply, CompletionReply, Reply
-from .responses_api.routes import add_responses_routes
+from .responses_routes import add_responses_routes
 from .tokenizer_routes import add_tokenizer_routes, chat_prompt
 from .tool_calls.calling import ToolCalling
 from .tool_replies import ToolReply
@@ -86,7 +86,7 @@ def create_app(
 
     engine = async_engine.engine
     app = FastAPI(title="Build your own vLLM", version=package_version(), lifespan=lifespan)
-    app.router.route_class = JsonRoute if strict else TolerantRoute
+    app.router.route_class = JsonRoute
     add_error_handlers(app)
     app.add_middleware(Bugs)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
@@ -114,6 +114,9 @@ def create_app(
         return models[name]
 
     add_operator_routes(app, async_engine, metrics)
+    if live:
+        add_live_page(app, async_engine, served_model_names[0], responses=ERRORS)
+    app.router.route_class = JsonRoute if strict else TolerantRoute  # from here on routes take what other servers know
     calling = ToolCalling(engine.tokenizer, tool_call_parser, enable_auto_tool_choice)
     add_openai_routes(app, async_engine, models, check_model, calling)
 
@@ -129,8 +132,6 @@ def create_app(
     door = ChatDoor(submit_chat, deliver, chat_tokens)
     add_responses_routes(app, door, responses=ERRORS)
     add_messages_routes(app, door, responses=ERRORS)
-    if live:
-        add_live_page(app, async_engine, served_model_names[0], responses=ERRORS)
     add_tokenizer_routes(app, async_engine.engine, check_model, info=tokenizer_info, responses=ERRORS)
     return app
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, Field, model_validator
-from pydantic_core import to_jsonable_python
 
 from ..core.text.chat_template import render_chat
 from .chat_messages import ChatMessage
@@ -95,7 +95,7 @@ def info_of(tokenizer: Any) -> dict[str, Any]:
     """A tokenizer's settings as JSON, without the paths of its files."""
     settings = {name: value for name, value in tokenizer.init_kwargs.items() if not name.endswith(("_file", "_path"))}
     more = {"tokenizer_class": type(tokenizer).__name__, "chat_template": tokenizer.chat_template}
-    found: dict[str, Any] = to_jsonable_python(settings | more, fallback=str)
+    found: dict[str, Any] = json.loads(json.dumps(settings | more, default=str))
     return found
 
 

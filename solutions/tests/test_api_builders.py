@@ -17,10 +17,10 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from solutions.serving.errors import RequestError
-from solutions.serving.messages_api.events import MessageBuilder
-from solutions.serving.messages_api.request import MessagesRequest
-from solutions.serving.responses_api.events import ResponseBuilder
-from solutions.serving.responses_api.request import ResponsesRequest
+from solutions.serving.messages_events import MessageBuilder
+from solutions.serving.messages_request import MessagesRequest
+from solutions.serving.responses_events import ResponseBuilder
+from solutions.serving.responses_request import ResponsesRequest
 
 TEXT = st.text('aé\n\u2028🙂"', min_size=1, max_size=4)
 CALL = st.tuples(st.sampled_from(["f", "get_weather"]), st.lists(TEXT, max_size=3))

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from solutions.serving.responses_api.store import ResponseStore, StoredResponse
+from solutions.serving.responses_store import ResponseStore, StoredResponse
 from solutions.tests.real_server import MODEL
 
 WEATHER = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]}
@@ -184,7 +184,7 @@ def entry(name: str, size: int = 10) -> StoredResponse:
 
 def test_the_store_is_bounded_and_tenants_see_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("solutions.serving.responses_api.store.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("solutions.serving.responses_store.time.monotonic", lambda: now[0])
     store = ResponseStore(max_bytes=1000, expiry_seconds=60)
     store.finish("a", entry("one"))
     assert store.get("b", "one") is None

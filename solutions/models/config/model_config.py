@@ -67,6 +67,11 @@ class ModelConfig:
     quantization: QuantizedFormat | None = None
 
     @property
+    def longest(self) -> int:
+        """The longest sequence that will be served, in tokens."""
+        return self.max_position_embeddings if self.max_model_len is None else self.max_model_len
+
+    @property
     def max_context(self) -> int:
         """The longest sequence the positions are made for: dynamic NTK scaling stretches the trained context."""
         if self.rope_scaling is not None and self.rope_scaling["rope_type"] == "dynamic":

@@ -7,13 +7,13 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
-from ...core.output import RequestOutput
-from ..async_engine import EngineDeadError
-from ..openai_answers import ChatLogprobs, ToolCall, ToolCallDelta, Usage
-from ..output_stream import OutputStream
-from ..responses import ChatReply, Reply
-from ..wire import Wire
-from .events import Event, ResponseBuilder
+from ..core.output import RequestOutput
+from .async_engine import EngineDeadError
+from .openai_answers import ChatLogprobs, ToolCall, ToolCallDelta, Usage
+from .output_stream import OutputStream
+from .responses import ChatReply, Reply
+from .responses_events import Event, ResponseBuilder
+from .wire import Wire
 
 logger = logging.getLogger(__name__)
 

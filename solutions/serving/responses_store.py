@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .items import Message
+from .responses_items import Message
 
 MAX_BYTES = 64 << 20
 EXPIRY_SECONDS = 3600.0

@@ -10,9 +10,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from ..wire import ChatDoor
-from .request import CountTokensRequest, MessagesRequest
-from .wire import MessagesWire
+from .messages_request import CountTokensRequest, MessagesRequest
+from .messages_wire import MessagesWire
+from .wire import ChatDoor
 
 
 def add_messages_routes(app: FastAPI, door: ChatDoor, responses: dict[int | str, Any]) -> None:

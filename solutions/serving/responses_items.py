@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from ..errors import RequestError
+from .errors import RequestError
 
 TEXTS = ("input_text", "output_text", "text")
 """Types of content parts that hold a text."""

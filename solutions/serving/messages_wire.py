@@ -6,13 +6,13 @@ import json
 import logging
 from collections.abc import AsyncIterator, Iterable, Iterator
 
-from ...core.output import RequestOutput
-from ..async_engine import EngineDeadError
-from ..openai_answers import ToolCall, ToolCallDelta, Usage
-from ..output_stream import OutputStream
-from ..responses import ChatReply, Reply
-from ..wire import Wire
-from .events import Event, MessageBuilder
+from ..core.output import RequestOutput
+from .async_engine import EngineDeadError
+from .messages_events import Event, MessageBuilder
+from .openai_answers import ToolCall, ToolCallDelta, Usage
+from .output_stream import OutputStream
+from .responses import ChatReply, Reply
+from .wire import Wire
 
 logger = logging.getLogger(__name__)
 

@@ -11,14 +11,14 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from ..errors import RequestError
-from ..responses import Head
-from ..wire import ChatDoor, Submitted
-from .events import ResponseBuilder
-from .items import items_of, message_of
-from .request import ResponsesRequest
-from .store import ResponseStore, StoredResponse
-from .wire import ResponsesWire
+from .errors import RequestError
+from .responses import Head
+from .responses_events import ResponseBuilder
+from .responses_items import items_of, message_of
+from .responses_request import ResponsesRequest
+from .responses_store import ResponseStore, StoredResponse
+from .responses_wire import ResponsesWire
+from .wire import ChatDoor, Submitted
 
 
 def add_responses_routes(app: FastAPI, door: ChatDoor, responses: dict[int | str, Any]) -> None:

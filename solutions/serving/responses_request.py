@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, model_validator
 
-from ..errors import RequestError
-from ..openai_fields import Bool, Int, Number, Request, read_request
-from ..openai_protocol import ChatCompletionRequest
-from .items import Message, messages_of, tool_of
+from .errors import RequestError
+from .openai_fields import Bool, Int, Number, Request, read_request
+from .openai_protocol import ChatCompletionRequest
+from .responses_items import Message, messages_of, tool_of
 
 
 def _input(value: Any) -> Any:

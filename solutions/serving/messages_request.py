@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from ..errors import RequestError
-from ..openai_fields import Int, Number, Request, read_request
-from ..openai_protocol import ChatCompletionRequest
+from .errors import RequestError
+from .openai_fields import Int, Number, Request, read_request
+from .openai_protocol import ChatCompletionRequest
 
 UNHEARD = ("thinking", "redacted_thinking")
 """Types of content blocks that are not for the model's template: what it thought before."""
