@@ -69,7 +69,8 @@ def _digest(*parts: object) -> str:
 
 def _convert(path: Path, folder: Path, progress: bool) -> None:
     try:
-        reader = gguf.GGUFReader(path) if _is_gguf(path) else None
+        _check_magic(path)
+        reader = gguf.GGUFReader(path)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
         tensors = {tensor.name: tensor for tensor in reader.tensors}
     except ModelError:
@@ -95,11 +96,10 @@ def _convert(path: Path, folder: Path, progress: bool) -> None:
         raise ModelError(f"{path} cannot be converted ({_first_line(error)}); fetch it again") from error
 
 
-def _is_gguf(path: Path) -> bool:
+def _check_magic(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelError(f"{path} is not a GGUF file")
-    return True
 
 
 def _first_line(error: Exception) -> str:
