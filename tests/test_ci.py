@@ -70,13 +70,6 @@ def test_what_is_there_is_left_alone(machine: Path) -> None:
     assert tools(machine, 1000) == []
 
 
-def test_clang_without_openmp_is_not_enough(machine: Path) -> None:
-    install(machine, "clang++", f"#!{BASH}\nexit 1\n")
-    install(machine, "chromium", f"#!{BASH}\n")
-    (line,) = tools(machine, 1000)
-    assert line.endswith("apt install clang")
-
-
 def test_ci_runs_the_gate_on_every_change_and_everything_at_night() -> None:
     text = (ROOT / ".ci/run").read_text()
     gate, night = text.split('if [ "${1:-}" = all ]; then\n')
