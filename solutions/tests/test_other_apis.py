@@ -11,6 +11,8 @@ import openai
 import pytest
 
 from solutions.serving.responses_store import ResponseStore, StoredResponse
+from solutions.tests.fake_engine import FakeEngine
+from solutions.tests.fake_server import FOREVER, serve, until
 from solutions.tests.real_server import MODEL
 
 WEATHER = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]}
@@ -210,3 +212,51 @@ def test_the_store_is_bounded_and_tenants_see_their_own(monkeypatch: pytest.Monk
     assert cancelled == ["endless"]
     store.finish("a", entry("large", 2000))  # alone above the limit
     assert store.get("a", "large") is None
+
+
+def test_keys_come_either_way_and_each_sees_its_own_responses() -> None:
+    with serve(FakeEngine(), ["one", "two"]) as url, httpx.Client(base_url=f"{url}/v1") as http:
+        body = {"model": "fake", "input": "x", "max_output_tokens": 2}
+        made = http.post("/responses", json=body, headers={"Authorization": "Bearer one"}).json()
+        paths = [f"/responses/{made['id']}", f"/responses/{made['id']}/input_items"]
+        for headers, status in (
+            ({"x-api-key": "one"}, 200), ({"x-api-key": "two"}, 404), ({"x-api-key": "three"}, 401),
+            ({}, 401), ({"x-api-key": ""}, 401),
+            ({"x-api-key": "one", "Authorization": "Bearer three"}, 401),
+        ):  # fmt: skip
+            assert [http.get(path, headers=headers).status_code for path in paths] == [status] * 2, headers
+        stolen = {**body, "previous_response_id": made["id"]}
+        assert http.post("/responses", json=stolen, headers={"x-api-key": "two"}).status_code == 400
+        message = {"model": "fake", "max_tokens": 2, "messages": [{"role": "user", "content": "x"}]}
+        assert http.post("/messages", json=message, headers={"x-api-key": "two"}).json()["content"][0]["text"] == "ab"
+
+
+ASKS = {
+    "responses": {"model": "fake", "input": "x", "stream": True, "max_output_tokens": FOREVER},
+    "messages": {"model": "fake", "messages": [{"role": "user", "content": "x"}], "stream": True, "max_tokens": FOREVER},
+}
+
+
+@pytest.mark.parametrize(("route", "last"), [("responses", "response.failed"), ("messages", "error")])
+def test_a_stream_of_an_engine_that_fails_says_so_last(route: str, last: str) -> None:
+    with serve(FakeEngine(fail_at=4)) as url:
+        answer = httpx.post(f"{url}/v1/{route}", json=ASKS[route])
+    events = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line.startswith("data: ")]
+    named = [line.removeprefix("event: ") for line in answer.text.splitlines() if line.startswith("event: ")]
+    assert named == [event["type"] for event in events]
+    assert (answer.status_code, named[-1], named.count(last)) == (200, last, 1)
+    assert "/secret/path" not in answer.text
+    if route == "responses":
+        assert (events[-1]["response"]["status"], events[-1]["response"]["output"][0]["content"][0]["text"]) == (
+            "failed",
+            "abc",
+        )
+
+
+@pytest.mark.parametrize("route", ASKS)
+def test_a_client_that_leaves_ends_its_request(route: str) -> None:
+    engine = FakeEngine()
+    with serve(engine) as url:
+        with httpx.stream("POST", f"{url}/v1/{route}", json=ASKS[route]) as answer:
+            next(line for line in answer.iter_lines() if "delta" in line)
+        until(lambda: not engine.running)
