@@ -12,13 +12,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from .errors import RequestError
-from .responses import Head
 from .responses_events import ResponseBuilder
 from .responses_items import items_of, message_of
 from .responses_request import ResponsesRequest
 from .responses_store import ResponseStore, StoredResponse
 from .responses_wire import ResponsesWire
-from .wire import ChatDoor, Submitted
+from .wire import ChatDoor, Submitted, Wire
 
 
 def add_responses_routes(app: FastAPI, door: ChatDoor, responses: dict[int | str, Any]) -> None:
@@ -45,7 +44,9 @@ def add_responses_routes(app: FastAPI, door: ChatDoor, responses: dict[int | str
         earlier = body.previous_response_id
         messages = body.messages([] if earlier is None else found(http, earlier, "previous_response_id").messages)
         submitted = await door.submit(http, body.chat(messages), "resp_")
-        head: Head = {"id": "", "created": 0, "model": ""} if submitted is None else submitted.reply.head
+        if submitted is None:
+            return await door.deliver(http, None, Wire())
+        head = submitted.reply.head
         builder = ResponseBuilder(head["id"], head["created"], body.model, body.echo())
         entry, tenant = StoredResponse(builder.response, messages, items_of(body.input)), tenant_of(http)
 
@@ -55,10 +56,15 @@ def add_responses_routes(app: FastAPI, door: ChatDoor, responses: dict[int | str
                 store.finish(tenant, entry)
 
         wire = ResponsesWire(builder, end)
-        if submitted is None or not body.background:
+        if not body.background:
             return await door.deliver(http, submitted, wire)
         task = asyncio.create_task(compute(submitted, wire))
-        entry.cancel = task.cancel
+
+        def stop() -> None:
+            task.cancel()
+            submitted.stream.close()  # also if the task has not begun yet
+
+        entry.cancel = stop
         store.add(tenant, entry)
         running.add(task)
         task.add_done_callback(running.discard)

@@ -260,3 +260,15 @@ def test_a_client_that_leaves_ends_its_request(route: str) -> None:
         with httpx.stream("POST", f"{url}/v1/{route}", json=ASKS[route]) as answer:
             next(line for line in answer.iter_lines() if "delta" in line)
         until(lambda: not engine.running)
+
+
+@pytest.mark.parametrize("way", ["cancel", "delete"])
+def test_a_background_response_that_nobody_wants_leaves_the_engine(way: str) -> None:
+    engine = FakeEngine()
+    with serve(engine) as url, httpx.Client(base_url=f"{url}/v1/responses") as http:
+        made = http.post("", json={"model": "fake", "input": "x", "background": True, "max_output_tokens": FOREVER}).json()
+        until(lambda: engine.running)
+        answer = http.post(f"/{made['id']}/cancel") if way == "cancel" else http.delete(f"/{made['id']}")
+        assert answer.status_code == 200
+        until(lambda: not engine.running)
+        assert http.get(f"/{made['id']}").status_code == (200 if way == "cancel" else 404)
