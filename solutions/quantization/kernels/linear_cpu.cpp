@@ -11,8 +11,8 @@ namespace {
 
 constexpr int64_t ROWS = 4;  // of a share, when activations are brought into another form
 
-inline void store_operands(uint8_t* to, Bits bytes) { store_as(to, __builtin_convertvector(bytes, Bytes)); }
-inline void store_operands(int16_t* to, Bits bytes) {
+[[maybe_unused]] inline void store_operands(uint8_t* to, Bits bytes) { store_as(to, __builtin_convertvector(bytes, Bytes)); }
+[[maybe_unused]] inline void store_operands(int16_t* to, Bits bytes) {
     store_as(to, shuffle(__builtin_convertvector(bytes, Shorts), [](int i) { return (i & ~3) | (i & 1) << 1 | (i & 2) >> 1; }));
 }
 
