@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from stages.batching.sampling_params import RequestOutputKind, SamplingParams, StructuredOutput
 from stages.course.fixtures.checks import check_equal
 from stages.serving.openai_fields import describe_validation_error
-from stages.serving.openai_protocol import ChatCompletionRequest, CompletionRequest, TokenizeRequest
+from stages.serving.openai_protocol import ChatCompletionRequest, CompletionRequest
+from stages.serving.tokenizer_routes import TokenizeRequest
 
 DELTA, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
 
