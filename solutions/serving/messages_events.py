@@ -1,7 +1,5 @@
 """What a model says, as the content blocks and the events of Anthropic's Messages API.
 
-The whole answer is made by the events' own code, so that a stream adds up to it.
-
 Source: https://docs.anthropic.com/en/docs/build-with-claude/streaming
 """
 
@@ -11,22 +9,22 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-Event = dict[str, Any]
+from .openai_answers import Usage
+from .translated_wire import AnswerBuilder, Event
+
 STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use", "stop": "end_turn", "abort": "end_turn"}
 
 
-class MessageBuilder:
-    """Builds one message piece by piece. Each method yields the events that say what is new.
+class MessageBuilder(AnswerBuilder):
+    """Builds one message.
 
     Args:
         message_id: begins with ``msg_``. model: the name that the request used.
 
-    Attributes:
-        message: the message as it is now.
     """
 
     def __init__(self, message_id: str, model: str) -> None:
-        self.message: dict[str, Any] = {
+        self.answer = {
             "id": message_id, "type": "message", "role": "assistant", "model": model, "content": [], "stop_reason": None,
             "stop_sequence": None, "usage": {"input_tokens": 0, "output_tokens": 0},
         }  # fmt: skip
@@ -34,20 +32,17 @@ class MessageBuilder:
         self._call: int | None = None  # index of the call, in the chat's answer, whose block is open
         self._open: str | None = None  # type of the block that is open
 
-    def start(self, usage: dict[str, int]) -> Iterator[Event]:
-        """The message has begun."""
-        self.message["usage"] = usage
-        yield {"type": "message_start", "message": {**self.message, "content": []}}
+    def begin(self, usage: Usage) -> Iterator[Event]:
+        self.answer["usage"] = usage_of(usage)
+        yield {"type": "message_start", "message": {**self.answer, "content": []}}
 
-    def text(self, delta: str) -> Iterator[Event]:
-        """More of what the model says."""
+    def text(self, delta: str, logprobs: list[dict[str, Any]]) -> Iterator[Event]:
         if self._open != "text":
             yield from self._begin({"type": "text", "text": ""})
-        self.message["content"][-1]["text"] += delta
+        self.answer["content"][-1]["text"] += delta
         yield self._delta({"type": "text_delta", "text": delta})
 
     def call(self, index: int, call_id: str | None, name: str | None, arguments: str) -> Iterator[Event]:
-        """More of a call: its id and its name come with its first piece."""
         if self._open != "tool_use" or self._call != index:
             yield from self._begin({"type": "tool_use", "id": call_id, "name": name, "input": {}})
             self._call, self._arguments = index, ""
@@ -55,30 +50,45 @@ class MessageBuilder:
             self._arguments += arguments
             yield self._delta({"type": "input_json_delta", "partial_json": arguments})
 
-    def end(self, finish_reason: str, stop_sequence: str | None, usage: dict[str, int]) -> Iterator[Event]:
-        """The model has ended, for a reason that chat completions have, or at a stop sequence."""
+    def end(self, finish_reason: str, stop_reason: int | str | None, usage: Usage) -> Iterator[Event]:
+        """A stop string is this API's stop sequence; a stop token is none."""
         yield from self._close()
-        reason = STOP_REASONS[finish_reason] if stop_sequence is None else "stop_sequence"
-        self.message |= {"stop_reason": reason, "stop_sequence": stop_sequence, "usage": usage}
-        yield {"type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": stop_sequence}, "usage": usage}
+        sequence = stop_reason if isinstance(stop_reason, str) else None
+        reason = STOP_REASONS[finish_reason] if sequence is None else "stop_sequence"
+        self.answer |= {"stop_reason": reason, "stop_sequence": sequence, "usage": usage_of(usage)}
+        delta = {"stop_reason": reason, "stop_sequence": sequence}
+        yield {"type": "message_delta", "delta": delta, "usage": self.answer["usage"]}
         yield {"type": "message_stop"}
 
+    def fail(self, message: str, status: int) -> Iterator[Event]:
+        kind = "overloaded_error" if status == 503 else "api_error"
+        yield {"type": "error", "error": {"type": kind, "message": message}}
+
     def _delta(self, delta: dict[str, Any]) -> Event:
-        return {"type": "content_block_delta", "index": len(self.message["content"]) - 1, "delta": delta}
+        return {"type": "content_block_delta", "index": len(self.answer["content"]) - 1, "delta": delta}
 
     def _begin(self, block: dict[str, Any]) -> Iterator[Event]:
         yield from self._close()
-        self.message["content"].append(block)
+        self.answer["content"].append(block)
         self._open = block["type"]
-        yield {"type": "content_block_start", "index": len(self.message["content"]) - 1, "content_block": dict(block)}
+        yield {"type": "content_block_start", "index": len(self.answer["content"]) - 1, "content_block": dict(block)}
 
     def _close(self) -> Iterator[Event]:
         if self._open is None:
             return
         if self._open == "tool_use":
-            self.message["content"][-1]["input"] = _arguments(self._arguments)
+            self.answer["content"][-1]["input"] = _arguments(self._arguments)
         self._open = None
-        yield {"type": "content_block_stop", "index": len(self.message["content"]) - 1}
+        yield {"type": "content_block_stop", "index": len(self.answer["content"]) - 1}
+
+
+def usage_of(usage: Usage) -> dict[str, int]:
+    """A usage as this API writes it: prompt tokens from the cache count by themselves."""
+    cached = usage.prompt_tokens_details.cached_tokens
+    return {
+        "input_tokens": usage.prompt_tokens - cached, "cache_read_input_tokens": cached, "cache_creation_input_tokens": 0,
+        "output_tokens": usage.completion_tokens,
+    }  # fmt: skip
 
 
 def _arguments(text: str) -> dict[str, Any]:

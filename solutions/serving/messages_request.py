@@ -11,19 +11,11 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from .errors import RequestError
-from .openai_fields import Int, Number, Request, read_request
-from .openai_protocol import ChatCompletionRequest
+from .openai_fields import Int, Number, Request
+from .translated_chat import TranslatedChat
 
 UNHEARD = ("thinking", "redacted_thinking")
 """Types of content blocks that are not for the model's template: what it thought before."""
-
-
-class MessagesChat(ChatCompletionRequest):
-    """The chat completion that answers. Its errors name the fields of the Messages API."""
-
-    @property
-    def token_limit(self) -> tuple[str, int | None]:
-        return "max_tokens", self.max_completion_tokens
 
 
 class CountTokensRequest(Request):
@@ -36,15 +28,15 @@ class CountTokensRequest(Request):
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
-    """``{"type": "disabled"}`` turns off what a reasoning model thinks, where its template can."""
+    """Accepted: what a model thinks is part of its text here."""
 
-    def chat(self) -> MessagesChat:
+    def chat(self) -> TranslatedChat:
         """The chat completion that answers.
 
         Raises:
             RequestError: a field is not valid.
         """
-        return read_request(MessagesChat, self._fields())
+        return TranslatedChat.read(self._fields())
 
     def _fields(self) -> dict[str, Any]:
         system: list[dict[str, Any]] = (
@@ -55,8 +47,6 @@ class CountTokensRequest(Request):
         if self.tools:
             fields["tools"] = [_tool(index, tool) for index, tool in enumerate(self.tools)]
             fields |= _tool_choice(self.tool_choice or {"type": "auto"})
-        if self.thinking and self.thinking.get("type") == "disabled":
-            fields["reasoning_effort"] = "none"
         return fields
 
 
@@ -154,7 +144,7 @@ def _tool_choice(choice: dict[str, Any]) -> dict[str, Any]:
         "tool": {"type": "function", "function": {"name": choice.get("name")}},
     }  # fmt: skip
     kind = choice.get("type")
-    if kind not in choices:
+    if not isinstance(kind, str) or kind not in choices:
         raise RequestError(f"tool_choice.type must be one of {', '.join(choices)}; got {json.dumps(kind)}", "tool_choice.type")
     fields = {"tool_choice": choices[kind]}
     return fields | {"parallel_tool_calls": False} if choice.get("disable_parallel_tool_use") else fields

@@ -10,9 +10,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from .messages_events import MessageBuilder
 from .messages_request import CountTokensRequest, MessagesRequest
-from .messages_wire import MessagesWire
-from .wire import ChatDoor
+from .translated_wire import TranslatedWire
+from .wire import ChatDoor, Wire
 
 
 def add_messages_routes(app: FastAPI, door: ChatDoor, responses: dict[int | str, Any]) -> None:
@@ -24,7 +25,11 @@ def add_messages_routes(app: FastAPI, door: ChatDoor, responses: dict[int | str,
 
     @app.post("/v1/messages", responses=responses)
     async def create(body: MessagesRequest, http: Request) -> Response:
-        return await door.deliver(http, await door.submit(http, body.chat(), "msg_"), MessagesWire())
+        submitted = await door.submit(http, body.chat(), "msg_")
+        if submitted is None:
+            return await door.deliver(http, None, Wire())
+        head = submitted.reply.head
+        return await door.deliver(http, submitted, TranslatedWire(MessageBuilder(head["id"], head["model"])))
 
     @app.post("/v1/messages/count_tokens", responses=responses)
     async def count_tokens(body: CountTokensRequest) -> Response:

@@ -6,11 +6,9 @@ field. What changes no answer passes (`HINTS`). What nobody knows is an error he
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, ValidationError, model_validator
-
-from .errors import RequestError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, model_validator
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     # OpenAI's
@@ -115,22 +113,6 @@ class Request(BaseModel):
             for name, value in data.items()
             if name in known or not (name in HINTS or value in UNSUPPORTED.get(name, ()))
         }
-
-
-AnyRequest = TypeVar("AnyRequest", bound=Request)
-
-
-def read_request(kind: type[AnyRequest], body: dict[str, Any]) -> AnyRequest:
-    """A request whose body is not a client's own, but was made from one of another API.
-
-    Raises:
-        RequestError: a field is not valid; names it.
-    """
-    try:
-        return kind.model_validate({name: value for name, value in body.items() if value is not None})
-    except ValidationError as error:
-        first: Any = error.errors()[0]
-        raise RequestError(*describe_validation_error({**first, "loc": ("body", *first["loc"])})) from None
 
 
 def field_path(keys: list[Any]) -> str:

@@ -1,7 +1,5 @@
 """What a model says, as the output items and the events of the Responses API.
 
-The whole answer is made by the events' own code, so that a stream adds up to it.
-
 Source: https://platform.openai.com/docs/api-reference/responses-streaming
 """
 
@@ -12,12 +10,14 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-Event = dict[str, Any]
+from .openai_answers import Usage
+from .translated_wire import AnswerBuilder, Event
+
 Item = dict[str, Any]
 
 
-class ResponseBuilder:
-    """Builds one response piece by piece. Each method yields the events that say what is new.
+class ResponseBuilder(AnswerBuilder):
+    """Builds one response.
 
     Args:
         response_id: begins with ``resp_``.
@@ -25,27 +25,25 @@ class ResponseBuilder:
         echo: the fields that say what was asked for; see `ResponsesRequest.echo`.
 
     Attributes:
-        response: the response as it is now. Its events hold copies.
+        answer: the response as it is now. Its events hold copies.
     """
 
     def __init__(self, response_id: str, created: int, model: str, echo: dict[str, Any]) -> None:
         head = {"id": response_id, "object": "response", "created_at": created, "status": "in_progress", "model": model}
-        self.response: dict[str, Any] = head | {"error": None, "incomplete_details": None, "output": [], "usage": None} | echo
+        self.answer = head | {"error": None, "incomplete_details": None, "output": [], "usage": None} | echo
         self._number = 0
         self._open: Item | None = None
         self._calls: dict[int, Item] = {}  # index in the chat's answer → item
 
-    def created(self) -> Iterator[Event]:
-        """The response has begun."""
+    def begin(self, usage: Usage) -> Iterator[Event]:
         yield self._event("created", response=self._snapshot())
         yield self._event("in_progress", response=self._snapshot())
 
     def text(self, delta: str, logprobs: list[dict[str, Any]]) -> Iterator[Event]:
-        """More of what the model says to the user."""
         if self._open is None or self._open["type"] != "message":
             yield from self._begin({"type": "message", "role": "assistant", "content": []}, "msg")
             new: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-            self.response["output"][-1]["content"].append(new)
+            self.answer["output"][-1]["content"].append(new)
             yield self._event("content_part.added", **self._place(), content_index=0, part=dict(new))
         part = self._part()
         part["text"] += delta
@@ -53,7 +51,6 @@ class ResponseBuilder:
         yield self._event("output_text.delta", **self._place(), content_index=0, delta=delta, logprobs=logprobs)
 
     def call(self, index: int, call_id: str | None, name: str | None, arguments: str) -> Iterator[Event]:
-        """More of a call: its id and its name come with its first piece."""
         if index not in self._calls:
             item = {"type": "function_call", "call_id": call_id, "name": name, "arguments": ""}
             yield from self._begin(item, "fc")
@@ -62,21 +59,25 @@ class ResponseBuilder:
             self._calls[index]["arguments"] += arguments
             yield self._event("function_call_arguments.delta", **self._place(), delta=arguments)
 
-    def end(self, finish_reason: str, usage: dict[str, Any]) -> Iterator[Event]:
-        """The model has ended, for a reason that chat completions have. An answer without anything is an empty text."""
-        if not self.response["output"]:
+    def end(self, finish_reason: str, stop_reason: int | str | None, usage: Usage) -> Iterator[Event]:
+        """Without anything said before, the answer is an empty text."""
+        if not self.answer["output"]:
             yield from self.text("", [])
         cut = finish_reason == "length"
         yield from self._close("incomplete" if cut else "completed")
         status = "incomplete" if cut else "completed"
         details = {"reason": "max_output_tokens"} if cut else None
-        self.response |= {"status": status, "incomplete_details": details, "usage": usage, "completed_at": int(time.time())}
+        self.answer |= {
+            "status": status,
+            "incomplete_details": details,
+            "usage": usage_of(usage),
+            "completed_at": int(time.time()),
+        }
         yield self._event(status, response=self._snapshot())
 
-    def fail(self, message: str) -> Iterator[Event]:
-        """It cannot go on."""
+    def fail(self, message: str, status: int) -> Iterator[Event]:
         yield from self._close("incomplete")
-        self.response |= {"status": "failed", "error": {"code": "server_error", "message": message}}
+        self.answer |= {"status": "failed", "error": {"code": "server_error", "message": message}}
         yield self._event("failed", response=self._snapshot())
 
     def _event(self, kind: str, **fields: Any) -> Event:
@@ -85,11 +86,11 @@ class ResponseBuilder:
         return event
 
     def _snapshot(self) -> dict[str, Any]:
-        return {**self.response, "output": list(self.response["output"])}
+        return {**self.answer, "output": list(self.answer["output"])}
 
     def _place(self) -> dict[str, Any]:
         assert self._open is not None
-        return {"item_id": self._open["id"], "output_index": len(self.response["output"]) - 1}
+        return {"item_id": self._open["id"], "output_index": len(self.answer["output"]) - 1}
 
     def _part(self) -> dict[str, Any]:
         assert self._open is not None
@@ -99,9 +100,9 @@ class ResponseBuilder:
     def _begin(self, item: Item, prefix: str) -> Iterator[Event]:
         yield from self._close("completed")
         item |= {"id": f"{prefix}_{uuid.uuid4().hex}", "status": "in_progress"}
-        self.response["output"].append(item)
+        self.answer["output"].append(item)
         self._open = item
-        index = len(self.response["output"]) - 1
+        index = len(self.answer["output"]) - 1
         yield self._event("output_item.added", output_index=index, item=_copy(item))
 
     def _close(self, status: str) -> Iterator[Event]:
@@ -123,6 +124,16 @@ class ResponseBuilder:
         item["status"] = status
         yield self._event("output_item.done", output_index=place["output_index"], item=_copy(item))
         self._open = None
+
+
+def usage_of(usage: Usage) -> dict[str, Any]:
+    """A usage as this API writes it."""
+    cached = usage.prompt_tokens_details.cached_tokens
+    return {
+        "input_tokens": usage.prompt_tokens, "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "output_tokens": usage.completion_tokens, "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage.total_tokens,
+    }  # fmt: skip
 
 
 def _copy(item: Item) -> Item:

@@ -97,4 +97,5 @@ def tool_of(index: int, tool: Any) -> dict[str, Any]:
         raise RequestError(
             f"tools[{index}]: this server has tools of type function only, got {json.dumps(kind)}", f"tools[{index}]"
         )
-    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type" and value is not None}}
+    known = ("name", "description", "parameters", "strict")  # what else clients send changes nothing here
+    return {"type": "function", "function": {key: tool[key] for key in known if tool.get(key) is not None}}

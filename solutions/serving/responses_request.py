@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator, model_validator
 
 from .errors import RequestError
-from .openai_fields import Bool, Int, Number, Request, read_request
-from .openai_protocol import ChatCompletionRequest
+from .openai_fields import Bool, Int, Number, Request
 from .responses_items import Message, messages_of, tool_of
+from .translated_chat import TranslatedChat
 
 
 def _input(value: Any) -> Any:
@@ -34,14 +34,11 @@ class TextOptions(Request):
     format: TextFormat | None = None
 
 
-class ResponsesChat(ChatCompletionRequest):
-    """The chat completion that answers a response. Its errors name the response's fields."""
+class ResponsesChat(TranslatedChat):
+    """The chat completion that answers a response."""
 
     prompt_field = "input"
-
-    @property
-    def token_limit(self) -> tuple[str, int | None]:
-        return "max_output_tokens", self.max_completion_tokens
+    limit_field = "max_output_tokens"
 
 
 class ResponsesRequest(Request):
@@ -66,12 +63,15 @@ class ResponsesRequest(Request):
     """``message.output_text.logprobs`` asks for log-probabilities. Other parts of an answer do not exist here."""
     text: TextOptions | None = None
     tools: list[Any] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: Any = None
     parallel_tool_calls: Bool | None = None
     truncation: Literal["disabled"] | None = None
     reasoning: dict[str, Any] | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
+    conversation: None = None
+    """OpenAI's store of conversations, which this server does not have; likewise its store of prompts, `prompt`."""
+    prompt: None = None
     stream_options: dict[str, Any] | None = None
     """Accepted: what OpenAI has here changes no answer."""
 
@@ -112,13 +112,7 @@ class ResponsesRequest(Request):
                 choice = {"type": "function", "function": {"name": choice.get("name")}}
             body["tools"] = [tool_of(index, tool) for index, tool in enumerate(self.tools)]
             body |= {"tool_choice": choice, "parallel_tool_calls": self.parallel_tool_calls}
-        if self.reasoning and self.reasoning.get("effort") is not None:
-            body["reasoning_effort"] = self.reasoning["effort"]
-        try:
-            return read_request(ResponsesChat, body)
-        except RequestError as error:
-            message, param = (text.replace("messages", "input", 1) for text in (str(error), error.param or ""))
-            raise RequestError(message, param or None) from None
+        return ResponsesChat.read(body)
 
     def _form(self) -> dict[str, Any] | None:
         form = self.text and self.text.format

@@ -16,7 +16,7 @@ from .responses_events import ResponseBuilder
 from .responses_items import items_of, message_of
 from .responses_request import ResponsesRequest
 from .responses_store import ResponseStore, StoredResponse
-from .responses_wire import ResponsesWire
+from .translated_wire import TranslatedWire
 from .wire import ChatDoor, Submitted, Wire
 
 
@@ -42,20 +42,23 @@ def add_responses_routes(app: FastAPI, door: ChatDoor, responses: dict[int | str
     @app.post("/v1/responses", responses=responses)
     async def create(body: ResponsesRequest, http: Request) -> Response:
         earlier = body.previous_response_id
-        messages = body.messages([] if earlier is None else found(http, earlier, "previous_response_id").messages)
+        before = None if earlier is None else found(http, earlier, "previous_response_id")
+        if before is not None and before.cancel is not None:
+            raise RequestError(f"Response with id '{earlier}' is still in progress", "previous_response_id")
+        messages = body.messages([] if before is None else before.messages)
         submitted = await door.submit(http, body.chat(messages), "resp_")
         if submitted is None:
             return await door.deliver(http, None, Wire())
         head = submitted.reply.head
         builder = ResponseBuilder(head["id"], head["created"], body.model, body.echo())
-        entry, tenant = StoredResponse(builder.response, messages, items_of(body.input)), tenant_of(http)
+        entry, tenant = StoredResponse(builder.answer, messages, items_of(body.input)), tenant_of(http)
 
         def end() -> None:
-            entry.messages = messages + message_of(builder.response["output"])
+            entry.messages = messages + message_of(builder.answer["output"])
             if body.store is not False:
                 store.finish(tenant, entry)
 
-        wire = ResponsesWire(builder, end)
+        wire = TranslatedWire(builder, end)
         if not body.background:
             return await door.deliver(http, submitted, wire)
         task = asyncio.create_task(compute(submitted, wire))
@@ -68,7 +71,7 @@ def add_responses_routes(app: FastAPI, door: ChatDoor, responses: dict[int | str
         store.add(tenant, entry)
         running.add(task)
         task.add_done_callback(running.discard)
-        return JSONResponse(builder.response)
+        return JSONResponse(builder.answer)
 
     @app.get("/v1/responses/{response_id}", responses=responses)
     async def retrieve(response_id: str, http: Request, stream: bool = False) -> Response:
@@ -106,7 +109,7 @@ def tenant_of(http: Request) -> str | None:
     return tenant
 
 
-async def compute(submitted: Submitted, wire: ResponsesWire) -> None:
+async def compute(submitted: Submitted, wire: TranslatedWire) -> None:
     """Compute a response for which nobody waits. Being cancelled frees what it holds."""
     async with submitted.stream as stream:
         async for _ in wire.events(submitted.reply, stream):

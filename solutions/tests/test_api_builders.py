@@ -19,8 +19,10 @@ from pydantic import TypeAdapter
 from solutions.serving.errors import RequestError
 from solutions.serving.messages_events import MessageBuilder
 from solutions.serving.messages_request import MessagesRequest
+from solutions.serving.openai_answers import Usage
 from solutions.serving.responses_events import ResponseBuilder
 from solutions.serving.responses_request import ResponsesRequest
+from solutions.serving.translated_wire import AnswerBuilder
 
 TEXT = st.text('aé\n\u2028🙂"', min_size=1, max_size=4)
 CALL = st.tuples(st.sampled_from(["f", "get_weather"]), st.lists(TEXT, max_size=3))
@@ -29,23 +31,19 @@ ANSWERS = st.tuples(st.lists(TEXT, max_size=3), st.lists(CALL, max_size=3), st.l
 REASONS = st.sampled_from(["stop", "length", "tool_calls"])
 RESPONSE_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 MESSAGE_EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
-USAGE = {"input_tokens": 3, "output_tokens": 4}
-RESPONSES_USAGE = {
-    **USAGE, "total_tokens": 7, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-    "output_tokens_details": {"reasoning_tokens": 0},
-}  # fmt: skip
+USAGE = Usage(prompt_tokens=3, completion_tokens=4, total_tokens=7)
 
 
-def feed(builder: Any, answer: Any, *more: Any) -> Iterator[dict[str, Any]]:
+def feed(builder: AnswerBuilder, answer: Any) -> Iterator[dict[str, Any]]:
     texts, calls, rest = answer
     for each in texts:
-        yield from builder.text(each, *more)
+        yield from builder.text(each, [])
     for index, (name, pieces) in enumerate(calls):
         yield from builder.call(index, f"call_{index}", name, "")
         for piece in [f'{{"x": {json.dumps("".join(pieces))}', "}"] if pieces else []:
             yield from builder.call(index, None, None, piece)
     for each in rest:
-        yield from builder.text(each, *more)
+        yield from builder.text(each, [])
 
 
 @settings(deadline=None, max_examples=60)
@@ -55,7 +53,7 @@ def test_a_response_s_events_add_up(answer: Any, reason: str) -> None:
         model="m", input="x", tools=[{"type": "function", "name": "f", "parameters": {}, "strict": False}]
     )
     builder = ResponseBuilder("resp_1", 5, "m", request.echo())
-    events = [*builder.created(), *feed(builder, answer, []), *builder.end(reason, RESPONSES_USAGE)]
+    events = [*builder.begin(USAGE), *feed(builder, answer), *builder.end(reason, None, USAGE)]
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     state: Any = ResponseStreamState(input_tools=omit, text_format=omit)
     snapshot: Any = None
@@ -63,7 +61,7 @@ def test_a_response_s_events_add_up(answer: Any, reason: str) -> None:
         typed = RESPONSE_EVENT.validate_python(event)
         state.handle_event(typed)
         snapshot = state.accumulate_event(typed) if snapshot is None else snapshot
-    whole = Response.model_validate(builder.response)
+    whole = Response.model_validate(builder.answer)
     texts, calls, rest = answer
     assert whole.output_text == "".join(texts + rest)
     kinds = (["message"] if texts or not (calls or rest) else []) + ["function_call"] * len(calls)
@@ -72,8 +70,8 @@ def test_a_response_s_events_add_up(answer: Any, reason: str) -> None:
     assert [item.type for item in whole.output] == kinds
     assert {item.status for item in whole.output[:-1]} <= {"completed"}
     assert whole.status == ("incomplete" if reason == "length" else "completed")
-    assert json.loads(json.dumps(events[-1]["response"])) == json.loads(json.dumps(builder.response))
-    assert [event["item"] for event in events if event["type"] == "response.output_item.done"] == builder.response["output"]
+    assert json.loads(json.dumps(events[-1]["response"])) == json.loads(json.dumps(builder.answer))
+    assert [event["item"] for event in events if event["type"] == "response.output_item.done"] == builder.answer["output"]
     assert "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta") == whole.output_text
     arguments = "".join(event["delta"] for event in events if event["type"] == "response.function_call_arguments.delta")
     assert arguments == "".join(item.arguments for item in whole.output if item.type == "function_call")
@@ -83,23 +81,23 @@ def test_a_response_s_events_add_up(answer: Any, reason: str) -> None:
 @given(ANSWERS, REASONS)
 def test_a_message_s_events_add_up(answer: Any, reason: str) -> None:
     builder = MessageBuilder("msg_1", "m")
-    events = [*builder.start(USAGE), *feed(builder, answer), *builder.end(reason, None, USAGE)]
+    events = [*builder.begin(USAGE), *feed(builder, answer), *builder.end(reason, None, USAGE)]
     snapshot, buffers = None, {}
     for event in json.loads(json.dumps(events)):
         typed = MESSAGE_EVENT.validate_python(event)
         snapshot = accumulate_event(event=typed, current_snapshot=snapshot, json_bufs=buffers)
     assert snapshot is not None
     added_up, whole = (
-        Message.model_validate(each).model_dump(exclude_none=True) for each in (snapshot.to_dict(), builder.message)
+        Message.model_validate(each).model_dump(exclude_none=True) for each in (snapshot.to_dict(), builder.answer)
     )
     assert added_up == whole
     texts, calls, rest = answer
-    assert "".join(block["text"] for block in builder.message["content"] if block["type"] == "text") == "".join(texts + rest)
-    called = [block for block in builder.message["content"] if block["type"] == "tool_use"]
+    assert "".join(block["text"] for block in builder.answer["content"] if block["type"] == "text") == "".join(texts + rest)
+    called = [block for block in builder.answer["content"] if block["type"] == "tool_use"]
     assert [(block["name"], block["input"]) for block in called] == [
         (name, {"x": "".join(pieces)} if pieces else {}) for name, pieces in calls
     ]
-    assert builder.message["stop_reason"] == {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}[reason]
+    assert builder.answer["stop_reason"] == {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}[reason]
 
 
 def of_message(**fields: Any) -> list[dict[str, Any]]:
@@ -200,7 +198,7 @@ def names(events: Iterable[dict[str, Any]]) -> list[str]:
 def test_events_come_in_the_documented_order() -> None:
     builder = ResponseBuilder("resp_1", 5, "m", {})
     answer = (["a", "b"], [("f", ["x"])], [])
-    assert names([*builder.created(), *feed(builder, answer, []), *builder.end("stop", RESPONSES_USAGE)]) == [
+    assert names([*builder.begin(USAGE), *feed(builder, answer), *builder.end("stop", None, USAGE)]) == [
         "created", "in_progress",
         "output_item.added", "content_part.added", "output_text.delta", "output_text.delta", "output_text.done",
         "content_part.done", "output_item.done",
@@ -209,7 +207,7 @@ def test_events_come_in_the_documented_order() -> None:
     ]  # fmt: skip
     message = MessageBuilder("msg_1", "m")
     start = ["content_block_start", "content_block_delta"]
-    assert names([*message.start(USAGE), *feed(message, answer), *message.end("stop", None, USAGE)]) == [
+    assert names([*message.begin(USAGE), *feed(message, answer), *message.end("stop", None, USAGE)]) == [
         "message_start", *start, "content_block_delta", "content_block_stop",
         *start, "content_block_delta", "content_block_stop", "message_delta", "message_stop",
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import anthropic
@@ -251,6 +252,70 @@ def test_a_stream_of_an_engine_that_fails_says_so_last(route: str, last: str) ->
             "failed",
             "abc",
         )
+
+
+def events_of(answer: httpx.Response) -> list[str]:
+    return [line.removeprefix("event: ") for line in answer.text.splitlines() if line.startswith("event: ")]
+
+
+def test_an_engine_that_fails_before_the_first_token_is_told_after_the_beginning() -> None:
+    for route, expected in (
+        ("responses", ["response.created", "response.in_progress", "response.failed"]), ("messages", ["message_start", "error"])
+    ):  # fmt: skip
+        with serve(FakeEngine(fail_at=1)) as url:
+            assert events_of(httpx.post(f"{url}/v1/{route}", json=ASKS[route])) == expected
+
+
+USE = {"type": "tool_use", "id": "c1", "name": "f", "input": {}}
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("responses", {"input": [{"type": "function_call_output", "call_id": "c9", "output": ""}]}, "input"),
+    ("responses", {"input": [{"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}]}, "input"),
+    ("responses", {"input": [{"role": "no such role!", "content": ""}]}, "input"), ("responses", {"input": []}, "input"),
+    ("responses", {"conversation": "conv_1"}, "conversation"), ("responses", {"prompt": {"id": "pmpt_1"}}, "prompt"),
+    ("responses", {"tools": [FUNCTION], "tool_choice": 3}, "tool_choice"),
+    ("messages", {"messages": [{"role": "assistant", "content": [USE]}, {"role": "user", "content": "x"}]}, "messages"),
+    ("messages", {"tools": [{"name": "f"}], "tool_choice": {"type": []}}, "tool_choice.type"),
+    ("messages", {"tools": [{"name": "f"}], "tool_choice": {"type": "tool"}}, "tool_choice"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("route", "change", "param"), REFUSED, ids=[f"{route} {param} {i}" for i, (route, _, param) in enumerate(REFUSED)]
+)
+def test_errors_name_the_fields_of_the_api_that_was_asked(route: str, change: dict[str, Any], param: str) -> None:
+    with serve(FakeEngine()) as url:
+        answer = httpx.post(f"{url}/v1/{route}", json={**ASKS[route], "stream": False, **change})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param), error
+    assert "messages[" not in error["message"]
+
+
+def test_what_clients_send_besides_changes_nothing() -> None:
+    tool = {"name": "f", "input_schema": {"type": "object"}, "cache_control": {"type": "ephemeral"}}
+    with serve(FakeEngine()) as url:
+        for route, more in (
+            (
+                "responses",
+                {"tools": [{**FUNCTION, "defer_loading": True}], "tool_choice": "none", "reasoning": {"effort": "low"}},
+            ),
+            ("messages", {"tools": [tool], "tool_choice": {"type": "none"}, "thinking": {"type": "disabled"}}),
+        ):
+            body = {name: value for name, value in ASKS[route].items() if "max" not in name}
+            limit = {"max_output_tokens": 2} if route == "responses" else {"max_tokens": 2}
+            answer = httpx.post(f"{url}/v1/{route}", json={**body, **limit, "stream": False, **more})
+            assert answer.status_code == 200, answer.text
+
+
+def test_a_response_in_progress_has_no_next_turn() -> None:
+    gate = threading.Event()
+    with serve(FakeEngine(gate=gate)) as url, httpx.Client(base_url=f"{url}/v1/responses") as http:
+        made = http.post("", json={"model": "fake", "input": "x", "background": True, "max_output_tokens": 2}).json()
+        following = {"model": "fake", "input": "y", "previous_response_id": made["id"], "max_output_tokens": 2}
+        refused = http.post("", json=following)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "previous_response_id")
+        gate.set()
+        until(lambda: http.get(f"/{made['id']}").json()["status"] != "in_progress")
+        assert http.post("", json=following).status_code == 200
 
 
 @pytest.mark.parametrize("route", ASKS)

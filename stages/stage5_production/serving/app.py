@@ -16,7 +16,6 @@ from starlette.types import Receive, Scope, Send
 
 from .answer_forms import mark_older
 from .async_engine import AsyncEngine
-from .chat_messages import link_calls
 from .errors import ErrorBody, RequestError, context_error
 from .guards import BodyLimit, Bugs, KeyGuard, RequestIds, TrailingSlashes, add_error_handlers
 from .ignored_fields import TolerantRoute
@@ -171,9 +170,7 @@ async def read_chat(
         RequestError: messages or tools are not valid.
     """
     use = body.tool_use(calling, body.form if body.tools or body.functions else None)
-    messages = [message.as_dict() for message in body.messages]
-    link_calls(messages)
-    told = calling.conversation(messages, [] if use is None else use.functions)
+    told = calling.conversation(body.conversation(), [] if use is None else use.functions)
     prompt = await asyncio.to_thread(chat_prompt, tokenizer, *told)
     if use is None:
         return prompt, ChatReply

@@ -20,7 +20,7 @@ from pydantic import (
 
 from ..batching.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams, StructuredOutput
 from .answer_forms import FORMS, Choices, ResponseFormat, Schema, StructuredOutputs, form_of
-from .chat_messages import ChatMessage
+from .chat_messages import ChatMessage, link_calls
 from .errors import RequestError
 from .openai_fields import Bool, Int, Number, Request, Strings, without_nulls
 from .tool_calls.calling import ToolUse
@@ -248,6 +248,16 @@ class ChatCompletionRequest(GenerationRequest, ToolFields):
     logprobs: Bool | None = None
     top_logprobs: Annotated[int, Strict(), Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Alternatives returned at each token."""
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages for a chat template; calls in them have their results.
+
+        Raises:
+            RequestError: one is missing.
+        """
+        messages = [message.as_dict() for message in self.messages]
+        link_calls(messages)
+        return messages
 
     @field_validator("max_completion_tokens")
     @classmethod
