@@ -27,22 +27,12 @@ def add_responses_routes(app: FastAPI, door: ChatDoor, responses: dict[int | str
         responses: the errors that routes may answer with, for the API's description.
     """
     store, running = ResponseStore(), set[asyncio.Task[None]]()
-
-    def found(http: Request, response_id: str, field: str | None = None) -> StoredResponse:
-        entry = store.get(tenant_of(http), response_id)
-        if entry is None:
-            text, code = f"Response with id '{response_id}' not found; it may have expired", "response_not_found"
-            if field is None:
-                raise RequestError(text, None, 404, code)
-            raise RequestError(
-                f"Previous response with id '{response_id}' not found.", field, 400, "previous_response_not_found"
-            )
-        return entry
+    add_routes_of_stored(app, store, responses)
 
     @app.post("/v1/responses", responses=responses)
     async def create(body: ResponsesRequest, http: Request) -> Response:
         earlier = body.previous_response_id
-        before = None if earlier is None else found(http, earlier, "previous_response_id")
+        before = None if earlier is None else find(store, http, earlier, "previous_response_id")
         if before is not None and before.cancel is not None:
             raise RequestError(f"Response with id '{earlier}' is still in progress", "previous_response_id")
         messages = body.messages([] if before is None else before.messages)
@@ -73,27 +63,31 @@ def add_responses_routes(app: FastAPI, door: ChatDoor, responses: dict[int | str
         task.add_done_callback(running.discard)
         return JSONResponse(builder.answer)
 
+
+def add_routes_of_stored(app: FastAPI, store: ResponseStore, responses: dict[int | str, Any]) -> None:
+    """Add the routes by which clients come back to a response."""
+
     @app.get("/v1/responses/{response_id}", responses=responses)
     async def retrieve(response_id: str, http: Request, stream: bool = False) -> Response:
         if stream:
             raise RequestError("stream: a response that was stored is not streamed again; leave it out", "stream")
-        return JSONResponse(found(http, response_id).response)
+        return JSONResponse(find(store, http, response_id).response)
 
     @app.get("/v1/responses/{response_id}/input_items", responses=responses)
     async def input_items(response_id: str, http: Request) -> Response:
-        items = found(http, response_id).items
+        items = find(store, http, response_id).items
         first, last = (items[0]["id"], items[-1]["id"]) if items else (None, None)
         return JSONResponse({"object": "list", "data": items, "has_more": False, "first_id": first, "last_id": last})
 
     @app.delete("/v1/responses/{response_id}", responses=responses)
     async def delete(response_id: str, http: Request) -> Response:
-        found(http, response_id)
+        find(store, http, response_id)
         store.delete(tenant_of(http), response_id)
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
     @app.post("/v1/responses/{response_id}/cancel", responses=responses)
     async def cancel(response_id: str, http: Request) -> Response:
-        entry = found(http, response_id)
+        entry = find(store, http, response_id)
         if not entry.response["background"]:
             raise RequestError("Only responses with background: true can be cancelled", "response_id")
         if entry.cancel is not None:
@@ -101,6 +95,21 @@ def add_responses_routes(app: FastAPI, door: ChatDoor, responses: dict[int | str
             entry.response["status"] = "cancelled"
             store.finish(tenant_of(http), entry)
         return JSONResponse(entry.response)
+
+
+def find(store: ResponseStore, http: Request, response_id: str, field: str | None = None) -> StoredResponse:
+    """A stored response of the client's.
+
+    Raises:
+        RequestError: there is none; `field` is the field that named it, None: the path did.
+    """
+    entry = store.get(tenant_of(http), response_id)
+    if entry is not None:
+        return entry
+    if field is None:
+        raise RequestError(f"Response with id '{response_id}' not found", None, 404, "response_not_found")
+    text = f"Previous response with id '{response_id}' not found"
+    raise RequestError(text, field, 400, "previous_response_not_found")
 
 
 def tenant_of(http: Request) -> str | None:
