@@ -52,12 +52,7 @@ def add_responses_routes(app: FastAPI, door: ChatDoor, responses: dict[int | str
         if not body.background:
             return await door.deliver(http, submitted, wire)
         task = asyncio.create_task(compute(submitted, wire))
-
-        def stop() -> None:
-            task.cancel()
-            submitted.stream.close()  # also if the task has not begun yet
-
-        entry.cancel = stop
+        entry.cancel = task.cancel
         store.add(tenant, entry)
         running.add(task)
         task.add_done_callback(running.discard)

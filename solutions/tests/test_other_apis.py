@@ -199,6 +199,11 @@ def test_the_store_is_bounded_and_tenants_see_their_own(monkeypatch: pytest.Monk
     there = [number for number in range(30) if store.get("a", f"r{number}") is not None]
     assert there == list(range(30 - len(there), 30))
     assert 5 <= len(there) <= 12
+    for number in there[:-1]:  # what is deleted leaves room
+        assert store.delete("a", f"r{number}")
+    for number in there[:-1]:
+        store.finish("a", entry(f"n{number}", 60))
+    assert all(store.get("a", name) is not None for name in ["r29", *(f"n{number}" for number in there[:-1])])
     now[0] = 159.9
     assert store.get("a", "r29") is not None
     now[0] = 160.0

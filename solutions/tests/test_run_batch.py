@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
 
 from solutions.serving.app import create_app
 from solutions.serving.async_engine import AsyncEngine
@@ -141,6 +143,24 @@ def test_an_engine_that_fails_stops_the_run_and_the_next_one_goes_on(at_once: in
     answers = written(out)
     assert sorted(answer["custom_id"] for answer in answers) == sorted(request.custom_id for request in requests)
     assert {answer["response"]["body"]["choices"][0]["text"] for answer in answers} == {"abc"}
+
+
+def test_a_request_that_fails_by_itself_stops_nobody_else(tmp_path: Path) -> None:
+    """A bug in one answer (500) is that line's answer; a server that takes no requests any more (503) ends the run."""
+    app = FastAPI()
+
+    @app.post("/v1/completions")
+    async def answer(body: dict[str, Any]) -> JSONResponse:
+        return JSONResponse({"error": {"message": "no"}}, body["status"], {"x-request-id": "r"})
+
+    path, out = tmp_path / "in", tmp_path / "out"
+    path.write_text("\n".join(line(str(status), body={"status": status}) for status in (200, 500, 400, 503)))
+    requests = read_requests(path)
+    with AnswerFile(out, requests) as answers, pytest.raises(BatchStoppedError):
+        asyncio.run(run(app, requests, answers, 1))
+    assert [(each["custom_id"], each["response"]["status_code"]) for each in written(out)] == [
+        ("200", 200), ("500", 500), ("400", 400)
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
