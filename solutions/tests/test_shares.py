@@ -66,6 +66,7 @@ bool late() {
 
 // A child has no thread of its parent's but the caller, and needs helpers of its own to finish this.
 bool forked() {
+    exact(100, 40);  // so that the parent has helpers
     if (pid_t child = fork()) {
         int status = 0;
         waitpid(child, &status, 0);
@@ -75,10 +76,34 @@ bool forked() {
     _exit(late() && exact(100, 40) ? 0 : 1);
 }
 
+// Bells that ring just when the other thread goes to sleep: none is missed.
+bool bells() {
+    std::atomic<int> rung{0};
+    Bell bell, back;
+    std::atomic<int> heard{0};
+    std::thread other([&] {
+        for (int i = 1; i <= 20000; ++i) {
+            bell.wait_until([&] { return rung.load() == i; });
+            heard.store(i);
+            back.ring();
+        }
+    });
+    for (int i = 1; i <= 20000; ++i) {
+        const auto start = std::chrono::steady_clock::now();
+        while (std::chrono::steady_clock::now() - start < std::chrono::nanoseconds(48000 + i % 800 * 10)) relax();
+        rung.store(i);
+        bell.ring();
+        back.wait_until([&] { return heard.load() == i; });
+    }
+    other.join();
+    return true;
+}
+
 int main(int, char** argv) {
+    alarm(50);  // what hangs ends
     threads() = std::atoi(argv[2]);
     const bool good = !std::strcmp(argv[1], "exact") ? exact(20000, 40) : !std::strcmp(argv[1], "callers") ? callers()
-                    : !std::strcmp(argv[1], "late") ? late() : forked();
+                    : !std::strcmp(argv[1], "late") ? late() : !std::strcmp(argv[1], "bells") ? bells() : forked();
     return good ? 0 : 1;
 }
 """
@@ -100,7 +125,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("case", "threads"), [("exact", 2), ("exact", 5), ("callers", 3), ("late", 2), ("late", 4), ("forked", 2)]
+    ("case", "threads"), [("exact", 2), ("exact", 5), ("callers", 3), ("late", 2), ("late", 4), ("forked", 2), ("bells", 2)]
 )
 def test_each_share_runs_once_whoever_takes_it(program: Path, case: str, threads: int) -> None:
     run = subprocess.run([str(program), case, str(threads)], capture_output=True, text=True, timeout=60, check=False)
