@@ -6,7 +6,6 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -16,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from .answer_forms import mark_older
 from .async_engine import AsyncEngine
+from .chat_reading import ChatReader
 from .errors import ErrorBody, RequestError, context_error
 from .guards import BodyLimit, Bugs, KeyGuard, RequestIds, TrailingSlashes, add_error_handlers
 from .ignored_fields import TolerantRoute
@@ -28,6 +28,7 @@ from .openai_answers import (
     CompletionResponse,
     ModelCard,
     ModelList,
+    RenderedPrompt,
 )
 from .openai_protocol import (
     ChatCompletionRequest,
@@ -36,11 +37,11 @@ from .openai_protocol import (
 )
 from .operator_routes import add_operator_routes, package_version
 from .output_stream import OutputStream
-from .responses import ChatReply, CompletionReply, Reply
+from .reasoning.formats import Reasoning
+from .responses import CompletionReply, Reply
 from .responses_routes import add_responses_routes
-from .tokenizer_routes import add_tokenizer_routes, chat_prompt
+from .tokenizer_routes import add_tokenizer_routes
 from .tool_calls.calling import ToolCalling
-from .tool_replies import ToolReply
 from .tracing import RequestTracer
 from .wire import ChatDoor, Submitted, Wire
 
@@ -60,7 +61,7 @@ def create_app(
     async_engine: AsyncEngine, served_model_names: Sequence[str], api_keys: Sequence[str] | None = None, *,
     max_body_bytes: int = MAX_BODY_BYTES, allowed_origins: Sequence[str] = (), tracer: RequestTracer | None = None,
     live: bool = False, strict: bool = False, tool_call_parser: str = "auto", enable_auto_tool_choice: bool = True,
-    tokenizer_info: bool = False,
+    tokenizer_info: bool = False, reasoning_parser: str | None = None,
 ) -> FastAPI:  # fmt: skip
     """Make the server's ASGI application, which starts and ends the engine's thread.
 
@@ -75,6 +76,7 @@ def create_app(
         live: offer the page and ``/live``, which show everybody with access to the API which requests run, without texts.
         strict: refuse unknown fields instead of ignoring them, see `TolerantRoute`.
         tokenizer_info: offer ``/tokenizer_info``, which shows the chat template.
+        reasoning_parser: how the model writes its thoughts, see `Reasoning`; None: it has none.
     """
 
     @asynccontextmanager
@@ -117,27 +119,28 @@ def create_app(
         add_live_page(app, async_engine, served_model_names[0], responses=ERRORS)
     app.router.route_class = JsonRoute if strict else TolerantRoute  # from here on routes take what other servers know
     calling = ToolCalling(engine.tokenizer, tool_call_parser, enable_auto_tool_choice)
-    add_openai_routes(app, async_engine, models, check_model, calling)
+    chats = ChatReader(engine.tokenizer, calling, Reasoning(engine.tokenizer, reasoning_parser))
+    add_openai_routes(app, async_engine, models, check_model, chats)
 
     async def submit_chat(http: Request, body: ChatCompletionRequest, prefix: str) -> Submitted | None:
         check_model(body.model)
-        prompt, make_reply = await read_chat(engine.tokenizer, calling, body)
+        prompt, make_reply = await chats.read(body)
         return await submit(async_engine, http, body, [prompt], make_reply, prefix)
 
     async def chat_tokens(body: ChatCompletionRequest) -> list[int]:
         check_model(body.model)
-        return (await read_chat(engine.tokenizer, calling, body))[0]
+        return (await chats.read(body))[0]
 
     door = ChatDoor(submit_chat, deliver, chat_tokens)
     add_responses_routes(app, door, responses=ERRORS)
     add_messages_routes(app, door, responses=ERRORS)
-    add_tokenizer_routes(app, async_engine.engine, check_model, info=tokenizer_info, responses=ERRORS)
+    add_tokenizer_routes(app, async_engine.engine, check_model, chats, info=tokenizer_info, responses=ERRORS)
     return app
 
 
 def add_openai_routes(
     app: FastAPI, async_engine: AsyncEngine, models: dict[str, ModelCard], check_model: Callable[[str], ModelCard],
-    calling: ToolCalling,
+    chats: ChatReader,
 ) -> None:  # fmt: skip
     """Add the routes of OpenAI's API."""
 
@@ -157,25 +160,16 @@ def add_openai_routes(
     @app.post("/v1/chat/completions", response_model=ChatCompletionResponse, responses=ERRORS | STREAMED)
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
         check_model(body.model)
-        prompt, make_reply = await read_chat(async_engine.engine.tokenizer, calling, body)
+        prompt, make_reply = await chats.read(body)
         return await respond(async_engine, http, body, [prompt], make_reply, "chatcmpl-")
 
-
-async def read_chat(
-    tokenizer: Any, calling: ToolCalling, body: ChatCompletionRequest
-) -> tuple[list[int], Callable[..., Reply]]:
-    """The prompt of a chat, and what makes the reply to it.
-
-    Raises:
-        RequestError: messages or tools are not valid.
-    """
-    use = body.tool_use(calling, body.form if body.tools or body.functions else None)
-    told = calling.conversation(body.conversation(), [] if use is None else use.functions)
-    prompt = await asyncio.to_thread(chat_prompt, tokenizer, *told)
-    if use is None:
-        return prompt, ChatReply
-    body.call_with(use)
-    return prompt, partial(ToolReply, use)
+    @app.post("/v1/chat/completions/render", responses=ERRORS)
+    async def render(body: ChatCompletionRequest) -> RenderedPrompt:
+        """The prompt of a chat, which is not answered."""
+        check_model(body.model)
+        prompt, _ = await chats.read(body)
+        text = await asyncio.to_thread(chats.tokenizer.decode, prompt)
+        return RenderedPrompt(model=body.model, token_ids=prompt, prompt_text=text)
 
 
 async def respond(

@@ -23,6 +23,7 @@ from .async_engine import AsyncEngine
 from .connections import TimedConnection
 from .guards import API_KEY_VARIABLE, log_as_json, read_api_keys
 from .live.recording import TraceRecorder
+from .reasoning.formats import FORMATS as THINKING
 from .tool_calls.formats import FORMATS
 from .tracing import RequestTracer, otlp_exporter
 
@@ -53,6 +54,8 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
                        help="how the model writes calls of tools (default: auto, by its chat template)")  # fmt: skip
     group.add_argument("--enable-auto-tool-choice", action=argparse.BooleanOptionalAction, default=True,
                        help="let the model decide whether to call a tool (default: on)")  # fmt: skip
+    group.add_argument("--reasoning-parser", choices=sorted(THINKING),
+                       help="how the model writes its thoughts (default: they are a part of what it says)")  # fmt: skip
     group.add_argument("--enable-tokenizer-info-endpoint", action="store_true",
                        help="offer /tokenizer_info, which shows the tokenizer's settings and the chat template")  # fmt: skip
     group.add_argument("--max-waiting-tokens", type=int, metavar="N",
@@ -166,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         async_engine, names, keys, max_body_bytes=args.max_body_bytes, allowed_origins=args.allowed_origins, tracer=tracer,
         live=args.live, strict=args.strict, tool_call_parser=args.tool_call_parser,
         enable_auto_tool_choice=args.enable_auto_tool_choice, tokenizer_info=args.enable_tokenizer_info_endpoint,
+        reasoning_parser=args.reasoning_parser,
     )  # fmt: skip
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=args.shutdown_timeout,
