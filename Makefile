@@ -174,7 +174,7 @@ fuzz: $(STAMP) ## Made-up input for MINUTES=10 (WHAT=twins,schemas,http,folders,
 test-parity: $(STAMP) ## Compare with transformers over the whole grid of settings; takes more than an hour
 	@$(RUN) -m pytest -m parity $(ARGS)
 
-test-api: $(STAMP) ## Send the server CASES=1250 made-up bodies of each of eight kinds, and 500 streams
+test-api: $(STAMP) ## Send the server CASES=1250 made-up bodies of each of ten kinds, and 500 streams
 	@CASES=$(CASES) $(RUN) -m pytest solutions/tests/test_openapi.py solutions/tests/test_streaming.py $(ARGS)
 
 test-cpu-kernels: $(STAMP) ## Test the C++ kernels (CXX=clang++: built by it; SANITIZE=1: watched for bad addresses)

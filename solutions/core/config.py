@@ -111,6 +111,11 @@ class EngineConfig:
         '{"method": "draft_model", "model": ..., "quantization": ...} with a smaller model; more keys: '
         "disable_by_batch_size, prompt_lookup_min, prompt_lookup_max",
     )
+    pooler_config: str | None = _flag(
+        None,
+        'how embeddings are made, as JSON: {"pooling_type": "mean", "normalize": true}; types are mean, last and cls; default: '
+        "as the model's files say, else this",
+    )
     seed: int = _flag(0, "seeds the sampling of requests that bring no seed of their own")
 
     def __post_init__(self) -> None:

@@ -154,6 +154,8 @@ def check_fits(draft: ModelConfig, target: ModelConfig, max_model_len: int) -> N
     Raises:
         ValueError: it cannot; the message says why.
     """
+    if draft.is_encoder:
+        raise ValueError("--speculative-config: the draft model is an encoder, which writes no text")
     if draft.vocab_size != target.vocab_size:
         raise ValueError(
             f"--speculative-config: the draft model has a vocabulary of {draft.vocab_size} tokens and the target one of "

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from ..attention.block_manager import BlockManager
 from ..batching.continuous_batch import ContinuousBatch
+from ..batching.pooling import EmbeddingRequestOutput, PoolingParams, embedding_output
 from ..batching.sampling_params import RequestOutputKind, SamplingParams
 from ..batching.scheduler_output import SchedulerOutput
 from ..batching.sequence import Sequence
@@ -25,7 +26,7 @@ from .output import OutputProcessor, RequestOutput
 from .platform.progress import GenerationProgress
 from .scheduler import Scheduler
 from .speculative import Drafter, NoDrafter
-from .startup import make_executor, make_scheduler_config, resolve_limits, startup_report, with_blocks
+from .startup import fit, make_executor, make_scheduler_config, resolve_limits, startup_report, with_blocks
 from .text.chat_template import render_chat
 
 
@@ -75,7 +76,7 @@ class LLMEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         clock = _Clock()
-        source = with_tokenizer(resolve_model(config.model, config.load_format), config.tokenizer)
+        config, source = fit(config, with_tokenizer(resolve_model(config.model, config.load_format), config.tokenizer))
         limits = resolve_limits(config, source)
         self.config = config = replace(config, max_model_len=limits.max_model_len)
         scheduler_config = make_scheduler_config(config, limits)
@@ -202,7 +203,7 @@ class LLMEngine:
             prefix_cache_hits=cache.num_hits if cache else 0,
             num_preemptions=scheduler.num_preemptions,
             num_prompt_tokens=self.outputs.num_prompt_tokens,
-            num_generation_tokens=scheduler.num_generation_tokens,
+            num_generation_tokens=scheduler.num_generation_tokens - self.outputs.num_pooled,
             num_steps=scheduler.num_steps,
             spec_decode_num_drafts=scheduler.num_drafts,
             spec_decode_num_draft_tokens=scheduler.num_draft_tokens,
@@ -302,6 +303,18 @@ class LLM:
         tokenizer = self.get_tokenizer()
         prompts: list[Prompt] = [{"prompt_token_ids": render_chat(tokenizer, one)} for one in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def embed(
+        self, prompts: Prompt | Many[Prompt], *, dimensions: int | None = None, use_tqdm: bool = True
+    ) -> list[EmbeddingRequestOutput]:
+        """A vector for each prompt, made as the model's files or `pooler_config` say; of its numbers the first `dimensions`.
+
+        Raises:
+            ValueError: see `generate`; or the model has fewer dimensions.
+        """
+        params = PoolingParams(pooling=self.llm_engine.model_config.pooling, dimensions=dimensions)
+        outputs = self.generate(prompts, params, use_tqdm=use_tqdm)
+        return [embedding_output(each.request_id, each.pooled, each.prompt_token_ids) for each in outputs]
 
     def _run(self, requests: list[EngineRequest], show_progress: bool) -> list[RequestOutput]:
         finished: dict[str, RequestOutput] = {}

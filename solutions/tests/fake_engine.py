@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
+from solutions.batching.pooling import PoolingParams
 from solutions.batching.sampling_params import RequestOutputKind, SamplingParams
 from solutions.batching.scheduler_config import QueueFullError
 from solutions.core.config import EngineConfig
@@ -62,7 +65,9 @@ class FakeEngine:
         self.tokenizer = ByteTokenizer()
         self.observers: list[Any] = []
         self.num_waiting_tokens = 0
-        self.model_config = model = SimpleNamespace(vocab_size=256, eos_token_ids=())
+        self.model_config = model = SimpleNamespace(
+            vocab_size=256, eos_token_ids=(), hidden_size=4, is_encoder=False, pooling=None
+        )
         self.input = InputProcessor(self.tokenizer, model, MAX_MODEL_LEN, max_num_seqs=256)
         self.max_waiting, self.fail_at, self.gate = max_waiting, fail_at, gate
         self.running: dict[str, tuple[EngineRequest, int]] = {}  # request and its tokens so far
@@ -123,7 +128,10 @@ class FakeEngine:
             if finished or kind is not RequestOutputKind.FINAL_ONLY:
                 positions = range(done, done + 1) if kind is RequestOutputKind.DELTA else range(done + 1)
                 outputs = [self._completion(request, j, positions, finished) for j in range(request.params.n)]
-                yield RequestOutput(name, request.prompt, request.prompt_token_ids, outputs, finished)
+                given = RequestOutput(name, request.prompt, request.prompt_token_ids, outputs, finished)
+                if isinstance(request.params, PoolingParams):
+                    given.pooled = np.full(request.params.dimensions or 4, len(request.prompt_token_ids), np.float32)
+                yield given
 
     def _completion(self, request: EngineRequest, index: int, positions: range, finished: bool) -> CompletionOutput:
         text = "".join(letter(index, position) for position in positions)

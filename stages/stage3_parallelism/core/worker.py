@@ -13,6 +13,7 @@ from torch import Tensor
 from ..attention.backends import make_backend
 from ..attention.paged_attention import attention_metadata
 from ..batching.continuous_batch import FlatBatch
+from ..batching.pooling import PooledSequence
 from ..batching.scheduler_output import BlockPairs
 from ..batching.sequence import Sequence
 from ..batching.step_arrays import FlatArrays, HostArrays, StepArrays
@@ -151,7 +152,7 @@ class Worker:
         """Set up the KV cache."""
         model = self.model_config
         self.cache = CacheEngine(
-            model.num_layers,
+            model.num_cached_layers,
             num_blocks,
             block_size,
             self.num_kv_heads,
@@ -183,6 +184,7 @@ class Worker:
         self.move_blocks(decision.swap_out, decision.swap_in, decision.copies)
         hidden = self.forward(batch)
         prompt_logprobs = self._prompt_logprobs(batch, hidden)
+        pool(batch, hidden)
         if not batch.sampled:
             return StepResult([], {}, prompt_logprobs)
         rows = sampling_rows(batch)
@@ -265,6 +267,14 @@ def prompt_spans(batch: FlatBatch) -> list[PromptSpan]:
         targets = seq.tokens[position : min(position + last - first, seq.num_prompt_tokens)]
         spans.append(PromptSpan(seq, first, position, targets, wanted))
     return spans
+
+
+def pool(batch: FlatBatch, hidden: Tensor) -> None:
+    """Give the sequences that are pooled their part of a step's hidden states [T, hidden]."""
+    for index, seq in enumerate(batch.sequences):
+        if isinstance(seq, PooledSequence):
+            first, last = batch.query_start_loc[index : index + 2].tolist()
+            seq.take(hidden[first:last])
 
 
 def sampling_rows(batch: FlatBatch) -> NDArray[np.int64]:

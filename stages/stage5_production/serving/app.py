@@ -6,16 +6,18 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
+from ..batching.pooling import NO_TEXTS
 from .answer_forms import mark_older
 from .async_engine import AsyncEngine
 from .chat_reading import ChatReader
+from .embeddings import EmbeddingDoor, EmbeddingRequest, add_embedding_routes
 from .errors import ErrorBody, RequestError, context_error
 from .guards import BodyLimit, Bugs, KeyGuard, RequestIds, TrailingSlashes, add_error_handlers
 from .ignored_fields import TolerantRoute
@@ -48,6 +50,7 @@ from .wire import ChatDoor, Submitted, Wire
 if TYPE_CHECKING:
     from ..core.input import EngineRequest, Prompt, TokensPrompt
 
+Result = TypeVar("Result")
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that has disconnected; nobody reads it."""
 MAX_BODY_BYTES = 4 << 20
@@ -114,35 +117,44 @@ def create_app(
             raise RequestError(f"model {name!r} does not exist; this server has {there}", "model", 404, "model_not_found")
         return models[name]
 
+    def check_writer(name: str) -> ModelCard:
+        if engine.model_config.is_encoder:
+            raise RequestError(NO_TEXTS, "model")
+        return check_model(name)
+
     add_operator_routes(app, async_engine, metrics)
     if live:
         add_live_page(app, async_engine, served_model_names[0], responses=ERRORS)
     app.router.route_class = JsonRoute if strict else TolerantRoute  # from here on routes take what other servers know
     calling = ToolCalling(engine.tokenizer, tool_call_parser, enable_auto_tool_choice)
     chats = ChatReader(engine.tokenizer, calling, Reasoning(engine.tokenizer, reasoning_parser))
-    add_openai_routes(app, async_engine, models, check_model, chats)
+    add_openai_routes(app, async_engine, models, check_model, check_writer, chats)
 
     async def submit_chat(http: Request, body: ChatCompletionRequest, prefix: str) -> Submitted | None:
-        check_model(body.model)
+        check_writer(body.model)
         prompt, make_reply = await chats.read(body)
         return await submit(async_engine, http, body, [prompt], make_reply, prefix)
 
     async def chat_tokens(body: ChatCompletionRequest) -> list[int]:
-        check_model(body.model)
+        check_writer(body.model)
         return (await chats.read(body))[0]
 
     door = ChatDoor(submit_chat, deliver, chat_tokens)
     add_responses_routes(app, door, responses=ERRORS)
     add_messages_routes(app, door, responses=ERRORS)
+    add_embedding_routes(
+        app, async_engine, check_model, EmbeddingDoor(engine_requests, unless_left, CLIENT_CLOSED_REQUEST), responses=ERRORS
+    )
     add_tokenizer_routes(app, async_engine.engine, check_model, chats, info=tokenizer_info, responses=ERRORS)
     return app
 
 
 def add_openai_routes(
     app: FastAPI, async_engine: AsyncEngine, models: dict[str, ModelCard], check_model: Callable[[str], ModelCard],
-    chats: ChatReader,
+    check_writer: Callable[[str], ModelCard], chats: ChatReader,
 ) -> None:  # fmt: skip
-    """Add the routes of OpenAI's API."""
+    """Add the routes of OpenAI's API. `check_model` raises what a model's name deserves, `check_writer` also if the model
+    writes no texts."""
 
     @app.get("/v1/models", responses=ERRORS)
     async def list_models() -> ModelList:
@@ -154,12 +166,12 @@ def add_openai_routes(
 
     @app.post("/v1/completions", response_model=CompletionResponse, responses=ERRORS | STREAMED)
     async def completions(body: CompletionRequest, http: Request) -> Response:
-        check_model(body.model)
+        check_writer(body.model)
         return await respond(async_engine, http, body, body.prompt, CompletionReply, "cmpl-")
 
     @app.post("/v1/chat/completions", response_model=ChatCompletionResponse, responses=ERRORS | STREAMED)
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
-        check_model(body.model)
+        check_writer(body.model)
         prompt, make_reply = await chats.read(body)
         return await respond(async_engine, http, body, [prompt], make_reply, "chatcmpl-")
 
@@ -233,8 +245,8 @@ async def deliver(http: Request, submitted: Submitted | None, wire: Wire) -> Res
 
 
 async def engine_requests(
-    engine: AsyncEngine, reply_id: str, body: GenerationRequest, prompts: list[str | list[int]], tenant: str | None = None,
-    address: str | None = None,
+    engine: AsyncEngine, reply_id: str, body: GenerationRequest | EmbeddingRequest, prompts: list[str | list[int]],
+    tenant: str | None = None, address: str | None = None,
 ) -> list[EngineRequest]:  # fmt: skip
     """Make one validated engine request for each prompt. Tenants (see `KeyGuard`) share no cached prefixes, and take turns in
     compiling grammars; without tenants, client addresses take turns.
@@ -273,7 +285,7 @@ def engine_prompt(prompt: str | list[int], cache_salt: str | None) -> Prompt:
     return made
 
 
-async def unless_left(http: Request, work: Coroutine[Any, Any, list[EngineRequest]]) -> list[EngineRequest] | None:
+async def unless_left(http: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
     """Wait for the result of some work. If the client leaves first, the work is cancelled and the result is None."""
 
     async def left() -> None:
