@@ -14,6 +14,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
+from .adapter_routes import add_adapter_routes
 from .answer_forms import mark_older
 from .async_engine import AsyncEngine
 from .errors import ErrorBody, RequestError, context_error
@@ -38,6 +39,7 @@ from .operator_routes import add_operator_routes, package_version
 from .output_stream import OutputStream
 from .responses import ChatReply, CompletionReply, Reply
 from .responses_routes import add_responses_routes
+from .served_models import ServedModels
 from .tokenizer_routes import add_tokenizer_routes, chat_prompt
 from .tool_calls.calling import ToolCalling
 from .tool_replies import ToolReply
@@ -60,7 +62,7 @@ def create_app(
     async_engine: AsyncEngine, served_model_names: Sequence[str], api_keys: Sequence[str] | None = None, *,
     max_body_bytes: int = MAX_BODY_BYTES, allowed_origins: Sequence[str] = (), tracer: RequestTracer | None = None,
     live: bool = False, strict: bool = False, tool_call_parser: str = "auto", enable_auto_tool_choice: bool = True,
-    tokenizer_info: bool = False,
+    tokenizer_info: bool = False, lora_updates: bool = False,
 ) -> FastAPI:  # fmt: skip
     """Make the server's ASGI application, which starts and ends the engine's thread.
 
@@ -75,6 +77,10 @@ def create_app(
         live: offer the page and ``/live``, which show everybody with access to the API which requests run, without texts.
         strict: refuse unknown fields instead of ignoring them, see `TolerantRoute`.
         tokenizer_info: offer ``/tokenizer_info``, which shows the chat template.
+        lora_updates: offer the routes that load and unload adapters.
+
+    Raises:
+        ValueError: an adapter has a name of the model.
     """
 
     @asynccontextmanager
@@ -101,62 +107,51 @@ def create_app(
     if tracer is not None:
         engine.observers.append(tracer)
     async_engine.on_rejection = metrics.on_rejection
-    models = {
-        name: ModelCard(id=name, root=engine.config.model, max_model_len=engine.limits.max_model_len)
-        for name in served_model_names
-    }
-
-    def check_model(name: str) -> ModelCard:
-        if name not in models:
-            there = ", ".join(models)
-            raise RequestError(f"model {name!r} does not exist; this server has {there}", "model", 404, "model_not_found")
-        return models[name]
-
+    models = app.state.models = ServedModels(engine, served_model_names)
     add_operator_routes(app, async_engine, metrics)
     if live:
         add_live_page(app, async_engine, served_model_names[0], responses=ERRORS)
     app.router.route_class = JsonRoute if strict else TolerantRoute  # from here on routes take what other servers know
     calling = ToolCalling(engine.tokenizer, tool_call_parser, enable_auto_tool_choice)
-    add_openai_routes(app, async_engine, models, check_model, calling)
+    add_openai_routes(app, async_engine, models, calling)
 
     async def submit_chat(http: Request, body: ChatCompletionRequest, prefix: str) -> Submitted | None:
-        check_model(body.model)
+        models.find(body.model)
         prompt, make_reply = await read_chat(engine.tokenizer, calling, body)
         return await submit(async_engine, http, body, [prompt], make_reply, prefix)
 
     async def chat_tokens(body: ChatCompletionRequest) -> list[int]:
-        check_model(body.model)
+        models.find(body.model)
         return (await read_chat(engine.tokenizer, calling, body))[0]
 
     door = ChatDoor(submit_chat, deliver, chat_tokens)
     add_responses_routes(app, door, responses=ERRORS)
     add_messages_routes(app, door, responses=ERRORS)
-    add_tokenizer_routes(app, async_engine.engine, check_model, info=tokenizer_info, responses=ERRORS)
+    add_tokenizer_routes(app, async_engine.engine, models.find, info=tokenizer_info, responses=ERRORS)
+    if lora_updates:
+        add_adapter_routes(app, async_engine, models, responses=ERRORS)
     return app
 
 
-def add_openai_routes(
-    app: FastAPI, async_engine: AsyncEngine, models: dict[str, ModelCard], check_model: Callable[[str], ModelCard],
-    calling: ToolCalling,
-) -> None:  # fmt: skip
+def add_openai_routes(app: FastAPI, async_engine: AsyncEngine, models: ServedModels, calling: ToolCalling) -> None:
     """Add the routes of OpenAI's API."""
 
     @app.get("/v1/models", responses=ERRORS)
     async def list_models() -> ModelList:
-        return ModelList(data=list(models.values()))
+        return ModelList(data=models.cards())
 
     @app.get("/v1/models/{name:path}", responses=ERRORS)
     async def get_model(name: str) -> ModelCard:
-        return check_model(name)
+        return models.find(name)
 
     @app.post("/v1/completions", response_model=CompletionResponse, responses=ERRORS | STREAMED)
     async def completions(body: CompletionRequest, http: Request) -> Response:
-        check_model(body.model)
+        models.find(body.model)
         return await respond(async_engine, http, body, body.prompt, CompletionReply, "cmpl-")
 
     @app.post("/v1/chat/completions", response_model=ChatCompletionResponse, responses=ERRORS | STREAMED)
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
-        check_model(body.model)
+        models.find(body.model)
         prompt, make_reply = await read_chat(async_engine.engine.tokenizer, calling, body)
         return await respond(async_engine, http, body, [prompt], make_reply, "chatcmpl-")
 
@@ -207,13 +202,16 @@ async def submit(
 
     Raises:
         RequestError: a prompt or a parameter is not valid; nothing has reached the engine then.
-        QueueFullError, EngineDeadError: see `AsyncEngine.submit`.
+        QueueFullError, EngineDeadError: see `AsyncEngine.submit`. UnknownAdapterError: it was unloaded meanwhile.
     """
     reply_id = f"{prefix}{uuid.uuid4().hex}"
     tenant, address = getattr(http.state, "tenant", None), http.client and http.client.host
     requests = await unless_left(http, engine_requests(engine, reply_id, body, prompts, tenant, address))
     if requests is None:
         return None
+    models: ServedModels = http.app.state.models
+    for request in requests:
+        request.adapter = models.adapter(body.model)
     reply = make_reply(reply_id, body, {r.request_id: r.prompt_token_ids for r in requests}, engine.engine.tokenizer)
     tracer: RequestTracer | None = http.app.state.tracer
     with nullcontext() if tracer is None else tracer.under(requests, http.headers):
