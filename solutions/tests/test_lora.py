@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from solutions.batching.continuous_batch import FlatBatch
 from solutions.batching.sampling_params import SamplingParams
 from solutions.core.capture import AdaptedReplay
 from solutions.core.config import EngineConfig
@@ -118,7 +119,7 @@ def test_preemption_and_chunks_change_nothing(settings: dict[str, Any], family: 
         {"enable_cpu_kernels": False},
         {"enforce_eager": True},
         {"attention_backend": "naive", "enable_prefix_caching": False},
-        {"speculative_config": '{"method": "ngram", "num_speculative_tokens": 3}'},
+        {"speculative_config": '{"method": "ngram", "num_speculative_tokens": 3, "disable_by_batch_size": 64}'},
         {"tensor_parallel_size": 2},
         {"tensor_parallel_size": 2, "collective_backend": "ring"},
     ],
@@ -133,7 +134,7 @@ def test_other_engines_say_the_same(name: str, settings: dict[str, Any], family:
 @pytest.mark.slow
 def test_a_draft_model_knows_no_adapters_and_changes_no_answer(family: Callable[[str], Family]) -> None:
     model = family("llama")
-    draft = {"method": "draft_model", "model": str(model.path), "num_speculative_tokens": 3}
+    draft = {"method": "draft_model", "model": str(model.path), "num_speculative_tokens": 3, "disable_by_batch_size": 64}
     llm = model.check(speculative_config=json.dumps(draft))
     assert llm.llm_engine.stats().spec_decode_num_accepted_tokens > 0
 
@@ -174,6 +175,32 @@ def test_steps_with_and_without_adapters_are_replayed(family: Callable[[str], Fa
         (output,) = llm.generate([prompt], PARAMS, use_tqdm=False, lora_request=model.request(number))
         assert model.says(2, number, list(output.outputs[0].token_ids))
     assert (replay.plain.num_recordings, replay.adapted.num_recordings) == (1, 1)
+
+
+@pytest.mark.slow
+def test_decode_steps_without_adapters_alone_are_in_graphs(family: Callable[[str], Family]) -> None:
+    """As on a GPU, by Triton's interpreter, with a recorder that calls the step again."""
+    pytest.importorskip("triton")
+    model = family("llama")
+    settings = SETTINGS | {"attention_backend": "triton", "enable_cpu_kernels": False, "enforce_eager": True}
+    llm = LLM(str(model.path), **settings)
+    worker, replayed = llm.llm_engine.executor.worker, []
+    worker.capture_graphs([1, 2], lambda step: (step(), step)[1])
+    assert worker.graphs is not None
+    run_graph = worker.graphs.run
+
+    def watched(batch: FlatBatch, size: int) -> torch.Tensor:
+        replayed.append(batch.adapters.tolist())
+        return run_graph(batch, size)
+
+    worker.graphs.run = watched  # type: ignore[method-assign]
+    for numbers in ((0, 1), (0, 0)):
+        prompts = [{"prompt_token_ids": PROMPTS[0]}, {"prompt_token_ids": PROMPTS[1]}]
+        requests = [model.request(number) for number in numbers]
+        outputs = llm.generate(prompts, PARAMS, use_tqdm=False, lora_request=requests)
+        for prompt, (number, output) in enumerate(zip(numbers, outputs, strict=True)):
+            assert model.says(prompt, number, list(output.outputs[0].token_ids))
+    assert replayed == [[0, 0]] * (COUNT - 1)
 
 
 # The KV cache
