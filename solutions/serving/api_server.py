@@ -58,6 +58,9 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
                        help="how the model writes its thoughts (default: they are a part of what it says)")  # fmt: skip
     group.add_argument("--enable-tokenizer-info-endpoint", action="store_true",
                        help="offer /tokenizer_info, which shows the tokenizer's settings and the chat template")  # fmt: skip
+    group.add_argument("--allow-runtime-lora-updating", action="store_true",
+                       help="offer /v1/load_lora_adapter and /v1/unload_lora_adapter, to clients that may read any folder of "
+                            "this machine as an adapter")  # fmt: skip
     group.add_argument("--max-waiting-tokens", type=int, metavar="N",
                        help="most prompt tokens that may wait; requests beyond get a 429 (default: no limit)")  # fmt: skip
     group.add_argument(
@@ -91,6 +94,9 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("max_body_bytes", "max_waiting_tokens", "connection_timeout", "stall_timeout"):
         if (value := getattr(args, name)) is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} must be more than 0")
+    for name in args.served_model_name or [args.model]:
+        if name in {module.partition("=")[0] for module in args.lora_modules}:
+            parser.error(f"--lora-modules: {name!r} is a name of the model; give the adapter another one")
     if args.live is None:
         args.live = args.host in LOOPBACK
     return args
@@ -169,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         async_engine, names, keys, max_body_bytes=args.max_body_bytes, allowed_origins=args.allowed_origins, tracer=tracer,
         live=args.live, strict=args.strict, tool_call_parser=args.tool_call_parser,
         enable_auto_tool_choice=args.enable_auto_tool_choice, tokenizer_info=args.enable_tokenizer_info_endpoint,
-        reasoning_parser=args.reasoning_parser,
+        reasoning_parser=args.reasoning_parser, lora_updates=args.allow_runtime_lora_updating,
     )  # fmt: skip
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=args.shutdown_timeout,

@@ -6,6 +6,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -13,7 +14,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
-from ..batching.pooling import NO_TEXTS
+from .adapter_routes import add_adapter_routes
 from .answer_forms import mark_older
 from .async_engine import AsyncEngine
 from .chat_reading import ChatReader
@@ -42,6 +43,7 @@ from .output_stream import OutputStream
 from .reasoning.formats import Reasoning
 from .responses import CompletionReply, Reply
 from .responses_routes import add_responses_routes
+from .served_models import ServedModels
 from .tokenizer_routes import add_tokenizer_routes
 from .tool_calls.calling import ToolCalling
 from .tracing import RequestTracer
@@ -64,7 +66,7 @@ def create_app(
     async_engine: AsyncEngine, served_model_names: Sequence[str], api_keys: Sequence[str] | None = None, *,
     max_body_bytes: int = MAX_BODY_BYTES, allowed_origins: Sequence[str] = (), tracer: RequestTracer | None = None,
     live: bool = False, strict: bool = False, tool_call_parser: str = "auto", enable_auto_tool_choice: bool = True,
-    tokenizer_info: bool = False, reasoning_parser: str | None = None,
+    tokenizer_info: bool = False, reasoning_parser: str | None = None, lora_updates: bool = False,
 ) -> FastAPI:  # fmt: skip
     """Make the server's ASGI application, which starts and ends the engine's thread.
 
@@ -80,6 +82,10 @@ def create_app(
         strict: refuse unknown fields instead of ignoring them, see `TolerantRoute`.
         tokenizer_info: offer ``/tokenizer_info``, which shows the chat template.
         reasoning_parser: how the model writes its thoughts, see `Reasoning`; None: it has none.
+        lora_updates: offer the routes that load and unload adapters.
+
+    Raises:
+        ValueError: an adapter has a name of the model.
     """
 
     @asynccontextmanager
@@ -106,79 +112,61 @@ def create_app(
     if tracer is not None:
         engine.observers.append(tracer)
     async_engine.on_rejection = metrics.on_rejection
-    models = {
-        name: ModelCard(id=name, root=engine.config.model, max_model_len=engine.limits.max_model_len)
-        for name in served_model_names
-    }
-
-    def check_model(name: str) -> ModelCard:
-        if name not in models:
-            there = ", ".join(models)
-            raise RequestError(f"model {name!r} does not exist; this server has {there}", "model", 404, "model_not_found")
-        return models[name]
-
-    def check_writer(name: str) -> ModelCard:
-        if engine.model_config.is_encoder:
-            raise RequestError(NO_TEXTS, "model")
-        return check_model(name)
-
+    models = app.state.models = ServedModels(engine, served_model_names)
     add_operator_routes(app, async_engine, metrics)
     if live:
         add_live_page(app, async_engine, served_model_names[0], responses=ERRORS)
     app.router.route_class = JsonRoute if strict else TolerantRoute  # from here on routes take what other servers know
     calling = ToolCalling(engine.tokenizer, tool_call_parser, enable_auto_tool_choice)
     chats = ChatReader(engine.tokenizer, calling, Reasoning(engine.tokenizer, reasoning_parser))
-    add_openai_routes(app, async_engine, models, check_model, check_writer, chats)
+    add_openai_routes(app, async_engine, models, chats)
 
     async def submit_chat(http: Request, body: ChatCompletionRequest, prefix: str) -> Submitted | None:
-        check_writer(body.model)
+        models.find_writer(body.model)
         prompt, make_reply = await chats.read(body)
         return await submit(async_engine, http, body, [prompt], make_reply, prefix)
 
     async def chat_tokens(body: ChatCompletionRequest) -> list[int]:
-        check_writer(body.model)
+        models.find_writer(body.model)
         return (await chats.read(body))[0]
 
     door = ChatDoor(submit_chat, deliver, chat_tokens)
     add_responses_routes(app, door, responses=ERRORS)
     add_messages_routes(app, door, responses=ERRORS)
-    add_embedding_routes(
-        app, async_engine, check_model, EmbeddingDoor(engine_requests, unless_left, CLIENT_CLOSED_REQUEST), responses=ERRORS
-    )
-    add_tokenizer_routes(app, async_engine.engine, check_model, chats, info=tokenizer_info, responses=ERRORS)
+    embedding_door = EmbeddingDoor(partial(engine_requests, models), unless_left, CLIENT_CLOSED_REQUEST)
+    add_embedding_routes(app, async_engine, models.find, embedding_door, responses=ERRORS)
+    add_tokenizer_routes(app, async_engine.engine, models.find, chats, info=tokenizer_info, responses=ERRORS)
+    if lora_updates:
+        add_adapter_routes(app, async_engine, models, responses=ERRORS)
     return app
 
 
-def add_openai_routes(
-    app: FastAPI, async_engine: AsyncEngine, models: dict[str, ModelCard], check_model: Callable[[str], ModelCard],
-    check_writer: Callable[[str], ModelCard], chats: ChatReader,
-) -> None:  # fmt: skip
-    """Add the routes of OpenAI's API. `check_model` raises what a model's name deserves, `check_writer` also if the model
-    writes no texts."""
+def add_openai_routes(app: FastAPI, async_engine: AsyncEngine, models: ServedModels, chats: ChatReader) -> None:
+    """Add the routes of OpenAI's API."""
 
     @app.get("/v1/models", responses=ERRORS)
     async def list_models() -> ModelList:
-        return ModelList(data=list(models.values()))
+        return ModelList(data=models.cards())
 
     @app.get("/v1/models/{name:path}", responses=ERRORS)
     async def get_model(name: str) -> ModelCard:
-        return check_model(name)
+        return models.find(name)
 
     @app.post("/v1/completions", response_model=CompletionResponse, responses=ERRORS | STREAMED)
     async def completions(body: CompletionRequest, http: Request) -> Response:
-        check_writer(body.model)
+        models.find_writer(body.model)
         return await respond(async_engine, http, body, body.prompt, CompletionReply, "cmpl-")
 
     @app.post("/v1/chat/completions", response_model=ChatCompletionResponse, responses=ERRORS | STREAMED)
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
-        check_writer(body.model)
+        models.find_writer(body.model)
         prompt, make_reply = await chats.read(body)
         return await respond(async_engine, http, body, [prompt], make_reply, "chatcmpl-")
 
     @app.post("/v1/chat/completions/render", responses=ERRORS)
     async def render(body: ChatCompletionRequest) -> RenderedPrompt:
         """The prompt of a chat, which is not answered."""
-        check_model(body.model)
+        models.find(body.model)
         prompt, _ = await chats.read(body)
         text = await asyncio.to_thread(chats.tokenizer.decode, prompt)
         return RenderedPrompt(model=body.model, token_ids=prompt, prompt_text=text)
@@ -213,11 +201,12 @@ async def submit(
 
     Raises:
         RequestError: a prompt or a parameter is not valid; nothing has reached the engine then.
-        QueueFullError, EngineDeadError: see `AsyncEngine.submit`.
+        QueueFullError, EngineDeadError: see `AsyncEngine.submit`. UnknownAdapterError: it was unloaded meanwhile.
     """
     reply_id = f"{prefix}{uuid.uuid4().hex}"
     tenant, address = getattr(http.state, "tenant", None), http.client and http.client.host
-    requests = await unless_left(http, engine_requests(engine, reply_id, body, prompts, tenant, address))
+    models: ServedModels = http.app.state.models
+    requests = await unless_left(http, engine_requests(models, engine, reply_id, body, prompts, tenant, address))
     if requests is None:
         return None
     reply = make_reply(reply_id, body, {r.request_id: r.prompt_token_ids for r in requests}, engine.engine.tokenizer)
@@ -245,8 +234,8 @@ async def deliver(http: Request, submitted: Submitted | None, wire: Wire) -> Res
 
 
 async def engine_requests(
-    engine: AsyncEngine, reply_id: str, body: GenerationRequest | EmbeddingRequest, prompts: list[str | list[int]],
-    tenant: str | None = None, address: str | None = None,
+    models: ServedModels, engine: AsyncEngine, reply_id: str, body: GenerationRequest | EmbeddingRequest,
+    prompts: list[str | list[int]], tenant: str | None = None, address: str | None = None,
 ) -> list[EngineRequest]:  # fmt: skip
     """Make one validated engine request for each prompt. Tenants (see `KeyGuard`) share no cached prefixes, and take turns in
     compiling grammars; without tenants, client addresses take turns.
@@ -274,6 +263,8 @@ async def engine_requests(
     field, asked = body.token_limit
     if asked is not None and longest + asked > limit:
         raise context_error(limit, longest, body.prompt_field, (field, asked))
+    for request in requests:
+        request.adapter = models.adapter(body.model)
     return requests
 
 

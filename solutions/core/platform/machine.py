@@ -115,7 +115,7 @@ def may_use_amx(root: Path = ROOT) -> bool:
     if not cpu_flags(root) >= AMX_FLAGS:
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
 
 
 def _macos_cpu_flags() -> frozenset[str]:
