@@ -22,7 +22,6 @@ from .ignored_fields import TolerantRoute
 from .json_body import JsonRoute
 from .live.feed import add_live_page
 from .messages_routes import add_messages_routes
-from .metrics import EngineMetrics
 from .openai_answers import (
     ChatCompletionResponse,
     CompletionResponse,
@@ -38,6 +37,7 @@ from .operator_routes import add_operator_routes, package_version
 from .output_stream import OutputStream
 from .responses import ChatReply, CompletionReply, Reply
 from .responses_routes import add_responses_routes
+from .server_metrics import ServerMetrics
 from .tokenizer_routes import add_tokenizer_routes, chat_prompt
 from .tool_calls.calling import ToolCalling
 from .tool_replies import ToolReply
@@ -95,7 +95,7 @@ def create_app(
         app.add_middleware(CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(TrailingSlashes)
     app.add_middleware(RequestIds)
-    metrics = EngineMetrics(served_model_names[0], engine.stats, engine.limits.max_model_len)
+    metrics = ServerMetrics(served_model_names[0], engine)
     engine.observers.append(metrics)
     app.state.tracer = tracer
     if tracer is not None:
