@@ -16,6 +16,8 @@ from starlette.types import Receive, Scope, Send
 
 from .answer_forms import mark_older
 from .async_engine import AsyncEngine
+from .batch_routes import FILES, add_batch_routes
+from .batches.batch_store import BatchStore
 from .errors import ErrorBody, RequestError, context_error
 from .guards import BodyLimit, Bugs, KeyGuard, RequestIds, TrailingSlashes, add_error_handlers
 from .ignored_fields import TolerantRoute
@@ -60,7 +62,7 @@ def create_app(
     async_engine: AsyncEngine, served_model_names: Sequence[str], api_keys: Sequence[str] | None = None, *,
     max_body_bytes: int = MAX_BODY_BYTES, allowed_origins: Sequence[str] = (), tracer: RequestTracer | None = None,
     live: bool = False, strict: bool = False, tool_call_parser: str = "auto", enable_auto_tool_choice: bool = True,
-    tokenizer_info: bool = False,
+    tokenizer_info: bool = False, batches: BatchStore | None = None,
 ) -> FastAPI:  # fmt: skip
     """Make the server's ASGI application, which starts and ends the engine's thread.
 
@@ -75,12 +77,14 @@ def create_app(
         live: offer the page and ``/live``, which show everybody with access to the API which requests run, without texts.
         strict: refuse unknown fields instead of ignoring them, see `TolerantRoute`.
         tokenizer_info: offer ``/tokenizer_info``, which shows the chat template.
+        batches: where files and batches are kept; None: there are none. The engine must schedule by priority.
     """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async_engine.start()
-        yield
+        async with batches_running():
+            yield
         await asyncio.to_thread(async_engine.shutdown)
 
     engine = async_engine.engine
@@ -88,7 +92,7 @@ def create_app(
     app.router.route_class = JsonRoute
     add_error_handlers(app)
     app.add_middleware(Bugs)
-    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=max_body_bytes, others={} if batches is None else {FILES: batches.max_body_bytes})
     if api_keys:
         app.add_middleware(KeyGuard, api_keys=api_keys)
     if allowed_origins:
@@ -116,6 +120,8 @@ def create_app(
     if live:
         add_live_page(app, async_engine, served_model_names[0], responses=ERRORS)
     app.router.route_class = JsonRoute if strict else TolerantRoute  # from here on routes take what other servers know
+    at_once = max(1, engine.config.max_num_seqs // 2)
+    batches_running = add_batch_routes(app, batches, at_once, responses=ERRORS)
     calling = ToolCalling(engine.tokenizer, tool_call_parser, enable_auto_tool_choice)
     add_openai_routes(app, async_engine, models, check_model, calling)
 
@@ -211,7 +217,8 @@ async def submit(
     """
     reply_id = f"{prefix}{uuid.uuid4().hex}"
     tenant, address = getattr(http.state, "tenant", None), http.client and http.client.host
-    requests = await unless_left(http, engine_requests(engine, reply_id, body, prompts, tenant, address))
+    priority: int = getattr(http.state, "priority", 0)
+    requests = await unless_left(http, engine_requests(engine, reply_id, body, prompts, tenant, address, priority))
     if requests is None:
         return None
     reply = make_reply(reply_id, body, {r.request_id: r.prompt_token_ids for r in requests}, engine.engine.tokenizer)
@@ -240,10 +247,13 @@ async def deliver(http: Request, submitted: Submitted | None, wire: Wire) -> Res
 
 async def engine_requests(
     engine: AsyncEngine, reply_id: str, body: GenerationRequest, prompts: list[str | list[int]], tenant: str | None = None,
-    address: str | None = None,
+    address: str | None = None, priority: int = 0,
 ) -> list[EngineRequest]:  # fmt: skip
     """Make one validated engine request for each prompt. Tenants (see `KeyGuard`) share no cached prefixes, and take turns in
     compiling grammars; without tenants, client addresses take turns.
+
+    Args:
+        priority: is added to the request's.
 
     Raises:
         RequestError: a prompt or a parameter is not valid, or needs what this server was not started with.
@@ -258,8 +268,9 @@ async def engine_requests(
     limit = engine.engine.limits.max_model_len
     try:
         requests = await engine.prepare(
-            reply_id, [engine_prompt(prompt, salt) for prompt in prompts], params, body.priority or 0, tenant or address
-        )
+            reply_id, [engine_prompt(prompt, salt) for prompt in prompts], params, (body.priority or 0) + priority,
+            tenant or address,
+        )  # fmt: skip
     except ContextLengthError as error:
         raise context_error(limit, error.num_tokens, body.prompt_field) from error
     except ValueError as error:
