@@ -6,8 +6,9 @@ Run it: ``python -m solutions.core.engine --help``.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ..attention.block_manager import BlockManager
@@ -49,6 +50,10 @@ class EngineStats:
     spec_decode_num_drafts: int = 0
     spec_decode_num_draft_tokens: int = 0
     spec_decode_num_accepted_tokens: int = 0
+    spec_decode_accepted: Mapping[int, int] = field(default_factory=dict)
+    """Number of accepted tokens → drafts that had so many."""
+    num_deferred: int = 0
+    """Requests beside the waiting ones whose form of answer is being compiled."""
 
 
 class EngineObserver(Protocol):
@@ -214,6 +219,8 @@ class LLMEngine:
             spec_decode_num_drafts=scheduler.num_drafts,
             spec_decode_num_draft_tokens=scheduler.num_draft_tokens,
             spec_decode_num_accepted_tokens=scheduler.num_accepted_tokens,
+            spec_decode_accepted=scheduler.accepted.copy(),
+            num_deferred=self.input.num_compiling,
         )
 
     def check_health(self) -> None:

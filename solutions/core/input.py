@@ -153,6 +153,12 @@ class InputProcessor:
         if request.params.structured_output is not None and request.grammar is None:
             request.grammar = self.compile(request.params.structured_output).result()
 
+    @property
+    def num_compiling(self) -> int:
+        """Requests whose form of answer is being compiled, or waits for that."""
+        grammars = self._grammars
+        return 0 if grammars is None else grammars.num_waiting
+
     def close(self) -> None:
         """Stop compiling and end the compiler's process."""
         with self._lock:

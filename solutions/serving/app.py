@@ -17,6 +17,8 @@ from starlette.types import Receive, Scope, Send
 from .adapter_routes import add_adapter_routes
 from .answer_forms import mark_older
 from .async_engine import AsyncEngine
+from .batch_routes import FILES, add_batch_routes
+from .batches.batch_store import BatchStore
 from .chat_reading import ChatReader
 from .embeddings import EmbeddingDoor, EmbeddingRequest, add_embedding_routes
 from .errors import ErrorBody, RequestError, context_error
@@ -25,7 +27,6 @@ from .ignored_fields import TolerantRoute
 from .json_body import JsonRoute
 from .live.feed import add_live_page
 from .messages_routes import add_messages_routes
-from .metrics import EngineMetrics
 from .openai_answers import (
     ChatCompletionResponse,
     CompletionResponse,
@@ -44,6 +45,7 @@ from .reasoning.formats import Reasoning
 from .responses import CompletionReply, Reply
 from .responses_routes import add_responses_routes
 from .served_models import ServedModels
+from .server_metrics import ServerMetrics
 from .tokenizer_routes import add_tokenizer_routes
 from .tool_calls.calling import ToolCalling
 from .tracing import RequestTracer
@@ -67,6 +69,7 @@ def create_app(
     max_body_bytes: int = MAX_BODY_BYTES, allowed_origins: Sequence[str] = (), tracer: RequestTracer | None = None,
     live: bool = False, strict: bool = False, tool_call_parser: str = "auto", enable_auto_tool_choice: bool = True,
     tokenizer_info: bool = False, reasoning_parser: str | None = None, lora_updates: bool = False,
+    batches: BatchStore | None = None,
 ) -> FastAPI:  # fmt: skip
     """Make the server's ASGI application, which starts and ends the engine's thread.
 
@@ -83,6 +86,7 @@ def create_app(
         tokenizer_info: offer ``/tokenizer_info``, which shows the chat template.
         reasoning_parser: how the model writes its thoughts, see `Reasoning`; None: it has none.
         lora_updates: offer the routes that load and unload adapters.
+        batches: where files and batches are kept; None: there are none. The engine must schedule by priority.
 
     Raises:
         ValueError: an adapter has a name of the model.
@@ -91,7 +95,8 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async_engine.start()
-        yield
+        async with batches_running():
+            yield
         await asyncio.to_thread(async_engine.shutdown)
 
     engine = async_engine.engine
@@ -99,14 +104,14 @@ def create_app(
     app.router.route_class = JsonRoute
     add_error_handlers(app)
     app.add_middleware(Bugs)
-    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=max_body_bytes, others={} if batches is None else {FILES: batches.max_body_bytes})
     if api_keys:
         app.add_middleware(KeyGuard, api_keys=api_keys)
     if allowed_origins:
         app.add_middleware(CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(TrailingSlashes)
     app.add_middleware(RequestIds)
-    metrics = EngineMetrics(served_model_names[0], engine.stats, engine.limits.max_model_len)
+    metrics = ServerMetrics(served_model_names[0], engine)
     engine.observers.append(metrics)
     app.state.tracer = tracer
     if tracer is not None:
@@ -117,6 +122,8 @@ def create_app(
     if live:
         add_live_page(app, async_engine, served_model_names[0], responses=ERRORS)
     app.router.route_class = JsonRoute if strict else TolerantRoute  # from here on routes take what other servers know
+    at_once = max(1, engine.config.max_num_seqs // 2)
+    batches_running = add_batch_routes(app, batches, at_once, responses=ERRORS)
     calling = ToolCalling(engine.tokenizer, tool_call_parser, enable_auto_tool_choice)
     chats = ChatReader(engine.tokenizer, calling, Reasoning(engine.tokenizer, reasoning_parser))
     add_openai_routes(app, async_engine, models, chats)
@@ -205,8 +212,9 @@ async def submit(
     """
     reply_id = f"{prefix}{uuid.uuid4().hex}"
     tenant, address = getattr(http.state, "tenant", None), http.client and http.client.host
+    priority: int = getattr(http.state, "priority", 0)
     models: ServedModels = http.app.state.models
-    requests = await unless_left(http, engine_requests(models, engine, reply_id, body, prompts, tenant, address))
+    requests = await unless_left(http, engine_requests(models, engine, reply_id, body, prompts, tenant, address, priority))
     if requests is None:
         return None
     reply = make_reply(reply_id, body, {r.request_id: r.prompt_token_ids for r in requests}, engine.engine.tokenizer)
@@ -235,10 +243,13 @@ async def deliver(http: Request, submitted: Submitted | None, wire: Wire) -> Res
 
 async def engine_requests(
     models: ServedModels, engine: AsyncEngine, reply_id: str, body: GenerationRequest | EmbeddingRequest,
-    prompts: list[str | list[int]], tenant: str | None = None, address: str | None = None,
+    prompts: list[str | list[int]], tenant: str | None = None, address: str | None = None, priority: int = 0,
 ) -> list[EngineRequest]:  # fmt: skip
     """Make one validated engine request for each prompt. Tenants (see `KeyGuard`) share no cached prefixes, and take turns in
     compiling grammars; without tenants, client addresses take turns.
+
+    Args:
+        priority: is added to the request's.
 
     Raises:
         RequestError: a prompt or a parameter is not valid, or needs what this server was not started with.
@@ -253,8 +264,9 @@ async def engine_requests(
     limit = engine.engine.limits.max_model_len
     try:
         requests = await engine.prepare(
-            reply_id, [engine_prompt(prompt, salt) for prompt in prompts], params, body.priority or 0, tenant or address
-        )
+            reply_id, [engine_prompt(prompt, salt) for prompt in prompts], params, (body.priority or 0) + priority,
+            tenant or address,
+        )  # fmt: skip
     except ContextLengthError as error:
         raise context_error(limit, error.num_tokens, body.prompt_field) from error
     except ValueError as error:

@@ -62,7 +62,7 @@ class FakeEngine:
 
     def __init__(self, *, max_waiting: int = 1000, fail_at: int | None = None, gate: threading.Event | None = None) -> None:
         self.config = EngineConfig()
-        self.limits = SimpleNamespace(max_model_len=MAX_MODEL_LEN)
+        self.limits = SimpleNamespace(max_model_len=MAX_MODEL_LEN, num_blocks=8, num_host_blocks=0, kv_bytes=0)
         self.adapters = AdapterRegistry(0)
         self.tokenizer = ByteTokenizer()
         self.observers: list[Any] = []
