@@ -77,7 +77,8 @@ class NativeProduct(AdaptedProduct):
 
 def _in_blocks(b: Tensor) -> Tensor:
     """[out, r] as the kernel reads it: [blocks, r, BLOCK], the last block filled up with zeros."""
-    return F.pad(b.t(), (0, -len(b) % BLOCK)).unflatten(1, (-1, BLOCK)).transpose(0, 1)
+    blocks: Tensor = F.pad(b.t(), (0, -len(b) % BLOCK)).unflatten(1, (-1, BLOCK)).transpose(0, 1)
+    return blocks
 
 
 class AdaptedGate:
