@@ -1,34 +1,38 @@
 // What adapters add to the product of a linear layer, y += B · (A · x), for each row by its own adapter: rows of any number of
 // adapters in one pass. A row is summed in the same order whatever rows stand beside it.
+#include <algorithm>
+
 #include "core/platform/native.h"
 #include "core/platform/shares.h"
 
 using namespace native;
 
-// An adapter's part of a layer: a [pieces * rank, k], and b [rank, n] transposed, so that neighbouring columns of y lie side by side.
+// An adapter's part of a layer: a [pieces * rank, k], and b transposed, so that neighbouring columns of y lie side by side: of each
+// piece blocks of BLOCK columns, [rank, BLOCK], the last one filled up with zeros. Both are read from front to back.
 extern "C" struct Adapter {
     const void *a, *b;
     int64_t rank;  // 0: it adds nothing
 };
 
 // Arguments as ctypes fills them in. x [m, k], rows ldx apart; y [m, n], rows ldy apart, is added to. slots [m] says which of
-// `adapters` a row has; 0 is none. The columns of y are pieces with an A of their own each; piece p ends at column ends[p].
+// `adapters` a row has; 0 is none. The columns of y are pieces with an A of their own each; piece p has columns[p].
 // Of a gated layer (`gated` not null) y is only read: it holds for each LANES columns of the gate those of up behind them, and
-// gated [m, n / 2], rows dense, becomes silu(gate) · up.
+// gated [m, columns[0]], rows dense, becomes silu(gate) · up.
 extern "C" struct Adapted {
     int64_t m;
     const void* x;
     void *y, *gated;
     const int64_t* slots;
     const Adapter* adapters;
-    const int64_t* ends;
-    int64_t ldx, ldy, k, n, pieces;
+    const int64_t* columns;
+    int64_t ldx, ldy, k, pieces;
 };
 
 namespace {
 
 constexpr int64_t MAX_INNER = 3 * 512;  // three pieces of the highest rank
-constexpr int WIDE = 4;                 // registers that are summed into side by side
+constexpr int64_t BLOCK = 64;
+constexpr int WIDE = 4;  // registers that are summed into side by side
 
 template <typename T>
 float dot(const T* a, const T* b, int64_t n) {
@@ -42,42 +46,46 @@ float dot(const T* a, const T* b, int64_t n) {
     return total;
 }
 
-// COUNT registers of y, from column `at` of b, plus inner · b.
+// inner · b, for COUNT registers of columns of a block.
 template <int COUNT, typename T>
-inline void add_columns(Floats (&y)[COUNT], const T* b, int64_t at, int64_t n, const float* inner, int64_t rank) {
+inline void sum_columns(Floats (&sums)[COUNT], const T* b, const float* inner, int64_t rank) {
     for (int64_t r = 0; r < rank; ++r)
-        for (int w = 0; w < COUNT; ++w) y[w] += load(b + r * n + at + w * LANES) * inner[r];
+        for (int w = 0; w < COUNT; ++w) sums[w] += load(b + r * BLOCK + w * LANES) * inner[r];
 }
 
+// A piece's columns of y plus inner · b; returns where the next piece's b begins.
 template <typename T>
-void add_piece(T* y, const T* b, int64_t start, int64_t end, int64_t n, const float* inner, int64_t rank) {
-    int64_t at = start;
-    const auto block = [&](auto& sums) {
-        constexpr int COUNT = sizeof(sums) / sizeof(sums[0]);
-        for (; at + COUNT * LANES <= end; at += COUNT * LANES) {
-            for (int w = 0; w < COUNT; ++w) sums[w] = load(y + at + w * LANES);
-            add_columns(sums, b, at, n, inner, rank);
-            for (int w = 0; w < COUNT; ++w) store(y + at + w * LANES, sums[w]);
+const T* add_piece(T* y, const T* b, int64_t columns, const float* inner, int64_t rank) {
+    for (int64_t start = 0; start < columns; start += BLOCK, b += rank * BLOCK)
+        for (int64_t at = start; at < std::min(columns, start + BLOCK); at += WIDE * LANES) {
+            Floats sums[WIDE]{};
+            sum_columns(sums, b + (at - start), inner, rank);
+            for (int w = 0; w < WIDE; ++w) {
+                T* to = y + at + w * LANES;
+                const int64_t left = columns - at - w * LANES;
+                if (left >= LANES)
+                    store(to, load(to) + sums[w]);
+                else
+                    for (int64_t i = 0; i < left; ++i) to[i] = from_float<T>(to_float(to[i]) + sums[w][i]);
+            }
         }
-    };
-    Floats wide[WIDE], one[1];
-    block(wide);
-    block(one);
-    for (; at < end; ++at) {
-        float sum = to_float(y[at]);
-        for (int64_t r = 0; r < rank; ++r) sum += to_float(b[r * n + at]) * inner[r];
-        y[at] = from_float<T>(sum);
-    }
+    return b;
 }
 
+// The gate of y plus inner · b; `columns` of each half, a multiple of LANES.
 template <typename T>
-void gate(const T* y, T* to, const T* b, int64_t n, const float* inner, int64_t rank) {
-    for (int64_t at = 0; at < n / 2; at += LANES) {
-        Floats g[1] = {load(y + 2 * at)}, up[1] = {load(y + 2 * at + LANES)};
-        add_columns(g, b, at, n, inner, rank);
-        add_columns(up, b, n / 2 + at, n, inner + rank, rank);
-        store(to + at, silu(g[0]) * up[0]);
-    }
+void gate(const T* y, T* to, const T* b, int64_t columns, const float* inner, int64_t rank) {
+    const T* of_up = b + (columns + BLOCK - 1) / BLOCK * rank * BLOCK;
+    for (int64_t start = 0; start < columns; start += BLOCK, b += rank * BLOCK, of_up += rank * BLOCK)
+        for (int64_t at = start; at < std::min(columns, start + BLOCK); at += 2 * LANES) {
+            Floats g[2]{}, up[2]{};
+            sum_columns(g, b + (at - start), inner, rank);
+            sum_columns(up, of_up + (at - start), inner + rank, rank);
+            for (int64_t w = 0; w < 2 && at + w * LANES < columns; ++w) {
+                const T* both = y + 2 * (at + w * LANES);
+                store(to + at + w * LANES, silu(load(both) + g[w]) * (load(both + LANES) + up[w]));
+            }
+        }
 }
 
 template <typename T>
@@ -90,9 +98,9 @@ void adapt(const Adapted& a) {
         T* y = static_cast<T*>(a.y) + row * a.ldy;
         float inner[MAX_INNER];
         for (int64_t j = 0; j < a.pieces * adapter.rank; ++j) inner[j] = dot(x, static_cast<const T*>(adapter.a) + j * a.k, a.k);
-        if (a.gated) return gate(y, static_cast<T*>(a.gated) + row * (a.n / 2), b, a.n, inner, adapter.rank);
-        for (int64_t piece = 0, start = 0; piece < a.pieces; start = a.ends[piece++])
-            add_piece(y, b, start, a.ends[piece], a.n, inner + piece * adapter.rank, adapter.rank);
+        if (a.gated) return gate(y, static_cast<T*>(a.gated) + row * a.columns[0], b, a.columns[0], inner, adapter.rank);
+        for (int64_t piece = 0; piece < a.pieces; y += a.columns[piece++])
+            b = add_piece(y, b, a.columns[piece], inner + piece * adapter.rank, adapter.rank);
     });
 }
 

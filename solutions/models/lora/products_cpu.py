@@ -4,9 +4,9 @@ adapters, which can be recorded and replayed."""
 from __future__ import annotations
 
 import ctypes
-import itertools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.platform import native
@@ -14,6 +14,8 @@ from ...parallelism.linear import Linear
 from ...quantization.kernels.linear_cpu import PackedLinear
 from .products import AdaptedProduct, AdaptersOfStep, Weights
 
+BLOCK = 64
+"""As in the C++ file."""
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -27,8 +29,8 @@ class _Adapted(native.Arguments):
     """`Adapted` of the C++ file."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "y", "gated", "slots", "adapters", "ends")),
-        *((name, ctypes.c_int64) for name in ("ldx", "ldy", "k", "n", "pieces")),
+        *((name, ctypes.c_void_p) for name in ("x", "y", "gated", "slots", "adapters", "columns")),
+        *((name, ctypes.c_int64) for name in ("ldx", "ldy", "k", "pieces")),
     )
 
 
@@ -46,11 +48,11 @@ class NativeProduct(AdaptedProduct):
         super().__init__(layer, product, hidden_size, step, dtype)
         sizes = [len(piece) for piece in self.pieces.values()]
         self._table = (_Adapter * (num_slots + 1))()
-        self._ends = (ctypes.c_int64 * len(sizes))(*itertools.accumulate(sizes))
+        self._columns = (ctypes.c_int64 * len(sizes))(*sizes)
         self._held: dict[int, tuple[Tensor, Tensor]] = {}  # what the table points to
         self._arguments = _Adapted(
-            slots=step.slots.data_ptr(), adapters=ctypes.addressof(self._table), ends=ctypes.addressof(self._ends),
-            k=len(self.inputs), n=sum(sizes), pieces=len(sizes),
+            slots=step.slots.data_ptr(), adapters=ctypes.addressof(self._table), columns=ctypes.addressof(self._columns),
+            k=len(self.inputs), pieces=len(sizes),
         )  # fmt: skip
         self._kernel = native.Kernel(f"adapt_{_NAMES[dtype]}", self._arguments)
 
@@ -58,10 +60,10 @@ class NativeProduct(AdaptedProduct):
         if weights is None:
             self._table[slot].rank = 0
             return
-        a, b = weights[0].contiguous(), torch.cat([each.t() for each in weights[1]], dim=1).contiguous()
+        a, b = weights[0].contiguous(), torch.cat([_in_blocks(each) for each in weights[1]])
         self._held[slot] = a, b
         entry = self._table[slot]
-        entry.a, entry.b, entry.rank = a.data_ptr(), b.data_ptr(), len(b)
+        entry.a, entry.b, entry.rank = a.data_ptr(), b.data_ptr(), b.shape[1]
 
     def add(self, x: Tensor, y: Tensor, gated: Tensor | None = None) -> None:
         """Add to `y` what the rows' adapters say of `x`; or with `gated` [T, N / 2] put the gate of that sum there. Then `y` is
@@ -71,6 +73,12 @@ class NativeProduct(AdaptedProduct):
         arguments.y, arguments.ldy = y.data_ptr(), y.stride(0)
         arguments.gated = None if gated is None else gated.data_ptr()
         self._kernel()
+
+
+def _in_blocks(b: Tensor) -> Tensor:
+    """[out, r] as the kernel reads it: [blocks, r, BLOCK], the last block filled up with zeros."""
+    blocks: Tensor = F.pad(b.t(), (0, -len(b) % BLOCK)).unflatten(1, (-1, BLOCK)).transpose(0, 1)
+    return blocks
 
 
 class AdaptedGate:
