@@ -236,9 +236,9 @@ def test_a_causal_model_says_what_transformers_says(kind: str, crowd: dict[str, 
     """In chunks, with little memory, and twice, so that the second time finds blocks."""
     path = folder("llama")
     settings = {"max_num_batched_tokens": 13, "block_size": 8, "max_model_len": 96, **crowd}
-    llm, expected = make(path, kind, **settings), oracle(make_llama(path), PROMPTS, kind)
+    llm, expected = make(path, kind, False, **settings), oracle(make_llama(path), PROMPTS, kind, False)
     for _ in range(2):
-        np.testing.assert_allclose(embed(llm, PROMPTS), expected, atol=2e-5)
+        np.testing.assert_allclose(embed(llm, PROMPTS), expected, atol=1e-4)
     hits = llm.llm_engine.stats().prefix_cache_hits
     assert hits > 100 if kind == "last" and crowd["num_gpu_blocks_override"] > 100 else kind == "last" or hits == 0
 
