@@ -47,7 +47,8 @@ Prompt = str | TokensPrompt
 @dataclass(slots=True)
 class EngineRequest:
     """A validated request. `arrival_time` is on the clock of `time.monotonic`. `grammar` is the answer's grammar once it is
-    compiled: `InputProcessor.complete` or the server sets it."""
+    compiled: `InputProcessor.complete` or the server sets it. `adapter` is the name of what computes it; None: the
+    model as it is."""
 
     request_id: str
     prompt: str | None
@@ -57,6 +58,7 @@ class EngineRequest:
     cache_salt: str | None = None
     arrival_time: float = 0.0
     grammar: CompiledGrammar | None = None
+    adapter: str | None = None
 
 
 class InputProcessor:
@@ -150,6 +152,12 @@ class InputProcessor:
         """
         if request.params.structured_output is not None and request.grammar is None:
             request.grammar = self.compile(request.params.structured_output).result()
+
+    @property
+    def num_compiling(self) -> int:
+        """Requests whose form of answer is being compiled, or waits for that."""
+        grammars = self._grammars
+        return 0 if grammars is None else grammars.num_waiting
 
     def close(self) -> None:
         """Stop compiling and end the compiler's process."""

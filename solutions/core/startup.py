@@ -20,8 +20,10 @@ from ..models.loader import ModelSource, check_quantization
 from ..parallelism.tensor_parallel import TensorParallel
 from .config import EngineConfig
 from .executor import Executor, MultiProcExecutor, UniProcExecutor
+from .lora.registry import AdapterRegistry
 from .platform import native
 from .platform.machine import available_memory
+from .scheduler import Scheduler
 from .worker import NEEDS_CPU_KERNELS, pick_device, pick_dtype, use_cpu_kernels
 
 CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET = 512, 8192
@@ -100,6 +102,22 @@ def make_executor(config: EngineConfig, source: ModelSource, device: torch.devic
         return RayExecutor(config, source, device, dtype)
     kind = UniProcExecutor if backend == "uni" else MultiProcExecutor
     return kind(config, source, device, dtype)
+
+
+def make_adapters(config: EngineConfig, executor: Executor, scheduler: Scheduler) -> AdapterRegistry:
+    """The engine's adapters, those of ``config.lora_modules`` loaded.
+
+    Raises:
+        ValueError: one of them cannot be loaded.
+    """
+    there = executor.worker.adapters
+    if there is None:
+        return AdapterRegistry(0)
+    adapters = AdapterRegistry(
+        config.max_loras, there.read, executor.load_adapter, lambda: (*scheduler.waiting, *scheduler.running)
+    )
+    adapters.load_all(config.lora_modules)
+    return adapters
 
 
 def longest_sequence(config: EngineConfig, model: ModelConfig) -> int:
@@ -209,6 +227,8 @@ def with_blocks(
     if draft is not None:
         bytes_per_block += kv_bytes_per_block(config.block_size, draft, limits.cache_dtype)
     activation_bytes = _activation_bytes(model, limits.max_num_batched_tokens, config.max_num_seqs, limits.dtype)
+    if config.enable_lora:
+        activation_bytes += _adapter_bytes(model, config.max_loras * config.max_lora_rank, limits.dtype)
     free_bytes = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     num_blocks = config.num_gpu_blocks_override
     if num_blocks is None:
@@ -245,6 +265,13 @@ def _activation_bytes(model: ModelConfig, num_tokens: int, num_seqs: int, dtype:
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     widest = 3 * model.hidden_size + max(3 * model.intermediate_size, 2 * heads)
     return num_tokens * widest * dtype.itemsize + min(num_seqs, num_tokens) * model.vocab_size * (dtype.itemsize + 4)
+
+
+def _adapter_bytes(model: ModelConfig, ranks: int, dtype: torch.dtype) -> int:
+    """What adapters take that have so many ranks together: A and B of four products a layer, those merged of three and two."""
+    hidden, inner, heads = model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim
+    qkv = 3 * hidden + heads + 2 * model.num_kv_heads * model.head_dim
+    return model.num_layers * ranks * (qkv + (heads + hidden) + (2 * hidden + 2 * inner) + (inner + hidden)) * dtype.itemsize
 
 
 def _too_small(limits: Limits, block_size: int, bytes_per_block: int) -> str:

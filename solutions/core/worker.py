@@ -20,9 +20,10 @@ from ..batching.step_arrays import FlatArrays, HostArrays, StepArrays
 from ..memory.cache_engine import CacheEngine, element_type
 from ..models.kernels.attach import Plan, attach, packed_of
 from ..models.loader import ModelSource, load_model
+from ..models.lora.attach import ModelAdapters
 from ..parallelism.linear import Linear
 from ..parallelism.tensor_parallel import SINGLE, TensorParallel
-from .capture import CudaGraphRecorder, DecodeGraphs, Step, graph_sizes, replay_layers
+from .capture import CudaGraphRecorder, DecodeGraphs, Step, graph_sizes, replay_adapted_steps, replay_layers
 from .config import EngineConfig
 from .platform import native
 from .platform.machine import cpu_flags, cpu_has_bf16, pick_threads
@@ -128,6 +129,10 @@ class Worker:
             self._check_batch_invariance()
         if self.backend.name == "cpu" and not config.enforce_eager:
             replay_layers(self.model, parallel)
+        self.adapters: ModelAdapters | None = None
+        if config.enable_lora:
+            self.adapters = ModelAdapters(self.model, source.config.hidden_size, config.max_loras, config.max_lora_rank)
+            replay_adapted_steps(self.model, self.adapters.step)
         self.sampler = Sampler(source.config.vocab_size, config.seed)
         self.config = config
         self.cache: CacheEngine  # from `create_cache` on
@@ -216,6 +221,8 @@ class Worker:
 
     def forward(self, batch: HostArrays) -> Tensor:
         """Hidden states of all tokens, [T, hidden]."""
+        if self.adapters is not None:
+            self.adapters.begin(batch.adapters)
         if self.graphs is not None and (size := self.graphs.size_for(batch)) is not None:
             return self.graphs.run(batch, size)
         step = FlatArrays(*(torch.from_numpy(getattr(batch, name)).to(self.device) for name in _ARRAYS))

@@ -19,6 +19,7 @@ from solutions.batching.scheduler_config import QueueFullError
 from solutions.core.config import EngineConfig
 from solutions.core.engine import EngineStats
 from solutions.core.input import EngineRequest, InputProcessor, Prompt
+from solutions.core.lora.registry import AdapterRegistry
 from solutions.core.output import CompletionOutput, Logprob, RequestOutput
 
 MAX_MODEL_LEN = 4096
@@ -61,7 +62,8 @@ class FakeEngine:
 
     def __init__(self, *, max_waiting: int = 1000, fail_at: int | None = None, gate: threading.Event | None = None) -> None:
         self.config = EngineConfig()
-        self.limits = SimpleNamespace(max_model_len=MAX_MODEL_LEN)
+        self.limits = SimpleNamespace(max_model_len=MAX_MODEL_LEN, num_blocks=8, num_host_blocks=0, kv_bytes=0)
+        self.adapters = AdapterRegistry(0)
         self.tokenizer = ByteTokenizer()
         self.observers: list[Any] = []
         self.num_waiting_tokens = 0
