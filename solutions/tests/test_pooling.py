@@ -332,11 +332,13 @@ def test_fewer_dimensions_are_the_first_ones(bert: tuple[Path, PreTrainedModel])
         ({"preemption_mode": "swap"}, "--preemption-mode"), ({"batch_invariant": True}, "--batch-invariant"),
         ({"long_prefill_token_threshold": 9}, "--long-prefill-token-threshold"),
         ({"attention_backend": "torch"}, "--attention-backend"), ({"scheduling_policy": "lpm"}, "--scheduling-policy"),
-        ({"speculative_config": '{"method": "ngram"}'}, "--speculative-config"),
+        ({"speculative_config": '{"method": "ngram"}'}, "--speculative-config"), ({"enable_lora": True}, "--enable-lora"),
     ],
 )  # fmt: skip
 def test_settings_that_are_not_for_an_encoder(bert: tuple[Path, PreTrainedModel], settings: dict[str, Any], flag: str) -> None:
-    with pytest.raises(ValueError, match=f"^{flag} is not for .*: an encoder reads a text in one step and has no KV cache$"):
+    with pytest.raises(
+        ValueError, match=f"^{flag} is not for .*, an encoder: it has no KV cache, parts of prompts, drafts or adapters$"
+    ):
         make(bert[0], **settings)
 
 
