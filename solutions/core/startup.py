@@ -30,9 +30,9 @@ CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET = 512, 8192
 """Tokens in a step unless the user says otherwise: on a CPU a larger step gains nothing and delays everyone's next token."""
 NOT_FOR_ENCODERS = (
     "kv_cache_memory_bytes", "kv_cache_dtype", "touch_kv_cache", "num_gpu_blocks_override", "preemption_mode",
-    "long_prefill_token_threshold", "attention_backend", "batch_invariant", "speculative_config",
+    "long_prefill_token_threshold", "attention_backend", "batch_invariant", "speculative_config", "enable_lora",
 )  # fmt: skip
-"""Settings of the KV cache, of prompts in parts, and of causal attention."""
+"""Settings of the KV cache, of prompts in parts, of causal attention and of adapters."""
 CPU_KV_SHARE, CPU_KV_MAX = 0.25, 4 << 30
 
 
@@ -83,7 +83,9 @@ def fit(config: EngineConfig, source: ModelSource) -> tuple[EngineConfig, ModelS
         given.append("scheduling_policy")
     if given:
         flag = given[0].replace("_", "-")
-        raise ValueError(f"--{flag} is not for {config.model}: an encoder reads a text in one step and has no KV cache")
+        raise ValueError(
+            f"--{flag} is not for {config.model}, an encoder: it has no KV cache, parts of prompts, drafts or adapters"
+        )
     # Blocks are only counted, so there are enough.
     num_blocks = config.max_num_seqs * -(-longest_sequence(config, model) // max(1, config.block_size))
     config = replace(

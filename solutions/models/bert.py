@@ -3,7 +3,8 @@
 How it differs from ``llama.py``: a token sees the tokens behind it, too, which is the attention backend's affair
 (``full_attention.py``). Positions are learned, as in GPT-2, and added to the embedding with one vector for the kind of text,
 which is the first here, always. Norms stand behind attention and MLP and take in the residual stream. There is no head: what a
-text becomes is made of its hidden states (``batching/pooling.py``).
+text becomes is made of its hidden states (``batching/pooling.py``). RoBERTa (Liu et al., 2019) and, in a hundred languages,
+XLM-RoBERTa (Conneau et al., 2020), which bge-m3 and multilingual-e5 are, differ in where positions begin.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .layers import Attention, CausalLM, LayerNorm
 
 PARTS = {"query": ("qkv", "q"), "key": ("qkv", "k"), "value": ("qkv", "v")}
 """A checkpoint's layer: the merged layer here that holds it, and which piece of that it is."""
-UNUSED = re.compile(r"(^|\.)(pooler|cls)\.|position_ids$")
+UNUSED = re.compile(r"(^|\.)(pooler|cls|lm_head)\.|position_ids$")
 """What only BERT's training tasks need, and numbers from 0 up that old checkpoints store."""
 
 
@@ -37,13 +38,14 @@ class BertEmbeddings(Layer):
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
         self.word_embeddings = VocabParallelEmbedding(config, parallel)
-        self.position_embeddings = Embedding(config.max_position_embeddings, config.hidden_size)
+        self.position_embeddings = Embedding(config.first_position + config.max_position_embeddings, config.hidden_size)
+        self.first_position = config.first_position
         self.token_type_embeddings = Embedding(config.token_types, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:  # [T], [T] -> [T, hidden]
         hidden = self.word_embeddings(input_ids)
-        hidden = hidden + self.token_type_embeddings.weight[0] + self.position_embeddings(positions)
+        hidden = hidden + self.token_type_embeddings.weight[0] + self.position_embeddings(positions + self.first_position)
         return self.LayerNorm(hidden)
 
 
@@ -111,7 +113,7 @@ class BertModel(CausalLM):
     def place(self, name: str, tensor: Tensor) -> tuple[str, str | None, Tensor] | None:
         if UNUSED.search(name):
             return None
-        name = name.removeprefix("bert.").removeprefix("encoder.")
+        name = name.removeprefix("bert.").removeprefix("roberta.").removeprefix("encoder.")
         path, _, kind = name.rpartition(".")
         merged, shard = PARTS.get(path.rpartition(".")[2], (None, None))
         if merged is not None:
@@ -123,3 +125,11 @@ class BertModel(CausalLM):
             if path.endswith(f".{theirs}"):
                 return f"{path.removesuffix(theirs)}{ours}.{kind}", None, tensor
         return name, None, tensor
+
+
+class RobertaModel(BertModel):
+    """The same, with positions that begin later."""
+
+
+class XLMRobertaModel(RobertaModel):
+    """The same, over words of a hundred languages."""

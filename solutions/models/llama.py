@@ -131,6 +131,8 @@ class LlamaForCausalLM(CausalLM):
             return None
         if name == "lm_head.weight" and self.config.tie_word_embeddings:
             return None
+        if not name.startswith(("model.", "lm_head.")):  # the checkpoint was saved without its head, as embedding models are
+            name = f"model.{name}"
         path, _, kind = name.rpartition(".")  # kind is "weight" or "bias"
         parent, _, layer = path.rpartition(".")
         merged, shard_id = MERGED_LAYERS.get(layer, (layer, None))

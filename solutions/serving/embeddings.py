@@ -157,6 +157,10 @@ def add_embedding_routes(
     describe what errors look like."""
     model = engine.engine.model_config
 
+    @lru_cache(maxsize=1)
+    def log_once() -> None:
+        logger.warning("/v1/embeddings: %s (said once)", UNTRAINED)
+
     @app.post("/v1/embeddings", response_model=EmbeddingResponse, responses=responses)
     async def embeddings(body: EmbeddingRequest, http: Request) -> Response:
         check_model(body.model)
@@ -167,7 +171,7 @@ def add_embedding_routes(
         response = Response(answer, media_type="application/json")
         if model.pooling is None or model.pooling.assumed:
             response.headers[HEADER] = UNTRAINED
-            _log(body.model)
+            log_once()
         return response
 
     def refuse(path: str) -> None:
@@ -225,9 +229,3 @@ def whole(body: EmbeddingRequest, requests: list[EngineRequest], vectors: dict[s
     count = sum(len(request.prompt_token_ids) for request in requests)
     usage = EmbeddingUsage(prompt_tokens=count, total_tokens=count)
     return EmbeddingResponse(data=data, model=body.model, usage=usage).model_dump_json()
-
-
-@lru_cache(maxsize=1024)
-def _log(model: str) -> None:
-    """Once for each model."""
-    logger.warning("/v1/embeddings of %s: %s (said once)", model, UNTRAINED)

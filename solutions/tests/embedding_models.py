@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertTokenizer, PreTrainedModel
 
 CONTEXT = 64
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -21,13 +21,17 @@ PIPELINE = "sentence_transformers.models."
 POOLED = {"mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken", "cls": "pooling_mode_cls_token"}
 
 
-def make_bert(path: Path, **overrides: Any) -> BertModel:
-    """Save a BERT whose layers and positions matter to `path`, with its tokenizer; overrides are arguments of `BertConfig`."""
+def make_bert(path: Path, family: str = "bert", **overrides: Any) -> PreTrainedModel:
+    """Save a BERT whose layers and positions matter to `path`, with its tokenizer.
+
+    Args:
+        family: transformers' ``model_type``. overrides: arguments of its configuration.
+    """
     sizes = {
         "vocab_size": len(WORDS), "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96,
         "max_position_embeddings": CONTEXT,
     }  # fmt: skip
-    model = BertModel(BertConfig(**(sizes | overrides))).eval()
+    model = AutoModel.from_config(AutoConfig.for_model(family, **(sizes | overrides))).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for param in model.parameters():
@@ -66,7 +70,7 @@ def pooled(hidden: np.ndarray, mask: np.ndarray, kind: str, normalize: bool) -> 
 def oracle(model: PreTrainedModel, prompts: list[list[int]], kind: str = "mean", normalize: bool = True) -> np.ndarray:
     """The vectors of prompts by transformers, all in one padded batch: [S, hidden]."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
+    ids = torch.tensor([[*prompt, *[model.config.pad_token_id or 0] * (longest - len(prompt))] for prompt in prompts])
     mask = torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts])
     hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
     return pooled(hidden.float().numpy(), mask.numpy(), kind, normalize)

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from transformers import BertModel
+from transformers import PreTrainedModel
 
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLMEngine
@@ -30,7 +30,7 @@ INPUT = {"model": "fake", "input": "the sea"}
 
 
 @pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BertModel]:
+def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
     path = tmp_path_factory.mktemp("bert")
     model = make_bert(path)
     describe(path)
@@ -38,7 +38,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BertModel]:
 
 
 @pytest.fixture(scope="module")
-def url(bert: tuple[Path, BertModel]) -> Iterator[str]:
+def url(bert: tuple[Path, PreTrainedModel]) -> Iterator[str]:
     """A server with an encoder; its answers carry no warning."""
     with serve(AsyncEngine(LLMEngine(EngineConfig(str(bert[0]), dtype="float32", max_model_len=LIMIT)))) as url:
         yield url
@@ -56,7 +56,9 @@ def post(url: str, **fields: Any) -> httpx.Response:
 
 @pytest.mark.parametrize("form", ["texts", "lists", "text", "ids"])
 @pytest.mark.parametrize("encoding", ["float", "base64", openai.NOT_GIVEN])
-def test_every_form_of_input_and_answer(client: openai.OpenAI, bert: tuple[Path, BertModel], form: str, encoding: Any) -> None:
+def test_every_form_of_input_and_answer(
+    client: openai.OpenAI, bert: tuple[Path, PreTrainedModel], form: str, encoding: Any
+) -> None:
     ids = tokens(bert[0], TEXTS)
     inputs, lists = {"texts": (TEXTS, ids), "lists": (ids, ids), "text": (TEXTS[0], ids[:1]), "ids": (ids[0], ids[:1])}[form]
     answer = client.embeddings.create(model="fake", input=inputs, encoding_format=encoding)
@@ -69,7 +71,7 @@ def test_every_form_of_input_and_answer(client: openai.OpenAI, bert: tuple[Path,
     np.testing.assert_allclose(np.array(given), oracle(bert[1], lists), atol=3e-6)
 
 
-def test_dimensions_and_truncation(client: openai.OpenAI, bert: tuple[Path, BertModel]) -> None:
+def test_dimensions_and_truncation(client: openai.OpenAI, bert: tuple[Path, PreTrainedModel]) -> None:
     vector = oracle(bert[1], tokens(bert[0], TEXTS[:1]), normalize=False)[0, :10]
     answer = client.embeddings.create(model="fake", input=TEXTS[0], dimensions=10)
     np.testing.assert_allclose(answer.data[0].embedding, vector / np.linalg.norm(vector), atol=3e-6)
@@ -139,7 +141,7 @@ def test_other_tasks_are_refused_by_name(url: str, path: str) -> None:
     assert response.json()["error"]["message"] == f"{path} is not supported by this server; it has /v1/embeddings"
 
 
-def test_metrics_count_prompts_and_no_answers(bert: tuple[Path, BertModel]) -> None:
+def test_metrics_count_prompts_and_no_answers(bert: tuple[Path, PreTrainedModel]) -> None:
     with serve(AsyncEngine(LLMEngine(EngineConfig(str(bert[0]), dtype="float32")))) as url:
         count = post(url, input=TEXTS).json()["usage"]["prompt_tokens"]
         lines = httpx.get(f"{url}/metrics").text.splitlines()

@@ -186,6 +186,15 @@ def _bert(hf: Entries) -> Fields:
     }
 
 
+def _roberta(hf: Entries) -> Fields:
+    fields, first = _bert(hf), hf.whole("pad_token_id", 1, low=0) + 1
+    if fields["max_position_embeddings"] <= first:
+        raise ModelError(f"config.json: max_position_embeddings must be above {first}, the first position")
+    return fields | {
+        "first_position": first, "max_position_embeddings": fields["max_position_embeddings"] - first,
+    }  # fmt: skip
+
+
 FAMILIES = {
     family.architecture: family
     for family in (
@@ -200,6 +209,13 @@ FAMILIES = {
     )
 }
 """Those that write texts, by architecture."""
-ENCODERS = {"BertModel": Family("BertModel", "bert", _bert)}
+ENCODERS = {
+    family.architecture: family
+    for family in (
+        Family("BertModel", "bert", _bert),
+        Family("RobertaModel", "roberta", _roberta),
+        Family("XLMRobertaModel", "xlm-roberta", _roberta),
+    )
+}
 """Those that only read them."""
 KNOWN = FAMILIES | ENCODERS

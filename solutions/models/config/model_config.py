@@ -40,6 +40,7 @@ class ModelConfig:
             RoPE scalings "dynamic" and "longrope" compute with it.
         quantization: how the linear layers' weights are kept in the checkpoint, if they are quantized.
         token_types: kinds of text that an encoder tells apart; 0: the model is none.
+        first_position: row of the table of positions that a text begins with.
         pooling: how a text becomes a vector, if the model's files say so.
     """
 
@@ -69,6 +70,7 @@ class ModelConfig:
     max_model_len: int | None = None
     quantization: QuantizedFormat | None = None
     token_types: int = 0
+    first_position: int = 0
     pooling: Pooling | None = None
 
     @property
