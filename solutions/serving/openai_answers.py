@@ -26,7 +26,8 @@ class ModelCard(BaseModel):
     owned_by: str = "local"
     root: str
     """The model that is served under this name."""
-    parent: None = None
+    parent: str | None = None
+    """Of an adapter: the model that it is for."""
     max_model_len: int
     """Longest sequence, prompt and output together, in tokens."""
 
