@@ -129,9 +129,18 @@ def form_of(asked: dict[str, Any]) -> tuple[str, StructuredOutput] | None:
     try:
         if kind == "structural_tag":
             tag_format(text)
+        if kind == "json" and text is value:
+            _check_json(text)
         return name, StructuredOutput(kind, text, space)
     except ValueError as error:
         raise RequestError(str(error).replace("structured_output", name), name) from error
+
+
+def _check_json(text: str) -> None:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"structured_output: the json is not valid: {error}") from None
 
 
 def mark_older(response: Response, asked: set[str]) -> Response:

@@ -216,6 +216,22 @@ def test_a_tag_of_neither_form_is_refused_by_its_field(tag: Any) -> None:
     assert caught.value.param == "structured_outputs.structural_tag"
 
 
+@pytest.mark.parametrize("text", ["{", "", "[" * 100_000, "{'a': 1}"])
+def test_a_text_that_is_no_json_is_refused_by_its_field(text: str) -> None:
+    """Before anything is made of it: behind thoughts a schema is a part of another form."""
+    for fields, param in (
+        ({"structured_outputs": StructuredOutputs.model_validate({"json": text})}, "structured_outputs.json"),
+        ({"guided_json": text}, "guided_json"),
+        (
+            {"structured_outputs": StructuredOutputs.model_validate({"structural_tag": text})},
+            "structured_outputs.structural_tag",
+        ),
+    ):
+        with pytest.raises(RequestError) as caught:
+            form_of(fields)
+        assert caught.value.param == param
+
+
 def test_a_tag_that_xgrammar_does_not_know_is_one_line(compiler: GrammarCompiler) -> None:
     for wrong in ({"type": "nothing"}, {"type": "regex", "pattern": "("}, {"type": "sequence"}):
         text = json.dumps({"type": "structural_tag", "format": wrong})

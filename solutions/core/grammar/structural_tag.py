@@ -58,7 +58,7 @@ def tag_format(text: str) -> dict[str, Any]:
             for one in tag["structures"]
         ]  # fmt: skip
         return {"type": "triggered_tags", "triggers": [*tag["triggers"]], "tags": tags}
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         why = 'it must have a "format", or "structures", each with begin, schema and end, and "triggers"'
         raise ValueError(f"structured_output: the structural_tag is not valid: {why}") from None
 
