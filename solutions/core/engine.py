@@ -26,7 +26,7 @@ from .executor import local_model
 from .input import EngineRequest, InputProcessor, Prompt
 from .lora.registry import LoRARequest
 from .output import OutputProcessor, RequestOutput
-from .platform.progress import GenerationProgress
+from .platform.progress import GenerationProgress, PhaseClock
 from .scheduler import Scheduler
 from .speculative import Drafter, NoDrafter
 from .startup import fit, make_adapters, make_executor, make_scheduler_config, resolve_limits, startup_report, with_blocks
@@ -82,7 +82,7 @@ class LLMEngine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        clock = _Clock()
+        clock = PhaseClock()
         config, source = fit(config, with_tokenizer(resolve_model(config.model, config.load_format), config.tokenizer))
         limits = resolve_limits(config, source)
         self.config = config = replace(config, max_model_len=limits.max_model_len)
@@ -282,22 +282,18 @@ class LLM:
             ValueError: a prompt or parameter is wrong. Nothing is generated then.
         """
         many = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            every = [sampling_params or SamplingParams()] * len(many)
-        else:
-            every = list(sampling_params)
+        params = SamplingParams() if sampling_params is None else sampling_params
+        every = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
         priorities = [0] * len(many) if priority is None else list(priority)
         adapters = [lora_request] * len(many) if lora_request is None or isinstance(lora_request, LoRARequest) else lora_request
         if not len(many) == len(every) == len(priorities) == len(adapters):
-            raise ValueError(
-                f"{len(many)} prompts, {len(every)} sampling_params, {len(priorities)} priorities and {len(adapters)} "
-                "adapters do not match"
-            )
+            counts = f"{len(every)} sampling_params, {len(priorities)} priorities and {len(adapters)} adapters"
+            raise ValueError(f"{len(many)} prompts, {counts} do not match")
         engine = self.llm_engine
         requests = []
         for prompt, one, rank, adapter in zip(many, every, priorities, adapters, strict=True):
-            params = replace(one, output_kind=RequestOutputKind.FINAL_ONLY)
-            requests.append(engine.prepare(str(self._num_requests), prompt, params, rank))
+            final = replace(one, output_kind=RequestOutputKind.FINAL_ONLY)
+            requests.append(engine.prepare(str(self._num_requests), prompt, final, rank))
             requests[-1].adapter = None if adapter is None else engine.adapters.name_of(adapter)
             self._num_requests += 1
         for request in requests:
@@ -320,8 +316,7 @@ class LLM:
         if alone and len(alone) < len(messages):
             raise ValueError("messages must be one conversation or a list of conversations, not some of each")
         conversations = [alone] if alone else [list(one) for one in messages if not isinstance(one, dict)]
-        tokenizer = self.get_tokenizer()
-        prompts: list[Prompt] = [{"prompt_token_ids": render_chat(tokenizer, one)} for one in conversations]
+        prompts: list[Prompt] = [{"prompt_token_ids": render_chat(self.get_tokenizer(), one)} for one in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
 
     def embed(
@@ -349,19 +344,6 @@ class LLM:
                 self.llm_engine.abort_request(request.request_id)
             raise
         return [finished[request.request_id] for request in requests]
-
-
-class _Clock:
-    """Seconds of each phase of the start."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
-        self._last = now
 
 
 if __name__ == "__main__":

@@ -127,17 +127,7 @@ def create_app(
     calling = ToolCalling(engine.tokenizer, tool_call_parser, enable_auto_tool_choice)
     chats = ChatReader(engine.tokenizer, calling, Reasoning(engine.tokenizer, reasoning_parser))
     add_openai_routes(app, async_engine, models, chats)
-
-    async def submit_chat(http: Request, body: ChatCompletionRequest, prefix: str) -> Submitted | None:
-        models.find_writer(body.model)
-        prompt, make_reply = await chats.read(body)
-        return await submit(async_engine, http, body, [prompt], make_reply, prefix)
-
-    async def chat_tokens(body: ChatCompletionRequest) -> list[int]:
-        models.find_writer(body.model)
-        return (await chats.read(body))[0]
-
-    door = ChatDoor(submit_chat, deliver, chat_tokens)
+    door = chat_door(async_engine, models, chats)
     add_responses_routes(app, door, responses=ERRORS)
     add_messages_routes(app, door, responses=ERRORS)
     embedding_door = EmbeddingDoor(partial(engine_requests, models), unless_left, CLIENT_CLOSED_REQUEST)
@@ -177,6 +167,21 @@ def add_openai_routes(app: FastAPI, async_engine: AsyncEngine, models: ServedMod
         prompt, _ = await chats.read(body)
         text = await asyncio.to_thread(chats.tokenizer.decode, prompt)
         return RenderedPrompt(model=body.model, token_ids=prompt, prompt_text=text)
+
+
+def chat_door(async_engine: AsyncEngine, models: ServedModels, chats: ChatReader) -> ChatDoor:
+    """What the other two APIs need to be answered by chat completions."""
+
+    async def submit_chat(http: Request, body: ChatCompletionRequest, prefix: str) -> Submitted | None:
+        models.find_writer(body.model)
+        prompt, make_reply = await chats.read(body)
+        return await submit(async_engine, http, body, [prompt], make_reply, prefix)
+
+    async def chat_tokens(body: ChatCompletionRequest) -> list[int]:
+        models.find_writer(body.model)
+        return (await chats.read(body))[0]
+
+    return ChatDoor(submit_chat, deliver, chat_tokens)
 
 
 async def respond(
