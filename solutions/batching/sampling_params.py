@@ -27,6 +27,9 @@ STRUCTURES = ("json", "json_object", "regex", "choice", "grammar", "structural_t
 MAX_DEFINITION = {"json": 4 << 20, "structural_tag": 32 << 20, "choice": 1 << 20, "regex": 16_384, "grammar": 1 << 17}
 """Characters that may describe a form. What bounds a schema is its cost, see `json_schema`; this only bounds reading it."""
 
+MAX_WHITE_SPACE = 256
+"""Characters that may describe white space."""
+
 
 @dataclass(frozen=True, slots=True)
 class StructuredOutput:
@@ -35,11 +38,14 @@ class StructuredOutput:
     Attributes:
         kind: one of `STRUCTURES`.
         definition: a JSON schema as text; nothing for "json_object"; a regular expression; a JSON list of texts for "choice";
-            a grammar in XGrammar's EBNF, whose first rule is ``root``; a structural tag in XGrammar's form, as JSON.
+            a grammar in XGrammar's EBNF, whose first rule is ``root``, or in Lark, with a rule ``start``; a structural tag in
+            one of XGrammar's forms, as JSON.
+        white_space: a regular expression for what may stand between the parts of JSON; None: a space behind commas and colons.
     """
 
     kind: str
     definition: str = ""
+    white_space: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in STRUCTURES:
@@ -50,6 +56,13 @@ class StructuredOutput:
         if len(self.definition) > most:
             size = f"{len(self.definition)} characters, and at most {most} may be"
             raise ValueError(f"structured_output: the {self.kind} has {size}")
+        if self.white_space is not None:
+            if self.kind not in ("json", "json_object"):
+                raise ValueError(f"structured_output: whitespace_pattern is for JSON, and this is a {self.kind}")
+            if not isinstance(self.white_space, str) or len(self.white_space) > MAX_WHITE_SPACE:
+                raise ValueError(
+                    f"structured_output: whitespace_pattern must be a text of at most {MAX_WHITE_SPACE} characters"
+                )
 
 
 @dataclass(slots=True)

@@ -6,13 +6,13 @@ Source: https://platform.openai.com/docs/guides/structured-outputs, https://docs
 from __future__ import annotations
 
 import json
-import re
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import Response
 from pydantic import Field, PlainValidator, model_validator
 
 from ..batching.sampling_params import StructuredOutput
+from ..core.grammar.structural_tag import tag_format
 from .errors import RequestError
 from .openai_fields import Bool, Request
 
@@ -22,8 +22,6 @@ FORMS = ("response_format", "structured_outputs", *OLDER)
 """Fields that ask for a form of the answer, at most one of which a request may have."""
 OLD_SINCE = "@1795910400"
 """29 November 2026, as RFC 9745 writes it: since then the older names are deprecated here."""
-_LARK = re.compile(r"^\??\w+(\.\d+)?\s*:(?!:=)|^%(import|ignore|declare)\b", re.MULTILINE)
-"""A rule as Lark writes it, or one of its directives."""
 
 
 def _schema(value: Any) -> Any:
@@ -46,10 +44,26 @@ class JsonSchema(Request):
 
 
 class ResponseFormat(Request):
-    """OpenAI's way to ask for a structured answer."""
+    """OpenAI's way to ask for a structured answer, and vLLM's third type, `structural_tag`."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
+    format: dict[str, Any] | None = None
+    """Of a structural tag; see `tag_format`."""
+    structures: list[Any] | None = None
+    triggers: list[Any] | None = None
+
+    @property
+    def tag(self) -> dict[str, Any]:
+        """What it says of a structural tag."""
+        parts = {"format": self.format, "structures": self.structures, "triggers": self.triggers}
+        return {name: value for name, value in parts.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _check_tag(self) -> ResponseFormat:
+        if bool(self.tag) != (self.type == "structural_tag"):
+            raise ValueError("the type structural_tag needs format, or structures and triggers; no other type may have them")
+        return self
 
     @model_validator(mode="after")
     def _check_schema(self) -> ResponseFormat:
@@ -59,25 +73,30 @@ class ResponseFormat(Request):
 
 
 class StructuredOutputs(Request):
-    """vLLM's way, as of version 0.12: exactly one of these. Its `structural_tag` and settings of white space are refused."""
+    """vLLM's way, as of version 0.12: exactly one of these, and for JSON perhaps a `whitespace_pattern`."""
 
     json_: Annotated[Schema | None, Field(alias="json")] = None
     regex: str | None = None
     choice: Choices | None = None
     grammar: str | None = None
-    """In EBNF; the first rule is ``root``."""
+    """In EBNF, with a first rule ``root``, or in Lark, with a rule ``start``."""
     json_object: Annotated[bool, Field(strict=True)] | None = None
+    structural_tag: Schema | None = None
+    """See `tag_format`; an object, or the text of one."""
+    whitespace_pattern: str | None = None
+    """What may stand between the parts of JSON, as a regular expression."""
 
     @property
     def asked(self) -> dict[str, Any]:
         """The fields that ask for something, by their names in a body."""
-        return {name: value for name, value in self.model_dump(by_alias=True).items() if value not in (None, False)}
+        fields = self.model_dump(by_alias=True, exclude={"whitespace_pattern"})
+        return {name: value for name, value in fields.items() if value not in (None, False)}
 
     @model_validator(mode="after")
     def _check_number(self) -> StructuredOutputs:
         if len(self.asked) != 1:
-            there = ", ".join(field.alias or name for name, field in type(self).model_fields.items())
-            raise ValueError(f"needs exactly one of {there}")
+            names = (field.alias or name for name, field in type(self).model_fields.items() if name != "whitespace_pattern")
+            raise ValueError(f"needs exactly one of {', '.join(names)}")
         return self
 
 
@@ -96,20 +115,32 @@ def form_of(asked: dict[str, Any]) -> tuple[str, StructuredOutput] | None:
     if len(names) > 1:
         raise RequestError(f"{names[1]} cannot be combined with {names[0]}", names[1])
     name, value = names[0], asked[names[0]]
+    space = None
     if isinstance(value, ResponseFormat):
-        kind, value = ("json_object", "") if value.json_schema is None else ("json", value.json_schema.schema_)
+        kind = {"json_schema": "json"}.get(value.type, value.type)
+        value = value.json_schema.schema_ if value.json_schema is not None else value.tag
     elif isinstance(value, StructuredOutputs):
+        space = value.whitespace_pattern
         ((kind, value),) = value.asked.items()
         name = f"{name}.{kind}"
     else:
         kind = name.removeprefix("guided_")
     text = "" if kind == "json_object" else value if isinstance(value, str) else json.dumps(value)
-    if kind == "grammar" and "::=" not in text and _LARK.search(text):
-        raise RequestError(f"{name}: this is a grammar of Lark; write it in EBNF, with a rule root ::= ...", name)
     try:
-        return name, StructuredOutput(kind, text)
+        if kind == "structural_tag":
+            tag_format(text)
+        if kind == "json" and text is value:
+            _check_json(text)
+        return name, StructuredOutput(kind, text, space)
     except ValueError as error:
         raise RequestError(str(error).replace("structured_output", name), name) from error
+
+
+def _check_json(text: str) -> None:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"structured_output: the json is not valid: {error}") from None
 
 
 def mark_older(response: Response, asked: set[str]) -> Response:

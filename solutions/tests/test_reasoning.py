@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,11 +12,13 @@ import anthropic
 import httpx
 import openai
 import pytest
+import torch
 
-from solutions.batching.sampling_params import RequestOutputKind
+from solutions.batching.sampling_params import RequestOutputKind, StructuredOutput
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLMEngine
 from solutions.core.output import CompletionOutput, RequestOutput
+from solutions.core.structured.structured_output import GrammarCompiler, Guide
 from solutions.core.text.detokenizer import Detokenizer
 from solutions.serving.async_engine import AsyncEngine
 from solutions.serving.openai_protocol import ChatCompletionRequest
@@ -27,7 +30,7 @@ from solutions.serving.tool_calls.formats import FORMATS as TOOL_FORMATS
 from solutions.tests.fake_engine import ByteTokenizer, FakeEngine
 from solutions.tests.fake_server import serve
 from solutions.tests.reasoning_transcripts import QWEN3_TEMPLATE, TRANSCRIPTS, Transcript
-from solutions.tests.tiny_models import byte_tokenizer, make_tiny_llama
+from solutions.tests.tiny_models import EOS, VOCAB_SIZE, byte_tokenizer, make_tiny_llama
 from solutions.tests.tool_transcripts import FUNCTIONS
 from solutions.tests.tool_transcripts import TRANSCRIPTS as CALLS
 
@@ -143,6 +146,71 @@ def test_a_prompt_says_where_its_answers_begin() -> None:
         assert (None if thinking is None else thinking.is_open) == is_open
         assert thinking is None or thinking.budget is None
     assert Reasoning(tokenizer).of([1], 5) is None
+
+
+@pytest.fixture(scope="module")
+def compiler() -> GrammarCompiler:
+    pytest.importorskip("xgrammar", reason="XGrammar is not installed, so there are no answers of a given form")
+    return GrammarCompiler(byte_tokenizer(), VOCAB_SIZE, (EOS,))
+
+
+def allows(grammar: Any, text: str) -> bool:
+    """Whether an answer may be this text and end there."""
+    guide, masks = Guide(grammar), torch.empty(1, -(-VOCAB_SIZE // 32), dtype=torch.int32)
+    tokens = [*byte_tokenizer().encode(text, add_special_tokens=False), EOS]
+    for count, token in enumerate(tokens):
+        guide.allow([tokens[:count]], masks)
+        if not int(masks[0, token // 32]) >> token % 32 & 1:
+            return False
+    return True
+
+
+CALL = '{"name": "now", "arguments": {}}'
+HELD: list[tuple[bool, int | None, str, list[str], list[str]]] = [
+    (False, None, "text", ["{}", "<think>{</think>{}"], ["<think>{}", "<think></think>", "</think>{}", "x"]),
+    (True, None, "text", ["x</think>{}", "<think>x</think>{}"], ["{}", "x</think>y"]),
+    (False, 2, "none", ["<think>ab</think>x", "Hi", "<thin", ""], ["<think>abc</think>x", "<think>a"]),
+    (True, 2, "none", ["ab</think>x", "<think>ab</think>x", "</think>"], ["abc</think>", "<think>abc</think>", "ab"]),
+    (False, 2, "calls", [CALL, f"<think>ab</think>\n\n{CALL}", "<think>a</think>\nHi", "Hi"],
+     [f"<think>abc</think>{CALL}", '<think>a</think>\n\n{"name": "now", "arguments": []}', f"<think>a</think>{CALL} and more"]),
+    (True, None, "calls", [f"a{CALL}</think>{CALL}", "a</think>Hi"], [CALL, f"a</think>{CALL[:-1]}"]),
+    (False, 2, "marked", ["<think>ab</think>Hi", "Hi"], ["<think>abc</think>Hi", "<think>ab</think><tool_call>\n{}"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HELD, ids=lambda case: f"{case[2]} {case[1]} {'open' if case[0] else 'free'}")
+def test_what_is_asked_for_begins_behind_the_thoughts(
+    compiler: GrammarCompiler, case: tuple[bool, int | None, str, list[str], list[str]]
+) -> None:
+    is_open, budget, what, good, bad = case
+    thinking = Thinking(FORMATS["qwen3"](), is_open, budget)
+    asked = StructuredOutput("choice", '["{}"]') if what == "text" else None
+    tools = {"calls": "json", "marked": "hermes"}.get(what)
+    form = thinking.form(asked, None if tools is None else ToolUse(TOOL_FORMATS[tools](), FUNCTIONS, False, False))
+    assert form is not None
+    grammar = compiler.compile(form)
+    assert [text for text in good if not allows(grammar, text)] == []
+    assert [text for text in bad if allows(grammar, text)] == []
+
+
+def test_stop_strings_end_no_call_behind_thoughts() -> None:
+    """And marks that are special tokens come into the text."""
+    use = ToolUse(TOOL_FORMATS["json"](), FUNCTIONS, False, True)
+    for is_open, text, found in (
+        (False, f"<think>a</think>\n\n{CALL}", True),
+        (False, CALL, True),
+        (False, f"<think>{CALL}", False),
+        (True, f"a</think>{CALL}", True),
+        (True, f"a {CALL}", False),
+    ):
+        request = ChatCompletionRequest.model_validate({**CHAT, "stop": ["}"]})
+        request.answer_with(use, Thinking(FORMATS["mistral" if is_open else "qwen3"](), is_open))
+        params = request.to_sampling_params()
+        assert params.stop_until is not None
+        text = text.replace("<think>", "[THINK]").replace("</think>", "[/THINK]") if is_open else text
+        assert bool(re.search(params.stop_until, text)) == found
+        assert params.skip_special_tokens == (not is_open)
+        assert params.stop == ["}"]
 
 
 class Script(FakeEngine):

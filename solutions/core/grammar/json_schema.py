@@ -6,7 +6,8 @@ For every schema that is not refused:
 - No keyword is ignored. If one cannot be honoured, the schema is refused with the keyword and its path. Annotations (title,
   default, what no draft knows) and formats that the standard does not name have no effect.
 
-Where the standard leaves a choice, answers have one form. Separators are ``", "`` and ``": "``, without other white space.
+Where the standard leaves a choice, answers have one form. Separators are ``", "`` and ``": "``, without other white space, or
+what a pattern allows around them.
 Members come in the order of the schema, then those that the schema does not name. Numbers are as in `numbers`, characters as in
 `ebnf`, formats as in `formats`. An object whose schema names members and says nothing of others has no others. Unique items
 come in any order if they have at most `MAX_UNIQUE` possible values, and in the order of the values if they have more. With more
@@ -25,9 +26,10 @@ from dataclasses import replace
 
 from . import schema_facts as facts
 from . import schema_scalars as scalars
-from .automata import Automaton
+from .automata import Automaton, intersect
 from .claims import GROUPS, Branch, Claim, Goal, goal, same
 from .ebnf import Part, Rules, json_literal
+from .ecma_regex import whole
 from .schema_document import Document, refuse
 from .schema_logic import Logic
 
@@ -37,15 +39,23 @@ MAX_ITEMS = 4_096
 """Most items that an array may require; a larger maxItems is lowered to this."""
 MAX_STATES = 5_000
 """Rules for one array or object in which something is counted."""
-COMMA, NOTHING = '", "', '""'
+NOTHING = '""'
+JSON_SPACE = whole(r"[ \t\r\n]*")
 
 
 class _Grammar:
-    """The rules of one schema."""
+    """The rules of one schema; `space` is the white space between the parts of an answer, None: the usual."""
 
-    def __init__(self, document: Document) -> None:
+    def __init__(self, document: Document, space: Automaton | None) -> None:
         self.logic = Logic(document)
         self.rules = Rules()
+        self._separator: Part = '", "'
+        self._colon: Part = '": "'
+        self._space: list[Part] = []
+        if space is not None:
+            self._space = [(self.rules.automaton(space, False),)]
+            self._separator = (self.rules.add("comma", [[*self._space, '","', *self._space]]),)
+            self._colon = (self.rules.add("colon", [[*self._space, '":"', *self._space]]),)
         self._waiting: deque[tuple[str, Goal]] = deque()
         self.root = self.value(goal(Claim(document.root)))
         while self._waiting:
@@ -100,7 +110,7 @@ class _Grammar:
             wanted = wanted if inside else replace(wanted, high=1)
         if inside is None:
             inside = self._counted_items(wanted) if wanted.contains else self._items(wanted, 0)
-        return self.rules.add(name, [['"["', (inside,), '"]"']])
+        return self.rules.add(name, [['"["', *self._space, (inside,), *self._space, '"]"']])
 
     def _items(self, wanted: facts.Items, index: int) -> str:
         """The rule for all items from one on, with the comma before them."""
@@ -112,11 +122,11 @@ class _Grammar:
         if index < heads:
             item = self.value(wanted.heads[index] if index < len(wanted.heads) else wanted.rest)
             if wanted.high is None or index < wanted.high:
-                end.append([*([COMMA] if index else []), (item,), (self._items(wanted, index + 1),)])
+                end.append([*([self._separator] if index else []), (item,), (self._items(wanted, index + 1),)])
             return self.rules.add(name, end)
         more, fresh = self.rules.name(("item", frozenset(wanted.rest)))
         if fresh:
-            self.rules.add(more, [[COMMA, (self.value(wanted.rest),)]])
+            self.rules.add(more, [[self._separator, (self.value(wanted.rest),)]])
         high = None if wanted.high is None else min(wanted.high, MAX_ITEMS) - index
         if high is not None and high < 0:
             return self.rules.add(name, end)
@@ -140,7 +150,7 @@ class _Grammar:
                 start = wanted.heads[index] if index < len(wanted.heads) else wanted.rest
                 for claims, after in self._kinds(wanted, counts, tops):
                     item = self.value(goal(*start, *claims))
-                    choices.append([*([COMMA] if index else []), (item,), (at(min(index + 1, max(last, 1)), after),)])
+                    choices.append([*([self._separator] if index else []), (item,), (at(min(index + 1, max(last, 1)), after),)])
             return self.rules.add(name, choices)
 
         return at(0, (0,) * len(tops))
@@ -180,7 +190,7 @@ class _Grammar:
             choices: list[list[Part]] = [[NOTHING]] if count >= wanted.low else []
             for i in left if count < high else ():
                 rest = tuple(j for j in left if j != i)
-                choices.append([*([COMMA] if count else []), json_literal(texts[i]), (at(rest, count + 1),)])
+                choices.append([*([self._separator] if count else []), json_literal(texts[i]), (at(rest, count + 1),)])
             return self.rules.add(name, choices)
 
         return at(tuple(range(len(texts))), 0)
@@ -195,7 +205,9 @@ class _Grammar:
             for count in range(top + 1):
                 choices: list[list[Part]] = [[(names[i + 1][count],)]]
                 if count < high or top < high:
-                    choices.append([*([COMMA] if count else []), json_literal(text), (names[i + 1][min(count + 1, top)],)])
+                    choices.append(
+                        [*([self._separator] if count else []), json_literal(text), (names[i + 1][min(count + 1, top)],)]
+                    )
                 self.rules.add(names[i][count], choices)
         for count in range(top + 1):
             self.rules.add(names[-1][count], [[NOTHING]] if count >= wanted.low else [])
@@ -242,17 +254,17 @@ class _Grammar:
         # from the last member to the first, so that no rule waits for another
         after = [self._rest(wanted, count, low, high) for count in range(top + 1)]
         for member, one in reversed(entries):
-            item: list[Part] = [json_literal(json.dumps(member, ensure_ascii=False)), '": "', (self.value(one),)]
+            item: list[Part] = [json_literal(json.dumps(member, ensure_ascii=False)), self._colon, (self.value(one),)]
             before = []
             for count in range(top + 1):
                 choices: list[list[Part]] = []
                 if high is None or count < high:
-                    choices.append([*([COMMA] if count else []), *item, (after[min(count + 1, top)],)])
+                    choices.append([*([self._separator] if count else []), *item, (after[min(count + 1, top)],)])
                 if member not in wanted.needed:
                     choices.append([(after[count],)])
                 before.append(self.rules.add(self.rules.name((key, member, count))[0], choices))
             after = before
-        return self.rules.add(name, [['"{"', (after[0],), '"}"']])
+        return self.rules.add(name, [['"{"', *self._space, (after[0],), *self._space, '"}"']])
 
     def _rest(self, wanted: facts.Members, count: int, low: int, high: int | None) -> str:
         """The rule for members without a name of their own behind so many others."""
@@ -268,7 +280,7 @@ class _Grammar:
             more = (self._comma(self._entry(wanted.others), False), 0, None if free is None else free - 1)
             if low - count > 1:
                 return self.rules.add(name, [])
-            return self.rules.add(name, [[*([COMMA] if count else []), more, (entry,)]])
+            return self.rules.add(name, [[*([self._separator] if count else []), more, (entry,)]])
         least = max(low - count, 0)  # each member counts once, though its name may come twice
         if not wanted.others or free == 0:
             return self.rules.add(name, [] if least else [[NOTHING]])
@@ -285,25 +297,43 @@ class _Grammar:
         name, fresh = self.rules.name(("entry", others))
         if fresh:
             choices: list[list[Part]] = [
-                [(self.rules.automaton(names, True),), '": "', (self.value(one),)] for names, one in others
+                [(self.rules.automaton(names, True),), self._colon, (self.value(one),)] for names, one in others
             ]
             self.rules.add(name, choices)
         return name
 
     def _comma(self, entry: str, before: bool) -> str:
         name, fresh = self.rules.name(("comma", entry, before))
-        return self.rules.add(name, [[COMMA, (entry,)] if before else [(entry,), COMMA]]) if fresh else name
+        return self.rules.add(name, [[self._separator, (entry,)] if before else [(entry,), self._separator]]) if fresh else name
 
 
 @functools.lru_cache(64)
-def to_grammar(text: str) -> str:
+def to_grammar(text: str, white_space: str | None = None) -> str:
     """The grammar, in XGrammar's EBNF, of the answers that a JSON schema allows.
 
     Args:
         text: the schema as JSON: an object, true or false.
+        white_space: a regular expression for what may stand around commas and colons and within brackets.
 
     Raises:
-        ValueError: it is no schema, cannot be had, or no value is valid; the message says what and where.
+        ValueError: it is no schema, cannot be had, or no value is valid; the message says what and where. Or the expression is
+            none that white space matches.
     """
-    grammar = _Grammar(Document(text))
+    space = None if white_space is None else _space(white_space)
+    grammar = _Grammar(Document(text), space)
     return grammar.rules.text(grammar.root)
+
+
+def _space(pattern: str) -> Automaton:
+    """The white space that a pattern allows and JSON too.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        found = intersect(whole(pattern), JSON_SPACE)
+    except ValueError as error:
+        raise ValueError(f"the keyword whitespace_pattern {pattern!r}: {error}") from None
+    if not any(found.final):
+        raise ValueError(f"the keyword whitespace_pattern {pattern!r} matches no white space of JSON")
+    return found

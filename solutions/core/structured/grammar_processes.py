@@ -81,7 +81,7 @@ class TrialProcess:
             with theirs, self._lock:
                 socket.send_fds(self._started(), [b"+"], [theirs.fileno()])
             ours.settimeout(ANSWER_SECONDS + limits.wall_seconds)
-            send(ours, {"form": {"kind": wanted.kind, "definition": wanted.definition}, "limits": asdict(limits)})
+            send(ours, {"form": asdict(wanted), "limits": asdict(limits)})
         except BaseException:
             ours.close()
             raise
@@ -164,7 +164,9 @@ class GrammarProcesses:
             What gives the automaton; cancel it when it is not wanted any more. Or it raises a ValueError: the form is not well
             formed, or takes too much, as the message says; QueueFullError: too many wait; CompilingStoppedError.
         """
-        key = hashlib.sha256(f"{wanted.kind}:{wanted.definition}".encode(errors="surrogatepass")).digest()
+        key = hashlib.sha256(
+            f"{wanted.kind}:{wanted.white_space!r}:{wanted.definition}".encode(errors="surrogatepass")
+        ).digest()
         future: Future[CompiledGrammar] = Future()
         with self._wake:
             if self._stopped:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...batching.sampling_params import StructuredOutput
 from ..grammar.json_schema import to_grammar
+from ..grammar.structural_tag import checked, tag_format, to_xgrammar, with_grammars
 
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar, TokenizerInfo
@@ -29,8 +30,6 @@ SLACK_SECONDS = 1.0
 OBJECT = '{"type": "object"}'
 _PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 """What XGrammar's messages begin with: a time, and a line of its source."""
-_SURROGATE = re.compile(r"(?<!\\)(?:\\\\)*(\\(?:u|u\{0*|U0000|x\{0*)[dD][89a-fA-F][0-9a-fA-F]{2})")
-"""An escape for half of a surrogate pair in a regex or grammar. XGrammar would write it in bytes that are not UTF-8."""
 
 
 class GrammarCompiler:
@@ -80,21 +79,22 @@ class GrammarCompiler:
             ValueError: it is not well-formed, and the message says where; or no text has this form.
         """
         kind, text = wanted.kind, wanted.definition
-        if kind in ("regex", "grammar") and (found := _SURROGATE.search(text)):
-            place = f"half of a surrogate pair at character {found.start(1) + 1}; write the character itself"
-            raise ValueError(f"structured_output: the {kind} is not valid: {place}")
         try:
             if kind in ("json", "json_object"):
-                grammar = self._compiler.compile_grammar(_json_grammar(OBJECT if kind == "json_object" else text))
+                schema = OBJECT if kind == "json_object" else text
+                grammar = self._compiler.compile_grammar(_json_grammar(schema, wanted.white_space))
             elif kind == "regex":
-                grammar = self._compiler.compile_regex(text)
+                grammar = self._compiler.compile_regex(checked("regex", text))
             elif kind == "structural_tag":
-                grammar = self._compiler.compile_structural_tag(_with_grammars(json.loads(text), {}))
+                tag = {"type": "structural_tag", "format": with_grammars(tag_format(text), {})}
+                grammar = self._compiler.compile_structural_tag(tag)
             elif kind == "choice":
                 quoted = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
                 grammar = self._compiler.compile_grammar(f"root ::= {' | '.join(quoted)}")
             else:
-                grammar = self._compiler.compile_grammar(text)
+                grammar = self._compiler.compile_grammar(to_xgrammar(text))
+        except RecursionError:
+            raise ValueError(f"structured_output: the {kind} is nested too deeply") from None
         except RuntimeError as error:  # XGrammar's only kind of error
             message = _PLACE.sub("", str(error)).strip().splitlines()[0]
             raise ValueError(f"structured_output: the {kind} is not valid: {message}") from None
@@ -107,36 +107,12 @@ class GrammarCompiler:
         return grammar
 
 
-def _json_grammar(schema: str) -> str:
+def _json_grammar(schema: str, white_space: str | None) -> str:
     try:
-        return to_grammar(schema)
+        return to_grammar(schema, white_space)
     except ValueError as error:
         place = "" if str(error).startswith("the keyword") else "the json is not valid: "
         raise ValueError(f"structured_output: {place}{error}") from None
-
-
-def _with_grammars(part: Any, made: dict[str, str]) -> Any:
-    """A part of a structural tag, with grammars of ours in the place of JSON schemas.
-
-    Args:
-        made: schema as text → its grammar.
-
-    Raises:
-        ValueError: a schema is not valid; the message begins with its `place` (which is ours), if it has one.
-    """
-    if isinstance(part, list):
-        return [_with_grammars(one, made) for one in part]
-    if not isinstance(part, dict):
-        return part
-    if part.get("type") != "json_schema" or not part.keys() <= {"type", "json_schema", "place"}:
-        return {name: _with_grammars(one, made) for name, one in part.items()}
-    text = json.dumps(part.get("json_schema"))
-    if text not in made:
-        try:
-            made[text] = to_grammar(text)
-        except ValueError as error:
-            raise ValueError(f"structured_output: {part.get('place', 'json_schema')}: {error}") from None
-    return {"type": "grammar", "grammar": made[text]}
 
 
 class Guide:

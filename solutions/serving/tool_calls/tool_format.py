@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from ...batching.sampling_params import StructuredOutput
 from ...core.grammar.charsets import ALL, inverse, union
 from ...core.grammar.ebnf import bracket, quoted
+from ...core.grammar.structural_tag import tag_format
 from .source import BrokenError, Reader, Source, Step
 
 Form = dict[str, Any]
@@ -72,14 +73,14 @@ def as_form(wanted: StructuredOutput) -> Form:
     """A form of answers as a part of a structural tag."""
     kind, text = wanted.kind, wanted.definition
     if kind in ("json", "json_object"):
-        return schema(json.loads(text) if text else {"type": "object"}, "the json is not valid")
+        made = schema(json.loads(text) if text else {"type": "object"}, "the json is not valid")
+        return made if wanted.white_space is None else {**made, "white_space": wanted.white_space}
     if kind == "regex":
         return {"type": "regex", "pattern": text}
     if kind == "choice":
         return either(*map(const, json.loads(text)))
     if kind == "structural_tag":
-        found: Form = json.loads(text)["format"]
-        return found
+        return tag_format(text)
     return grammar(text)
 
 
