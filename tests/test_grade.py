@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -17,9 +18,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stages.course.grading import page, report, results, scoring
+from stages.course.grading import class_page, page, report, results, scoring
 from stages.course.grading.command import main
 from stages.course.grading.grader import Grader
+from stages.course.grading.journal import Journal
+from stages.course.grading.likeness import Pair, alike
 from stages.course.grading.offences import offences, uses_the_reference
 from stages.course.grading.performance import Bench
 from stages.course.grading.sandbox import Limits, Sandbox, room
@@ -122,6 +125,31 @@ def test_the_same_salt_gives_the_same_scores_and_another_one_other_cases(toys: T
     assert passed[1] != passed[2] or passed[2] != passed[3]
 
 
+@pytest.mark.slow
+def test_answers_by_heart_fail_with_a_salt(toys: Toys, tmp_path: Path) -> None:
+    """A file that knows the numbers which a test draws with a seed of its own, or counts its calls."""
+    shutil.copytree(toys.workshop.root, tmp_path / "toy")
+    tests = tmp_path / "toy" / "stages" / "stage1_sums" / "tests" / "test_1_1.py"
+    lines = ["import random", "from stages.toys.sums import double"]
+    for seed in range(4):
+        numbers = [f"\n\ndef test_{name}_{seed}():\n    number = {how}\n" for name, how in (
+            ("drawn", f"random.Random({seed}).randrange(10**9)"), ("called", str(seed + 3)),
+        )]  # fmt: skip
+        lines += [f"{text}    assert double(number) == number + number" for text in numbers]
+    tests.write_text("\n".join(lines))
+    workshop = Workshop(tmp_path / "toy")
+    stage = workshop.course[0]
+    draws = {number: 2 * number for number in (random.Random(seed).randrange(10**9) for seed in range(4))}
+    known = SUMS + f"\nKNOWN = {draws!r}\nCALLS = iter([6, 8, 10, 12])\n"
+    known = known.replace("return number + number", "return KNOWN[number] if number > 99 else next(CALLS)")
+    runner = Runner(workshop, Sandbox(), "s", Limits())
+    passed = [
+        runner.run(stage, stage.tasks[0], {"toys/sums.py": known}, moved).names("passed").total() for moved in (False, True)
+    ]
+    assert passed[0] == 8
+    assert passed[1] < 4
+
+
 # Hostile submissions
 
 BOMB = "import subprocess\nwhile True:\n    subprocess.Popen(['bash', '-c', 'bomb() { bomb | bomb & }; bomb'])"
@@ -183,6 +211,23 @@ def test_a_room_shows_nothing_that_is_hidden_and_keeps_no_secrets(tmp_path: Path
         assert not (tmp_path / "mine").exists()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+def test_where_there_are_no_walls_roots_files_are_closed(tmp_path: Path) -> None:
+    """As on Gradescope: the salt lies in a folder of mode 700, and graded code is another user's."""
+    salt = tmp_path / "source" / "salt"
+    salt.parent.mkdir()
+    salt.write_text("secret")
+    tmp_path.chmod(0o755)
+    salt.parent.chmod(0o700)
+    sandbox = Sandbox()
+    sandbox.__dict__.update(isolated=False, as_nobody=True)
+    with room() as scratch:
+        ended = sandbox.run(["/bin/sh", "-c", f"id -u; echo mine > file; cat file; cat {salt}"], scratch, {}, Limits())
+    assert ended.output.splitlines()[:2] == ["65534", "mine"]
+    assert "secret" not in ended.output
+    assert "another user" in sandbox.walls
+
+
 def test_a_closed_sandbox_ends_what_runs(tmp_path: Path, nobody_is_left: None) -> None:
     sandbox = Sandbox()
     with room() as scratch:
@@ -242,6 +287,29 @@ def test_a_file_that_uses_the_reference_gives_nothing_to_its_tasks(toys: Toys) -
     assert points(grade) == {"1.1": 0, "1.2": 0}
     assert grade.tasks[0].reason == "toys/sums.py, line 1: it imports the reference: solutions.toys.sums"
     assert grade.flags == ["stages/stage1_sums/toys/sums.py, line 1: it imports the reference: solutions.toys.sums"]
+
+
+# A grading that was stopped
+
+
+def test_a_stopped_grading_goes_on_where_it_was(toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submission = Submission("ada", toys.workshop.root, {(1, "toys/sums.py"): doubling("return number + 2")})
+    grades = []
+    for tried in range(2):
+        journal = Journal(tmp_path, "this course", None)
+        grader = Grader(Runner(toys.workshop, Sandbox(), journal.salt, Limits()), toys.tasks[:1], journal=journal)
+        assert (grader.prepare([submission], silent), journal.going_on) == ({}, tried == 1)
+        tasks = grader.grade(submission, silent).tasks
+        grades.append([(item.task.id, item.points, item.reason, item.failures, item.seconds) for item in tasks])
+        monkeypatch.setattr(Runner, "run", None)  # whoever runs a test now fails
+    assert grades[0] == grades[1]
+    journal.path.write_text(journal.path.read_text()[:-10])  # killed while it wrote
+    assert Journal(tmp_path, "this course", None).salt == journal.salt
+    assert not Journal(tmp_path, "another course", None).going_on
+    assert Journal(tmp_path, "another course", None).salt != journal.salt
+    assert journal.path.stat().st_mode & 0o077 == 0
+    journal.remove()
+    assert not Journal(tmp_path, "another course", "salt").going_on
 
 
 # What is taken from a checkout
@@ -467,6 +535,37 @@ def test_reports_say_what_was_expected_and_where_to_read_on(toys: Toys) -> None:
     assert "http" not in html
 
 
+def test_an_instructors_page_has_what_learners_do_not_see(toys: Toys) -> None:
+    grades = [example(toys.workshop.course[0]) for _ in range(2)]
+    text = class_page.class_page(grades, [Pair("ada", "bob", 0.75)], {"commit": "abc"})
+    for piece in ("a flag", "75 %", "test_&lt;b&gt;", "2 of 2", "commit: abc", "width=device-width"):
+        assert piece in text
+    assert "<script" not in text
+
+
+COPIED = """def count(values):
+    total = 0
+    for index, value in enumerate(values):
+        if value % 2 and index > 3:
+            total += value * index - len(values)
+        elif value in (3, 5, 7):
+            total -= sum(values[:index]) // (value + 1)
+        while total > 100:
+            total = total // 2 + min(values)
+    return {"total": total, "most": max(values), "rest": [each for each in values if each < total]}
+"""
+
+
+def test_copies_are_alike_under_other_names_and_the_common_part_does_not_count() -> None:
+    renamed = COPIED.replace("total", "t").replace("value", "v").replace("    ", "  ") + "# mine\n"
+    own = "def count(values):\n" + "".join(f"    x{k} = values[{k}] if values else -{k}\n" for k in range(20))
+    found = alike({"ada": [COPIED], "bob": [renamed], "eve": [own]}, [SUMS])
+    assert [(pair.first, pair.second) for pair in found] == [("ada", "bob")]
+    assert found[0].share > 0.9
+    assert alike({"ada": [COPIED], "bob": [renamed]}, [COPIED]) == []
+    assert alike({"ada": ["def ("], "bob": ["def ("]}, []) == []
+
+
 def test_a_summary_has_a_row_for_each(toys: Toys, tmp_path: Path) -> None:
     results.write_summary(tmp_path, [example(toys.workshop.course[0])] * 2)
     rows = list(csv.DictReader((tmp_path / "summary.csv").open()))
@@ -499,6 +598,8 @@ def test_two_checkouts_from_the_command_line(workshop: Workshop, tmp_path: Path)
     rows = json.loads((out / "summary.json").read_text())
     assert [(row["name"], row["points"], row["max_points"]) for row in rows] == [("ada", 10, 110), ("bob", 0, 110)]
     assert "missing; the empty starter counts" in (out / "ada" / "report.md").read_text()
+    assert "ada" in (out / "instructor.html").read_text()
+    assert not list(out.glob(".journal*"))
     assert {path.name for path in (out / "bob").iterdir()} == {"results.json", "report.md", "report.html"}
     (link,) = set(re.findall(r"\((\S+)#task-1-1\)", (out / "bob" / "report.md").read_text()))
     assert '<a id="task-1-1">' in (out / "bob" / link).read_text()

@@ -13,6 +13,7 @@ import torch
 from stages.course.fixtures.checks import OwnJudgeError, check_close, check_equal
 from stages.course.grading import verdict
 from stages.course.grading.channel import FORGED, SIGNATURE, SIZE, read_records, signed_writer
+from stages.course.grading.seeds import with_other_seeds
 from stages.course.grading.verdict import against, judge
 from stages.course.grading.witness import sealed
 
@@ -157,3 +158,9 @@ def test_sealed_values_are_read_without_their_classes() -> None:
     assert sealed(Yes(3)) != sealed(2)
     assert sealed(np.arange(3)) == sealed([0, 1, 2]) == sealed((0, 1, 2))
     assert len(sealed(list(range(10_000)))) == 32
+
+
+def test_seeds_in_tests_change_with_the_salt() -> None:
+    text = "random.Random(4)\ntorch.Generator().manual_seed(comm.rank)\nrandom.Random()\n"
+    changed = "random.Random(10000 + 4)\ntorch.Generator().manual_seed(10000 + comm.rank)\nrandom.Random()\n"
+    assert with_other_seeds(text, "0000000a" + "0" * 8) == changed

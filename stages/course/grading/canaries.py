@@ -29,8 +29,10 @@ class Canaries:
         self.words: dict[str, str] = {}
         self._numbers = random.Random(f"{seed} canaries")
 
-    def weave(self, items: list[pytest.Item]) -> list[pytest.Item]:
-        """A file's tests with a canary behind each."""
+    def weave(self, items: list[pytest.Item], shuffled: bool) -> list[pytest.Item]:
+        """A file's tests, in another order if they are to be shuffled, with a canary behind each."""
+        if shuffled:
+            items = self._numbers.sample(items, len(items))
         names = {item.name.split("[")[0] for item in items}
         words = sorted({word for name in names for word in name.split("_")[1:]} | {"and", "the"})
         return [each for item in items for each in (item, self._after(item, words, names))]

@@ -147,7 +147,8 @@ def grade_all(args: argparse.Namespace, workshop: Workshop, stages: list[Stage],
     submissions = [read_submission(folder, workshop.root, workshop.course, stages) for folder in folders]
     args.output.mkdir(parents=True, exist_ok=True)
     journal = Journal(args.output, course_digest(workshop.root), args.salt)
-    sandbox = Sandbox(hidden_folders(workshop.root, folders, args.output))
+    secret = () if args.salt_file is None else (args.salt_file.resolve().parent,)
+    sandbox = Sandbox((*hidden_folders(workshop.root, folders, args.output), *secret))
     limits = Limits(memory_bytes=int(args.memory_gib * 2**30)).within(args.task_seconds)
     numbers = [stage.number for stage in stages]
     bench = None if args.no_performance else Bench(workshop, sandbox, numbers, limits.within(2 * args.task_seconds))

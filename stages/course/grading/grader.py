@@ -136,12 +136,12 @@ class Grader:
             return
         limits = self.runner.limits_for(expected)
         alone = self.workshop.alone(stage, task, texts)
-        best = self.runner.run(stage, task, alone, limits)
+        best = self.runner.run(stage, task, alone, expected.moved, limits)
         runs = [best]
         grade.seconds = best.ended.seconds
         # A learner's functions may share data that the reference's do not know: then they pass on their own ground only.
         if passed(best, expected) != expected.tests and best.ended.normal and alone != texts:
-            own = self.runner.run(stage, task, texts, limits)
+            own = self.runner.run(stage, task, texts, expected.moved, limits)
             runs.append(own)
             grade.seconds += own.ended.seconds
             best = max((best, own), key=lambda run: passed(run, expected).total())

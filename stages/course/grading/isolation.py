@@ -21,6 +21,8 @@ SYS_MOUNT_SETATTR = 442
 SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1
 PR_SET_NO_NEW_PRIVS, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG = 38, 24, 36, 1
 LAST_CAPABILITY = 63
+NOBODY = 65534
+"""The user who owns nothing."""
 SHARED_MEMORY = "size=1g"
 
 
@@ -66,6 +68,21 @@ def give_up_rights() -> None:
     """Let this process and what it starts never undo what `close_the_room` did."""
     for capability in range(LAST_CAPABILITY + 1):
         prctl(PR_CAPBSET_DROP, capability)
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
+def hand_over(folder: Path) -> None:
+    """Let a folder and all in it, which root has made, be nobody's."""
+    for path, _, names in os.walk(folder):
+        for each in (Path(path), *(Path(path, name) for name in names)):
+            os.chown(each, NOBODY, NOBODY, follow_symlinks=False)
+
+
+def become_nobody() -> None:
+    """Give up being root for good: what only root may read, such as a salt, is out of reach."""
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 

@@ -60,7 +60,8 @@ class Journal:
         return Expected(**value | counters | {"flags": frozenset(value["flags"])})
 
     def keep_expected(self, task: Task, expected: Expected) -> None:
-        self._write(f"reference {task.id}", asdict(expected) | {"flags": sorted(expected.flags)})
+        value = {name: getattr(expected, name) for name in Expected.__slots__}
+        self._write(f"reference {task.id}", value | {"flags": sorted(expected.flags)})
 
     def grade(self, stage: Stage, task: Task, texts: dict[str, str]) -> TaskGrade | None:
         """The grade of these files in a task, if they were tested before."""

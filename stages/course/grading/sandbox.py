@@ -116,12 +116,24 @@ class Sandbox:
             order = self._order([sys.executable, "-c", ""], scratch, {}, (), Limits().within(60), True)
             return self._supervise(order, 60).get("code") == 0
 
+    @cached_property
+    def as_nobody(self) -> bool:
+        """Whether commands run as another user, to whom root's files are closed: where there are no namespaces, and for root
+        alone. Tried once, since Python may lie where only root finds it."""
+        if self.isolated or os.geteuid() != 0:
+            return False
+        with room() as scratch:
+            order = self._order([sys.executable, "-c", "import torch, stages"], scratch, {}, (), Limits().within(120), False)
+            order["environment"]["PYTHONPATH"] = str(ROOT)
+            return self._supervise(order | {"as_nobody": True}, 120).get("code") == 0
+
     @property
     def walls(self) -> str:
         """What keeps graded code in, for the report."""
         if self.isolated:
             return "namespaces of Linux: no network, a file system that can only be read, processes of its own, limits"
-        return (
+        user = "another user than the grader's, to whom files of mode 700 are closed; " if self.as_nobody else ""
+        return user + (
             "limits and a guard in Python only, because this system has no namespaces for us: network and files are refused to "
             "Python code, not to programs that it might start; grade strangers' code in a container or a virtual machine"
         )
@@ -139,7 +151,9 @@ class Sandbox:
             learners: files whose code may not import the reference, or reach for other code.
             text: what it reads on its standard input; at most a pipe's room, 64 KiB.
         """
-        order = self._order(command, scratch, environment, learners, limits, self.isolated) | {"input": text}
+        order = self._order(command, scratch, environment, learners, limits, self.isolated) | {
+            "input": text, "as_nobody": self.as_nobody,
+        }  # fmt: skip
         verdict = self._supervise(order, limits.seconds + GRACE)
         output = _end_of(scratch / "output.txt")
         stopped = limits.say(verdict["stopped"]) if verdict["stopped"] else ""
@@ -161,7 +175,7 @@ class Sandbox:
         return {
             "command": command, "environment": variables | environment, "folder": str(scratch / "work"),
             "output": str(scratch / "output.txt"), "scratch": str(scratch), "hidden": hidden, "isolated": isolated,
-            "limits": asdict(limits), "input": "",
+            "limits": asdict(limits), "input": "", "as_nobody": False,
         }  # fmt: skip
 
     def close(self) -> None:

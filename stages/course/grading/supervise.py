@@ -175,6 +175,8 @@ def start(order: dict[str, Any]) -> int:
                 resource.setrlimit(kind, (int(most), int(most)))
         if order["isolated"]:
             isolation.give_up_rights()
+        if order["as_nobody"]:
+            isolation.become_nobody()
         os.chdir(order["folder"])
         os.execve(order["command"][0], order["command"], order["environment"])
     except BaseException as error:
@@ -190,6 +192,8 @@ def main() -> int:
         isolation.prctl(isolation.PR_SET_CHILD_SUBREAPER, 1)
     if order["isolated"]:
         isolation.close_the_room(Path(order["scratch"]), [Path(folder) for folder in order["hidden"]])
+    if order["as_nobody"]:
+        isolation.hand_over(Path(order["scratch"]))
     go_first()
     watch = Watch(order)
     begin = time.monotonic()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from stages.course.grading.channel import read_records
 from stages.course.grading.sandbox import Ended, Limits, Sandbox, room
 from stages.course.grading.scoring import Failure, seed_of
+from stages.course.grading.seeds import offset, with_other_seeds
 from stages.course.grading.verdict import TestRecord, Verdict, against, judge
 from stages.course.grading.workshop import Workshop
 from stages.course.tools.catalog import Stage, Task
@@ -47,6 +48,7 @@ class Expected:
     Attributes:
         complaint: why the tests say nothing about anybody here, or "".
         compared: how often each test compares. flags: what would speak against the reference.
+        moved: tests run in another order and with other seeds; only where the reference passes so.
     """
 
     tests: Counter[str]
@@ -54,6 +56,7 @@ class Expected:
     complaint: str = ""
     compared: Counter[str] = field(default_factory=Counter)
     flags: frozenset[str] = frozenset()
+    moved: bool = True
 
     @property
     def count(self) -> int:
@@ -71,11 +74,13 @@ class Runner:
         self.workshop, self.sandbox, self.salt, self.limits = workshop, sandbox, salt, limits
 
     def expected(self, stage: Stage, task: Task) -> Expected:
-        """Run the tests on the reference; a second time if some fail, which is then the machine's doing."""
+        """Run the tests on the reference; a second time, as they stand, if some fail."""
         limits = self.limits.within(10 * self.limits.seconds)
-        run = self.run(stage, task, None, limits)
+        moved = True
+        run = self.run(stage, task, None, moved, limits)
         if run.names("failed") or not run.verdict.done:
-            run = self.run(stage, task, None, limits)
+            moved = False
+            run = self.run(stage, task, None, moved, limits)
         if run.names("failed") or run.names("todo") or not run.verdict.done:
             failed = next((record for record in run.records if record.outcome in ("failed", "todo")), None)
             why = f"{failed.name}: {failed.text}" if failed else f"{run.ended.how}\n{run.ended.output[-2000:]}"
@@ -84,21 +89,26 @@ class Runner:
             skipped = next((record.text for record in run.records if record.outcome == "skipped"), "there are none")
             return Expected(Counter(), run.ended.seconds, f"its tests cannot run on this machine: {skipped}")
         compared = Counter({record.name: record.compared for record in run.records})
-        return Expected(run.names("passed"), run.ended.seconds, "", compared, frozenset(run.verdict.flags))
+        return Expected(run.names("passed"), run.ended.seconds, "", compared, frozenset(run.verdict.flags), moved)
 
-    def run(self, stage: Stage, task: Task, texts: dict[str, str] | None, limits: Limits | None = None) -> TaskRun:
-        """Run a task's tests on a learner's files of its stage; None: on the reference."""
+    def run(
+        self, stage: Stage, task: Task, texts: dict[str, str] | None, moved: bool = True, limits: Limits | None = None
+    ) -> TaskRun:
+        """Run a task's tests on a learner's files of its stage; None: on the reference. `moved` is as in `Expected`."""
         with room() as scratch:
             work = scratch / "work"
             self.workshop.build(work, stage, texts)
             folder = work / "stages" / stage.folder
             log, seed, key = scratch / "results.bin", seed_of(self.salt, task.id), secrets.token_bytes(32)
+            if moved:
+                tests = folder / task.tests
+                tests.write_text(with_other_seeds(tests.read_text(encoding="utf-8"), seed), encoding="utf-8")
             command = [sys.executable, "-m", "pytest", *FLAGS, str(folder / task.tests)]
             environment = {
                 "STAGES": "" if texts is None else str(stage.number),
                 "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONHASHSEED": str(int(seed, 16) % 2**32),
             }  # fmt: skip
-            order = json.dumps({"key": key.hex(), "seed": seed, "results": str(log)})
+            order = json.dumps({"key": key.hex(), "seed": seed, "results": str(log), "shuffled": moved})
             learners = () if texts is None else tuple(folder / file for file in stage.files)
             ended = self.sandbox.run(command, scratch, environment, limits or self.limits, learners, order)
             if ended.lost:
@@ -109,6 +119,7 @@ class Runner:
                 (str(work), ""),
                 (str(scratch), "the room"),
                 (seed, ""),
+                (offset(seed), ""),
                 (sys.prefix, "python"),
             ):
                 verdict.replace(piece, shown)

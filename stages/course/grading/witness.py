@@ -56,11 +56,14 @@ class Witness:
     """See the module's text.
 
     Args:
-        send: the channel. seed: of the canaries. learners: the learner's files. flags: what the guard refused so far.
+        send: the channel. seed: of the canaries. shuffled: whether tests run in another order than they stand in.
+        learners: the learner's files. flags: what the guard refused so far.
     """
 
-    def __init__(self, send: Callable[..., None], seed: str, learners: frozenset[str], flags: list[str]) -> None:
-        self._send, self._seed, self._flags = send, seed, flags
+    def __init__(
+        self, send: Callable[..., None], seed: str, shuffled: bool, learners: frozenset[str], flags: list[str]
+    ) -> None:
+        self._send, self._seed, self._shuffled, self._flags = send, seed, shuffled, flags
         self._kept, self._canaries, self._flagged = Kept(learners), Canaries(seed), 0
         self._changed, self._outcome, self._compared = self._kept.changed, "", 0
         checks.check_equal, checks.check_close = self._seen(checks.check_equal, True), self._seen(checks.check_close, False)
@@ -95,7 +98,7 @@ class Witness:
             for name in self._kept.borrowed_wrongly(module.obj, module.path.read_text(encoding="utf-8")):
                 self._flag(f"it changes {name}")
             self._kept.keep_tests(module.obj)
-        items[:] = self._canaries.weave(items)
+        items[:] = self._canaries.weave(items, self._shuffled)
         self._look()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -151,7 +154,7 @@ def take_the_order() -> Witness:
     guard = sys.modules.get("sitecustomize")
     learners = frozenset(getattr(guard, "LEARNERS", ()))
     send = signed_writer(order["results"], bytes.fromhex(order["key"]))
-    return Witness(send, order["seed"], learners, getattr(guard, "FLAGS", []))
+    return Witness(send, order["seed"], order["shuffled"], learners, getattr(guard, "FLAGS", []))
 
 
 def pytest_configure(config: pytest.Config) -> None:
