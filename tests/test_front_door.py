@@ -110,7 +110,7 @@ def test_what_is_awaited_is_not_there_yet() -> None:
 
 def test_the_flags_of_the_grader_exist() -> None:
     named = set(re.findall(r"^\| `(--[a-z-]+)` \|", TEXTS["INSTRUCTORS.md"], re.MULTILINE))
-    assert named == {"--submission", "--stage", "--output", "--salt", "--no-performance"}
+    assert named == {"--submission", "--stage", "--output", "--salt", "--salt-file", "--no-performance"}
     if "grade" not in NOT_THERE_YET:
         command = [sys.executable, "benchmarks/grade.py", "--help"]
         text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
