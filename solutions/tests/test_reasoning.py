@@ -256,7 +256,7 @@ def of_openai(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
-@pytest.mark.parametrize("limit", [None, 5, 20, 26, 40])
+@pytest.mark.parametrize("limit", [None, 5, 20, 26, 30, 40])
 def test_the_client_reads_thoughts_whole_and_streamed(scripted: str, limit: int | None) -> None:
     """Cut short within the mark, the thoughts, the other mark and the text; `n` choices alike."""
     client = of_openai(scripted)
