@@ -18,6 +18,8 @@ from .answer_forms import mark_older
 from .async_engine import AsyncEngine
 from .batch_routes import FILES, add_batch_routes
 from .batches.batch_store import BatchStore
+from .beam_search import check as check_beam_search
+from .beam_search import search
 from .errors import ErrorBody, RequestError, context_error
 from .guards import BodyLimit, Bugs, KeyGuard, RequestIds, TrailingSlashes, add_error_handlers
 from .ignored_fields import TolerantRoute
@@ -222,6 +224,8 @@ async def submit(
     if requests is None:
         return None
     reply = make_reply(reply_id, body, {r.request_id: r.prompt_token_ids for r in requests}, engine.engine.tokenizer)
+    if body.use_beam_search:
+        return Submitted(reply, search(engine, body, requests))
     tracer: RequestTracer | None = http.app.state.tracer
     with nullcontext() if tracer is None else tracer.under(requests, http.headers):
         return Submitted(reply, await engine.submit(requests))
@@ -262,6 +266,8 @@ async def engine_requests(
     from ..core.input import ContextLengthError  # imports torch, which has to wait until the port is ours
 
     params = body.to_sampling_params()
+    if body.use_beam_search:
+        check_beam_search(body, params)
     salt = ":".join(part for part in (tenant, body.cache_salt) if part is not None) or None
     if body.priority and engine.engine.config.scheduling_policy != "priority":
         raise RequestError("priority needs a server that was started with --scheduling-policy priority", "priority")
