@@ -158,12 +158,13 @@ test: $(STAMP) ## Run the tests of every module, but for the slow ones, in JOBS=
 	@$(SUITE) -m "not parity and not slow" $(ARGS)
 
 test-slow: $(STAMP) ## Run the tests that make test leaves out: the real model's grids, sanitizers, several nodes, whole visits
-	@$(SUITE) -m "slow and not parity" $(ARGS)
+	@$(SUITE) -m "slow and not parity and not clients" $(ARGS)
 
-test-all: $(STAMP) ## Everything: make test, make test-slow, two minutes of make fuzz, and the C++ kernels by clang++
+test-all: $(STAMP) ## Everything: make test, test-slow and test-clients, two minutes of make fuzz, the C++ kernels by clang++
 	@.ci/tools
 	@$(MAKE) --no-print-directory test
 	@$(MAKE) --no-print-directory test-slow
+	@$(MAKE) --no-print-directory test-clients ARGS=
 	@$(MAKE) --no-print-directory fuzz MINUTES=2 ARGS=
 	@! command -v clang++ >/dev/null || $(MAKE) --no-print-directory test-cpu-kernels CXX=clang++ ARGS=
 
@@ -174,8 +175,11 @@ fuzz: $(STAMP) ## Made-up input for MINUTES=10 (WHAT=twins,schemas,http,folders,
 test-parity: $(STAMP) ## Compare with transformers over the whole grid of settings; takes more than an hour
 	@$(RUN) -m pytest -m parity $(ARGS)
 
-test-api: $(STAMP) ## Send the server CASES=1250 made-up bodies of each of eight kinds, and 500 streams
+test-api: $(STAMP) ## Send the server CASES=1250 made-up bodies of each of ten kinds, and 500 streams
 	@CASES=$(CASES) $(RUN) -m pytest solutions/tests/test_openapi.py solutions/tests/test_streaming.py $(ARGS)
+
+test-clients: $(STAMP) ## Real clients, each in an environment of its own, against a real server (ARGS="--only litellm --write")
+	@$(RUN) -m solutions.tests.clients.drive $(ARGS)
 
 test-cpu-kernels: $(STAMP) ## Test the C++ kernels (CXX=clang++: built by it; SANITIZE=1: watched for bad addresses)
 	@$(SANITIZE_BY_GCC)
@@ -265,7 +269,7 @@ clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: guide fuzz test-slow test-all bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-serving bench-page bench-scaling bench-gpu test-gpu bench-compare bench-latency bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 test-stage-6 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 reset-stage-6 lab notebooks test test-parity test-api check-course mutation grade starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: guide fuzz test-slow test-all bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-serving bench-page bench-scaling bench-gpu test-gpu bench-compare bench-latency bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 test-stage-6 progress hint diff watch run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 reset-stage-6 lab notebooks test test-parity test-api test-clients check-course mutation grade starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"

@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..batching.scheduler_config import QueueFullError
+from ..core.lora.registry import UnknownAdapterError
 from .async_engine import EngineDeadError
 from .errors import RequestError, error_body
 from .openai_fields import describe_validation_error, validation_code
@@ -62,6 +63,10 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(QueueFullError)
     async def queue_full(_: Request, error: QueueFullError) -> Response:
         return error_response(str(error), 429, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+
+    @app.exception_handler(UnknownAdapterError)
+    async def unknown_adapter(_: Request, error: UnknownAdapterError) -> Response:
+        return error_response(str(error), 404, "model", code="model_not_found")
 
     @app.exception_handler(EngineDeadError)
     async def engine_dead(_: Request, error: EngineDeadError) -> Response:

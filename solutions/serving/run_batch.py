@@ -92,13 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         try:
             engine = LLMEngine(config_from_flags(args))
+            app = create_app(AsyncEngine(engine), args.served_model_name or [args.model])
         except (OSError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         settle_heap()
         for line in engine.startup_summary():
             print(line, file=sys.stderr)
-        app = create_app(AsyncEngine(engine), args.served_model_name or [args.model])
 
         async def work() -> None:
             async with app.router.lifespan_context(app):

@@ -1,4 +1,4 @@
-"""Progress bars on standard error, for people: silent where that is no terminal."""
+"""How far work is: bars on standard error for people, silent where that is no terminal, and what a start has taken."""
 
 from __future__ import annotations
 
@@ -84,3 +84,17 @@ class GenerationProgress:
         self._num_tokens += num_tokens
         rate = self._num_tokens / max(1e-9, time.perf_counter() - self._start)
         self._bar.update(self._task, advance=1, rate=f"{rate:.0f} tok/s")
+
+
+class PhaseClock:
+    """Seconds that each phase of a start takes."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """A phase is over, or a part of it."""
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now
