@@ -92,11 +92,11 @@ class BeamSearch:
             self.running = []  # no beam is likely to do better
 
 
-def check(body: GenerationRequest, params: SamplingParams) -> None:
+def check(body: GenerationRequest) -> None:
     """See whether a request can be answered by beam search.
 
     Raises:
-        RequestError: it asks for something beside it that excludes it.
+        RequestError: a parameter is not valid, or excludes it.
     """
     if body.stream:
         raise RequestError(
@@ -104,7 +104,7 @@ def check(body: GenerationRequest, params: SamplingParams) -> None:
         )
     if getattr(body, "best_of", None) is not None:
         raise RequestError("best_of cannot be combined with use_beam_search; n is the number of beams", "best_of")
-    default = SamplingParams()
+    params, default = body.to_sampling_params(), SamplingParams()
     for name in EXCLUDED:
         if getattr(params, name) != getattr(default, name):
             raise body.refusal(ValueError(f"{name} cannot be combined with use_beam_search"))

@@ -217,6 +217,8 @@ async def submit(
         RequestError: a prompt or a parameter is not valid; nothing has reached the engine then.
         QueueFullError, EngineDeadError: see `AsyncEngine.submit`. UnknownAdapterError: it was unloaded meanwhile.
     """
+    if body.use_beam_search:
+        check_beam_search(body)
     reply_id = f"{prefix}{uuid.uuid4().hex}"
     tenant, address = getattr(http.state, "tenant", None), http.client and http.client.host
     priority: int = getattr(http.state, "priority", 0)
@@ -267,8 +269,6 @@ async def engine_requests(
     from ..core.input import ContextLengthError  # imports torch, which has to wait until the port is ours
 
     params = body.to_sampling_params()
-    if body.use_beam_search:
-        check_beam_search(body, params)
     salt = ":".join(part for part in (tenant, body.cache_salt) if part is not None) or None
     if body.priority and engine.engine.config.scheduling_policy != "priority":
         raise RequestError("priority needs a server that was started with --scheduling-policy priority", "priority")
