@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
+from itertools import islice
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
@@ -186,11 +187,11 @@ def page(
     """
     if limit < 1:
         raise RequestError(f"limit must be at least 1, got {limit}", "limit")
-    ids = [each for each in records.ids() if after is None or each < after]
-    found = [record for each in ids if (record := get(each)) is not None and purpose in (None, record.get("purpose"))]
-    data = found[:limit]
+    ids = (each for each in records.ids() if after is None or each < after)
+    found = (record for each in ids if (record := get(each)) is not None and purpose in (None, record.get("purpose")))
+    data = list(islice(found, limit))
     first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
-    return {"object": "list", "data": data, "has_more": len(found) > limit, "first_id": first, "last_id": last}
+    return {"object": "list", "data": data, "has_more": next(found, None) is not None, "first_id": first, "last_id": last}
 
 
 def tenant_of(http: Request) -> str | None:

@@ -60,7 +60,6 @@ BAD_COMPLETIONS = [  # fields, the field at fault
     ({"priority": 1}, "priority"),  # the server schedules by arrival
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"suffix": "end"}, "suffix"),
-    ({"use_beam_search": True}, "use_beam_search"),
     ({"mirostat": 2}, "mirostat"),
     ({"messages": HI}, "messages"),
     ({"allowed_token_ids": []}, "allowed_token_ids"),

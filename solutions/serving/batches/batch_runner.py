@@ -142,7 +142,10 @@ class BatchRunner:
     async def _answer(self, room: Room, record: dict[str, Any], app: ASGIApp, requests: list[BatchRequest]) -> None:
         """Answer what has no answer yet, until the batch expires, and finish the batch."""
         output, errors = (room.content(each) for each in _answer_ids(record))
-        with AnswerFile(output, requests) as good, AnswerFile(errors, requests) as bad:
+        with (
+            await asyncio.to_thread(AnswerFile, output, requests) as good,
+            await asyncio.to_thread(AnswerFile, errors, requests) as bad,
+        ):
             record["request_counts"]["total"] = len(requests)
             _enter(room, record, "in_progress")
 

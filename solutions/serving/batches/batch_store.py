@@ -128,7 +128,7 @@ class BatchStore:
 
     def __init__(self, folder: Path, max_file_bytes: int) -> None:
         self.folder, self.max_file_bytes = folder, max_file_bytes
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when this process ends

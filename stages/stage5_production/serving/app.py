@@ -19,6 +19,8 @@ from .answer_forms import mark_older
 from .async_engine import AsyncEngine
 from .batch_routes import FILES, add_batch_routes
 from .batches.batch_store import BatchStore
+from .beam_search import check as check_beam_search
+from .beam_search import search
 from .chat_reading import ChatReader
 from .embeddings import EmbeddingDoor, EmbeddingRequest, add_embedding_routes
 from .errors import ErrorBody, RequestError, context_error
@@ -215,6 +217,8 @@ async def submit(
         RequestError: a prompt or a parameter is not valid; nothing has reached the engine then.
         QueueFullError, EngineDeadError: see `AsyncEngine.submit`. UnknownAdapterError: it was unloaded meanwhile.
     """
+    if body.use_beam_search:
+        check_beam_search(body)
     reply_id = f"{prefix}{uuid.uuid4().hex}"
     tenant, address = getattr(http.state, "tenant", None), http.client and http.client.host
     priority: int = getattr(http.state, "priority", 0)
@@ -223,6 +227,8 @@ async def submit(
     if requests is None:
         return None
     reply = make_reply(reply_id, body, {r.request_id: r.prompt_token_ids for r in requests}, engine.engine.tokenizer)
+    if body.use_beam_search:
+        return Submitted(reply, search(engine, body, requests))
     tracer: RequestTracer | None = http.app.state.tracer
     with nullcontext() if tracer is None else tracer.under(requests, http.headers):
         return Submitted(reply, await engine.submit(requests))

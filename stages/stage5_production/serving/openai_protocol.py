@@ -31,6 +31,8 @@ from .tool_protocol import ToolFields, schema_error
 
 MAX_CHOICES = 128
 """Most choices (`n`) that a request may ask for: OpenAI's limit."""
+MAX_LENGTH_PENALTY = 10
+"""The power of a length must be a number."""
 
 
 class StreamOptions(Request):
@@ -75,6 +77,10 @@ class GenerationRequest(Request):
     """Prompts share cached prefixes only with prompts of the same salt."""
     priority: Int | None = None
     """Lower goes first, if the engine schedules by priority."""
+    use_beam_search: Bool | None = None
+    """The `n` answers are those that a search with as many beams finds, the best first; see `beam_search.py`."""
+    length_penalty: Number | None = None
+    """Of beam search: above 0 longer answers are preferred, below 0 shorter ones."""
     prompt_logprobs: Int | None = None
     """Alternatives returned at each token of the prompt."""
     return_token_ids: Bool | None = None
@@ -107,6 +113,15 @@ class GenerationRequest(Request):
         if number is not None and info.data.get("stream"):
             raise ValueError("cannot be streamed")
         return number
+
+    @field_validator("length_penalty")
+    @classmethod
+    def _check_length_penalty(cls, penalty: float | None, info: ValidationInfo) -> float | None:
+        if penalty not in (None, 1) and not info.data.get("use_beam_search"):
+            raise ValueError("needs use_beam_search: true")
+        if penalty is not None and not abs(penalty) <= MAX_LENGTH_PENALTY:
+            raise ValueError(f"must be from -{MAX_LENGTH_PENALTY} to {MAX_LENGTH_PENALTY}")
+        return penalty
 
     @field_validator("stream_options")
     @classmethod
