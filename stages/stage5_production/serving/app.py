@@ -42,7 +42,7 @@ from .tokenizer_routes import add_tokenizer_routes, chat_prompt
 from .tool_calls.calling import ToolCalling
 from .tool_replies import ToolReply
 from .tracing import RequestTracer
-from .wire import ChatDoor, Submitted, Wire
+from .wire import STREAMED, ChatDoor, Submitted, Wire
 
 if TYPE_CHECKING:
     from ..core.input import EngineRequest, Prompt, TokensPrompt
@@ -52,8 +52,6 @@ CLIENT_CLOSED_REQUEST = 499
 MAX_BODY_BYTES = 4 << 20
 """Default limit of a body; 100,000 tokens take about a tenth of it."""
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
-STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
-"""With ``stream: true`` the answer is server-sent events: chunks as JSON, then ``[DONE]``."""
 
 
 def create_app(
