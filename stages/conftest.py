@@ -19,7 +19,6 @@ from stages.course.tools.preflight import inspect_stage
 TIME_LIMIT = 30
 """Seconds for one test; the slowest takes a few on a laptop."""
 COURSE = load_course()
-_log: Path | None = Path(os.environ["COURSE_RESULTS"]) if "COURSE_RESULTS" in os.environ else None
 
 
 class TimeLimitReached(BaseException):
@@ -64,9 +63,26 @@ def _task_of(path: Path) -> Task | None:
     return None
 
 
+class Hooks:
+    """Told of results."""
+
+    @staticmethod
+    def pytest_course_result(record: dict[str, Any]) -> None:
+        """A test of the course came to a result."""
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.add_hookspecs(Hooks)
+
+
+def pytest_course_result(record: dict[str, Any]) -> None:
+    _write(record)
+
+
 def _write(record: dict[str, Any]) -> None:
-    if _log is not None:
-        with _log.open("a", encoding="utf-8") as file:
+    """Add a line to the file that `COURSE_RESULTS` names, if it does."""
+    if "COURSE_RESULTS" in os.environ:
+        with Path(os.environ["COURSE_RESULTS"]).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 
@@ -87,7 +103,8 @@ def pytest_make_collect_report(collector: pytest.Collector):
     task = _task_of(collector.path) if report.skipped and isinstance(collector, pytest.Module) else None
     if task is not None:
         text = report.longrepr[2].removeprefix("Skipped: ")
-        _write({"test": "(import)", "task": task.id, "what": "", "outcome": "skipped", "text": text})
+        record = {"test": "(import)", "task": task.id, "what": "", "outcome": "skipped", "text": text}
+        collector.config.hook.pytest_course_result(record=record)
     task = _task_of(collector.path) if report.failed and isinstance(collector, pytest.Module) else None
     if task is not None:
         stage = next(stage for stage in COURSE if stage.number == task.stage)
@@ -96,9 +113,9 @@ def pytest_make_collect_report(collector: pytest.Collector):
             problems = [str(problem) for problem in inspect_stage(stage).problems]
             text = "\n\n".join(problems) or text
         report.longrepr = text
-        _write(
-            {"test": "(import)", "task": task.id, "what": "the tests can import your files", "outcome": "failed", "text": text}
-        )
+        what = "the tests can import your files"
+        record = {"test": "(import)", "task": task.id, "what": what, "outcome": "failed", "text": text}
+        collector.config.hook.pytest_course_result(record=record)
     return report
 
 
@@ -119,5 +136,5 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
         else:
             report.longrepr = describe(item.function, call.excinfo.value, call.excinfo.tb)
         record["text"] = str(report.longrepr)
-    _write(record)
+    item.config.hook.pytest_course_result(record=record)
     return report

@@ -19,67 +19,30 @@ import pytest
 
 from stages.course.grading import page, report, results, scoring
 from stages.course.grading.command import main
-from stages.course.grading.grader import Grader, hidden_folders
-from stages.course.grading.integrity import offences, uses_the_reference
+from stages.course.grading.grader import Grader
+from stages.course.grading.offences import offences, uses_the_reference
 from stages.course.grading.performance import Bench
 from stages.course.grading.sandbox import Limits, Sandbox, room
-from stages.course.grading.scoring import Grade, MeasureGrade, ratio_points, task_points
+from stages.course.grading.scoring import Grade, MeasureGrade, ratio_points
 from stages.course.grading.submission import Submission, find_submissions, read_submission
 from stages.course.grading.supervise import TOKEN
 from stages.course.grading.task_runs import Runner
 from stages.course.grading.workshop import Workshop, with_functions
+from stages.course.tools import runner
 from stages.course.tools.catalog import CourseError, Stage, find_stage
+from stages.course.tools.runner import FAILED, PASSED, SKIPPED, TODO, TaskResult, task_points
 from tests.grade_mutants import find_mutant, mutants, solved
 from tests.mutants.bank import mutate
-from tests.toy_course import REFERENCE, make_toy
+from tests.toy_course import REFERENCE
+from tests.toy_grades import SUMS, Toys, doubling, points, silent
 
 ROOT = Path(__file__).parents[1]
-SUMS, HALVES = REFERENCE["toys/sums.py"], REFERENCE["toys/halves.py"]
-SECONDS = 4
-"""What a toy's task may take, beside five times what the reference takes; its tests need one."""
-
-
-def silent(what: str) -> None:
-    """Nobody watches the progress here."""
-
-
-def doubling(code: str) -> str:
-    """The toy's file with another body of `double`, which task 1.1 asks for."""
-    lines = "\n".join(f"    {line}" for line in code.splitlines())
-    return SUMS.replace("    return number + number", lines)
-
-
-class Toys:
-    """The toy course with a grader of its own for each kind of room."""
-
-    def __init__(self, root: Path) -> None:
-        make_toy(root)
-        self.workshop = Workshop(root)
-        self.tasks = [(stage, task) for stage in self.workshop.course[:1] for task in stage.tasks]
-        self.graders = {walls: self.grader(walls) for walls in (True, False)}
-
-    def grader(self, walls: bool, salt: str = "pepper") -> Grader:
-        """A grader in namespaces, or without them as on macOS."""
-        sandbox = Sandbox(hidden_folders(self.workshop.root, [], self.workshop.root / "grades"))
-        if not walls:
-            sandbox.__dict__["isolated"] = False
-        return Grader(Runner(self.workshop, sandbox, salt, Limits().within(SECONDS)), self.tasks, jobs=2)
-
-    def grade(self, sums: str, walls: bool = False) -> Grade:
-        """Grade this file of the first stage."""
-        submission = Submission("ada", self.workshop.root, {(1, "toys/sums.py"): sums})
-        grader = self.graders[walls]
-        assert grader.prepare([submission], silent) == {}
-        return grader.grade(submission, silent)
+HALVES = REFERENCE["toys/halves.py"]
 
 
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
     return Toys(tmp_path_factory.mktemp("toys"))
-
-
-def points(grade: Grade) -> dict[str, int]:
-    return {item.task.id: item.points for item in grade.tasks}
 
 
 @pytest.fixture
@@ -161,14 +124,14 @@ def test_the_same_salt_gives_the_same_scores_and_another_one_other_cases(toys: T
 
 # Hostile submissions
 
-BOMB = "import os\nwhile True:\n    os.fork()"
+BOMB = "import subprocess\nwhile True:\n    subprocess.Popen(['bash', '-c', 'bomb() { bomb | bomb & }; bomb'])"
 HOSTILE = {
     "fork bomb": (BOMB, "more than 64 processes"),
-    "fork bomb out of its session": (BOMB.replace("os.fork()", "os.fork() or os.setsid()"), "more than 64 processes"),
+    "fork bomb out of its session": (BOMB.replace("['bash'", "['setsid', 'bash'"), "more than 64 processes"),
     "endless loop": ("while True:\n    pass", "longer than"),
     "10 GB": ("return len(bytearray(10 << 30))", "MemoryError"),
-    "exit": ("import os\ngetattr(os, '_ex' + 'it')(0)", "ended before all tests had run"),
-    "crash": ("__import__('cty' + 'pes').string_at(0)", "SIGSEGV"),
+    "exit": ("raise KeyboardInterrupt", "ended before all tests had run"),
+    "crash": ("import os\nos.abort()", "SIGABRT"),
     "network": ("import socket\nsocket.create_connection(('192.0.2.1', 80))", "there is no network while grading"),
     "other programs": ("import subprocess\nsubprocess.run(['bash', '-c', 'exec 3<>/dev/tcp/192.0.2.1/80'], check=True)", "1"),
     "flood": ("import os\nwhile True:\n    os.write(1, bytes(100_000))", "printed more than"),
@@ -197,7 +160,7 @@ def test_a_hostile_file_costs_its_own_task_alone(toys: Toys, nobody_is_left: Non
 
 @pytest.mark.slow
 def test_who_stays_behind_is_ended(toys: Toys, nobody_is_left: None) -> None:
-    stay = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.fork() or time.sleep(600)\n    os.kill(os.getpid(), 9)"
+    stay = "import subprocess\nsubprocess.Popen(['setsid', 'sh', '-c', 'sleep 600 & exec sleep 600'])"
     for walls in {False, toys.graders[True].runner.sandbox.isolated}:
         assert points(toys.grade(doubling(f"{stay}\nreturn number + number"), walls))["1.1"] == 10
 
@@ -249,36 +212,6 @@ def test_reaching_for_the_reference_is_found(line: str, told: str) -> None:
     (found,) = offences(f"{SUMS}\n\n{line}\n", "toys/sums.py", SUMS)
     assert told in found
     assert uses_the_reference(found) == ("the reference" in told)
-
-
-CHEATS = {
-    "no test runs": ("import sys\nsys.modules['_py' + 'test.python'].Function.runtest = lambda self: None", "uses sys.modules"),
-    "the same, in a function": ("def late():\n    import sys as s\n    s.modules['x'] = 1", "uses s.modules"),
-    "failed is written as passed": ("import json\njson.dumps = lambda record, **more: record", "changes json.dumps"),
-    "the log is written": ("import os\nlog = next(v for v in os.environ.values() if v.endswith('.jsonl'))", "uses os.environ"),
-    "and left": ("from os import _exit\n_exit(0)", "uses os._exit"),
-    "equals everything": ("class Yes(float):\n    __eq__ = __lt__ = lambda self, other: True", "defines __eq__"),
-    "is never another": ("class Yes(float):\n    def __ne__(self, other):\n        return False", "defines __ne__"),
-    "made at run time": ("Yes = type('Yes', (float,), {'__eq__': lambda self, other: True})", "names __eq__"),
-    "the caller's globals": (
-        "import sys\nframe = sys._getframe()\nframe.f_globals['check_equal'] = lambda *a: None", "uses sys._getframe",
-    ),
-    "by inspection": ("import inspect\ninspect.currentframe()", "imports inspect"),
-    "by a joined name": ("import importlib\nimportlib.import_module('stages.cour' + 'se.checks')", "imports importlib"),
-    "by a module's attributes": ("import math\nsetattr(math, 'is' + 'close', lambda *a: True)", "changes math"),
-    "by the collector": ("from gc import get_objects", "imports gc"),
-    "by memory": ("import ctypes.util", "imports ctypes.util"),
-    "by another's code": ("def late(f):\n    f.__code__ = late.__code__", "uses __code__"),
-    "by builtins": ("__builtins__['len'] = lambda x: 0", "uses __builtins__"),
-    "by the tracer": ("import sys\nsys.settrace(print)", "uses sys.settrace"),
-}  # fmt: skip
-"""Ways to points without work that were tried on this grader, and their like."""
-
-
-@pytest.mark.parametrize("name", CHEATS)
-def test_a_cheat_is_named(name: str) -> None:
-    code, told = CHEATS[name]
-    assert any(f"it {told}" in offence for offence in offences(f"{SUMS}\n\n{code}\n", "toys/sums.py", SUMS))
 
 
 def test_what_honest_code_does_is_no_offence() -> None:
@@ -385,6 +318,16 @@ def test_points_for_a_share() -> None:
     assert [task_points(10, passed, 3) for passed in range(4)] == [0, 3, 6, 10]
     assert task_points(10, 0, 0) == 0
     assert [ratio_points(10, ratio, 0.8, 0.3) for ratio in (0.1, 0.3, 0.55, 0.8, 2.0)] == [0, 0, 5, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "missing", "points"),
+    [([PASSED] * 4 + [FAILED], "", 8), ([PASSED] * 4 + [TODO], "1.1", 0), ([PASSED] * 2 + [SKIPPED], "", 10), ([], "", 0)],
+)
+def test_points_at_home_are_the_grade(toys: Toys, outcomes: list[str], missing: str, points: int) -> None:
+    task = toys.workshop.course[0].tasks[0]
+    tests = [runner.TestResult(f"test_{k}", task.id, "", outcome, missing=missing) for k, outcome in enumerate(outcomes)]
+    assert TaskResult(task, tests).points == points
 
 
 @pytest.fixture(scope="module")
@@ -502,7 +445,7 @@ def test_gradescope_gets_what_it_asks_for(toys: Toys) -> None:
 
 def test_reports_say_what_was_expected_and_where_to_read_on(toys: Toys) -> None:
     grade = example(toys.workshop.course[0])
-    text = report.markdown(grade, "guide", "none")
+    text = report.markdown(grade, "guide", {"commit": "abc"})
     for piece in (
         "20.5 of 30 points",
         "guide/stages/stage1_sums/GUIDE.md#task-1-2",
@@ -511,7 +454,7 @@ def test_reports_say_what_was_expected_and_where_to_read_on(toys: Toys) -> None:
         "| KV memory | 60 % | 100 % | 0.60 |",
     ):
         assert piece in text
-    html = page.html(grade, "guide", "none")
+    html = page.html(grade, "guide", {"commit": "abc"})
     for piece in (
         'lang="en"',
         "prefers-color-scheme: dark",

@@ -9,7 +9,7 @@ import pytest
 
 from solutions.batching.sampling_params import SamplingParams
 from solutions.core.config import EngineConfig
-from solutions.serving import answer_forms, openai_protocol, tokenizer_routes
+from solutions.serving import answer_forms, embeddings, openai_protocol, tokenizer_routes
 from tests.readers import Readers, flags_of
 
 ROOT = Path(__file__).parents[1]
@@ -25,10 +25,12 @@ RECORDS = (
     "ReplicaSettings",
     "Limits",
     "ModelConfig",
+    "Pooling",
+    "PoolingParams",
     "Recipe",
 )
 REQUESTS = sorted(
-    name for name, value in (vars(answer_forms) | vars(openai_protocol) | vars(tokenizer_routes)).items()
+    name for name, value in (vars(answer_forms) | vars(openai_protocol) | vars(tokenizer_routes) | vars(embeddings)).items()
     if isinstance(value, type) and issubclass(value, openai_protocol.Request) and value is not openai_protocol.Request
 )  # fmt: skip
 
@@ -37,6 +39,7 @@ BY_NAME = {*SamplingParams.__dataclass_fields__, *answer_forms.FORMS, *answer_fo
 
 ACCEPTED = {
     ("GenerationRequest", "user"): "says who the client's user is",
+    ("EmbeddingRequest", "user"): "says who the client's user is",
     ("JsonSchema", "name"): "a title",
     ("JsonSchema", "description"): "tells a model what the form is for; ours follows it anyway",
     ("JsonSchema", "strict"): "an answer follows the schema always",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from .full_attention import FullBackend
 from .paged_attention import AttentionBackend, NaiveBackend
 
 BACKEND_NAMES = ("torch", "cpu", "triton", "cuda")
@@ -29,6 +30,8 @@ def make_backend(
     device = torch.device(device)
     if name == "naive":
         return NaiveBackend()
+    if name == "full":
+        return FullBackend()
     preferred = "triton" if device.type == "cuda" else "cpu" if cpu_kernels else "torch"
     for candidate in (preferred, "torch") if name == "auto" else (name,):
         if candidate not in BACKEND_NAMES:

@@ -112,8 +112,8 @@ class BlockManager:
         return num_blocks + (self.watermark_blocks if keep_watermark else 0) <= self.allocator.num_free
 
     def _looks_up(self, seq: Sequence) -> bool:
-        """Whether a sequence may find blocks: log-probabilities of the prompt need logits that cached blocks would skip."""
-        return self.prefix_cache is not None and seq.params.prompt_logprobs is None
+        """Whether a sequence may find blocks: log-probabilities of the prompt, say, need logits that these would skip."""
+        return self.prefix_cache is not None and not seq.params.reads_prompt
 
     def _match(self, seq: Sequence) -> list[int]:
         """The cached blocks that a waiting sequence begins with; none if it does not look them up."""

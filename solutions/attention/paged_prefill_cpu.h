@@ -10,7 +10,8 @@ namespace native {
 //
 // In what follows C is what is computed in: T, or float where the processor does not multiply T.
 constexpr int64_t MANY_ROWS = 8;                       // of an item, from which on that pays
-constexpr int TILE_KEYS = REGISTERS == 32 ? 8 : 4;  // rows of a tile: of 64 keys and of any head's size a divisor
+template <typename C>                                  // rows of a tile: of 64 keys and of any head's size a divisor
+constexpr int TILE_KEYS = std::is_same_v<C, bf16> && WIDE_TILE_ROWS == 16 ? 16 : REGISTERS == 32 ? 8 : 4;
 
 // LANES rows of a matrix as columns of a panel.
 template <typename T>
@@ -25,19 +26,47 @@ void pack_columns(const T* rows, int64_t count, int64_t dim, T* panel, int64_t c
     }
 }
 
-// Two neighbouring values: floats one behind the other, bfloat16s in pairs, [D, 2].
-template <typename T>
-inline void pack_values(const T* even, const T* odd, int64_t dim, float* to) {
-    widen(even, dim, to);
-    widen(odd, dim, to + dim);
+// Two neighbouring keys' numbers, as words.
+inline Bits paired(const bf16* even, const bf16* odd) {
+    return __builtin_convertvector(load_as<Halves>(even), Bits) | __builtin_convertvector(load_as<Halves>(odd), Bits) << 16;
 }
-inline void pack_values(const bf16* even, const bf16* odd, int64_t dim, bf16* to) {
-    for (int64_t d = 0; d < dim; d += LANES) {
-        const Bits low = __builtin_convertvector(load_as<Halves>(even + d), Bits), high = __builtin_convertvector(load_as<Halves>(odd + d), Bits);
-        store_as(to + 2 * d, low | high << 16);
+
+// A chunk's values, which lie at `offsets`: floats one behind the other, [KEYS, D], bfloat16s in pairs, [KEYS / 2, D, 2]. And what
+// they add to rows d to d + M of the result: values · weights.
+template <typename T>
+void pack_values(const T* from, const int64_t (&offsets)[KEYS], int64_t dim, float* to) {
+    for (int64_t i = 0; i < KEYS; ++i) widen(from + offsets[i], dim, to + i * dim);
+}
+template <int M>
+void add_values(const float* values, const float* weights, int64_t d, int64_t dim, int64_t count, Floats (&c)[M][2]) {
+    tile<M>(values + d, 1, weights, PANEL, count, c, {}, dim);
+}
+#ifdef HAS_AMX  // which reads rows: [D, KEYS]
+inline void pack_values(const bf16* from, const int64_t (&offsets)[KEYS], int64_t dim, bf16* to) {
+    for (int64_t k = 0; k < KEYS; k += 2 * LANES) {
+        for (int64_t d = 0; d < dim; d += LANES) {
+            Bits block[LANES];
+            for (int i = 0; i < LANES; ++i) block[i] = paired(from + offsets[k + 2 * i] + d, from + offsets[k + 2 * i + 1] + d);
+            transpose(block);
+            for (int i = 0; i < LANES; ++i) store_as(to + (d + i) * KEYS + k, block[i]);
+        }
     }
 }
-// The same for the weights of LANES rows: panel is [2, PANEL] floats or [PANEL, 2] bfloat16s.
+template <int M>
+void add_values(const bf16* values, const bf16* weights, int64_t d, int64_t, int64_t count, Floats (&c)[M][2]) {
+    tile<M>(values + d * KEYS, KEYS, weights, PANEL, count, c);
+}
+#else
+inline void pack_values(const bf16* from, const int64_t (&offsets)[KEYS], int64_t dim, bf16* to) {
+    for (int64_t i = 0; i < KEYS; i += 2)
+        for (int64_t d = 0; d < dim; d += LANES) store_as(to + i * dim + 2 * d, paired(from + offsets[i] + d, from + offsets[i + 1] + d));
+}
+template <int M>
+void add_values(const bf16* values, const bf16* weights, int64_t d, int64_t dim, int64_t count, Floats (&c)[M][2]) {
+    tile<M>(values + 2 * d, 2, weights, PANEL, count, c, {}, 2 * dim);
+}
+#endif
+// Weights of two keys and LANES rows: panel is [2, PANEL] floats or [PANEL, 2] bfloat16s.
 inline void pack_weights(Floats even, Floats odd, float* panel) {
     store(panel, even);
     store(panel + PANEL, odd);
@@ -55,7 +84,7 @@ struct Columns {
     Ints first[2], last[2];  // keys that each row sees
 };
 
-// The memory that chunk after chunk goes through: keys [KEYS, D], values in pairs, scores [KEYS, PANEL] and weights as a
+// The memory that chunk after chunk goes through: keys [KEYS, D], values as pack_values leaves them, scores [KEYS, PANEL] and weights as a
 // panel.
 template <typename C>
 struct Chunk {
@@ -66,13 +95,14 @@ struct Chunk {
 template <typename T, typename C>
 void attend_columns(const Work<T>& work, Columns<C>& columns, int64_t first, const Chunk<C>& chunk) {
     constexpr int64_t WORD = 4 / sizeof(C);
+    constexpr int M = TILE_KEYS<C>;
     const int64_t dim = work.dim, seen = std::min<int64_t>(KEYS, columns.last[1][LANES - 1] + 1 - first);
     if (seen <= 0) return;
-    const int64_t count = (seen + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS;
-    for (int64_t k = 0; k < count; k += TILE_KEYS) {
-        Floats c[TILE_KEYS][2] = {};
-        tile<TILE_KEYS>(chunk.keys + k * dim, dim, columns.queries, PANEL, dim, c);
-        for (int m = 0; m < TILE_KEYS; ++m)
+    const int64_t count = (seen + M - 1) / M * M;
+    for (int64_t k = 0; k < count; k += M) {
+        Floats c[M][2] = {};
+        tile<M>(chunk.keys + k * dim, dim, columns.queries, PANEL, dim, c);
+        for (int m = 0; m < M; ++m)
             for (int h = 0; h < 2; ++h) store(chunk.scores + (k + m) * PANEL + h * LANES, c[m][h] * work.step.scale);
     }
     const bool all_seen = columns.last[0][0] >= first + count - 1 && columns.first[1][LANES - 1] <= first;
@@ -100,12 +130,12 @@ void attend_columns(const Work<T>& work, Columns<C>& columns, int64_t first, con
         columns.top[h] = best;
         columns.sum[h] = columns.sum[h] * factor[h] + total;
     }
-    for (int64_t d = 0; d < dim; d += TILE_KEYS) {
-        Floats c[TILE_KEYS][2];
-        for (int m = 0; m < TILE_KEYS; ++m)
+    for (int64_t d = 0; d < dim; d += M) {
+        Floats c[M][2];
+        for (int m = 0; m < M; ++m)
             for (int h = 0; h < 2; ++h) c[m][h] = load(columns.out + (d + m) * PANEL + h * LANES) * factor[h];
-        tile<TILE_KEYS>(chunk.values + d * WORD, WORD, chunk.weights, PANEL, count, c, {}, WORD * dim);
-        for (int m = 0; m < TILE_KEYS; ++m)
+        add_values(chunk.values, chunk.weights, d, dim, count, c);
+        for (int m = 0; m < M; ++m)
             for (int h = 0; h < 2; ++h) store(columns.out + (d + m) * PANEL + h * LANES, c[m][h]);
     }
 }
@@ -158,7 +188,7 @@ void many_rows(const Work<T>& work, Arena& arena) {
             for (int64_t i = 0; i < KEYS; ++i) offsets[i] = i * dim;
         }
         for (int64_t i = 0; i < KEYS; ++i) widen(work.keys + offsets[i], dim, chunk.keys + i * dim);
-        for (int64_t i = 0; i < KEYS; i += 2) pack_values(work.values + offsets[i], work.values + offsets[i + 1], dim, chunk.values + i * dim);
+        pack_values(work.values, offsets, dim, chunk.values);
         for (Columns<C>& columns : all) attend_columns(work, columns, first, chunk);
     }
     for (int64_t p = 0; p < num_columns; ++p) unpack_columns(work, all[p], p * PANEL, std::min<int64_t>(PANEL, work.rows - p * PANEL));

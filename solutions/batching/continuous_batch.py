@@ -5,7 +5,7 @@ Tokens of all sequences stand one behind the other without padding: prompts, chu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +25,14 @@ class FlatBatch(HostArrays):
         logits_indices: [N] int64, which tokens need logits for sampling: the last one of each of `sampled`.
         sampled: the N sequences that get a new token.
         decision: the scheduler's decision, for the blocks to copy and the sequences that left.
+        adapters: empty, unless an `AdaptedBatch` has made it.
     """
 
     sequences: list[Sequence]
     logits_indices: NDArray[np.int64]
     sampled: list[Sequence]
     decision: SchedulerOutput
+    adapters: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64), kw_only=True)
 
 
 class ContinuousBatch:

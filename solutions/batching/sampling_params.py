@@ -177,6 +177,11 @@ class SamplingParams:
             _require_number(f"logit_bias[{token}]", bias, -100.0, 100.0)
 
     @property
+    def reads_prompt(self) -> bool:
+        """Whether something is wanted of each token of the prompt, so that all of it has to be computed."""
+        return self.prompt_logprobs is not None
+
+    @property
     def greedy(self) -> bool:
         """Whether the next token is the arg-max of the processed logits."""
         return self.temperature < 1e-5

@@ -44,10 +44,12 @@ class FlatArrays(PagedArrays[Int64, Int32]):
 
     Attributes:
         input_ids, positions: [T], each token's id and its place in its sequence.
+        adapters: [T], the slot of each token's adapter, 0 for none; empty in an engine without adapters.
     """
 
     input_ids: Int64
     positions: Int64
+    adapters: Int64
 
 
 HostArrays = FlatArrays[NDArray[np.int64], NDArray[np.int32]]

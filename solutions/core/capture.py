@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -31,6 +31,7 @@ from ..batching.step_arrays import FlatArrays, HostArrays
 from ..models.kernels.attach import is_native, put
 from ..models.layers import Attention, CausalLM
 from ..models.llama import LlamaForCausalLM
+from ..models.lora.products import AdaptersOfStep
 from ..parallelism.linear import WeightLayer
 from ..parallelism.tensor_parallel import TensorParallel
 from .platform.native import Recording
@@ -125,6 +126,7 @@ class DecodeGraphs(Capture[HostArrays]):
             context_lens=torch.zeros(largest, dtype=torch.int32, device=device),
             input_ids=torch.zeros(largest, dtype=torch.int64, device=device),
             positions=torch.zeros(largest, dtype=torch.int64, device=device),
+            adapters=torch.empty(0, dtype=torch.int64, device=device),  # steps with adapters are not recorded
         )
         self._steps: dict[int, Step] = {}
         for size in reversed(sizes):
@@ -138,9 +140,9 @@ class DecodeGraphs(Capture[HostArrays]):
         return FlatArrays(**{name: getattr(self._buffers, name)[:count] for name, count in rows.items()})
 
     def size_for(self, batch: HostArrays) -> int | None:
-        """The recorded size that `batch` runs in, or None: it is too large, or more than decoding."""
+        """The recorded size that `batch` runs in, or None: it is too large, more than decoding, or has adapters."""
         count = len(batch.context_lens)
-        if len(batch.input_ids) != count:
+        if len(batch.input_ids) != count or batch.adapters.any():
             return None
         return next((size for size in self.sizes if size >= count), None)
 
@@ -185,6 +187,10 @@ class LayerReplay(Capture[LayerInputs]):
         self.recording: Recording | None = None
         self._kv_caches: list[Tensor] = []
         self.num_recordings = 0
+
+    def twin(self) -> LayerReplay:
+        """Another one of the same function, without a recording yet."""
+        return LayerReplay(self._run_layers, self._attention, self._hidden.shape[1], self._hidden.dtype)
 
     def __call__(self, *inputs: *LayerInputs) -> Tensor:
         """What `run_layers` returns."""
@@ -237,3 +243,22 @@ def replay_layers(model: CausalLM, parallel: TensorParallel) -> None:
         attention = next(layer for layer in layers if isinstance(layer, Attention))
         dtype = model.model.embed_tokens.weight.dtype
         put(model.model, "run_layers", LayerReplay(model.model.run_layers, attention, model.config.hidden_size, dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedReplay:
+    """Stands in the place of a `LayerReplay`, `plain`, where steps may have adapters: those that have more to do, and with it a
+    recording of their own."""
+
+    plain: LayerReplay
+    adapted: LayerReplay
+    step: AdaptersOfStep
+
+    def __call__(self, *inputs: *LayerInputs) -> Tensor:
+        return (self.adapted if self.step.active else self.plain)(*inputs)
+
+
+def replay_adapted_steps(model: CausalLM, step: AdaptersOfStep) -> None:
+    """Let steps with adapters be replayed, too, in a model whose layers are; `step` says which step is one."""
+    if isinstance(model, LlamaForCausalLM) and isinstance(plain := model.model.run_layers, LayerReplay):
+        put(model.model, "run_layers", AdaptedReplay(plain, plain.twin(), step))

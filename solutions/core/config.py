@@ -111,6 +111,15 @@ class EngineConfig:
         '{"method": "draft_model", "model": ..., "quantization": ...} with a smaller model; more keys: '
         "disable_by_batch_size, prompt_lookup_min, prompt_lookup_max",
     )
+    pooler_config: str | None = _flag(
+        None,
+        'how embeddings are made, as JSON: {"pooling_type": "mean", "normalize": true}; types are mean, last and cls; default: '
+        "as the model's files say, else this",
+    )
+    enable_lora: bool = _flag(False, "let requests name LoRA adapters as their model")
+    lora_modules: tuple[str, ...] = _flag((), "adapters to load at start, each as NAME=FOLDER, a folder that PEFT has saved")
+    max_loras: int = _flag(8, "most adapters that are loaded at once")
+    max_lora_rank: int = _flag(16, "highest rank of an adapter")
     seed: int = _flag(0, "seeds the sampling of requests that bring no seed of their own")
 
     def __post_init__(self) -> None:
@@ -123,6 +132,20 @@ class EngineConfig:
             )
         if self.scheduling_policy == "lpm" and not self.enable_prefix_caching:
             raise ValueError("--scheduling-policy lpm goes by what is cached; leave --no-enable-prefix-caching out")
+        if self.lora_modules and not self.enable_lora:
+            raise ValueError("--lora-modules needs --enable-lora")
+        if self.enable_lora:
+            self._check_lora()
+
+    def _check_lora(self) -> None:
+        if self.max_loras < 1:
+            raise ValueError(f"max_loras must be at least 1, got {self.max_loras}")
+        if not 1 <= self.max_lora_rank <= 512:
+            raise ValueError(f"max_lora_rank must be between 1 and 512, got {self.max_lora_rank}")
+        if self.distributed_executor_backend == "ray":
+            raise ValueError("--enable-lora: not with ranks that are Ray actors; use --distributed-executor-backend mp")
+        if self.batch_invariant:
+            raise ValueError("--enable-lora: not with --batch-invariant; steps with adapters in them round in more places")
 
     def to_args(self) -> dict[str, Any]:
         """The settings as a dictionary, for records of measurements."""
@@ -136,7 +159,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         assert f.default is not MISSING
         flag = "--" + f.name.replace("_", "-")
         text = f.metadata["help"] + ("" if f.default is None or isinstance(f.default, bool) else f" (default: {f.default})")
-        if isinstance(f.default, bool):
+        if isinstance(f.default, tuple):
+            group.add_argument(flag, nargs="+", default=f.default, metavar="NAME=FOLDER", help=f.metadata["help"])
+        elif isinstance(f.default, bool):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=text)
         else:
             kind = f.metadata["type"] or type(f.default) if f.default is not None else f.metadata["type"] or str

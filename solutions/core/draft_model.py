@@ -154,6 +154,8 @@ def check_fits(draft: ModelConfig, target: ModelConfig, max_model_len: int) -> N
     Raises:
         ValueError: it cannot; the message says why.
     """
+    if draft.is_encoder:
+        raise ValueError("--speculative-config: the draft model is an encoder, which writes no text")
     if draft.vocab_size != target.vocab_size:
         raise ValueError(
             f"--speculative-config: the draft model has a vocabulary of {draft.vocab_size} tokens and the target one of "
@@ -187,7 +189,7 @@ def find_draft(config: EngineConfig, target: ModelConfig, limits: Limits) -> Fou
     check_fits(source.config, target, limits.max_model_len)
     settings = replace(
         config, model=speculation.model, quantization=speculation.quantization, tensor_parallel_size=1,
-        distributed_executor_backend=None,
+        distributed_executor_backend=None, enable_lora=False, lora_modules=(),
     )  # fmt: skip
     check_settings(settings, source, limits.device, limits.dtype)
     return FoundDraft(speculation, DraftModel(settings, source))

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from ..batching.continuous_batch import FlatBatch
 from ..batching.step_arrays import FlatArrays, StepArrays
 from ..models.config.model_config import ModelConfig
 from ..models.loader import ModelSource
+from ..models.lora.adapter_files import Adapter
 from ..parallelism.distributed import leave, open_rendezvous, wait_for_ranks
 from ..parallelism.shared_memory import nameless_file
 from ..parallelism.tensor_parallel import TensorParallel
@@ -43,6 +45,11 @@ class Executor(abc.ABC):
     def execute(self, batch: FlatBatch) -> StepResult:
         """Run one step."""
         ...
+
+    def load_adapter(self, slot: int, folder: Path, adapter: Adapter) -> None:
+        """Put an adapter, as rank 0 has read it from `folder`, into a slot on every device."""
+        assert self.worker.adapters is not None  # `AdapterRegistry` has seen to that
+        self.worker.adapters.load(slot, adapter)
 
     def check_health(self) -> None:
         """See that all ranks live; for an engine that has nothing to do, so nothing that would fail.
@@ -138,6 +145,10 @@ class LockstepExecutor(Executor):
             for other in self._others:  # a rank that is gone, or just about to go, is the better explanation
                 other.check(start + other.death_seconds - time.monotonic())
             raise
+
+    def load_adapter(self, slot: int, folder: Path, adapter: Adapter) -> None:
+        self._broadcast(adapter=[slot, str(folder.absolute())])
+        super().load_adapter(slot, folder, adapter)
 
     def check_health(self) -> None:
         for other in self._others:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from ..batching.pooling import NO_TEXTS, PooledSequence, PoolingParams
 from ..batching.sampling_params import SamplingParams, StructuredOutput
 from ..batching.sequence import Sequence
 from ..models.config.model_config import ModelConfig
@@ -23,13 +24,12 @@ if TYPE_CHECKING:
 
 
 class ContextLengthError(ValueError):
-    """A prompt leaves no room in the context for a token of an answer; `num_tokens` is its length."""
+    """A prompt does not fit into the context, or leaves no room for a token of an answer; `num_tokens` is its length."""
 
-    def __init__(self, num_tokens: int, max_model_len: int) -> None:
-        super().__init__(
-            f"the prompt has {num_tokens} tokens; with max_model_len {max_model_len} at most {max_model_len - 1} leave room "
-            "for an answer"
-        )
+    def __init__(self, num_tokens: int, max_model_len: int, answer: int) -> None:
+        """answer: 1 where there is to be one, else 0."""
+        at_most = f"at most {max_model_len - answer} {'leave room for an answer' if answer else 'are possible'}"
+        super().__init__(f"the prompt has {num_tokens} tokens; with max_model_len {max_model_len} {at_most}")
         self.num_tokens = num_tokens
 
 
@@ -47,7 +47,8 @@ Prompt = str | TokensPrompt
 @dataclass(slots=True)
 class EngineRequest:
     """A validated request. `arrival_time` is on the clock of `time.monotonic`. `grammar` is the answer's grammar once it is
-    compiled: `InputProcessor.complete` or the server sets it."""
+    compiled: `InputProcessor.complete` or the server sets it. `adapter` is the name of what computes it; None: the
+    model as it is."""
 
     request_id: str
     prompt: str | None
@@ -57,6 +58,7 @@ class EngineRequest:
     cache_salt: str | None = None
     arrival_time: float = 0.0
     grammar: CompiledGrammar | None = None
+    adapter: str | None = None
 
 
 class InputProcessor:
@@ -97,8 +99,8 @@ class InputProcessor:
         if token_ids is None:
             token_ids = self._tokenize(text)
         params = self._complete(params)
-        token_ids = self._truncated(token_ids, params)
-        self._check_token_ids(token_ids)
+        token_ids = self._truncated(token_ids, params, text if prompt.get("prompt_token_ids") is None else None)
+        self._check_token_ids(token_ids, params)
         if params.structured_output is not None and self.no_structure is not None:
             raise ValueError(f"structured_output: {self.no_structure}")
         salt = prompt.get("cache_salt")
@@ -107,12 +109,13 @@ class InputProcessor:
     def sequences(self, request: EngineRequest, first_id: int) -> list[Sequence]:
         """The ``n`` sequences of a request; all but the first wait until the first has computed the prompt they share."""
         sequences: list[Sequence] = []
+        kind = PooledSequence if isinstance(request.params, PoolingParams) else Sequence
         for index in range(request.params.n):
             params = request.params
             if index and params.seed is not None:
                 params = replace(params, seed=params.seed + index)
             sequences.append(
-                Sequence(
+                kind(
                     first_id + index, request.prompt_token_ids, params, request_id=request.request_id, index=index,
                     priority=request.priority, cache_salt=request.cache_salt, parent=sequences[0] if index else None,
                     arrival_time=request.arrival_time, eos_token_ids=self.model.eos_token_ids, max_model_len=self.max_model_len,
@@ -150,6 +153,12 @@ class InputProcessor:
         if request.params.structured_output is not None and request.grammar is None:
             request.grammar = self.compile(request.params.structured_output).result()
 
+    @property
+    def num_compiling(self) -> int:
+        """Requests whose form of answer is being compiled, or waits for that."""
+        grammars = self._grammars
+        return 0 if grammars is None else grammars.num_waiting
+
     def close(self) -> None:
         """Stop compiling and end the compiler's process."""
         with self._lock:
@@ -168,7 +177,7 @@ class InputProcessor:
     def _encode(self, name: str, text: str, **options: Any) -> list[int]:
         """Token ids of a text."""
         self._check_text(name, text)
-        token_ids: list[int] = self.tokenizer.encode(text, **options)
+        token_ids: list[int] = self.tokenizer.encode(text, verbose=False, **options)  # the length is our own affair
         return token_ids
 
     @staticmethod
@@ -179,20 +188,28 @@ class InputProcessor:
         except UnicodeEncodeError as error:
             raise ValueError(f"{name}: character {error.start} is half of a surrogate pair; send whole characters") from None
 
-    def _truncated(self, token_ids: list[int], params: SamplingParams) -> list[int]:
-        """A prompt as short as the parameters ask for."""
-        most = params.truncate_prompt_tokens
+    def _truncated(self, token_ids: list[int], params: SamplingParams, text: str | None) -> list[int]:
+        """A prompt as short as the parameters ask for. A `text` whose vector is wanted keeps the tokens that the tokenizer puts
+        around it, as it was trained with them."""
+        most, pooled = params.truncate_prompt_tokens, isinstance(params, PoolingParams)
         if most == -1:
-            most = max(1, self.max_model_len - (params.max_tokens or 1))
+            most = max(1, self.max_model_len - (0 if pooled else params.max_tokens or 1))
         if most is None or len(token_ids) <= most:
             return token_ids
-        return token_ids[-most:] if params.truncation_side == "left" else token_ids[:most]
+        bare = self._encode("the prompt", text, add_special_tokens=False) if pooled and text is not None else token_ids
+        around = len(token_ids) - len(bare)
+        before = next((start for start in range(around + 1) if token_ids[start : start + len(bare)] == bare), 0)
+        if around >= most:  # they are too many themselves
+            bare, around, before = token_ids, 0, 0
+        kept = bare[around - most :] if params.truncation_side == "left" else bare[: most - around]
+        return [*token_ids[:before], *kept, *token_ids[before + len(bare) :]]
 
-    def _check_token_ids(self, token_ids: list[int]) -> None:
+    def _check_token_ids(self, token_ids: list[int], params: SamplingParams) -> None:
         if len(token_ids) == 0:
             raise ValueError("the prompt is empty; give at least one token")
-        if len(token_ids) >= self.max_model_len:
-            raise ContextLengthError(len(token_ids), self.max_model_len)
+        answer = 0 if isinstance(params, PoolingParams) else 1
+        if len(token_ids) + answer > self.max_model_len:
+            raise ContextLengthError(len(token_ids), self.max_model_len, answer)
         self._check_vocabulary("prompt_token_ids", token_ids)
 
     def _check_vocabulary(self, name: str, token_ids: list[int]) -> None:
@@ -203,6 +220,11 @@ class InputProcessor:
     def _complete(self, params: SamplingParams) -> SamplingParams:
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be SamplingParams, got {type(params).__name__}")
+        if isinstance(params, PoolingParams):
+            if params.dimensions is not None and params.dimensions > self.model.hidden_size:
+                raise ValueError(f"dimensions must be at most {self.model.hidden_size}, got {params.dimensions}")
+        elif self.model.is_encoder:
+            raise ValueError(NO_TEXTS)
         if params.n > self.max_num_seqs:
             raise ValueError(f"n must be at most max_num_seqs ({self.max_num_seqs}), got {params.n}")
         self._check_vocabulary("stop_token_ids", params.stop_token_ids)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
+from collections import Counter
 
 from ..attention.block_manager import BlockManager
 from ..batching.scheduler_config import POLICIES, QueueFullError, SchedulerConfig
@@ -31,6 +32,7 @@ class Scheduler:
     Attributes:
         num_steps, num_generation_tokens, num_preemptions: counters since the start.
         num_drafts, num_draft_tokens, num_accepted_tokens: the same of tokens on trial.
+        accepted: number of accepted tokens → drafts that had so many.
         peak_usage: the largest share of the KV blocks that a step has had in use, 0 to 1.
     """
 
@@ -41,6 +43,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_preemptions = self.num_steps = self.num_generation_tokens = 0
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
+        self.accepted: Counter[int] = Counter()
         self.peak_usage = 0.0
         self._key = POLICIES[config.policy]
         self._max_chunk = config.long_prefill_token_threshold or config.max_num_batched_tokens
@@ -287,6 +290,7 @@ class Scheduler:
             seq.num_computed_tokens += num_accepted
             output.scheduled[seq] += num_accepted
             self.num_accepted_tokens += num_accepted
+            self.accepted[num_accepted] += 1
             self.num_generation_tokens += num_accepted
 
     def _release_children(self, parent: Sequence) -> None:

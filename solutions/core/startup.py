@@ -7,11 +7,12 @@ read comes later: damaged weights, layers without a kernel, a KV cache that is t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from ..attention.backends import make_backend
+from ..batching.pooling import ASSUMED, Pooling
 from ..batching.scheduler_config import SchedulerConfig
 from ..memory.cache_engine import block_bytes, element_type, num_blocks_for_budget, scale_bytes
 from ..models.config.model_config import ModelConfig
@@ -19,12 +20,19 @@ from ..models.loader import ModelSource, check_quantization
 from ..parallelism.tensor_parallel import TensorParallel
 from .config import EngineConfig
 from .executor import Executor, MultiProcExecutor, UniProcExecutor
+from .lora.registry import AdapterRegistry
 from .platform import native
 from .platform.machine import available_memory
+from .scheduler import Scheduler
 from .worker import NEEDS_CPU_KERNELS, pick_device, pick_dtype, use_cpu_kernels
 
 CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET = 512, 8192
 """Tokens in a step unless the user says otherwise: on a CPU a larger step gains nothing and delays everyone's next token."""
+NOT_FOR_ENCODERS = (
+    "kv_cache_memory_bytes", "kv_cache_dtype", "touch_kv_cache", "num_gpu_blocks_override", "preemption_mode",
+    "long_prefill_token_threshold", "attention_backend", "batch_invariant", "speculative_config",
+)  # fmt: skip
+"""Settings of the KV cache, of prompts in parts, and of causal attention."""
 CPU_KV_SHARE, CPU_KV_MAX = 0.25, 4 << 30
 
 
@@ -55,6 +63,36 @@ class Limits:
     free_bytes: int = 0
 
 
+def fit(config: EngineConfig, source: ModelSource) -> tuple[EngineConfig, ModelSource]:
+    """Settings and model as they go together: how embeddings are made is settled, and an encoder computes a text in one step
+    and keeps nothing of it.
+
+    Raises:
+        ValueError: a setting is not for this kind of model, or `pooler_config` is not well written.
+    """
+    model = source.config
+    pooling = model.pooling or ASSUMED if config.pooler_config is None else Pooling.parse(config.pooler_config)
+    source = replace(source, config=replace(model, pooling=pooling))
+    if not model.is_encoder:
+        if config.attention_backend == "full":
+            raise ValueError("--attention-backend full: a token would see those behind it, which only an encoder may")
+        return config, source
+    defaults = {each.name: each.default for each in fields(EngineConfig)}
+    given = [name for name in NOT_FOR_ENCODERS if getattr(config, name) != defaults[name]]
+    if config.scheduling_policy == "lpm":
+        given.append("scheduling_policy")
+    if given:
+        flag = given[0].replace("_", "-")
+        raise ValueError(f"--{flag} is not for {config.model}: an encoder reads a text in one step and has no KV cache")
+    # Blocks are only counted, so there are enough.
+    num_blocks = config.max_num_seqs * -(-longest_sequence(config, model) // max(1, config.block_size))
+    config = replace(
+        config, enable_chunked_prefill=False, enable_prefix_caching=False, attention_backend="full",
+        num_gpu_blocks_override=num_blocks,
+    )  # fmt: skip
+    return config, source
+
+
 def make_executor(config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype) -> Executor:
     """The executor that ``config.distributed_executor_backend`` names."""
     backend = config.distributed_executor_backend or ("uni" if config.tensor_parallel_size == 1 else "mp")
@@ -66,13 +104,29 @@ def make_executor(config: EngineConfig, source: ModelSource, device: torch.devic
     return kind(config, source, device, dtype)
 
 
+def make_adapters(config: EngineConfig, executor: Executor, scheduler: Scheduler) -> AdapterRegistry:
+    """The engine's adapters, those of ``config.lora_modules`` loaded.
+
+    Raises:
+        ValueError: one of them cannot be loaded.
+    """
+    there = executor.worker.adapters
+    if there is None:
+        return AdapterRegistry(0)
+    adapters = AdapterRegistry(
+        config.max_loras, there.read, executor.load_adapter, lambda: (*scheduler.waiting, *scheduler.running)
+    )
+    adapters.load_all(config.lora_modules)
+    return adapters
+
+
 def longest_sequence(config: EngineConfig, model: ModelConfig) -> int:
     """The longest sequence in tokens, prompt and output.
 
     Raises:
         ValueError: the model's context does not reach so far.
     """
-    length = config.max_model_len or model.max_position_embeddings
+    length = config.max_model_len or model.longest
     if not 1 < length <= model.max_context:
         raise ValueError(f"max_model_len must be between 2 and the model's context of {model.max_context}, got {length}")
     return length
@@ -173,6 +227,8 @@ def with_blocks(
     if draft is not None:
         bytes_per_block += kv_bytes_per_block(config.block_size, draft, limits.cache_dtype)
     activation_bytes = _activation_bytes(model, limits.max_num_batched_tokens, config.max_num_seqs, limits.dtype)
+    if config.enable_lora:
+        activation_bytes += _adapter_bytes(model, config.max_loras * config.max_lora_rank, limits.dtype)
     free_bytes = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     num_blocks = config.num_gpu_blocks_override
     if num_blocks is None:
@@ -190,7 +246,7 @@ def with_blocks(
 
 def kv_bytes_per_block(block_size: int, model: ModelConfig, cache_dtype: torch.dtype) -> int:
     """Bytes of one block in all layers of a model, scales included."""
-    sizes = model.num_layers, block_size, model.num_kv_heads
+    sizes = model.num_cached_layers, block_size, model.num_kv_heads
     return block_bytes(*sizes, model.head_dim, cache_dtype) + scale_bytes(*sizes, cache_dtype)
 
 
@@ -209,6 +265,13 @@ def _activation_bytes(model: ModelConfig, num_tokens: int, num_seqs: int, dtype:
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     widest = 3 * model.hidden_size + max(3 * model.intermediate_size, 2 * heads)
     return num_tokens * widest * dtype.itemsize + min(num_seqs, num_tokens) * model.vocab_size * (dtype.itemsize + 4)
+
+
+def _adapter_bytes(model: ModelConfig, ranks: int, dtype: torch.dtype) -> int:
+    """What adapters take that have so many ranks together: A and B of four products a layer, those merged of three and two."""
+    hidden, inner, heads = model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim
+    qkv = 3 * hidden + heads + 2 * model.num_kv_heads * model.head_dim
+    return model.num_layers * ranks * (qkv + (heads + hidden) + (2 * hidden + 2 * inner) + (inner + hidden)) * dtype.itemsize
 
 
 def _too_small(limits: Limits, block_size: int, bytes_per_block: int) -> str:
@@ -251,7 +314,9 @@ def startup_report(config: EngineConfig, limits: Limits, seconds: dict[str, floa
     return [
         f"model     {config.model}, {precision}, {format_bytes(limits.weight_bytes)} of weights, {where}",
         f"kernels   {kernels}; attention by the {attention} backend",
-        f"KV cache  {blocks}: {tokens} tokens, {tokens / limits.max_model_len:.1f} sequences of {limits.max_model_len}",
+        "KV cache  none: an encoder reads a text in one step"
+        if limits.kv_bytes == 0
+        else f"KV cache  {blocks}: {tokens} tokens, {tokens / limits.max_model_len:.1f} sequences of {limits.max_model_len}",
         f"limits    {step}; prefix cache {prefix_cache}, {config.scheduling_policy}, preemption by {config.preemption_mode}",
         *([f"drafts    {config.speculative_config}"] if config.speculative_config else []),
         "start     " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .bert import BertModel
 from .gpt import GPT2LMHeadModel
 from .layers import CausalLM
 from .llama import LlamaForCausalLM
@@ -14,6 +15,6 @@ from .smollm3 import SmolLM3ForCausalLM
 
 _ALL: tuple[type[CausalLM], ...] = (
     LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, SmolLM3ForCausalLM, Phi3ForCausalLM,
-    Olmo2ForCausalLM, GPT2LMHeadModel,
+    Olmo2ForCausalLM, GPT2LMHeadModel, BertModel,
 )  # fmt: skip
 MODEL_CLASSES = {model.__name__: model for model in _ALL}

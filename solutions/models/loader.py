@@ -19,6 +19,7 @@ from .config.model_config import ALIASES, Alias, ModelConfig
 from .families import MODEL_CLASSES
 from .layers import CausalLM
 from .model_files import quantization_description, weight_files
+from .pooling_files import with_pooling
 from .tokenizer_files import TOKENIZER_FILES, has_own_code, read_tokenizer
 from .weight_headers import WeightHeaders
 from .weights import fill_randomly, load_weights, quantized_layers
@@ -32,7 +33,7 @@ WAYS_OUT = (
 )
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_TOKENIZER_PATTERNS = ["*.json", "tokenizer.model", "*.jinja", "merges.txt"]
+_TOKENIZER_PATTERNS = ["*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
 """Of a model's files in the hub, all but the weights."""
 
 
@@ -145,7 +146,7 @@ def _from_folder(name: str, folder: Path, load_format: str) -> ModelSource:
     generation = read_json(generation_file) if generation_file.is_file() else {}
     hf_config |= {"quantization_config": quantization_description(folder, hf_config)}
     try:
-        config = ModelConfig.from_hf(hf_config)
+        config = with_pooling(ModelConfig.from_hf(hf_config), folder)
         files = Entries(hf_config), Entries(generation, generation_file.name)
         ends = [token for file in files for token in file.token_ids("eos_token_id", config.vocab_size) or ()]
     except ModelError as error:

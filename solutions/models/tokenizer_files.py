@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config.entries import ModelError, read_json
-from .config.families import FAMILIES
+from .config.families import KNOWN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 CONFIG_FILE = "tokenizer_config.json"
 
 
@@ -48,7 +48,7 @@ def read_tokenizer(where: Path | str, architecture: str, name: str) -> PreTraine
 
             tokenizer = load_sentencepiece(folder)
         else:
-            tokenizer = _auto_tokenizer(where, FAMILIES[architecture].model_type)
+            tokenizer = _auto_tokenizer(where, KNOWN[architecture].model_type)
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(f"{type(tokenizer).__name__} is no fast tokenizer; convert it to a tokenizer.json")
         tokenizer.decode(tokenizer.encode("a b"))  # settings of the wrong kind show only here

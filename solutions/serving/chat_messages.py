@@ -53,12 +53,16 @@ class ChatMessage(Request):
     function_call: CalledFunction | None = None
     name: str | None = None
     """Of the function, in a result; elsewhere it changes nothing."""
+    reasoning_content: str | None = None
+    """What the assistant thought before it said that, for templates that repeat it; `reasoning` is vLLM's newer name."""
+    reasoning: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Role and content, and what there is about tools, for a chat template."""
+        """Role and content, thoughts, and what there is about tools, for a chat template."""
         content = self.content
         parts = content if isinstance(content, str) else [{"type": part.type, "text": part.text} for part in content]
-        fields: dict[str, Any] = {"tool_call_id": self.tool_call_id}
+        thought = self.reasoning if self.reasoning_content is None else self.reasoning_content
+        fields: dict[str, Any] = {"tool_call_id": self.tool_call_id, "reasoning_content": thought, "reasoning": thought}
         if self.function_call is not None:
             fields["function_call"] = self.function_call.model_dump()
         if self.tool_calls is not None:
@@ -74,6 +78,17 @@ class ChatMessage(Request):
         if isinstance(data, dict) and data.get("role") == "assistant" and data.get("content") is None:
             return {**data, "content": ""}
         return data
+
+
+def conversation_of(given: list[ChatMessage]) -> list[dict[str, Any]]:
+    """Messages for a chat template; calls in them have their results.
+
+    Raises:
+        RequestError: one is missing.
+    """
+    messages = [message.as_dict() for message in given]
+    link_calls(messages)
+    return messages
 
 
 def link_calls(messages: list[dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..batching.scheduler_config import QueueFullError
+from ..core.lora.registry import UnknownAdapterError
 from .async_engine import EngineDeadError
 from .errors import RequestError, error_body
 from .openai_fields import describe_validation_error, validation_code
@@ -63,6 +64,10 @@ def add_error_handlers(app: FastAPI) -> None:
     async def queue_full(_: Request, error: QueueFullError) -> Response:
         return error_response(str(error), 429, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
 
+    @app.exception_handler(UnknownAdapterError)
+    async def unknown_adapter(_: Request, error: UnknownAdapterError) -> Response:
+        return error_response(str(error), 404, "model", code="model_not_found")
+
     @app.exception_handler(EngineDeadError)
     async def engine_dead(_: Request, error: EngineDeadError) -> Response:
         return error_response(str(error), 503)
@@ -97,7 +102,7 @@ def read_api_keys(given: Iterable[str], file: Path | None) -> list[str]:
 
 class KeyGuard:
     """Everything but `OPEN_PATHS` needs one of the API keys as ``Authorization: Bearer …``, or, as Anthropic's clients send it,
-    as ``x-api-key: …``.
+    as ``x-api-key: …``. What this process asks of itself, for a tenant that it has let in before, needs none.
 
     Each key has a prefix cache of its own: ``scope["state"]["tenant"]`` is a name for the key, which becomes part of the
     cache's salt.
@@ -108,7 +113,7 @@ class KeyGuard:
         self.tenants = {key.encode(): hashlib.sha256(key.encode()).hexdigest()[:32] for key in api_keys}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self.is_open(scope["path"]):
+        if scope["type"] == "http" and not self.is_open(scope["path"]) and "tenant" not in scope.get("state", ()):
             tenant = self.tenant(scope)
             if tenant is None:
                 headers = {"WWW-Authenticate": "Bearer"}
@@ -131,19 +136,22 @@ class KeyGuard:
 
 
 class BodyLimit:
-    """Refuses a body of more than `max_bytes` with 413, as soon as its size is known."""
+    """Refuses a body of more than `max_bytes` with 413, as soon as its size is known; `others`: paths with another limit."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, others: Mapping[str, int]) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self.others = others
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and int(declared) > self.max_bytes:
-            await self._refusal()(scope, receive, send)
+        declared, most = Headers(scope=scope).get("content-length", ""), self.others.get(scope["path"], self.max_bytes)
+        if declared.isdecimal() and int(declared) > most:
+            # the client is still sending: the closed connection tells it to stop
+            refusal = error_response(f"the body has more than {most} bytes", 413, headers={"Connection": "close"})
+            await refusal(scope, receive, send)
             return
         size = 0
 
@@ -151,15 +159,11 @@ class BodyLimit:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > self.max_bytes:
-                raise HTTPException(413, f"the body has more than {self.max_bytes} bytes")
+            if size > most:
+                raise HTTPException(413, f"the body has more than {most} bytes")
             return message
 
         await self.app(scope, counted, send)
-
-    def _refusal(self) -> Response:
-        # the client is still sending: the closed connection tells it to stop
-        return error_response(f"the body has more than {self.max_bytes} bytes", 413, headers={"Connection": "close"})
 
 
 class Bugs:

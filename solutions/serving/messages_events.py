@@ -36,6 +36,12 @@ class MessageBuilder(AnswerBuilder):
         self.answer["usage"] = usage_of(usage)
         yield {"type": "message_start", "message": {**self.answer, "content": []}}
 
+    def thought(self, delta: str) -> Iterator[Event]:
+        if self._open != "thinking":
+            yield from self._begin({"type": "thinking", "thinking": "", "signature": ""})
+        self.answer["content"][-1]["thinking"] += delta
+        yield self._delta({"type": "thinking_delta", "thinking": delta})
+
     def text(self, delta: str, logprobs: list[dict[str, Any]]) -> Iterator[Event]:
         if self._open != "text":
             yield from self._begin({"type": "text", "text": ""})

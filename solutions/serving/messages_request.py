@@ -6,7 +6,7 @@ Source: https://docs.anthropic.com/en/api/messages
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -14,8 +14,15 @@ from .errors import RequestError
 from .openai_fields import Int, Number, Request
 from .translated_chat import TranslatedChat
 
-UNHEARD = ("thinking", "redacted_thinking")
-"""Types of content blocks that are not for the model's template: what it thought before."""
+UNHEARD = "redacted_thinking"
+"""A type of content blocks that nobody here can read."""
+
+
+class MessagesChat(TranslatedChat):
+    """The chat completion that answers a message. Clients send a budget of thoughts to every model."""
+
+    insists = False
+    names: ClassVar[dict[str, str]] = {"thinking_token_budget": "thinking.budget_tokens"}
 
 
 class CountTokensRequest(Request):
@@ -28,15 +35,16 @@ class CountTokensRequest(Request):
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
-    """Accepted: what a model thinks is part of its text here."""
+    """Of the type ``enabled``, perhaps with `budget_tokens`, or ``disabled``: for a model that thinks, and whose template knows
+    `enable_thinking`."""
 
-    def chat(self) -> TranslatedChat:
+    def chat(self) -> MessagesChat:
         """The chat completion that answers.
 
         Raises:
             RequestError: a field is not valid.
         """
-        return TranslatedChat.read(self._fields())
+        return MessagesChat.read(self._fields())
 
     def _fields(self) -> dict[str, Any]:
         system: list[dict[str, Any]] = (
@@ -44,6 +52,9 @@ class CountTokensRequest(Request):
         )
         messages = [each for index, message in enumerate(self.messages) for each in _messages(message, f"messages[{index}]")]
         fields: dict[str, Any] = {"model": self.model, "messages": system + messages}
+        if self.thinking is not None:
+            fields["chat_template_kwargs"] = {"enable_thinking": self.thinking.get("type") != "disabled"}
+            fields["thinking_token_budget"] = self.thinking.get("budget_tokens")
         if self.tools:
             fields["tools"] = [_tool(index, tool) for index, tool in enumerate(self.tools)]
             fields |= _tool_choice(self.tool_choice or {"type": "auto"})
@@ -81,7 +92,7 @@ def _messages(message: dict[str, Any], place: str) -> list[dict[str, Any]]:
         return [{"role": role, "content": content}]
     if not isinstance(content, list):
         raise RequestError(f"{place}.content must be a string or a list of blocks", f"{place}.content")
-    texts, calls, results = [], [], []
+    texts, thoughts, calls, results = [], [], [], []
     for index, block in enumerate(content):
         where = f"{place}.content[{index}]"
         kind = block.get("type") if isinstance(block, dict) else None
@@ -96,13 +107,17 @@ def _messages(message: dict[str, Any], place: str) -> list[dict[str, Any]]:
         elif kind == "tool_result" and role == "user":
             result = _texts(block.get("content") or "", f"{where}.content")
             results.append({"role": "tool", "tool_call_id": _text(block, "tool_use_id", where), "content": result})
-        elif kind not in UNHEARD:
+        elif kind == "thinking" and role == "assistant":
+            thoughts.append(_text(block, "thinking", where))
+        elif kind != UNHEARD:
             raise RequestError(
                 f"{where}: this server takes no blocks of type {json.dumps(kind)} from the {role}", f"{where}.type"
             )
     said: dict[str, Any] = {"role": role, "content": "".join(texts) if texts or not calls else None}
     if calls:
         said["tool_calls"] = calls
+    if thoughts:
+        said["reasoning_content"] = "".join(thoughts)
     return [*results, said] if texts or calls or not results else results
 
 

@@ -173,7 +173,7 @@ class EngineMetrics(Collector):
         stats, names, values = self._stats(), list(self.labels), list(self.labels.values())
         for name, text, value in (
             ("num_requests_running", "Sequences in the running set.", stats.num_running),
-            ("num_requests_waiting", "Sequences in the waiting queue.", stats.num_waiting),
+            ("num_requests_waiting", "Sequences in the waiting queue or before it.", stats.num_waiting + stats.num_deferred),
             ("kv_cache_usage_perc", "Share of the KV blocks in use; 1 is all of them.", stats.kv_cache_usage),
         ):
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=names)

@@ -26,7 +26,8 @@ class ModelCard(BaseModel):
     owned_by: str = "local"
     root: str
     """The model that is served under this name."""
-    parent: None = None
+    parent: str | None = None
+    """Of an adapter: the model that it is for."""
     max_model_len: int
     """Longest sequence, prompt and output together, in tokens."""
 
@@ -36,9 +37,27 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+class RenderedPrompt(BaseModel):
+    """vLLM's: what a chat becomes for the model."""
+
+    model: str
+    token_ids: list[int]
+    prompt_text: str
+
+
 class PromptTokensDetails(BaseModel):
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache."""
+
+
+class CompletionTokensDetails(BaseModel):
+    reasoning_tokens: int
+    """Tokens of thoughts, without their marks."""
+
+
+def _if_set() -> Any:
+    """A field that an answer has only if there is something to say."""
+    return Field(default=None, exclude_if=lambda value: value is None)
 
 
 class Usage(BaseModel):
@@ -47,6 +66,7 @@ class Usage(BaseModel):
     completion_tokens: int = 0
     total_tokens: int = 0
     prompt_tokens_details: PromptTokensDetails = Field(default_factory=PromptTokensDetails)
+    completion_tokens_details: CompletionTokensDetails | None = _if_set()
 
 
 class Answer(BaseModel):
@@ -71,11 +91,6 @@ class CompletionLogprobs(BaseModel):
     """As many of the most likely tokens as were asked for, and the sampled one if it is not among them."""
     text_offset: list[int] = []
     """Where each token begins in the choice's text, in characters."""
-
-
-def _if_set() -> Any:
-    """A field that an answer has only if the request asks for it."""
-    return Field(default=None, exclude_if=lambda value: value is None)
 
 
 TokenIds = list[int] | None
@@ -146,10 +161,13 @@ class ToolCall(BaseModel):
 class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str | None
-    """Null if it only calls tools."""
+    """Null if it only thinks or calls tools."""
     refusal: None = None
-    tool_calls: list[ToolCall] | None = Field(default=None, exclude_if=lambda calls: calls is None)
-    function_call: CalledFunction | None = Field(default=None, exclude_if=lambda call: call is None)
+    reasoning: str | None = _if_set()
+    """What the model has thought before it said that; vLLM's newer name of the next one."""
+    reasoning_content: str | None = _if_set()
+    tool_calls: list[ToolCall] | None = _if_set()
+    function_call: CalledFunction | None = _if_set()
 
 
 class ChatChoice(BaseModel):
@@ -170,7 +188,7 @@ class ChatCompletionResponse(Answer):
 
 
 class FunctionDelta(BaseModel):
-    name: str | None = Field(default=None, exclude_if=lambda name: name is None)
+    name: str | None = _if_set()
     arguments: str
 
 
@@ -178,16 +196,18 @@ class ToolCallDelta(BaseModel):
     """What is new in a call; id, type and name come once, at its beginning."""
 
     index: int
-    id: str | None = Field(default=None, exclude_if=lambda call_id: call_id is None)
-    type: Literal["function"] | None = Field(default=None, exclude_if=lambda kind: kind is None)
+    id: str | None = _if_set()
+    type: Literal["function"] | None = _if_set()
     function: FunctionDelta
 
 
 class Delta(BaseModel):
-    role: Literal["assistant"] | None = Field(default=None, exclude_if=lambda role: role is None)
-    content: str | None = Field(default=None, exclude_if=lambda content: content is None)
-    tool_calls: list[ToolCallDelta] | None = Field(default=None, exclude_if=lambda calls: calls is None)
-    function_call: FunctionDelta | None = Field(default=None, exclude_if=lambda call: call is None)
+    role: Literal["assistant"] | None = _if_set()
+    content: str | None = _if_set()
+    reasoning: str | None = _if_set()
+    reasoning_content: str | None = _if_set()
+    tool_calls: list[ToolCallDelta] | None = _if_set()
+    function_call: FunctionDelta | None = _if_set()
 
 
 class ChatChunkChoice(BaseModel):

@@ -20,10 +20,13 @@ from pydantic import (
 
 from ..batching.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams, StructuredOutput
 from .answer_forms import FORMS, Choices, ResponseFormat, Schema, StructuredOutputs, form_of
-from .chat_messages import ChatMessage, link_calls
+from .chat_messages import ChatMessage, conversation_of
 from .errors import RequestError
 from .openai_fields import Bool, Int, Number, Request, Strings, without_nulls
+from .reasoning.thinking import Thinking
+from .template_fields import TemplateFields
 from .tool_calls.calling import ToolUse
+from .tool_calls.tool_format import as_output
 from .tool_protocol import ToolFields, schema_error
 
 MAX_CHOICES = 128
@@ -239,11 +242,14 @@ class CompletionRequest(GenerationRequest):
         return values if self.best_of is None else {"logprobs": 0, **values, "n": self.best_of}
 
 
-class ChatCompletionRequest(GenerationRequest, ToolFields):
+class ChatCompletionRequest(GenerationRequest, ToolFields, TemplateFields):
     """Body of ``POST /v1/chat/completions``."""
 
     prompt_field = "messages"
+    insists: ClassVar[bool] = True
+    """A budget of thoughts is refused where the server cannot tell what a thought is."""
     _use: ToolUse | None = None
+    _thinking: Thinking | None = None
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Int | None = None
@@ -251,6 +257,12 @@ class ChatCompletionRequest(GenerationRequest, ToolFields):
     logprobs: Bool | None = None
     top_logprobs: Annotated[int, Strict(), Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Alternatives returned at each token."""
+    echo: Bool | None = None
+    """Puts the last message before the answer, if it is the assistant's."""
+    include_reasoning: Bool | None = None
+    """Whether the answer tells what the model has thought; true by default."""
+    thinking_token_budget: Annotated[int, Strict(), Field(ge=-1)] | None = None
+    """Most tokens of thoughts, behind which the model has to speak; -1: any number."""
 
     def conversation(self) -> list[dict[str, Any]]:
         """The messages for a chat template; calls in them have their results.
@@ -258,9 +270,7 @@ class ChatCompletionRequest(GenerationRequest, ToolFields):
         Raises:
             RequestError: one is missing.
         """
-        messages = [message.as_dict() for message in self.messages]
-        link_calls(messages)
-        return messages
+        return conversation_of(self.messages)
 
     @field_validator("max_completion_tokens")
     @classmethod
@@ -276,21 +286,29 @@ class ChatCompletionRequest(GenerationRequest, ToolFields):
             raise ValueError("only allowed with logprobs: true")
         return value
 
-    def call_with(self, use: ToolUse) -> None:
-        """From here on the answer is held to the form of calls. Stop strings end a text, never a call."""
-        self._use = use
-        if use.format.has_special_tokens:
+    def answer_with(self, use: ToolUse | None, thinking: Thinking | None) -> None:
+        """From here on the answer is held to the form of calls and of thoughts. Stop strings end a text, never a call."""
+        self._use, self._thinking = use, thinking
+        if (use is not None and use.format.has_special_tokens) or (thinking is not None and thinking.format.has_special_tokens):
             self.skip_special_tokens = False
-        if use.required:
+        if use is not None and use.required:
             self.stop = None
 
     @property
     def form(self) -> tuple[str, StructuredOutput] | None:
-        return super().form if self._use is None else ("tools", self._use.form)
+        """What is asked for, behind the thoughts; calls come before all other forms."""
+        use, thinking, asked = self._use, self._thinking, super().form
+        name = "tools" if use is not None else "thinking_token_budget" if asked is None else asked[0]
+        if thinking is not None:
+            held = thinking.form(None if asked is None else asked[1], use)
+            return None if held is None else (name, held)
+        return asked if use is None else (name, as_output(use.form()))
 
     def to_sampling_params(self) -> SamplingParams:
         params = super().to_sampling_params()
-        params.stop_until = None if self._use is None else self._use.beginning
+        if self._use is not None:
+            before = () if self._thinking is None else (self._thinking.before(),)
+            params.stop_until = self._use.beginning(*before)
         return params
 
     def refusal(self, error: ValueError) -> RequestError:

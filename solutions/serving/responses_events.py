@@ -39,12 +39,18 @@ class ResponseBuilder(AnswerBuilder):
         yield self._event("created", response=self._snapshot())
         yield self._event("in_progress", response=self._snapshot())
 
+    def thought(self, delta: str) -> Iterator[Event]:
+        if self._open is None or self._open["type"] != "reasoning":
+            item = {"type": "reasoning", "summary": [], "content": []}
+            yield from self._begin_part(item, "rs", {"type": "reasoning_text", "text": ""})
+        self._part()["text"] += delta
+        yield self._event("reasoning_text.delta", **self._place(), content_index=0, delta=delta)
+
     def text(self, delta: str, logprobs: list[dict[str, Any]]) -> Iterator[Event]:
         if self._open is None or self._open["type"] != "message":
-            yield from self._begin({"type": "message", "role": "assistant", "content": []}, "msg")
-            new: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-            self.answer["output"][-1]["content"].append(new)
-            yield self._event("content_part.added", **self._place(), content_index=0, part=dict(new))
+            item = {"type": "message", "role": "assistant", "content": []}
+            new = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+            yield from self._begin_part(item, "msg", new)
         part = self._part()
         part["text"] += delta
         part["logprobs"] += logprobs
@@ -60,7 +66,7 @@ class ResponseBuilder(AnswerBuilder):
             yield self._event("function_call_arguments.delta", **self._place(), delta=arguments)
 
     def end(self, finish_reason: str, stop_reason: int | str | None, usage: Usage) -> Iterator[Event]:
-        """Without anything said before, the answer is an empty text."""
+        """Without anything said or thought before, the answer is an empty text."""
         if not self.answer["output"]:
             yield from self.text("", [])
         cut = finish_reason == "length"
@@ -105,6 +111,12 @@ class ResponseBuilder(AnswerBuilder):
         index = len(self.answer["output"]) - 1
         yield self._event("output_item.added", output_index=index, item=_copy(item))
 
+    def _begin_part(self, item: Item, prefix: str, part: dict[str, Any]) -> Iterator[Event]:
+        """The same with one part, whose text is to come."""
+        yield from self._begin(item, prefix)
+        item["content"].append(part)
+        yield self._event("content_part.added", **self._place(), content_index=0, part=dict(part))
+
     def _close(self, status: str) -> Iterator[Event]:
         """End the item that is open, if there is one."""
         item = self._open
@@ -128,10 +140,11 @@ class ResponseBuilder(AnswerBuilder):
 
 def usage_of(usage: Usage) -> dict[str, Any]:
     """A usage as this API writes it."""
-    cached = usage.prompt_tokens_details.cached_tokens
+    cached, details = usage.prompt_tokens_details.cached_tokens, usage.completion_tokens_details
+    thoughts = 0 if details is None else details.reasoning_tokens
     return {
         "input_tokens": usage.prompt_tokens, "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-        "output_tokens": usage.completion_tokens, "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens": usage.completion_tokens, "output_tokens_details": {"reasoning_tokens": thoughts},
         "total_tokens": usage.total_tokens,
     }  # fmt: skip
 

@@ -12,13 +12,14 @@ from typing import Any
 
 from .errors import RequestError
 
-TEXTS = ("input_text", "output_text", "text")
+TEXTS = ("input_text", "output_text", "reasoning_text", "text")
 """Types of content parts that hold a text."""
 Message = dict[str, Any]
 
 
 def messages_of(items: str | list[Any]) -> list[Message]:
-    """The messages of an input: a text is what the user says. Calls of functions join the assistant's message before them.
+    """The messages of an input: a text is what the user says. Calls of functions join the assistant's message before them, and
+    thoughts the one behind them.
 
     Raises:
         RequestError: an item is none that this server knows; names its place.
@@ -26,6 +27,7 @@ def messages_of(items: str | list[Any]) -> list[Message]:
     if isinstance(items, str):
         return [{"role": "user", "content": items}]
     messages: list[Message] = []
+    thought = ""
     for index, item in enumerate(items):
         place = f"input[{index}]"
         if not isinstance(item, dict):
@@ -39,14 +41,20 @@ def messages_of(items: str | list[Any]) -> list[Message]:
         elif kind == "function_call_output":
             result = _content(item.get("output"), f"{place}.output")
             messages.append({"role": "tool", "tool_call_id": _text(item, "call_id", place), "content": result})
-        elif kind != "reasoning":  # what a model thought before is not for its template
+        elif kind == "reasoning":
+            thought = _content(item.get("content") or "", f"{place}.content")
+            continue
+        else:
             raise RequestError(f"{place}: this server takes no items of type {kind!r}", f"{place}.type")
+        if thought and messages[-1]["role"] == "assistant":
+            messages[-1]["reasoning_content"] = thought
+        thought = ""
     return messages
 
 
 def message_of(output: Iterable[dict[str, Any]]) -> list[Message]:
-    """What the assistant said, from the items of an answer, for the next turn."""
-    return messages_of([item for item in output if item["type"] != "reasoning"])
+    """What the assistant thought and said, from the items of an answer, for the next turn."""
+    return messages_of(list(output))
 
 
 def items_of(given: str | list[Any]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ Source: https://platform.openai.com/docs/api-reference/responses/create
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainValidator, model_validator
 
@@ -39,6 +39,7 @@ class ResponsesChat(TranslatedChat):
 
     prompt_field = "input"
     limit_field = "max_output_tokens"
+    names: ClassVar[dict[str, str]] = {"reasoning_effort": "reasoning.effort"}
 
 
 class ResponsesRequest(Request):
@@ -105,6 +106,7 @@ class ResponsesRequest(Request):
             "model": self.model, "messages": system + messages, "max_completion_tokens": self.max_output_tokens,
             "temperature": self.temperature, "top_p": self.top_p, "stream": self.stream, "response_format": self._form(),
             "logprobs": self.logprobs or None, "top_logprobs": self.top_logprobs, "user": self.user,
+            "reasoning_effort": (self.reasoning or {}).get("effort"),
         }  # fmt: skip
         if self.tools:
             choice = self.tool_choice

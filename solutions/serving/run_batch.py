@@ -12,9 +12,8 @@ import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from uuid import uuid4
+from typing import Any
 
-import httpx
 from fastapi import FastAPI
 
 from ..core.config import add_engine_flags, config_from_flags
@@ -22,7 +21,8 @@ from ..core.platform.machine import settle_heap
 from ..core.platform.progress import GenerationProgress
 from .app import create_app
 from .async_engine import AsyncEngine
-from .batch_files import AnswerFile, BatchRequest, read_requests
+from .batches.answering import BatchStoppedError, answer_all
+from .batches.batch_files import AnswerFile, BatchRequest, LineError, read_requests
 
 EPILOG = """the file of requests has a line of JSON for each:
   {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions",
@@ -30,10 +30,6 @@ EPILOG = """the file of requests has a line of JSON for each:
 Answers come in the order in which they are ready; custom_id says whose they are. A run that was stopped or killed goes on
 where it was: give the same command again.
 """
-
-
-class BatchStoppedError(RuntimeError):
-    """The engine has failed; what is answered stays in the file."""
 
 
 def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -54,7 +50,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 async def run(app: FastAPI, requests: Sequence[BatchRequest], answers: AnswerFile, at_once: int) -> None:
-    """Send the requests that have no answer yet through an application, and write each answer as soon as it is there.
+    """Answer the requests that have no answer yet, and show how far it is.
 
     Args:
         at_once: how many requests may be on their way together.
@@ -63,29 +59,15 @@ async def run(app: FastAPI, requests: Sequence[BatchRequest], answers: AnswerFil
         BatchStoppedError: the engine has failed.
         OSError: an answer cannot be written.
     """
-    waiting = iter([request for request in requests if request.custom_id not in answers.answered])
-    transport = httpx.ASGITransport(app)
     with GenerationProgress(len(requests), enabled=True) as progress:
         for _ in answers.answered:
             progress.advance(0)
-        async with httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=None) as client:
 
-            async def work() -> None:
-                for request in waiting:
-                    response = await client.post(request.url, json=request.body)
-                    if response.status_code == 503:  # any other failure is this request's own
-                        raise BatchStoppedError(response.json()["error"]["message"])
-                    body = response.json()
-                    answer = {"status_code": response.status_code, "request_id": response.headers["x-request-id"], "body": body}
-                    answers.write(request.custom_id, {"id": f"batch_req_{uuid4().hex}", "response": answer, "error": None})
-                    progress.advance((body.get("usage") or {}).get("completion_tokens", 0))
+        def put(request: BatchRequest, line: dict[str, Any]) -> None:
+            answers.write(request.custom_id, line)
+            progress.advance((line["response"]["body"].get("usage") or {}).get("completion_tokens", 0))
 
-            workers = [asyncio.create_task(work()) for _ in range(at_once)]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
+        await answer_all(app, [one for one in requests if one.custom_id not in answers.answered], at_once, put)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,6 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         requests = read_requests(args.input_file)
         answers = AnswerFile(args.output_file, requests)
+    except LineError as error:
+        place = args.input_file if error.line is None else f"{args.input_file}, line {error.line}"
+        print(f"error: {place}: {error}", file=sys.stderr)
+        return 1
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -106,13 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         try:
             engine = LLMEngine(config_from_flags(args))
+            app = create_app(AsyncEngine(engine), args.served_model_name or [args.model])
         except (OSError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         settle_heap()
         for line in engine.startup_summary():
             print(line, file=sys.stderr)
-        app = create_app(AsyncEngine(engine), args.served_model_name or [args.model])
 
         async def work() -> None:
             async with app.router.lifespan_context(app):

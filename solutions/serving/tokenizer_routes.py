@@ -1,4 +1,4 @@
-"""The tokenizer over HTTP, as vLLM offers it: requests, answers, routes; and conversations as prompts."""
+"""The tokenizer over HTTP, as vLLM offers it: requests, answers, routes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import FastAPI
 from pydantic import BaseModel, Field, model_validator
 
-from ..core.text.chat_template import render_chat
-from .chat_messages import ChatMessage
+from .chat_messages import ChatMessage, conversation_of
+from .chat_reading import ChatReader
 from .errors import RequestError
 from .openai_fields import Bool, Int, Request
+from .template_fields import TemplateFields
+from .tool_protocol import ToolFields
 
 if TYPE_CHECKING:
     from ..core.engine import LLMEngine
 
 
-class TokenizeRequest(Request):
-    """Body of ``POST /tokenize``, as vLLM has it: a text or a conversation."""
+class TokenizeRequest(ToolFields, TemplateFields):
+    """Body of ``POST /tokenize``, as vLLM has it: a text, or a conversation with all that makes the prompt of a chat."""
 
     model: str | None = None
     prompt: str | None = None
@@ -56,17 +58,18 @@ class DetokenizeResponse(BaseModel):
 
 
 def add_tokenizer_routes(
-    app: FastAPI, engine: LLMEngine, check_model: Callable[[str], Any], *, info: bool, responses: dict[int | str, Any]
-) -> None:
-    """Add the routes, ``/tokenizer_info`` among them if `info`. `check_model` raises what a model's name deserves, and
-    `responses` describe what errors look like."""
+    app: FastAPI, engine: LLMEngine, check_model: Callable[[str], Any], chats: ChatReader, *, info: bool,
+    responses: dict[int | str, Any],
+) -> None:  # fmt: skip
+    """Add the routes, ``/tokenizer_info`` among them if `info`. `check_model` raises what a model's name deserves, `chats`
+    knows what a chat's prompt is, and `responses` describe what errors look like."""
 
     @app.post("/tokenize", responses=responses)
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
         """The token ids of a text, or of a conversation in the model's template."""
         if body.model is not None:
             check_model(body.model)
-        tokens = await asyncio.to_thread(tokens_of, engine.tokenizer, body)
+        tokens = await asyncio.to_thread(tokens_of, chats, body)
         named = need_tokenizer(engine.tokenizer, "prompt").convert_ids_to_tokens
         strs = named(tokens) if body.return_token_strs else None
         return TokenizeResponse(
@@ -110,28 +113,16 @@ def need_tokenizer(tokenizer: Any, field: str) -> Any:
     return tokenizer
 
 
-def tokens_of(tokenizer: Any, body: TokenizeRequest) -> list[int]:
+def tokens_of(chats: ChatReader, body: TokenizeRequest) -> list[int]:
     """What ``/tokenize`` is asked for.
 
     Raises:
-        RequestError: the model has no tokenizer or no template.
+        RequestError: the model has no tokenizer or no template, or messages or tools are not valid.
     """
     if body.messages is not None:
-        return chat_prompt(tokenizer, [message.as_dict() for message in body.messages])
-    ids: list[int] = need_tokenizer(tokenizer, "prompt").encode(
+        use = body.tool_use(chats.calling, None)
+        return chats.tokens(conversation_of(body.messages), [] if use is None else use.functions, body)
+    ids: list[int] = need_tokenizer(chats.tokenizer, "prompt").encode(
         body.prompt, add_special_tokens=body.add_special_tokens is not False
     )
     return ids
-
-
-def chat_prompt(tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
-    """The conversation as token ids, by the model's chat template, up to where the assistant speaks; with the tools that it may
-    call, if the template tells of them.
-
-    Raises:
-        RequestError: the model has no chat template, or it does not take this conversation.
-    """
-    try:
-        return render_chat(tokenizer, messages, tools)
-    except ValueError as error:
-        raise RequestError(f"{error}; /v1/completions takes any prompt", "messages") from error

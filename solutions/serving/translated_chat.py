@@ -18,6 +18,8 @@ class TranslatedChat(ChatCompletionRequest):
     """Its errors name the other API's fields. Messages have other places there, so an error in one names them all."""
 
     limit_field: ClassVar[str] = "max_tokens"
+    names: ClassVar[dict[str, str]] = {}
+    """Fields of a chat → what the other API calls them, where it is not the same."""
 
     @property
     def token_limit(self) -> tuple[str, int | None]:
@@ -45,6 +47,9 @@ class TranslatedChat(ChatCompletionRequest):
 
     @classmethod
     def _renamed(cls, error: RequestError) -> RequestError:
+        if error.param in cls.names:
+            name = cls.names[error.param]
+            return RequestError(str(error).replace(error.param, name), name)
         if error.param is None or not error.param.startswith("messages"):
             return error
         return RequestError(f"{cls.prompt_field}: {_PLACE.sub('', str(error))}", cls.prompt_field)

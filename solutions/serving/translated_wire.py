@@ -39,6 +39,11 @@ class AnswerBuilder(ABC):
         ...
 
     @abstractmethod
+    def thought(self, delta: str) -> Iterator[Event]:
+        """More of what the model thinks."""
+        ...
+
+    @abstractmethod
     def text(self, delta: str, logprobs: list[dict[str, Any]]) -> Iterator[Event]:
         """More of what the model says to the user, and the log-probabilities of its tokens, if they are asked for."""
         ...
@@ -75,7 +80,7 @@ class TranslatedWire(Wire):
         (choice,) = reply.whole(outputs).choices
         builder, message = self._builder, choice.message
         _run(builder.begin(reply.usage))
-        _run(self._said(message.content, message.tool_calls or (), choice.logprobs))
+        _run(self._said(message.reasoning, message.content, message.tool_calls or (), choice.logprobs))
         _run(builder.end(choice.finish_reason or "stop", choice.stop_reason, reply.usage))
         self._on_end()
         return json.dumps(builder.answer)
@@ -97,7 +102,8 @@ class TranslatedWire(Wire):
                         yield event
                     begun = True
                     (choice,) = reply.chunk(index, sequence).choices
-                    for event in self._said(choice.delta.content, choice.delta.tool_calls or (), choice.logprobs):
+                    new = choice.delta
+                    for event in self._said(new.reasoning, new.content, new.tool_calls or (), choice.logprobs):
                         yield event
                     reason, stopped = choice.finish_reason or reason, choice.stop_reason
             for event in self._builder.end(reason, stopped, reply.usage):
@@ -114,9 +120,11 @@ class TranslatedWire(Wire):
             yield event
 
     def _said(
-        self, text: str | None, calls: Iterable[ToolCall | ToolCallDelta], logprobs: ChatLogprobs | None
+        self, thought: str | None, text: str | None, calls: Iterable[ToolCall | ToolCallDelta], logprobs: ChatLogprobs | None
     ) -> Iterator[Event]:
         """The events of a message, or of a piece of one."""
+        if thought:
+            yield from self._builder.thought(thought)
         if text:
             scores = [] if logprobs is None else [each.model_dump() for each in logprobs.content]
             yield from self._builder.text(text, scores)

@@ -11,11 +11,15 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
+from solutions.batching.pooling import PoolingParams
 from solutions.batching.sampling_params import RequestOutputKind, SamplingParams
 from solutions.batching.scheduler_config import QueueFullError
 from solutions.core.config import EngineConfig
 from solutions.core.engine import EngineStats
 from solutions.core.input import EngineRequest, InputProcessor, Prompt
+from solutions.core.lora.registry import AdapterRegistry
 from solutions.core.output import CompletionOutput, Logprob, RequestOutput
 
 MAX_MODEL_LEN = 4096
@@ -58,11 +62,14 @@ class FakeEngine:
 
     def __init__(self, *, max_waiting: int = 1000, fail_at: int | None = None, gate: threading.Event | None = None) -> None:
         self.config = EngineConfig()
-        self.limits = SimpleNamespace(max_model_len=MAX_MODEL_LEN)
+        self.limits = SimpleNamespace(max_model_len=MAX_MODEL_LEN, num_blocks=8, num_host_blocks=0, kv_bytes=0)
+        self.adapters = AdapterRegistry(0)
         self.tokenizer = ByteTokenizer()
         self.observers: list[Any] = []
         self.num_waiting_tokens = 0
-        self.model_config = model = SimpleNamespace(vocab_size=256, eos_token_ids=())
+        self.model_config = model = SimpleNamespace(
+            vocab_size=256, eos_token_ids=(), hidden_size=4, is_encoder=False, pooling=None
+        )
         self.input = InputProcessor(self.tokenizer, model, MAX_MODEL_LEN, max_num_seqs=256)
         self.max_waiting, self.fail_at, self.gate = max_waiting, fail_at, gate
         self.running: dict[str, tuple[EngineRequest, int]] = {}  # request and its tokens so far
@@ -123,7 +130,10 @@ class FakeEngine:
             if finished or kind is not RequestOutputKind.FINAL_ONLY:
                 positions = range(done, done + 1) if kind is RequestOutputKind.DELTA else range(done + 1)
                 outputs = [self._completion(request, j, positions, finished) for j in range(request.params.n)]
-                yield RequestOutput(name, request.prompt, request.prompt_token_ids, outputs, finished)
+                given = RequestOutput(name, request.prompt, request.prompt_token_ids, outputs, finished)
+                if isinstance(request.params, PoolingParams):
+                    given.pooled = np.full(request.params.dimensions or 4, len(request.prompt_token_ids), np.float32)
+                yield given
 
     def _completion(self, request: EngineRequest, index: int, positions: range, finished: bool) -> CompletionOutput:
         text = "".join(letter(index, position) for position in positions)

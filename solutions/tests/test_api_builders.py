@@ -112,11 +112,12 @@ def test_a_conversation_with_tools_becomes_a_chat() -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     expected: list[dict[str, Any]] = [
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Go"},
-        {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c1", "content": "7"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm"},
+        {"role": "tool", "tool_call_id": "c1", "content": "7"},
     ]  # fmt: skip
     response = ResponsesRequest(model="m", instructions="Be brief.", input=[
         {"role": "user", "content": [{"type": "input_text", "text": "Go"}]},
-        {"type": "reasoning", "id": "rs_1", "summary": []},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
         {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"x": 1}', "id": "fc_1", "status": "completed"},
         {"type": "function_call_output", "call_id": "c1", "output": "7"},
     ])  # fmt: skip

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -18,9 +19,19 @@ import torch
 from solutions.attention import cuda_build
 from solutions.core import doctor
 from solutions.core.platform import native
+from solutions.core.platform.machine import AMX_FLAGS, cpu_flags
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for path in (ROOT / "solutions").rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
+NO_AMX = "-mno-amx-tile -mno-amx-bf16 -mno-amx-int8"
+"""What such a processor does if the system does not let it use AMX; nothing on others."""
+
+LEVELS = {
+    "x86-64-v2": {"ssse3", "sse4_2", "popcnt"},
+    "x86-64-v3": {"avx2", "fma", "bmi2"},
+    "x86-64-v4": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+}
+"""What tells that a processor has a level of x86-64."""
 
 NORM = """
 import torch
@@ -54,6 +65,41 @@ def test_builds_all_kernels_without_a_warning(name: str, tmp_path: Path, monkeyp
     cuda_build.build(torch.device("cpu"), tmp_path / "native")
     environment = os.environ | {"BYOV_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", NORM], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these are x86-64's levels")
+@pytest.mark.parametrize("flags", [*(f"-march={level}" for level in LEVELS), NO_AMX])
+def test_kernels_for_lesser_processors_pass_the_same_tests(flags: str, tmp_path: Path) -> None:
+    """SSE, AVX2, AVX-512 without and with products of bfloat16: each has tiles of its own."""
+    level = flags.removeprefix("-march=")
+    if not LEVELS.get(level, set()) <= cpu_flags():
+        pytest.skip(f"this processor does not have all of {level}")
+    environment = os.environ | {"CXXFLAGS": flags, "BYOV_CACHE": str(tmp_path)}
+    files = [f"solutions/tests/test_{name}.py" for name in ("cpu_kernels", "paged_attention", "selection", "shared_memory")]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", "cpu or selection or shared_memory", *files]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+
+
+REFUSED = """
+import torch
+from solutions.core.platform import native
+native.may_use_amx = lambda: False
+from solutions.quantization.kernels.linear_cpu import PackedLinear
+x, weight = torch.randn(33, 96).bfloat16(), torch.randn(64, 96).bfloat16()
+for quantization in (None, "int8"):
+    torch.testing.assert_close(PackedLinear(weight, None, quantization)(x), x @ weight.T, atol=1, rtol=0.1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not cpu_flags() >= AMX_FLAGS, reason="this processor has no AMX")
+def test_amx_is_left_alone_where_the_system_refuses_it(tmp_path: Path) -> None:
+    """An instruction that touches a tile without permission would end the process."""
+    environment = os.environ | {"BYOV_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", REFUSED], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 
 

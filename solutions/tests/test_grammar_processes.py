@@ -314,9 +314,11 @@ def test_nothing_is_compiled_for_nobody(shared: GrammarProcesses, patient: None,
     running = [shared.compile(bomb(70 + i)) for i in range(2)]
     until_trials(shared, 2)
     before = shared.num_compiled
-    waits = shared.compile(small(70))
-    waits.cancel()
+    waits = [shared.compile(small(70)), shared.compile(small(70))]  # one form for two
+    assert shared.num_waiting == 4
+    drop(*waits)
     assert shared._queue.waiting == []
+    assert shared.num_waiting == 2
     drop(*running)
     until_trials(shared, 0)
     assert shared.compile(small(71)).result(PATIENCE)

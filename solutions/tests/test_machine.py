@@ -17,6 +17,7 @@ from solutions.core.platform.machine import (
     available_memory,
     cpu_flags,
     cpu_has_bf16,
+    may_use_amx,
     pick_threads,
     total_memory,
 )
@@ -212,6 +213,11 @@ def test_auto_is_bfloat16_where_the_processor_or_the_kernels_are_fast_in_it(
     monkeypatch.setattr(worker, "cpu_has_bf16", lambda: "avx512_bf16" in flags)
     assert worker.pick_dtype("auto", torch.device("cpu"), "bfloat16", cpu_kernels) is dtype
     assert worker.pick_dtype("float32", torch.device("cpu"), "bfloat16", cpu_kernels) is torch.float32
+
+
+@pytest.mark.parametrize("flags", ["", "avx512_bf16", "amx_tile amx_bf16"])
+def test_amx_is_not_asked_for_where_a_part_of_it_is_missing(tmp_path: Path, flags: str) -> None:
+    assert not may_use_amx(fake(tmp_path, {"proc/cpuinfo": f"flags\t\t: fpu {flags}\n"}))
 
 
 def test_no_cpuinfo_means_no_known_flags(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,9 +16,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from solutions.batching.sampling_params import SamplingParams
 from solutions.batching.scheduler_output import SchedulerOutput
 from solutions.batching.sequence import Sequence
+from solutions.core.config import EngineConfig
 from solutions.core.engine import LLM, EngineStats
 from solutions.serving import metrics as metrics_module
 from solutions.serving.metrics import EngineMetrics, Histogram, one_two_five
+from solutions.serving.server_metrics import ServerMetrics
 from solutions.tests.tiny_models import make_tiny_llama
 
 STATS = EngineStats(2, 3, 0.25, 0.5, 40, 30, 1, 50, 60, 7, 8, 32, 24)
@@ -31,6 +35,13 @@ NAMES = {
 }  # fmt: skip
 
 
+MORE_NAMES = {
+    "vllm:request_params_n", "vllm:request_params_max_tokens", "vllm:request_max_num_generation_tokens",
+    "vllm:request_inference_time_seconds", "vllm:request_num_preemptions", "vllm:request_prefill_kv_computed_tokens",
+    "vllm:cache_config_info", "vllm:num_requests_waiting_by_reason", "vllm:spec_decode_num_accepted_tokens_per_pos",
+}  # fmt: skip
+
+
 def make() -> EngineMetrics:
     return EngineMetrics("m", lambda: STATS, 4096)
 
@@ -40,7 +51,7 @@ def samples(metrics: EngineMetrics) -> dict[tuple[str, str], float]:
     found = {}
     for family in text_string_to_metric_families(metrics.text().decode()):
         for sample in family.samples:
-            assert sample.labels.pop("model_name") == "m"
+            assert sample.labels.pop("model_name", None) == (None if sample.name == "vllm:cache_config_info" else "m")
             found[sample.name, "".join(sample.labels.values())] = sample.value
     return found
 
@@ -179,7 +190,7 @@ def test_counts_of_a_real_engine_are_the_truth(tmp_path, settings) -> None:
     make_tiny_llama(tmp_path)
     llm = LLM(str(tmp_path), dtype="float32", max_model_len=96, num_gpu_blocks_override=7, max_num_seqs=4, **settings)
     engine = llm.llm_engine
-    metrics = EngineMetrics("m", engine.stats, 96)
+    metrics = ServerMetrics("m", engine)
     engine.observers.append(metrics)
     prompts = [[5, 6, 7, 8] * 6, [9] * 20, [5, 6, 7, 8] * 6 + [1], [3, 4]]
     params = [SamplingParams(n=n, temperature=0, max_tokens=k, ignore_eos=True) for n, k in ((1, 20), (2, 30), (1, 1), (1, 40))]
@@ -212,6 +223,22 @@ def test_counts_of_a_real_engine_are_the_truth(tmp_path, settings) -> None:
     assert metrics._times == {}
     parts = [found[f"vllm:request_{name}_time_seconds_sum", ""] for name in ("queue", "prefill", "decode")]
     assert sum(parts) <= found["vllm:e2e_request_latency_seconds_sum", ""] + 1e-6
+    families = {family.name: family for family in text_string_to_metric_families(metrics.text().decode())}
+    assert families.keys() == NAMES | MORE_NAMES
+    assert found["vllm:request_inference_time_seconds_sum", ""] == pytest.approx(parts[1] + parts[2])
+    assert (found["vllm:request_params_n_count", ""], found["vllm:request_params_n_sum", ""]) == (5, 1 + 2 + 1 + 1 + 1)
+    assert found["vllm:request_params_max_tokens_sum", ""] == 20 + 2 * 30 + 1 + 40 + 50  # of each sequence
+    longest = found["vllm:request_generation_tokens_sum", ""] - 30  # two of 30 tokens are one request's
+    assert found["vllm:request_max_num_generation_tokens_sum", ""] == longest
+    assert found["vllm:request_num_preemptions_sum", ""] == found["vllm:num_preemptions_total", ""]
+    assert metrics._open == {}
+    places = [sample.value for sample in families["vllm:spec_decode_num_accepted_tokens_per_pos"].samples]
+    assert sum(places) == extra
+    assert places == sorted(places, reverse=True)
+    (info,) = families["vllm:cache_config_info"].samples
+    assert info.value == 1
+    wanted = {"block_size": "16", "num_gpu_blocks": "7", "cache_dtype": "auto", "enable_prefix_caching": "True"}
+    assert wanted.items() <= info.labels.items()
 
 
 @pytest.mark.parametrize("settings", [{}, {"speculative_config": {"method": "ngram"}}], ids=["plain", "ngram"])
@@ -253,6 +280,33 @@ def test_tokens_are_counted_when_they_are_computed_as_in_vllm(tmp_path, settings
     assert found["vllm:prompt_tokens_total", ""] == computed + 40
     assert found["vllm:iteration_tokens_total_sum", ""] == computed + generated + 40 - cached + 1
     assert found["vllm:prefix_cache_queries_total", ""] == 40 + 3 + 40
+
+
+def test_prompt_tokens_that_the_cache_had_are_not_computed(tmp_path) -> None:
+    make_tiny_llama(tmp_path)
+    llm = LLM(str(tmp_path), dtype="float32", max_model_len=96, num_gpu_blocks_override=32, block_size=4)
+    metrics = ServerMetrics("m", llm.llm_engine)
+    llm.llm_engine.observers.append(metrics)
+    for _ in range(2):
+        llm.generate({"prompt_token_ids": [5, 6, 7] * 7}, SamplingParams(n=3, max_tokens=None, seed=1), use_tqdm=False)
+    found = samples(metrics)
+    assert found["vllm:request_prefill_kv_computed_tokens_count", ""] == 2
+    assert found["vllm:request_prefill_kv_computed_tokens_sum", ""] == 21 + 21 - 20
+    assert found["vllm:request_params_max_tokens_count", ""] == 0
+    assert found["vllm:request_params_n_bucket", "5.0"] - found["vllm:request_params_n_bucket", "2.0"] == 2
+
+
+def test_who_waits_is_told_apart_by_what_for() -> None:
+    engine = SimpleNamespace(
+        stats=lambda: replace(STATS, num_deferred=4, spec_decode_accepted={0: 5, 1: 3, 3: 2}), config=EngineConfig(),
+        limits=SimpleNamespace(max_model_len=64, num_blocks=8, num_host_blocks=0, kv_bytes=0),
+    )  # fmt: skip
+    found = samples(ServerMetrics("m", engine))
+    assert found["vllm:num_requests_waiting", ""] == 7
+    by_reason = {reason: found["vllm:num_requests_waiting_by_reason", reason] for reason in ("capacity", "deferred")}
+    assert by_reason == {"capacity": 3, "deferred": 4}
+    places = [found["vllm:spec_decode_num_accepted_tokens_per_pos_total", place] for place in "012"]
+    assert places == [5, 2, 2]
 
 
 def test_the_dashboard_and_the_configuration_fit() -> None:

@@ -103,7 +103,7 @@ LONGROPE = {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     ("changes", "message"),
     [
         ({"architectures": ["FalconForCausalLM"]}, "'FalconForCausalLM' is not supported; supported are LlamaForCausalLM"),
-        ({"architectures": None, "model_type": "bert"}, "'bert' is not supported"),
+        ({"architectures": None, "model_type": "t5"}, "'t5' is not supported"),
         ({"architectures": None}, "'none named' is not supported"),
         ({"rope_scaling": {"rope_type": "axial", "factor": 2.0}}, "'axial' is not supported; supported are default, linear"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "no entry 'factor'"),

@@ -30,8 +30,8 @@ from solutions.tests.fake_server import body, serve, until
 CASES = int(os.environ.get("CASES", "50"))
 """Of each operation and kind."""
 BODIES = [
-    "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/tokenize",
-    "/detokenize",
+    "/v1/completions", "/v1/chat/completions", "/v1/chat/completions/render", "/v1/embeddings", "/v1/responses",
+    "/v1/messages", "/v1/messages/count_tokens", "/tokenize", "/detokenize",
 ]  # fmt: skip
 OF_ONE = [
     ("GET", "/v1/models/{name}"), ("GET", "/v1/responses/{response_id}"), ("DELETE", "/v1/responses/{response_id}"),
@@ -53,7 +53,7 @@ MEANINGFUL: dict[str, list[dict[str, Any]]] = {
         *SAID, {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "c1", "output": "r"},
     ], "tools": [{"type": "function", "name": "f", "parameters": PARAMETERS}], "tool_choice": "none"}],
-    "/v1/chat/completions": [{}, {"messages": SAID}],
+    "/v1/chat/completions": [{}, {"messages": SAID}], "/v1/chat/completions/render": [{}, {"messages": SAID}],
 }  # fmt: skip
 """Fields that the document calls any list or object, with what they may hold; they replace what was made up."""
 KINDS = [("POST", path, mode) for path in BODIES for mode in GenerationMode]

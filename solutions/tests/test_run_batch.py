@@ -18,8 +18,9 @@ from fastapi.responses import JSONResponse
 
 from solutions.serving.app import create_app
 from solutions.serving.async_engine import AsyncEngine
-from solutions.serving.batch_files import AnswerFile, BatchRequest, read_requests
-from solutions.serving.run_batch import BatchStoppedError, run
+from solutions.serving.batches.answering import BatchStoppedError
+from solutions.serving.batches.batch_files import AnswerFile, BatchRequest, LineError, read_requests
+from solutions.serving.run_batch import run
 from solutions.tests.fake_engine import FakeEngine
 from solutions.tests.real_server import MODEL
 
@@ -48,9 +49,9 @@ def written(path: Path) -> list[dict[str, Any]]:
 def test_a_bad_line_is_named_by_its_number(second: str, says: str, tmp_path: Path) -> None:
     path = tmp_path / "in"
     path.write_text(f"{line('a')}\n\n{second}\n{line('z')}\n")
-    with pytest.raises(ValueError, match=says) as error:
+    with pytest.raises(LineError, match=says) as error:
         read_requests(path)
-    assert str(error.value).startswith(f"{path}, line 3: ")
+    assert error.value.line == 3
 
 
 def test_requests_are_read_in_order_and_an_empty_file_is_refused(tmp_path: Path) -> None:
@@ -60,9 +61,13 @@ def test_requests_are_read_in_order_and_an_empty_file_is_refused(tmp_path: Path)
     path.write_text("\n \n")
     with pytest.raises(ValueError, match="holds no requests"):
         read_requests(path)
+    ran = byov("run-batch", "-i", str(path), "-o", str(tmp_path / "out"))
+    assert (ran.returncode, ran.stderr.startswith(f"error: {path}: the file holds no requests")) == (1, True)
     path.write_bytes(b'{"custom_id": "\xff"}')
-    with pytest.raises(ValueError, match="line 1: 'utf-8' codec"):
+    with pytest.raises(LineError, match="'utf-8' codec"):
         read_requests(path)
+    ran = byov("run-batch", "-i", str(path), "-o", str(tmp_path / "out"))
+    assert (ran.returncode, ran.stderr.startswith(f"error: {path}, line 1: 'utf-8' codec")) == (1, True)
 
 
 REQUESTS = [BatchRequest(name, "/v1/completions", {}) for name in ("a", "ü", "c")]
@@ -161,6 +166,24 @@ def test_a_request_that_fails_by_itself_stops_nobody_else(tmp_path: Path) -> Non
     assert [(each["custom_id"], each["response"]["status_code"]) for each in written(out)] == [
         ("200", 200), ("500", 500), ("400", 400)
     ]  # fmt: skip
+
+
+def test_where_a_queue_is_full_a_request_is_sent_again(tmp_path: Path) -> None:
+    app, tries = FastAPI(), []
+
+    @app.post("/v1/completions")
+    async def answer(body: dict[str, Any]) -> JSONResponse:
+        tries.append(body["prompt"])
+        full = len(tries) % 2
+        return JSONResponse({"error": {}} if full else {}, 429 if full else 200, {"x-request-id": "r", "retry-after": "0"})
+
+    path, out = tmp_path / "in", tmp_path / "out"
+    path.write_text("\n".join(line(name, body={"prompt": name}) for name in "abc"))
+    requests = read_requests(path)
+    with AnswerFile(out, requests) as answers:
+        asyncio.run(run(app, requests, answers, 1))
+    assert tries == ["a", "a", "b", "b", "c", "c"]
+    assert [each["response"]["status_code"] for each in written(out)] == [200, 200, 200]
 
 
 @pytest.mark.slow

@@ -205,13 +205,13 @@ def test_a_step_is_read_as_it_was_written() -> None:
         tables = torch.arange(2 * length).view(length, 2).int().numpy()
         empty = torch.empty(0, 2, dtype=torch.int64).numpy()
         step = StepArrays(
-            ids + 2, tables, ids.astype("int32"), ids.astype("int32"), ids, ids + 1, empty, empty, empty, ids, ids
+            ids + 2, tables, ids.astype("int32"), ids.astype("int32"), ids, ids + 1, ids, empty, empty, empty, ids, ids
         )
         got = reader.read(writer.write(step))
         assert got.input_ids.tolist() == ids.tolist()
         assert got.block_tables.tolist() == tables.tolist()
         assert got.copies.shape == (0, 2)
-        writer.write(StepArrays(*([ids * 0] * 11)))
+        writer.write(StepArrays(*([ids * 0] * 12)))
         assert got.positions.tolist() == (ids + 1).tolist()  # a copy
 
 

@@ -21,7 +21,7 @@ from solutions.core.text.chat_template import render_chat
 from solutions.core.text.detokenizer import Detokenizer
 from solutions.serving.tool_calls.calling import ToolCalling, ToolUse
 from solutions.serving.tool_calls.formats import FORMATS
-from solutions.serving.tool_calls.tool_format import Function
+from solutions.serving.tool_calls.tool_format import Function, as_output
 from solutions.tests.tiny_models import EOS, VOCAB_SIZE, byte_tokenizer
 from solutions.tests.tool_transcripts import FUNCTIONS, TRANSCRIPTS, Transcript
 
@@ -126,7 +126,7 @@ def test_what_a_grammar_holds(compiler: GrammarCompiler, name: str) -> None:
     mark = max((mark for mark in tool_format.marks(FUNCTIONS) if one.startswith(mark)), key=len)
     cut = one.index(mark) + len(mark)
     for required, several in itertools.product((False, True), repeat=2):
-        grammar = compiler.compile(use_of(name, required=required, several=several).form)
+        grammar = compiler.compile(as_output(use_of(name, required=required, several=several).form()))
 
         def may(text: str, grammar: Any = grammar) -> bool | None:
             return follow(Guide(grammar), text)
@@ -147,7 +147,7 @@ def test_what_a_grammar_holds(compiler: GrammarCompiler, name: str) -> None:
 def test_an_answer_without_calls_may_have_a_form_too(compiler: GrammarCompiler, name: str) -> None:
     answer = StructuredOutput("json", json.dumps({"type": "object", "properties": {"name": {"type": "string"}}}))
     use = use_of(name, answer=answer)
-    grammar = compiler.compile(use.form)
+    grammar = compiler.compile(as_output(use.form()))
     call = use.format.write(CALLS[1:2])
     for text, allowed in (
         (call, True),
@@ -216,7 +216,7 @@ def test_whatever_a_model_writes_its_calls_match_their_schemas(compiler: Grammar
     def check(parameters: list[dict[str, Any]], seed: int, required: bool, several: bool) -> None:
         functions = [Function(f"f-{index}", None, each) for index, each in enumerate(parameters)]
         use = use_of(name, functions, required=required, several=several)
-        tokens, has_ended = random_answer(compiler, use.form, seed)
+        tokens, has_ended = random_answer(compiler, as_output(use.form()), seed)
         stream = Detokenizer(vocabulary.backend_tokenizer, tokens, 0)
         pieces = [stream.step() for _ in tokens] + [stream.finish(len(tokens))]
         answer = read(use, ["".join(pieces)])

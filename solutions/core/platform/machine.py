@@ -7,6 +7,7 @@ Source: https://docs.kernel.org/admin-guide/cgroup-v2.html (cpu.max, memory.max)
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import subprocess
@@ -22,6 +23,9 @@ BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 Apple's processors call theirs FEAT_BF16; it is not here, because nobody has shown that PyTorch gains by it on macOS.
 """
+
+AMX_FLAGS = frozenset({"amx_tile", "amx_bf16", "amx_int8"})
+"""Names of the instructions that multiply whole tiles of bfloat16 or int8: Intel's Advanced Matrix Extensions."""
 
 
 def available_cores(root: Path = ROOT) -> int:
@@ -100,6 +104,18 @@ def cpu_flags(root: Path = ROOT) -> frozenset[str]:
 def cpu_has_bf16(root: Path = ROOT) -> bool:
     """Whether the processor multiplies bfloat16 natively; where it does not, PyTorch is faster in float32, and more exact."""
     return not BF16_FLAGS.isdisjoint(cpu_flags(root))
+
+
+def may_use_amx(root: Path = ROOT) -> bool:
+    """Ask Linux for this process's permission to use AMX's tiles, and say whether it may.
+
+    Without it the first instruction that touches a tile ends the process. Children of a fork inherit it. A sandbox may refuse.
+    Source: https://docs.kernel.org/arch/x86/xstate.html (ARCH_REQ_XCOMP_PERM).
+    """
+    if not cpu_flags(root) >= AMX_FLAGS:
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
 
 
 def _macos_cpu_flags() -> frozenset[str]:

@@ -26,12 +26,13 @@ import filelock
 import torch
 from torch import Tensor
 
-from .machine import cache_root, cpu_flags
+from .machine import AMX_FLAGS, cache_root, cpu_flags, may_use_amx
 
 SOURCES = (
     "attention/paged_attention_cpu.cpp",
     "quantization/kernels/linear_cpu.cpp",
     "models/kernels/layers_cpu.cpp",
+    "models/lora/lora_cpu.cpp",
     "core/sampling/selection_cpu.cpp",
     "parallelism/shared_memory_cpu.cpp",
 )
@@ -39,6 +40,7 @@ HEADERS = (
     "core/platform/native.h",
     "core/platform/shares.h",
     "core/platform/tiles.h",
+    "core/platform/tiles_amx.h",
     "attention/paged_work_cpu.h",
     "attention/paged_decode_cpu.h",
     "attention/paged_prefill_cpu.h",
@@ -94,9 +96,14 @@ def build(folder: Path) -> Path:
         BuildError: there is no compiler, or it refuses.
     """
     program = need_compiler()
-    flags = [*FLAGS, *extra_flags()]
+    flags = [*FLAGS, *without_amx(), *extra_flags()]
     facts = [platform.machine(), *sorted(cpu_flags())]
     return compile_library(folder, "kernels", program, flags, map(find_source, SOURCES), map(find_source, HEADERS), facts)
+
+
+def without_amx() -> list[str]:
+    """The flags that keep a compiler from AMX's tiles where the processor has them and the system does not let us."""
+    return ["-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8"] if AMX_FLAGS & cpu_flags() and not may_use_amx() else []
 
 
 def extra_flags() -> list[str]:

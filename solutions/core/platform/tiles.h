@@ -12,12 +12,18 @@
 #include <type_traits>
 
 #include "core/platform/native.h"
+#include "core/platform/tiles_amx.h"
 
 namespace native {
 
 constexpr int PANEL = 2 * LANES;                                               // columns of a panel
 constexpr int TILE_ROWS = LANES == 16 ? 8 : REGISTERS == 32 ? 12 : 6;          // most rows of a tile
 constexpr int64_t STEP = 4 * PANEL;                                            // bytes of a panel that a step of a tile takes
+#ifdef HAS_AMX
+constexpr int WIDE_TILE_ROWS = 16;         // the same of bfloat16s and of bytes
+#else
+constexpr int WIDE_TILE_ROWS = TILE_ROWS;
+#endif
 
 #ifdef __AVX512BF16__
 constexpr bool MULTIPLIES_BF16 = true;
@@ -73,6 +79,10 @@ struct Ahead {
         for (int64_t line = 0; line < STEP; line += 64) fetch(next + line);
         next += stride;
     }
+    void steps(int64_t count) {
+        for (int64_t line = 0; line < count * stride; line += 64) fetch(next + line);
+        next += count * stride;
+    }
 };
 
 // 32 bits of memory in all lanes: two or four numbers of a row.
@@ -105,7 +115,18 @@ TILE_FUNCTION void tile(const float* a, int64_t lda, const float* panel, int64_t
     std::memcpy(to, c, sizeof(c));
 }
 
-#ifdef __AVX512BF16__
+#if defined(HAS_AMX)
+template <int M, bool AHEAD = false>
+inline void tile(const bf16* a, int64_t lda, const bf16* panel, int64_t, int64_t k, Floats (&c)[M][2], Ahead ahead = {}) {
+    multiply_amx<Bfloat16Products>(a, 2 * lda, panel, k / 2, c, [&](int64_t steps) { if (AHEAD) ahead.steps(steps); });
+}
+template <int M, bool AHEAD = false>
+inline void tile(const uint8_t* a, int64_t lda, const int8_t* panel, int64_t k, Ints (&c)[M][2], Ahead ahead = {}) {
+    multiply_amx<ByteProducts>(a, lda, panel, k / 4, c, [&](int64_t steps) { if (AHEAD) ahead.steps(steps); });
+}
+#endif
+
+#if defined(__AVX512BF16__) && !defined(HAS_AMX)
 template <int M, bool AHEAD = false>
 inline void tile(const bf16* a, int64_t lda, const bf16* panel, int64_t ldp, int64_t k, Floats (&c)[M][2], Ahead ahead = {}, int64_t step = 2) {
     for (int64_t i = 0; i < k; i += 2, panel += 2 * ldp, a += step) {
@@ -143,7 +164,7 @@ TILE_FUNCTION void tile(const float* a, int64_t lda, const bf16* panel, int64_t 
     std::memcpy(to, c, sizeof(c));
 }
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if (defined(__AVX512VNNI__) || defined(__AVXVNNI__)) && !defined(HAS_AMX)
 template <int M, bool AHEAD = false>
 inline void tile(const uint8_t* a, int64_t lda, const int8_t* panel, int64_t k, Ints (&c)[M][2], Ahead ahead = {}) {
     for (int64_t i = 0; i < k; i += 4, panel += STEP) {

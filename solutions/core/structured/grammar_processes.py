@@ -191,6 +191,12 @@ class GrammarProcesses:
         future.add_done_callback(leave)
         return future
 
+    @property
+    def num_waiting(self) -> int:
+        """Who waits for a form."""
+        with self._wake:
+            return sum(len(job.waiters) for job in self._jobs.values())
+
     def close(self) -> None:
         """Stop. Those who wait get an error, and no process is left."""
         with self._wake:

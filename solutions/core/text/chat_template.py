@@ -21,6 +21,8 @@ MARK = "zqmark"
 """A key of each part that no template asks for. If it is in the prompt, the template has printed the list of parts itself."""
 CALLS = "tool_calls"
 """What a message has that calls tools; some templates leave out what such a message says."""
+THOUGHT = {"reasoning_content": "zqthought", "reasoning": "zqthought"}
+"""What stands for thoughts while a template is tried: no form depends on what they are."""
 ROLES = ("system", "user", "assistant", "tool")
 """The roles that every API has. A template may leave out a message of one of them, such as what an assistant thought."""
 MANY_MESSAGES = 256
@@ -29,8 +31,11 @@ MAX_ROLES = 4
 """With more roles only a few combinations are tried too, because each role triples their number."""
 
 
-def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
-    """A conversation as token ids, up to where the assistant speaks.
+def render_chat(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None,
+    options: dict[str, Any] | None = None,
+) -> list[int]:  # fmt: skip
+    """A conversation as token ids, up to where the assistant speaks, unless `options` say something else.
 
     A message keeps its form unless the template reads only the other one. Parts that become a text are joined by line breaks.
 
@@ -38,7 +43,8 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Seque
         tokenizer: of transformers.
         messages: each with a role and a content; a content that is None or missing is empty. What else they have, such as
             `tool_calls`, stays as it is.
-        tools: what the model may call, for the template.
+        tools: what the model may call, for the template. options: more arguments of transformers' `apply_chat_template`,
+            such as variables of the template.
 
     Raises:
         ValueError: there is no chat template, it does not take this conversation, or it leaves out all that the user says.
@@ -51,15 +57,14 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Seque
         (message["role"], None if text else len(parts), _besides(message))
         for message, text, parts in zip(messages, came_as_text, contents, strict=True)
     )
+    template = _Template(tokenizer, tools, options or {})
     try:
-        forms, unread = _readable(_Template(tokenizer, tools), shape)
+        forms, unread = _readable(template, shape)
         conversation = [
             {**message, "content": _content(parts, form)}
             for message, parts, form in zip(messages, contents, forms, strict=True)
         ]
-        token_ids: list[int] = tokenizer.apply_chat_template(
-            conversation, tools=tools, add_generation_prompt=True, return_dict=False
-        )
+        token_ids: list[int] = template.render(conversation, return_dict=False)
     except Exception as error:  # a template is a program, and may fail in any way
         reason = str(error) or type(error).__name__
         raise ValueError(f"the model's chat template does not take these messages: {reason}") from error
@@ -73,18 +78,22 @@ def render_chat(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Seque
 
 
 class _Template:
-    """A tokenizer's template, with the tools that it tells of; equal to others of the same text and tools."""
+    """A tokenizer's template, with the tools and the options that it is rendered with; equal to others of the same text."""
 
-    def __init__(self, tokenizer: Any, tools: Sequence[dict[str, Any]] | None = None) -> None:
+    def __init__(self, tokenizer: Any, tools: Sequence[dict[str, Any]] | None, options: dict[str, Any]) -> None:
         self.tokenizer = tokenizer
-        self.tools = tools
-        self.text = repr((tokenizer.chat_template, tools))  # of several templates, a dictionary
+        self.options = {"tools": tools, "add_generation_prompt": True, **options}
+        self.text = repr((tokenizer.chat_template, self.options))  # of several templates, a dictionary
 
     def __hash__(self) -> int:
         return hash(self.text)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Template) and self.text == other.text
+
+    def render(self, conversation: list[dict[str, Any]], **form: bool) -> Any:
+        """A conversation as transformers gives it, in the form that its arguments ask for."""
+        return self.tokenizer.apply_chat_template(conversation, **self.options, **form)
 
     def unread(self, shape: Shape, forms: Sequence[Form]) -> frozenset[int]:
         """Which messages of a conversation the template does not write in full, if they come in these forms.
@@ -100,9 +109,7 @@ class _Template:
             {"role": role, "content": _content(said, form, {MARK: MARK}), **json.loads(besides or "{}")}
             for (role, _, besides), said, form in zip(shape, words, forms, strict=True)
         ]
-        prompt = self.tokenizer.apply_chat_template(
-            conversation, tools=self.tools, add_generation_prompt=True, tokenize=False
-        ).lower()
+        prompt = self.render(conversation, tokenize=False).lower()
         if MARK in prompt:
             raise ValueError("it writes lists of parts as they are")
         return frozenset(index for index, said in enumerate(words) if not all(word in prompt for word in said))
@@ -153,7 +160,7 @@ def _ways(shape: Shape) -> Iterator[tuple[Form, ...]]:
 
 def _besides(message: dict[str, Any]) -> str:
     """What a message has besides role and content, as JSON; nothing if it has nothing."""
-    more = {name: value for name, value in message.items() if name not in ("role", "content")}
+    more = {name: THOUGHT.get(name, value) for name, value in message.items() if name not in ("role", "content")}
     return json.dumps(more) if more else ""
 
 

@@ -36,13 +36,11 @@ def find_family(hf: Entries) -> Family:
         ModelError: none is supported.
     """
     model_type = hf.text("model_type", "")
-    named = hf.many("architectures", str, None) or [
-        name for name, family in FAMILIES.items() if family.model_type == model_type
-    ]
-    if known := next((name for name in named if name in FAMILIES), None):
-        return FAMILIES[known]
+    named = hf.many("architectures", str, None) or [name for name, family in KNOWN.items() if family.model_type == model_type]
+    if known := next((name for name in named if name in KNOWN), None):
+        return KNOWN[known]
     asked = next(iter(named), model_type) or "none named"
-    raise ModelError(f"model architecture {asked!r} is not supported; supported are {', '.join(FAMILIES)}")
+    raise ModelError(f"model architecture {asked!r} is not supported; supported are {', '.join(KNOWN)}")
 
 
 def _of_all(hf: Entries) -> Fields:
@@ -165,6 +163,29 @@ def _gpt2(hf: Entries) -> Fields:
     }
 
 
+def _bert(hf: Entries) -> Fields:
+    if hf.text("position_embedding_type", "absolute") != "absolute" or hf.flag("is_decoder", False):
+        raise ModelError("BERT with relative positions (position_embedding_type) or as a decoder is not supported")
+    heads, hidden = hf.whole("num_attention_heads"), hf.whole("hidden_size")
+    if hidden % heads:
+        raise ModelError(f"config.json: hidden_size, {hidden}, is no multiple of num_attention_heads, {heads}")
+    return _of_all(hf) | {
+        "hidden_size": hidden,
+        "intermediate_size": hf.whole("intermediate_size"),
+        "num_layers": hf.whole("num_hidden_layers", high=MAX_LAYERS),
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": hidden // heads,
+        "max_position_embeddings": hf.whole("max_position_embeddings", 512),
+        "norm_eps": hf.number("layer_norm_eps", 1e-12),
+        "hidden_act": hf.text("hidden_act", "gelu"),
+        "token_types": hf.whole("type_vocab_size", 2),
+        "attention_bias": True,
+        "output_bias": True,
+        "mlp_bias": True,
+    }
+
+
 FAMILIES = {
     family.architecture: family
     for family in (
@@ -178,4 +199,7 @@ FAMILIES = {
         Family("GPT2LMHeadModel", "gpt2", _gpt2),
     )
 }
-"""By architecture."""
+"""Those that write texts, by architecture."""
+ENCODERS = {"BertModel": Family("BertModel", "bert", _bert)}
+"""Those that only read them."""
+KNOWN = FAMILIES | ENCODERS

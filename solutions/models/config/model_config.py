@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...batching.pooling import Pooling
 from ...quantization.layout.checkpoint import QuantizedFormat
 from .entries import Entries, ModelError
 from .families import find_family
@@ -20,7 +21,7 @@ class ModelConfig:
     """A model's architecture, the same record for every family.
 
     Attributes:
-        architecture: of one of the `FAMILIES`.
+        architecture: of one of the families.
         intermediate_size: width of the MLP.
         num_kv_heads: heads of keys and values; query head h reads KV head ``h // (num_heads / num_kv_heads)``.
         max_position_embeddings: the context in tokens; linear and YaRN scaling have stretched it already.
@@ -38,6 +39,8 @@ class ModelConfig:
         max_model_len: longest sequence that will be served, if that is known to differ from the context. Only the
             RoPE scalings "dynamic" and "longrope" compute with it.
         quantization: how the linear layers' weights are kept in the checkpoint, if they are quantized.
+        token_types: kinds of text that an encoder tells apart; 0: the model is none.
+        pooling: how a text becomes a vector, if the model's files say so.
     """
 
     architecture: str
@@ -65,6 +68,18 @@ class ModelConfig:
     torch_dtype: str | None = None
     max_model_len: int | None = None
     quantization: QuantizedFormat | None = None
+    token_types: int = 0
+    pooling: Pooling | None = None
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it reads texts and writes none."""
+        return self.token_types > 0
+
+    @property
+    def num_cached_layers(self) -> int:
+        """Layers whose keys and values are kept for later steps."""
+        return 0 if self.is_encoder else self.num_layers
 
     @property
     def longest(self) -> int:

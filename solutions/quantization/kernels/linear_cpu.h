@@ -42,6 +42,7 @@ struct Output {
 // Weights in the type of the activations: float32 or bfloat16.
 template <typename T>
 struct Plain {
+    static constexpr int ROWS = std::is_same_v<T, bf16> ? WIDE_TILE_ROWS : TILE_ROWS;  // most of a tile
     const Operand<T>* x;
     const T* packed;
     int64_t ldx, k;
@@ -61,6 +62,7 @@ struct Plain {
 // the 128 adds, 128 times the sum of the group's weights, is where the sums begin.
 // A panel holds for each group PANEL such sums, less the factor, in 16 bits, then the weights of the group as tiles.h wants them.
 struct Int8 {
+    static constexpr int ROWS = WIDE_TILE_ROWS;
     static constexpr int64_t HEAD = 2 * PANEL;
     const Operand<uint8_t>* x;
     const float* row_scales;  // [m, groups]
@@ -113,12 +115,12 @@ void multiply_rows(const Weights& w, const Output<Y>& out, int64_t panel, int64_
 template <typename Weights, typename Y>
 void multiply_panel(const Weights& w, const Output<Y>& out, int64_t panel, int64_t first, int64_t m, int64_t n) {
     const int64_t width = std::min<int64_t>(PANEL, n - panel * PANEL);
-    const int64_t tiles = (m + TILE_ROWS - 1) / TILE_ROWS, bytes = w.panel_bytes();
+    const int64_t tiles = (m + Weights::ROWS - 1) / Weights::ROWS, bytes = w.panel_bytes();
     const char* next = reinterpret_cast<const char*>(w.packed) + (panel + 1) * bytes;
     for (int64_t i = 0; i < tiles; ++i) {
         const int64_t row = m * i / tiles;
         const Ahead ahead{next + bytes * i / tiles, (w.bytes_a_step() + tiles - 1) / tiles};
-        multiply_rows<TILE_ROWS>(w, out, panel, first + row, m * (i + 1) / tiles - row, width, ahead);
+        multiply_rows<Weights::ROWS>(w, out, panel, first + row, m * (i + 1) / tiles - row, width, ahead);
     }
 }
 

@@ -139,19 +139,26 @@ class PackedLinear:
         Returns:
             [T, N], or `add_to`.
         """
-        rows = x.shape[0]
-        y = native.result("linear", rows, self.out_features, self._dtype) if add_to is None else add_to
-        arguments = self._arguments
+        y = native.result("linear", len(x), self.out_features, self._dtype) if add_to is None else add_to
+        self._run(x, y, self.epilogue if add_to is None else ADD)
+        return y
+
+    def before_gate(self, x: Tensor) -> Tensor:
+        """What a gated matrix multiplies to, without the gate: [T, K] -> [T, N], in the order of `gate_and_up_order`."""
+        y = native.result("linear", len(x), self.num_rows, self._dtype)
+        self._run(x, y, STORE)
+        return y
+
+    def _run(self, x: Tensor, y: Tensor, epilogue: int) -> None:
+        rows, arguments = x.shape[0], self._arguments
         arguments.x, arguments.ldx, arguments.rows = x.data_ptr(), x.stride(0), rows
-        arguments.y, arguments.ldy = y.data_ptr(), y.stride(0)
-        arguments.epilogue = self.epilogue if add_to is None else ADD
+        arguments.y, arguments.ldy, arguments.epilogue = y.data_ptr(), y.stride(0), epilogue
         if self._scratch is not None:
             columns, dtype, groups = self._scratch
             other_x = native.result("other_x", rows, columns, dtype)
             of_groups = native.result("of_groups", rows, groups, torch.float32)
             arguments.other_x, arguments.of_groups = other_x.data_ptr(), of_groups.data_ptr()
         self._kernel()
-        return y
 
 
 def gate_and_up_order(rows: int) -> Tensor:

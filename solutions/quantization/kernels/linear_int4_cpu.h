@@ -68,6 +68,7 @@ inline void add_codes(const bf16* x, int64_t ldx, const uint8_t* at, Floats (&c)
 // A panel holds for each group PANEL scales and as many zeros as halves, then PANEL bytes of codes for every two inputs.
 template <typename T>
 struct Int4 {
+    static constexpr int ROWS = TILE_ROWS;
     static constexpr int64_t HEAD = 4 * PANEL;
     const T* x;
     int64_t ldx, k, group;

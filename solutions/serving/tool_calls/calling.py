@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 from ...batching.sampling_params import StructuredOutput
 from .conversation import in_words
 from .formats import FORMATS, format_of, writes_tools
-from .tool_format import Form, Function, ToolFormat, ToolParser, schema
+from .tool_format import Form, Function, ToolFormat, ToolParser, as_form
 
 START = r"\A"
 
@@ -33,18 +32,14 @@ class ToolUse:
     answer: StructuredOutput | None = None
     is_legacy: bool = False
 
-    @property
-    def form(self) -> StructuredOutput:
-        """The form of the answer.
+    def form(self, unless: Sequence[str] = ()) -> Form:
+        """The form of the answer; a text without calls has nothing of `unless`.
 
         Raises:
             ValueError: a function's schema cannot be had in this format; the message begins with its place.
         """
-        other: Form | None = None
-        if self.answer is not None:
-            other = schema(json.loads(self.answer.definition) if self.answer.definition else {"type": "object"})
-        form = self.format.form(self.functions, self.required, self.several, other)
-        return StructuredOutput("structural_tag", json.dumps({"type": "structural_tag", "format": form}))
+        other = None if self.answer is None else as_form(self.answer)
+        return self.format.form(self.functions, self.required, self.several, other, unless)
 
     @property
     def in_text(self) -> bool:
@@ -56,10 +51,10 @@ class ToolUse:
         """What calls begin with."""
         return self.format.marks(self.functions) if self.answer is None else self.format.openings(self.functions)
 
-    @property
-    def beginning(self) -> str:
-        """What calls begin with, as a regular expression."""
-        return f"{'' if self.in_text else START}(?:{'|'.join(map(re.escape, self.marks))})"
+    def beginning(self, before: str = START) -> str:
+        """What calls begin with, as a regular expression, where they may begin behind what `before` matches."""
+        marks = f"(?:{'|'.join(map(re.escape, self.marks))})"
+        return marks if self.in_text else rf"{before}\s*{marks}"
 
     def parser(self) -> ToolParser:
         """What reads one answer."""

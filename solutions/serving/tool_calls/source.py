@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -26,11 +27,13 @@ class Piece:
         text: of what the answer says, or of a call's arguments as JSON.
         call: which call of the answer; None: what it says.
         name: of the function, in the first piece of a call.
+        is_thought: the model has thought this, and says it to nobody.
     """
 
     text: str
     call: int | None = None
     name: str | None = None
+    is_thought: bool = False
 
 
 Step = Generator[Piece | None, None, T]
@@ -211,6 +214,38 @@ class Source:
                 yield Piece(self.text[self.at : end], call)
             self.at = end
             yield from self.more()
+
+
+class Reader(ABC):
+    """Reads one text as it comes."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._steps = self._read()
+
+    def feed(self, text: str) -> list[Piece]:
+        """What a piece of the text brings."""
+        self._source.add(text)
+        return self._run()
+
+    def finish(self) -> list[Piece]:
+        """What the end brings."""
+        self._source.has_ended = True
+        return self._run()
+
+    def _run(self) -> list[Piece]:
+        """The pieces up to where more text is needed."""
+        pieces: list[Piece] = []
+        for piece in self._steps:
+            if piece is None:
+                break
+            pieces.append(piece)
+        return pieces
+
+    @abstractmethod
+    def _read(self) -> Step[None]:
+        """All of the text."""
+        ...
 
 
 def read_call(source: Source, call: int) -> Step[None]:

@@ -6,20 +6,24 @@ the rest of it, with arguments that match the function's schema.
 
 from __future__ import annotations
 
+import json
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ...batching.sampling_params import StructuredOutput
 from ...core.grammar.charsets import ALL, inverse, union
 from ...core.grammar.ebnf import bracket, quoted
-from .source import BrokenError, Piece, Source, Step
+from .source import BrokenError, Reader, Source, Step
 
 Form = dict[str, Any]
 """A part of a structural tag."""
 
 
+SPACES = " \t\r\n"
+SPACE: Form = {"type": "regex", "pattern": r"[ \t\r\n]*"}
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -62,6 +66,26 @@ def schema(value: Any, place: str = "response_format") -> Form:
 
 def grammar(rules: str) -> Form:
     return {"type": "grammar", "grammar": rules}
+
+
+def as_form(wanted: StructuredOutput) -> Form:
+    """A form of answers as a part of a structural tag."""
+    kind, text = wanted.kind, wanted.definition
+    if kind in ("json", "json_object"):
+        return schema(json.loads(text) if text else {"type": "object"}, "the json is not valid")
+    if kind == "regex":
+        return {"type": "regex", "pattern": text}
+    if kind == "choice":
+        return either(*map(const, json.loads(text)))
+    if kind == "structural_tag":
+        found: Form = json.loads(text)["format"]
+        return found
+    return grammar(text)
+
+
+def as_output(form: Form) -> StructuredOutput:
+    """The same the other way."""
+    return StructuredOutput("structural_tag", json.dumps({"type": "structural_tag", "format": form}))
 
 
 def listed(forms: Sequence[Form], separator: str, several: bool) -> Form:
@@ -142,12 +166,14 @@ class ToolFormat(ABC):
         """An id, whoever has made it, as the model's template takes it."""
         return call_id
 
-    def form(self, functions: Sequence[Function], required: bool, several: bool, other: Form | None) -> Form:
+    def form(
+        self, functions: Sequence[Function], required: bool, several: bool, other: Form | None, unless: Sequence[str] = ()
+    ) -> Form:
         """The form of an answer.
 
         Args:
             required: there have to be calls. several: there may be more than one.
-            other: the form of an answer without calls; None: any text.
+            other: the form of an answer without calls; None: any text, without those of `unless`.
         """
         rest = self.rest(functions, several)
         calls = sequence(either(*map(const, self.heads)), rest)
@@ -156,15 +182,17 @@ class ToolFormat(ABC):
         if other is not None:
             return either(calls, other)
         if self.in_text:
-            return {"type": "dispatch", "rules": [(head, rest) for head in self.heads], "loop": False}
-        return either(calls, not_beginning(self.marks(functions)))
+            rules = [(head, rest) for head in self.heads]
+            return {"type": "dispatch", "rules": rules, "loop": False, "excludes": list(unless)}
+        return sequence(SPACE, either(calls, not_beginning((*self.marks(functions), *SPACES, *unless))))
 
 
-class ToolParser:
+class ToolParser(Reader):
     """Reads one answer as it comes.
 
     Args:
-        marks: what calls begin with. in_text: whether text may come before; otherwise the answer begins with them.
+        marks: what calls begin with. in_text: whether text may come before; otherwise the answer begins with them, perhaps
+            behind white space.
 
     Attributes:
         num_calls: that have begun.
@@ -174,29 +202,9 @@ class ToolParser:
     def __init__(self, tool_format: ToolFormat, functions: Sequence[Function], in_text: bool, marks: Sequence[str]) -> None:
         self._format, self._functions = tool_format, functions
         self._in_text, self._marks = in_text, tuple(marks)
-        self._source = Source(each.name for each in functions)
-        self._steps = self._read()
         self.num_calls = 0
         self.is_whole = False
-
-    def feed(self, text: str) -> list[Piece]:
-        """What a piece of the answer's text brings."""
-        self._source.add(text)
-        return self._run()
-
-    def finish(self) -> list[Piece]:
-        """What the end brings."""
-        self._source.has_ended = True
-        return self._run()
-
-    def _run(self) -> list[Piece]:
-        pieces: list[Piece] = []
-        for piece in self._steps:
-            if piece is None:
-                break
-            self.num_calls += piece.name is not None
-            pieces.append(piece)
-        return pieces
+        super().__init__(Source(each.name for each in functions))
 
     def _read(self) -> Step[None]:
         source = self._source
@@ -205,14 +213,19 @@ class ToolParser:
             if not (yield from source.until(mark, strip=True)):
                 return
             source.at -= len(mark)
-        elif mark := (yield from source.next_of(*self._marks)):
-            source.at -= len(mark)
+            source.begin_call()
         else:
-            yield from source.until("")
-            return
-        source.begin_call()
+            source.begin_call()
+            mark = yield from source.follows(*self._marks)
+            if not mark:
+                source.give_back()
+                yield from source.until("")
+                return
+            source.at -= len(mark)
         try:
-            yield from self._format.read(source, self._functions)
+            for step in self._format.read(source, self._functions):
+                self.num_calls += step is not None and step.name is not None
+                yield step
             self.is_whole = True
             source.settle()
             yield from source.skip_space()

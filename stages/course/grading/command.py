@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
+import hashlib
 import json
-import secrets
 import shutil
 import sys
 from pathlib import Path
@@ -15,11 +16,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from solutions.benchmarks.report import Parser
+from solutions.benchmarks.report import Parser, git_commit, hardware
 
 from ..tools.catalog import GUIDE, ROOT, CourseError, Stage, find_stage
 from . import page, report, results
+from .class_page import class_page
 from .grader import Grader, hidden_folders
+from .journal import Journal, course_digest
+from .likeness import alike
 from .performance import Bench
 from .sandbox import Limits, Sandbox
 from .scoring import RULE, Grade
@@ -48,7 +52,8 @@ examples:
   as Gradescope's autograder, in its run_autograder script
     python benchmarks/grade.py --submission /autograder/submission --output /autograder/results
 The salt decides which random cases the tests draw: the same salt gives the same cases, another one others. Keep it to
-yourself. Without --salt a new one is drawn and printed.
+yourself. Without --salt or --salt-file a new one is drawn and printed. A grading that was stopped goes on where it was when
+the same command is given again.
 """
 
 
@@ -59,6 +64,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where reports and results go")
     parser.add_argument("--stage", type=int, metavar="N", help="this stage only (default: all)")
     parser.add_argument("--salt", help="secret word from which random cases are drawn (default: a new one, which is printed)")
+    text = "file that holds the salt, so that no list of processes shows it"
+    parser.add_argument("--salt-file", type=Path, metavar="FILE", help=text)
     parser.add_argument("--no-performance", action="store_true", help="leave out the measurements and their points")
     parser.add_flag("--jobs", 1, "tasks tested at once", metavar="N")
     text = "time for a task's tests; more where the reference takes more than a fifth of it"
@@ -71,15 +78,35 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output {args.output} is a file; name a folder")
+    if args.salt_file is not None:
+        if args.salt is not None:
+            parser.error("--salt and --salt-file both name the salt; leave one out")
+        try:
+            args.salt = args.salt_file.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            parser.error(f"--salt-file {args.salt_file} cannot be read: {error.strerror}")
     return args
 
 
-def write_grade(folder: Path, grade: Grade, guide: str, sandbox: Sandbox) -> None:
+def about(sandbox: Sandbox, salt: str) -> dict[str, str]:
+    """How it is graded: what a second grading must have in common to give the same scores."""
+    machine = hardware()
+    slow = hashlib.scrypt(salt.encode(), salt=b"fingerprint", n=2**14, r=8, p=1, dklen=4).hex()
+    return {
+        "commit": git_commit() or "unknown",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": f"{machine['processor']}, {machine['cores_used']} cores, {machine['system']}",
+        "salt's fingerprint": slow,
+        "kept in by": sandbox.walls,
+    }
+
+
+def write_grade(folder: Path, grade: Grade, guide: str, how: dict[str, str]) -> None:
     """Write one submission's results and reports."""
-    contents = results.gradescope(grade, {"isolation": sandbox.walls})
+    contents = results.gradescope(grade, how)
     results.write(folder / "results.json", json.dumps(contents, indent=2, ensure_ascii=False) + "\n")
-    results.write(folder / "report.md", report.markdown(grade, guide, sandbox.walls))
-    results.write(folder / "report.html", page.html(grade, guide, sandbox.walls))
+    results.write(folder / "report.md", report.markdown(grade, guide, how))
+    results.write(folder / "report.html", page.html(grade, guide, how))
 
 
 def show(console: Console, grades: list[Grade], stages: list[Stage]) -> None:
@@ -118,15 +145,19 @@ def grade_all(args: argparse.Namespace, workshop: Workshop, stages: list[Stage],
     """
     folders = find_submissions(args.submission, workshop.course)
     submissions = [read_submission(folder, workshop.root, workshop.course, stages) for folder in folders]
-    salt = args.salt if args.salt is not None else secrets.token_hex(8)
     args.output.mkdir(parents=True, exist_ok=True)
+    journal = Journal(args.output, course_digest(workshop.root), args.salt)
     sandbox = Sandbox(hidden_folders(workshop.root, folders, args.output))
     limits = Limits(memory_bytes=int(args.memory_gib * 2**30)).within(args.task_seconds)
     numbers = [stage.number for stage in stages]
     bench = None if args.no_performance else Bench(workshop, sandbox, numbers, limits.within(2 * args.task_seconds))
     tasks = [(stage, task) for stage in stages for task in stage.tasks]
-    grader = Grader(Runner(workshop, sandbox, salt, limits), tasks, bench, args.jobs)
-    console.print(f"salt: {salt}", highlight=False)
+    grader = Grader(Runner(workshop, sandbox, journal.salt, limits), tasks, bench, args.jobs, journal)
+    how = about(sandbox, journal.salt)
+    if args.salt is None:
+        console.print(f"salt: {journal.salt}", highlight=False)
+    if journal.going_on:
+        console.print("going on with the grading that was stopped")
     if not sandbox.isolated:
         console.print(f"[yellow]kept in by {sandbox.walls}[/]")
     grades: list[Grade] = []
@@ -143,7 +174,13 @@ def grade_all(args: argparse.Namespace, workshop: Workshop, stages: list[Stage],
             grade = grader.grade(submission, step)
             grades.append(grade)
             folder = output_of(args.output, submission, submissions)
-            write_grade(folder, grade, args.guide_url or link_to_guide(args.output, folder, workshop.course), sandbox)
+            write_grade(folder, grade, args.guide_url or link_to_guide(args.output, folder, workshop.course), how)
+    common = [
+        text for stage in stages for file in stage.files for text in (workshop.starter(stage, file), workshop.reference(file))
+    ]
+    pairs = alike({each.name: list(each.files.values()) for each in submissions}, common)
+    results.write(args.output / "instructor.html", class_page(grades, pairs, how))
+    journal.remove()
     return grades
 
 
@@ -177,6 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     if len(grades) > 1:
         results.write_summary(args.output, grades)
     console.print(
-        f"written to {args.output}: {'summary.csv and ' if len(grades) > 1 else ''}results.json, report.md, report.html"
+        f"written to {args.output}: {'summary.csv and ' if len(grades) > 1 else ''}results.json, report.md, report.html; "
+        "instructor.html is for you alone"
     )
     return 0

@@ -9,13 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from stages.course.grading import scoring
-from stages.course.grading.integrity import offences
+from stages.course.grading.journal import Journal
+from stages.course.grading.offences import offences
 from stages.course.grading.performance import Bench
-from stages.course.grading.scoring import Grade, TaskGrade, task_points
+from stages.course.grading.scoring import Grade, TaskGrade
 from stages.course.grading.submission import Submission
-from stages.course.grading.task_runs import ENDED_EARLY, Expected, Runner, TaskRun, failures, passed
+from stages.course.grading.task_runs import ENDED_EARLY, Expected, Runner, TaskRun, failures, passed, suspicions
 from stages.course.tools.catalog import Stage, Task
+from stages.course.tools.runner import task_points
 
+LONGEST_PRINTED = 2000
+"""Characters of what a stopped process printed."""
 OnStep = Callable[[str], None]
 
 
@@ -25,11 +29,14 @@ class Grader:
     Args:
         runner: runs the tests. tasks: those that count, each with its stage.
         bench: measures; None: no points for performance.
-        jobs: tasks that are tested at once.
+        jobs: tasks that are tested at once. journal: what was tested before a stop; None: every run starts anew.
     """
 
-    def __init__(self, runner: Runner, tasks: list[tuple[Stage, Task]], bench: Bench | None = None, jobs: int = 1) -> None:
-        self.runner, self.tasks, self.bench, self.jobs = runner, tasks, bench, jobs
+    def __init__(
+        self, runner: Runner, tasks: list[tuple[Stage, Task]], bench: Bench | None = None, jobs: int = 1,
+        journal: Journal | None = None,
+    ) -> None:  # fmt: skip
+        self.runner, self.tasks, self.bench, self.jobs, self.journal = runner, tasks, bench, jobs, journal
         self.workshop = runner.workshop
         self._expected: dict[str, Expected] = {}
 
@@ -50,7 +57,10 @@ class Grader:
             on_step(f"the reference, task {task.id}")
             written = (not self.workshop.placeholders(stage, task, _texts(item, stage)) for item in submissions)
             if task.id not in self._expected and any(written):
-                self._expected[task.id] = self.runner.expected(stage, task)
+                known = self.journal.expected(task) if self.journal else None
+                self._expected[task.id] = known or self.runner.expected(stage, task)
+                if self.journal and known is None:
+                    self.journal.keep_expected(task, self._expected[task.id])
 
         self._each(learn)
         return {task_id: expected.complaint for task_id, expected in self._expected.items() if expected.complaint}
@@ -74,6 +84,7 @@ class Grader:
 
         self._each(test)
         grade.tasks = [done[task.id] for _, task in self.tasks]
+        grade.flags += [f"task {item.task.id}: {told}" for item in grade.tasks for told in item.flags]
         if self.bench is not None:
             for measure in self.bench.measures:
                 on_step(f"{submission.name}, {measure.title}")
@@ -109,7 +120,12 @@ class Grader:
         elif missing:
             grade.reason = f"not written yet: {', '.join(missing)}"
         else:
+            known = self.journal.grade(stage, task, texts) if self.journal else None
+            if known is not None:
+                return known
             self._run(grade, texts, self._expected[task.id])
+            if self.journal:
+                self.journal.keep_grade(task, texts, grade)
         return grade
 
     def _run(self, grade: TaskGrade, texts: dict[str, str], expected: Expected) -> None:
@@ -121,13 +137,18 @@ class Grader:
         limits = self.runner.limits_for(expected)
         alone = self.workshop.alone(stage, task, texts)
         best = self.runner.run(stage, task, alone, limits)
+        runs = [best]
         grade.seconds = best.ended.seconds
         # A learner's functions may share data that the reference's do not know: then they pass on their own ground only.
         if passed(best, expected) != expected.tests and best.ended.normal and alone != texts:
             own = self.runner.run(stage, task, texts, limits)
+            runs.append(own)
             grade.seconds += own.ended.seconds
             best = max((best, own), key=lambda run: passed(run, expected).total())
         self._enter(grade, best, expected)
+        grade.flags = list(dict.fromkeys(told for run in runs for told in suspicions(run, expected)))
+        if grade.flags:
+            grade.status, grade.points, grade.reason = scoring.FLAGGED, 0, "; ".join(grade.flags)
 
     def _enter(self, grade: TaskGrade, run: TaskRun, expected: Expected) -> None:
         grade.passed, grade.tests = passed(run, expected).total(), expected.count
@@ -139,10 +160,12 @@ class Grader:
             return
         grade.status = scoring.PARTLY if grade.passed else scoring.FAILED
         grade.reason = f"{grade.passed} of {grade.tests} tests pass"
-        early = any(failure.text.endswith(ENDED_EARLY) for failure in grade.failures)
+        early = any(ENDED_EARLY in failure.text for failure in grade.failures)
         if early or not run.ended.normal:
-            grade.status = scoring.STOPPED
+            grade.status, grade.printed = scoring.STOPPED, run.ended.output[-LONGEST_PRINTED:]
             grade.reason += f"; {ENDED_EARLY if early else run.ended.how}"
+            if run.verdict.running:
+                grade.reason += f"; {run.verdict.running} was running"
 
 
 def _texts(submission: Submission, stage: Stage) -> dict[str, str]:

@@ -19,32 +19,38 @@ a { color: var(--link); } table { border-collapse: collapse; width: 100%; margin
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); } .number { text-align: right; }
 pre { background: var(--panel); padding: .8rem; overflow-x: auto; border: 1px solid var(--line); white-space: pre-wrap; }
 .passed { color: var(--good); } .partly { color: var(--part); } .failed { color: var(--bad); } .soft { color: var(--soft); }
-svg { width: 100%; height: auto; } svg text { fill: var(--ink); font: 13px system-ui, sans-serif; }
+svg { width: 100%; max-width: 32rem; height: auto; } svg text { fill: var(--ink); font: 13px system-ui, sans-serif; }
 svg .all { fill: var(--panel); stroke: var(--line); } svg .got { fill: var(--good); } section { overflow-x: auto; }
+@media (max-width: 40rem) { body { margin: .5rem auto; padding: 0 .6rem; } th, td { padding: .2rem .35rem; font-size: .85rem; }
+  h1 { font-size: 1.4rem; } pre { font-size: .8rem; } }
 """
 CLASSES = {scoring.PASSED: "passed", scoring.PARTLY: "partly", scoring.UNWRITTEN: "soft", scoring.SKIPPED: "soft"}
-ROW, LABEL, WIDTH = 26, 250, 760
+ROW, WIDTH, POINTS = 44, 380, 90
 
 
-def html(grade: Grade, guide: str, walls: str) -> str:
+def html(grade: Grade, guide: str, about: dict[str, str]) -> str:
     """The page.
 
     Args:
-        guide: address of a folder that has the course's text at the repository's paths. walls: what kept the graded code in.
+        guide: address of a folder that has the course's text at the repository's paths. about: how it was graded.
     """
     title = f"{escape(grade.name)}: {grade.points:g} of {grade.max_points} points"
     parts = [f"<h1>{title}</h1>", f"<p>{grade.percent:g} % of what could be had.</p>", _stages_plot(grade)]
     for heading, items in (("Not counted", grade.flags), ("Notes", grade.notes)):
         if items:
-            parts.append(_section(heading, "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"))
-    parts.append(_section("Tasks", _tasks_table(grade.tasks, guide)))
+            parts.append(section(heading, "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"))
+    parts.append(section("Tasks", _tasks_table(grade.tasks, guide)))
     if grade.measures:
-        parts.append(_section("Performance", _measures(grade.measures)))
+        parts.append(section("Performance", _measures(grade.measures)))
     open_tasks = [item for item in grade.tasks if item.status != scoring.PASSED]
     if open_tasks:
-        parts.append(_section("What to do", "".join(_task(item, guide) for item in open_tasks)))
-    rules = f"<p>{escape(scoring.RULE)}</p><p>Graded in a closed room ({escape(walls)}).</p>"
-    parts.append(_section("How points are given", rules))
+        parts.append(section("What to do", "".join(_task(item, guide) for item in open_tasks)))
+    parts.append(section("How points are given", f"<p>{escape(scoring.RULE)}</p>{facts(about)}"))
+    return document(title, parts)
+
+
+def document(title: str, parts: list[str]) -> str:
+    """A page of its own; the title and the parts are HTML."""
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -53,7 +59,13 @@ def html(grade: Grade, guide: str, walls: str) -> str:
     )
 
 
-def _section(heading: str, content: str) -> str:
+def facts(about: dict[str, str]) -> str:
+    """How it was graded, as a list."""
+    return "<ul>" + "".join(f"<li>{escape(name)}: {escape(text)}</li>" for name, text in about.items()) + "</ul>"
+
+
+def section(heading: str, content: str) -> str:
+    """A part of a page."""
     return f"<section>\n<h2>{heading}</h2>\n{content}\n</section>"
 
 
@@ -61,7 +73,7 @@ def _status(status: str) -> str:
     return f'<span class="{CLASSES.get(status, "failed")}"><span aria-hidden="true">{MARKS[status]}</span> {status}</span>'
 
 
-def _table(caption: str, columns: list[str], rows: list[list[str]], numbers: int) -> str:
+def table(caption: str, columns: list[str], rows: list[list[str]], numbers: int) -> str:
     """A table whose last `numbers` columns are to the right; cells are HTML."""
     first = len(columns) - numbers
 
@@ -85,7 +97,7 @@ def _tasks_table(tasks: list[TaskGrade], guide: str) -> str:
         ]
         for item in tasks
     ]  # fmt: skip
-    return _table(
+    return table(
         "Each task leads to its section of the guide.", ["state", "task", "title", "tests", "points", "seconds"], rows, 3
     )
 
@@ -100,7 +112,7 @@ def _measures(measures: list[MeasureGrade]) -> str:
     ]  # fmt: skip
     columns = ["state", "measured", "yours", "reference", "ratio", "points"]
     notes = "".join(f"<li><b>{escape(item.title)}</b>: {escape(item.reason or item.why)}</li>" for item in measures)
-    return _table("On one machine, in turn with the reference.", columns, rows, 4) + f"<ul>{notes}</ul>"
+    return table("On one machine, in turn with the reference.", columns, rows, 4) + f"<ul>{notes}</ul>"
 
 
 def _median(values: list[float], unit: str) -> str:
@@ -115,6 +127,8 @@ def _task(item: TaskGrade, guide: str) -> str:
     parts.append(f"<p>{escape(item.task.purpose)} Read {link}.</p>")
     shown, others = shown_failures(item)
     parts += [f'<h4>{escape(name)}</h4>\n<pre tabindex="0">{escape(text)}</pre>' for name, text in shown]
+    if item.printed:
+        parts.append(f'<h4>what the process printed last</h4>\n<pre tabindex="0">{escape(item.printed)}</pre>')
     if others:
         parts.append(f"<details><summary>{len(others)} more</summary><p>{escape(', '.join(others))}</p></details>")
     return "\n".join(parts)
@@ -129,15 +143,15 @@ def _stages_plot(grade: Grade) -> str:
     if grade.measures:
         bars.append(("Performance", sum(i.points for i in grade.measures), sum(i.max_points for i in grade.measures)))
     words = "; ".join(f"{name}: {got:g} of {most}" for name, got, most in bars)
-    shapes, room = [], WIDTH - LABEL - 110
+    shapes, room = [], WIDTH - POINTS
     for row, (name, got, most) in enumerate(bars):
         top = row * ROW + 4
         width = room * got / most if most else 0
         shapes.append(
-            f'<text x="0" y="{top + 14}">{escape(name)}</text>'
-            f'<rect class="all" x="{LABEL}" y="{top}" width="{room}" height="18"/>'
-            f'<rect class="got" x="{LABEL}" y="{top}" width="{width:.1f}" height="18"/>'
-            f'<text x="{LABEL + room + 10}" y="{top + 14}">{got:g} of {most}</text>'
+            f'<text x="0" y="{top + 12}">{escape(name)}</text>'
+            f'<rect class="all" x="0" y="{top + 18}" width="{room}" height="14"/>'
+            f'<rect class="got" x="0" y="{top + 18}" width="{width:.1f}" height="14"/>'
+            f'<text x="{room + 8}" y="{top + 30}">{got:g} of {most}</text>'
         )
     height = len(bars) * ROW + 4
     return (

@@ -13,11 +13,11 @@ SHOWN_FAILURES = 3
 """Failed tests of one task that are shown in full; the others are named."""
 
 
-def markdown(grade: Grade, guide: str, walls: str) -> str:
+def markdown(grade: Grade, guide: str, about: dict[str, str]) -> str:
     """The report.
 
     Args:
-        guide: address of a folder that has the course's text at the repository's paths. walls: what kept the graded code in.
+        guide: address of a folder that has the course's text at the repository's paths. about: how it was graded.
     """
     lines = [f"# {grade.name}: {grade.points:g} of {grade.max_points} points ({grade.percent:g} %)", ""]
     for title, items in (("Not counted", grade.flags), ("Notes", grade.notes)):
@@ -38,7 +38,7 @@ def markdown(grade: Grade, guide: str, walls: str) -> str:
         lines += ["", "## What to do"]
         for item in open_tasks:
             lines += ["", *_task(item, guide)]
-    lines += ["", "## How points are given", "", scoring.RULE, "", f"Graded in a closed room ({walls}).", ""]
+    lines += ["", "## How points are given", "", scoring.RULE, "", *(f"- {name}: {text}" for name, text in about.items()), ""]
     return "\n".join(lines)
 
 
@@ -71,7 +71,7 @@ def _task(item: TaskGrade, guide: str) -> list[str]:
         lines += [_quoted(item.reason), ""]
     lines += [f"{item.task.purpose} Read [the guide's section]({guide}/{item.task.section})."]
     shown, others = shown_failures(item)
-    for name, text in shown:
+    for name, text in [*shown, *([("what the process printed last", item.printed)] if item.printed else [])]:
         fence = "`" * max(3, 1 + max((len(run) for run in _backticks(text)), default=0))
         lines += ["", f"**{name}**", "", f"{fence}text", text, fence]
     if others:

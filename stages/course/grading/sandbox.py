@@ -127,17 +127,19 @@ class Sandbox:
         )
 
     def run(
-        self, command: list[str], scratch: Path, environment: dict[str, str], limits: Limits, learners: tuple[Path, ...] = ()
-    ) -> Ended:
+        self, command: list[str], scratch: Path, environment: dict[str, str], limits: Limits, learners: tuple[Path, ...] = (),
+        text: str = "",
+    ) -> Ended:  # fmt: skip
         """Run a command in ``scratch/work`` until it ends or passes a limit. Nothing that it started is left behind.
 
         Args:
             command: the first word is a path.
             scratch: a folder of `room`, in which it may write.
             environment: variables beside those that every graded process has.
-            learners: files whose code may not import the reference.
+            learners: files whose code may not import the reference, or reach for other code.
+            text: what it reads on its standard input; at most a pipe's room, 64 KiB.
         """
-        order = self._order(command, scratch, environment, learners, limits, self.isolated)
+        order = self._order(command, scratch, environment, learners, limits, self.isolated) | {"input": text}
         verdict = self._supervise(order, limits.seconds + GRACE)
         output = _end_of(scratch / "output.txt")
         stopped = limits.say(verdict["stopped"]) if verdict["stopped"] else ""
@@ -159,7 +161,7 @@ class Sandbox:
         return {
             "command": command, "environment": variables | environment, "folder": str(scratch / "work"),
             "output": str(scratch / "output.txt"), "scratch": str(scratch), "hidden": hidden, "isolated": isolated,
-            "limits": asdict(limits),
+            "limits": asdict(limits), "input": "",
         }  # fmt: skip
 
     def close(self) -> None:

@@ -33,7 +33,8 @@ class TaskGrade:
 
     Attributes:
         status: one of the words above. reason: why it is not "passed", in a sentence.
-        passed, tests: numbers of tests. seconds: what the tests took.
+        passed, tests: numbers of tests. seconds: what the tests took. flags: what speaks against believing them.
+        printed: the end of what a process printed that did not come to its own end.
     """
 
     stage: Stage
@@ -45,7 +46,9 @@ class TaskGrade:
     tests: int = 0
     reason: str = ""
     failures: list[Failure] = field(default_factory=list)
+    flags: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    printed: str = ""
 
 
 @dataclass(slots=True)
@@ -93,11 +96,6 @@ class Grade:
     def of_stage(self, number: int) -> list[TaskGrade]:
         """The tasks of a stage."""
         return [item for item in self.tasks if item.stage.number == number]
-
-
-def task_points(points: int, passed: int, tests: int) -> int:
-    """Points for a part of a task's tests, rounded down."""
-    return points * passed // tests if tests else 0
 
 
 def ratio_points(points: int, ratio: float, full_at: float, none_below: float) -> float:

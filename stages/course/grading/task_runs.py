@@ -3,43 +3,37 @@
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
+from stages.course.grading.channel import read_records
 from stages.course.grading.sandbox import Ended, Limits, Sandbox, room
 from stages.course.grading.scoring import Failure, seed_of
+from stages.course.grading.verdict import TestRecord, Verdict, against, judge
 from stages.course.grading.workshop import Workshop
 from stages.course.tools.catalog import Stage, Task
 
-PLUGINS = ("pytest_timeout", "_hypothesis_pytestplugin", "stages.course.grading.seeds", "no:cacheprovider")
-"""All that the stages' tests need; pytest loads no other, which takes longer than most tests. -s: what they print
+PLUGINS = ("pytest_timeout", "_hypothesis_pytestplugin", "stages.course.grading.witness", "no:cacheprovider")
+"""All that the stages' tests need; pytest loads no other, which takes longer than most tests to run. -s: what they print
 counts as the process's output at once."""
 FLAGS = ["-q", "-s", "--color=no", "--tb=native", "--disable-warnings", *(f"-p{plugin}" for plugin in PLUGINS)]
 SLOWER = 5
 """How many times as long as the reference a learner's tests may take, beside the time that they have anyhow."""
 ENDED_EARLY = "the process ended before all tests had run"
-LONGEST_RECORDS, LONGEST_TEXT = 8 << 20, 8000
-"""Bytes of results that are read, and characters of each text; a hostile file could write more."""
-
-
-@dataclass(frozen=True, slots=True)
-class TestRecord:
-    """A test that came to a result. `outcome` is passed, failed, skipped or todo."""
-
-    name: str
-    what: str
-    outcome: str
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
 class TaskRun:
     """A run of a task's tests: the results that were reported, and how the process ended."""
 
-    records: tuple[TestRecord, ...]
+    verdict: Verdict
     ended: Ended
+
+    @property
+    def records(self) -> list[TestRecord]:
+        return self.verdict.records
 
     def names(self, outcome: str) -> Counter[str]:
         """How often each test had this outcome."""
@@ -52,11 +46,14 @@ class Expected:
 
     Attributes:
         complaint: why the tests say nothing about anybody here, or "".
+        compared: how often each test compares. flags: what would speak against the reference.
     """
 
     tests: Counter[str]
     seconds: float
     complaint: str = ""
+    compared: Counter[str] = field(default_factory=Counter)
+    flags: frozenset[str] = frozenset()
 
     @property
     def count(self) -> int:
@@ -77,16 +74,17 @@ class Runner:
         """Run the tests on the reference; a second time if some fail, which is then the machine's doing."""
         limits = self.limits.within(10 * self.limits.seconds)
         run = self.run(stage, task, None, limits)
-        if run.names("failed") or run.ended.code != 0:
+        if run.names("failed") or not run.verdict.done:
             run = self.run(stage, task, None, limits)
-        if run.names("failed") or run.names("todo") or run.ended.code != 0:
+        if run.names("failed") or run.names("todo") or not run.verdict.done:
             failed = next((record for record in run.records if record.outcome in ("failed", "todo")), None)
             why = f"{failed.name}: {failed.text}" if failed else f"{run.ended.how}\n{run.ended.output[-2000:]}"
             return Expected(Counter(), run.ended.seconds, f"the reference itself does not pass here: {why}")
         if not run.names("passed"):
             skipped = next((record.text for record in run.records if record.outcome == "skipped"), "there are none")
             return Expected(Counter(), run.ended.seconds, f"its tests cannot run on this machine: {skipped}")
-        return Expected(run.names("passed"), run.ended.seconds)
+        compared = Counter({record.name: record.compared for record in run.records})
+        return Expected(run.names("passed"), run.ended.seconds, "", compared, frozenset(run.verdict.flags))
 
     def run(self, stage: Stage, task: Task, texts: dict[str, str] | None, limits: Limits | None = None) -> TaskRun:
         """Run a task's tests on a learner's files of its stage; None: on the reference."""
@@ -94,37 +92,32 @@ class Runner:
             work = scratch / "work"
             self.workshop.build(work, stage, texts)
             folder = work / "stages" / stage.folder
-            log, seed = scratch / "results.jsonl", seed_of(self.salt, task.id)
+            log, seed, key = scratch / "results.bin", seed_of(self.salt, task.id), secrets.token_bytes(32)
             command = [sys.executable, "-m", "pytest", *FLAGS, str(folder / task.tests)]
             environment = {
-                "STAGES": "" if texts is None else str(stage.number), "COURSE_RESULTS": str(log), "GRADING_SEED": seed,
+                "STAGES": "" if texts is None else str(stage.number),
                 "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONHASHSEED": str(int(seed, 16) % 2**32),
             }  # fmt: skip
-            learners = tuple(folder / file for file in stage.files)
-            ended = self.sandbox.run(command, scratch, environment, limits or self.limits, learners)
-            return TaskRun(() if ended.lost else tuple(_records(log, task)), ended)
+            order = json.dumps({"key": key.hex(), "seed": seed, "results": str(log)})
+            learners = () if texts is None else tuple(folder / file for file in stage.files)
+            ended = self.sandbox.run(command, scratch, environment, limits or self.limits, learners, order)
+            if ended.lost:
+                return TaskRun(Verdict(), ended)
+            verdict = judge(*read_records(log, key, ended.normal))
+            for piece, shown in (
+                (f"{work}/", ""),
+                (str(work), ""),
+                (str(scratch), "the room"),
+                (seed, ""),
+                (sys.prefix, "python"),
+            ):
+                verdict.replace(piece, shown)
+                ended = replace(ended, output=ended.output.replace(piece, shown))
+            return TaskRun(verdict, ended)
 
     def limits_for(self, expected: Expected) -> Limits:
         """What a learner's tests may take."""
         return self.limits.within(max(self.limits.seconds, SLOWER * expected.seconds))
-
-
-def _records(log: Path, task: Task) -> list[TestRecord]:
-    """What `stages/conftest.py` wrote, as far as it can be read; a test's last word counts."""
-    if not log.is_file():
-        return []
-    with log.open("rb") as file:
-        lines = file.read(LONGEST_RECORDS).decode("utf-8", errors="replace").splitlines()
-    records = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-            if record.get("task") == task.id:
-                words = (str(record[key])[:LONGEST_TEXT] for key in ("test", "what", "outcome", "text"))
-                records.append(TestRecord(*words))
-        except (ValueError, KeyError, AttributeError):
-            continue
-    return records
 
 
 def passed(run: TaskRun, expected: Expected) -> Counter[str]:
@@ -142,4 +135,11 @@ def failures(run: TaskRun, expected: Expected) -> list[Failure]:
     if "(import)" in names:
         return told
     why = ENDED_EARLY if run.ended.normal else run.ended.how
+    if run.verdict.running:
+        why += f"; {run.verdict.running} was running"
     return told + [Failure(name, "", f"It did not come to a result: {why}") for name in silent]
+
+
+def suspicions(run: TaskRun, expected: Expected) -> list[str]:
+    """What speaks against believing a run."""
+    return against(run.verdict, expected.tests, expected.compared, expected.flags)

@@ -23,6 +23,11 @@ NO_PLUGINS = [f"-pno:{name}" for name in ("anyio", "cacheprovider", "nbmake", "p
 PASSED, FAILED, TODO, SKIPPED = "passed", "failed", "todo", "skipped"
 
 
+def task_points(points: int, passed: int, tests: int) -> int:
+    """Points for a part of a task's tests, rounded down."""
+    return points * passed // tests if tests else 0
+
+
 @dataclass(slots=True)
 class TestResult:
     """One test. `outcome` is passed, failed, todo or skipped.
@@ -61,7 +66,10 @@ class TaskResult:
 
     @property
     def points(self) -> int:
-        return self.task.points if self.state == PASSED else 0
+        """What the grader gives for these results; more if the rest fails for want of another task's functions."""
+        if any(test.outcome == TODO and test.missing == self.task.id for test in self.tests):
+            return 0
+        return task_points(self.task.points, self.num_passed, sum(test.outcome != SKIPPED for test in self.tests))
 
 
 @dataclass(slots=True)

@@ -60,6 +60,7 @@ class Sequence:
         parent: sequence whose prompt blocks this one shares (``n`` > 1), or None.
         block_hashes: chained hashes of the full blocks of `tokens`, filled by the prefix cache as it needs them.
         eos_token_ids, max_model_len: properties of the model that end a sequence.
+        adapter: slot of the adapter that computes it; 0: the model as it is.
         guide: says which tokens its form allows next; None: any.
         stop_search: looks for its stop strings; None: there are none.
         stop_ids: every token that ends it: end of sequence unless the request ignores it, and the request's stop tokens.
@@ -68,6 +69,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "adapter",
         "arrival_time",
         "block_hashes",
         "cache_salt",
@@ -109,6 +111,7 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.params = params
+        self.adapter = 0
         self.guide: TokenGuide | None = None
         self.stop_search: StopSearch | None = None
         self.priority = priority

@@ -6,12 +6,15 @@ Run it: ``python -m solutions.core.engine --help``.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ..attention.block_manager import BlockManager
+from ..batching.adapted_batch import AdaptedBatch
 from ..batching.continuous_batch import ContinuousBatch
+from ..batching.pooling import EmbeddingRequestOutput, PoolingParams, embedding_output
 from ..batching.sampling_params import RequestOutputKind, SamplingParams
 from ..batching.scheduler_output import SchedulerOutput
 from ..batching.sequence import Sequence
@@ -21,11 +24,12 @@ from .config import DEFAULT_MODEL, EngineConfig
 from .draft_model import find_draft, make_proposer
 from .executor import local_model
 from .input import EngineRequest, InputProcessor, Prompt
+from .lora.registry import LoRARequest
 from .output import OutputProcessor, RequestOutput
 from .platform.progress import GenerationProgress
 from .scheduler import Scheduler
 from .speculative import Drafter, NoDrafter
-from .startup import make_executor, make_scheduler_config, resolve_limits, startup_report, with_blocks
+from .startup import fit, make_adapters, make_executor, make_scheduler_config, resolve_limits, startup_report, with_blocks
 from .text.chat_template import render_chat
 
 
@@ -46,6 +50,10 @@ class EngineStats:
     spec_decode_num_drafts: int = 0
     spec_decode_num_draft_tokens: int = 0
     spec_decode_num_accepted_tokens: int = 0
+    spec_decode_accepted: Mapping[int, int] = field(default_factory=dict)
+    """Number of accepted tokens → drafts that had so many."""
+    num_deferred: int = 0
+    """Requests beside the waiting ones whose form of answer is being compiled."""
 
 
 class EngineObserver(Protocol):
@@ -75,7 +83,7 @@ class LLMEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         clock = _Clock()
-        source = with_tokenizer(resolve_model(config.model, config.load_format), config.tokenizer)
+        config, source = fit(config, with_tokenizer(resolve_model(config.model, config.load_format), config.tokenizer))
         limits = resolve_limits(config, source)
         self.config = config = replace(config, max_model_len=limits.max_model_len)
         scheduler_config = make_scheduler_config(config, limits)
@@ -100,12 +108,14 @@ class LLMEngine:
             enable_prefix_caching=config.enable_prefix_caching, sliding_window=model.sliding_window,
         )  # fmt: skip
         self.scheduler = Scheduler(scheduler_config, self.block_manager)
+        self.adapters = make_adapters(config, self.executor, self.scheduler)
         self.drafter: Drafter | NoDrafter = NoDrafter()
         if proposer is not None:
             proposer.create_cache(limits, self.block_manager.tables)
             self.drafter = Drafter(proposer, self.block_manager, limits.max_num_batched_tokens)
         clock.lap("KV cache")
-        self.batch = ContinuousBatch(config.max_num_seqs, limits.max_model_len, config.block_size)
+        kind = AdaptedBatch if config.enable_lora else ContinuousBatch
+        self.batch = kind(config.max_num_seqs, limits.max_model_len, config.block_size)
         no_structure = "not with ranks that are Ray actors" if config.distributed_executor_backend == "ray" else None
         self.input = InputProcessor(self.tokenizer, model, limits.max_model_len, config.max_num_seqs, no_structure)
         self.outputs = OutputProcessor(self.tokenizer)
@@ -127,12 +137,14 @@ class LLMEngine:
 
         Raises:
             QueueFullError: the waiting queue is full.
-            ValueError: a request with this id is running, or the answer's grammar cannot be compiled.
+            ValueError: a request with this id is running, the answer's grammar cannot be compiled, or there is no such adapter.
         """
         if self.outputs.sequences(request.request_id):
             raise ValueError(f"request id {request.request_id!r} is in use")
         self.input.complete(request)
         sequences = self.input.sequences(request, self._next_seq_id)
+        if request.adapter is not None:
+            self.adapters.lend(request.adapter, sequences)
         self.scheduler.add(sequences[0])
         self._next_seq_id += len(sequences)
         self.outputs.add(request, sequences)
@@ -193,11 +205,13 @@ class LLMEngine:
             prefix_cache_hits=cache.num_hits if cache else 0,
             num_preemptions=scheduler.num_preemptions,
             num_prompt_tokens=self.outputs.num_prompt_tokens,
-            num_generation_tokens=scheduler.num_generation_tokens,
+            num_generation_tokens=scheduler.num_generation_tokens - self.outputs.num_pooled,
             num_steps=scheduler.num_steps,
             spec_decode_num_drafts=scheduler.num_drafts,
             spec_decode_num_draft_tokens=scheduler.num_draft_tokens,
             spec_decode_num_accepted_tokens=scheduler.num_accepted_tokens,
+            spec_decode_accepted=scheduler.accepted.copy(),
+            num_deferred=self.input.num_compiling,
         )
 
     def check_health(self) -> None:
@@ -241,6 +255,7 @@ class LLM:
     def generate(
         self, prompts: Prompt | Many[Prompt], sampling_params: SamplingParams | Many[SamplingParams] | None = None, *,
         use_tqdm: bool = True, priority: Many[int] | None = None,
+        lora_request: LoRARequest | Many[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:  # fmt: skip
         """Complete prompts; all of them run together.
 
@@ -249,6 +264,7 @@ class LLM:
             sampling_params: one for all prompts, or one for each.
             use_tqdm: show a progress bar.
             priority: one for each prompt, for the policy "priority"; lower goes first.
+            lora_request: the adapter of all prompts, or one or None for each.
 
         Returns:
             One output for each prompt, in the same order.
@@ -262,14 +278,18 @@ class LLM:
         else:
             every = list(sampling_params)
         priorities = [0] * len(many) if priority is None else list(priority)
-        if not len(many) == len(every) == len(priorities):
-            raise ValueError(f"{len(many)} prompts, {len(every)} sampling_params and {len(priorities)} priorities do not match")
+        adapters = [lora_request] * len(many) if lora_request is None or isinstance(lora_request, LoRARequest) else lora_request
+        if not len(many) == len(every) == len(priorities) == len(adapters):
+            raise ValueError(
+                f"{len(many)} prompts, {len(every)} sampling_params, {len(priorities)} priorities and {len(adapters)} "
+                "adapters do not match"
+            )
         engine = self.llm_engine
         requests = []
-        for prompt, one, rank in zip(many, every, priorities, strict=True):
-            requests.append(
-                engine.prepare(str(self._num_requests), prompt, replace(one, output_kind=RequestOutputKind.FINAL_ONLY), rank)
-            )
+        for prompt, one, rank, adapter in zip(many, every, priorities, adapters, strict=True):
+            params = replace(one, output_kind=RequestOutputKind.FINAL_ONLY)
+            requests.append(engine.prepare(str(self._num_requests), prompt, params, rank))
+            requests[-1].adapter = None if adapter is None else engine.adapters.name_of(adapter)
             self._num_requests += 1
         for request in requests:
             engine.input.complete(request)
@@ -280,6 +300,7 @@ class LLM:
     def chat(
         self, messages: Many[dict[str, str]] | Many[Many[dict[str, str]]],
         sampling_params: SamplingParams | Many[SamplingParams] | None = None, *, use_tqdm: bool = True,
+        lora_request: LoRARequest | Many[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:  # fmt: skip
         """Answer one conversation or many, each a list of ``{"role": ..., "content": ...}``.
 
@@ -292,7 +313,19 @@ class LLM:
         conversations = [alone] if alone else [list(one) for one in messages if not isinstance(one, dict)]
         tokenizer = self.get_tokenizer()
         prompts: list[Prompt] = [{"prompt_token_ids": render_chat(tokenizer, one)} for one in conversations]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
+
+    def embed(
+        self, prompts: Prompt | Many[Prompt], *, dimensions: int | None = None, use_tqdm: bool = True
+    ) -> list[EmbeddingRequestOutput]:
+        """A vector for each prompt, made as the model's files or `pooler_config` say; of its numbers the first `dimensions`.
+
+        Raises:
+            ValueError: see `generate`; or the model has fewer dimensions.
+        """
+        params = PoolingParams(pooling=self.llm_engine.model_config.pooling, dimensions=dimensions)
+        outputs = self.generate(prompts, params, use_tqdm=use_tqdm)
+        return [embedding_output(each.request_id, each.pooled, each.prompt_token_ids) for each in outputs]
 
     def _run(self, requests: list[EngineRequest], show_progress: bool) -> list[RequestOutput]:
         finished: dict[str, RequestOutput] = {}

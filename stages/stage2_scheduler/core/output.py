@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from ..batching.pooling import PooledSequence
 from ..batching.sampling_params import RequestOutputKind, SamplingParams
 from ..batching.sequence import FinishReason, Sequence, SequenceStatus
 from .text.detokenizer import TextReader, special_token_ids
@@ -72,6 +75,8 @@ class RequestOutput:
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache spared."""
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    pooled: NDArray[np.float32] | None = None
+    """The prompt's vector, if it was to be pooled."""
 
     def join(self, later: RequestOutput) -> None:
         """Take in a later output of the same request, both of kind DELTA, as if one step had made both."""
@@ -115,9 +120,11 @@ class _RequestState:
         request, log, finished = self.request, self.prompt_log, self.num_unfinished == 0
         prompt_logprobs = None if log is None or (self.delta and self.started and not finished) else log.entries
         self.started = True
+        seq = self.states[0].seq
+        pooled = seq.vector() if isinstance(seq, PooledSequence) else None
         return RequestOutput(
             request.request_id, request.prompt, request.prompt_token_ids, [state.completion() for state in states],
-            finished, prompt_logprobs, self.states[0].seq.num_cached_tokens, self.metrics,
+            finished, prompt_logprobs, seq.num_cached_tokens, self.metrics, pooled,
         )  # fmt: skip
 
 
@@ -209,6 +216,8 @@ class OutputProcessor:
         self._states: dict[int, _SequenceState] = {}
         self._logs: dict[int, TokenLog] = {}  # of the sequences whose log-probabilities are wanted
         self._texts = None if self._tokenizer is None else TokenTexts(self._tokenizer)
+        self.num_pooled = 0
+        """Prompts that became vectors."""
         self.num_prompt_tokens = 0
         """Of the prompts that got a first token; a prompt counts once, whatever `n`."""
 
@@ -301,6 +310,7 @@ class OutputProcessor:
             state.text += text
         if not ended:
             return
+        self.num_pooled += isinstance(state.seq, PooledSequence) and state.seq.finish_reason == "stop"
         request.num_unfinished -= 1
         if request.num_unfinished == 0:
             request.metrics.finished_time = now

@@ -13,15 +13,17 @@ from torch import Tensor
 from ..attention.backends import make_backend
 from ..attention.paged_attention import attention_metadata
 from ..batching.continuous_batch import FlatBatch
+from ..batching.pooling import PooledSequence
 from ..batching.scheduler_output import BlockPairs
 from ..batching.sequence import Sequence
 from ..batching.step_arrays import FlatArrays, HostArrays, StepArrays
 from ..memory.cache_engine import CacheEngine, element_type
 from ..models.kernels.attach import Plan, attach, packed_of
 from ..models.loader import ModelSource, load_model
+from ..models.lora.attach import ModelAdapters
 from ..parallelism.linear import Linear
 from ..parallelism.tensor_parallel import SINGLE, TensorParallel
-from .capture import CudaGraphRecorder, DecodeGraphs, Step, graph_sizes, replay_layers
+from .capture import CudaGraphRecorder, DecodeGraphs, Step, graph_sizes, replay_adapted_steps, replay_layers
 from .config import EngineConfig
 from .platform import native
 from .platform.machine import cpu_flags, cpu_has_bf16, pick_threads
@@ -127,6 +129,10 @@ class Worker:
             self._check_batch_invariance()
         if self.backend.name == "cpu" and not config.enforce_eager:
             replay_layers(self.model, parallel)
+        self.adapters: ModelAdapters | None = None
+        if config.enable_lora:
+            self.adapters = ModelAdapters(self.model, source.config.hidden_size, config.max_loras, config.max_lora_rank)
+            replay_adapted_steps(self.model, self.adapters.step)
         self.sampler = Sampler(source.config.vocab_size, config.seed)
         self.config = config
         self.cache: CacheEngine  # from `create_cache` on
@@ -151,7 +157,7 @@ class Worker:
         """Set up the KV cache."""
         model = self.model_config
         self.cache = CacheEngine(
-            model.num_layers,
+            model.num_cached_layers,
             num_blocks,
             block_size,
             self.num_kv_heads,
@@ -183,6 +189,7 @@ class Worker:
         self.move_blocks(decision.swap_out, decision.swap_in, decision.copies)
         hidden = self.forward(batch)
         prompt_logprobs = self._prompt_logprobs(batch, hidden)
+        pool(batch, hidden)
         if not batch.sampled:
             return StepResult([], {}, prompt_logprobs)
         rows = sampling_rows(batch)
@@ -215,6 +222,8 @@ class Worker:
 
     def forward(self, batch: HostArrays) -> Tensor:
         """Hidden states of all tokens, [T, hidden]."""
+        if self.adapters is not None:
+            self.adapters.begin(batch.adapters)
         if self.graphs is not None and (size := self.graphs.size_for(batch)) is not None:
             return self.graphs.run(batch, size)
         step = FlatArrays(*(torch.from_numpy(getattr(batch, name)).to(self.device) for name in _ARRAYS))
@@ -265,6 +274,14 @@ def prompt_spans(batch: FlatBatch) -> list[PromptSpan]:
         targets = seq.tokens[position : min(position + last - first, seq.num_prompt_tokens)]
         spans.append(PromptSpan(seq, first, position, targets, wanted))
     return spans
+
+
+def pool(batch: FlatBatch, hidden: Tensor) -> None:
+    """Give the sequences that are pooled their part of a step's hidden states [T, hidden]."""
+    for index, seq in enumerate(batch.sequences):
+        if isinstance(seq, PooledSequence):
+            first, last = batch.query_start_loc[index : index + 2].tolist()
+            seq.take(hidden[first:last])
 
 
 def sampling_rows(batch: FlatBatch) -> NDArray[np.int64]:

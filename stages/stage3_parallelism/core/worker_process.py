@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -147,10 +148,16 @@ class WorkerProc:
             setup.config, setup.source, setup.device, setup.dtype, init_worker_distributed(setup, setup.address)
         )
 
-    def handle_message(self, cache: list[int] | None = None, step: StepArrays | None = None) -> None:
-        """Create the KV cache (arguments of `Worker.create_cache`), or take part in a step."""
+    def handle_message(
+        self, cache: list[int] | None = None, step: StepArrays | None = None, adapter: tuple[int, str] | None = None
+    ) -> None:
+        """Create the KV cache (arguments of `Worker.create_cache`), load an adapter (slot and folder), or take part in a
+        step."""
         if cache is not None:
             self.worker.create_cache(*cache)
+        if adapter is not None:
+            assert self.worker.adapters is not None
+            self.worker.adapters.load(adapter[0], self.worker.adapters.read(Path(adapter[1])))
         if step is not None:
             self.worker.execute_without_sampling(step)
 

@@ -41,7 +41,7 @@ def step_of(length: int, start: int = 0) -> StepArrays:
     moves = [np.arange(2 * n).reshape(n, 2) + start for n in (0, 3, 1)]
     return StepArrays(
         tokens, tables.astype(np.int32), (tokens + 3).astype(np.int32), (tokens + 4).astype(np.int32), tokens + 1, tokens + 2,
-        *moves, tokens[: length // 2], np.array([length // 2]),
+        tokens + 5, *moves, tokens[: length // 2], np.array([length // 2]),
     )  # fmt: skip
 
 
@@ -60,13 +60,13 @@ def two_boards() -> tuple[StepBoard, StepBoard]:
 
 
 def test_what_is_written_can_be_read() -> None:
-    """Another process that is told the shapes reads all eleven arrays, empty ones and tables of two dimensions included.
+    """Another process that is told the shapes reads all twelve arrays, empty ones and tables of two dimensions included.
 
     Why: this is all that the other ranks ever learn of a step. Shapes travel as text, the numbers do not.
     """
     writer, reader = two_boards()
     shapes = writer.write(step_of(5))
-    check_equal(shapes, [[5], [5, 2], [5], [5], [5], [5], [0, 2], [3, 2], [1, 2], [2], [1]], "shapes")
+    check_equal(shapes, [[5], [5, 2], [5], [5], [5], [5], [5], [0, 2], [3, 2], [1, 2], [2], [1]], "shapes")
     check_step(reader.read(shapes), step_of(5), "a step of 5")
 
 

@@ -16,13 +16,15 @@ from types import FrameType
 
 import uvicorn
 
-from ..core.config import add_engine_flags, config_from_flags
+from ..core.config import add_engine_flags, config_from_flags, parse_bytes
 from ..core.platform.machine import settle_heap
 from .app import MAX_BODY_BYTES, create_app
 from .async_engine import AsyncEngine
+from .batches.batch_store import BatchStore
 from .connections import TimedConnection
 from .guards import API_KEY_VARIABLE, log_as_json, read_api_keys
 from .live.recording import TraceRecorder
+from .reasoning.formats import FORMATS as THINKING
 from .tool_calls.formats import FORMATS
 from .tracing import RequestTracer, otlp_exporter
 
@@ -53,8 +55,18 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
                        help="how the model writes calls of tools (default: auto, by its chat template)")  # fmt: skip
     group.add_argument("--enable-auto-tool-choice", action=argparse.BooleanOptionalAction, default=True,
                        help="let the model decide whether to call a tool (default: on)")  # fmt: skip
+    group.add_argument("--reasoning-parser", choices=sorted(THINKING),
+                       help="how the model writes its thoughts (default: they are a part of what it says)")  # fmt: skip
     group.add_argument("--enable-tokenizer-info-endpoint", action="store_true",
                        help="offer /tokenizer_info, which shows the tokenizer's settings and the chat template")  # fmt: skip
+    group.add_argument("--allow-runtime-lora-updating", action="store_true",
+                       help="offer /v1/load_lora_adapter and /v1/unload_lora_adapter, to clients that may read any folder of "
+                            "this machine as an adapter")  # fmt: skip
+    group.add_argument("--files-dir", type=Path, metavar="DIR",
+                       help="offer /v1/files and /v1/batches, which are kept in this folder; implies --scheduling-policy "
+                            "priority, so that batches run behind all other requests")  # fmt: skip
+    group.add_argument("--max-file-bytes", type=parse_bytes, default=100 << 20, metavar="SIZE",
+                       help="largest file that may be uploaded (default: 100MiB)")  # fmt: skip
     group.add_argument("--max-waiting-tokens", type=int, metavar="N",
                        help="most prompt tokens that may wait; requests beyond get a 429 (default: no limit)")  # fmt: skip
     group.add_argument(
@@ -85,9 +97,16 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     add_engine_flags(parser)
     parser.set_defaults(max_num_waiting=MAX_NUM_WAITING)
     args = parser.parse_args(argv)
-    for name in ("max_body_bytes", "max_waiting_tokens", "connection_timeout", "stall_timeout"):
+    if args.files_dir is not None:
+        if args.scheduling_policy == "lpm":
+            parser.error("--files-dir runs batches at low priority, and --scheduling-policy lpm knows none; leave one out")
+        args.scheduling_policy = "priority"
+    for name in ("max_body_bytes", "max_file_bytes", "max_waiting_tokens", "connection_timeout", "stall_timeout"):
         if (value := getattr(args, name)) is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} must be more than 0")
+    for name in args.served_model_name or [args.model]:
+        if name in {module.partition("=")[0] for module in args.lora_modules}:
+            parser.error(f"--lora-modules: {name!r} is a name of the model; give the adapter another one")
     if args.live is None:
         args.live = args.host in LOOPBACK
     return args
@@ -138,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         keys = read_api_keys(args.api_key, args.api_key_file)
         exporter = None if args.otlp_traces_endpoint is None else otlp_exporter(args.otlp_traces_endpoint)
         sock = bind(args.host, args.port)
+        batches = None if args.files_dir is None else BatchStore(args.files_dir, args.max_file_bytes)
         trace = None if args.record_trace is None else args.record_trace.open("w", encoding="utf-8")
         from ..core.engine import LLMEngine  # after the port is ours: torch takes seconds to import
 
@@ -166,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         async_engine, names, keys, max_body_bytes=args.max_body_bytes, allowed_origins=args.allowed_origins, tracer=tracer,
         live=args.live, strict=args.strict, tool_call_parser=args.tool_call_parser,
         enable_auto_tool_choice=args.enable_auto_tool_choice, tokenizer_info=args.enable_tokenizer_info_endpoint,
+        reasoning_parser=args.reasoning_parser, lora_updates=args.allow_runtime_lora_updating, batches=batches,
     )  # fmt: skip
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=args.shutdown_timeout,

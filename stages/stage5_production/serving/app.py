@@ -7,27 +7,32 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
+from .adapter_routes import add_adapter_routes
 from .answer_forms import mark_older
 from .async_engine import AsyncEngine
+from .batch_routes import FILES, add_batch_routes
+from .batches.batch_store import BatchStore
+from .chat_reading import ChatReader
+from .embeddings import EmbeddingDoor, EmbeddingRequest, add_embedding_routes
 from .errors import ErrorBody, RequestError, context_error
 from .guards import BodyLimit, Bugs, KeyGuard, RequestIds, TrailingSlashes, add_error_handlers
 from .ignored_fields import TolerantRoute
 from .json_body import JsonRoute
 from .live.feed import add_live_page
 from .messages_routes import add_messages_routes
-from .metrics import EngineMetrics
 from .openai_answers import (
     ChatCompletionResponse,
     CompletionResponse,
     ModelCard,
     ModelList,
+    RenderedPrompt,
 )
 from .openai_protocol import (
     ChatCompletionRequest,
@@ -36,17 +41,20 @@ from .openai_protocol import (
 )
 from .operator_routes import add_operator_routes, package_version
 from .output_stream import OutputStream
-from .responses import ChatReply, CompletionReply, Reply
+from .reasoning.formats import Reasoning
+from .responses import CompletionReply, Reply
 from .responses_routes import add_responses_routes
-from .tokenizer_routes import add_tokenizer_routes, chat_prompt
+from .served_models import ServedModels
+from .server_metrics import ServerMetrics
+from .tokenizer_routes import add_tokenizer_routes
 from .tool_calls.calling import ToolCalling
-from .tool_replies import ToolReply
 from .tracing import RequestTracer
 from .wire import STREAMED, ChatDoor, Submitted, Wire
 
 if TYPE_CHECKING:
     from ..core.input import EngineRequest, Prompt, TokensPrompt
 
+Result = TypeVar("Result")
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that has disconnected; nobody reads it."""
 MAX_BODY_BYTES = 4 << 20
@@ -58,7 +66,8 @@ def create_app(
     async_engine: AsyncEngine, served_model_names: Sequence[str], api_keys: Sequence[str] | None = None, *,
     max_body_bytes: int = MAX_BODY_BYTES, allowed_origins: Sequence[str] = (), tracer: RequestTracer | None = None,
     live: bool = False, strict: bool = False, tool_call_parser: str = "auto", enable_auto_tool_choice: bool = True,
-    tokenizer_info: bool = False,
+    tokenizer_info: bool = False, reasoning_parser: str | None = None, lora_updates: bool = False,
+    batches: BatchStore | None = None,
 ) -> FastAPI:  # fmt: skip
     """Make the server's ASGI application, which starts and ends the engine's thread.
 
@@ -73,12 +82,19 @@ def create_app(
         live: offer the page and ``/live``, which show everybody with access to the API which requests run, without texts.
         strict: refuse unknown fields instead of ignoring them, see `TolerantRoute`.
         tokenizer_info: offer ``/tokenizer_info``, which shows the chat template.
+        reasoning_parser: how the model writes its thoughts, see `Reasoning`; None: it has none.
+        lora_updates: offer the routes that load and unload adapters.
+        batches: where files and batches are kept; None: there are none. The engine must schedule by priority.
+
+    Raises:
+        ValueError: an adapter has a name of the model.
     """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async_engine.start()
-        yield
+        async with batches_running():
+            yield
         await asyncio.to_thread(async_engine.shutdown)
 
     engine = async_engine.engine
@@ -86,94 +102,79 @@ def create_app(
     app.router.route_class = JsonRoute
     add_error_handlers(app)
     app.add_middleware(Bugs)
-    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=max_body_bytes, others={} if batches is None else {FILES: batches.max_body_bytes})
     if api_keys:
         app.add_middleware(KeyGuard, api_keys=api_keys)
     if allowed_origins:
         app.add_middleware(CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(TrailingSlashes)
     app.add_middleware(RequestIds)
-    metrics = EngineMetrics(served_model_names[0], engine.stats, engine.limits.max_model_len)
+    metrics = ServerMetrics(served_model_names[0], engine)
     engine.observers.append(metrics)
     app.state.tracer = tracer
     if tracer is not None:
         engine.observers.append(tracer)
     async_engine.on_rejection = metrics.on_rejection
-    models = {
-        name: ModelCard(id=name, root=engine.config.model, max_model_len=engine.limits.max_model_len)
-        for name in served_model_names
-    }
-
-    def check_model(name: str) -> ModelCard:
-        if name not in models:
-            there = ", ".join(models)
-            raise RequestError(f"model {name!r} does not exist; this server has {there}", "model", 404, "model_not_found")
-        return models[name]
-
+    models = app.state.models = ServedModels(engine, served_model_names)
     add_operator_routes(app, async_engine, metrics)
     if live:
         add_live_page(app, async_engine, served_model_names[0], responses=ERRORS)
     app.router.route_class = JsonRoute if strict else TolerantRoute  # from here on routes take what other servers know
+    at_once = max(1, engine.config.max_num_seqs // 2)
+    batches_running = add_batch_routes(app, batches, at_once, responses=ERRORS)
     calling = ToolCalling(engine.tokenizer, tool_call_parser, enable_auto_tool_choice)
-    add_openai_routes(app, async_engine, models, check_model, calling)
+    chats = ChatReader(engine.tokenizer, calling, Reasoning(engine.tokenizer, reasoning_parser))
+    add_openai_routes(app, async_engine, models, chats)
 
     async def submit_chat(http: Request, body: ChatCompletionRequest, prefix: str) -> Submitted | None:
-        check_model(body.model)
-        prompt, make_reply = await read_chat(engine.tokenizer, calling, body)
+        models.find_writer(body.model)
+        prompt, make_reply = await chats.read(body)
         return await submit(async_engine, http, body, [prompt], make_reply, prefix)
 
     async def chat_tokens(body: ChatCompletionRequest) -> list[int]:
-        check_model(body.model)
-        return (await read_chat(engine.tokenizer, calling, body))[0]
+        models.find_writer(body.model)
+        return (await chats.read(body))[0]
 
     door = ChatDoor(submit_chat, deliver, chat_tokens)
     add_responses_routes(app, door, responses=ERRORS)
     add_messages_routes(app, door, responses=ERRORS)
-    add_tokenizer_routes(app, async_engine.engine, check_model, info=tokenizer_info, responses=ERRORS)
+    embedding_door = EmbeddingDoor(partial(engine_requests, models), unless_left, CLIENT_CLOSED_REQUEST)
+    add_embedding_routes(app, async_engine, models.find, embedding_door, responses=ERRORS)
+    add_tokenizer_routes(app, async_engine.engine, models.find, chats, info=tokenizer_info, responses=ERRORS)
+    if lora_updates:
+        add_adapter_routes(app, async_engine, models, responses=ERRORS)
     return app
 
 
-def add_openai_routes(
-    app: FastAPI, async_engine: AsyncEngine, models: dict[str, ModelCard], check_model: Callable[[str], ModelCard],
-    calling: ToolCalling,
-) -> None:  # fmt: skip
+def add_openai_routes(app: FastAPI, async_engine: AsyncEngine, models: ServedModels, chats: ChatReader) -> None:
     """Add the routes of OpenAI's API."""
 
     @app.get("/v1/models", responses=ERRORS)
     async def list_models() -> ModelList:
-        return ModelList(data=list(models.values()))
+        return ModelList(data=models.cards())
 
     @app.get("/v1/models/{name:path}", responses=ERRORS)
     async def get_model(name: str) -> ModelCard:
-        return check_model(name)
+        return models.find(name)
 
     @app.post("/v1/completions", response_model=CompletionResponse, responses=ERRORS | STREAMED)
     async def completions(body: CompletionRequest, http: Request) -> Response:
-        check_model(body.model)
+        models.find_writer(body.model)
         return await respond(async_engine, http, body, body.prompt, CompletionReply, "cmpl-")
 
     @app.post("/v1/chat/completions", response_model=ChatCompletionResponse, responses=ERRORS | STREAMED)
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:
-        check_model(body.model)
-        prompt, make_reply = await read_chat(async_engine.engine.tokenizer, calling, body)
+        models.find_writer(body.model)
+        prompt, make_reply = await chats.read(body)
         return await respond(async_engine, http, body, [prompt], make_reply, "chatcmpl-")
 
-
-async def read_chat(
-    tokenizer: Any, calling: ToolCalling, body: ChatCompletionRequest
-) -> tuple[list[int], Callable[..., Reply]]:
-    """The prompt of a chat, and what makes the reply to it.
-
-    Raises:
-        RequestError: messages or tools are not valid.
-    """
-    use = body.tool_use(calling, body.form if body.tools or body.functions else None)
-    told = calling.conversation(body.conversation(), [] if use is None else use.functions)
-    prompt = await asyncio.to_thread(chat_prompt, tokenizer, *told)
-    if use is None:
-        return prompt, ChatReply
-    body.call_with(use)
-    return prompt, partial(ToolReply, use)
+    @app.post("/v1/chat/completions/render", responses=ERRORS)
+    async def render(body: ChatCompletionRequest) -> RenderedPrompt:
+        """The prompt of a chat, which is not answered."""
+        models.find(body.model)
+        prompt, _ = await chats.read(body)
+        text = await asyncio.to_thread(chats.tokenizer.decode, prompt)
+        return RenderedPrompt(model=body.model, token_ids=prompt, prompt_text=text)
 
 
 async def respond(
@@ -205,11 +206,13 @@ async def submit(
 
     Raises:
         RequestError: a prompt or a parameter is not valid; nothing has reached the engine then.
-        QueueFullError, EngineDeadError: see `AsyncEngine.submit`.
+        QueueFullError, EngineDeadError: see `AsyncEngine.submit`. UnknownAdapterError: it was unloaded meanwhile.
     """
     reply_id = f"{prefix}{uuid.uuid4().hex}"
     tenant, address = getattr(http.state, "tenant", None), http.client and http.client.host
-    requests = await unless_left(http, engine_requests(engine, reply_id, body, prompts, tenant, address))
+    priority: int = getattr(http.state, "priority", 0)
+    models: ServedModels = http.app.state.models
+    requests = await unless_left(http, engine_requests(models, engine, reply_id, body, prompts, tenant, address, priority))
     if requests is None:
         return None
     reply = make_reply(reply_id, body, {r.request_id: r.prompt_token_ids for r in requests}, engine.engine.tokenizer)
@@ -237,11 +240,14 @@ async def deliver(http: Request, submitted: Submitted | None, wire: Wire) -> Res
 
 
 async def engine_requests(
-    engine: AsyncEngine, reply_id: str, body: GenerationRequest, prompts: list[str | list[int]], tenant: str | None = None,
-    address: str | None = None,
+    models: ServedModels, engine: AsyncEngine, reply_id: str, body: GenerationRequest | EmbeddingRequest,
+    prompts: list[str | list[int]], tenant: str | None = None, address: str | None = None, priority: int = 0,
 ) -> list[EngineRequest]:  # fmt: skip
     """Make one validated engine request for each prompt. Tenants (see `KeyGuard`) share no cached prefixes, and take turns in
     compiling grammars; without tenants, client addresses take turns.
+
+    Args:
+        priority: is added to the request's.
 
     Raises:
         RequestError: a prompt or a parameter is not valid, or needs what this server was not started with.
@@ -256,8 +262,9 @@ async def engine_requests(
     limit = engine.engine.limits.max_model_len
     try:
         requests = await engine.prepare(
-            reply_id, [engine_prompt(prompt, salt) for prompt in prompts], params, body.priority or 0, tenant or address
-        )
+            reply_id, [engine_prompt(prompt, salt) for prompt in prompts], params, (body.priority or 0) + priority,
+            tenant or address,
+        )  # fmt: skip
     except ContextLengthError as error:
         raise context_error(limit, error.num_tokens, body.prompt_field) from error
     except ValueError as error:
@@ -266,6 +273,8 @@ async def engine_requests(
     field, asked = body.token_limit
     if asked is not None and longest + asked > limit:
         raise context_error(limit, longest, body.prompt_field, (field, asked))
+    for request in requests:
+        request.adapter = models.adapter(body.model)
     return requests
 
 
@@ -277,7 +286,7 @@ def engine_prompt(prompt: str | list[int], cache_salt: str | None) -> Prompt:
     return made
 
 
-async def unless_left(http: Request, work: Coroutine[Any, Any, list[EngineRequest]]) -> list[EngineRequest] | None:
+async def unless_left(http: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
     """Wait for the result of some work. If the client leaves first, the work is cancelled and the result is None."""
 
     async def left() -> None:

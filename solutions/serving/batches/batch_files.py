@@ -28,30 +28,42 @@ class BatchRequest:
     body: dict[str, Any]
 
 
-def read_requests(path: Path) -> list[BatchRequest]:
+class LineError(ValueError):
+    """A line of a batch file is no request; `line` is its number, from 1; None: there is no line."""
+
+    def __init__(self, problem: str, line: int | None) -> None:
+        super().__init__(problem)
+        self.line = line
+
+
+def read_requests(path: Path, endpoint: str | None = None) -> list[BatchRequest]:
     """The requests of a batch file, in its order. Empty lines are passed over.
 
+    Args:
+        endpoint: what all of them must have as url; None: any of `URLS`.
+
     Raises:
-        ValueError: a line is not a request, or two have the same ``custom_id``; the message has the line's number.
+        LineError: a line is not a request, or two have the same ``custom_id``, or there is none.
         OSError: the file cannot be read.
     """
+    urls = URLS if endpoint is None else (endpoint,)
     requests: dict[str, BatchRequest] = {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            request = _request(json.loads(line))
+            request = _request(json.loads(line), urls)
             if request.custom_id in requests:
                 raise ValueError(f"an earlier line has the custom_id {request.custom_id!r}, too")
         except ValueError as error:  # json's errors and UnicodeDecodeError are among them
-            raise ValueError(f"{path}, line {number}: {error}") from None
+            raise LineError(str(error), number) from None
         requests[request.custom_id] = request
     if not requests:
-        raise ValueError(f"{path} holds no requests; write one a line, as JSON")
+        raise LineError("the file holds no requests; write one a line, as JSON", None)
     return list(requests.values())
 
 
-def _request(line: Any) -> BatchRequest:
+def _request(line: Any, urls: tuple[str, ...]) -> BatchRequest:
     if not isinstance(line, dict):
         raise ValueError("a line must be a JSON object with custom_id, method, url and body")
     custom_id, method, url, body = (line.get(key) for key in ("custom_id", "method", "url", "body"))
@@ -59,8 +71,8 @@ def _request(line: Any) -> BatchRequest:
         raise ValueError("custom_id must be a string that is not empty")
     if method != "POST":
         raise ValueError(f"method must be POST, got {method!r}")
-    if url not in URLS:
-        raise ValueError(f"url must be one of {', '.join(URLS)}; got {url!r}")
+    if url not in urls:
+        raise ValueError(f"url must be one of {', '.join(urls)}; got {url!r}")
     if not isinstance(body, dict):
         raise ValueError("body must be a JSON object: what a client would post to the url")
     if body.get("stream"):

@@ -12,21 +12,26 @@ REFERENCE = re.compile(r"(^|[^\w])solutions([./\\]|$)")
 TOOLS = ("pytest", "_pytest", "hypothesis", "stages")
 """What a starter has no business with: it imports its engine with dots."""
 VARIABLES = re.compile(r"COURSE_RESULTS|GRADING_\w+")
-MACHINERY = ("builtins", "ctypes", "gc", "importlib", "inspect")
-"""Modules by which code gets at other code while it runs."""
-DOORS = {"sys": {"modules", "_getframe", "_current_frames", "settrace", "setprofile"}, "os": {"_exit", "environ", "getenv"}}
-"""Module → its names that lead to the tests, to where results are written, or out of the process."""
+MACHINERY = ("atexit", "builtins", "ctypes", "gc", "importlib", "inspect", "marshal", "posix", "pluggy", "unittest")
+"""Modules by which code gets at other code while it runs, or out of the process."""
+DOORS = {
+    "sys": {
+        "modules", "_getframe", "_current_frames", "settrace", "setprofile", "monitoring", "meta_path", "path", "path_hooks",
+        "addaudithook", "excepthook", "unraisablehook",
+    },
+    "os": {"_exit", "environ", "getenv", "environb", "fork", "forkpty"},
+    "signal": {"signal", "setitimer", "alarm"},
+    "threading": {"Thread", "Timer", "settrace", "setprofile", "settrace_all_threads", "setprofile_all_threads"},
+    "_thread": {"start_new_thread"},
+    "traceback": {"walk_stack"},
+}  # fmt: skip
+"""Module → its names that lead to the tests, to where results are written, out of the process, or into another's turn."""
+MAKERS = {"exec", "eval", "compile"}
+"""What makes code from text."""
 INSIDES = {
-    "__builtins__",
-    "__code__",
-    "__globals__",
-    "__subclasses__",
-    "f_back",
-    "f_globals",
-    "f_locals",
-    "gi_frame",
-    "cr_frame",
-}
+    "__builtins__", "__closure__", "__code__", "__globals__", "__self__", "__subclasses__", "f_back", "f_globals", "f_locals",
+    "ag_frame", "cr_frame", "gi_frame", "tb_frame",
+}  # fmt: skip
 """Attributes that lead from one function into another."""
 COMPARISONS = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
 """What a test asks a value; an answer may not give itself."""
@@ -107,9 +112,12 @@ def _reaches(node: ast.AST, modules: dict[str, str]) -> list[str]:
         uses = [f"uses {ast.unparse(node)}"] if node.attr in door else []
         return changes + uses + ([f"uses {node.attr}"] if node.attr in INSIDES else [])
     if isinstance(node, ast.Name):
-        return [f"uses {node.id}"] if node.id in INSIDES else []
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("setattr", "delattr"):
-        return [f"changes {modules[node.args[0].id]}"] if node.args and _is_module(node.args[0], modules) else []
+        return [f"uses {node.id}"] if node.id in INSIDES | MAKERS else []
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args and _is_module(node.args[0], modules):
+        name = modules[node.args[0].id]
+        if node.func.id in ("setattr", "delattr"):
+            return [f"changes {name}"]
+        return [f"uses the names of {name}"] if node.func.id == "vars" else []
     if isinstance(node, ast.ClassDef):
         targets = [target for each in node.body if isinstance(each, ast.Assign) for target in each.targets]
         names = [each.name for each in node.body if isinstance(each, ast.FunctionDef)]

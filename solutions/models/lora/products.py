@@ -1,0 +1,132 @@
+"""A linear layer's product with what the adapters of the step add to it.
+
+Tokens of several adapters stand in one step. The layer's own product is made for all rows at once, whatever it is made by. Then
+each adapter's rows are taken out, multiplied by its A and B, and added where they came from: two small products a layer for
+each adapter in the step. (Chen et al., "Punica", 2023, make them all in one kernel; ``products_cpu.py`` does.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...parallelism.linear import Linear
+from ...parallelism.tensor_parallel import ColumnParallelLinear, RowParallelLinear, Shard, check_size
+from .adapter_files import Part
+
+MAX_TOKENS = 1 << 20
+"""Of a step; memory that no step has used costs nothing."""
+
+
+class AdaptersOfStep:
+    """Which rows of the step are whose; all layers of a model share one of these.
+
+    Attributes:
+        slots: on a CPU, of each row; a step's are at the start of memory that stays, for kernels that are replayed.
+        active: whether the step has any adapter.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.slots = torch.empty(MAX_TOKENS if device.type == "cpu" else 0, dtype=torch.int64)
+        self._adapters = np.empty(0, np.int64)
+        self.active = False
+
+    def begin(self, adapters: NDArray[np.int64]) -> None:
+        """Note a step: [T], the slot of each token's adapter, or 0 for none."""
+        self.active = bool(adapters.any())
+        if self.active:
+            self._adapters = adapters
+            self.__dict__.pop("groups", None)
+            if len(self.slots):
+                self.slots[: len(adapters)] = torch.from_numpy(adapters)
+
+    @cached_property
+    def groups(self) -> list[tuple[int, Tensor]]:
+        """(slot, its rows) for each adapter in a step that has any."""
+        adapters = self._adapters
+        slots = np.unique(adapters[adapters > 0]).tolist()
+        return [(slot, torch.from_numpy(np.flatnonzero(adapters == slot)).to(self.device)) for slot in slots]
+
+
+Weights = tuple[Tensor, list[Tensor]]
+"""An adapter's part of a layer: A of all pieces one below the other, [pieces · r, in], and each piece's B, [out, r]."""
+
+
+class AdaptedProduct:
+    """Takes the place of `Linear.multiply`.
+
+    Args:
+        layer: whose product it is. product: what `multiply` was. hidden_size: of the model.
+        step: says which rows are whose.
+        dtype: of the activations.
+    """
+
+    def __init__(
+        self, layer: Linear, product: Callable[..., Tensor], hidden_size: int, step: AdaptersOfStep, dtype: torch.dtype
+    ) -> None:
+        self.product, self.step, self.dtype = product, step, dtype
+        whole = Shard(hidden_size, 0, hidden_size)
+        self.inputs = layer.inputs if isinstance(layer, RowParallelLinear) else whole
+        self.pieces = layer.pieces if isinstance(layer, ColumnParallelLinear) else {"": whole}
+        self._weights: dict[int, Weights | None] = {}
+
+    def check(self, parts: list[Part]) -> None:
+        """See that an adapter is one for a layer of this shape.
+
+        Raises:
+            ValueError: it is not.
+        """
+        for part in parts:
+            check_size(part.a, 1, self.inputs.full)
+            if part.shard is not None and part.shard not in self.pieces:
+                raise ValueError(f"the layer has no piece {part.shard}")
+            check_size(part.b, 0, sum(self.pieces[name].full for name in self._pieces_of(part)))
+
+    def _pieces_of(self, part: Part) -> list[str]:
+        return list(self.pieces) if part.shard is None else [part.shard]
+
+    def load(self, slot: int, parts: list[Part]) -> None:
+        """Take this rank's part of an adapter that fits; without parts the slot adds nothing."""
+        if not parts:
+            self._keep(slot, None)
+            return
+        rank = max(len(part.a) for part in parts)
+        names = list(self.pieces)
+        a = torch.zeros(len(names), rank, len(self.inputs), dtype=self.dtype)
+        b = [torch.zeros(len(piece), rank, dtype=self.dtype) for piece in self.pieces.values()]
+        for part in parts:
+            chosen = self._pieces_of(part)
+            sizes = [self.pieces[name].full for name in chosen]
+            for name, rows in zip(chosen, part.b.split(sizes), strict=True):
+                at, r = names.index(name), len(part.a)
+                a[at, :r] = self.inputs.of(part.a, dim=1)
+                b[at][:, :r] = self.pieces[name].of(rows)
+        device = self.step.device
+        self._keep(slot, (a.flatten(0, 1).to(device), [each.to(device) for each in b]))
+
+    def _keep(self, slot: int, weights: Weights | None) -> None:
+        """Hold what a slot adds from now on; None: nothing."""
+        self._weights[slot] = weights
+
+    def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
+        """[T, in] -> [T, out]; see `Linear.multiply`."""
+        y = self.product(x, add_to)
+        if self.step.active:
+            self.add(x, y)
+        return y
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add to `y` [T, out] what each row's adapter says of `x` [T, in]."""
+        for slot, rows in self.step.groups:
+            weights = self._weights[slot]
+            if weights is None:
+                continue
+            a, b = weights
+            inner = (x[rows] @ a.t()).chunk(len(b), dim=1)  # [rows, r] for each piece
+            y.index_add_(0, rows, torch.cat([part @ each.t() for part, each in zip(inner, b, strict=True)], dim=1))

@@ -1,0 +1,69 @@
+"""How a chat request becomes a prompt, and what the model's answer to it will be made of."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from ..core.text.chat_template import render_chat
+from .errors import RequestError
+from .openai_protocol import ChatCompletionRequest
+from .parsed_replies import ParsedReply
+from .reasoning.formats import Reasoning
+from .responses import ChatReply, Reply
+from .template_fields import TemplateFields
+from .tool_calls.calling import ToolCalling
+from .tool_calls.tool_format import Function
+
+NO_REASONING = "thinking_token_budget needs a server that was started with --reasoning-parser"
+
+
+class ChatReader:
+    """Reads chats for one model.
+
+    Args:
+        tokenizer: the engine's, or None. calling: how the model calls tools. reasoning: how it thinks.
+    """
+
+    def __init__(self, tokenizer: Any, calling: ToolCalling, reasoning: Reasoning) -> None:
+        self.tokenizer = tokenizer
+        self.calling = calling
+        self._reasoning = reasoning
+
+    async def read(self, body: ChatCompletionRequest) -> tuple[list[int], Callable[..., Reply]]:
+        """The prompt of a chat, and what makes the reply to it.
+
+        Raises:
+            RequestError: messages, tools or variables of the template are not valid, or this model has nothing to limit.
+        """
+        if body.thinking_token_budget is not None and self._reasoning.format is None and body.insists:
+            raise RequestError(NO_REASONING, "thinking_token_budget")
+        use = body.tool_use(self.calling, body.form if body.tools or body.functions else None)
+        messages = body.conversation()
+        last = messages[-1]
+        said = _text(last["content"]) if last["role"] == "assistant" else ""
+        prompt = await asyncio.to_thread(self.tokens, messages, [] if use is None else use.functions, body)
+        thinking = self._reasoning.of(prompt, body.thinking_token_budget, said if body.continue_final_message else None)
+        echo = said if body.echo else ""
+        if use is None and thinking is None and not echo:
+            return prompt, ChatReply
+        body.answer_with(use, thinking)
+        return prompt, partial(ParsedReply, use, thinking, echo)
+
+    def tokens(self, messages: list[dict[str, Any]], functions: Sequence[Function], fields: TemplateFields) -> list[int]:
+        """The conversation as token ids, by the model's chat template, with the functions that it may call.
+
+        Raises:
+            RequestError: the model has no chat template, or it does not take this conversation.
+        """
+        told, tools = self.calling.conversation(messages, functions)
+        try:
+            return render_chat(self.tokenizer, told, tools, fields.template_options)
+        except ValueError as error:
+            raise RequestError(f"{error}; /v1/completions takes any prompt", "messages") from error
+
+
+def _text(content: str | list[dict[str, str]]) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
