@@ -1,7 +1,7 @@
 """Requests made from the OpenAPI document, valid and broken ones: whatever comes, the answer is as documented and no 5xx.
 
 `make test-api` tries more: the operations that take a body, with valid and with broken ones, and those with an id in their path
-are 10,000 cases there.
+are more than 10,000 cases there.
 """
 
 from __future__ import annotations
