@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from .messages_events import MessageBuilder
 from .messages_request import CountTokensRequest, MessagesRequest
 from .translated_wire import TranslatedWire
-from .wire import ChatDoor, Wire
+from .wire import STREAMED, ChatDoor, Wire
 
 
 def add_messages_routes(app: FastAPI, door: ChatDoor, responses: dict[int | str, Any]) -> None:
@@ -23,7 +23,7 @@ def add_messages_routes(app: FastAPI, door: ChatDoor, responses: dict[int | str,
         responses: the errors that routes may answer with, for the API's description.
     """
 
-    @app.post("/v1/messages", responses=responses)
+    @app.post("/v1/messages", responses=responses | STREAMED)
     async def create(body: MessagesRequest, http: Request) -> Response:
         submitted = await door.submit(http, body.chat(), "msg_")
         if submitted is None:

@@ -17,7 +17,7 @@ from .responses_items import items_of, message_of
 from .responses_request import ResponsesRequest
 from .responses_store import ResponseStore, StoredResponse
 from .translated_wire import TranslatedWire
-from .wire import ChatDoor, Submitted, Wire
+from .wire import STREAMED, ChatDoor, Submitted, Wire
 
 
 def add_responses_routes(app: FastAPI, door: ChatDoor, responses: dict[int | str, Any]) -> None:
@@ -29,7 +29,7 @@ def add_responses_routes(app: FastAPI, door: ChatDoor, responses: dict[int | str
     store, running = ResponseStore(), set[asyncio.Task[None]]()
     add_routes_of_stored(app, store, responses)
 
-    @app.post("/v1/responses", responses=responses)
+    @app.post("/v1/responses", responses=responses | STREAMED)
     async def create(body: ResponsesRequest, http: Request) -> Response:
         earlier = body.previous_response_id
         before = None if earlier is None else find(store, http, earlier, "previous_response_id")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -12,6 +13,9 @@ from ..core.output import RequestOutput
 from .openai_protocol import ChatCompletionRequest
 from .output_stream import OutputStream
 from .responses import Reply, server_sent_events
+
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""For the API's description: with ``stream: true`` the answer is server-sent events."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,5 @@
-"""A stream's pieces, joined, are the answer that comes in one: random requests to a real server, each in both ways.
+"""A stream's pieces, joined, are the answer that comes in one: random requests to a real server, each in both ways. The second
+half asks for calls of functions with random schemas, which all arguments have to match.
 
 `CASES=500` is what `make test-api` tries; see `CASES` for how many otherwise.
 """
@@ -6,14 +7,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
 
+from solutions.tests import test_tool_calls
 from solutions.tests.real_server import MODEL
 
 CASES = min(500, int(os.environ.get("CASES", "60")))
@@ -130,3 +134,68 @@ def test_a_stream_comes_to_the_whole_answer(url: str) -> None:
     reasons = asyncio.run(all_of_them())
     assert len(reasons) == CASES
     assert {"stop", "length"} == set(reasons)
+
+
+def schema(rng: random.Random, depth: int = 2) -> dict[str, Any]:
+    """A schema whose values are short, so that most calls are done within a request's tokens."""
+    kinds: list[dict[str, Any]] = [
+        {"enum": rng.sample(["é", "a b", 'say "x"', 1, None, True, "😀"], 3)}, {"type": ["boolean", "null"]},
+        {"type": "integer", "minimum": rng.randint(-20, 0), "maximum": rng.randint(0, 2000)}, {"const": {"deep": ["é", 1.5]}},
+        {"type": "string", "maxLength": rng.randint(0, 6)}, {"type": "string", "pattern": "^[a-c]{1,3}-[0-9]{1,4}$"},
+    ]  # fmt: skip
+    if depth:
+        kinds.append({"type": "array", "items": schema(rng, depth - 1), "maxItems": 2})
+        kinds.append({"anyOf": [schema(rng, depth - 1), {"type": "null"}]})
+        kinds += [an_object(rng, depth - 1)] * 2
+    return rng.choice(kinds)
+
+
+def an_object(rng: random.Random, depth: int) -> dict[str, Any]:
+    names = rng.sample(["city", "naïve name", 'q"', "x-y", "日本", "unit"], rng.randint(0, 3))
+    required = [name for name in names if rng.random() < 0.6]
+    members = {name: schema(rng, depth) for name in names}
+    return {"type": "object", "properties": members, "required": required, "additionalProperties": False}
+
+
+def calling(rng: random.Random) -> dict[str, Any]:
+    """A request that has to call one of its functions: greedy, sampled, or so hot that any token comes."""
+    functions: list[dict[str, Any]] = []
+    while not functions or len(json.dumps(functions)) > 600:  # prompt and answer have to fit the context
+        functions = [{"name": f"do_{i}", "parameters": an_object(rng, 2)} for i in range(rng.randint(1, 2))]
+    fields: dict[str, Any] = {
+        "messages": [{"role": "user", "content": text(rng, 4)}], "max_tokens": rng.choice([10, 60, 120]),
+        "tools": [{"type": "function", "function": {**each, "strict": rng.random() < 0.5}} for each in functions],
+        "tool_choice": rng.choice(["required", {"type": "function", "function": {"name": rng.choice(functions)["name"]}}]),
+        "parallel_tool_calls": rng.random() < 0.3, "seed": rng.randrange(1000), "temperature": rng.choice([0.0, 1.0, 2.0]),
+    }  # fmt: skip
+    if rng.random() < 0.3:
+        fields |= {"n": 2} if rng.random() < 0.5 else {"stop": ["{", "do", '"']}
+    return fields
+
+
+async def called_both_ways(client: openai.AsyncOpenAI, turn: asyncio.Semaphore, fields: dict[str, Any]) -> list[str | None]:
+    """Why its choices ended."""
+    async with turn:
+        got = test_tool_calls.whole(await client.chat.completions.create(model=MODEL, **fields))
+        chunks = [chunk async for chunk in await client.chat.completions.create(model=MODEL, **fields, stream=True)]
+    assert test_tool_calls.streamed(chunks, fields.get("n", 1))[0] == got, fields
+    parameters = {tool["function"]["name"]: tool["function"]["parameters"] for tool in fields["tools"]}
+    for _, calls, reason in got:
+        done = calls if reason == "tool_calls" else calls[:-1]  # the last one may be cut
+        for name, arguments in done:
+            jsonschema.validate(json.loads(arguments), parameters[name])
+        assert done or reason == "length"
+    return [reason for *_, reason in got]
+
+
+@pytest.mark.slow
+def test_streamed_calls_come_to_the_whole_calls_and_match_their_schemas(url: str) -> None:
+    async def all_of_them() -> list[list[str | None]]:
+        turn = asyncio.Semaphore(CONCURRENCY)
+        rng = random.Random(1)
+        async with openai.AsyncOpenAI(base_url=url, api_key="-", max_retries=0, timeout=120) as client:
+            return await asyncio.gather(*(called_both_ways(client, turn, calling(rng)) for _ in range(CASES)))
+
+    reasons = Counter(reason for ended in asyncio.run(all_of_them()) for reason in ended)
+    assert {*reasons} == {"tool_calls", "length"}
+    assert reasons["tool_calls"] > CASES / 3, reasons

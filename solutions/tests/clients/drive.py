@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from solutions.benchmarks.servers import as_flags, running_server
+from solutions.models.loader import resolve_model
 from solutions.tests.clients.environments import Client, UnavailableError, catalogue, command
 from solutions.tests.clients.table import enter
 
@@ -49,7 +50,8 @@ def outcomes(client: Client, url: str) -> Outcomes:
     Raises:
         UnavailableError: its packages cannot be had here. RuntimeError: the script broke off.
     """
-    environment = os.environ | {"CLIENT_URL": url, "CLIENT_MODEL": MODEL, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    names = {"CLIENT_URL": url, "CLIENT_MODEL": MODEL, "CLIENT_TOKENIZER": str(resolve_model(MODEL).path)}
+    environment = os.environ | names | {"PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         command(client), cwd=client.folder, env=environment, stdout=subprocess.PIPE, text=True, timeout=SECONDS, check=False
     )  # fmt: skip

@@ -30,6 +30,7 @@ FEATURES = (
     "regex and grammar",
     "log-probabilities",
     "responses",
+    "embeddings",
     "overflow error",
 )
 """In the order of the table's columns."""
@@ -109,6 +110,13 @@ def counted(prompt_tokens: int | None, completion_tokens: int | None) -> None:
     right = post("chat/completions", messages=MESSAGES, max_tokens=LIMIT)["usage"]
     numbers = right["prompt_tokens"], right["completion_tokens"]
     assert (prompt_tokens, completion_tokens) == numbers, f"{prompt_tokens}, {completion_tokens} are not {numbers}"
+
+
+def embedded(vector: list[float]) -> None:
+    """The vector is the server's for the question, but for what a batch or an encoding rounds."""
+    right = post("embeddings", input=QUESTION)["data"][0]["embedding"]
+    assert len(vector) == len(right), len(vector)
+    assert sum(a * b for a, b in zip(vector, right, strict=True)) > 0.99 * sum(b * b for b in right), vector[:4]
 
 
 def a_city(value: Any) -> None:

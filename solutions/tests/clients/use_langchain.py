@@ -4,7 +4,7 @@ import shared
 from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI, OpenAI
+from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, Field
 
 server = {"model": shared.MODEL, "base_url": shared.URL, "api_key": "unused", "temperature": 0, "max_retries": 0}
@@ -80,6 +80,14 @@ def responses() -> None:
     spoken = ChatOpenAI(**server, max_tokens=shared.LIMIT, use_responses_api=True)
     shared.same(spoken.invoke(shared.QUESTION).text)
     shared.same(shared.in_pieces([chunk.text for chunk in spoken.stream(shared.QUESTION)]))
+
+
+@shared.feature("embeddings")
+def embeddings() -> None:
+    embedder = OpenAIEmbeddings(
+        model=shared.MODEL, base_url=shared.URL, api_key="unused", max_retries=0, check_embedding_ctx_length=False
+    )  # fmt: skip
+    shared.embedded(embedder.embed_documents(["x", shared.QUESTION])[1])
 
 
 @shared.feature("overflow error")

@@ -85,6 +85,11 @@ def responses() -> None:
         shared.same(shared.in_pieces([event.delta for event in events if event.type == "response.output_text.delta"]))
 
 
+@shared.feature("embeddings")
+def embeddings() -> None:
+    shared.embedded(client.embeddings.create(model=shared.MODEL, input=["x", shared.QUESTION]).data[1].embedding)
+
+
 @shared.feature("overflow error")
 def overflow() -> None:
     turns = [{"role": "user", "content": shared.TOO_LONG}]

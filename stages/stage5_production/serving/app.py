@@ -51,7 +51,7 @@ from .server_metrics import ServerMetrics
 from .tokenizer_routes import add_tokenizer_routes
 from .tool_calls.calling import ToolCalling
 from .tracing import RequestTracer
-from .wire import ChatDoor, Submitted, Wire
+from .wire import STREAMED, ChatDoor, Submitted, Wire
 
 if TYPE_CHECKING:
     from ..core.input import EngineRequest, Prompt, TokensPrompt
@@ -62,8 +62,6 @@ CLIENT_CLOSED_REQUEST = 499
 MAX_BODY_BYTES = 4 << 20
 """Default limit of a body; 100,000 tokens take about a tenth of it."""
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
-STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
-"""With ``stream: true`` the answer is server-sent events: chunks as JSON, then ``[DONE]``."""
 
 
 def create_app(
