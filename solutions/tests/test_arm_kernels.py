@@ -29,7 +29,6 @@ NEON = linear_cpu.Layout(panel=8, bfloat16=torch.float32, int8=torch.int16)
 ARRAYS = ("x", "w", "scales", "bias", "y", "other_x", "of_groups", "order")
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(COMPILER is None or EMULATOR is None, reason="no cross compiler or emulator for Arm here"),
     pytest.mark.skipif(native.compiler() is None, reason="weights are packed beside this machine's own kernels"),
 ]
@@ -63,6 +62,14 @@ int main(int, char** argv) {
 """
 
 
+def test_the_kernels_are_valid_for_arm() -> None:
+    files = [str(native.find_source(name)) for name in native.SOURCES]
+    command = [COMPILER, "-std=c++17", "-march=armv8-a", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", f"-I{INCLUDE}", *files]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_all_kernels_build_without_a_warning(processor: str, tmp_path: Path) -> None:
     flags = [flag for flag in native.FLAGS if flag != "-march=native"]
@@ -81,6 +88,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "products"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize(("rows", "columns", "batch"), [(8, 16, 1), (40, 112, 11), (33, 96, 12), (64, 192, 25)])
