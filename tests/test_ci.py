@@ -13,11 +13,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BASH = shutil.which("bash")
+ARM = "g++-aarch64-linux-gnu qemu-user-static"
 
 APT = """\
 #!{bash}
 echo "$@" >> {log}
-[ "$1" = install ] && [ {works} = 1 ] && for name in clang++ chromium; do
+[ "$1" = install ] && [ {works} = 1 ] && for name in clang++ aarch64-linux-gnu-g++ qemu-aarch64-static chromium; do
   printf '#!{bash}\\ncat >/dev/null\\n' > {folder}/$name; chmod +x {folder}/$name
 done
 exit 0
@@ -48,6 +49,7 @@ def test_what_cannot_be_installed_is_named(machine: Path) -> None:
     for user, why in ((1000, "only root may install it"), (0, "there is no apt-get")):
         assert tools(machine, user) == [
             f"NOT TESTED: the C++ kernels by clang++. There is no clang, and {why}; on Debian: apt install clang",
+            f"NOT TESTED: the C++ kernels for Arm. There is no arm-compiler, and {why}; on Debian: apt install {ARM}",
             f"NOT TESTED: the page in a browser. There is no chromium, and {why}; on Debian: apt install chromium",
         ]
 
@@ -60,12 +62,12 @@ def test_root_installs_what_is_missing(works: bool, machine: Path) -> None:
     assert said[0] == "Installing clang"
     assert "install -y -qq --no-install-recommends clang" in log.read_text().splitlines()
     named = [line for line in said if line.startswith("NOT TESTED")]
-    assert len(named) == (0 if works else 2)
+    assert len(named) == (0 if works else 3)
     assert all("apt-get could not install it" in line for line in named)
 
 
 def test_what_is_there_is_left_alone(machine: Path) -> None:
-    for name in ("clang++", "google-chrome"):
+    for name in ("clang++", "aarch64-linux-gnu-g++", "qemu-aarch64-static", "google-chrome"):
         install(machine, name, f"#!{BASH}\ncat >/dev/null\n")
     assert tools(machine, 1000) == []
 
