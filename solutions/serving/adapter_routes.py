@@ -60,6 +60,16 @@ def add_adapter_routes(
         return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
+def refuse_adapter_routes(app: FastAPI) -> None:
+    """Say how to get the routes."""
+    for what in ("load", "unload"):
+        app.add_api_route(f"/v1/{what}_lora_adapter", refuse, methods=["POST"], include_in_schema=False)
+
+
+async def refuse() -> None:
+    raise RequestError("adapters come and go if the server is started with --allow-runtime-lora-updating", status=404)
+
+
 async def between_steps(async_engine: AsyncEngine, work: Callable[[], None]) -> None:
     """Let the engine's thread do something at its next step border, and wait for that.
 

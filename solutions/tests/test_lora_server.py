@@ -156,7 +156,8 @@ def test_an_adapter_that_leaves_before_its_request_starts_gives_a_404(server: Se
 def test_adapters_are_not_loaded_over_http_unless_that_is_allowed() -> None:
     with serve(FakeEngine()) as url:
         for route in ("load", "unload"):
-            assert httpx.post(f"{url}/v1/{route}_lora_adapter", json={"lora_name": "a", "lora_path": "b"}).status_code == 404
+            answer = httpx.post(f"{url}/v1/{route}_lora_adapter", json={"lora_name": "a", "lora_path": "b"})
+            assert (answer.status_code, "--allow-runtime-lora-updating" in answer.text) == (404, True)
     with serve(FakeEngine(), lora_updates=True) as url:  # but without --enable-lora
         answer = httpx.post(f"{url}/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "b"})
         assert (answer.status_code, "--enable-lora" in answer.text) == (400, True)

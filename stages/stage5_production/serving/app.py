@@ -14,7 +14,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
-from .adapter_routes import add_adapter_routes
+from .adapter_routes import add_adapter_routes, refuse_adapter_routes
 from .answer_forms import mark_older
 from .async_engine import AsyncEngine
 from .batch_routes import FILES, add_batch_routes
@@ -135,6 +135,8 @@ def create_app(
     add_tokenizer_routes(app, async_engine.engine, models.find, chats, info=tokenizer_info, responses=ERRORS)
     if lora_updates:
         add_adapter_routes(app, async_engine, models, responses=ERRORS)
+    else:
+        refuse_adapter_routes(app)
     return app
 
 
