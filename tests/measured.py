@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
-CPU, GPU = "epyc-zen4-2core", "nvidia-h200"
+CPU, AMX, GPU = "epyc-zen4-2core", "xeon-amx-2core", "nvidia-h200"
 WORKLOADS = {"W1": "one request", "W2": "32 at once", "W3": "64 of mixed lengths", "W4": "32 with a common prefix"}
 
 Table = list[str]
@@ -95,14 +95,20 @@ def against_vllm() -> Table:
     return table("workload | bfloat16 | int8 | vLLM | bfloat16 / vLLM | from | to", rows)
 
 
-def against_transformers() -> Table:
-    runs = record(f"{CPU}_compare")
+def against_transformers(machine: str = CPU) -> Table:
+    runs = record(f"{machine}_compare")
     rows = []
     for name, text in WORKLOADS.items():
+        if name not in runs:
+            continue
         ratio = runs[name]["hf"]["bf16_over_this"]
         rates = [rate(runs[name][system]) for system in ("bf16", "hf")]
         rows.append([text, *rates, *(f"{ratio[key]:.{0 if ratio['mean'] > 10 else 1}f}" for key in ("mean", "low", "high"))])
     return table("workload | bfloat16 | transformers | bfloat16 / transformers | from | to", rows)
+
+
+def with_amx() -> Table:
+    return against_transformers(AMX)
 
 
 def throughput() -> Table:
@@ -302,7 +308,7 @@ def gpu_latency() -> Table:
 DOCUMENTS = {
     "README.md": (headline_workloads, headlines),
     "benchmarks/README.md": (
-        against_vllm, against_transformers, throughput, weights, quality_plain, quality_groups, speculation, memory,
+        against_vllm, against_transformers, throughput, with_amx, weights, quality_plain, quality_groups, speculation, memory,
         prefix_cache, overhead, ranks, sums, serving, page, replicas,
         gpu_throughput, gpu_caches, gpu_steps, gpu_prompts, gpu_attention, gpu_latency,
     ),
