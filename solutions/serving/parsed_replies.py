@@ -10,10 +10,8 @@ from ..core.output import CompletionOutput, RequestOutput
 from .openai_answers import (
     AssistantMessage,
     CalledFunction,
-    ChatChoice,
     ChatChunkChoice,
     ChatCompletionChunk,
-    ChatCompletionResponse,
     CompletionTokensDetails,
     Delta,
     FinishReason,
@@ -95,22 +93,6 @@ class ParsedReply(ChatReply):
                 choice.pieces = [piece for piece in choice.pieces if not piece.is_thought]
             yield index, replace(sequence, text=sequence.text if choice.pieces else "")
 
-    def whole(self, outputs: list[RequestOutput]) -> ChatCompletionResponse:
-        choices = [
-            ChatChoice(
-                index=index,
-                message=self._message(self._choices[index]),
-                logprobs=self._logprobs(sequence),
-                finish_reason=self._reason(index, sequence),
-                stop_reason=sequence.stop_reason,
-                token_ids=self.take_ids(index),
-            )
-            for output in outputs
-            for index, sequence in self.choices(output)
-        ]
-        choices.sort(key=lambda choice: choice.index)
-        return ChatCompletionResponse(**self.head, choices=choices, usage=self.usage, **self.about_prompt(outputs))
-
     def opening(self) -> Iterable[ChatCompletionChunk]:
         """The same without an empty text: whether there will be a text is not known yet."""
         for chunk in super().opening():
@@ -134,7 +116,8 @@ class ParsedReply(ChatReply):
             return "function_call" if self._use.is_legacy else "tool_calls"
         return sequence.finish_reason
 
-    def _message(self, choice: _Choice) -> AssistantMessage:
+    def _message(self, index: int, sequence: CompletionOutput) -> AssistantMessage:
+        choice = self._choices[index]
         said = "".join(piece.text for piece in choice.pieces if piece.call is None and not piece.is_thought)
         thought = "".join(piece.text for piece in choice.pieces if piece.is_thought) or None
         calls: dict[int, CalledFunction] = {}

@@ -26,6 +26,7 @@ from .openai_answers import (
     CompletionLogprobs,
     CompletionResponse,
     Delta,
+    FinishReason,
     PromptLogprobs,
     PromptTokensDetails,
     Usage,
@@ -249,9 +250,9 @@ class ChatReply(Reply):
         choices = [
             ChatChoice(
                 index=index,
-                message=AssistantMessage(content=sequence.text),
+                message=self._message(index, sequence),
                 logprobs=self._logprobs(sequence),
-                finish_reason=sequence.finish_reason,
+                finish_reason=self._reason(index, sequence),
                 stop_reason=sequence.stop_reason,
                 token_ids=self.take_ids(index),
             )
@@ -260,6 +261,14 @@ class ChatReply(Reply):
         ]
         choices.sort(key=lambda choice: choice.index)
         return ChatCompletionResponse(**self.head, choices=choices, usage=self.usage, **self.about_prompt(outputs))
+
+    def _message(self, index: int, sequence: CompletionOutput) -> AssistantMessage:
+        """What a choice says."""
+        return AssistantMessage(content=sequence.text)
+
+    def _reason(self, index: int, sequence: CompletionOutput) -> FinishReason | None:
+        """Why a choice has ended."""
+        return sequence.finish_reason
 
     def about_prompt(self, outputs: list[RequestOutput]) -> dict[str, Any]:
         """What an answer says of its prompt, if the request asks for it."""
