@@ -10,6 +10,10 @@ import pytest
 
 from solutions.core.config import add_engine_flags
 
+from .file_list import DOCUMENT, LIST, SOURCES, file_list, first_sentence, floors
+from .test_floors import ROOT as ENGINE
+from .test_floors import name
+
 ROOT = Path(__file__).parents[1]
 PROGRAM_FLAGS = {
     "--host", "--port", "--prompt", "--prompts-file", "--api-key", "--served-model-name", "--max-waiting-tokens"
@@ -65,9 +69,21 @@ def test_every_flag_of_the_engine_exists(document: str) -> None:
     assert used - known == set()
 
 
-def test_the_engine_s_readme_names_every_file_of_it() -> None:
-    text = (ROOT / "solutions/README.md").read_text()
-    files = (path for suffix in ("py", "h", "cu") for path in (ROOT / "solutions").rglob(f"*.{suffix}"))
-    engine = [path for path in files if "tests" not in path.parts and path.name != "__init__.py"]
-    assert len(engine) > 100
-    assert [str(path.relative_to(ROOT)) for path in engine if f"`{path.name}`" not in text] == []
+def test_the_engine_s_readme_lists_every_file_by_its_own_words() -> None:
+    """`python -m tests.file_list --write` renews the list."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert LIST.findall(text) == [file_list()]
+    rows = re.findall(r"^\| \[\S+\]\((\S+)\) \| .*\S \|$", LIST.findall(text)[0], re.MULTILINE)
+    every = {name(path) for path in ENGINE.rglob("*") if path.suffix in SOURCES and name(path).split("/")[0] != "tests"}
+    assert sorted(rows) == sorted(every - {"__init__.py"})
+
+
+def test_a_file_s_own_words_are_its_first_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text('"""Adds ``a``\nto b | c. Not\nmore."""\n')
+    (tmp_path / "b.h").write_text("// Adds a\n// to b. Not more.\n//\n// Nor this.\nint x;\n")
+    assert first_sentence(tmp_path / "a.py") == "Adds `a` to b \\| c."
+    assert first_sentence(tmp_path / "b.h") == "Adds a to b."
+
+
+def test_a_floor_stands_above_what_it_imports() -> None:
+    assert floors({"a": {"c"}, "b": {"a", "c"}, "c": set(), "d": set()}) == ["b", "a", "c", "d"]
