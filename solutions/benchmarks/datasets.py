@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+from ..batching.sampling_params import SamplingParams
+
+DATASETS = ("random", "mixed", "shared-prefix", "chat", "repetitive")
 TOKEN_IDS = (1000, 40_000)
 """First and last token id of a prompt; what lies below is mostly special tokens and single bytes."""
 MIXED_INPUT, MIXED_OUTPUT = (16, 512), (16, 256)
-SHARED_PREFIX = 512
 CHAT_TURNS = 4
 PHRASE = 8
 
 
 @dataclass(frozen=True, slots=True)
 class BenchRequest:
-    """One request: a prompt, and how many tokens must come back.
-
-    Attributes:
-        text: what a server gets in place of the ids, when given.
-    """
+    """One request: a prompt, how many tokens must come back, and a text that a server gets in place of the ids, when given."""
 
     prompt_token_ids: list[int]
     output_len: int
@@ -36,16 +34,22 @@ class BenchRequest:
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + self.output_len
 
+    @property
+    def prompt(self) -> dict[str, list[int]]:
+        """As an engine takes it."""
+        return {"prompt_token_ids": self.prompt_token_ids}
+
+    def params(self, **more: Any) -> SamplingParams:
+        """Greedy, to its length and no further."""
+        return SamplingParams(temperature=0.0, max_tokens=self.output_len, ignore_eos=True, **more)
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:
     """What to generate.
 
     Attributes:
-        dataset: "random" (all of one length), "mixed" (lengths drawn from `MIXED_INPUT` and `MIXED_OUTPUT`), "shared-prefix"
-            (the same first `prefix_len` tokens in all, then `input_len` own ones), "chat" (conversations of `CHAT_TURNS`
-            turns, each prompt being all that was said before and `input_len` new tokens), or "repetitive" (`PHRASE` random
-            tokens again and again, which n-gram speculation likes).
+        dataset: one of `DATASETS`, which `DATASETS_HELP` explains.
         num_prompts: how many requests; of "chat" every turn is one.
         input_len, output_len: lengths in tokens; None for "mixed", which draws them.
         prefix_len: tokens that all prompts of "shared-prefix" begin with, else 0.
@@ -74,24 +78,23 @@ class Workload:
             raise ValueError("a prefix length of at least 1 goes with the dataset shared-prefix, and only with it")
 
 
-DATASETS = {
-    "random": {"num_prompts": 32, "input_len": 128, "output_len": 128},
-    "mixed": {"num_prompts": 64},
-    "shared-prefix": {"num_prompts": 32, "input_len": 16, "output_len": 32, "prefix_len": SHARED_PREFIX},
-    "chat": {"num_prompts": 32, "input_len": 32, "output_len": 64},
-    "repetitive": {"num_prompts": 32, "input_len": 128, "output_len": 128},
-}
-"""The datasets, each with its usual numbers."""
-
 WORKLOADS = {
     "W1": Workload("random", 1, 128, 128),
     "W2": Workload("random", 32, 128, 128),
     "W3": Workload("mixed", 64),
-    "W4": Workload("shared-prefix", 32, 16, 32, SHARED_PREFIX),
+    "W4": Workload("shared-prefix", 32, 16, 32, 512),
     "W5": Workload("chat", 32, 32, 64),
     "W6": Workload("repetitive", 32, 128, 128),
 }
 """Workloads that measurements quote: one user, many alike, many unlike, many with one system prompt, conversations, echoes."""
+
+USUAL = {workload.dataset: workload for workload in WORKLOADS.values()}
+"""Each dataset with its usual numbers: of its last workload."""
+
+
+def token_ids(rng: random.Random, count: int) -> list[int]:
+    """So many tokens of a prompt."""
+    return [rng.randint(*TOKEN_IDS) for _ in range(count)]
 
 
 def draw_lengths(
@@ -106,10 +109,8 @@ def make_requests(
 ) -> list[BenchRequest]:
     """The requests of a workload; the same numbers give the same requests, everywhere and always.
 
-    Lengths are drawn before tokens, so they do not depend on the vocabulary.
-
     Args:
-        vocab_size: a model with fewer than 40,001 tokens gets ids from its own vocabulary.
+        vocab_size: a model with fewer than 40,001 tokens gets ids from its own vocabulary; lengths do not depend on it.
         seed: of `random.Random`, whose sequence Python promises to keep.
         token_seed: of the tokens alone: the same work with prompts that no prefix cache has seen.
     """
@@ -127,7 +128,15 @@ def make_requests(
         return [rng.randint(first, last) for _ in range(count)]
 
     if workload.dataset == "chat":
-        return _conversations(workload, draw)
+        # All first turns, then all second ones, and so on. What a model would have answered is drawn too, so the prompts are
+        # the same for every engine; the price is that of the turns before only the questions are in its cache.
+        talks: list[list[int]] = [[] for _ in range(-(-workload.num_prompts // CHAT_TURNS))]
+        requests = []
+        for number in list(range(len(talks))) * CHAT_TURNS:
+            question = talks[number] + draw(workload.input_len)
+            requests.append(BenchRequest(question, workload.output_len))
+            talks[number] = question + draw(workload.output_len)
+        return requests[: workload.num_prompts]
     if workload.dataset == "repetitive":
         phrases = [draw(min(PHRASE, workload.input_len)) for _ in lengths]
         return [BenchRequest((p * workload.input_len)[: workload.input_len], workload.output_len) for p in phrases]
@@ -135,25 +144,8 @@ def make_requests(
     return [BenchRequest(prefix + draw(own), output) for own, output in lengths]
 
 
-def _conversations(workload: Workload, draw: Callable[[int], list[int]]) -> list[BenchRequest]:
-    """All first turns, then all second ones, and so on. What a model would have answered is drawn too, so the prompts are the
-    same for every engine; the price is that of the turns before only the questions are in its cache."""
-    talks: list[list[int]] = [[] for _ in range(-(-workload.num_prompts // CHAT_TURNS))]
-    requests = []
-    for _ in range(CHAT_TURNS):
-        for number, said in enumerate(talks):
-            question = said + draw(workload.input_len)
-            requests.append(BenchRequest(question, workload.output_len))
-            talks[number] = question + draw(workload.output_len)
-    return requests[: workload.num_prompts]
-
-
 def check_context(requests: Many[BenchRequest], max_model_len: int) -> None:
-    """Refuse what would not fit: an output cut short would count as a fast one.
-
-    Raises:
-        ValueError: a request is longer than the context; the message gives both numbers.
-    """
+    """Refuse what would not fit with a ValueError that gives both numbers: an output cut short would count as a fast one."""
     longest = max(requests, key=lambda request: request.num_tokens)
     if longest.num_tokens > max_model_len:
         raise ValueError(
@@ -175,11 +167,10 @@ Prompts are random tokens from a fixed seed, so two runs anywhere measure the sa
 def add_workload_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that name or spell out a workload, for `parse_workload`."""
     group = parser.add_argument_group("workload")
-    group.add_argument("--dataset", choices=tuple(DATASETS), help="see above (default: random)")
+    group.add_argument("--dataset", choices=DATASETS, help="see above (default: random)")
     group.add_argument("--num-prompts", type=int, help="requests (default: 32; mixed: 64)")
-    group.add_argument(
-        "--input-len", type=int, help="prompt tokens (default: 128; shared-prefix: 16 after the prefix; chat: 32)"
-    )
+    text = "prompt tokens (default: 128; shared-prefix: 16 after the prefix; chat: 32)"
+    group.add_argument("--input-len", type=int, help=text)
     group.add_argument("--output-len", type=int, help="tokens to generate (default: 128; shared-prefix: 32; chat: 64)")
     group.add_argument("--prefix-len", type=int, help="tokens that all prompts share (shared-prefix: 512)")
     group.add_argument("--workload", choices=tuple(WORKLOADS), help="all of the above by the name that results quote")
@@ -189,14 +180,13 @@ def add_workload_flags(parser: argparse.ArgumentParser) -> None:
 def parse_workload(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, Workload]:
     """All flags, and the workload that they name or spell out; exits with one line if they do not fit together."""
     args = parser.parse_args(argv)
-    own = {name: getattr(args, name) for name in ("num_prompts", "input_len", "output_len", "prefix_len")}
-    own = {name: value for name, value in own.items() if value is not None}
+    names = ("num_prompts", "input_len", "output_len", "prefix_len")
+    own = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.workload is not None:
         if args.dataset is not None or own:
             parser.error(f"--workload {args.workload} sets dataset and lengths; leave the other workload flags out")
         return args, WORKLOADS[args.workload]
-    dataset = args.dataset or "random"
     try:
-        return args, Workload(dataset, **(DATASETS[dataset] | own))
+        return args, replace(USUAL[args.dataset or "random"], **own)
     except ValueError as error:
         parser.error(str(error))

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,11 +38,8 @@ def command(name: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose every complaint is one line, and whose help keeps its lines.
-
-    Args:
-        name: of the measurement. text: the help; its examples are printed behind the flags. required: flags for the usage.
-    """
+    """An argument parser whose every complaint is one line, and whose help keeps its lines: the `text`, with its examples
+    behind the flags. `required` are flags for the usage."""
 
     def __init__(self, name: str, text: str, required: str = "") -> None:
         text, _, examples = text.partition("\nexamples:\n")
@@ -58,11 +55,8 @@ class Parser(argparse.ArgumentParser):
     def add_flag(
         self, name: str, default: Any, text: str, group: argparse._ArgumentGroup | None = None, **settings: Any
     ) -> None:  # fmt: skip
-        """Add a flag whose type is its default's; a list takes several values. Whole numbers must be at least 1.
-
-        Args:
-            text: the help, to which the default is added. settings: as of `add_argument`.
-        """
+        """Add a flag whose type is its default's; a list takes several values. Whole numbers must be at least 1. The default is
+        added to the help `text`; `settings` are as of `add_argument`."""
         is_list = isinstance(default, list)
         kind = type(default[0] if is_list else default)
         if kind is int:
@@ -72,11 +66,7 @@ class Parser(argparse.ArgumentParser):
         (group or self).add_argument(name, default=default, help=f"{text} (default: {shown})", **settings)
 
     def output_flags(self, picture: str | None = None) -> None:
-        """Add the flags of what `finish` writes.
-
-        Args:
-            picture: what it shows; None if there is none.
-        """
+        """Add the flags of what `finish` writes, `picture` being what it draws, if anything."""
         if picture is not None:
             self.add_argument("--plot", type=Path, metavar="FILE", help=f"draw {picture}, as PNG, SVG or PDF")
         self.add_argument("--output-json", type=Path, metavar="FILE", help="write results, machine, versions and flags")
@@ -123,42 +113,35 @@ def tracked(items: Iterable[Any], text: str, total: int | None = None) -> Iterat
 
 
 @contextmanager
-def drawing(path: Path, columns: int = 1, dpi: int = 90, **settings: Any) -> Iterator[Any]:
-    """Axes, an array of them if there are several columns; what is drawn on them is written to `path`.
+def drawing(
+    path: Path, columns: int = 1, figsize: tuple[float, float] | None = None, dpi: int = 90, **settings: Any
+) -> Iterator[Any]:
+    """Axes, an array of them if there are several columns; what is drawn on them is written to `path`. `settings` are those of
+    `matplotlib.figure.Figure.subplots`."""
+    from matplotlib.figure import Figure
 
-    Args:
-        settings: as of `matplotlib.pyplot.subplots`.
-    """
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, columns, layout="constrained", **settings)
-    yield axes
-    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=figsize, layout="constrained")
+    yield figure.subplots(1, columns, **settings)
     figure.savefig(path, dpi=dpi)
-    pyplot.close(figure)
 
 
 def finish(
     args: argparse.Namespace, name: str, results: Any, draw: Callable[[Path], None] | None = None, **flags: Any
 ) -> None:  # fmt: skip
-    """Draw and write what was measured, each if a flag asks for it.
-
-    Args:
-        name: of the measurement. flags: settings that are not among `args`.
-    """
+    """Draw and write what was measured, each if a flag asks for it; `flags` are settings that are not among `args`."""
     if args.plot is not None and draw is not None:
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
         draw(args.plot)
     if args.output_json is not None:
-        write_json(args.output_json, record(name, vars(args) | flags, results))
+        contents = json.dumps(record(name, vars(args) | flags, results), indent=2, default=str, ensure_ascii=False)
+        args.output_json.parent.mkdir(parents=True, exist_ok=True)
+        args.output_json.write_text(contents + "\n")
         say(f"written: {args.output_json}")
 
 
 def hardware() -> dict[str, Any]:
     """The machine, as far as it decides how fast something runs, and how busy it was."""
-    cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return {
         "processor": processor_name(),
         "architecture": platform.machine(),
@@ -172,46 +155,25 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Python and the packages whose code the measured time is spent in."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 def git_commit() -> str | None:
     """The commit of this source tree, "+changes" behind it if tracked files differ; None outside a repository."""
-
-    def git(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-
+    words = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
     try:
-        commit = git("rev-parse", "--short=12", "HEAD")
-    except FileNotFoundError:  # git is not installed
+        return subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # git is not installed, or this is no repository
         return None
-    if commit.returncode != 0:
-        return None
-    changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
-    return commit.stdout.strip() + ("+changes" if changed else "")
 
 
 def record(benchmark: str, flags: dict[str, Any], results: Any) -> dict[str, Any]:
-    """Everything that a result needs to be believed and measured again, ready for JSON.
-
-    Args:
-        benchmark: its name. flags: the settings it ran with. results: what it measured.
-    """
+    """Everything that a result needs to be believed and measured again, ready for JSON: the machine, the versions of the
+    packages that the measured time is spent in, and the settings."""
     return {
         "benchmark": benchmark,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join([command(benchmark), *without_outputs(sys.argv[1:])]),
         "git_commit": git_commit(),
         "hardware": hardware(),
-        "versions": versions(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "flags": {name: value for name, value in flags.items() if name not in ("output_json", "plot")},
         "results": results,
     }
@@ -219,22 +181,10 @@ def record(benchmark: str, flags: dict[str, Any], results: Any) -> dict[str, Any
 
 def without_outputs(argv: Sequence[str]) -> list[str]:
     """A command line less its output files, which say nothing about the measurement."""
-    kept: list[str] = []
-    skip = False
-    for word in argv:
-        if skip or word.startswith(("--output-json=", "--plot=")):
-            skip = False
-        elif word in ("--output-json", "--plot"):
-            skip = True
-        else:
-            kept.append(word)
-    return kept
-
-
-def write_json(path: Path, contents: dict[str, Any]) -> None:
-    """Write a record; the folder is made if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(contents, indent=2, default=str, ensure_ascii=False) + "\n")
+    outputs = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    outputs.add_argument("--output-json")
+    outputs.add_argument("--plot")
+    return outputs.parse_known_args(argv)[1]
 
 
 def spread(values: Iterable[float]) -> dict[str, Any]:
@@ -243,11 +193,11 @@ def spread(values: Iterable[float]) -> dict[str, Any]:
     return {"median": statistics.median(every), "min": min(every), "max": max(every), "values": every}
 
 
-def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> None:
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], caption: str | None = None) -> None:
     """Print a table, the first column to the left and all others to the right."""
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(str, row))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
