@@ -24,26 +24,28 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
+import math
 import shlex
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installed package
 
 from solutions.benchmarks.datasets import DATASETS_HELP, Workload, add_workload_flags, make_requests, parse_workload
-from solutions.benchmarks.end_to_end import Client, arrivals, check_tokens, first_model
+from solutions.benchmarks.end_to_end import Client, arrivals, check, first_model
 from solutions.benchmarks.latency import Limits, Stream, summarise, sustained_rate
-from solutions.benchmarks.report import Parser, drawing, finish, one_line_errors, say, show_table
+from solutions.benchmarks.report import Parser, drawing, finish, one_line_errors, say, show_table, tracked
 from solutions.benchmarks.servers import running_server
 from solutions.benchmarks.throughput import warm_up_requests
 from solutions.core.config import DEFAULT_MODEL
 
+WAITS = ("ttft p50", "ttft p90", "ttft p99", "tpot p50", "tpot p99", "itl p99")
+Row = dict[str, Any]
 COLUMNS = (
     "load", "offered", "served", "tok/s", "TTFT p50", "p90", "p99", "TPOT p50", "p99", "ITL p99", "in time", "goodput",
 )  # fmt: skip
@@ -78,81 +80,47 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Workload]:
     return args, workload
 
 
-class Load:
-    """Puts a server under load.
-
-    Args:
-        workload: whose requests are sent, other ones at each run: a server's prefix cache knows those that it has answered.
-    """
-
-    def __init__(self, client: Client, workload: Workload, args: argparse.Namespace) -> None:
-        self.client, self.workload, self.args = client, workload, args
-        self.limits = Limits(args.ttft_limit / 1e3, args.tpot_limit / 1e3)
-        self._seed = args.data_seed
-
-    def run(self, kind: str, size: float) -> dict[str, Any]:
-        """One row: `kind` "users" with that many, or "rate" with as many requests a second.
-
-        Raises:
-            ValueError: a request failed, or nothing was answered.
-        """
-        streams: list[Stream] = []
-        seconds = 0.0
-        for _ in range(self.args.repeats):
-            self._seed += 1
-            requests = make_requests(self.workload, seed=self._seed)
-            if kind == "users":
-                load = self.client.closed_loop(requests, int(size))
-            else:
-                times = arrivals(len(requests), size, burst=self.args.burst, seed=self._seed)
-                load = self.client.open_loop(requests, times)
-            found = asyncio.run(load)
-            check_tokens(requests, found)
-            offset = seconds - min(stream.start for stream in found)
-            for stream in found:  # one run behind the other
-                stream.start += offset
-                stream.times = [time + offset for time in stream.times]
-            seconds = max([seconds, *(stream.times[-1] for stream in found if stream.times)])
-            streams += found
-        return {"kind": kind, "size": size} | summarise(streams, self.limits)
-
-    def warm_up(self) -> None:
-        """Short requests that do not count."""
-        asyncio.run(self.client.closed_loop(warm_up_requests(make_requests(self.workload)), 8))
+def run(client: Client, workload: Workload, kind: str, size: float, args: argparse.Namespace, seeds: Iterator[int]) -> Row:
+    """One row: `kind` "users" with that many, or "rate" with as many requests a second. A run takes a seed of its own for its
+    requests: a server's prefix cache knows those that it has answered. Raises ValueError if one failed, or none was
+    answered."""
+    streams: list[Stream] = []
+    seconds = 0.0
+    for seed in itertools.islice(seeds, args.repeats):
+        requests = make_requests(workload, seed=seed)
+        if kind == "users":
+            load = client.closed_loop(requests, int(size))
+        else:
+            load = client.open_loop(requests, arrivals(len(requests), size, burst=args.burst, seed=seed))
+        found = asyncio.run(load)
+        check(requests, found, may_refuse=True)
+        offset = seconds - min(stream.start for stream in found)
+        for stream in found:  # one run behind the other
+            stream.start += offset
+            stream.times = [time + offset for time in stream.times]
+        seconds = max([seconds, *(stream.times[-1] for stream in found if stream.times)])
+        streams += found
+    return {"kind": kind, "size": size} | summarise(streams, Limits(args.ttft_limit / 1e3, args.tpot_limit / 1e3))
 
 
-def measure(load: Load, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each load, with a bar on a terminal.
-
-    Raises:
-        ValueError: see `Load.run`.
-    """
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("warm-up", total=1 + len(args.concurrency) + len(args.rates or args.loads))
-        load.warm_up()
-        rows = []
-        for users in args.concurrency:
-            bar.update(task, advance=1, description=f"{users} users")
-            rows.append(load.run("users", users))
-        capacity = max(row["requests_per_second"] for row in rows)
-        for rate in args.rates or [share * capacity for share in args.loads]:
-            bar.update(task, advance=1, description=f"{rate:.3g} requests/s")
-            rows.append(load.run("rate", rate))
-    return rows
+def measure(client: Client, workload: Workload, args: argparse.Namespace) -> list[Row]:
+    """A row for each load, after short requests that do not count. Raises what `run` does."""
+    seeds = itertools.count(args.data_seed + 1)
+    asyncio.run(client.closed_loop(warm_up_requests(make_requests(workload)), 8))
+    rows = [run(client, workload, "users", users, args, seeds) for users in tracked(args.concurrency, "users")]
+    capacity = max(row["requests_per_second"] for row in rows)
+    rates = args.rates or [share * capacity for share in args.loads]
+    return rows + [run(client, workload, "rate", rate, args, seeds) for rate in tracked(rates, "open loop")]
 
 
 def show(rows: list[dict[str, Any]], title: str) -> None:
     """Print the table."""
     cells = []
     for row in rows:
-        empty = dict.fromkeys(("p50", "p90", "p99"), float("nan"))
-        ttft, tpot, itl = (row.get(f"{kind}_ms", empty) for kind in ("ttft", "tpot", "itl"))
-        name = f"{row['size']:.0f} users" if row["kind"] == "users" else "open loop"
-        offered = "" if row["kind"] == "users" else f"{row['size']:.2f}"
-        waits = [ttft["p50"], ttft["p90"], ttft["p99"], tpot["p50"], tpot["p99"], itl["p99"]]
+        waits = [row.get(f"{kind}_ms", {}).get(which, math.nan) for kind, which in map(str.split, WAITS)]
+        load = [f"{row['size']:.0f} users", ""] if row["kind"] == "users" else ["open loop", f"{row['size']:.2f}"]
         cells.append([
-            name, offered, f"{row['requests_per_second']:.2f}", f"{row['output_tokens_per_second']:.0f}",
+            *load, f"{row['requests_per_second']:.2f}", f"{row['output_tokens_per_second']:.0f}",
             *(f"{wait:.1f}" for wait in waits), f"{row['attainment']:.0%}", f"{row['goodput']:.2f}",
         ])  # fmt: skip
     show_table(title, COLUMNS, cells, caption="offered, served and goodput in requests a second; waits in milliseconds")
@@ -165,15 +133,16 @@ def draw(rows: list[dict[str, Any]], limits: dict[str, float], path: Path) -> No
     with drawing(path, 3, dpi=120, figsize=(12, 3.4)) as panels:
         for axes, (kind, limit) in zip(panels, limits.items(), strict=False):
             for which, marker, color in (("p50", "o", "#0072B2"), ("p90", "^", "#E69F00"), ("p99", "s", "#D55E00")):
-                values = [row.get(f"{kind}_ms", {}).get(which, float("nan")) for row in rows]
+                values = [row.get(f"{kind}_ms", {}).get(which, math.nan) for row in rows]
                 axes.plot(rates, values, f"{marker}-", color=color, label=which)
             axes.axhline(limit, color="black", lw=0.8, ls="--", label="limit")
-            axes.set(xlabel="requests a second", ylabel="ms", title=kind.upper(), yscale="log")
-            axes.legend(frameon=False)
+            axes.set(ylabel="ms", title=kind.upper(), yscale="log")
         panels[2].plot(rates, [row["requests_per_second"] for row in rows], "o-", color="#56B4E9", label="answered")
         panels[2].plot(rates, [row["goodput"] for row in rows], "s-", color="#009E73", label="answered in time")
-        panels[2].set(xlabel="requests a second", ylabel="a second", title="goodput", ylim=(0, None))
-        panels[2].legend(frameon=False)
+        panels[2].set(ylabel="a second", title="goodput", ylim=(0, None))
+        for axes in panels:
+            axes.set_xlabel("requests a second")
+            axes.legend(frameon=False)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -185,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
             say("starting the server")
             _, url = stack.enter_context(running_server("--model", args.model or DEFAULT_MODEL, *shlex.split(args.serve)))
         model = (args.model if args.url else None) or first_model(url, args.api_key)
-        rows = measure(Load(Client(url, model, args.api_key), workload, args), args)
+        rows = measure(Client(url, model, args.api_key), workload, args)
     show(rows, f"{model}, {workload.dataset}: {workload.num_prompts * args.repeats} requests a row")
     best = sustained_rate((row["size"], row["attainment"]) for row in rows if row["kind"] == "rate")
     limits = {"ttft": args.ttft_limit, "tpot": args.tpot_limit}

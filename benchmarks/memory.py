@@ -27,23 +27,15 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installed package
 
+from solutions.benchmarks import memory as kv
 from solutions.benchmarks.datasets import MIXED_INPUT, MIXED_OUTPUT, draw_lengths
-from solutions.benchmarks.memory import (
-    Buddy,
-    FirstFit,
-    Lengths,
-    Usage,
-    reserve_exactly,
-    reserve_max,
-    reserve_power_of_two,
-    simulate_contiguous,
-    simulate_paged,
-)
 from solutions.benchmarks.report import Parser, drawing, finish, one_line_errors, show_table, tracked
 from solutions.core.config import parse_bytes
 from solutions.memory.cache_engine import block_bytes, scale_bytes
@@ -62,33 +54,31 @@ BASELINE_MAX_LEN = 2048
 
 
 def token_bytes(model: str, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes of keys and values for one token, with their scales if they are int8.
-
-    Raises:
-        ValueError: the model is not known.
-    """
+    """Bytes of keys and values for one token, with their scales if they are int8. Raises ValueError if the model is not
+    known."""
     config = resolve_model(model, "dummy").config
     sizes = config.num_layers, 1, config.num_kv_heads
     return block_bytes(*sizes, config.head_dim, dtype) + scale_bytes(*sizes, dtype)
 
 
-def systems(args: argparse.Namespace, capacity: int, int8_capacity: int, lengths: Lengths) -> list[Callable[[], Usage]]:
+def systems(args: argparse.Namespace, capacity: int, int8_capacity: int, lengths: kv.Lengths) -> list[Callable[[], kv.Usage]]:
     """One simulation each."""
 
-    def contiguous(name: str, reserve: Callable[[int, int], int], memory: type[FirstFit | Buddy]) -> Callable[[], Usage]:
-        return lambda: simulate_contiguous(f"contiguous, {name}", capacity, lengths, reserve, memory(capacity))
+    def contiguous(name: str, reserve: Callable[[int, int], int], memory: type[kv.FirstFit | kv.Buddy]) -> Any:
+        return partial(kv.simulate_contiguous, f"contiguous, {name}", capacity, lengths, reserve, memory(capacity))
 
+    most, sizes = sorted(args.max_model_lens, reverse=True), sorted(args.block_sizes, reverse=True)
     return [
-        *(contiguous(f"max {length}", reserve_max(length), FirstFit) for length in sorted(args.max_model_lens, reverse=True)),
-        contiguous("pow2", reserve_power_of_two, Buddy),
-        contiguous("oracle (buddy)", reserve_exactly, Buddy),
-        contiguous("oracle (first fit)", reserve_exactly, FirstFit),
-        *(partial(simulate_paged, f"paged, {n}", capacity, lengths, n) for n in sorted(args.block_sizes, reverse=True)),
-        partial(simulate_paged, "paged, 16, int8", int8_capacity, lengths, 16),
+        *(contiguous(f"max {length}", kv.reserve_max(length), kv.FirstFit) for length in most),
+        contiguous("pow2", kv.reserve_power_of_two, kv.Buddy),
+        contiguous("oracle (buddy)", kv.reserve_exactly, kv.Buddy),
+        contiguous("oracle (first fit)", kv.reserve_exactly, kv.FirstFit),
+        *(partial(kv.simulate_paged, f"paged, {n}", capacity, lengths, n) for n in sizes),
+        partial(kv.simulate_paged, "paged, 16, int8", int8_capacity, lengths, 16),
     ]
 
 
-def show(args: argparse.Namespace, capacity: int, usages: list[Usage]) -> None:
+def show(args: argparse.Namespace, capacity: int, usages: list[kv.Usage]) -> None:
     """Print the table."""
     baseline = next((u for u in usages if u.system == f"contiguous, max {BASELINE_MAX_LEN}"), usages[0])
     rows = [
@@ -107,17 +97,17 @@ def show(args: argparse.Namespace, capacity: int, usages: list[Usage]) -> None:
     show_table(title, columns, rows, caption)
 
 
-def draw(capacity: int, usages: list[Usage], path: Path) -> None:
+def draw(capacity: int, usages: list[kv.Usage], path: Path) -> None:
     """Draw what the memory holds, and how many sequences run in it, side by side."""
-    names, start = [usage.system for usage in usages], [0.0] * len(usages)
+    names, start = [usage.system for usage in usages], np.zeros(len(usages))
     size = (11, 0.42 * len(usages) + 1.6)
     with drawing(path, 2, dpi=150, figsize=size, sharey=True, width_ratios=(2, 1)) as (left, right):
         for kind, (meaning, color) in KINDS.items():
-            shares = [100 * getattr(usage, kind) for usage in usages]
+            shares = np.array([100 * getattr(usage, kind) for usage in usages])
             bars = left.barh(names, shares, left=start, color=color, label=meaning)
+            start += shares
             if kind == "tokens":
                 left.bar_label(bars, fmt="%.1f %%", label_type="center", fontsize=8)
-            start = [a + b for a, b in zip(start, shares, strict=True)]
         left.invert_yaxis()
         left.set(xlim=(0, 100), xlabel="% of the KV memory")
         left.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=8)

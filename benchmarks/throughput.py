@@ -34,15 +34,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installed package
 
+from solutions.benchmarks import datasets
 from solutions.benchmarks.comparison import in_turns, rates, ratio
-from solutions.benchmarks.datasets import (
-    DATASETS_HELP,
-    Workload,
-    add_workload_flags,
-    check_context,
-    make_requests,
-    parse_workload,
-)
 from solutions.benchmarks.report import Parser, finish, one_line_errors, place, say, show_table, spread
 from solutions.benchmarks.throughput import Measurement, load_hf, peak_memory_bytes, run_engine, run_hf, warmed
 from solutions.core.config import EngineConfig, add_engine_flags, config_from_flags
@@ -56,10 +49,10 @@ BACKENDS = {"engine": ("engine",), "hf": ("hf",), "both": ("engine", "hf"), "eng
 LABELS = {"engine": "this engine", "hf": "transformers"}
 
 
-def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Workload]:
+def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, datasets.Workload]:
     """Flags and the workload that they describe; exits with one line if they do not fit together."""
-    parser = Parser("throughput", __doc__.replace("DATASETS", DATASETS_HELP))
-    add_workload_flags(parser)
+    parser = Parser("throughput", __doc__.replace("DATASETS", datasets.DATASETS_HELP))
+    datasets.add_workload_flags(parser)
     group = parser.add_argument_group("measurement")
     text = "this engine, transformers, or both in turn"
     parser.add_flag("--backend", "engine", text, group, choices=tuple(BACKENDS), metavar="{engine,hf,both}")
@@ -67,20 +60,17 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Workload]:
     parser.add_flag("--repeats", 1, "runs of each backend, in turn", group)
     parser.output_flags()
     add_engine_flags(parser)
-    return parse_workload(parser, argv)
+    return datasets.parse_workload(parser, argv)
 
 
-def load(args: argparse.Namespace, workload: Workload, config: EngineConfig) -> dict[str, Callable[[], Measurement]]:
-    """The backends that were asked for, warm; the flags get the precision that they run in.
-
-    Raises:
-        ValueError: the model cannot be had or the requests do not fit it.
-    """
+def load(args: argparse.Namespace, workload: datasets.Workload, config: EngineConfig) -> dict[str, Callable[[], Measurement]]:
+    """The backends that were asked for, warm; the flags get the precision that they run in. Raises ValueError if the model
+    cannot be had or the requests do not fit it."""
     source, device = resolve_model(config.model, config.load_format), pick_device(config.device)
     dtype = pick_dtype(config.dtype, device, source.config.torch_dtype)
     args.dtype = str(dtype).removeprefix("torch.")
-    requests = make_requests(workload, source.config.vocab_size, args.data_seed)
-    check_context(requests, longest_sequence(config, source.config))
+    requests = datasets.make_requests(workload, source.config.vocab_size, args.data_seed)
+    datasets.check_context(requests, longest_sequence(config, source.config))
     if device.type == "cpu":
         torch.set_num_threads(pick_threads())
     runners = {}
@@ -97,14 +87,11 @@ def load(args: argparse.Namespace, workload: Workload, config: EngineConfig) -> 
 
 def summarise(results: dict[str, list[Measurement]]) -> dict[str, Any]:
     """Results ready for JSON: every run, medians with their spread, and the ratio if there are two backends."""
-    summary: dict[str, Any] = {
-        name: {
-            "output_tokens_per_second": spread(run.output_tokens_per_second for run in runs),
-            "total_tokens_per_second": spread(run.total_tokens_per_second for run in runs),
-            "runs": [run.as_dict() for run in runs],
-        }
-        for name, runs in results.items()
-    }
+    summary: dict[str, Any] = {}
+    for name, runs in results.items():
+        every = [run.as_dict() for run in runs]
+        keys = ("output_tokens_per_second", "total_tokens_per_second")
+        summary[name] = {key: spread(run[key] for run in every) for key in keys} | {"runs": every}
     if len(results) == 2:
         summary["ratio_engine_to_hf"] = asdict(ratio(rates(results["engine"]), rates(results["hf"])))
     return summary | {"peak_memory_bytes": peak_memory_bytes()}  # with two backends, both models are in it
@@ -116,9 +103,9 @@ def show(dataset: str, results: dict[str, list[Measurement]], summary: dict[str,
     for name, runs in results.items():
         rate, total = summary[name]["output_tokens_per_second"], summary[name]["total_tokens_per_second"]
         seconds = spread(run.seconds for run in runs)["median"]
-        useful = runs[0].num_output_tokens / runs[0].num_computed_tokens
         own = [rate["median"], rate["min"], rate["max"], total["median"], seconds]
-        rows.append([LABELS[name], *(f"{value:,.1f}" for value in own), f"{useful:.0%}"])
+        useful = f"{runs[0].num_output_tokens / runs[0].num_computed_tokens:.0%}"
+        rows.append([LABELS[name], *(f"{value:,.1f}" for value in own), useful])
     run = next(iter(results.values()))[0]
     work = f"{run.num_requests} requests, {run.num_prompt_tokens:,} prompt tokens, {run.num_output_tokens:,} output tokens"
     columns = ["", "output tok/s", "lowest", "highest", "total tok/s", "seconds", "useful work"]

@@ -11,17 +11,16 @@ import asyncio
 import json
 import math
 import random
-import statistics
 from collections.abc import Awaitable, Callable, Iterable
 from collections.abc import Sequence as Many
-from types import TracebackType
+from dataclasses import dataclass
 
 import aiohttp
 import httpx
 
 from .datasets import BenchRequest
-from .latency import Stream
-from .throughput import Measurement
+from .latency import Stream, duration
+from .throughput import Measurement, measurement, median_waits
 
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=600)
 REFUSALS = (429, 503)
@@ -111,11 +110,7 @@ async def closed_loop(
 
 
 def first_model(url: str, api_key: str | None = None) -> str:
-    """The name of the model that a server serves.
-
-    Raises:
-        ValueError: nobody answers there, or with something else than a list of models.
-    """
+    """The name of the model that a server serves. Raises ValueError if nobody answers there with a list of models."""
     try:
         answer = httpx.get(f"{url.rstrip('/')}/models", headers=_headers(api_key), timeout=60)
         return answer.raise_for_status().json()["data"][0]["id"]
@@ -132,44 +127,25 @@ def _headers(api_key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
+@dataclass
 class Client:
-    """One server, for as long as ``async with`` lasts.
+    """A server at `url` (with ``/v1``), its name for the model, and the key if it wants one; a session for each loop."""
 
-    Args:
-        url: with ``/v1``. model: as the server calls it.
-    """
-
-    def __init__(self, url: str, model: str, api_key: str | None = None) -> None:
-        self.url, self.model = url.rstrip("/"), model
-        self._api_key = api_key
-
-    async def __aenter__(self) -> Client:
-        self._session = client_session(self._api_key)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._session.close()
+    url: str
+    model: str
+    api_key: str | None = None
+    session: aiohttp.ClientSession | None = None
 
     async def send(self, request: BenchRequest, due: float) -> Stream:
         """Send one request, greedy and without an end, and read its stream. A refusal for want of room is an answer with an
-        error.
-
-        The body is understood by vLLM, SGLang, llama.cpp and this engine's server, which all know ``ignore_eos``.
-
-        Args:
-            due: when its clock starts.
-
-        Raises:
-            ValueError: the server refuses it for another reason, or ends with an error.
-        """
+        error; another refusal, or an error at the end, raises ValueError. The body is understood by vLLM, SGLang, llama.cpp and
+        this engine's server, which all know ``ignore_eos``."""
         body = {
             "model": self.model, "prompt": request.text or request.prompt_token_ids, "max_tokens": request.output_len,
             "temperature": 0, "stream": True, "ignore_eos": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
         stream = Stream(due)
-        async with self._session.post(f"{self.url}/completions", json=body) as response:
+        async with self.session.post(f"{self.url.rstrip('/')}/completions", json=body) as response:
             if response.status != 200:
                 message = f"{self.url} answers {response.status}: {(await response.text())[:300]}"
                 if response.status not in REFUSALS:
@@ -191,47 +167,27 @@ class Client:
 
     async def closed_loop(self, requests: Iterable[BenchRequest], concurrency: int, seconds: float = math.inf) -> list[Stream]:
         """`closed_loop` against this server alone."""
-        async with self:
+        async with client_session(self.api_key) as self.session:
             return await closed_loop(self.send, requests, concurrency, seconds)
 
     async def open_loop(self, requests: Iterable[BenchRequest], times: Iterable[float]) -> list[Stream]:
         """`open_loop` against this server alone."""
-        async with self:
+        async with client_session(self.api_key) as self.session:
             return await open_loop(self.send, requests, times)
 
 
 def run_server(url: str, model: str, requests: Many[BenchRequest], api_key: str | None = None) -> Measurement:
-    """Send all requests at once and read their streams to the end.
-
-    Raises:
-        ValueError: the server refuses a request.
-        RuntimeError: a request came back with another number of tokens than it asked for.
-    """
-
-    async def run() -> tuple[list[Stream], float]:
-        start = now()
-        streams = await Client(url, model, api_key).closed_loop(requests, len(requests))
-        return streams, now() - start
-
-    streams, seconds = asyncio.run(run())
+    """Send all requests at once and read their streams to the end. Raises what `check` does."""
+    streams = asyncio.run(Client(url, model, api_key).closed_loop(requests, len(requests)))
     check(requests, streams)
-    details = {"ttft_ms_median": 1e3 * statistics.median(stream.ttft for stream in streams)}
-    if later := [stream.tpot for stream in streams if stream.tpot is not None]:
-        details["tpot_ms_median"] = 1e3 * statistics.median(later)
-    prompt, useful = sum(len(r.prompt_token_ids) for r in requests), sum(r.output_len for r in requests)
-    return Measurement(url, seconds, len(requests), prompt, useful, useful, details)
+    waits = median_waits((stream.ttft, stream.tpot) for stream in streams)
+    return measurement(url, duration(streams), requests, sum(request.output_len for request in requests), waits)
 
 
-def check(requests: Many[BenchRequest], streams: Many[Stream]) -> None:
-    """Raises ValueError if a request was refused, RuntimeError if it came back with another number of tokens than asked for."""
-    for stream in streams:
-        if stream.error is not None:
-            raise ValueError(stream.error)
-    check_tokens(requests, streams)
-
-
-def check_tokens(requests: Many[BenchRequest], streams: Many[Stream]) -> None:
-    """Raises RuntimeError if a request that was answered came back with another number of tokens than it asked for."""
+def check(requests: Many[BenchRequest], streams: Many[Stream], may_refuse: bool = False) -> None:
+    """Raises ValueError if a request was refused, RuntimeError if an answer has another number of tokens than was asked for."""
     for number, (request, stream) in enumerate(zip(requests, streams, strict=True)):
+        if stream.error is not None and not may_refuse:
+            raise ValueError(stream.error)
         if stream.error is None and stream.num_tokens != request.output_len:
             raise RuntimeError(f"request {number} asked for {request.output_len} tokens and got {stream.num_tokens}")

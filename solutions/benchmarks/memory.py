@@ -1,9 +1,8 @@
 """How much of the memory that is set aside for keys and values holds any: paged against reserved in advance.
 
-No model runs. Sequences of given lengths come from an endless queue into a memory of a given number of token slots, one
-token each a step, first come first served, and leave when they are done. The paged side is the engine's own `Scheduler`
-and `BlockManager`. The contiguous side reserves one unbroken piece when a sequence is admitted, as serving systems did
-before: its outcome depends on how much it reserves and on how pieces are found.
+No model runs. Sequences of given lengths come from an endless queue into a memory of so many token slots, one token each a
+step, first come first served. The paged side is the engine's own `Scheduler` and `BlockManager`. The contiguous side reserves
+one unbroken piece when a sequence is admitted: its outcome depends on how much it reserves and on how pieces are found.
 
 Source: Kwon et al., SOSP 2023, §3.1, Fig. 2 (the three kinds of waste) and §6.1 (Orca's three ways to reserve, with a
 buddy allocator).
@@ -32,18 +31,15 @@ SETTLED_SHARE = 0.1
 
 @dataclass(slots=True)
 class Usage:
-    """Averages over the steps of a saturated run. The five shares are of the whole memory and sum to 1.
+    """Averages over the steps of a saturated run. The four shares are of the whole memory and sum to 1.
 
     Attributes:
-        system: its name.
-        running: sequences running at once.
-        tokens: slots that hold a token's keys and values.
+        running: sequences at once. tokens: slots that hold a token's keys and values.
         later: reserved slots that their sequence will fill before it ends.
         never: reserved slots that it will not (internal fragmentation).
         free: slots outside every reservation; with requests waiting, they are too few or too scattered for the next one
             (external fragmentation), or kept as a watermark.
-        preemptions: sequences that lost their memory on the way and were computed again.
-        steps: how many steps the averages are over.
+        preemptions: sequences that lost their memory on the way and were computed again. steps: that the averages are over.
     """
 
     system: str
@@ -62,12 +58,7 @@ class Usage:
 
 
 class UsageMeter:
-    """Averages snapshots of a memory.
-
-    Args:
-        system: name for the result.
-        capacity: slots in the memory.
-    """
+    """Averages snapshots of a memory of `capacity` slots; `system` is the name for the result."""
 
     def __init__(self, system: str, capacity: int) -> None:
         self.capacity = capacity
@@ -88,11 +79,7 @@ class UsageMeter:
         usage.steps += 1
 
     def result(self, preemptions: int = 0) -> Usage:
-        """The averages.
-
-        Raises:
-            ValueError: the run was too short to settle.
-        """
+        """The averages. Raises ValueError if the run was too short to settle."""
         usage = self._usage
         if usage.steps == 0:
             raise ValueError("too few requests to fill the memory; use more of them or less memory")
@@ -104,41 +91,29 @@ class UsageMeter:
 
 
 class FirstFit:
-    """Pieces of exactly the size asked for, at the lowest address where one fits; neighbouring free pieces join.
-
-    Args:
-        capacity: slots to manage.
-    """
+    """Pieces of exactly the size asked for, at the lowest address where one fits, of `capacity` slots."""
 
     def __init__(self, capacity: int) -> None:
-        self._holes = [(0, capacity)]  # (start, size), ascending, never adjacent
+        self._used = bytearray(capacity)  # a slot is 0 or 1
 
     def allocate(self, size: int) -> tuple[int, int] | None:
         """A (start, size) piece, or None when no hole is large enough."""
-        for index, (start, room) in enumerate(self._holes):
-            if room >= size:
-                self._holes[index : index + 1] = [(start + size, room - size)] if room > size else []
-                return start, size
-        return None
+        start = self._used.find(bytes(size))
+        if start < 0:
+            return None
+        self._used[start : start + size] = b"\1" * size
+        return start, size
 
     def free(self, start: int, size: int) -> None:
         """Give a piece back."""
-        insort(self._holes, (start, size))
-        index = self._holes.index((start, size))
-        for left in (index, index - 1):  # join with the hole behind, then with the one before
-            if 0 <= left < len(self._holes) - 1:
-                (a, a_size), (b, b_size) = self._holes[left : left + 2]
-                if a + a_size == b:
-                    self._holes[left : left + 2] = [(a, a_size + b_size)]
+        self._used[start : start + size] = bytes(size)
 
 
 class Buddy:
-    """Pieces of 2^k slots at multiples of their size; a free piece joins its buddy, with which it makes the next size.
+    """Pieces of 2^k slots at multiples of their size; a free piece joins its buddy, with which it makes the next size. What of
+    `capacity` is beyond a power of two becomes pieces of the next smaller ones.
 
     Source: Knowlton, "A fast storage allocator", CACM 1965.
-
-    Args:
-        capacity: slots to manage; what is beyond a power of two becomes pieces of the next smaller ones.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -225,24 +200,17 @@ def simulate_contiguous(
 
 
 def simulate_paged(system: str, capacity: int, lengths: Lengths, block_size: int) -> Usage:
-    """Run requests through the engine's scheduler and block manager, without a model and without a token budget.
-
-    Prefix caching is off: no two of these prompts share a block, and what a finished one leaves in the cache counts as
-    free either way.
-
-    Raises:
-        ValueError: not even one sequence fits, or the requests are too few.
-    """
+    """Run requests through the engine's scheduler and block manager, without a model, a token budget, and prefix caching: no
+    two of these prompts share a block, and what a finished one leaves in the cache counts as free either way. Raises ValueError
+    if not even one sequence fits, or the requests are too few."""
     longest = max(i + o for i, o in lengths)
     if longest > capacity // block_size * block_size:
         raise ValueError(f"{system}: one sequence does not fit the memory of {capacity} tokens; use more of it")
     manager = BlockManager(capacity // block_size, block_size, enable_prefix_caching=False)
     scheduler = Scheduler(SchedulerConfig(max_num_seqs=capacity, max_num_batched_tokens=2 * capacity), manager)
     for seq_id, (input_len, output_len) in enumerate(lengths):
-        params = SamplingParams(max_tokens=output_len, ignore_eos=True)
-        scheduler.add(Sequence(seq_id, [0] * input_len, params))
-    meter = UsageMeter(system, capacity)
-    settled = int(SETTLED_SHARE * len(lengths))
+        scheduler.add(Sequence(seq_id, [0] * input_len, SamplingParams(max_tokens=output_len, ignore_eos=True)))
+    meter, settled = UsageMeter(system, capacity), int(SETTLED_SHARE * len(lengths))
     while scheduler.waiting:
         decision = scheduler.schedule()
         if len(lengths) - len(scheduler.waiting) - len(scheduler.running) >= settled and scheduler.waiting:

@@ -1,10 +1,10 @@
 """Throughput offline: all requests are there at once, how many tokens a second come out? Beside it, the same requests
 through transformers in static batches, which is what most people would write first.
 
-How the two are kept comparable: the same weights in the same precision, the same number of threads, the same token ids,
-greedy decoding, end of sequence ignored, a short uncounted run first. Only tokens that a request asked for count. A
-static batch generates up to its longest output, and what it computes for its shorter ones is wasted; prompts are padded
-to its longest, and the next batch waits until all of it is done. That difference is what continuous batching is about
+Both have the same weights in the same precision, as many threads, the same token ids, greedy decoding without an end, and a
+short uncounted run first. Only tokens that a request asked for count. A static batch generates up to its longest output, and
+what it computes for its shorter ones is wasted; prompts are padded to its longest, and the next batch waits until all of it
+is done. That difference is what continuous batching is about
 (Yu et al., "Orca", OSDI 2022, §3.1).
 """
 
@@ -14,14 +14,12 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from ..batching.sampling_params import SamplingParams
@@ -31,6 +29,7 @@ from ..models.config.entries import read_json
 from ..models.config.model_config import ALIASES
 from ..models.loader import ModelSource
 from .datasets import BenchRequest, check_context
+from .report import tracked
 
 WARM_UP_REQUESTS, WARM_UP_TOKENS = 32, 4
 
@@ -40,10 +39,7 @@ class Measurement:
     """One run of one backend over a whole dataset.
 
     Attributes:
-        backend: "engine" or "hf".
-        seconds: wall time from the first submission to the last token.
-        num_requests, num_prompt_tokens: what went in.
-        num_output_tokens: tokens that the requests asked for.
+        seconds: wall time from the first submission to the last token. num_output_tokens: tokens that the requests asked for.
         num_computed_tokens: tokens generated to get them; more in a static batch.
         details: what only this backend can tell (the engine: latencies in milliseconds, steps, cache hits).
     """
@@ -66,11 +62,8 @@ class Measurement:
         return (self.num_prompt_tokens + self.num_output_tokens) / self.seconds
 
     def as_dict(self) -> dict[str, Any]:
-        rates = {
-            "output_tokens_per_second": self.output_tokens_per_second,
-            "total_tokens_per_second": self.total_tokens_per_second,
-        }
-        return asdict(self) | rates
+        names = ("output_tokens_per_second", "total_tokens_per_second")
+        return asdict(self) | {name: getattr(self, name) for name in names}
 
 
 def run_engine(llm: LLM, requests: Many[BenchRequest], show_progress: bool = False) -> Measurement:
@@ -108,18 +101,25 @@ def run_engine(llm: LLM, requests: Many[BenchRequest], show_progress: bool = Fal
         "num_preemptions": after.num_preemptions - before.num_preemptions,
         "prefix_cache_hit_tokens": after.prefix_cache_hits - before.prefix_cache_hits,
     }
-    return _measurement("engine", seconds, requests, sum(counts), details | _latencies(outputs))
+    return measurement("engine", seconds, requests, sum(counts), details | _latencies(outputs))
 
 
 def _latencies(outputs: Many[RequestOutput]) -> dict[str, float]:
-    """Medians over the requests, in milliseconds: time to the first token, and time per token after it."""
-    metrics = [(output.metrics, len(output.outputs[0].token_ids)) for output in outputs]
-    first = [m.first_token_time - m.arrival_time for m, _ in metrics]
-    later = [(m.last_token_time - m.first_token_time) / (count - 1) for m, count in metrics if count > 1]
-    result = {"ttft_ms_median": 1e3 * statistics.median(first)}
-    if later:
-        result["tpot_ms_median"] = 1e3 * statistics.median(later)
-    return result
+    """`median_waits` of what the engine itself has noted."""
+    waits = []
+    for output in outputs:
+        times, count = output.metrics, len(output.outputs[0].token_ids)
+        later = (times.last_token_time - times.first_token_time) / (count - 1) if count > 1 else None
+        waits.append((times.first_token_time - times.arrival_time, later))
+    return median_waits(waits)
+
+
+def median_waits(waits: Iterable[tuple[float, float | None]]) -> dict[str, float]:
+    """Medians over the requests, in milliseconds: "ttft_ms_median" and, if any request has one, "tpot_ms_median"; of (seconds
+    to the first token, seconds per token after it or None)."""
+    first, every = zip(*waits, strict=True)
+    later = [wait for wait in every if wait is not None]
+    return {f"{name}_ms_median": 1e3 * statistics.median(found) for name, found in (("ttft", first), ("tpot", later)) if found}
 
 
 def load_hf(source: ModelSource, load_format: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -129,14 +129,14 @@ def load_hf(source: ModelSource, load_format: str, dtype: torch.dtype, device: t
     transformers.utils.logging.disable_progress_bar()  # it writes where results are read
     if load_format == "dummy":
         hf_config = ALIASES[source.name].hf_config if source.path is None else read_json(source.path / "config.json")
-        model_class = getattr(transformers, hf_config["architectures"][0])
+        config = getattr(transformers, hf_config["architectures"][0]).config_class(**hf_config)
         with device:
-            model = transformers.AutoModelForCausalLM.from_config(model_class.config_class(**hf_config), dtype=dtype).eval()
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype).to(device).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype).to(device)
     # Every output has the length that its request asks for, so nothing may end one early.
     model.generation_config.eos_token_id = None
-    return model
+    return model.eval()
 
 
 @torch.inference_mode()
@@ -156,17 +156,14 @@ def run_hf(model: nn.Module, requests: Many[BenchRequest], batch_size: int = 32,
     batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
     computed, counts = 0, []
     start = time.perf_counter()
-    with _progress(show_progress) as bar:
-        task = bar.add_task("transformers", total=len(requests))
-        for batch in batches:
-            new_tokens = _generate_batch(model, batch)
-            computed += new_tokens.numel()
-            counts += [len(row[: request.output_len]) for row, request in zip(new_tokens.tolist(), batch, strict=True)]
-            bar.advance(task, len(batch))
+    for batch in tracked(batches, "transformers") if show_progress else batches:
+        new_tokens = _generate_batch(model, batch)
+        computed += new_tokens.numel()
+        counts += [len(row[: request.output_len]) for row, request in zip(new_tokens.tolist(), batch, strict=True)]
     seconds = time.perf_counter() - start
     _check_counts(requests, counts)
     details = {"num_batches": len(batches), "useful_share": sum(counts) / computed}
-    return _measurement("hf", seconds, requests, computed, details)
+    return measurement("hf", seconds, requests, computed, details)
 
 
 def _generate_batch(model: nn.Module, batch: Many[BenchRequest]) -> Tensor:
@@ -183,9 +180,9 @@ def _generate_batch(model: nn.Module, batch: Many[BenchRequest]) -> Tensor:
 def left_pad(prompts: Many[list[int]]) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, both [B, longest prompt]; padded left, so that new tokens follow the prompt."""
     longest = max(map(len, prompts))
-    input_ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return input_ids, mask
+    rows = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(rows), torch.tensor(mask)
 
 
 def warm_up_requests(requests: Many[BenchRequest]) -> list[BenchRequest]:
@@ -216,21 +213,16 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux KiB
 
 
-def _progress(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, disable=not (shown and console.is_terminal), transient=True)
-
-
 def _check_counts(requests: Many[BenchRequest], counts: list[int]) -> None:
     for number, (request, count) in enumerate(zip(requests, counts, strict=True)):
         if count != request.output_len:
             raise RuntimeError(f"request {number} asked for {request.output_len} tokens and got {count}")
 
 
-def _measurement(
+def measurement(
     backend: str, seconds: float, requests: Many[BenchRequest], computed: int, details: dict[str, float]
 ) -> Measurement:
+    """A run that did what the requests asked for, in so many computed tokens."""
     prompt = sum(len(request.prompt_token_ids) for request in requests)
     useful = sum(request.output_len for request in requests)
     return Measurement(backend, seconds, len(requests), prompt, useful, computed, details)

@@ -73,11 +73,7 @@ def percentile(values: Sequence[float], q: float) -> float:
 
 
 def percentiles(seconds: Iterable[float]) -> dict[str, float]:
-    """Mean, percentiles and the longest, in milliseconds.
-
-    Raises:
-        ValueError: there are no values.
-    """
+    """Mean, percentiles and the longest, in milliseconds. Raises ValueError if there are no values."""
     values = [1e3 * value for value in seconds]
     of = {f"p{q}": percentile(values, q) for q in PERCENTILES}
     return {"mean": statistics.fmean(values)} | of | {"max": max(values)}
@@ -138,17 +134,18 @@ def sustained_rate(measured: Iterable[tuple[float, float]], share: float = 0.9) 
     raise NotImplementedError("Stage 6 · Task 6.5: sustained_rate, see stages/stage6_benchmark/GUIDE.md#task-6-5")
 
 
+def duration(streams: Sequence[Stream]) -> float:
+    """Seconds from the first arrival to the last token."""
+    return max(stream.times[-1] for stream in streams if stream.error is None) - min(stream.start for stream in streams)
+
+
 def summarise(streams: Sequence[Stream], limits: Limits) -> dict[str, object]:
     """What a run of many requests comes to, ready for JSON: counts, rates over the time from the first arrival to the last
-    token, percentiles, and what was in time.
-
-    Raises:
-        ValueError: nothing was answered.
-    """
+    token, percentiles, and what was in time. Raises ValueError if nothing was answered."""
     answered = [stream for stream in streams if stream.error is None]
     if not answered:
         raise ValueError(streams[0].error if streams else "there are no requests")
-    seconds = max(stream.times[-1] for stream in answered) - min(stream.start for stream in streams)
+    seconds = duration(streams)
     return {
         "requests": len(streams),
         "refused": len(streams) - len(answered),
