@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import math
+import itertools
 import re
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,8 +22,6 @@ import torch
 from torch import Tensor
 
 from ..attention.backends import make_backend
-from ..attention.paged_attention import AttentionMetadata
-from ..batching.sampling_params import SamplingParams
 from ..core.capture import CudaGraphRecorder
 from ..core.config import EngineConfig
 from ..core.engine import LLMEngine
@@ -33,13 +29,20 @@ from ..memory.cache_engine import element_type, quantize_vectors
 from ..models.config.model_config import ModelConfig
 from ..models.costs.roofline import CARDS, Card, StepCost, decode_cost, prefill_cost
 from ..models.loader import resolve_model
+from .datasets import BenchRequest
+from .kernels import paged_step
 from .report import Parser, finish, one_line_errors, show_table
+from .timing import median_seconds
 
 BACKENDS = ["triton", "cuda", "torch"]
 KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 CACHE_BYTES = 256 << 20
 """More than any card's second-level cache holds."""
+WARM_UP = 3
+"""Calls that do not count."""
+NUMBERS = itertools.count()
+"""Of all requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +52,8 @@ class StepTime:
     Attributes:
         what: "decode" or "prefill". batch: sequences. context: tokens of each, the mean over the measured steps.
         seconds: median of a step; for a prompt from its arrival to its first token.
-        floor: seconds it takes at least, at the measured bandwidth and rate.
-        bandwidth_share: bytes that the step has to move, over its time, as a share of the measured bandwidth.
+        floor: seconds it takes at least, at the measured bandwidth and rate. bandwidth_share: bytes that the step has to move,
+            over its time, as a share of the measured bandwidth.
     """
 
     what: str
@@ -77,94 +80,61 @@ class AttentionTime:
     bandwidth_share: float
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_of(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of `run` on the device, after three runs that do not count."""
-    times = []
-    for i in range(repeats + 3):
-        synchronize(device)
-        start = time.perf_counter()
-        run()
-        synchronize(device)
-        if i >= 3:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def measure_card(device: torch.device, copy_bytes: int = 2 << 30, size: int = 8192, repeats: int = 20) -> Card:
     """The device with the bandwidth (bytes read and written by a copy) and the bfloat16 rate that it reaches now."""
     source = torch.zeros(copy_bytes, dtype=torch.uint8, device=device)
-    copy = seconds_of(partial(torch.empty_like(source).copy_, source), device, repeats)
+    copy = median_seconds(partial(torch.empty_like(source).copy_, source), repeats, WARM_UP)
     a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
-    product = seconds_of(lambda: a @ b, device, repeats)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    product = median_seconds(lambda: a @ b, repeats, WARM_UP)
+    name, memory = "CPU", 0
+    if device.type == "cuda":
+        name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
     return Card(name, 2 * copy_bytes / copy, 2 * size**3 / product, memory)
 
 
 def measure_decode(engine: LLMEngine, card: Card, batch: int, context: int, steps: int) -> StepTime:
     """Decode steps of `batch` sequences, around `context` tokens of each, or as many as the KV cache holds."""
-    limits, device = engine.limits, engine.executor.device
+    limits, scheduler, lengths = engine.limits, engine.scheduler, []
     room = limits.num_blocks // batch * engine.config.block_size - engine.config.block_size
     prompt_len = min(context, room, limits.max_model_len - 1) - 2 * steps
     if prompt_len < 1:
         raise ValueError(f"the KV cache has no room for {batch} sequences of {2 * steps} tokens; measure fewer at once")
-    submit(engine, [prompt_len] * batch, limits.max_model_len - prompt_len - 1)
-    while engine.scheduler.waiting or any(seq.num_output_tokens < 2 for seq in engine.scheduler.running):
+    submit(engine, batch, prompt_len, limits.max_model_len - prompt_len - 1)
+    while scheduler.waiting or any(seq.num_output_tokens < 2 for seq in scheduler.running):
         engine.step()
-    lengths, times = [], []
-    for _ in range(steps):
-        lengths.append(sum(len(seq.tokens) for seq in engine.scheduler.running) / batch)
-        synchronize(device)
-        start = time.perf_counter()
-        engine.step()
-        times.append(time.perf_counter() - start)
-    clear(engine)
+
+    def note_lengths() -> None:
+        lengths.append(sum(len(seq.tokens) for seq in scheduler.running) / batch)
+
+    seconds = median_seconds(engine.step, steps, before=note_lengths)
+    for seq in [*scheduler.running, *scheduler.waiting]:
+        engine.abort_request(seq.request_id)
     mean = statistics.fmean(lengths)
-    cost = decode_cost(engine.model_config, batch, mean, engine.executor.dtype)
-    return _step_time("decode", batch, mean, statistics.median(times), cost, card)
+    return step_time("decode", batch, mean, seconds, decode_cost(engine.model_config, batch, mean, engine.executor.dtype), card)
 
 
 def measure_prefill(engine: LLMEngine, card: Card, length: int, repeats: int) -> StepTime:
     """One prompt of `length` tokens on an idle engine: time to its first token."""
-    times = []
-    for _ in range(repeats):
-        synchronize(engine.executor.device)
-        start = time.perf_counter()
-        submit(engine, [length], 1)
+
+    def run() -> None:
+        submit(engine, 1, length, 1)
         while engine.has_unfinished_requests():
             engine.step()
-        times.append(time.perf_counter() - start)
+
     cost = prefill_cost(engine.model_config, length, engine.executor.dtype)
-    return _step_time("prefill", 1, length, statistics.median(times), cost, card)
+    return step_time("prefill", 1, length, median_seconds(run, repeats), cost, card)
 
 
-def _step_time(what: str, batch: int, context: float, seconds: float, cost: StepCost, card: Card) -> StepTime:
+def step_time(what: str, batch: int, context: float, seconds: float, cost: StepCost, card: Card) -> StepTime:
     share = (cost.weight_bytes + cost.kv_bytes) / seconds / card.bandwidth
     return StepTime(what, batch, context, seconds, cost.floor(card), share)
 
 
-def submit(engine: LLMEngine, prompt_lens: list[int], max_tokens: int) -> None:
+def submit(engine: LLMEngine, count: int, length: int, max_tokens: int) -> None:
     """Give the engine prompts of random tokens, all different, so that the prefix cache finds none of them."""
-    for length in prompt_lens:
-        submit.number += 1
-        ids = torch.randint(engine.model_config.vocab_size, (length,)).tolist()
-        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-        engine.add_request(f"bench-{submit.number}", {"prompt_token_ids": ids}, params)
-
-
-submit.number = 0
-
-
-def clear(engine: LLMEngine) -> None:
-    """Abort everything that runs or waits."""
-    for seq in [*engine.scheduler.running, *engine.scheduler.waiting]:
-        engine.abort_request(seq.request_id)
+    for ids in torch.randint(engine.model_config.vocab_size, (count, length)).tolist():
+        request = BenchRequest(ids, max_tokens)
+        engine.add_request(f"bench-{next(NUMBERS)}", request.prompt, request.params())
 
 
 def measure_attention(
@@ -179,29 +149,17 @@ def measure_attention(
     Args:
         heads: (query heads, KV heads). context: tokens of each sequence. kv_cache_dtype: "auto" (dtype), "fp8" or "int8".
     """
-    num_heads, num_kv_heads = heads
-    blocks = -(-context // block_size)
-    shape = (2, batch * blocks, block_size, num_kv_heads, head_dim)
-    kind = element_type(kv_cache_dtype, dtype)
-    num_layers = -(-CACHE_BYTES // (math.prod(shape) * kind.itemsize))
-    caches = [torch.randn(shape, device=device, dtype=dtype) for _ in range(num_layers)]
-    scales = None
+    kind, (_, num_kv_heads) = element_type(kv_cache_dtype, dtype), heads
+    layer_bytes = 2 * batch * -(-context // block_size) * block_size * num_kv_heads * head_dim * kind.itemsize
+    num_layers = -(-CACHE_BYTES // layer_bytes)
+    ones, lengths = [1] * batch, [context] * batch
+    metadata, (query, key, value) = paged_step(ones, lengths, dtype, num_layers, heads, head_dim, block_size, device)
     if kind == torch.int8:
-        caches, scales = map(list, zip(*map(quantize_vectors, caches), strict=True))
+        metadata.kv_caches, metadata.kv_scales = map(list, zip(*map(quantize_vectors, metadata.kv_caches), strict=True))
     elif kind != dtype:
-        caches = [kv_cache.to(kind) for kv_cache in caches]
-    tables = torch.randperm(batch * blocks, device=device, dtype=torch.int32).view(batch, blocks)
-    slots = tables[:, -1].long() * block_size + (context - 1) % block_size
-    backend = make_backend(name, device, dtype, head_dim, block_size)
-    metadata = AttentionMetadata(
-        kv_caches=caches, slot_mapping=slots, block_tables=tables,
-        query_start_loc=torch.arange(batch + 1, dtype=torch.int32, device=device),
-        context_lens=torch.full((batch,), context, dtype=torch.int32, device=device),
-        max_query_len=1, max_context_len=context, backend=backend, kv_scales=scales,
-    )  # fmt: skip
+        metadata.kv_caches = [kv_cache.to(kind) for kv_cache in metadata.kv_caches]
+    metadata.backend = backend = make_backend(name, device, dtype, head_dim, block_size)
     metadata.plan = backend.plan(metadata, None)
-    query = torch.randn(batch, num_heads, head_dim, device=device, dtype=dtype)
-    key, value = torch.randn(2, batch, num_kv_heads, head_dim, device=device, dtype=dtype)
 
     def attend() -> Tensor:
         for layer in range(num_layers):
@@ -209,12 +167,10 @@ def measure_attention(
         return out
 
     run = CudaGraphRecorder()(attend) if device.type == "cuda" and backend.capturable else attend
-    seconds = seconds_of(run, device, repeats) / num_layers
-    moved = 2 * batch * context * num_kv_heads * (head_dim * kind.itemsize + (2 if scales else 0))  # a scale is a float16
+    seconds = median_seconds(run, repeats, WARM_UP) / num_layers
+    vector = head_dim * kind.itemsize + (2 if metadata.kv_scales else 0)  # a scale is a float16
+    moved = 2 * batch * context * num_kv_heads * vector
     return AttentionTime(name, kv_cache_dtype, batch, context, seconds, moved / seconds / card.bandwidth)
-
-
-# The command
 
 
 def show_floors(model: ModelConfig, args: argparse.Namespace) -> None:
@@ -222,14 +178,10 @@ def show_floors(model: ModelConfig, args: argparse.Namespace) -> None:
     rows = []
     for batch in args.batches:
         cost = decode_cost(model, batch, args.context)
-        moved = cost.weight_bytes + cost.kv_bytes
-        cells = []
-        for card in CARDS:
-            floor = cost.floor(card)
-            rate = f"{batch / floor:,.0f}" if moved < card.memory else "too large"
-            cells.append(f"{floor * 1e3:.2f} ({rate})")
-        operations = cost.product_operations + cost.attention_operations
-        rows.append([str(batch), f"{moved / 1e9:.1f}", f"{operations / 1e12:.2f}", *cells])
+        moved, operations = cost.weight_bytes + cost.kv_bytes, cost.product_operations + cost.attention_operations
+        rates = [f"{batch / cost.floor(card):,.0f}" if moved < card.memory else "too large" for card in CARDS]
+        cells = [f"{cost.floor(card) * 1e3:.2f} ({rate})" for card, rate in zip(CARDS, rates, strict=True)]
+        rows.append([batch, f"{moved / 1e9:.1f}", f"{operations / 1e12:.2f}", *cells])
     title = f"Computed, not measured: a decode step of {args.model} in bfloat16 at a context of {args.context}"
     show_table(title, ["batch", "GB", "TFLOP", *(f"{card.name}, ms (tok/s)" for card in CARDS)], rows)
 
@@ -237,7 +189,7 @@ def show_floors(model: ModelConfig, args: argparse.Namespace) -> None:
 def show_steps(title: str, steps: list[StepTime]) -> list[dict[str, Any]]:
     """Print a table of measured steps; returns them ready for JSON."""
     rows = [
-        [step.what, str(step.batch), f"{step.context:.0f}", f"{step.seconds * 1e3:.2f}", f"{step.floor * 1e3:.2f}",
+        [step.what, step.batch, f"{step.context:.0f}", f"{step.seconds * 1e3:.2f}", f"{step.floor * 1e3:.2f}",
          f"{step.floor / step.seconds:.0%}", f"{step.bandwidth_share:.0%}", f"{step.tokens_per_second:,.0f}"]
         for step in steps
     ]  # fmt: skip
@@ -254,34 +206,34 @@ def measure_model(args: argparse.Namespace, backend: str, card: Card, first: boo
     )  # fmt: skip
     engine = LLMEngine(config)
     worker, title = engine.executor.worker, f"{args.model} on {card.name}, {backend} attention"
-    steps = [measure_decode(engine, card, batch, args.context, args.steps) for batch in batches]
-    steps += [measure_prefill(engine, card, length, args.steps) for length in (args.prompts if first else ())]
+
+    def decode() -> list[StepTime]:
+        return [measure_decode(engine, card, batch, args.context, args.steps) for batch in batches]
+
+    prompts = args.prompts if first else ()
+    steps = decode() + [measure_prefill(engine, card, length, args.steps) for length in prompts]
     results = {"steps": show_steps(f"{title}, {'CUDA graphs' if worker.graphs else 'no graphs'}", steps)}
     if first and worker.graphs is not None:
         worker.graphs = None
-        eager = [measure_decode(engine, card, batch, args.context, args.steps) for batch in batches]
-        results["eager"] = show_steps(f"{title}, --enforce-eager", eager)
+        results["eager"] = show_steps(f"{title}, --enforce-eager", decode())
     return results
 
 
 def measure(args: argparse.Namespace, model: ModelConfig) -> dict[str, Any]:
     """Everything that needs the card."""
-    device = torch.device("cuda")
+    device, heads = torch.device("cuda"), (model.num_heads, model.num_kv_heads)
     with torch.inference_mode():
         card = measure_card(device)
         print(f"{card.name}: copies {card.bandwidth / 1e9:,.0f} GB/s, multiplies {card.rate / 1e12:,.0f} TFLOP/s in bfloat16")
         attention = [
             measure_attention(
-                name, card, device, (model.num_heads, model.num_kv_heads), model.head_dim, batch, args.context,
-                block_size=16, repeats=args.steps, kv_cache_dtype=kind,
+                name, card, device, heads, model.head_dim, batch, args.context, 16, args.steps, kv_cache_dtype=kind
             )
             for batch in args.batches
             for name in args.backends
             for kind in (KV_CACHE_DTYPES if name == "triton" else ("auto",))
-        ]  # fmt: skip
-    rows = [
-        [t.backend, t.kv_cache_dtype, str(t.batch), f"{t.seconds * 1e6:.1f}", f"{t.bandwidth_share:.0%}"] for t in attention
-    ]
+        ]
+    rows = [[t.backend, t.kv_cache_dtype, t.batch, f"{t.seconds * 1e6:.1f}", f"{t.bandwidth_share:.0%}"] for t in attention]
     show_table(f"Attention of one layer, context {args.context}", ["backend", "KV cache", "batch", "µs", "of bandwidth"], rows)
     results: dict[str, Any] = {"card": asdict(card), "attention": [asdict(t) for t in attention]}
     for i, name in enumerate(args.backends):

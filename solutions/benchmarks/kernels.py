@@ -13,9 +13,7 @@ each.
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,11 +31,13 @@ from ..core.platform.machine import pick_threads
 from ..models.kernels.layers_cpu import NativeNorm
 from ..quantization.kernels.linear_cpu import PackedLinear
 from .report import Parser, drawing, finish, show_table, tracked
+from .timing import median_seconds
 
 MATRICES = {"qkv": (576, 960), "o": (576, 576), "gate_up": (576, 3072), "down": (1536, 576), "head": (576, 49152)}
 """The matrix products of SmolLM2-135M: name → (in, out) features."""
 ROWS = (1, 8, 32, 128, 512)
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 9, 3, 64, 16
+CPU = torch.device("cpu")
 CACHE_BYTES = 96 << 20
 """Copies of a small matrix together are at least this large, so that none is read from a cache."""
 
@@ -49,14 +49,16 @@ class Ceilings:
     read_bytes: float
     operations: dict[str, float]
 
+    def floor(self, precision: str, num_bytes: int, operations: int) -> float:
+        """Seconds that the machine needs at least."""
+        rate = self.operations["bfloat16" if precision == "int4" else precision]
+        return max(num_bytes / self.read_bytes, operations / rate)
+
 
 @dataclass(slots=True)
 class Timing:
-    """One kernel at one size; seconds are medians.
-
-    Attributes:
-        floor: seconds below which the machine cannot do it. peers: name → seconds of others doing the same.
-    """
+    """One kernel at one size; seconds are medians. The machine cannot do it in less than `floor` seconds; `peers` are seconds
+    of others doing the same, by name."""
 
     kernel: str
     size: str
@@ -73,16 +75,9 @@ class Timing:
         return self.floor / self.seconds
 
 
-def median_seconds(call: Callable[[int], object], calls: int, repeats: int) -> float:
+def seconds_a_call(call: Callable[[int], object], calls: int, repeats: int) -> float:
     """Median over `repeats` of the mean time of `calls` calls; each call gets its number."""
-    call(0)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for number in range(calls):
-            call(number)
-        times.append((time.perf_counter() - start) / calls)
-    return statistics.median(times)
+    return median_seconds(lambda: [call(number) for number in range(calls)], repeats, warm_up=1) / calls
 
 
 def replayed_seconds(call: Callable[[int], object], rows: int, calls: int, repeats: int) -> float:
@@ -90,15 +85,13 @@ def replayed_seconds(call: Callable[[int], object], rows: int, calls: int, repea
     with native.Recording(rows) as recording:
         for number in range(calls):
             call(number)
-    return median_seconds(lambda _: recording.replay(rows), 1, repeats) / calls
+    return median_seconds(lambda: recording.replay(rows), repeats, warm_up=1) / calls
 
 
 def read_bandwidth(repeats: int) -> float:
     """Bytes a second that PyTorch's threads read from memory."""
     data = zeros_in_huge_pages((64 << 20,), torch.float32).fill_(1.0)
-    return data.nbytes / min(
-        median_seconds(lambda _: data.sum(), 1, repeats), median_seconds(lambda _: data.amax(), 1, repeats)
-    )
+    return data.nbytes / min(median_seconds(read, repeats, warm_up=1) for read in (data.sum, data.amax))
 
 
 def measure_ceilings(repeats: int) -> Ceilings:
@@ -106,23 +99,13 @@ def measure_ceilings(repeats: int) -> Ceilings:
     operations = dict.fromkeys(("float32", "bfloat16", "int8"), 0.0)
     for precision in operations:
         dtype = torch.float32 if precision == "float32" else torch.bfloat16
-        for m, n, k in (
-            (1024, 1024, 1024),
-            (64, 4096, 512),
-        ):  # one that PyTorch likes, one whose rows stay in the fastest cache
+        for m, n, k in ((1024, 1024, 1024), (64, 4096, 512)):  # PyTorch likes one; the other's rows stay in the fastest cache
             a, b = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
-            packed = PackedLinear(b, None, "int8" if precision == "int8" else None)
-            times = [median_seconds(lambda _, run=packed, a=a: run(a), 10, repeats)]
-            if precision != "int8":
-                times.append(median_seconds(lambda _, a=a, b=b: F.linear(a, b), 10, repeats))
-            operations[precision] = max(operations[precision], 2 * m * n * k / min(times))
+            runs = [partial(PackedLinear(b, None, "int8" if precision == "int8" else None), a)]
+            runs += [] if precision == "int8" else [partial(F.linear, a, b)]
+            seconds = min(seconds_a_call(lambda _, run=run: run(), 10, repeats) for run in runs)
+            operations[precision] = max(operations[precision], 2 * m * n * k / seconds)
     return Ceilings(read_bandwidth(repeats), operations)
-
-
-def floor(ceilings: Ceilings, precision: str, num_bytes: int, operations: int) -> float:
-    """Seconds that the machine needs at least."""
-    computed_in = "bfloat16" if precision == "int4" else precision
-    return max(num_bytes / ceilings.read_bytes, operations / ceilings.operations[computed_in])
 
 
 def measure_linear(ceilings: Ceilings, name: str, rows: int, precision: str, repeats: int) -> Timing:
@@ -137,10 +120,10 @@ def measure_linear(ceilings: Ceilings, name: str, rows: int, precision: str, rep
     x = torch.randn(rows, k).to(dtype)
     seconds = replayed_seconds(lambda i: runs[i](x), rows, copies, repeats)
     plain = [weight.clone() for _ in range(copies)]
-    peers = {"torch": median_seconds(lambda i: F.linear(x, plain[i]), copies, repeats)}
+    peers = {"torch": seconds_a_call(lambda i: F.linear(x, plain[i]), copies, repeats)}
     num_bytes, operations = packed.weight.nbytes + x.nbytes + rows * n * x.itemsize, 2 * rows * n * k
-    return Timing(f"linear {name}", f"{rows} rows", precision, seconds, num_bytes, operations,
-                  floor(ceilings, precision, num_bytes, operations), peers)  # fmt: skip
+    floor = ceilings.floor(precision, num_bytes, operations)
+    return Timing(f"linear {name}", f"{rows} rows", precision, seconds, num_bytes, operations, floor, peers)
 
 
 def measure_norm(ceilings: Ceilings, rows: int, repeats: int) -> Timing:
@@ -148,33 +131,36 @@ def measure_norm(ceilings: Ceilings, rows: int, repeats: int) -> Timing:
     x, weight = torch.randn(rows, 576).bfloat16(), torch.ones(576).bfloat16()
     norm = NativeNorm(weight, 1e-5)
     seconds = replayed_seconds(lambda _: norm(x), rows, 200, repeats)
-    peers = {"torch": median_seconds(lambda _: F.rms_norm(x, (576,), weight, 1e-5), 200, repeats)}
-    num_bytes = 2 * x.nbytes
-    return Timing(
-        "rms_norm", f"{rows} rows", "bfloat16", seconds, num_bytes, 4 * x.numel(), num_bytes / ceilings.read_bytes, peers
-    )
+    peers = {"torch": seconds_a_call(lambda _: F.rms_norm(x, (576,), weight, 1e-5), 200, repeats)}
+    floor = ceilings.floor("bfloat16", 2 * x.nbytes, 4 * x.numel())
+    return Timing("rms_norm", f"{rows} rows", "bfloat16", seconds, 2 * x.nbytes, 4 * x.numel(), floor, peers)
 
 
 def paged_step(
-    query_lens: list[int], context_lens: list[int], dtype: torch.dtype, layers: int
-) -> tuple[AttentionMetadata, Tensor]:
-    """A step over shuffled blocks, and its queries, keys and values side by side: [T, H + 2·H_kv, D]."""
-    needed = [-(-length // BLOCK_SIZE) for length in context_lens]
+    query_lens: list[int], context_lens: list[int], dtype: torch.dtype, layers: int, heads: tuple[int, int] = (HEADS, KV_HEADS),
+    head_dim: int = HEAD_DIM, block_size: int = BLOCK_SIZE, device: torch.device = CPU,
+) -> tuple[AttentionMetadata, list[Tensor]]:  # fmt: skip
+    """A step over shuffled blocks, and its queries [T, H, D], keys and values [T, H_kv, D]; `heads` are (H, H_kv)."""
+    needed = [-(-length // block_size) for length in context_lens]
     order = torch.randperm(sum(needed), dtype=torch.int32)
     tables = torch.zeros(len(needed), max(needed), dtype=torch.int32)
     for row, blocks in zip(tables, order.split(needed), strict=True):
         row[: len(blocks)] = blocks
     slots = [
-        int(table[p // BLOCK_SIZE]) * BLOCK_SIZE + p % BLOCK_SIZE
+        int(table[p // block_size]) * block_size + p % block_size
         for table, q, c in zip(tables, query_lens, context_lens, strict=True)
         for p in range(c - q, c)
     ]
-    caches = [zeros_in_huge_pages((2, sum(needed), BLOCK_SIZE, KV_HEADS, HEAD_DIM), dtype).normal_() for _ in range(layers)]
+    shape = (2, sum(needed), block_size, heads[1], head_dim)
+    empty = zeros_in_huge_pages if device.type == "cpu" else partial(torch.empty, device=device)
+    starts = torch.tensor([0, *query_lens]).cumsum(0).int()
     metadata = AttentionMetadata(
-        torch.tensor(slots), tables, torch.tensor([0, *query_lens]).cumsum(0).int(), torch.tensor(context_lens).int(), caches,
-        max(query_lens), max(context_lens), make_backend("auto", "cpu", dtype, HEAD_DIM),
+        torch.tensor(slots).to(device), tables.to(device), starts.to(device), torch.tensor(context_lens).int().to(device),
+        [empty(shape, dtype=dtype).normal_() for _ in range(layers)], max(query_lens), max(context_lens),
+        make_backend("auto", device, dtype, head_dim, block_size),
     )  # fmt: skip
-    return metadata, torch.randn(sum(query_lens), HEADS + 2 * KV_HEADS, HEAD_DIM).to(dtype)
+    rows = torch.randn(sum(query_lens), heads[0] + 2 * heads[1], head_dim).to(device, dtype)
+    return metadata, rows.split([heads[0], heads[1], heads[1]], dim=1)
 
 
 def measure_attention(
@@ -184,28 +170,26 @@ def measure_attention(
     dtype = getattr(torch, precision)
     kv_row = 2 * KV_HEADS * HEAD_DIM * dtype.itemsize
     layers = max(1, min(30, CACHE_BYTES // (sum(context_lens) * kv_row)))
-    metadata, qkv = paged_step(query_lens, context_lens, dtype, layers)
-    query, key, value = qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+    metadata, (query, key, value) = paged_step(query_lens, context_lens, dtype, layers)
 
     def attend(backend: AttentionBackend) -> Callable[[int], Tensor]:
         metadata.plan = backend.plan(metadata, None)
         return lambda layer: backend.attend(layer, query, key, value, metadata, HEAD_DIM**-0.5)
 
     seconds = replayed_seconds(attend(make_backend("cpu", "cpu", dtype, HEAD_DIM)), len(query), layers, repeats)
-    peers = {"portable": median_seconds(attend(make_backend("torch", "cpu", dtype, HEAD_DIM)), layers, repeats)}
+    peers = {"portable": seconds_a_call(attend(make_backend("torch", "cpu", dtype, HEAD_DIM)), layers, repeats)}
     if len(set(query_lens)) == len(set(context_lens)) == 1:  # PyTorch's operator knows only equal lengths
         q = query.view(len(query_lens), -1, HEADS, HEAD_DIM).transpose(1, 2)
         k, v = torch.randn(2, layers, len(context_lens), KV_HEADS, context_lens[0], HEAD_DIM).to(dtype)
         causal = query_lens[0] > 1 and query_lens[0] == context_lens[0]
         if causal or query_lens[0] == 1:
-            peers["SDPA, contiguous"] = median_seconds(
-                lambda i: F.scaled_dot_product_attention(q, k[i], v[i], is_causal=causal, enable_gqa=True), layers, repeats
-            )
+            attend_all = partial(F.scaled_dot_product_attention, q, is_causal=causal, enable_gqa=True)
+            peers["SDPA, contiguous"] = seconds_a_call(lambda i: attend_all(k[i], v[i]), layers, repeats)
     pairs = sum(q * (c - q) + q * (q + 1) // 2 for q, c in zip(query_lens, context_lens, strict=True))
     num_bytes = sum(context_lens) * kv_row + 2 * query.numel() * dtype.itemsize
-    operations = 4 * pairs * HEADS * HEAD_DIM
-    return Timing(f"attention, {label}", f"{len(query_lens)} × {context_lens[0]}", precision, seconds, num_bytes, operations,
-                  floor(ceilings, precision, num_bytes, operations), peers)  # fmt: skip
+    size, operations = f"{len(query_lens)} × {context_lens[0]}", 4 * pairs * HEADS * HEAD_DIM
+    floor = ceilings.floor(precision, num_bytes, operations)
+    return Timing(f"attention, {label}", size, precision, seconds, num_bytes, operations, floor, peers)
 
 
 def all_kernels(ceilings: Ceilings, repeats: int) -> list[Callable[[], Timing]]:
@@ -222,9 +206,6 @@ def all_kernels(ceilings: Ceilings, repeats: int) -> list[Callable[[], Timing]]:
         todo += [partial(attention, "prompt", [length], [length], precision) for length in (128, 512, 2048)]
         todo.append(partial(attention, "chunk of 128", [128], [2048], precision))
     return [*todo, *(partial(measure_norm, ceilings, rows, repeats) for rows in (1, 32, 512))]
-
-
-# The command
 
 
 def show(ceilings: Ceilings, timings: list[Timing]) -> None:

@@ -11,22 +11,20 @@ processor's cache holds, are read, so that an operator finds its own in memory, 
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 
-from ..batching.sampling_params import SamplingParams
 from ..core.capture import LayerReplay
 from ..core.config import DEFAULT_MODEL, EngineConfig
 from ..core.engine import LLMEngine
 from ..core.sampling.selection_cpu import native_argmax
 from ..models.config.model_config import ModelConfig
 from ..models.llama import LlamaDecoderLayer, LlamaForCausalLM
+from .datasets import BenchRequest
 from .kernels import Ceilings, measure_ceilings
 from .report import Parser, finish, one_line_errors, show_table
+from .timing import median_seconds
 
 OPERATORS = ("norm before attention", "qkv_proj", "rope", "attention", "o_proj, + residual", "norm before MLP",
              "gate_up_proj, SiLU·mul", "down_proj, + residual")  # fmt: skip
@@ -42,17 +40,6 @@ class OperatorTime:
     operations: int
     seconds: float
     floor: float | None
-
-
-def median_of(call: Callable[[], object], repeats: int, before: Callable[[], object] = lambda: None) -> float:
-    """Seconds of a call, without what is called before each."""
-    times = []
-    for _ in range(repeats):
-        before()
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def costs(model: ModelConfig, batch: int, context: int, weight: int, element: int) -> dict[str, tuple[int, int]]:
@@ -92,22 +79,23 @@ def profile_step(
         ValueError: the engine runs without recordings, or cannot take the whole batch in one step.
     """
     model = engine.executor.worker.model
+    only = "only replayed steps of LLaMA's layers can be profiled"
     if not isinstance(model, LlamaForCausalLM) or model.decoder_layer is not LlamaDecoderLayer:
-        raise ValueError("only replayed steps of LLaMA's layers can be profiled, and this model has others")
+        raise ValueError(f"{only}, and this model has others")
     if not isinstance(model.model.run_layers, LayerReplay):
-        raise ValueError("only replayed steps of LLaMA's layers can be profiled: on a CPU with a compiler, not --enforce-eager")
+        raise ValueError(f"{only}: on a CPU with a compiler, not --enforce-eager")
     if batch > engine.config.max_num_seqs or batch * context > engine.limits.max_num_batched_tokens:
         raise ValueError(
             f"{batch} sequences of {context} tokens do not fit one step, which takes {engine.config.max_num_seqs} "
             f"sequences and {engine.limits.max_num_batched_tokens} tokens"
         )
     half = repeats // 2 + 1
-    prompts = [[(97 * i + 7 * j) % engine.model_config.vocab_size for j in range(context - half)] for i in range(batch)]
-    for i, prompt in enumerate(prompts):
-        params = SamplingParams(temperature=0, max_tokens=2 * half, ignore_eos=True)
-        engine.add_request(f"profile-{i}", {"prompt_token_ids": prompt}, params)
+    for i in range(batch):
+        ids = [(97 * i + 7 * j) % engine.model_config.vocab_size for j in range(context - half)]
+        request = BenchRequest(ids, 2 * half)
+        engine.add_request(f"profile-{i}", request.prompt, request.params())
     engine.step()  # all prompts
-    steps = [median_of(engine.step, 1) for _ in range(half)]
+    step = median_seconds(engine.step, half)
     config, dtype = engine.model_config, engine.executor.worker.dtype
     layers, head = model.model.run_layers, model.lm_head
     hidden = torch.randn(batch, config.hidden_size, dtype=dtype)
@@ -115,37 +103,29 @@ def profile_step(
     times = {}
     for number, name in enumerate(OPERATORS):
         part = layers.recording.part(i for i in calls if i % len(OPERATORS) == number)
-        times[name] = median_of(lambda part=part: part.replay(batch), repeats, before=lambda: head(hidden))
-    times["lm_head"] = median_of(lambda: head(hidden), repeats, before=lambda: layers.recording.replay(batch))
+        times[name] = median_seconds(lambda part=part: part.replay(batch), repeats, before=lambda: head(hidden))
+    times["lm_head"] = median_seconds(lambda: head(hidden), repeats, before=lambda: layers.recording.replay(batch))
     logits = head(hidden)
-    times["arg-max"] = median_of(lambda: native_argmax(logits), repeats, before=lambda: head(hidden))
+    times["arg-max"] = median_seconds(lambda: native_argmax(logits), repeats, before=lambda: head(hidden))
     for i in range(batch):
         engine.abort_request(f"profile-{i}")
-    rows = []
-    weight = 1 if precision == "int8" else dtype.itemsize
+    rows, weight = [], 1 if precision == "int8" else dtype.itemsize
     for name, (num_bytes, operations) in costs(config, batch, context, weight, dtype.itemsize).items():
-        is_product = "proj" in name or name == "lm_head"
-        rate = ceilings.operations[precision if is_product else str(dtype).removeprefix("torch.")]
-        rows.append(
-            OperatorTime(name, num_bytes, operations, times[name], max(num_bytes / ceilings.read_bytes, operations / rate))
-        )
-    step = statistics.median(steps)
-    rows.append(OperatorTime("everything else", 0, 0, step - sum(times.values()), None))
-    return rows
-
-
-# The command
+        computed_in = precision if "proj" in name or name == "lm_head" else str(dtype).removeprefix("torch.")
+        least = ceilings.floor(computed_in, num_bytes, operations)
+        rows.append(OperatorTime(name, num_bytes, operations, times[name], least))
+    return [*rows, OperatorTime("everything else", 0, 0, step - sum(times.values()), None)]
 
 
 def show(ceilings: Ceilings, batch: int, rows: list[OperatorTime]) -> None:
     """Print the table."""
     cells = []
     for row in rows:
-        least = ["", "", "", ""]
+        taken, least, share = f"{row.seconds * 1e3:.2f}", ["", "", ""], ""
         if row.floor is not None:
             least = [f"{row.bytes / 1e6:.1f}", f"{row.operations / 1e6:.0f}", f"{row.floor * 1e3:.2f}"]
-            least.append(f"{row.floor / row.seconds:.0%}")
-        cells.append([row.operator, *least[:3], f"{row.seconds * 1e3:.2f}", least[3]])
+            share = f"{row.floor / row.seconds:.0%}"
+        cells.append([row.operator, *least, taken, share])
     total, floor = sum(row.seconds for row in rows), sum(row.floor or 0 for row in rows)
     cells.append(["step", "", "", f"{floor * 1e3:.2f}", f"{total * 1e3:.2f}", f"{floor / total:.0%}"])
     title = f"A decode step of {batch}; reads {ceilings.read_bytes / 1e9:.0f} GB/s; {torch.get_num_threads()} threads"
@@ -166,12 +146,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--context {args.context} must be larger than --repeats {args.repeats}")
     largest = max(args.batches)
     with one_line_errors():
-        engine = LLMEngine(
-            EngineConfig(
-                model=args.model, device="cpu", quantization=args.quantization, max_num_seqs=largest,
-                max_num_batched_tokens=largest * args.context,
-            )
+        config = EngineConfig(
+            args.model, device="cpu", quantization=args.quantization, max_num_seqs=largest,
+            max_num_batched_tokens=largest * args.context,
         )  # fmt: skip
+        engine = LLMEngine(config)
         precision = args.quantization or str(engine.executor.worker.dtype).removeprefix("torch.")
         with torch.inference_mode():
             ceilings, sizes = measure_ceilings(7), (args.context, args.repeats)
