@@ -8,8 +8,8 @@ sum over two ranks by the ring of the course, by gloo and through shared memory.
 
 from __future__ import annotations
 
-import json
-import multiprocessing
+import argparse
+import itertools
 import os
 import statistics
 import sys
@@ -18,7 +18,6 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,26 +30,20 @@ from ..models.loader import resolve_model
 from ..parallelism.communication import Communicator, ring_all_reduce
 from ..parallelism.distributed import run_ranks
 from ..parallelism.shared_memory import SharedMemoryCommunicator
+from . import timing
 from .gpu import measure_decode, measure_prefill
 from .kernels import read_bandwidth
 from .report import Parser, drawing, finish, one_line_errors, show_table, tracked
+from .timing import in_new_process, median_seconds, pin_to_cores, write_shape
 
 COLLECTIVE_SIZES, COLLECTIVE_REPEATS = [1 << n for n in range(8, 25, 2)], 50
-SHAPE_1B = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048,
-    "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
-    "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
-    "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-"""TinyLlama-1.1B's shape: large enough for its weights to matter, small enough for a laptop."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankTime:
-    """One kind of step on some number of ranks.
+    """One kind of step on so many devices, as in `StepTime`.
 
     Attributes:
-        ranks: devices. what, batch, context: as in `StepTime`. seconds: median of a step.
         communication: share of the time that rank 0 spends in collectives, waiting for others and the prompts before decode
             steps included; None where it cannot be told (a GPU's collectives run beside the host).
         weight_bandwidth: bytes a second at which all ranks together read weights, counting each weight once a step.
@@ -69,11 +62,8 @@ class RankTime:
 
 @dataclass(frozen=True, slots=True)
 class CollectiveTime:
-    """A sum of `bytes` over `ranks` by `method`.
-
-    Attributes:
-        seconds: the median time of a call, of the slowest rank. sent: bytes that a rank sends, the mean over ranks, as counted.
-    """
+    """A sum of `bytes` over `ranks` by `method`: the median seconds of a call, of the slowest rank, and the bytes that a rank
+    sends, the mean over ranks, as counted."""
 
     method: str
     ranks: int
@@ -82,86 +72,48 @@ class CollectiveTime:
     sent: float
 
 
-def write_shape(folder: Path, **changes: int) -> Path:
-    """A folder in Hugging Face's format that has the shape of a model of 1.1 billion weights, and no weights.
-
-    Args:
-        changes: to the shape, such as ``num_hidden_layers=4``.
-    """
-    (folder / "config.json").write_text(json.dumps(SHAPE_1B | changes))
-    return folder
-
-
 def possible_ranks(sizes: list[int]) -> list[int]:
     """Those of `sizes` for which this machine has the GPUs, or without any the cores."""
     devices = torch.cuda.device_count() or available_cores()
     return [size for size in sizes if size <= devices]
 
 
-def measure_ranks(
-    model: str, size: int, batches: list[int], context: int, prompt_len: int, steps: int, cpu_kernels: bool = True
-) -> list[RankTime]:
-    """Decode steps of each batch and one prompt, on `size` devices, in a process of their own."""
-    context_ = multiprocessing.get_context("spawn")
-    ours, theirs = context_.Pipe()
-    arguments = (theirs, model, size, batches, context, prompt_len, steps, cpu_kernels)
-    process = context_.Process(target=_measure, args=arguments)
-    process.start()
-    theirs.close()
-    try:
-        return ours.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"the measurement on {size} ranks ended with exit code {process.exitcode}; see above") from None
-    finally:
-        process.join()
-
-
-def medians(runs: list[RankTime]) -> list[RankTime]:
-    """One entry for each kind of step and number of ranks: the median of each figure over repeated runs."""
-    kinds = dict.fromkeys((t.ranks, t.what, t.batch) for t in runs)
-    return [_median([t for t in runs if (t.ranks, t.what, t.batch) == kind]) for kind in kinds]
-
-
-def _median(runs: list[RankTime]) -> RankTime:
-    def middle(name: str) -> float | None:
-        values = [getattr(t, name) for t in runs]
-        return None if None in values else statistics.median(values)
-
-    return replace(
-        runs[0], **{name: middle(name) for name in ("seconds", "communication", "weight_bandwidth", "read_bandwidth")}
-    )
-
-
-def _measure(
-    results: Any, model: str, size: int, batches: list[int], context: int, prompt_len: int, steps: int, cpu_kernels: bool
-) -> None:
-    on_gpu = torch.cuda.is_available()
-    if not on_gpu and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:size])
+def measure_ranks(args: argparse.Namespace, model: str, size: int) -> list[RankTime]:
+    """Decode steps of each batch and one prompt, on `size` devices; on a CPU, this process then keeps to as many cores."""
+    batches, on_gpu = args.batches, torch.cuda.is_available()
+    if not on_gpu:
+        pin_to_cores(slice(size))
     torch.set_num_threads(size)
     reads = None if on_gpu else read_bandwidth(repeats=9)
-    tokens = max(max(batches) * (context + 16), prompt_len + 16)
+    tokens = max(max(batches) * (args.context + 16), args.prompt + 16)
     config = EngineConfig(
         model=model, load_format="dummy", dtype="bfloat16", tensor_parallel_size=size, enable_prefix_caching=False,
-        max_model_len=max(context, prompt_len) + 16, max_num_batched_tokens=max(512, prompt_len),
-        num_gpu_blocks_override=None if on_gpu else -(-tokens // 16) + 2 * max(batches), enable_cpu_kernels=cpu_kernels,
+        max_model_len=max(args.context, args.prompt) + 16, max_num_batched_tokens=max(512, args.prompt),
+        num_gpu_blocks_override=None if on_gpu else -(-tokens // 16) + 2 * max(batches),
+        enable_cpu_kernels=not args.disable_cpu_kernels,
     )  # fmt: skip
     engine = LLMEngine(config)
     nothing = Card("", float("inf"), float("inf"), 0)  # no floors here
     weights = num_product_weights(engine.model_config) * engine.executor.dtype.itemsize
-    measure_decode(engine, nothing, max(batches), context, 2)  # all memory is touched, all steps are recorded
+    measure_decode(engine, nothing, max(batches), args.context, 2)  # all memory is touched, all steps are recorded
+    todo = [partial(measure_decode, engine, nothing, batch, args.context, args.steps) for batch in batches]
+    todo.append(partial(measure_prefill, engine, nothing, args.prompt, max(3, args.steps // 8)))
     times = []
-    for what, batch in [("decode", batch) for batch in batches] + [("prefill", 1)]:
+    for run in todo:
         before, start = _communication(engine), time.perf_counter()
-        if what == "decode":
-            step = measure_decode(engine, nothing, batch, context, steps)
-        else:
-            step = measure_prefill(engine, nothing, prompt_len, max(3, steps // 8))
+        step = run()
         share = None if before is None else (_communication(engine) - before) / (time.perf_counter() - start)
-        times.append(RankTime(size, what, batch, step.context, step.seconds, share, weights / step.seconds, reads))
+        speed = weights / step.seconds
+        times.append(RankTime(size, step.what, step.batch, step.context, step.seconds, share, speed, reads))
     engine.close()
-    results.send(times)
+    return times
+
+
+def medians(runs: list[RankTime]) -> list[RankTime]:
+    """One entry for each kind of step and number of ranks: the median of each figure over repeated runs."""
+    figures = ("seconds", "communication", "weight_bandwidth", "read_bandwidth")
+    alike = timing.grouped(runs, ("ranks", "what", "batch")).values()
+    return [replace(each[0], **timing.medians(each, figures)) for each in alike]
 
 
 def _communication(engine: LLMEngine) -> float | None:
@@ -175,31 +127,22 @@ def _communication(engine: LLMEngine) -> float | None:
 
 
 def measure_collectives(ranks: int, sizes: list[int], repeats: int, memory: Path) -> list[CollectiveTime]:
-    """Sums of these many bytes of float32 by the ring of this course, gloo and shared memory, one core a rank.
-
-    Args:
-        memory: an empty file, for the ranks to share; best on a file system in memory.
-    """
+    """Sums of these many bytes of float32 by the ring of this course, gloo and shared memory, one core a rank. The ranks share
+    `memory`, an empty file, best on a file system in memory."""
     everyone = run_ranks(_time_collectives, ranks, sizes, repeats, memory, timeout=600.0)
-    return [
-        CollectiveTime(
-            method,
-            ranks,
-            size,
-            max(rank[method, size][0] for rank in everyone),
-            statistics.fmean(rank[method, size][1] for rank in everyone),
-        )
-        for method in ("ring", "gloo", "shared memory")
-        for size in sizes
-    ]
+    found = []
+    for method, size in itertools.product(("ring", "gloo", "shared memory"), sizes):
+        seconds, sent = zip(*(rank[method, size] for rank in everyone), strict=True)
+        found.append(CollectiveTime(method, ranks, size, max(seconds), statistics.fmean(sent)))
+    return found
 
 
 def _time_collectives(
     comm: Communicator, sizes: list[int], repeats: int, memory: Path
 ) -> dict[tuple[str, int], tuple[float, float]]:
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, [cores[comm.rank % len(cores)]])
+    """(method, bytes) → this rank's median seconds and the bytes that it sends in one sum."""
+    core = comm.rank % available_cores()
+    pin_to_cores(slice(core, core + 1))
     shared = SharedMemoryCommunicator(os.open(memory, os.O_RDWR), threads=1)
     methods = {
         "ring": (comm, lambda x: ring_all_reduce(x, comm)),
@@ -207,22 +150,16 @@ def _time_collectives(
         "shared memory": (shared, shared.all_reduce),
     }
     found = {}
-    for size in sizes:
+    for size, (method, (communicator, run)) in itertools.product(sizes, methods.items()):
         x = torch.zeros(max(1, size // 4))
-        for method, (communicator, run) in methods.items():
-            times, sent = [], []
-            for _ in range(repeats + 3):
-                shared.all_reduce(torch.zeros(1))  # all start together
-                communicator.traffic.clear()
-                start = time.perf_counter()
-                run(x)
-                times.append(time.perf_counter() - start)
-                sent.append(sum(traffic.bytes_sent for traffic in communicator.traffic.values()))
-            found[method, size] = statistics.median(times[3:]), statistics.fmean(sent)
+
+        def start_together(communicator: Communicator = communicator) -> None:
+            shared.all_reduce(torch.zeros(1))
+            communicator.traffic.clear()
+
+        seconds = median_seconds(partial(run, x), repeats, warm_up=3, before=start_together)
+        found[method, size] = seconds, sum(traffic.bytes_sent for traffic in communicator.traffic.values())
     return found
-
-
-# The command
 
 
 def show_ranks(model: str, times: list[RankTime]) -> None:
@@ -231,10 +168,10 @@ def show_ranks(model: str, times: list[RankTime]) -> None:
     rows = []
     for t in times:
         share = "" if t.communication is None else f"{t.communication:.1%}"
-        faster = first[t.what, t.batch].seconds / t.seconds
         reads = "" if t.read_bandwidth is None else f"{t.read_bandwidth / 1e9:.1f}"
-        cells = [str(t.ranks), f"{t.context:.0f}", f"{t.seconds * 1e3:.2f}", f"{t.weight_bandwidth / 1e9:.1f}", reads, share]
-        rows.append([f"{t.what}, batch {t.batch}", *cells, f"{faster:.2f}x"])
+        faster = f"{first[t.what, t.batch].seconds / t.seconds:.2f}x"
+        cells = [t.ranks, f"{t.context:.0f}", f"{t.seconds * 1e3:.2f}", f"{t.weight_bandwidth / 1e9:.1f}", reads, share, faster]
+        rows.append([f"{t.what}, batch {t.batch}", *cells])
     where = "GPUs" if torch.cuda.is_available() else "cores"
     columns = ["step", where, "context", "ms", "weights, GB/s", "can read, GB/s", "in sums", "as fast"]
     show_table(f"{model} in bfloat16, random weights", columns, rows)
@@ -284,8 +221,7 @@ def main(argv: list[str] | None = None) -> None:
         with one_line_errors(RuntimeError):
             resolve_model(model, "dummy")  # says now if there is none
             for size in tracked(sizes * args.repeats, "ranks"):
-                kernels = not args.disable_cpu_kernels
-                runs += measure_ranks(model, size, args.batches, args.context, args.prompt, args.steps, kernels)
+                runs += in_new_process(measure_ranks, args, model, size)
         times = medians(runs)
         show_ranks(args.model, times)
         if not torch.cuda.is_available() and native.load() is not None and 2 in sizes:
