@@ -20,13 +20,11 @@ examples:
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import shutil
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,14 +33,16 @@ from typing import Any
 import torch
 
 from ..batching.continuous_batch import FlatBatch
-from ..batching.sampling_params import RequestOutputKind, SamplingParams
+from ..batching.sampling_params import RequestOutputKind
 from ..core.config import DEFAULT_MODEL, EngineConfig
 from ..core.engine import LLMEngine
 from ..core.output import RequestOutput
 from ..core.platform.machine import settle_heap
 from ..core.worker import StepResult
 from ..models.loader import resolve_model
+from .datasets import BenchRequest, token_ids
 from .report import Parser, finish, one_line_errors, show_table, tracked
+from .timing import pin_to_cores, write_shape
 
 TEXT = (
     "The harbour opens at 6:30, and by 7 o'clock there are usually 14 or 15 boats at the quay. Each of them wants a berth, "
@@ -55,11 +55,6 @@ TEXT = (
 
 PHASES = ("schedule", "arrays", "update", "output")
 WARM_UP_STEPS = 8
-TINY_MODEL = {
-    "architectures": ["LlamaForCausalLM"], "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-    "num_attention_heads": 1, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-"""Stands in for the model that is never run, so that an engine is built in a moment."""
 
 
 @dataclass(slots=True)
@@ -67,7 +62,6 @@ class Overhead:
     """Host time of decode steps, in microseconds a running sequence and step.
 
     Attributes:
-        num_seqs: sequences running. prefix_caching, output_kind: settings of the engine and the requests.
         phases: the cost of each of `PHASES`, and of the "rest" of the step.
         total: their sum, as the median over rounds. lowest, highest: over rounds.
     """
@@ -81,73 +75,50 @@ class Overhead:
     highest: float
 
 
+@dataclass
 class FakeExecutor:
-    """Gives every sequence the next token of a text, each from another place in it.
+    """Gives every sequence the next token of a text, each from another place in it."""
 
-    Args:
-        token_ids: the text.
-    """
-
-    def __init__(self, token_ids: list[int]) -> None:
-        self.token_ids = token_ids
+    token_ids: list[int]
 
     def execute(self, batch: FlatBatch) -> StepResult:
         text, length = self.token_ids, len(self.token_ids)
         return StepResult([[text[(7 * seq.seq_id + len(seq.tokens)) % length]] for seq in batch.sampled])
 
 
-class PhaseClock:
-    """Adds up the CPU time that this thread spends in some methods."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+class PhaseClock(Counter[str]):
+    """CPU seconds that this thread spends in some methods, by phase."""
 
     def watch(self, owner: Any, method: str, phase: str) -> None:
         """Count the calls of one object's method as a phase."""
         call: Callable[..., Any] = getattr(owner, method)
-        self.seconds[phase] = 0.0
 
         def timed(*args: Any) -> Any:
             start = time.thread_time()
             result = call(*args)
-            self.seconds[phase] += time.thread_time() - start
+            self[phase] += time.thread_time() - start
             return result
 
         setattr(owner, method, timed)
 
-    def take(self) -> dict[str, float]:
-        """Seconds of each phase since the last call."""
-        taken, self.seconds = self.seconds, dict.fromkeys(self.seconds, 0.0)
-        return taken
-
 
 def make_engine(num_seqs: int, num_tokens: int, prefix_caching: bool, tokenizer_of: str) -> LLMEngine:
-    """An engine whose model is never run, with room for all sequences at once.
-
-    Args:
-        num_seqs: most sequences running. num_tokens: most tokens of each.
-        tokenizer_of: model whose tokenizer to use.
-
-    Raises:
-        ValueError: that model cannot be had, or it has no tokenizer.
-    """
-    source = resolve_model(tokenizer_of)
-    if not isinstance(source.tokenizer_path, Path):
+    """An engine whose model is never run, with room for `num_seqs` sequences of `num_tokens` tokens at once. Raises ValueError
+    if the model whose tokenizer it gets cannot be had, or has none."""
+    source, block_size = resolve_model(tokenizer_of), EngineConfig().block_size
+    if source.tokenizer_path is None:
         raise ValueError(f"{tokenizer_of} has no tokenizer here, and making text is a part of what is measured")
-    block_size = EngineConfig().block_size
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for file in source.tokenizer_path.glob("*token*"):
-            shutil.copy(file, folder)
-        config = TINY_MODEL | {"vocab_size": source.config.vocab_size}
-        (folder / "config.json").write_text(json.dumps(config))
-        engine = LLMEngine(
-            EngineConfig(
-                model=name, load_format="dummy", device="cpu", dtype="float32", max_model_len=max(num_tokens, 2),
-                num_gpu_blocks_override=int(1.02 * num_seqs * -(-num_tokens // block_size)) + 2, max_num_seqs=num_seqs,
-                max_num_batched_tokens=num_seqs * num_tokens, enable_prefix_caching=prefix_caching,
-            )
+    tiny = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
+    tiny |= {"hidden_size": 16, "intermediate_size": 16, "vocab_size": source.config.vocab_size}
+    with tempfile.TemporaryDirectory() as folder:
+        write_shape(Path(folder), **tiny, max_position_embeddings=4096)
+        config = EngineConfig(
+            model=folder, tokenizer=str(source.tokenizer_path), load_format="dummy", device="cpu", dtype="float32",
+            max_model_len=max(num_tokens, 2), max_num_seqs=num_seqs, max_num_batched_tokens=num_seqs * num_tokens,
+            num_gpu_blocks_override=int(1.02 * num_seqs * -(-num_tokens // block_size)) + 2,
+            enable_prefix_caching=prefix_caching,
         )  # fmt: skip
+        engine = LLMEngine(config)
     engine.executor = FakeExecutor(engine.tokenizer.encode(TEXT))
     return engine
 
@@ -156,25 +127,19 @@ def measure(
     num_seqs: int, prefix_caching: bool, kind: RequestOutputKind, *, rounds: int = 5, steps: int = 32,
     tokenizer_of: str = "smollm2-135m", on_output: Callable[[list[RequestOutput]], None] = lambda _: None,
 ) -> Overhead:  # fmt: skip
-    """Time decode steps with a constant number of running sequences.
-
-    Prompts have 17 to 32 tokens, so that in every step one sequence in sixteen begins a block, as in a server that has run
-    for a while.
+    """Time decode steps with a constant number of running sequences. Prompts have 17 to 32 tokens, so that in every step one
+    sequence in sixteen begins a block, as in a server that has run for a while.
 
     Args:
-        num_seqs: sequences running.
-        prefix_caching: whether full blocks are hashed and kept.
         kind: DELTA makes text in every step, FINAL_ONLY when a sequence ends, which none does here.
-        rounds, steps: measured rounds, and steps in each.
-        on_output: sees each step's outputs, outside the clock.
+        rounds, steps: measured rounds, and steps in each. on_output: sees each step's outputs, outside the clock.
     """
     num_steps = WARM_UP_STEPS + rounds * steps
     engine = make_engine(num_seqs, 32 + num_steps + 2, prefix_caching, tokenizer_of)
     rng = random.Random(0)
-    params = SamplingParams(temperature=0.0, max_tokens=num_steps + 2, ignore_eos=True, output_kind=kind)
     for index in range(num_seqs):
-        prompt = [rng.randint(1000, 40_000) for _ in range(17 + index % 16)]
-        engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
+        request = BenchRequest(token_ids(rng, 17 + index % 16), num_steps + 2)
+        engine.add_request(str(index), request.prompt, request.params(output_kind=kind))
     clock = PhaseClock()
     for owner, method, phase in (
         (engine.scheduler, "schedule", "schedule"), (engine.batch, "build", "arrays"),
@@ -183,18 +148,17 @@ def measure(
         clock.watch(owner, method, phase)
     for _ in range(WARM_UP_STEPS):
         on_output(engine.step())
-    clock.take()
     results = []
     for _ in range(rounds):
+        clock.clear()
         spent = 0.0
         for _ in range(steps):
             start = time.thread_time()
             outputs = engine.step()
             spent += time.thread_time() - start
             on_output(outputs)
-        phases = clock.take()
-        spent -= phases.pop("model")
-        phases["rest"] = spent - sum(phases.values())
+        phases = {name: clock[name] for name in PHASES}
+        phases["rest"] = spent - clock.total()
         results.append({name: 1e6 * seconds / (steps * num_seqs) for name, seconds in phases.items()})
     if len(engine.scheduler.running) != num_seqs:
         raise RuntimeError(f"{len(engine.scheduler.running)} of {num_seqs} sequences were running at the end")
@@ -203,30 +167,16 @@ def measure(
     return Overhead(num_seqs, prefix_caching, kind.name, median, statistics.median(totals), min(totals), max(totals))
 
 
-def slope(costs: list[tuple[int, float]]) -> float:
-    """Cost a sequence at the largest batch over that at the smallest: 1 is linear, below 1 better (fixed costs spread).
-
-    Args:
-        costs: (sequences, microseconds a sequence and step).
-    """
-    return max(costs)[1] / min(costs)[1]
-
-
-# The command
-
 KINDS = (RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY)
 GOALS = {"DELTA": 8.0, "FINAL_ONLY": 4.0}
 
 
 def pin_to_one_core() -> None:
-    """Keep this thread on one core with warm caches, where the system can, and tensors from starting more threads.
-
-    The heap is settled as in the server's process.
-    """
+    """Keep this thread on one core with warm caches, and tensors from starting more threads. The heap is settled as in the
+    server's process."""
     settle_heap()
     torch.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    pin_to_cores(slice(-1, None))
 
 
 def show(results: list[Overhead]) -> None:
@@ -236,13 +186,14 @@ def show(results: list[Overhead]) -> None:
     for r in results:
         goal, setting = GOALS[r.output_kind], f"{'on' if r.prefix_caching else 'off'}, {r.output_kind}"
         phases = [f"{r.phases[name]:.2f}" for name in (*PHASES, "rest")]
-        total = [f"{r.total:.2f}", f"{r.lowest:.2f}–{r.highest:.2f}", f"{goal:g} {'met' if r.total <= goal else 'MISSED'}"]
-        rows.append([setting, str(r.num_seqs), *phases, *total])
+        met = f"{goal:g} {'met' if r.total <= goal else 'MISSED'}"
+        rows.append([setting, r.num_seqs, *phases, f"{r.total:.2f}", f"{r.lowest:.2f}–{r.highest:.2f}", met])
         costs.setdefault(setting, []).append((r.num_seqs, r.total))
     show_table("Host time of a decode step, µs a running sequence (CPU time of one thread)", columns, rows)
     for setting, every in costs.items():
-        if len(every) > 1:
-            growth = f"{slope(every):.2f}x as much at {max(every)[0]} as at {min(every)[0]} running"
+        (fewest, low), (most, high) = min(every), max(every)
+        if fewest < most:
+            growth = f"{high / low:.2f}x as much at {most} as at {fewest} running"
             print(f"prefix cache {setting}: a sequence costs {growth}")
 
 
