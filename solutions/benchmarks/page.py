@@ -50,11 +50,7 @@ COUNT_FRAMES = """(seconds) => new Promise((resolve) => {
 
 @contextmanager
 def open_browser() -> Iterator[Browser]:
-    """A browser without a screen.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """A browser without a screen. Raises ValueError if there is none."""
     if CHROMIUM is None:
         raise ValueError("there is no Chromium; on Debian: apt install chromium")
     sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # which root may not use

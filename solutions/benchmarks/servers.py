@@ -38,15 +38,11 @@ Launch = tuple[list[str], dict[str, str]]
 @contextmanager
 def running_server(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The server as a process of its own on a free port, and its address with ``/v1``; it is killed if it still runs then.
-
-    Raises:
-        RuntimeError: it does not start; the message is what it printed.
-    """
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    Raises RuntimeError with what it printed if it does not start."""
     command = [sys.executable, "-m", f"{PACKAGE}.serving.api_server", "--host", "127.0.0.1", "--port", "0", *flags]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as server:  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    output = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **output) as server:
         try:
             lines: list[str] = []
             for line in server.stdout:
@@ -60,35 +56,40 @@ def running_server(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
             server.kill()
 
 
+def free_port() -> int:
+    """One that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def as_flags(settings: dict[str, Any]) -> list[str]:
     """The engine's settings on the server's command line."""
-    names = {name: "--" + name.replace("_", "-") for name in settings}
-    return [names[name] if value is True else f"{names[name]}={value}" for name, value in settings.items()]
+    return ["--" + name.replace("_", "-") + ("" if value is True else f"={value}") for name, value in settings.items()]
 
 
 @contextmanager
 def start(name: str, model: str, seconds: float = START_SECONDS) -> Iterator[str]:
-    """A server of this name with this model, on a port of its own; gives its address with ``/v1`` and ends it.
-
-    Args:
-        name: one of `STARTERS`. seconds: within which it has to answer.
+    """One of `STARTERS` with this model, on a port of its own; gives its address with ``/v1`` once it answers, and ends it.
 
     Raises:
-        ValueError: the model is none that it takes. RuntimeError: it is not installed, or does not start; what it printed is
-            in the message.
+        ValueError: the model is none that it takes. RuntimeError: it is not installed, or does not start, and what it printed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command, environment = STARTERS[name](model, port)
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             command, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )  # fmt: skip
         try:
-            if (problem := _wait(process, f"http://127.0.0.1:{port}/health", seconds)) is not None:
-                output.seek(0)
-                raise RuntimeError(f"{name} {problem}:\n{output.read()[-2000:].strip()}")
+            deadline, problem = time.monotonic() + seconds, f"did not answer within {seconds:.0f} s"
+            while not _answers(f"http://127.0.0.1:{port}/health"):
+                if process.poll() is not None:
+                    problem = f"ended with {process.returncode} before it served anything"
+                if process.returncode is not None or time.monotonic() > deadline:
+                    output.seek(0)
+                    raise RuntimeError(f"{name} {problem}:\n{output.read()[-2000:].strip()}")
+                time.sleep(0.5)
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             process.terminate()
@@ -99,23 +100,15 @@ def start(name: str, model: str, seconds: float = START_SECONDS) -> Iterator[str
             process.wait()
 
 
-def vllm_environment() -> dict[str, str]:
-    """What vLLM wants to know on a CPU: by itself it keeps a core for its HTTP server, of which there may be two in all."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(pick_threads())
-    return {
-        "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-        "HF_HUB_OFFLINE": "1",
-    }
+def _answers(url: str) -> bool:
+    with suppress(httpx.HTTPError):
+        return httpx.get(url, timeout=5).status_code == 200
+    return False
 
 
 def vllm(model: str, port: int) -> Launch:
-    """vLLM's, in the environment that the variable ``VLLM`` names, or that of the ``vllm`` on the path. Its module is
-    run and not its program, which the package for CPUs has under another name than its own.
-
-    Raises:
-        ValueError: the model is in no folder. RuntimeError: vLLM is not installed.
-    """
+    """vLLM's, in the environment that the variable ``VLLM`` names, or that of the ``vllm`` on the path. Its module is run and
+    not its program, which the package for CPUs has under another name than its own. Raises as `start` does."""
     program = shutil.which("vllm")
     home = os.environ.get("VLLM") or (Path(program).parents[1] if program else None)
     python = shutil.which(str(Path(home, "bin", "python"))) if home else None
@@ -124,19 +117,18 @@ def vllm(model: str, port: int) -> Launch:
     folder = resolve_model(model).path
     if folder is None:
         raise ValueError(f"vLLM needs {model} as a folder, and there is none")
+    # by itself it keeps a core of a CPU for its HTTP server, and there may be two in all
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(pick_threads())
+    bind, gibibytes = ",".join(map(str, cores)), "2"
     return [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", model,
         "--port", str(port), "--host", "127.0.0.1", "--max-model-len", str(CONTEXT), "--max-num-seqs", str(MAX_SEQUENCES),
         "--dtype", "bfloat16",
-    ], vllm_environment()  # fmt: skip
+    ], {"VLLM_CPU_KVCACHE_SPACE": gibibytes, "VLLM_CPU_OMP_THREADS_BIND": bind, "HF_HUB_OFFLINE": "1"}  # fmt: skip
 
 
 def llama_cpp(model: str, port: int) -> Launch:
-    """llama.cpp's: ``llama-server`` of the path, with the GGUF file that the model is or comes from.
-
-    Raises:
-        ValueError: there is no such file. RuntimeError: llama.cpp is not installed.
-    """
+    """llama.cpp's: ``llama-server`` of the path, with the GGUF file that the model is or comes from. Raises as `start` does."""
     program = shutil.which("llama-server")
     if program is None:
         raise RuntimeError("llama.cpp is not installed: llama-server is not on the path")
@@ -153,24 +145,9 @@ STARTERS: dict[str, Callable[[str, int], Launch]] = {"vllm": vllm, "llama.cpp": 
 def _gguf_file(model: str) -> Path:
     if model.endswith(".gguf"):
         return Path(model)
-    wheel = ALIASES[model].wheel if model in ALIASES else None
-    package = importlib.util.find_spec(wheel) if wheel else None
-    files = [
-        file for folder in (package.submodule_search_locations or [] if package else []) for file in Path(folder).glob("*.gguf")
-    ]
+    package = importlib.util.find_spec(ALIASES[model].wheel) if model in ALIASES and ALIASES[model].wheel else None
+    folders = (package.submodule_search_locations if package else None) or []
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     if not files:
         raise ValueError(f"llama.cpp needs {model} as a .gguf file, and there is none")
     return files[0]
-
-
-def _wait(process: subprocess.Popen[str], url: str, seconds: float) -> str | None:
-    """Wait until a server answers; what went wrong if it does not."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            return f"ended with {process.returncode} before it served anything"
-        with suppress(httpx.HTTPError):
-            if httpx.get(url, timeout=5).status_code == 200:
-                return None
-        time.sleep(0.5)
-    return f"did not answer within {seconds:.0f} s"

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import multiprocessing
 import random
 import signal
 import statistics
@@ -35,15 +34,16 @@ import numpy as np
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from ..batching.sampling_params import RequestOutputKind, SamplingParams
+from ..batching.sampling_params import RequestOutputKind
 from ..core.config import DEFAULT_MODEL, EngineConfig, parse_bytes
 from ..core.engine import LLMEngine
 from ..models.loader import load_tokenizer, resolve_model
-from .datasets import TOKEN_IDS, BenchRequest
+from .datasets import BenchRequest, token_ids
 from .end_to_end import Client, client_session
 from .latency import Stream, latencies, percentiles
 from .report import Parser, finish, one_line_errors, say, show_table, spread
 from .servers import as_flags, running_server
+from .timing import in_new_process
 
 HEALTH_EVERY, MEMORY_EVERY = 0.05, 1.0
 MIB, FEED_SECONDS = 2**20, 20.0
@@ -52,43 +52,24 @@ MIB, FEED_SECONDS = 2**20, 20.0
 def chat_sized_requests(tokenizer: Any, count: int, seed: int) -> list[BenchRequest]:
     """Prompts of about 16..112 tokens as text, answers of 64..192."""
     rng = random.Random(seed)
-    ids = [[rng.randint(*TOKEN_IDS) for _ in range(rng.randint(16, 96))] for _ in range(count)]
-    texts = tokenizer.batch_decode(ids)
+    texts = tokenizer.batch_decode([token_ids(rng, rng.randint(16, 96)) for _ in range(count)])
     prompts = tokenizer(texts)["input_ids"]  # not always the ids that the text was made of
     return [BenchRequest(prompt, rng.randint(64, 192), text) for prompt, text in zip(prompts, texts, strict=True)]
 
 
-def offline_rate(
-    settings: dict[str, Any], requests: list[BenchRequest], concurrency: int, warm_up: float, seconds: float
-) -> float:
-    """Output tokens a second of an engine in a new process with `concurrency` requests always under way, which are token ids
-    and become token ids: neither HTTP nor text.
-
-    Args:
-        settings: of the engine.
-        warm_up: seconds before the clock starts. seconds: of the clock.
-    """
-    with multiprocessing.get_context("spawn").Pool(1) as process:
-        return process.apply(_offline_rate, (settings, requests, concurrency, warm_up, seconds))
-
-
-def _offline_rate(
-    settings: dict[str, Any], requests: list[BenchRequest], concurrency: int, warm_up: float, seconds: float
-) -> float:
-    engine = LLMEngine(EngineConfig(**settings))
-    queue = enumerate(requests)
+def offline_rate(args: argparse.Namespace, requests: list[BenchRequest], seconds: float) -> float:
+    """Output tokens a second of an engine in this process with --streams requests always under way, which are token ids and
+    become token ids: neither HTTP nor text. The clock starts after --warm-up seconds and runs for `seconds`."""
+    engine, queue = LLMEngine(EngineConfig(**settings(args))), enumerate(requests)
 
     def add() -> None:
         number, request = next(queue)
-        params = SamplingParams(
-            temperature=0.0, max_tokens=request.output_len, ignore_eos=True, detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )  # fmt: skip
-        engine.add_request(str(number), {"prompt_token_ids": request.prompt_token_ids}, params)
+        params = request.params(detokenize=False, output_kind=RequestOutputKind.DELTA)
+        engine.add_request(str(number), request.prompt, params)
 
-    for _ in range(concurrency):
+    for _ in range(args.streams):
         add()
-    start, tokens = time.perf_counter() + warm_up, 0
+    start, tokens = time.perf_counter() + args.warm_up, 0
     while (now := time.perf_counter()) < start + seconds:
         outputs = engine.step()
         if now >= start:
@@ -101,12 +82,8 @@ def _offline_rate(
 
 @dataclass(slots=True)
 class Watched:
-    """What a server was like while it worked.
-
-    Attributes:
-        health: seconds that each ``/health`` took. memory: (seconds, bytes that its processes held).
-        tokens: (seconds, tokens generated so far), as its ``/metrics`` say.
-    """
+    """What a server was like while it worked: seconds that each ``/health`` took, (seconds, bytes that its processes held), and
+    (seconds, tokens generated so far) as its ``/metrics`` say."""
 
     health: list[float] = field(default_factory=list)
     memory: list[tuple[float, int]] = field(default_factory=list)
@@ -124,11 +101,7 @@ class Watched:
 
 
 async def watch(url: str, process: int, into: Watched) -> None:
-    """Ask a server how it is, until cancelled.
-
-    Args:
-        url: with ``/v1``. process: its id.
-    """
+    """Ask a server at `url`, with ``/v1``, how it is, and its process how large, until cancelled."""
     base, server = url.removesuffix("/v1"), psutil.Process(process)
     start = due = time.perf_counter()
     async with client_session() as client:
@@ -148,11 +121,8 @@ async def watch(url: str, process: int, into: Watched) -> None:
 
 
 async def watch_feed(url: str, into: list[tuple[float, float]]) -> None:
-    """Read ``/live`` for every other `FEED_SECONDS`, until cancelled.
-
-    Args:
-        url: with ``/v1``. into: gets the time at which each reading began and ended, in seconds since the first call.
-    """
+    """Read ``/live`` for every other `FEED_SECONDS`, until cancelled. The times at which each reading began and ended, in
+    seconds since the first call, are put `into` the list."""
     origin = time.perf_counter()
     async with client_session() as client:
         while True:
@@ -187,27 +157,16 @@ def totals(text: str) -> dict[str, float]:
 
 
 async def under_watch(url: str, process: int, load: Any, feed: list[tuple[float, float]] | None = None) -> tuple[Any, Watched]:
-    """What a load, which is awaited, gives, and what the server was like meanwhile.
-
-    Args:
-        feed: for `watch_feed`; None: nobody reads the feed.
-    """
+    """What a load, which is awaited, gives, and what the server was like meanwhile; `feed` as for `watch_feed`, if it is
+    read."""
     seen = Watched()
-    watching = [asyncio.create_task(watch(url, process, seen))]
-    if feed is not None:
-        watching.append(asyncio.create_task(watch_feed(url, feed)))
+    watching = asyncio.gather(watch(url, process, seen), *([] if feed is None else [watch_feed(url, feed)]))
     try:
-        result = await load
+        return await load, seen
     finally:
-        for task in watching:
-            task.cancel()
-        for task in watching:
-            with suppress(asyncio.CancelledError):
-                await task
-    return result, seen
-
-
-# The command
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -222,10 +181,8 @@ def serve_load(
     args: argparse.Namespace, requests: list[BenchRequest], feed: list[tuple[float, float]] | None = None
 ) -> tuple[list[Stream], Watched, dict[str, float]]:
     """The client's streams, what the server was like, and the totals of its metrics in the end; `feed` as for `under_watch`.
-
-    Raises:
-        RuntimeError: the server does not start, or does not end well.
-    """
+    Raises RuntimeError if the server does not start, or does not end well."""
+    say(f"served: {args.warm_up + args.seconds} s")
     with running_server(*as_flags(settings(args))) as (server, url):
         load = Client(url, args.model).closed_loop(requests, args.streams, seconds=args.warm_up + args.seconds)
         streams, seen = asyncio.run(under_watch(url, server.pid, load, feed))
@@ -236,62 +193,40 @@ def serve_load(
     return streams, seen, found
 
 
-def make_requests(args: argparse.Namespace) -> list[BenchRequest]:
-    """More than can be answered."""
-    tokenizer = load_tokenizer(resolve_model(args.model))
-    return chat_sized_requests(tokenizer, args.streams * (args.warm_up + args.seconds), seed=0)
-
-
-def measure_feed(args: argparse.Namespace) -> dict[str, Any]:
-    """Served, with somebody who reads ``/live`` for every other stretch of time.
-
-    Raises:
-        ValueError: there was not time enough for two comparisons.
-    """
-    say(f"served: {args.warm_up + args.seconds} s")
+def measure_feed(args: argparse.Namespace, requests: list[BenchRequest]) -> dict[str, Any]:
+    """Served, with somebody who reads ``/live`` for every other stretch of time; prints the cost, and how far to trust it.
+    Raises ValueError if there was not time enough for two comparisons."""
     feed: list[tuple[float, float]] = []
-    _, seen, _ = serve_load(args, make_requests(args), feed)
-    costs = feed_cost(seen, feed, args.warm_up)
+    _, seen, _ = serve_load(args, requests, feed)
+    costs, rate = feed_cost(seen, feed, args.warm_up), seen.rate(args.warm_up, args.seconds)
     if len(costs) < 2:
         raise ValueError(f"two comparisons take {5 * FEED_SECONDS:.0f} s; give --seconds more")
-    error = statistics.stdev(costs) / len(costs) ** 0.5
-    cost = spread(costs) | {"mean": statistics.mean(costs), "standard_error": error}
-    return {"served_tokens_per_second": seen.rate(args.warm_up, args.seconds), "cost_of_feed": cost}
+    mean, error = statistics.mean(costs), statistics.stdev(costs) / len(costs) ** 0.5
+    print(f"{rate:,.0f} output tok/s; somebody who reads /live costs {mean:.1%} of them, with a standard error of")
+    print(f"{error:.1%}, in the mean of {len(costs)} comparisons, which range from {min(costs):.1%} to {max(costs):.1%}")
+    return {"served_tokens_per_second": rate, "cost_of_feed": spread(costs) | {"mean": mean, "standard_error": error}}
 
 
-def show_feed(results: dict[str, Any]) -> None:
-    """Print the result, with how far it can be trusted."""
-    cost = results["cost_of_feed"]
-    rate, error, compared = results["served_tokens_per_second"], cost["standard_error"], len(cost["values"])
-    print(f"{rate:,.0f} output tok/s; somebody who reads /live costs {cost['mean']:.1%} of them, with a standard error of")
-    print(f"{error:.1%}, in the mean of {compared} comparisons, which range from {cost['min']:.1%} to {cost['max']:.1%}")
-
-
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace, requests: list[BenchRequest]) -> dict[str, Any]:
     """Offline, served, offline."""
-    half, requests = args.seconds / 2, make_requests(args)
 
     def run_offline() -> float:
-        say(f"offline: {args.warm_up + half:.0f} s")
-        return offline_rate(settings(args), requests, args.streams, args.warm_up, half)
+        say(f"offline: {args.warm_up + args.seconds / 2:.0f} s")
+        return in_new_process(offline_rate, args, requests, args.seconds / 2)
 
     before = run_offline()
-    say(f"served: {args.warm_up + args.seconds} s")
     streams, seen, metrics = serve_load(args, requests)
-    offline = [before, run_offline()]
-    client = latencies(streams)
-    means = {
-        name: {"client": client[f"{name}_ms"]["mean"], "server": 1e3 * metrics[f"{metric}_sum"] / metrics[f"{metric}_count"]}
-        for name, metric in (
-            ("ttft", "vllm:time_to_first_token_seconds"), ("itl", "vllm:inter_token_latency_seconds"),
-            ("latency", "vllm:e2e_request_latency_seconds"),
-        )
-    }  # fmt: skip
-    served = seen.rate(args.warm_up, args.seconds)
+    offline = spread([before, run_offline()])
+    client, served = latencies(streams), seen.rate(args.warm_up, args.seconds)
+    names = {"ttft": "time_to_first_token", "itl": "inter_token_latency", "latency": "e2e_request_latency"}
+    means = {}
+    for name, metric in names.items():
+        total, count = (metrics[f"vllm:{metric}_seconds_{what}"] for what in ("sum", "count"))
+        means[name] = {"client": client[f"{name}_ms"]["mean"], "server": 1e3 * total / count}
     return {
-        "offline_tokens_per_second": spread(offline),
+        "offline_tokens_per_second": offline,
         "served_tokens_per_second": served,
-        "cost_of_serving": 1 - served / spread(offline)["median"],
+        "cost_of_serving": 1 - served / offline["median"],
         "requests": len(streams),
         "errors": sum(stream.error is not None for stream in streams),
         "client": client,
@@ -319,10 +254,9 @@ def show(results: dict[str, Any], args: argparse.Namespace) -> None:
     show_table(f"{args.model}, {args.streams} streams for {args.seconds} s", ["", "measured"], rows)
     rows = []
     for name in ("ttft", "tpot", "itl", "latency"):
-        of = results["client"][f"{name}_ms"]
-        server = results["means_ms"].get(name, {}).get("server")
-        numbers = [of["p50"], of["p90"], of["p99"], of["mean"]]
-        rows.append([name.upper(), *(f"{value:,.1f}" for value in numbers), "" if server is None else f"{server:,.1f}"])
+        values = [results["client"][f"{name}_ms"][of] for of in ("p50", "p90", "p99", "mean")]
+        values += [means["server"] for means in [results["means_ms"].get(name)] if means]
+        rows.append([name.upper(), *(f"{value:,.1f}" for value in values)])
     show_table("milliseconds", ["", "p50", "p90", "p99", "mean", "mean, says the server"], rows)
 
 
@@ -338,10 +272,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.output_flags()
     args = parser.parse_args(argv)
     with one_line_errors(RuntimeError):
-        results = measure_feed(args) if args.feed else measure(args)
-    if args.feed:
-        show_feed(results)
-    else:
+        tokenizer = load_tokenizer(resolve_model(args.model))
+        requests = chat_sized_requests(tokenizer, args.streams * (args.warm_up + args.seconds), seed=0)  # more than are sent
+        results = measure_feed(args, requests) if args.feed else measure(args, requests)
+    if not args.feed:
         show(results, args)
     finish(args, "serving", results)
 
