@@ -10,13 +10,13 @@ natural English on every machine, nothing to download. It is cut into pieces; ev
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
+import statistics
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..batching.sampling_params import SamplingParams
 from ..core.config import DEFAULT_MODEL
@@ -29,18 +29,16 @@ from ..quantization.layout.checkpoint import QuantizedFormat, write_model
 from ..quantization.layout.groups import GroupQuantized, quantize_groups
 from .report import Parser, drawing, finish, one_line_errors, say, show_table, tracked
 
+CAPTION = (
+    "The default model's weights come from a file of 4 bits in groups of 32, which int4 gives back nearly as they are; "
+    "RTN, GPTQ and AWQ take other groups, on which that file's values do not lie."
+)
 HELD_OUT = 6
 """Every so many pieces, one is kept from calibration."""
 
 
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """One precision.
-
-    Attributes:
-        name: such as "GPTQ, groups of 64". perplexity: of all tokens but each piece's first.
-        weight_bytes: of the whole model as loaded.
-    """
+class Quality(NamedTuple):
+    """One precision: its name, the perplexity of all tokens but each piece's first, and the whole model's bytes as loaded."""
 
     name: str
     perplexity: float
@@ -55,39 +53,23 @@ def python_topics() -> str:
 
 
 def cut_text(model: str, length: int, num_held_out: int) -> tuple[list[list[int]], str]:
-    """Held-out pieces of `length` tokens, and the rest of the text for calibration.
-
-    Raises:
-        ValueError: the text has not so many pieces.
-    """
+    """Held-out pieces of `length` tokens, and the rest of the text for calibration. Raises ValueError if there are too few."""
     tokenizer = load_tokenizer(resolve_model(model))
     ids = tokenizer.encode(python_topics(), add_special_tokens=False, verbose=False)
     pieces = [ids[start : start + length] for start in range(0, len(ids) - length, length)]
     held_out = pieces[1::HELD_OUT][:num_held_out]
     if len(held_out) < num_held_out:
         raise ValueError(f"the text gives {len(held_out)} pieces of {length} tokens, not {num_held_out}")
-    rest = [piece for index, piece in enumerate(pieces) if index % HELD_OUT != 1]
-    return held_out, tokenizer.decode([token for piece in rest for token in piece])
+    del pieces[1::HELD_OUT]
+    return held_out, tokenizer.decode([token for piece in pieces for token in piece])
 
 
 def perplexity(llm: LLM, texts: list[list[int]]) -> float:
     """exp of the mean negative log-probability of each token after those before it."""
     params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": tokens} for tokens in texts], params, use_tqdm=False)
-    values = [
-        entry[token].logprob
-        for output in outputs
-        for token, entry in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
-    ]
-    return math.exp(-sum(values) / len(values))
-
-
-def measure(settings: dict[str, dict[str, Any]], texts: list[list[int]]) -> Iterator[Quality]:
-    """The perplexity of each precision: name → arguments of `LLM`."""
-    length = max(map(len, texts)) + 1
-    for name, arguments in settings.items():
-        llm = LLM(**arguments, max_model_len=length, enable_prefix_caching=False)
-        yield Quality(name, perplexity(llm, texts), llm.llm_engine.executor.weight_bytes)
+    pairs = [pair for output in outputs for pair in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)]
+    return math.exp(-statistics.fmean(entry[token].logprob for token, entry in pairs))
 
 
 def write_rounded(model: str, folder: Path, group_size: int) -> None:
@@ -103,50 +85,40 @@ def write_rounded(model: str, folder: Path, group_size: int) -> None:
     write_model(folder, source.path, layers, form, symmetric=False)
 
 
-# The command
-
-CAPTION = (
-    "The default model's weights come from a file of 4 bits in groups of 32, which int4 gives back nearly as they are; "
-    "RTN, GPTQ and AWQ take other groups, on which that file's values do not lie."
-)
-
-
 def make_models(args: argparse.Namespace, folder: Path, text: str) -> dict[str, dict[str, Any]]:
     """Make the 4-bit models that are not there yet; name → arguments of the engine."""
     calibration = folder / "calibration.txt"
     calibration.write_text(text)
     methods = {"RTN": None, "GPTQ": (gptq, []), "GPTQ, act-order": (gptq, ["--act-order"]), "AWQ": (awq, [])}
     settings = {}
-    for size in args.groups:
-        for name, method in methods.items():
-            target = folder / f"{name.lower().replace(', ', '-')}-{size}"
-            settings[f"{name}, groups of {size}"] = {"model": str(target)}
-            if (target / "config.json").is_file():
-                continue
-            say(f"{name}, groups of {size}")
-            if method is None:
-                write_rounded(args.model, target, size)
-                continue
-            module, flags = method
-            module.main([
-                "--model", args.model, "--group-size", str(size), "--calibration-file", str(calibration), "--num-samples",
-                str(args.num_samples), "--sequence-length", str(args.length), "--output", str(target), *flags,
-            ])  # fmt: skip
+    for size, (name, method) in itertools.product(args.groups, methods.items()):
+        target = folder / f"{name.lower().replace(', ', '-')}-{size}"
+        settings[f"{name}, groups of {size}"] = {"model": str(target)}
+        if (target / "config.json").is_file():
+            continue
+        say(f"{name}, groups of {size}")
+        if method is None:
+            write_rounded(args.model, target, size)
+            continue
+        module, flags = method
+        module.main([
+            "--model", args.model, "--group-size", str(size), "--calibration-file", str(calibration), "--num-samples",
+            str(args.num_samples), "--sequence-length", str(args.length), "--output", str(target), *flags,
+        ])  # fmt: skip
     return settings
 
 
 def show(model: str, results: list[Quality]) -> None:
     """Print a row for each precision."""
-    base = results[0]
-    rounded = {r.name.rpartition(" ")[2]: r for r in results if r.name.startswith("RTN")}
+    base = results[0].perplexity
+    gaps = {r.name: math.log(r.perplexity / base) for r in results}
     rows = []
     for r in results:
-        gap = math.log(r.perplexity / base.perplexity)
-        closed = ""
-        if r.name.startswith(("GPTQ", "AWQ")):
-            closed = f"{1 - gap / math.log(rounded[r.name.rpartition(' ')[2]].perplexity / base.perplexity):.0%}"
-        numbers = [f"{r.perplexity:.3f}", f"{r.perplexity / base.perplexity - 1:+.2%}", f"{gap:.4f}", closed]
-        rows.append([r.name, *numbers, f"{r.weight_bytes / 2**20:.0f}"])
+        method, _, size = r.name.partition(", groups of ")
+        rounded = gaps.get(f"RTN, groups of {size}") if method.startswith(("GPTQ", "AWQ")) else None
+        closed = "" if rounded is None else f"{1 - gaps[r.name] / rounded:.0%}"
+        more, weights = f"{r.perplexity / base - 1:+.2%}", f"{r.weight_bytes / 2**20:.0f}"
+        rows.append([r.name, f"{r.perplexity:.3f}", more, f"{gaps[r.name]:.4f}", closed, weights])
     columns = ["precision", "perplexity", "more", "nats a token more", "of RTN's gap closed", "MiB of weights"]
     show_table(f"{model} on Python's documentation", columns, rows, CAPTION)
 
@@ -181,17 +153,17 @@ def main(argv: list[str] | None = None) -> None:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         held_out, text = cut_text(args.model, args.length, args.pieces)
-        whole = {"model": args.model}
-        settings = {
-            "16 bits": whole,
-            "int8 KV cache": whole | {"kv_cache_dtype": "int8"},
-            "int8": whole | {"quantization": "int8"},
-            "int4, groups of 32": whole | {"quantization": "int4"},
-        } | make_models(args, folder, text)
-        results = list(tracked(measure(settings, held_out), "precisions", len(settings)))
+        own = {"16 bits": {}, "int8 KV cache": {"kv_cache_dtype": "int8"}, "int8": {"quantization": "int8"}}
+        own["int4, groups of 32"] = {"quantization": "int4"}
+        settings = {name: {"model": args.model, **flags} for name, flags in own.items()} | make_models(args, folder, text)
+        results, length = [], max(map(len, held_out)) + 1
+        for name, arguments in tracked(settings.items(), "precisions", len(settings)):
+            llm = LLM(**arguments, max_model_len=length, enable_prefix_caching=False)
+            results.append(Quality(name, perplexity(llm, held_out), llm.llm_engine.executor.weight_bytes))
+            del llm  # its memory is for the next one
     show(args.model, results)
     tokens = sum(len(piece) - 1 for piece in held_out)
-    finish(args, "quality", {"tokens": tokens, "runs": [asdict(r) for r in results]}, partial(draw, results))
+    finish(args, "quality", {"tokens": tokens, "runs": [r._asdict() for r in results]}, partial(draw, results))
 
 
 if __name__ == "__main__":

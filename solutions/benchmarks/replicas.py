@@ -18,8 +18,6 @@ import argparse
 import asyncio
 import os
 import random
-import socket
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -28,22 +26,19 @@ from typing import Any
 
 from ..core.config import DEFAULT_MODEL, EngineConfig
 from ..core.platform.machine import available_cores
-from .datasets import TOKEN_IDS, BenchRequest
+from .datasets import BenchRequest, token_ids
 from .end_to_end import Client, check
-from .latency import Stream, percentiles
+from .latency import Stream, duration, percentiles
 from .report import Parser, finish, one_line_errors, say, show_table, spread
+from .servers import free_port
 
 ROUTERS = ("prefix", "round_robin")
 
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """What is asked for.
-
-    Attributes:
-        groups: how many beginnings. requests: of each. prefix_len: tokens of a beginning. input_len: tokens after it.
-        output_len: tokens to generate. concurrency: requests under way at once.
-    """
+    """What is asked for: so many beginnings of `prefix_len` tokens, `requests` of each with `input_len` tokens more, answers of
+    `output_len`, and how many requests are under way at once."""
 
     groups: int = 8
     requests: int = 8
@@ -55,35 +50,25 @@ class Groups:
     def make(self, seed: int) -> list[BenchRequest]:
         """The requests, in random order."""
         rng = random.Random(seed)
-
-        def ids(count: int) -> list[int]:
-            return [rng.randint(*TOKEN_IDS) for _ in range(count)]
-
-        beginnings = [ids(self.prefix_len) for _ in range(self.groups)]
-        requests = [BenchRequest(start + ids(self.input_len), self.output_len) for start in beginnings * self.requests]
+        beginnings = [token_ids(rng, self.prefix_len) for _ in range(self.groups)]
+        prompts = [start + token_ids(rng, self.input_len) for start in beginnings * self.requests]
+        requests = [BenchRequest(prompt, self.output_len) for prompt in prompts]
         rng.shuffle(requests)
         return requests
 
     def blocks_for(self, replicas: int, block_size: int) -> int:
         """KV blocks with which an engine holds its share of the beginnings and what runs on it, but not all beginnings; and
         with which it can run its share of the requests, even if each had a beginning of its own."""
-
-        def blocks(tokens: int) -> int:
-            return -(-tokens // block_size)
-
-        share = -(-self.groups // replicas) * blocks(self.prefix_len)
-        own = blocks(self.input_len + self.output_len) + 1
-        return max(share + self.concurrency * own, -(-self.concurrency // replicas) * (blocks(self.prefix_len) + own))
+        beginning = -(-self.prefix_len // block_size)
+        own = -(-(self.input_len + self.output_len) // block_size) + 1
+        share, running = -(-self.groups // replicas), -(-self.concurrency // replicas)
+        return max(share * beginning + self.concurrency * own, running * (beginning + own))
 
 
 @dataclass(slots=True)
 class Measured:
-    """One router on one set of requests.
-
-    Attributes:
-        hit_rate: share of the prompts' tokens that were cached, 0 to 1. ttft_p50, ttft_p99: milliseconds to the first token.
-        output_tokens_per_second: of all engines together.
-    """
+    """One router on one set of requests: the share of the prompts' tokens that were cached, 0 to 1, milliseconds to the first
+    token, and tokens a second of all engines together."""
 
     hit_rate: float
     ttft_p50: float
@@ -92,39 +77,23 @@ class Measured:
 
 
 def summarise(requests: Sequence[BenchRequest], streams: Sequence[Stream], seconds: float) -> Measured:
-    """What the streams of the requests come to.
-
-    Raises:
-        ValueError: a request was refused.
-        RuntimeError: one came back with another number of tokens than it asked for.
-    """
+    """What the streams of the requests come to. Raises what `check` does."""
     check(requests, streams)
     waits = percentiles(stream.ttft for stream in streams)
-    return Measured(
-        sum(stream.num_cached for stream in streams) / sum(len(request.prompt_token_ids) for request in requests),
-        waits["p50"],
-        waits["p99"],
-        sum(stream.num_tokens for stream in streams) / seconds,
-    )
+    cached = sum(stream.num_cached for stream in streams) / sum(len(request.prompt_token_ids) for request in requests)
+    return Measured(cached, waits["p50"], waits["p99"], sum(stream.num_tokens for stream in streams) / seconds)
 
 
 def measure(url: str, model: str, requests: Sequence[BenchRequest], concurrency: int) -> Measured:
     """Send requests in their order, a new one whenever one has ended."""
-    start = time.perf_counter()
     streams = asyncio.run(Client(url, model).closed_loop(requests, concurrency))
-    return summarise(requests, streams, time.perf_counter() - start)
+    return summarise(requests, streams, duration(streams))
 
 
 @contextmanager
-def serving(settings: dict[str, Any], replicas: int, port: int, cores: int) -> Iterator[dict[str, str]]:
-    """Both routers, each with engines of its own, of which one set works while the other rests; gives their addresses.
-
-    Args:
-        settings: of the engines. cores: of this machine, dealt out over the engines of one router.
-
-    Raises:
-        ValueError: Ray is not installed.
-    """
+def serving(settings: dict[str, Any], replicas: int) -> Iterator[dict[str, str]]:
+    """Both routers, each with engines of its own, of which one set works while the other rests; gives their addresses. The
+    cores of this machine are dealt out over the engines of one router. Raises ValueError if Ray is not installed."""
     from ..core.ray_executor import import_ray
 
     ray = import_ray()
@@ -132,7 +101,8 @@ def serving(settings: dict[str, Any], replicas: int, port: int, cores: int) -> I
 
     from ..serving.replicas.ray_app import app
 
-    each = max(1, cores // replicas)
+    port, each = free_port(), max(1, available_cores() // replicas)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         "local", num_cpus=len(ROUTERS) * replicas * each, include_dashboard=False, object_store_memory=80 << 20,
         log_to_driver=False, logging_level="error",
@@ -147,23 +117,13 @@ def serving(settings: dict[str, Any], replicas: int, port: int, cores: int) -> I
         ray.shutdown()
 
 
-# The command
-
-
 def run(args: argparse.Namespace, groups: Groups) -> dict[str, list[Measured]]:
-    """Router → its rounds.
-
-    Raises:
-        ValueError: Ray is not installed, or a model cannot be had.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """Router → its rounds. Raises ValueError if Ray is not installed, or a model cannot be had."""
     context = args.prefix_len + args.input_len + args.output_len + EngineConfig().block_size
     settings = {"model": args.model, "max_model_len": context, "num_gpu_blocks_override": args.kv_blocks}
     results: dict[str, list[Measured]] = {router: [] for router in ROUTERS}
     say(f"starting {len(ROUTERS)} times {args.replicas} engines")
-    with serving(settings, args.replicas, port, available_cores()) as urls:
+    with serving(settings, args.replicas) as urls:
         for url in urls.values():  # short ones, so that every engine has run once
             measure(url, args.model, Groups(8, 4, 16, 16, 8).make(seed=99), args.concurrency)
         for number in range(args.rounds):
@@ -199,22 +159,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_flag("--output-len", 32, "tokens to generate")
     parser.add_flag("--concurrency", 8, "requests at once")
     parser.add_flag("--rounds", 3, "rounds of each router, in turn; the median counts")
-    parser.add_argument(
-        "--kv-blocks",
-        type=int,
-        help="KV blocks of each engine (default: room for its share of the beginnings and for what runs)",
-    )
+    text = "KV blocks of each engine (default: room for its share of the beginnings and for what runs)"
+    parser.add_argument("--kv-blocks", type=int, help=text)
     parser.output_flags()
     args = parser.parse_args(argv)
     if args.kv_blocks is not None and args.kv_blocks < 1:
         parser.error(f"--kv-blocks must be at least 1, got {args.kv_blocks}")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     groups = Groups(args.groups, args.requests, args.prefix_len, args.input_len, args.output_len, args.concurrency)
     args.kv_blocks = args.kv_blocks or groups.blocks_for(args.replicas, EngineConfig().block_size)
     with one_line_errors():
         results = run(args, groups)
-    names = [field.name for field in fields(Measured)]
-    summary = {router: {name: spread(getattr(r, name) for r in rounds) for name in names} for router, rounds in results.items()}
+    summary = {
+        router: {field.name: spread(getattr(run, field.name) for run in runs) for field in fields(Measured)}
+        for router, runs in results.items()
+    }
     show(summary, args)
     finish(args, "replicas", summary, workload=asdict(groups), ray=version("ray"))
 

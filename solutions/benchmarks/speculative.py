@@ -6,11 +6,12 @@ prompts, in turns. Nothing is switched off at large batches here, so that the ta
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from ..batching.sampling_params import SamplingParams
 from ..core.config import DEFAULT_MODEL
 from ..core.engine import LLM
 from .report import Parser, drawing, finish, one_line_errors, show_table, tracked
+from .timing import grouped, medians
 
-PLAIN = "plain"
+PLAIN, ALWAYS = "plain", {"disable_by_batch_size": 1 << 20}
 SENTENCES = (
     "Tell me a short story about a lighthouse keeper.", "Explain to a child why the sky is blue.",
     "Write a letter to a friend about your first week in a new town.", "What should I think of when I buy a used bicycle?",
@@ -64,76 +66,54 @@ def ordinary(llm: LLM, index: int) -> list[int]:
 
 def arbitrary(llm: LLM, index: int) -> list[int]:
     """Random tokens; what follows is sampled at temperature 1.5, so that hardly anything can be foreseen."""
-    generator = random.Random(index)
-    return [generator.randrange(llm.llm_engine.model_config.vocab_size) for _ in range(64)]
+    return random.Random(index).choices(range(llm.llm_engine.model_config.vocab_size), k=64)
 
 
-TEXTS = {
-    "repetitive": (repetitive, {"temperature": 0.0}),
-    "ordinary": (ordinary, {"temperature": 0.0}),
-    "random": (arbitrary, {"temperature": 1.5}),
-}
-"""Kinds of text: how a prompt is made, and how it is sampled."""
+TEXTS = {"repetitive": (repetitive, 0.0), "ordinary": (ordinary, 0.0), "random": (arbitrary, 1.5)}
+"""Kinds of text: how a prompt is made, and the temperature at which it is sampled."""
 
 
 def measure(
     model: str, settings: dict[str, dict[str, Any]], batches: Iterable[int], output_len: int, repeats: int, **engine: Any
 ) -> Iterator[Row]:
-    """Run every text at every batch size with each setting in turn, and that several times over.
-
-    Args:
-        settings: name → ``speculative_config``; plain decoding is added.
-        output_len: tokens generated for each request. engine: settings of all engines.
-    """
-    engines = {PLAIN: LLM(model, **engine)}
-    engines |= {name: LLM(model, speculative_config=config, **engine) for name, config in settings.items()}
-    batches = list(batches)
+    """Run every text at every batch size with each setting in turn, and that several times over; plain decoding is one more.
+    `settings` are names and their ``speculative_config``, `engine` the settings of all engines."""
+    engines = {name: LLM(model, speculative_config=config, **engine) for name, config in {PLAIN: None, **settings}.items()}
     for llm in engines.values():
         run(llm, "", next(iter(TEXTS)), 1, output_len)  # warm-up
-    for _ in range(repeats):
-        for text in TEXTS:
-            for batch in batches:
-                for name, llm in engines.items():
-                    yield run(llm, name, text, batch, output_len)
+    for _, text, batch, (name, llm) in itertools.product(range(repeats), TEXTS, batches, engines.items()):
+        yield run(llm, name, text, batch, output_len)
 
 
 def run(llm: LLM, method: str, text: str, batch: int, output_len: int) -> Row:
     """Generate once, with prompts that are in the prefix cache already, so that decoding is what is timed."""
-    make, sampling = TEXTS[text]
+    make, temperature = TEXTS[text]
     prompts = [{"prompt_token_ids": make(llm, index)} for index in range(batch)]
-    llm.generate(prompts, SamplingParams(max_tokens=1, **sampling), use_tqdm=False)
+    params = SamplingParams(max_tokens=output_len, ignore_eos=True, seed=0, temperature=temperature)
+    llm.generate(prompts, replace(params, max_tokens=1), use_tqdm=False)
     before = llm.llm_engine.stats()
     start = time.perf_counter()
-    llm.generate(prompts, SamplingParams(max_tokens=output_len, ignore_eos=True, seed=0, **sampling), use_tqdm=False)
-    seconds = time.perf_counter() - start
+    llm.generate(prompts, params, use_tqdm=False)
+    rate = batch * output_len / (time.perf_counter() - start)
     after = llm.llm_engine.stats()
     drafted = after.spec_decode_num_draft_tokens - before.spec_decode_num_draft_tokens
     accepted = after.spec_decode_num_accepted_tokens - before.spec_decode_num_accepted_tokens
-    num_tokens = batch * output_len
-    return Row(
-        method, text, batch, num_tokens / seconds, num_tokens / (num_tokens - accepted), accepted / drafted if drafted else None
-    )
+    steps = batch * output_len - accepted
+    return Row(method, text, batch, rate, batch * output_len / steps, accepted / drafted if drafted else None)
 
-
-# The command
 
 COLOURS = {PLAIN: "#999999", "ngram": "#0072B2", "draft model": "#E69F00"}
 
 
 def summarize(rows: list[Row]) -> list[dict[str, Any]]:
     """Medians of each case, with the speed-up over plain decoding in the same round and its spread."""
-    cases: dict[tuple[str, int, str], list[Row]] = {}
-    for row in rows:
-        cases.setdefault((row.text, row.batch, row.method), []).append(row)
-    summary = []
+    cases, summary = grouped(rows, ("text", "batch", "method")), []
     for (text, batch, method), runs in cases.items():
         plain = cases[text, batch, PLAIN]
         ratios = [run.tokens_per_second / base.tokens_per_second for run, base in zip(runs, plain, strict=True)]
-        entry = {"text": text, "batch": batch, "method": method}
-        for name in ("tokens_per_second", "tokens_per_step", "acceptance"):
-            values = [getattr(run, name) for run in runs]
-            entry[name] = None if None in values else statistics.median(values)
-        summary.append(entry | {"speedup": statistics.median(ratios), "speedup_range": [min(ratios), max(ratios)]})
+        figures = medians(runs, ("tokens_per_second", "tokens_per_step", "acceptance"))
+        gain = {"speedup": statistics.median(ratios), "speedup_range": [min(ratios), max(ratios)]}
+        summary.append({"text": text, "batch": batch, "method": method} | figures | gain)
     return summary
 
 
@@ -180,14 +160,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.output_flags("the speed-up")
     args = parser.parse_args(argv)
     quantization = None if args.draft_quantization == "none" else args.draft_quantization
-    always = {"disable_by_batch_size": 1 << 20}
+    draft = {"method": "draft_model", "model": args.draft_model or args.model, "quantization": quantization}
     settings = {
-        "ngram": {"method": "ngram", "num_speculative_tokens": args.ngram_tokens, **always},
-        "draft model": {
-            "method": "draft_model", "model": args.draft_model or args.model, "quantization": quantization,
-            "num_speculative_tokens": args.draft_tokens, **always,
-        },
-    }  # fmt: skip
+        "ngram": ALWAYS | {"method": "ngram", "num_speculative_tokens": args.ngram_tokens},
+        "draft model": ALWAYS | draft | {"num_speculative_tokens": args.draft_tokens},
+    }
     total = args.repeats * len(TEXTS) * len(args.batches) * (1 + len(settings))
     with one_line_errors():
         runs = measure(
