@@ -73,6 +73,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 PAUSE = 4
 """Seconds before a run where a server is measured too: vLLM's threads turn on for a second or more after its last request."""
 
+WAITS = ("ttft_ms_median", "tpot_ms_median")
 Runner = Callable[[list[BenchRequest]], Measurement]
 
 
@@ -97,11 +98,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 
 def make_runner(name: str, args: argparse.Namespace, stack: ExitStack) -> Runner:
-    """What runs a list of requests on a system; what was started for it ends with `stack`.
-
-    Raises:
-        ValueError: the model cannot be had. RuntimeError: a server is not installed, or does not start.
-    """
+    """What runs a list of requests on a system; what was started for it ends with `stack`. Raises ValueError if the model
+    cannot be had, RuntimeError if a server is not installed, or does not start."""
+    say(f"loading {name}")
     if name == "hf":
         source, device = resolve_model(args.model), pick_device("auto")
         return partial(run_hf, load_hf(source, "auto", pick_dtype("auto", device, source.config.torch_dtype), device))
@@ -115,25 +114,10 @@ def make_runner(name: str, args: argparse.Namespace, stack: ExitStack) -> Runner
     return partial(run_server, url, first_model(url))
 
 
-def make_runners(args: argparse.Namespace, stack: ExitStack) -> dict[str, Runner]:
-    """Name → what runs a list of requests, see `make_runner`."""
-    runners: dict[str, Runner] = {}
-    for name in args.backends:
-        say(f"loading {name}")
-        runners[name] = make_runner(name, args, stack)
-    for server in args.url:
-        name, _, url = server.partition("=")
-        runners[name] = partial(run_server, url, first_model(url, args.api_key), api_key=args.api_key)
-    return runners
-
-
 def measure(runners: dict[str, Runner], workload: str, repeats: int, pause: float) -> dict[str, list[Measurement]]:
     """All systems on one workload, with a pause in seconds before each run. Every turn has prompts of its own: a server's
-    prefix cache cannot be emptied from outside, and would know those of the turn before.
-
-    Raises:
-        ValueError: they did not do the same work, or a server refused some of it.
-    """
+    prefix cache cannot be emptied from outside, and would know those of the turn before. Raises ValueError if they did not do
+    the same work, or a server refused some of it."""
     turns = [make_requests(WORKLOADS[workload], token_seed=turn) for turn in range(1, repeats + 1)]
 
     def on_start(name: str, number: int) -> None:
@@ -156,9 +140,7 @@ def summarise(results: dict[str, dict[str, list[Measurement]]]) -> dict[str, Any
         summary[workload] = {}
         for name, runs in by_name.items():
             entry: dict[str, Any] = {"output_tokens_per_second": spread(rates(runs))}
-            for key in ("ttft_ms_median", "tpot_ms_median"):
-                if key in runs[0].details:
-                    entry[key] = spread(run.details[key] for run in runs)
+            entry |= {key: spread(run.details[key] for run in runs) for key in WAITS if key in runs[0].details}
             if name != first:
                 found = ratio(rates(by_name[first]), rates(runs))
                 entry[f"{first}_over_this"] = asdict(found) | {"is_clear": found.is_clear}
@@ -172,10 +154,10 @@ def show(summary: dict[str, Any], setting: str) -> None:
     speeds = []
     for name in (first, *others):
         cells = []
-        for by_name in summary.values():
-            rate = by_name[name]["output_tokens_per_second"]
-            waits = [by_name[name][key]["median"] for key in ("ttft_ms_median", "tpot_ms_median") if key in by_name[name]]
-            shown = f" ({', '.join(f'{wait:.1f}' for wait in waits)})" if waits else ""
+        for entry in (by_name[name] for by_name in summary.values()):
+            rate = entry["output_tokens_per_second"]
+            waits = [f"{entry[key]['median']:.1f}" for key in WAITS if key in entry]
+            shown = f" ({', '.join(waits)})" if waits else ""
             cells.append(f"{rate['median']:.0f}, {rate['min']:.0f}-{rate['max']:.0f}{shown}")
         speeds.append([name, *cells])
     show_table(f"Output tokens a second, median, range (TTFT, TPOT in ms); {setting}", ["", *summary], speeds)
@@ -184,9 +166,8 @@ def show(summary: dict[str, Any], setting: str) -> None:
     rows = []
     for name in others:
         found = [by_name[name][f"{first}_over_this"] for by_name in summary.values()]
-        rows.append(
-            [name, *(f"{r['mean']:.2f} ({r['low']:.2f}-{r['high']:.2f}){'' if r['is_clear'] else ' ?'}" for r in found)]
-        )
+        cells = [f"{r['mean']:.2f} ({r['low']:.2f}-{r['high']:.2f}){'' if r['is_clear'] else ' ?'}" for r in found]
+        rows.append([name, *cells])
     caption = "geometric mean of the pairs of runs, and its 95 % interval; ? is within the noise, or a single pair"
     show_table(f"How many times faster {first} is", ["than", *summary], rows, caption=caption)
 
@@ -213,7 +194,9 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cpu":
         torch.set_num_threads(pick_threads())
     with one_line_errors(RuntimeError), ExitStack() as stack:
-        runners = make_runners(args, stack)
+        runners = {name: make_runner(name, args, stack) for name in args.backends}
+        for name, _, url in (server.partition("=") for server in args.url):
+            runners[name] = partial(run_server, url, first_model(url, args.api_key), api_key=args.api_key)
         has_servers = len(runners) > sum(name in SETTINGS or name == "hf" for name in args.backends)
         found = {}
         for busy in range(args.busy + 1):
