@@ -181,6 +181,31 @@ def test_answers_and_errors_of_a_batch_are_files(tmp_path: Path) -> None:
         assert client.batches.list(limit=1).has_more
 
 
+def test_a_batch_of_embeddings_and_one_of_responses_go_behind_all_others(tmp_path: Path) -> None:
+    gate = threading.Event()
+    engine = FakeEngine(gate=gate)
+    with served(tmp_path, engine) as client_of, client_of("k") as client:
+        for endpoint, fields in (
+            ("/v1/embeddings", {"input": "xy"}),
+            ("/v1/responses", {"input": "x", "max_output_tokens": 2}),
+        ):
+            body = {"model": "fake"} | fields
+            made = start(
+                client, json.dumps({"custom_id": "a", "method": "POST", "url": endpoint, "body": body}), endpoint=endpoint
+            )
+            until(lambda: engine.running)
+            assert [request.priority for request, _ in engine.running.values()] == [batch_runner.PRIORITY]
+            gate.set()
+            (answer,) = content(client, ended(client, made.id).output_file_id)
+            gate.clear()
+            if endpoint == "/v1/embeddings":
+                assert answer["response"]["body"]["data"][0]["embedding"] == [2, 2, 2, 2]
+            else:
+                assert answer["response"]["body"]["output"][0]["content"][0]["text"] == "ab"
+                with pytest.raises(openai.NotFoundError):  # as it did not ask to be stored
+                    client.responses.retrieve(answer["response"]["body"]["id"])
+
+
 @pytest.mark.parametrize(
     ("lines", "number", "says"),
     [
@@ -207,7 +232,7 @@ def test_a_file_that_is_wrong_fails_the_batch(
 def test_what_is_asked_of_a_batch_is_checked(tmp_path: Path) -> None:
     with served(tmp_path) as client_of, client_of("k") as client:
         for fields, says in (
-            ({"endpoint": "/v1/embeddings"}, "endpoint must be one of"), ({"completion_window": "1h"}, "24h"),
+            ({"endpoint": "/v1/moderations"}, "endpoint must be one of"), ({"completion_window": "1h"}, "24h"),
             ({"metadata": {"k" * 65: "v"}}, "metadata may have 16 pairs"), ({"input_file_id": "file-x"}, "No file"),
         ):  # fmt: skip
             file = client.files.create(file=line().encode(), purpose="batch")
