@@ -13,16 +13,18 @@ from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.datastructures import FormData, UploadFile
 
 from .batches.batch_files import URLS
 from .batches.batch_runner import BatchRunner
 from .batches.batch_store import ENDED, BatchStore, Records, Room
-from .batches.multipart import read_form
 from .errors import RequestError
 from .openai_fields import Request as Body
 
 FILES = "/v1/files"
 BATCHES = "/v1/batches"
+MAX_FIELDS = 32
+"""Most fields of a form."""
 MAX_METADATA = 16
 """Most pairs of a batch's metadata, of at most 64 and 512 characters."""
 
@@ -117,18 +119,18 @@ def add_file_routes(app: FastAPI, store: BatchStore, responses: dict[int | str, 
 
     @app.post(FILES, responses=responses)
     async def create_file(http: Request) -> Response:
-        body, content_type = await http.body(), http.headers.get("content-type", "")
+        async with http.form(max_files=1, max_fields=MAX_FIELDS) as form:
+            file = uploaded(form)
 
-        def keep() -> dict[str, Any]:
-            filename, content = read_upload(content_type, body)
-            if len(content) > store.max_file_bytes:
-                raise RequestError(f"the file has more than {store.max_file_bytes} bytes", "file", 413)
-            try:
-                return store.room(tenant_of(http)).add_file(filename, content)
-            except ValueError as error:
-                raise RequestError(str(error), "file") from None
+            def keep() -> dict[str, Any]:
+                if (file.size or 0) > store.max_file_bytes:
+                    raise RequestError(f"the file has more than {store.max_file_bytes} bytes", "file", 413)
+                try:
+                    return store.room(tenant_of(http)).add_file(file.filename or "", file.file.read())
+                except ValueError as error:
+                    raise RequestError(str(error), "file") from None
 
-        return JSONResponse(await asyncio.to_thread(keep))
+            return JSONResponse(await asyncio.to_thread(keep))
 
     @app.get(FILES, responses=responses)
     def list_files(http: Request, purpose: str | None = None, limit: int = 10_000, after: str | None = None) -> Response:
@@ -155,23 +157,22 @@ def add_file_routes(app: FastAPI, store: BatchStore, responses: dict[int | str, 
         return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
 
-def read_upload(content_type: str, body: bytes) -> tuple[str, bytes]:
-    """The name and the content of a file in a form.
+def uploaded(form: FormData) -> UploadFile:
+    """The file of a form.
 
     Raises:
-        RequestError: it is no such form, or asks for what is not offered.
+        RequestError: it has none, or asks for what is not offered.
     """
-    try:
-        form = read_form(content_type, body)
-    except ValueError as error:
-        raise RequestError(str(error)) from None
-    if (purpose := form.get("purpose")) is None or purpose.content != b"batch":
+    if form.get("purpose") != "batch":
         raise RequestError("purpose must be batch: files are kept for batches alone", "purpose")
-    if (file := form.get("file")) is None or not file.filename:
+    file = form.get("file")
+    if not isinstance(file, UploadFile) or not file.filename:
         raise RequestError("file is missing: the form needs one, with a name", "file")
     if unknown := sorted(form.keys() - {"purpose", "file"}):
         raise RequestError(f"{unknown[0]} is not supported; files stay until they are deleted", unknown[0])
-    return file.filename, file.content
+    if len(form.multi_items()) > 2:
+        raise RequestError("the form has two fields of one name", "purpose")
+    return file
 
 
 def page(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,10 +12,12 @@ from ..core.text.chat_template import render_chat
 from .errors import RequestError
 from .openai_protocol import ChatCompletionRequest
 from .parsed_replies import ParsedReply
+from .reasoning.formats import FORMATS as THINKING
 from .reasoning.formats import Reasoning
 from .responses import ChatReply, Reply
 from .template_fields import TemplateFields
 from .tool_calls.calling import ToolCalling
+from .tool_calls.formats import FORMATS
 from .tool_calls.tool_format import Function
 
 NO_REASONING = "thinking_token_budget needs a server that was started with --reasoning-parser"
@@ -63,6 +66,24 @@ class ChatReader:
             return render_chat(self.tokenizer, told, tools, fields.template_options)
         except ValueError as error:
             raise RequestError(f"{error}; /v1/completions takes any prompt", "messages") from error
+
+
+def add_format_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say what the model's answers look like."""
+    group.add_argument("--tool-call-parser", choices=("auto", *FORMATS), default="auto",
+                       help="how the model writes calls of tools (default: auto, by its chat template)")  # fmt: skip
+    group.add_argument("--enable-auto-tool-choice", action=argparse.BooleanOptionalAction, default=True,
+                       help="let the model decide whether to call a tool (default: on)")  # fmt: skip
+    group.add_argument("--reasoning-parser", choices=sorted(THINKING),
+                       help="how the model writes its thoughts (default: they are a part of what it says)")  # fmt: skip
+
+
+def formats_from_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """What `create_app` has to know of them."""
+    return {
+        "tool_call_parser": args.tool_call_parser, "enable_auto_tool_choice": args.enable_auto_tool_choice,
+        "reasoning_parser": args.reasoning_parser,
+    }  # fmt: skip
 
 
 def _text(content: str | list[dict[str, str]]) -> str:

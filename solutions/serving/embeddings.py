@@ -190,7 +190,8 @@ async def answer_to(engine: AsyncEngine, door: EmbeddingDoor, http: Request, bod
         What `engine_requests` and `AsyncEngine.submit` raise.
     """
     tenant, address = getattr(http.state, "tenant", None), http.client and http.client.host
-    requests = await door.prepare(engine, f"embd-{uuid.uuid4().hex}", body, body.input, tenant, address)
+    priority: int = getattr(http.state, "priority", 0)
+    requests = await door.prepare(engine, f"embd-{uuid.uuid4().hex}", body, body.input, tenant, address, priority)
     vectors = await compute(engine, requests, http)
     return await asyncio.to_thread(whole, body, requests, vectors)
 

@@ -124,7 +124,7 @@ class EngineMetrics(Collector):
                 if times is None:
                     self._times[seq] = [now, now, seq.num_output_tokens]
                     self.first_token.observe(now - seq.arrival_time)
-                    size += 1
+                    size += seq.num_output_tokens  # one, or none of a prompt that is pooled
                 else:
                     waits[now - times[1]] += 1
                     size += seq.num_output_tokens - times[2]

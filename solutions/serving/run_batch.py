@@ -22,11 +22,13 @@ from ..core.platform.progress import GenerationProgress
 from .app import create_app
 from .async_engine import AsyncEngine
 from .batches.answering import BatchStoppedError, answer_all
-from .batches.batch_files import AnswerFile, BatchRequest, LineError, read_requests
+from .batches.batch_files import URLS, AnswerFile, BatchRequest, LineError, read_requests
+from .chat_reading import add_format_flags, formats_from_flags
 
-EPILOG = """the file of requests has a line of JSON for each:
-  {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions",
-   "body": {"model": "smollm2-135m", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}}
+EPILOG = f"""the file of requests has a line of JSON for each:
+  {{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions",
+   "body": {{"model": "smollm2-135m", "messages": [{{"role": "user", "content": "Hello!"}}], "max_tokens": 32}}}}
+The url is {", ".join(URLS[:-1])} or {URLS[-1]}.
 Answers come in the order in which they are ready; custom_id says whose they are. A run that was stopped or killed goes on
 where it was: give the same command again.
 """
@@ -42,6 +44,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("-i", "--input-file", type=Path, required=True, metavar="FILE", help="the requests, one a line")
     group.add_argument("-o", "--output-file", type=Path, required=True, metavar="FILE", help="where the answers go")
     group.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names in the requests (default: --model's)")
+    add_format_flags(group)
     add_engine_flags(parser)
     args = parser.parse_args(argv)
     if args.max_num_waiting is not None:
@@ -65,7 +68,8 @@ async def run(app: FastAPI, requests: Sequence[BatchRequest], answers: AnswerFil
 
         def put(request: BatchRequest, line: dict[str, Any]) -> None:
             answers.write(request.custom_id, line)
-            progress.advance((line["response"]["body"].get("usage") or {}).get("completion_tokens", 0))
+            usage = line["response"]["body"].get("usage") or {}
+            progress.advance(usage.get("completion_tokens") or usage.get("output_tokens") or 0)
 
         await answer_all(app, [one for one in requests if one.custom_id not in answers.answered], at_once, put)
 
@@ -92,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         try:
             engine = LLMEngine(config_from_flags(args))
-            app = create_app(AsyncEngine(engine), args.served_model_name or [args.model])
+            names = args.served_model_name or [args.model]
+            app = create_app(AsyncEngine(engine), names, **formats_from_flags(args))
         except (OSError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

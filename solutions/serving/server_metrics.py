@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
+from ..batching.scheduler_output import SchedulerOutput
 from ..batching.sequence import Sequence
 from .metrics import REQUEST, EngineMetrics, Histogram, one_two_five
 
@@ -47,6 +48,7 @@ class ServerMetrics(EngineMetrics):
         super().__init__(model_name, engine.stats, engine.limits.max_model_len)
         self.cache = cache_labels(engine)
         lengths = one_two_five(engine.limits.max_model_len)
+        self.prompt_tokens = self.cached_tokens = 0
         self._open: dict[str, list[int]] = {}  # requests with n > 1: sequences that have ended, tokens of the longest of them
         self.n = Histogram("vllm:request_params_n", "The parameter n of a request.", N)
         self.max_tokens = Histogram("vllm:request_params_max_tokens", "The parameter max_tokens, where it is set.", lengths)
@@ -58,6 +60,15 @@ class ServerMetrics(EngineMetrics):
         self.computed = Histogram(
             "vllm:request_prefill_kv_computed_tokens", "Prompt tokens of a request that no cache had.", lengths
         )
+
+    def on_step(self, decision: SchedulerOutput, now: float) -> None:
+        """See `EngineMetrics`. A prompt counts with its first token, as in vLLM."""
+        started = [seq for seq in decision.sampled if seq not in self._times and seq.parent is None]
+        super().on_step(decision, now)
+        if started:
+            with self._lock:
+                self.prompt_tokens += sum(seq.num_prompt_tokens for seq in started)
+                self.cached_tokens += sum(seq.num_cached_tokens for seq in started)
 
     def _end(self, seq: Sequence, now: float) -> None:
         times, params, started = self._times.get(seq), seq.params, seq.first_scheduled_time
@@ -91,6 +102,17 @@ class ServerMetrics(EngineMetrics):
         waiting.add_metric([*values, "capacity"], stats.num_waiting)
         waiting.add_metric([*values, "deferred"], stats.num_deferred)
         yield waiting
+        with self._lock:
+            prompts, found = self.prompt_tokens, self.cached_tokens
+        cached = CounterMetricFamily("vllm:prompt_tokens_cached", "Prompt tokens found in the prefix cache.", labels=names)
+        cached.add_metric(values, found)
+        yield cached
+        sources = CounterMetricFamily(
+            "vllm:prompt_tokens_by_source", "Prompt tokens by where their keys and values came from.", labels=[*names, "source"]
+        )
+        sources.add_metric([*values, "local_compute"], prompts - found)
+        sources.add_metric([*values, "local_cache_hit"], found)
+        yield sources
         accepted = CounterMetricFamily(
             "vllm:spec_decode_num_accepted_tokens_per_pos", "Drafted tokens accepted, by their place in the draft.",
             labels=[*names, "position"],

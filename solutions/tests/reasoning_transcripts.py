@@ -47,11 +47,25 @@ def other(transcripts: list[Transcript], begin: str, end: str) -> list[Transcrip
     ]
 
 
+GRANITE = [
+    *other(QWEN, "Here is my thought process:", "Here is my response:"),
+    *other(QWEN, "Here's my thought process:", "Here's my response:"),
+    Transcript("Here's my thought process: Paris.\n\nHere is my response: Paris.", " Paris.\n\n", " Paris."),
+    Transcript("Here is my thought process: Here is my Here's my response: a", " Here is my ", " a"),
+    Transcript("Here is my response: a", "", "Here is my response: a"),
+]
+GLM = [
+    *(one for one in QWEN if "</think" in one.text),
+    *other([one for one in QWEN if one.text.startswith("<think>")], "\n<think>", "</think>"),
+    Transcript("\nIt is Paris.", "", "\nIt is Paris."),
+    Transcript("\n<thin", "", "\n<thin"),
+]
 TRANSCRIPTS: dict[str, list[Transcript]] = {
-    "qwen3": QWEN,
-    "olmo3": QWEN,
     "deepseek_r1": R1,
+    "glm45": GLM,
+    "granite": GRANITE,
     "mistral": other(QWEN, "[THINK]", "[/THINK]"),
+    "qwen3": QWEN,
     "seed_oss": other(R1, "<seed:think>", "</seed:think>"),
 }
 

@@ -17,7 +17,6 @@ import pytest
 from solutions.serving.api_server import parse_flags
 from solutions.serving.batches import batch_runner, batch_store
 from solutions.serving.batches.batch_store import BatchStore
-from solutions.serving.batches.multipart import read_form
 from solutions.tests.fake_engine import FakeEngine
 from solutions.tests.fake_server import program, serve, until
 
@@ -127,24 +126,34 @@ def test_limits_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             client.files.create(file=b"x", purpose="batch")
 
 
-def test_a_form_is_read_as_it_was_written() -> None:
-    """Against httpx's writer of forms."""
+def test_a_form_is_read_as_it_was_written(tmp_path: Path) -> None:
+    """Against httpx's writer of forms. Wherever a form is cut off, nothing is kept of it."""
     raw = b"\r\n--x\r\n\r\n--\x00\xff"
-    request = httpx.Request("POST", "http://x", data={"purpose": "batch"}, files={"file": ('a";b=ü.jsonl', raw)})
+    files = {"file": ('a";b=ü.jsonl', raw)}
+    request = httpx.Request("POST", "http://x", data={"purpose": "batch"}, files=files)
     kind, body = request.headers["content-type"], request.read()
-    form = read_form(kind, body)
-    assert {name: part.content for name, part in form.items()} == {"purpose": b"batch", "file": raw}
-    assert form["purpose"].filename is None
-    for size in range(len(body) - len("--\r\n")):
-        with pytest.raises(ValueError, match=r"cut off|no name"):
-            read_form(kind, body[:size])
-    for wrong in ("text/plain; boundary=x", "multipart/form-data", "multipart/mixed; boundary=x"):
-        with pytest.raises(ValueError, match="must be multipart"):
-            read_form(wrong, body)
-    with pytest.raises(ValueError, match="two fields 'a'"):
-        read_form(
-            "multipart/form-data; boundary=x", b'--x\r\ncontent-disposition: form-data; name="a"\r\n\r\n1\r\n' * 2 + b"--x--"
-        )
+    with served(tmp_path) as client_of, client_of("k") as client, httpx.Client(base_url=str(client.base_url)) as http:
+
+        def post(content: bytes, kind: str = kind) -> httpx.Response:
+            return http.post("files", content=content, headers={"content-type": kind})
+
+        file = post(body).json()
+        assert client.files.content(file["id"]).read() == raw
+        assert file["filename"] == "a%22;b=ü.jsonl"  # as the writer writes it
+        for size in range(len(body) - len("--\r\n")):
+            assert post(body[:size]).status_code == 400, size
+        for wrong in ("text/plain; boundary=x", "multipart/form-data", "multipart/mixed; boundary=x", "application/json"):
+            assert post(body, wrong).status_code == 400
+        twice = {"data": {"purpose": ["batch", "batch"]}, "files": files}
+        many = {"data": {str(number): "" for number in range(40)} | {"purpose": "batch"}, "files": files}
+        files_twice = {"data": {"purpose": "batch"}, "files": [("file", ("a", b"x")), ("file", ("b", b"x"))]}
+        nameless = {"data": {"purpose": "batch", "file": "text"}, "files": {}}
+        big = {"data": {"purpose": "x" * 600_000, "file": "x" * 400_000}, "files": {}}
+        for form in (twice, many, files_twice, nameless, big):
+            answer = http.post("files", **form)
+            assert answer.status_code in (400, 413), answer.text
+            assert answer.json()["error"]["message"]
+        assert [each.id for each in client.files.list()] == [file["id"]]
 
 
 def test_answers_and_errors_of_a_batch_are_files(tmp_path: Path) -> None:
@@ -170,6 +179,31 @@ def test_answers_and_errors_of_a_batch_are_files(tmp_path: Path) -> None:
         assert [each.id for each in client.batches.list()] == [chat.id, made.id]
         assert [each.id for each in client.batches.list(limit=1)] == [chat.id, made.id]
         assert client.batches.list(limit=1).has_more
+
+
+def test_a_batch_of_embeddings_and_one_of_responses_go_behind_all_others(tmp_path: Path) -> None:
+    gate = threading.Event()
+    engine = FakeEngine(gate=gate)
+    with served(tmp_path, engine) as client_of, client_of("k") as client:
+        for endpoint, fields in (
+            ("/v1/embeddings", {"input": "xy"}),
+            ("/v1/responses", {"input": "x", "max_output_tokens": 2}),
+        ):
+            body = {"model": "fake"} | fields
+            made = start(
+                client, json.dumps({"custom_id": "a", "method": "POST", "url": endpoint, "body": body}), endpoint=endpoint
+            )
+            until(lambda: engine.running)
+            assert [request.priority for request, _ in engine.running.values()] == [batch_runner.PRIORITY]
+            gate.set()
+            (answer,) = content(client, ended(client, made.id).output_file_id)
+            gate.clear()
+            if endpoint == "/v1/embeddings":
+                assert answer["response"]["body"]["data"][0]["embedding"] == [2, 2, 2, 2]
+            else:
+                assert answer["response"]["body"]["output"][0]["content"][0]["text"] == "ab"
+                with pytest.raises(openai.NotFoundError):  # as it did not ask to be stored
+                    client.responses.retrieve(answer["response"]["body"]["id"])
 
 
 @pytest.mark.parametrize(
@@ -198,7 +232,7 @@ def test_a_file_that_is_wrong_fails_the_batch(
 def test_what_is_asked_of_a_batch_is_checked(tmp_path: Path) -> None:
     with served(tmp_path) as client_of, client_of("k") as client:
         for fields, says in (
-            ({"endpoint": "/v1/embeddings"}, "endpoint must be one of"), ({"completion_window": "1h"}, "24h"),
+            ({"endpoint": "/v1/moderations"}, "endpoint must be one of"), ({"completion_window": "1h"}, "24h"),
             ({"metadata": {"k" * 65: "v"}}, "metadata may have 16 pairs"), ({"input_file_id": "file-x"}, "No file"),
         ):  # fmt: skip
             file = client.files.create(file=line().encode(), purpose="batch")

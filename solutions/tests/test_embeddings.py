@@ -148,7 +148,7 @@ def test_metrics_count_prompts_and_no_answers(bert: tuple[Path, PreTrainedModel]
     values = {line.partition("{")[0]: float(line.split()[-1]) for line in lines if line.startswith("vllm:")}
     assert values["vllm:prompt_tokens_total"] == count
     assert values["vllm:generation_tokens_total"] == values["vllm:request_generation_tokens_sum"] == 0
-    assert values["vllm:request_prompt_tokens_sum"] == count
+    assert values["vllm:request_prompt_tokens_sum"] == values["vllm:iteration_tokens_total_sum"] == count
     assert values["vllm:request_success_total"] in (0, len(TEXTS))  # the last line is that of any reason
 
 

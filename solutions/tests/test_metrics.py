@@ -39,6 +39,7 @@ MORE_NAMES = {
     "vllm:request_params_n", "vllm:request_params_max_tokens", "vllm:request_max_num_generation_tokens",
     "vllm:request_inference_time_seconds", "vllm:request_num_preemptions", "vllm:request_prefill_kv_computed_tokens",
     "vllm:cache_config_info", "vllm:num_requests_waiting_by_reason", "vllm:spec_decode_num_accepted_tokens_per_pos",
+    "vllm:prompt_tokens_cached", "vllm:prompt_tokens_by_source",
 }  # fmt: skip
 
 
@@ -197,13 +198,15 @@ def test_counts_of_a_real_engine_are_the_truth(tmp_path, settings) -> None:
     for number, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
         engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
     engine.add_request("left", {"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=50, ignore_eos=True))
-    lengths = {}
+    lengths, cached = {}, 0
     for number in range(10_000):
         if number == 8:
             engine.abort_request("left")
         if not engine.has_unfinished_requests():
             break
         for output in engine.step():
+            if output.finished and output.request_id != "left":
+                cached += output.num_cached_tokens
             lengths |= {(output.request_id, one.index): len(one.token_ids) for one in output.outputs}
     lengths = {name: length for name, length in lengths.items() if name[0] != "left"}
     found = samples(metrics)
@@ -232,6 +235,10 @@ def test_counts_of_a_real_engine_are_the_truth(tmp_path, settings) -> None:
     assert found["vllm:request_max_num_generation_tokens_sum", ""] == longest
     assert found["vllm:request_num_preemptions_sum", ""] == found["vllm:num_preemptions_total", ""]
     assert metrics._open == {}
+    sources = [found["vllm:prompt_tokens_by_source_total", source] for source in ("local_compute", "local_cache_hit")]
+    assert sum(sources) == found["vllm:prompt_tokens_total", ""]
+    assert sources[0] == found["vllm:request_prefill_kv_computed_tokens_sum", ""]
+    assert sources[1] == found["vllm:prompt_tokens_cached_total", ""] == cached
     places = [sample.value for sample in families["vllm:spec_decode_num_accepted_tokens_per_pos"].samples]
     assert sum(places) == extra
     assert places == sorted(places, reverse=True)
@@ -292,6 +299,8 @@ def test_prompt_tokens_that_the_cache_had_are_not_computed(tmp_path) -> None:
     found = samples(metrics)
     assert found["vllm:request_prefill_kv_computed_tokens_count", ""] == 2
     assert found["vllm:request_prefill_kv_computed_tokens_sum", ""] == 21 + 21 - 20
+    assert found["vllm:prompt_tokens_by_source_total", "local_compute"] == 21 + 21 - 20
+    assert found["vllm:prompt_tokens_by_source_total", "local_cache_hit"] == found["vllm:prompt_tokens_cached_total", ""] == 20
     assert found["vllm:request_params_max_tokens_count", ""] == 0
     assert found["vllm:request_params_n_bucket", "5.0"] - found["vllm:request_params_n_bucket", "2.0"] == 2
 

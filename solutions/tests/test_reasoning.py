@@ -41,7 +41,7 @@ CHAT: Any = {"model": "fake", "messages": ASK}
 
 
 def thinking_of(name: str, is_open: bool) -> Thinking:
-    return Thinking(FORMATS[name](), is_open or FORMATS[name].always)
+    return Thinking(FORMATS[name], is_open or FORMATS[name].always)
 
 
 def read(thinking: Thinking, pieces: Iterable[str]) -> tuple[str, str]:
@@ -73,7 +73,7 @@ def test_the_tokens_of_thoughts_are_counted(name: str, transcript: Transcript) -
     for has_marks in (False, True):
         vocabulary = byte_tokenizer()
         if has_marks:
-            vocabulary.add_tokens([thinking.format.begin, thinking.format.end])
+            vocabulary.add_tokens([*thinking.format.begins, *thinking.format.ends])
         tokens = vocabulary.encode(transcript.text, add_special_tokens=False)
         # a mark within the thoughts is text to who reads it
         expected = len(vocabulary.encode(transcript.thought, add_special_tokens=False))
@@ -141,6 +141,12 @@ def test_a_prompt_says_where_its_answers_begin() -> None:
         ("deepseek_r1", "<Assistant>", None, True),
         ("deepseek_r1", "<Assistant></think>", None, None),
         ("mistral", "[/INST]", None, False),
+        ("granite", "<|start_of_role|>assistant<|end_of_role|>", None, False),
+        ("granite", "<|end_of_role|>Here's my thought process: I", "Here's my thought process: I", True),
+        ("granite", "Here is my thought process: I Here's my response:", None, None),
+        ("glm45", "<|assistant|>\n<think></think>", None, None),
+        ("nemotron_v3", "<think>\n", None, True),
+        ("deepseek_v3", "<Assistant></think>", None, None),
     ):
         thinking = Reasoning(tokenizer, name).of(tokenizer.encode(end, add_special_tokens=False), -1, begun)
         assert (None if thinking is None else thinking.is_open) == is_open
@@ -178,12 +184,26 @@ HELD: list[tuple[bool, int | None, str, list[str], list[str]]] = [
 ]  # fmt: skip
 
 
+def test_every_form_of_a_mark_is_held(compiler: GrammarCompiler) -> None:
+    """What the parser takes for a mark is one for the grammar."""
+    for is_open, good, bad in (
+        (False, ["Here is my thought process: {Here's my response:{}", "Here's my thought process:Here is my response:{}"],
+         ["Here's my thought process:{}", "Here's my thought process: Here's my response:x Here is my response:{}"]),
+        (True, ["{Here's my response:{}", "Here's my thought process:{Here is my response:{}"], ["{}"]),
+    ):  # fmt: skip
+        form = Thinking(FORMATS["granite"], is_open).form(StructuredOutput("choice", '["{}"]'))
+        assert form is not None
+        grammar = compiler.compile(form)
+        assert [text for text in good if not allows(grammar, text)] == []
+        assert [text for text in bad if allows(grammar, text)] == []
+
+
 @pytest.mark.parametrize("case", HELD, ids=lambda case: f"{case[2]} {case[1]} {'open' if case[0] else 'free'}")
 def test_what_is_asked_for_begins_behind_the_thoughts(
     compiler: GrammarCompiler, case: tuple[bool, int | None, str, list[str], list[str]]
 ) -> None:
     is_open, budget, what, good, bad = case
-    thinking = Thinking(FORMATS["qwen3"](), is_open, budget)
+    thinking = Thinking(FORMATS["qwen3"], is_open, budget)
     asked = StructuredOutput("choice", '["{}"]') if what == "text" else None
     tools = {"calls": "json", "marked": "hermes"}.get(what)
     form = thinking.form(asked, None if tools is None else ToolUse(TOOL_FORMATS[tools](), FUNCTIONS, False, False))
@@ -204,7 +224,7 @@ def test_stop_strings_end_no_call_behind_thoughts() -> None:
         (True, f"a {CALL}", False),
     ):
         request = ChatCompletionRequest.model_validate({**CHAT, "stop": ["}"]})
-        request.answer_with(use, Thinking(FORMATS["mistral" if is_open else "qwen3"](), is_open))
+        request.answer_with(use, Thinking(FORMATS["mistral" if is_open else "qwen3"], is_open))
         params = request.to_sampling_params()
         assert params.stop_until is not None
         text = text.replace("<think>", "[THINK]").replace("</think>", "[/THINK]") if is_open else text
@@ -490,6 +510,10 @@ def test_an_answer_may_begin_with_the_message_that_it_continues(thinker: str) ->
 
 
 def test_the_server_knows_its_formats() -> None:
-    assert set(FORMATS) == {"deepseek_r1", "mistral", "olmo3", "qwen3", "seed_oss"} == set(TRANSCRIPTS)
-    assert all(FORMATS[name].name == name for name in FORMATS)
+    """Those that have the same marks have the same transcripts."""
+    assert set(FORMATS) == {
+        "deepseek_r1", "deepseek_v3", "glm45", "granite", "holo2", "mimo", "minimax_m2", "mistral", "nemotron_v3", "olmo3",
+        "qwen3", "seed_oss", "step3",
+    }  # fmt: skip
+    assert {*FORMATS.values()} == {FORMATS[name] for name in TRANSCRIPTS}
     assert ByteTokenizer().decode([60]) == "<"

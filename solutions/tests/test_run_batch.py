@@ -19,8 +19,8 @@ from fastapi.responses import JSONResponse
 from solutions.serving.app import create_app
 from solutions.serving.async_engine import AsyncEngine
 from solutions.serving.batches.answering import BatchStoppedError
-from solutions.serving.batches.batch_files import AnswerFile, BatchRequest, LineError, read_requests
-from solutions.serving.run_batch import run
+from solutions.serving.batches.batch_files import URLS, AnswerFile, BatchRequest, LineError, read_requests
+from solutions.serving.run_batch import main, run
 from solutions.tests.fake_engine import FakeEngine
 from solutions.tests.real_server import MODEL
 
@@ -42,8 +42,9 @@ def written(path: Path) -> list[dict[str, Any]]:
         ("{", "Expecting property name"), ("[]", "must be a JSON object"), (line("a"), "an earlier line has the custom_id 'a'"),
         (line(""), "custom_id must be a string"), (line(7), "custom_id must be a string"),
         (line("b", method="GET"), "must be POST"),
-        (line("b", url="/v1/models"), "url must be one of /v1/chat/completions, /v1/completions"),
+        (line("b", url="/v1/models"), f"url must be one of {', '.join(URLS)}; got"),
         (line("b", body=[]), "body must be a JSON object"), (line("b", body={"stream": True}), "stream must be off"),
+        (line("b", url="/v1/responses", body={"background": True}), "background must be off"),
     ],
 )  # fmt: skip
 def test_a_bad_line_is_named_by_its_number(second: str, says: str, tmp_path: Path) -> None:
@@ -123,14 +124,43 @@ def test_answers_and_errors_are_the_apis(tmp_path: Path) -> None:
         "body": {"model": "fake", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2},
     }
     bad = {"body": {"model": "fake", "prompt": "x", "temperature": -1}}
-    path.write_text("\n".join([line("a"), line("b", **chat), line("c", **bad), line("d", body={"model": "no", "prompt": ""})]))
+    vectors = {"url": "/v1/embeddings", "body": {"model": "fake", "input": ["x", "yz"], "dimensions": 2}}
+    response = {"url": "/v1/responses", "body": {"model": "fake", "input": "x", "max_output_tokens": 2}}
+    lines = [line("a"), line("b", **chat), line("c", **bad), line("d", body={"model": "no", "prompt": ""})]
+    path.write_text("\n".join([*lines, line("e", **vectors), line("f", **response)]))
     run_on_fake(read_requests(path), tmp_path / "out")
     answers = {answer["custom_id"]: answer["response"] for answer in written(tmp_path / "out")}
-    assert {name: answer["status_code"] for name, answer in answers.items()} == {"a": 200, "b": 200, "c": 400, "d": 404}
+    statuses = {name: answer["status_code"] for name, answer in answers.items()}
+    assert statuses == {"a": 200, "b": 200, "c": 400, "d": 404, "e": 200, "f": 200}
     assert answers["a"]["body"]["choices"][0]["text"] == "abc"
     assert answers["b"]["body"]["choices"][0]["message"]["content"] == "ab"
     assert answers["c"]["body"]["error"]["param"] == "temperature"
-    assert len({answer["request_id"] for answer in answers.values()}) == 4
+    assert [each["embedding"] for each in answers["e"]["body"]["data"]] == [[1, 1], [2, 2]]  # what the fake engine answers
+    assert answers["f"]["body"]["output"][0]["content"][0]["text"] == "ab"
+    assert answers["f"]["body"]["store"] is False  # nobody can ask for it
+    assert len({answer["request_id"] for answer in answers.values()}) == 6
+
+
+def test_a_batch_reads_answers_as_its_flags_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With this parser of thoughts all that is said without a mark is one."""
+    monkeypatch.setattr("solutions.core.engine.LLMEngine", lambda config: FakeEngine())
+    body = {"model": "fake", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    path, out = tmp_path / "in", tmp_path / "out"
+    tools = {"tools": [{"type": "function", "function": {"name": "f"}}]}
+    lines = [line(name, url="/v1/chat/completions", body=body | more) for name, more in (("a", {}), ("b", tools))]
+    path.write_text("\n".join(lines))
+    flags = ["--reasoning-parser", "deepseek_r1", "--no-enable-auto-tool-choice", "--served-model-name", "fake"]
+    assert main(["-i", str(path), "-o", str(out), *flags]) == 0
+    answers = {answer["custom_id"]: answer["response"]["body"] for answer in written(out)}
+    message = answers["a"]["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"]) == (None, "ab")
+    assert answers["b"]["error"]["param"] == "tool_choice"
+    for flag in ("--reasoning-parser", "--tool-call-parser"):
+        with pytest.raises(SystemExit):
+            main(["-i", str(path), "-o", str(out), flag, "telepathy"])
+        assert "choose from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("at_once", [1, 7])

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-URLS = ("/v1/chat/completions", "/v1/completions")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class BatchRequest:
     Attributes:
         custom_id: the caller's name for it, which no other line of the file has.
         url: the route that answers it, one of `URLS`.
-        body: what a client would post there.
+        body: what a client would post there. A response is not stored unless it asks for that.
     """
 
     custom_id: str
@@ -75,9 +75,10 @@ def _request(line: Any, urls: tuple[str, ...]) -> BatchRequest:
         raise ValueError(f"url must be one of {', '.join(urls)}; got {url!r}")
     if not isinstance(body, dict):
         raise ValueError("body must be a JSON object: what a client would post to the url")
-    if body.get("stream"):
-        raise ValueError("stream must be off: a batch has whole answers")
-    return BatchRequest(custom_id, url, body)
+    for field in ("stream", "background"):
+        if body.get(field):
+            raise ValueError(f"{field} must be off: a batch has whole answers")
+    return BatchRequest(custom_id, url, {"store": False, **body} if url == "/v1/responses" else body)
 
 
 class AnswerFile:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from ...batching.sampling_params import StructuredOutput
 from ..tool_calls.calling import START, ToolUse
@@ -18,21 +18,20 @@ from ..tool_calls.tool_format import Form, as_form, as_output, either, not_begin
 ANY: Form = {"type": "any_text"}
 
 
+@dataclass(slots=True, frozen=True)
 class ThinkingFormat:
     """How a family of models thinks.
 
     Attributes:
-        name: of the flag ``--reasoning-parser``; vLLM's.
-        begin, end: what thoughts stand between.
+        begins, ends: what thoughts stand between, as the family's models and its chat templates write it.
         always: an answer thinks even without a mark at its beginning, unless the prompt has ended that.
         has_special_tokens: its marks are tokens that a text usually leaves out.
     """
 
-    name: ClassVar[str]
-    begin: ClassVar[str]
-    end: ClassVar[str]
-    always: ClassVar[bool] = False
-    has_special_tokens: ClassVar[bool] = False
+    begins: tuple[str, ...]
+    ends: tuple[str, ...]
+    always: bool = False
+    has_special_tokens: bool = False
 
 
 @dataclass(slots=True, frozen=True)
@@ -54,25 +53,29 @@ class Thinking:
         Raises:
             ValueError: see `ToolUse.form`.
         """
-        begin, end = self.format.begin, self.format.end
+        begins = self.format.begins
         if use is not None:
-            said, at_once = use.form(), use.form((begin,))
+            said, at_once = use.form(), use.form(begins)
         elif asked is not None:
             said = at_once = as_form(asked)
         elif self.budget is not None:
-            said, at_once = ANY, not_beginning((begin,))
+            said, at_once = ANY, not_beginning(begins)
         else:
             return None
         thoughts = ANY if self.budget is None else {**ANY, "max_tokens": self.budget}
-        tags = [{"type": "tag", "begin": mark, "content": thoughts, "end": end} for mark in (begin, "")]
+        ends = [*self.format.ends]
+
+        def thought(*marks: str) -> Form:
+            return either(*({"type": "tag", "begin": mark, "content": thoughts, "end": ends} for mark in marks))
+
         if self.is_open:
-            return as_output(sequence(either(*tags), said))
-        return as_output(either(sequence(tags[0], said), at_once))
+            return as_output(sequence(thought(*begins, ""), said))
+        return as_output(either(sequence(thought(*begins), said), at_once))
 
     def before(self) -> str:
         """A regular expression for what stands just before what an answer says."""
-        end = re.escape(self.format.end)
-        return end if self.is_open else f"(?:{START}|{end})"
+        ends = "|".join(map(re.escape, self.format.ends))
+        return f"(?:{ends})" if self.is_open else f"(?:{START}|{ends})"
 
     def parser(self) -> ThoughtParser:
         """What reads one answer."""
@@ -81,24 +84,25 @@ class Thinking:
     def count(self, tokenizer: Any, token_ids: list[int]) -> int:
         """How many tokens of an answer are thoughts, without their marks. Where no mark is a token by itself, a token that
         holds the border between two texts counts as the later one's."""
-        begin, end = self.format.begin, self.format.end
-        first, last = (tokenizer.encode(mark, add_special_tokens=False) for mark in (begin, end))
-        if len(first) == len(last) == 1:
-            start = int(token_ids[:1] == first)
-            stop = token_ids.index(last[0]) if last[0] in token_ids else len(token_ids)
+        begins, ends = self.format.begins, self.format.ends
+        marks = [tokenizer.encode(mark, add_special_tokens=False) for mark in (*begins, *ends)]
+        if list(map(len, marks)) == [1, 1]:
+            (first,), (last,) = marks
+            start = int(token_ids[:1] == [first])
+            stop = token_ids.index(last) if last in token_ids else len(token_ids)
             return stop - start if start or self.is_open else 0
 
         def length(count: int) -> int:
             return len(tokenizer.decode(token_ids[:count], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
         text = tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        begun = text.startswith(begin)
+        begun = max((len(mark) for mark in begins if text.startswith(mark)), default=0)
         if not begun and not self.is_open:
             return 0
-        ended = text.find(end)
+        ended = min((at for mark in ends if (at := text.find(mark, begun)) >= 0), default=None)
         places = range(len(token_ids) + 1)
-        start = bisect_left(places, len(begin), key=length) if begun else 0
-        return (len(token_ids) if ended < 0 else bisect_right(places, ended, key=length) - 1) - start
+        start = bisect_left(places, begun, key=length)
+        return (len(token_ids) if ended is None else bisect_right(places, ended, key=length) - 1) - start
 
 
 class ThoughtParser(Reader):
@@ -110,7 +114,7 @@ class ThoughtParser(Reader):
 
     def _read(self) -> Step[None]:
         source, marks = self._source, self._thinking.format
-        if (yield from source.next_of(marks.begin)) or self._thinking.is_open:
-            for piece in source.until(marks.end):
+        if (yield from source.next_of(*marks.begins)) or self._thinking.is_open:
+            for piece in source.until(*marks.ends):
                 yield piece and replace(piece, is_thought=True)
-        yield from source.until("")
+        yield from source.until()

@@ -122,29 +122,36 @@ class Source:
             raise BrokenError
         return found
 
-    def until(self, mark: str, strip: bool = False, needed: bool = False) -> Step[bool]:
-        """Give out text up to a mark, which is read; with `strip` without the white space before it. Without a mark all text
-        that comes. Returns whether it has come.
+    def until(self, *marks: str, strip: bool = False, needed: bool = False) -> Step[bool]:
+        """Give out text up to the first of some marks, which is read; with `strip` without the white space before it. Without
+        marks all text that comes. Returns whether one has come.
 
         Raises:
-            BrokenError: the mark is `needed` and has not come.
+            BrokenError: a mark is `needed` and has not come.
         """
         while True:
-            found = self.text.find(mark, self.at) if mark else -1
-            end = found if found >= 0 else len(self.text) - (0 if self.has_ended and not needed else self._begun(mark))
-            stripped = strip and not (self.has_ended and found < 0)
+            found = min((at, -len(mark)) for mark in (*marks, "") if (at := self._place(mark)) >= 0)
+            has_come = found[1] < 0
+            end = (
+                found[0] if has_come or (self.has_ended and not needed) else found[0] - max(map(self._begun, marks), default=0)
+            )
+            stripped = strip and not (self.has_ended and not has_come)
             safe = max(self.at, len(self.text[:end].rstrip())) if stripped else end
             if safe > self.at:
                 yield Piece(self.text[self.at : safe])
             self.at = safe
-            if found >= 0:
-                self.at = found + len(mark)
+            if has_come:
+                self.at = found[0] - found[1]
                 return True
             if self.has_ended and needed:
                 raise BrokenError
             if self.has_ended:
                 return False
             yield None
+
+    def _place(self, mark: str) -> int:
+        """Where a mark is, or -1; of no mark the end."""
+        return self.text.find(mark, self.at) if mark else len(self.text)
 
     def _begun(self, mark: str) -> int:
         """How many of the last characters may be the beginning of a mark."""

@@ -220,7 +220,7 @@ class ToolParser(Reader):
             mark = yield from source.follows(*self._marks)
             if not mark:
                 source.give_back()
-                yield from source.until("")
+                yield from source.until()
                 return
             source.at -= len(mark)
         try:
@@ -234,4 +234,4 @@ class ToolParser(Reader):
             if self.num_calls and source.has_ended:  # cut short where one more was to begin
                 return
             source.give_back()
-        yield from source.until("")
+        yield from source.until()

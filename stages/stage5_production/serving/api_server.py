@@ -21,11 +21,10 @@ from ..core.platform.machine import settle_heap
 from .app import MAX_BODY_BYTES, create_app
 from .async_engine import AsyncEngine
 from .batches.batch_store import BatchStore
+from .chat_reading import add_format_flags, formats_from_flags
 from .connections import TimedConnection
 from .guards import API_KEY_VARIABLE, log_as_json, read_api_keys
 from .live.recording import TraceRecorder
-from .reasoning.formats import FORMATS as THINKING
-from .tool_calls.formats import FORMATS
 from .tracing import RequestTracer, otlp_exporter
 
 MAX_NUM_WAITING = 1024
@@ -51,12 +50,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
                        help="web pages that may call this server from a browser (default: only its own)")  # fmt: skip
     group.add_argument("--strict", action="store_true",
                        help="refuse unknown fields (default: ignore them, and name them in X-Ignored-Fields)")  # fmt: skip
-    group.add_argument("--tool-call-parser", choices=("auto", *FORMATS), default="auto",
-                       help="how the model writes calls of tools (default: auto, by its chat template)")  # fmt: skip
-    group.add_argument("--enable-auto-tool-choice", action=argparse.BooleanOptionalAction, default=True,
-                       help="let the model decide whether to call a tool (default: on)")  # fmt: skip
-    group.add_argument("--reasoning-parser", choices=sorted(THINKING),
-                       help="how the model writes its thoughts (default: they are a part of what it says)")  # fmt: skip
+    add_format_flags(group)
     group.add_argument("--enable-tokenizer-info-endpoint", action="store_true",
                        help="offer /tokenizer_info, which shows the tokenizer's settings and the chat template")  # fmt: skip
     group.add_argument("--allow-runtime-lora-updating", action="store_true",
@@ -184,9 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         engine.observers.append(recorder)
     app = create_app(
         async_engine, names, keys, max_body_bytes=args.max_body_bytes, allowed_origins=args.allowed_origins, tracer=tracer,
-        live=args.live, strict=args.strict, tool_call_parser=args.tool_call_parser,
-        enable_auto_tool_choice=args.enable_auto_tool_choice, tokenizer_info=args.enable_tokenizer_info_endpoint,
-        reasoning_parser=args.reasoning_parser, lora_updates=args.allow_runtime_lora_updating, batches=batches,
+        live=args.live, strict=args.strict, tokenizer_info=args.enable_tokenizer_info_endpoint,
+        lora_updates=args.allow_runtime_lora_updating, batches=batches, **formats_from_flags(args),
     )  # fmt: skip
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=args.shutdown_timeout,
