@@ -116,6 +116,12 @@ class EngineConfig:
         'how embeddings are made, as JSON: {"pooling_type": "mean", "normalize": true}; types are mean, last and cls; default: '
         "as the model's files say, else this",
     )
+    generation_config: str = _flag(
+        "auto",
+        "where the defaults of temperature, top_p, top_k, min_p, repetition_penalty and max_tokens come from; auto: the "
+        "model's generation_config.json; vllm: no file; else a folder with such a file",
+    )
+    override_generation_config: str | None = _flag(None, 'defaults that go before those, as JSON: {"temperature": 0.5}')
     enable_lora: bool = _flag(False, "let requests name LoRA adapters as their model")
     lora_modules: tuple[str, ...] = _flag((), "adapters to load at start, each as NAME=FOLDER, a folder that PEFT has saved")
     max_loras: int = _flag(8, "most adapters that are loaded at once")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...batching.pooling import Pooling
@@ -42,6 +42,7 @@ class ModelConfig:
         token_types: kinds of text that an encoder tells apart; 0: the model is none.
         first_position: row of the table of positions that a text begins with.
         pooling: how a text becomes a vector, if the model's files say so.
+        sampling: fields of `SamplingParams` that hold unless a request says otherwise.
     """
 
     architecture: str
@@ -72,6 +73,7 @@ class ModelConfig:
     token_types: int = 0
     first_position: int = 0
     pooling: Pooling | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_encoder(self) -> bool:
