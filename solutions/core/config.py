@@ -9,6 +9,13 @@ from typing import Any
 
 DEFAULT_MODEL = "smollm2-135m"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_FETCH = "fetch that revision with hf download NAME --revision REVISION --local-dir FOLDER, and give the folder as"
+REFUSED_FLAGS = {
+    "--revision": f"{_FETCH} --model",
+    "--tokenizer-revision": f"{_FETCH} --tokenizer",
+    "--trust-remote-code": "no code from a model's folder is run; leave it out, and use a model of transformers' own classes",
+}
+"""Flags of vLLM's, and what to do instead."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -158,8 +165,17 @@ class EngineConfig:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
+class _RefusedFlag(argparse.Action):
+    """A flag of vLLM's that is not supported; its help is what to do instead."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: object, values: object, option: str | None = None) -> None:
+        parser.error(f"{option} is not supported: {REFUSED_FLAGS[str(option)]}")
+
+
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every field of `EngineConfig`."""
+    for flag in REFUSED_FLAGS:
+        parser.add_argument(flag, action=_RefusedFlag, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     group = parser.add_argument_group("engine")
     for f in fields(EngineConfig):
         assert f.default is not MISSING

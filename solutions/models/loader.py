@@ -16,6 +16,7 @@ from ..parallelism.tensor_parallel import SINGLE, TensorParallel
 from ..quantization.layout.description import METHODS
 from .config.entries import Entries, ModelError, read_json
 from .config.model_config import ALIASES, Alias, ModelConfig
+from .config.text_part import text_config
 from .families import MODEL_CLASSES
 from .generation_files import with_generation
 from .layers import CausalLM
@@ -141,7 +142,7 @@ def _from_folder(name: str, folder: Path, load_format: str) -> ModelSource:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise ModelError(f"{folder} has no config.json, so it is no model in Hugging Face format; {WAYS_OUT}")
-    hf_config = read_json(config_file)
+    hf_config = text_config(read_json(config_file))
     has_tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES) or has_own_code(folder)
     hf_config |= {"quantization_config": quantization_description(folder, hf_config)}
     try:

@@ -16,6 +16,7 @@ from ..parallelism.tensor_parallel import ParallelLMHead
 from ..quantization.layout.reader import CheckpointError, StoredLayer, Unpacker, find_layers
 from .config.entries import ModelError
 from .config.model_config import ModelConfig
+from .config.text_part import text_name
 from .layers import CausalLM
 
 Unpack = Callable[[Iterator[tuple[str, torch.Tensor]]], Iterator[tuple[str, torch.Tensor]]]
@@ -31,7 +32,8 @@ def quantized_layers(files: list[Path], config: ModelConfig) -> dict[str, Stored
     if config.quantization is None:
         return {}
     try:
-        return find_layers(files, config.quantization)
+        found = find_layers(files, config.quantization)
+        return {text: layer for name, layer in found.items() if (text := text_name(name)) is not None}
     except CheckpointError as error:
         raise ModelError(f"{files[0].parent}: {error}") from None
     except (SafetensorError, OSError) as error:
@@ -130,7 +132,7 @@ def _unpacked(unpack: Unpack, file: Path, bar: LateBar) -> Iterator[tuple[str, t
 
 
 def _read_tensors(file: Path, bar: LateBar) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of a safetensors file; the tensors are the mapped file itself.
+    """Names and tensors of the text model in a safetensors file; the tensors are the mapped file itself.
 
     The file is mapped anew for each, because what has been read of a mapping counts as memory of the process until it is gone.
     """
@@ -138,10 +140,12 @@ def _read_tensors(file: Path, bar: LateBar) -> Iterator[tuple[str, torch.Tensor]
         with safe_open(file, framework="pt", device="cpu") as reader:
             names = list(reader.keys())
         for name in names:
+            if (text := text_name(name)) is None:
+                continue
             with safe_open(file, framework="pt", device="cpu") as reader:
                 tensor = reader.get_tensor(name)
             bar.advance(tensor.nbytes)
-            yield name, tensor
+            yield text, tensor
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file} is damaged or incomplete ({error}); fetch or convert it again") from error
 
