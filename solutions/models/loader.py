@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..parallelism.tensor_parallel import SINGLE, TensorParallel
-from ..quantization.layout.description import METHODS
+from ..quantization.layout.description import METHODS, OTHER_METHODS
 from .config.entries import Entries, ModelError, read_json
 from .config.model_config import ALIASES, Alias, ModelConfig
 from .config.text_part import text_config
@@ -210,6 +210,8 @@ def check_quantization(source: ModelSource, load_format: str, wanted: str | None
             f"--quantization {wanted}: {source.name} is no {wanted} checkpoint; make one with "
             f"python -m solutions.quantization.{wanted} --help"
         )
+    if form is None and wanted in OTHER_METHODS:
+        raise ModelError(f"--quantization {wanted}: {source.name} is no {wanted} checkpoint; int8 and int4 round any model")
     if form is not None and wanted not in (None, form.method):
         raise ModelError(f"--quantization {wanted}: {source.name} is quantized already, with {form.method}; leave the flag out")
     if form is not None and load_format == "dummy":

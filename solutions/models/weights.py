@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from .config.entries import ModelError
 from .config.model_config import ModelConfig
 from .config.text_part import text_name
 from .layers import CausalLM
+
+log = logging.getLogger(__name__)
 
 Unpack = Callable[[Iterator[tuple[str, torch.Tensor]]], Iterator[tuple[str, torch.Tensor]]]
 """From the tensors of a file to those of the model, by name."""
@@ -43,7 +46,8 @@ def quantized_layers(files: list[Path], config: ModelConfig) -> dict[str, Stored
 def expect_quantized(model: CausalLM, stored: dict[str, StoredLayer]) -> set[str]:
     """Put a `QuantizedLinear` in the place of each linear layer that is quantized.
 
-    A layer whose pieces are kept in different ways, some plain or of other bits, is computed as a plain one; so is the head.
+    A layer whose pieces are kept in different ways, some plain or of other bits, is computed as a plain one; so are the head
+    and FP8.
 
     Returns:
         The names of layers in the checkpoint that have to be turned into plain weights.
@@ -57,12 +61,13 @@ def expect_quantized(model: CausalLM, stored: dict[str, StoredLayer]) -> set[str
     for name in stored:
         target, shard, _ = model.place(f"{name}.codes", torch.empty(0)) or ("", None, None)
         if target.rpartition(".")[0] not in layers:
-            raise ModelError(f"the weights hold {name}.qweight, which is no weight of a {type(model).__name__} of this config")
+            held = f"{name}.{stored[name].form.mark}"
+            raise ModelError(f"the weights hold {held}, which is no weight of a {type(model).__name__} of this config")
         pieces.setdefault(target.rpartition(".")[0], {})[shard] = name
     for target, names in pieces.items():
         layer, forms = layers[target], {stored[name].form for name in names.values()}
         is_whole = names.keys() in ({None}, set(layer.shard_ids))
-        if isinstance(layer, ParallelLMHead) or not is_whole or len(forms) > 1:
+        if isinstance(layer, ParallelLMHead) or not is_whole or len(forms) > 1 or not next(iter(forms)).has_codes:
             dense.update(names.values())
             continue
         try:
@@ -83,7 +88,10 @@ def load_weights(
     model: CausalLM, files: list[Path], stored: dict[str, StoredLayer], names: dict[str, str], progress: bool
 ) -> None:
     """Fill the model; `names` are other names for tensors of the files."""
-    unpack: Unpack = Unpacker(stored, expect_quantized(model, stored)) if stored else iter
+    dense = expect_quantized(model, stored)
+    unpack: Unpack = Unpacker(stored, dense) if stored else iter
+    if dense and progress:
+        log.warning("%d of %d quantized layers are computed as plain weights", len(dense), len(stored))
     weights = _weights(model)
     awaited = {(name, shard): None for name, (layer, _) in weights.items() for shard in layer.shard_ids}  # ordered set
     with LateBar("loading weights", sum(file.stat().st_size for file in files), progress) as bar:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...batching.pooling import Pooling
-from ...quantization.layout.checkpoint import QuantizedFormat
+from ...quantization.layout.formats import Format, read_format
 from .entries import Entries, ModelError
 from .families import find_family
 
@@ -69,7 +69,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     torch_dtype: str | None = None
     max_model_len: int | None = None
-    quantization: QuantizedFormat | None = None
+    quantization: Format | None = None
     token_types: int = 0
     first_position: int = 0
     pooling: Pooling | None = None
@@ -107,7 +107,7 @@ class ModelConfig:
         family = find_family(Entries(hf))
         quantized = Entries(hf).entries("quantization_config").content
         try:
-            quantization = QuantizedFormat.parse(quantized) if quantized else None
+            quantization = read_format(quantized) if quantized else None
         except ValueError as error:
             raise ModelError(str(error)) from None
         config = cls(architecture=family.architecture, quantization=quantization, **family.read(Entries(hf)))
