@@ -9,6 +9,13 @@ from typing import Any
 
 DEFAULT_MODEL = "smollm2-135m"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_FETCH = "fetch that revision with hf download NAME --revision REVISION --local-dir FOLDER, and give the folder as"
+REFUSED_FLAGS = {
+    "--revision": f"{_FETCH} --model",
+    "--tokenizer-revision": f"{_FETCH} --tokenizer",
+    "--trust-remote-code": "no code from a model's folder is run; leave it out, and use a model of transformers' own classes",
+}
+"""Flags of vLLM's, and what to do instead."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -100,7 +107,7 @@ class EngineConfig:
     quantization: str | None = _flag(
         None,
         "on a CPU; int8: weights and activations in 8 bits; int4: weights in 4 bits, groups of 32",
-        ("int8", "int4", "gptq", "awq"),
+        ("int8", "int4", "gptq", "awq", "compressed-tensors", "fp8"),
     )
     batch_invariant: bool = _flag(
         False, "on a CPU: compute a token bit for bit the same alone and in any batch; attention is slower for it"
@@ -116,6 +123,12 @@ class EngineConfig:
         'how embeddings are made, as JSON: {"pooling_type": "mean", "normalize": true}; types are mean, last and cls; default: '
         "as the model's files say, else this",
     )
+    generation_config: str = _flag(
+        "auto",
+        "where the defaults of temperature, top_p, top_k, min_p, repetition_penalty and max_tokens come from; auto: the "
+        "model's generation_config.json; vllm: no file; else a folder with such a file",
+    )
+    override_generation_config: str | None = _flag(None, 'defaults that go before those, as JSON: {"temperature": 0.5}')
     enable_lora: bool = _flag(False, "let requests name LoRA adapters as their model")
     lora_modules: tuple[str, ...] = _flag((), "adapters to load at start, each as NAME=FOLDER, a folder that PEFT has saved")
     max_loras: int = _flag(8, "most adapters that are loaded at once")
@@ -152,8 +165,17 @@ class EngineConfig:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
+class _RefusedFlag(argparse.Action):
+    """A flag of vLLM's that is not supported; its help is what to do instead."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: object, values: object, option: str | None = None) -> None:
+        parser.error(f"{option} is not supported: {REFUSED_FLAGS[str(option)]}")
+
+
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every field of `EngineConfig`."""
+    for flag in REFUSED_FLAGS:
+        parser.add_argument(flag, action=_RefusedFlag, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     group = parser.add_argument_group("engine")
     for f in fields(EngineConfig):
         assert f.default is not MISSING

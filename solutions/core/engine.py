@@ -121,7 +121,7 @@ class LLMEngine:
         self.outputs = OutputProcessor(self.tokenizer)
         self.observers: list[EngineObserver] = []
         self._next_seq_id = 0
-        self._report = startup_report(config, limits, clock.laps)
+        self._report = startup_report(config, model, limits, clock.laps)
 
     def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> EngineRequest:
         """Tokenize and validate a request without touching the engine's state; safe in any thread. The answer's grammar is not
@@ -154,11 +154,7 @@ class LLMEngine:
         self.submit(self.prepare(request_id, prompt, params, priority))
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
-        """End a request wherever it is and free its blocks at once.
-
-        Returns:
-            What it had generated, or None when no such request is running.
-        """
+        """End a request wherever it is and free its blocks at once; what it had generated, or None if no such request runs."""
         sequences = self.outputs.sequences(request_id)
         if not sequences:
             return None
@@ -261,6 +257,10 @@ class LLM:
         """The model's tokenizer (of transformers), or None for random weights without one."""
         return self.llm_engine.tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What holds where a call brings none: the model's own, see `--generation-config`."""
+        return SamplingParams(**self.llm_engine.model_config.sampling)
+
     def generate(
         self, prompts: Prompt | Many[Prompt], sampling_params: SamplingParams | Many[SamplingParams] | None = None, *,
         use_tqdm: bool = True, priority: Many[int] | None = None,
@@ -270,7 +270,7 @@ class LLM:
 
         Args:
             prompts: one or many; a string or ``{"prompt_token_ids": [...]}``.
-            sampling_params: one for all prompts, or one for each.
+            sampling_params: one for all prompts, or one for each; None: `get_default_sampling_params`.
             use_tqdm: show a progress bar.
             priority: one for each prompt, for the policy "priority"; lower goes first.
             lora_request: the adapter of all prompts, or one or None for each.
@@ -282,7 +282,7 @@ class LLM:
             ValueError: a prompt or parameter is wrong. Nothing is generated then.
         """
         many = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
-        params = SamplingParams() if sampling_params is None else sampling_params
+        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         every = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
         priorities = [0] * len(many) if priority is None else list(priority)
         adapters = [lora_request] * len(many) if lora_request is None or isinstance(lora_request, LoRARequest) else lora_request

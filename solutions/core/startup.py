@@ -16,6 +16,7 @@ from ..batching.pooling import ASSUMED, Pooling
 from ..batching.scheduler_config import SchedulerConfig
 from ..memory.cache_engine import block_bytes, element_type, num_blocks_for_budget, scale_bytes
 from ..models.config.model_config import ModelConfig
+from ..models.generation_files import with_sampling
 from ..models.loader import ModelSource, check_quantization
 from ..parallelism.tensor_parallel import TensorParallel
 from .config import EngineConfig
@@ -64,13 +65,13 @@ class Limits:
 
 
 def fit(config: EngineConfig, source: ModelSource) -> tuple[EngineConfig, ModelSource]:
-    """Settings and model as they go together: how embeddings are made is settled, and an encoder computes a text in one step
-    and keeps nothing of it.
+    """Settings and model as they go together: how embeddings are made and tokens are drawn is settled, and an encoder
+    computes a text in one step and keeps nothing of it.
 
     Raises:
-        ValueError: a setting is not for this kind of model, or `pooler_config` is not well written.
+        ValueError: a setting is not for this kind of model, or one with JSON is not well written.
     """
-    model = source.config
+    model = with_sampling(source.config, config.generation_config, config.override_generation_config)
     pooling = model.pooling or ASSUMED if config.pooler_config is None else Pooling.parse(config.pooler_config)
     source = replace(source, config=replace(model, pooling=pooling))
     if not model.is_encoder:
@@ -301,7 +302,7 @@ def cpu_kernels(config: EngineConfig) -> str:
     return "C++, built for this processor" if native.load() else f"PyTorch's: {native.why_not.splitlines()[0]}"
 
 
-def startup_report(config: EngineConfig, limits: Limits, seconds: dict[str, float]) -> list[str]:
+def startup_report(config: EngineConfig, model: ModelConfig, limits: Limits, seconds: dict[str, float]) -> list[str]:
     """A few lines for the terminal: what runs where, what fits, how long each phase took."""
     device, attention = limits.device, limits.attention_backend
     where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
@@ -321,5 +322,6 @@ def startup_report(config: EngineConfig, limits: Limits, seconds: dict[str, floa
         else f"KV cache  {blocks}: {tokens} tokens, {tokens / limits.max_model_len:.1f} sequences of {limits.max_model_len}",
         f"limits    {step}; prefix cache {prefix_cache}, {config.scheduling_policy}, preemption by {config.preemption_mode}",
         *([f"drafts    {config.speculative_config}"] if config.speculative_config else []),
+        *(["defaults  " + ", ".join(f"{name} {value}" for name, value in model.sampling.items())] if model.sampling else []),
         "start     " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),
     ]

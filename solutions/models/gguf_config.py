@@ -103,8 +103,8 @@ def hf_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[
         KeyError: a tensor is missing.
     """
     family, name = gguf_family(metadata), metadata.text("general.architecture")
-    if metadata.whole(f"{name}.expert_count", 0, low=0) or metadata.whole("split.count", 0, low=0) > 1:
-        raise ModelError("GGUF files with experts or split into several files are not supported")
+    if metadata.whole(f"{name}.expert_count", 0, low=0):
+        raise ModelError("GGUF files with experts are not supported")
     if any(isinstance(metadata.content.get(f"{name}.attention.head_count{kind}"), list) for kind in ("", "_kv")):
         raise ModelError("GGUF files whose layers differ in their numbers of heads are not supported")
     heads, hidden = metadata.whole(f"{name}.attention.head_count"), metadata.whole(f"{name}.embedding_length")

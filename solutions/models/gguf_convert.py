@@ -24,6 +24,7 @@ from ..core.platform.progress import LateBar
 from .config.entries import Entries, ModelError
 from .config.model_config import ModelConfig
 from .gguf_config import EXACT_DTYPES, ROPE_TENSORS, GgufFamily, gguf_family, hf_config
+from .gguf_shards import check_shards, shards_of
 from .gguf_tokenizer import tokenizer_from_gguf
 
 FORMAT_VERSION = 2
@@ -33,7 +34,7 @@ MAX_SHARD_BYTES = 2 << 30
 
 
 def convert_gguf(path: Path, progress: bool = True) -> Path:
-    """The Hugging Face folder of a GGUF file; made now unless the cache has it.
+    """The Hugging Face folder of a GGUF file, or of several that one of them stands for; made now unless the cache has it.
 
     Folders are named after the file's path, size and time of change, so a new file at the same path replaces the old
     folder. A folder appears in one rename when it is complete; a lock keeps two processes from making the same one.
@@ -41,10 +42,11 @@ def convert_gguf(path: Path, progress: bool = True) -> Path:
     Raises:
         ModelError: not a GGUF file, damaged, of an unsupported architecture, or no room on the disk.
     """
-    path = path.resolve()
-    stat = path.stat()
+    paths = shards_of(path.absolute())
+    path = paths[0].resolve()
+    changed = [number for part in paths for number in (part.stat().st_size, part.stat().st_mtime_ns)]
     family = f"{path.stem}-{_digest(str(path))}"
-    folder = cache_root() / "gguf" / f"{family}-{_digest(FORMAT_VERSION, stat.st_size, stat.st_mtime_ns)}"
+    folder = cache_root() / "gguf" / f"{family}-{_digest(FORMAT_VERSION, *changed)}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +58,7 @@ def convert_gguf(path: Path, progress: bool = True) -> Path:
         partial = folder.with_name(folder.name + ".partial")
         partial.mkdir()
         try:
-            _convert(path, partial, progress)
+            _convert(paths, partial, progress)
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -67,12 +69,16 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:10]
 
 
-def _convert(path: Path, folder: Path, progress: bool) -> None:
+def _convert(paths: list[Path], folder: Path, progress: bool) -> None:
+    path, readers = paths[0], []
     try:
-        _check_magic(path)
-        reader = gguf.GGUFReader(path)
-        metadata = {key: field.contents() for key, field in reader.fields.items()}
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        for path in paths:
+            _check_magic(path)
+            readers.append(gguf.GGUFReader(path))
+        path = paths[0]
+        check_shards(paths, readers)
+        metadata = {key: field.contents() for key, field in readers[0].fields.items()}
+        tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
     except ModelError:
         raise
     except Exception as error:  # the library follows what the header says, wherever that leads

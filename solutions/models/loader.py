@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..parallelism.tensor_parallel import SINGLE, TensorParallel
-from ..quantization.layout.description import METHODS
+from ..quantization.layout.description import METHODS, OTHER_METHODS
 from .config.entries import Entries, ModelError, read_json
 from .config.model_config import ALIASES, Alias, ModelConfig
+from .config.text_part import text_config
 from .families import MODEL_CLASSES
+from .generation_files import with_generation
 from .layers import CausalLM
 from .model_files import quantization_description, weight_files
 from .pooling_files import with_pooling
@@ -140,22 +142,20 @@ def _from_folder(name: str, folder: Path, load_format: str) -> ModelSource:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise ModelError(f"{folder} has no config.json, so it is no model in Hugging Face format; {WAYS_OUT}")
-    hf_config = read_json(config_file)
+    hf_config = text_config(read_json(config_file))
     has_tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES) or has_own_code(folder)
-    generation_file = folder / "generation_config.json"
-    generation = read_json(generation_file) if generation_file.is_file() else {}
     hf_config |= {"quantization_config": quantization_description(folder, hf_config)}
     try:
         config = with_pooling(ModelConfig.from_hf(hf_config), folder)
-        files = Entries(hf_config), Entries(generation, generation_file.name)
-        ends = [token for file in files for token in file.token_ids("eos_token_id", config.vocab_size) or ()]
+        ends = tuple(Entries(hf_config).token_ids("eos_token_id", config.vocab_size) or ())
+        said = with_generation(replace(config, eos_token_ids=ends), folder)
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from None
-    if ends or has_tokenizer:  # they know better than the default of the architecture
-        config = replace(config, eos_token_ids=tuple(dict.fromkeys(ends)))
+    if not said.eos_token_ids and not has_tokenizer:  # only the architecture's default is left
+        said = replace(said, eos_token_ids=config.eos_token_ids)
     if load_format != "dummy":
         weight_files(folder, WAYS_OUT)
-    return ModelSource(name, config, folder, folder if has_tokenizer else None)
+    return ModelSource(name, said, folder, folder if has_tokenizer else None)
 
 
 def load_model(
@@ -210,6 +210,8 @@ def check_quantization(source: ModelSource, load_format: str, wanted: str | None
             f"--quantization {wanted}: {source.name} is no {wanted} checkpoint; make one with "
             f"python -m solutions.quantization.{wanted} --help"
         )
+    if form is None and wanted in OTHER_METHODS:
+        raise ModelError(f"--quantization {wanted}: {source.name} is no {wanted} checkpoint; int8 and int4 round any model")
     if form is not None and wanted not in (None, form.method):
         raise ModelError(f"--quantization {wanted}: {source.name} is quantized already, with {form.method}; leave the flag out")
     if form is not None and load_format == "dummy":

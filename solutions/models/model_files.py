@@ -23,8 +23,8 @@ def quantization_description(folder: Path, hf_config: dict[str, Any]) -> Any:
         ModelError: a file cannot be read.
     """
     said = hf_config.get("quantization_config")
-    if not said and hf_config.get("compression_config"):
-        return {"quant_method": "compressed-tensors"}
+    if not said and isinstance(hf_config.get("compression_config"), dict):
+        return {**hf_config["compression_config"], "quant_method": "compressed-tensors"}
     if not said and (folder / "hf_quant_config.json").is_file():
         return {"quant_method": "modelopt"}
     for name, method in FILES.items():

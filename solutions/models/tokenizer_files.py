@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 CONFIG_FILE = "tokenizer_config.json"
+PROCESSOR_TEMPLATE = "chat_template.json"
+"""Where models that see have had their chat template."""
 
 
 def has_own_code(folder: Path) -> bool:
@@ -52,6 +54,8 @@ def read_tokenizer(where: Path | str, architecture: str, name: str) -> PreTraine
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(f"{type(tokenizer).__name__} is no fast tokenizer; convert it to a tokenizer.json")
         tokenizer.decode(tokenizer.encode("a b"))  # settings of the wrong kind show only here
+        if tokenizer.chat_template is None and (folder / PROCESSOR_TEMPLATE).is_file():
+            tokenizer.chat_template = read_json(folder / PROCESSOR_TEMPLATE).get("chat_template")
         if not isinstance(tokenizer.chat_template, str | dict | None):
             raise ModelError(f"chat_template must be a string or named templates, got {tokenizer.chat_template!r:.60}")
         if folder.is_dir():

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from .config.entries import ModelError
 from .config.model_config import ModelConfig
+from .config.text_part import text_name
 
 HEAD = "lm_head.weight"
 EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "wte.weight")
@@ -23,12 +24,13 @@ class WeightHeaders:
     """What the headers of a model's safetensors files say.
 
     Attributes:
-        files: their paths. shapes: of all tensors, by name. homes: the file that holds each tensor.
+        files: their paths. shapes: of all tensors, by name, without those that are no text model's. homes: the file that holds
+            each tensor, and its name there.
     """
 
     files: list[Path]
     shapes: dict[str, tuple[int, ...]]
-    homes: dict[str, Path]
+    homes: dict[str, tuple[Path, str]]
 
     @classmethod
     def open(cls, files: list[Path]) -> WeightHeaders:
@@ -42,7 +44,8 @@ class WeightHeaders:
             try:
                 with safe_open(file, framework="pt", device="cpu") as reader:
                     for name in reader.keys():  # noqa: SIM118, the reader is no dict
-                        shapes[name], homes[name] = tuple(reader.get_slice(name).get_shape()), file
+                        if (text := text_name(name)) is not None:
+                            shapes[text], homes[text] = tuple(reader.get_slice(name).get_shape()), (file, name)
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{file} is damaged or incomplete ({error}); fetch or convert it again") from error
         return cls(files, shapes, homes)
@@ -83,9 +86,10 @@ class WeightHeaders:
         return (config if same else replace(config, tie_word_embeddings=False)), {}
 
     def _read(self, name: str) -> torch.Tensor:
+        file, stored = self.homes[name]
         try:
-            with safe_open(self.homes[name], framework="pt", device="cpu") as reader:
-                tensor: torch.Tensor = reader.get_tensor(name)
+            with safe_open(file, framework="pt", device="cpu") as reader:
+                tensor: torch.Tensor = reader.get_tensor(stored)
                 return tensor
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{self.homes[name]} is damaged or incomplete ({error}); fetch or convert it again") from error
+            raise ModelError(f"{file} is damaged or incomplete ({error}); fetch or convert it again") from error

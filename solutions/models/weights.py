@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from ..parallelism.tensor_parallel import ParallelLMHead
 from ..quantization.layout.reader import CheckpointError, StoredLayer, Unpacker, find_layers
 from .config.entries import ModelError
 from .config.model_config import ModelConfig
+from .config.text_part import text_name
 from .layers import CausalLM
+
+log = logging.getLogger(__name__)
 
 Unpack = Callable[[Iterator[tuple[str, torch.Tensor]]], Iterator[tuple[str, torch.Tensor]]]
 """From the tensors of a file to those of the model, by name."""
@@ -31,7 +35,8 @@ def quantized_layers(files: list[Path], config: ModelConfig) -> dict[str, Stored
     if config.quantization is None:
         return {}
     try:
-        return find_layers(files, config.quantization)
+        found = find_layers(files, config.quantization)
+        return {text: layer for name, layer in found.items() if (text := text_name(name)) is not None}
     except CheckpointError as error:
         raise ModelError(f"{files[0].parent}: {error}") from None
     except (SafetensorError, OSError) as error:
@@ -41,7 +46,8 @@ def quantized_layers(files: list[Path], config: ModelConfig) -> dict[str, Stored
 def expect_quantized(model: CausalLM, stored: dict[str, StoredLayer]) -> set[str]:
     """Put a `QuantizedLinear` in the place of each linear layer that is quantized.
 
-    A layer whose pieces are kept in different ways, some plain or of other bits, is computed as a plain one; so is the head.
+    A layer whose pieces are kept in different ways, some plain or of other bits, is computed as a plain one; so are the head
+    and FP8.
 
     Returns:
         The names of layers in the checkpoint that have to be turned into plain weights.
@@ -55,12 +61,13 @@ def expect_quantized(model: CausalLM, stored: dict[str, StoredLayer]) -> set[str
     for name in stored:
         target, shard, _ = model.place(f"{name}.codes", torch.empty(0)) or ("", None, None)
         if target.rpartition(".")[0] not in layers:
-            raise ModelError(f"the weights hold {name}.qweight, which is no weight of a {type(model).__name__} of this config")
+            held = f"{name}.{stored[name].form.mark}"
+            raise ModelError(f"the weights hold {held}, which is no weight of a {type(model).__name__} of this config")
         pieces.setdefault(target.rpartition(".")[0], {})[shard] = name
     for target, names in pieces.items():
         layer, forms = layers[target], {stored[name].form for name in names.values()}
         is_whole = names.keys() in ({None}, set(layer.shard_ids))
-        if isinstance(layer, ParallelLMHead) or not is_whole or len(forms) > 1:
+        if isinstance(layer, ParallelLMHead) or not is_whole or len(forms) > 1 or not next(iter(forms)).has_codes:
             dense.update(names.values())
             continue
         try:
@@ -81,7 +88,10 @@ def load_weights(
     model: CausalLM, files: list[Path], stored: dict[str, StoredLayer], names: dict[str, str], progress: bool
 ) -> None:
     """Fill the model; `names` are other names for tensors of the files."""
-    unpack: Unpack = Unpacker(stored, expect_quantized(model, stored)) if stored else iter
+    dense = expect_quantized(model, stored)
+    unpack: Unpack = Unpacker(stored, dense) if stored else iter
+    if dense and progress:
+        log.warning("%d of %d quantized layers are computed as plain weights", len(dense), len(stored))
     weights = _weights(model)
     awaited = {(name, shard): None for name, (layer, _) in weights.items() for shard in layer.shard_ids}  # ordered set
     with LateBar("loading weights", sum(file.stat().st_size for file in files), progress) as bar:
@@ -130,7 +140,7 @@ def _unpacked(unpack: Unpack, file: Path, bar: LateBar) -> Iterator[tuple[str, t
 
 
 def _read_tensors(file: Path, bar: LateBar) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of a safetensors file; the tensors are the mapped file itself.
+    """Names and tensors of the text model in a safetensors file; the tensors are the mapped file itself.
 
     The file is mapped anew for each, because what has been read of a mapping counts as memory of the process until it is gone.
     """
@@ -138,10 +148,12 @@ def _read_tensors(file: Path, bar: LateBar) -> Iterator[tuple[str, torch.Tensor]
         with safe_open(file, framework="pt", device="cpu") as reader:
             names = list(reader.keys())
         for name in names:
+            if (text := text_name(name)) is None:
+                continue
             with safe_open(file, framework="pt", device="cpu") as reader:
                 tensor = reader.get_tensor(name)
             bar.advance(tensor.nbytes)
-            yield name, tensor
+            yield text, tensor
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file} is damaged or incomplete ({error}); fetch or convert it again") from error
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..quantization.layout.checkpoint import QuantizedFormat
+from ..quantization.layout.formats import Format
 from ..quantization.layout.groups import GroupQuantized
 from .linear import Linear, WeightLayer, copy_weight, parameter
 from .tensor_parallel import RowParallelLinear, Shard, check_size
@@ -27,7 +27,7 @@ class QuantizedLinear(WeightLayer):
 
     layer: Linear
 
-    def __init__(self, layer: Linear, form: QuantizedFormat) -> None:
+    def __init__(self, layer: Linear, form: Format) -> None:
         super().__init__()
         rows, columns = layer.weight.shape
         inputs = layer.inputs if isinstance(layer, RowParallelLinear) else Shard(columns, 0, columns)
@@ -43,7 +43,7 @@ class QuantizedLinear(WeightLayer):
         self.codes = parameter(rows, columns, dtype=torch.uint8)
         self.scales, self.zeros = (parameter(rows, groups, dtype=torch.float32) for _ in range(2))
         self.order = parameter(columns, dtype=torch.int64) if form.act_order else None
-        self.knows_order = False
+        self.knows_order, self.rounds_inputs = False, form.rounds_inputs
         self.bias = layer.bias
 
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:

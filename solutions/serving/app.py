@@ -183,7 +183,7 @@ def chat_door(async_engine: AsyncEngine, models: ServedModels, chats: ChatReader
         models.find_writer(body.model)
         return (await chats.read(body))[0]
 
-    return ChatDoor(submit_chat, deliver, chat_tokens)
+    return ChatDoor(submit_chat, deliver, chat_tokens, async_engine.engine.model_config.sampling)
 
 
 async def respond(
@@ -268,7 +268,7 @@ async def engine_requests(
     """
     from ..core.input import ContextLengthError  # imports torch, which has to wait until the port is ours
 
-    params = body.to_sampling_params()
+    params = body.to_sampling_params(engine.engine.model_config.sampling)
     salt = ":".join(part for part in (tenant, body.cache_salt) if part is not None) or None
     if body.priority and engine.engine.config.scheduling_policy != "priority":
         raise RequestError("priority needs a server that was started with --scheduling-policy priority", "priority")

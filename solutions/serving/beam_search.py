@@ -104,7 +104,7 @@ def check(body: GenerationRequest) -> None:
         )
     if getattr(body, "best_of", None) is not None:
         raise RequestError("best_of cannot be combined with use_beam_search; n is the number of beams", "best_of")
-    params, default = body.to_sampling_params(), SamplingParams()
+    params, default = body.to_sampling_params({}), SamplingParams()
     for name in EXCLUDED:
         if getattr(params, name) != getattr(default, name):
             raise body.refusal(ValueError(f"{name} cannot be combined with use_beam_search"))

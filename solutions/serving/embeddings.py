@@ -12,7 +12,7 @@ import asyncio
 import base64
 import logging
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -89,8 +89,8 @@ class EmbeddingRequest(RequestBody):
         """Say how the engine makes vectors."""
         self._pooling = pooling
 
-    def to_sampling_params(self) -> PoolingParams:
-        """The engine's parameters.
+    def to_sampling_params(self, _defaults: Mapping[str, Any]) -> PoolingParams:
+        """The engine's parameters; defaults for drawing tokens are nothing to a vector.
 
         Raises:
             RequestError: a value is out of range; `param` is the field.

@@ -5,6 +5,7 @@ Source: https://platform.openai.com/docs/api-reference/responses/create
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainValidator, model_validator
@@ -127,9 +128,11 @@ class ResponsesRequest(Request):
         schema = {"name": form.name or "answer", "schema": form.schema_, "strict": form.strict, "description": form.description}
         return {"type": "json_schema", "json_schema": {key: value for key, value in schema.items() if value is not None}}
 
-    def echo(self) -> dict[str, Any]:
-        """The fields of a response that say what was asked for."""
+    def echo(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a response that say what was asked for; `defaults` hold for what was left open."""
         reasoning = {"effort": None, "summary": None} | (self.reasoning or {})
+        said = {"temperature": self.temperature, "top_p": self.top_p}
+        drawn = {name: defaults.get(name, 1.0) if value is None else value for name, value in said.items()}
         form = (
             self.text.format.model_dump(by_alias=True, exclude_none=True)
             if self.text and self.text.format
@@ -139,7 +142,7 @@ class ResponsesRequest(Request):
             "background": bool(self.background), "instructions": self.instructions, "max_output_tokens": self.max_output_tokens,
             "metadata": self.metadata or {}, "parallel_tool_calls": self.parallel_tool_calls is not False,
             "previous_response_id": self.previous_response_id, "reasoning": reasoning, "store": self.store is not False,
-            "temperature": 1.0 if self.temperature is None else self.temperature, "text": {"format": form},
+            "temperature": drawn["temperature"], "text": {"format": form},
             "tool_choice": self.tool_choice or "auto", "tools": self.tools or [], "top_logprobs": self.top_logprobs or 0,
-            "top_p": 1.0 if self.top_p is None else self.top_p, "truncation": "disabled", "user": self.user,
+            "top_p": drawn["top_p"], "truncation": "disabled", "user": self.user,
         }  # fmt: skip

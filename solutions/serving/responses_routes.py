@@ -40,7 +40,7 @@ def add_responses_routes(app: FastAPI, door: ChatDoor, responses: dict[int | str
         if submitted is None:
             return await door.deliver(http, None, Wire())
         head = submitted.reply.head
-        builder = ResponseBuilder(head["id"], head["created"], body.model, body.echo())
+        builder = ResponseBuilder(head["id"], head["created"], body.model, body.echo(door.sampling))
         entry, tenant = StoredResponse(builder.answer, messages, items_of(body.input)), tenant_of(http)
 
         def end() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,10 @@ class ChatDoor:
         submit: takes the HTTP request, the chat, and how the answer's id begins; None: the client has left.
         deliver: answers what was submitted, over a wire.
         tokens: the prompt that a chat becomes.
+        sampling: what holds where a chat leaves it open, fields of `SamplingParams`.
     """
 
     submit: Callable[[Request, ChatCompletionRequest, str], Awaitable[Submitted | None]]
     deliver: Callable[[Request, Submitted | None, Wire], Awaitable[Response]]
     tokens: Callable[[ChatCompletionRequest], Awaitable[list[int]]]
+    sampling: Mapping[str, Any]

@@ -68,7 +68,7 @@ class FakeEngine:
         self.observers: list[Any] = []
         self.num_waiting_tokens = 0
         self.model_config = model = SimpleNamespace(
-            vocab_size=256, eos_token_ids=(), hidden_size=4, is_encoder=False, pooling=None
+            vocab_size=256, eos_token_ids=(), hidden_size=4, is_encoder=False, pooling=None, sampling={}
         )
         self.input = InputProcessor(self.tokenizer, model, MAX_MODEL_LEN, max_num_seqs=256)
         self.max_waiting, self.fail_at, self.gate = max_waiting, fail_at, gate

@@ -42,10 +42,15 @@ def llama_cpp_names(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
         yield names.get_name(name, try_suffixes=(".weight", ".bias")), values
 
 
-def write_gguf(path: Path, model: PreTrainedModel, kind: GGMLType = GGMLType.F32, drop: str = "", **extra: Any) -> Path:
-    """A GGUF file of a tiny model; matrices are stored as `kind`, `extra` are more tensors and keys (``a__b`` is a.b)."""
+def write_gguf(
+    path: Path, model: PreTrainedModel, kind: GGMLType = GGMLType.F32, drop: str = "", split: int = 0, **extra: Any
+) -> Path:
+    """A GGUF file of a tiny model; matrices are stored as `kind`, `extra` are more tensors and keys (``a__b`` is a.b).
+
+    With `split` it is cut into files of so many tensors, called as llama.cpp calls them.
+    """
     config = model.config
-    writer = gguf.GGUFWriter(path, llama_cpp_architecture(model))
+    writer = gguf.GGUFWriter(path, llama_cpp_architecture(model), split_max_tensors=split)
     writer.add_tokenizer_model("gpt2")
     vocab = byte_tokenizer().get_vocab()
     tokens = [*sorted(vocab, key=vocab.get), "ab", "ĊĊ", "ĠĠ"]
@@ -110,11 +115,12 @@ def write_model(
             continue
         if values.ndim == 1 or kind == GGMLType.F32:
             writer.add_tensor(name, values)
-        elif "K" in kind.name.split("_"):  # nothing here can write these: random bytes, which are as good as any
-            shape = gguf.quant_shape_to_byte_shape(values.shape, kind)
-            writer.add_tensor(name, random.integers(0, 256, shape, dtype=np.uint8), raw_dtype=kind)
         else:
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+            try:
+                stored = gguf.quants.quantize(values, kind)
+            except NotImplementedError:  # nothing here can write these: random bytes, which are as good as any
+                stored = random.integers(0, 256, gguf.quant_shape_to_byte_shape(values.shape, kind), dtype=np.uint8)
+            writer.add_tensor(name, stored, raw_dtype=kind)
     for key, value in extra.items():
         key = key.replace("__", ".")
         if isinstance(value, str):

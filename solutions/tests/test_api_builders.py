@@ -52,7 +52,7 @@ def test_a_response_s_events_add_up(answer: Any, reason: str) -> None:
     request = ResponsesRequest(
         model="m", input="x", tools=[{"type": "function", "name": "f", "parameters": {}, "strict": False}]
     )
-    builder = ResponseBuilder("resp_1", 5, "m", request.echo())
+    builder = ResponseBuilder("resp_1", 5, "m", request.echo({}))
     events = [*builder.begin(USAGE), *feed(builder, answer), *builder.end(reason, None, USAGE)]
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     state: Any = ResponseStreamState(input_tools=omit, text_format=omit)

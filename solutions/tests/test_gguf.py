@@ -49,11 +49,18 @@ def assert_equals_transformers(path: Path, folder: Path, model: LlamaForCausalLM
         torch.testing.assert_close(ours[name], tensor.float(), rtol=0, atol=0, equal_nan=True)
 
 
-QUANTIZED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+QUANTIZED = sorted(kind.name for kind in gguf.quants._type_traits if kind.name not in ("F32", "F16", "BF16"))
+"""All that the library can read."""
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # random bytes are also infinite scales
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", *QUANTIZED])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "F32", "F16", "BF16", "Q4_1", "Q6_K",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in QUANTIZED if kind not in ("Q4_1", "Q6_K")),
+    ],
+)  # fmt: skip
 def test_values_of_each_type_are_exact(tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM, kind: str) -> None:
     path = write_gguf(tmp_path / "model.gguf", tiny_model, GGMLType[kind])
     source = resolve_model(str(path))
@@ -418,3 +425,47 @@ def test_qwen2s_cuts_are_those_of_transformers(tmp_path: Path, cache: Path, tiny
     for text in ("I'M 1234 years,\n\n  old!?\r\n\tÄpfel e\u0301te\u0301 中文字 3.14", "don't\u00a0DON'T  x_y ... \u2003z"):
         assert ours.normalizer.normalize_str(text) == theirs.normalizer.normalize_str(text)
         assert ours.pre_tokenizer.pre_tokenize_str(text) == theirs.pre_tokenizer.pre_tokenize_str(text)
+
+
+# --- several files ---------------------------------------------------------------------------------------------------
+
+
+def test_parts_are_one_model_whichever_is_named(tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM) -> None:
+    whole = load_file(resolve_model(str(write_gguf(tmp_path / "whole.gguf", tiny_model))).path / "model.safetensors")
+    write_gguf(tmp_path / "parts.gguf", tiny_model, split=4)
+    parts = sorted(tmp_path.glob("parts-*.gguf"))
+    assert [part.name for part in parts] == [f"parts-{i:05}-of-{len(parts):05}.gguf" for i in range(1, len(parts) + 1)]
+    assert len(parts) >= 3
+    for part in parts:
+        loaded = load_file(resolve_model(str(part)).path / "model.safetensors")
+        assert loaded.keys() == whole.keys()
+        assert all(torch.equal(loaded[name], whole[name]) for name in whole)
+    assert len([folder for folder in cache.iterdir() if folder.name.startswith("parts") and folder.is_dir()]) == 1
+
+
+def test_a_part_that_changes_is_read_again(tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM) -> None:
+    write_gguf(tmp_path / "parts.gguf", tiny_model, split=4)
+    first, *_, last = sorted(tmp_path.glob("parts-*.gguf"))
+    before = resolve_model(str(first)).path
+    os.utime(last, (1, 1))
+    assert resolve_model(str(first)).path != before
+
+
+def test_missing_and_foreign_parts_are_named(tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM) -> None:
+    write_gguf(tmp_path / "parts.gguf", tiny_model, split=4)
+    first, second, *others = sorted(tmp_path.glob("parts-*.gguf"))
+    content = second.read_bytes()
+    second.unlink()
+    with raises(f"lacks 1 of {2 + len(others)} files of the model: {second.name}"):
+        resolve_model(str(first))
+    second.write_bytes(others[0].read_bytes())
+    with raises(f"{second.name} is part 3 of {2 + len(others)} of a model, and its name says 2"):
+        resolve_model(str(first))
+    second.write_bytes(content)
+    alone = tmp_path / "alone.gguf"
+    alone.write_bytes(first.read_bytes())
+    with raises("alone.gguf is part 1 of .* keep the names that the parts had: NAME-00001-of-"):
+        resolve_model(str(alone))
+    second.write_bytes(content[: len(content) // 2])
+    with raises(f"{second.name} is damaged"):
+        resolve_model(str(first))

@@ -114,7 +114,7 @@ LONGROPE = {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
         ({"rope_scaling": {"type": "linear"}}, "no entry 'factor'"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"hidden_act": "swish2"}, "'swish2' is not supported; supported are silu"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantized with fp8 are not supported"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantized with hqq are not supported"),
         ({"num_key_value_heads": 3}, "4 query heads cannot share 3 KV heads"),
         ({"hidden_size": None, "num_attention_heads": None}, "no entry"),
         ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of str, got 'LlamaForCausalLM'"),

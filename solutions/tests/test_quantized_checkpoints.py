@@ -216,7 +216,7 @@ def test_a_written_model_reads_as_the_layout_says_and_loads(tmp_path, method):
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "bitsandbytes"}, "quantized with bitsandbytes are not supported, gptq and awq are"),
+        ({"quant_method": "bitsandbytes"}, "bitsandbytes are not supported, gptq, awq, compressed-tensors and fp8 are"),
         ({"quant_method": "gptq", "bits": 3, "group_size": 16}, "gptq with 3 bits in groups of 16 is not supported"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "in groups of 0 is not supported"),
         ({"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemv"}, "AWQ layout 'gemv' is not supported"),

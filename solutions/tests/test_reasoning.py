@@ -225,7 +225,7 @@ def test_stop_strings_end_no_call_behind_thoughts() -> None:
     ):
         request = ChatCompletionRequest.model_validate({**CHAT, "stop": ["}"]})
         request.answer_with(use, Thinking(FORMATS["mistral" if is_open else "qwen3"], is_open))
-        params = request.to_sampling_params()
+        params = request.to_sampling_params({})
         assert params.stop_until is not None
         text = text.replace("<think>", "[THINK]").replace("</think>", "[/THINK]") if is_open else text
         assert bool(re.search(params.stop_until, text)) == found

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...batching.pooling import Pooling
-from ...quantization.layout.checkpoint import QuantizedFormat
+from ...quantization.layout.formats import Format, read_format
 from .entries import Entries, ModelError
 from .families import find_family
 
@@ -42,6 +42,7 @@ class ModelConfig:
         token_types: kinds of text that an encoder tells apart; 0: the model is none.
         first_position: row of the table of positions that a text begins with.
         pooling: how a text becomes a vector, if the model's files say so.
+        sampling: fields of `SamplingParams` that hold unless a request says otherwise.
     """
 
     architecture: str
@@ -68,10 +69,11 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     torch_dtype: str | None = None
     max_model_len: int | None = None
-    quantization: QuantizedFormat | None = None
+    quantization: Format | None = None
     token_types: int = 0
     first_position: int = 0
     pooling: Pooling | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_encoder(self) -> bool:
@@ -105,7 +107,7 @@ class ModelConfig:
         family = find_family(Entries(hf))
         quantized = Entries(hf).entries("quantization_config").content
         try:
-            quantization = QuantizedFormat.parse(quantized) if quantized else None
+            quantization = read_format(quantized) if quantized else None
         except ValueError as error:
             raise ModelError(str(error)) from None
         config = cls(architecture=family.architecture, quantization=quantization, **family.read(Entries(hf)))

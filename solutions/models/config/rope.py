@@ -17,8 +17,8 @@ NUMBERS: dict[str, tuple[str, ...]] = {
 }
 """Supported kinds of RoPE scaling besides "default", and the numbers that each must bring."""
 
-OLDER_NAMES = {"su": "longrope"}
-"""What the first files with a kind called it."""
+OLDER_NAMES = {"su": "longrope", "mrope": "default"}
+"""What the first files with a kind called it; one that counts positions of images, too, counts those of texts as usual."""
 
 
 def read_rope(hf: Entries, head_dim: int) -> dict[str, Any]:

@@ -45,15 +45,16 @@ def attach(model: CausalLM, plan: Plan) -> None:
     with torch.inference_mode(False), torch.no_grad():
         dtype = next(model.parameters()).dtype  # of the embedding, which is never quantized
         for name, layer in list(model.named_modules()):
-            quantized = None
+            quantized, rounding = None, plan.quantization
             if isinstance(layer, QuantizedLinear):
+                rounding = "int8" if layer.rounds_inputs else None
                 quantized, layer = layer.take(), layer.layer
                 model.set_submodule(name, layer)
-                if not _has_kernel(plan, quantized, dtype):
+                if not _has_kernel(plan, quantized, rounding, dtype):
                     layer.weight = nn.Parameter(quantized.dequantize().to(dtype), requires_grad=False)
                     quantized = None
             if plan.kernels == "cpu":
-                _attach_cpu(layer, quantized, plan.quantization, dtype)
+                _attach_cpu(layer, quantized, rounding, dtype)
             elif plan.kernels == "triton":
                 _attach_triton(layer, quantized)
 
@@ -77,13 +78,15 @@ def is_native(layer: nn.Module) -> bool:
     return isinstance(layer.forward, PackedLinear | NativeNorm | NativeHeadNorm)
 
 
-def _has_kernel(plan: Plan, quantized: GroupQuantized, dtype: torch.dtype) -> bool:
+def _has_kernel(plan: Plan, quantized: GroupQuantized, rounding: str | None, dtype: torch.dtype) -> bool:
     """Whether there is code for a quantized weight as it is; any other becomes a plain one."""
     if plan.kernels == "triton":
         from ...quantization.kernels import w4a16_triton  # Triton takes its time and is not everywhere
 
         return w4a16_triton.supports(quantized)
     shape = quantized.shape[1], quantized.bits, quantized.group_size
+    if plan.kernels == "cpu" and rounding == "int8" and linear_cpu.supports_rows(dtype, quantized):
+        return True
     return plan.kernels == "cpu" and linear_cpu.supports_groups(dtype, *shape)
 
 

@@ -71,12 +71,18 @@ def supports_groups(dtype: torch.dtype, in_features: int, bits: int, group_size:
     return bits == 4 and group_size % 2 == 0 and supports(dtype, in_features)
 
 
+def supports_rows(dtype: torch.dtype, weight: GroupQuantized) -> bool:
+    """Whether a matrix of 8 bits can be packed for activations in int8: a row has one scale, and zero is in the middle."""
+    is_plain = weight.bits == 8 and weight.order is None and bool((weight.zeros == 128).all())
+    return is_plain and bool((weight.scales == weight.scales[:, :1]).all()) and supports(dtype, weight.shape[1], "int8")
+
+
 class PackedLinear:
     """One matrix of [N, K], packed.
 
     Args:
-        weight: [N, K], float32 or bfloat16, or quantized to 4 bits in groups of an even number of columns. With `gated` the
-            first half of the rows is the gate, the second is up.
+        weight: [N, K], float32 or bfloat16, or quantized to 4 bits in groups of an even number of columns, or to 8 bits as
+            `supports_rows` wants them. With `gated` the first half of the rows is the gate, the second is up.
         bias: [N] or None.
         quantization: None, "int8" or "int4"; of a quantized weight it says nothing.
         gated: the product is followed by ``silu(gate) · up``, so the result has N / 2 columns.
@@ -106,13 +112,13 @@ class PackedLinear:
         self._scratch: tuple[int, torch.dtype, int] | None = None
         """Memory that the kernel needs for a row of x: in another form, of what type, and how many groups."""
         group = 0
-        if isinstance(weight, GroupQuantized):
+        if isinstance(weight, GroupQuantized) and weight.bits == 4:
             kind, group = "int4_", weight.group_size
             is_moved = weight.order is not None or operand is not self._dtype
             self._scratch = (self.num_columns if is_moved else 0, operand, weight.scales.shape[1])
             self.weight = pack_groups(weight, rows)
             self.order = None if weight.order is None else weight.order.to(torch.int32).contiguous()
-        elif quantization == "int8":
+        elif quantization == "int8" or isinstance(weight, GroupQuantized):
             kind, group = "int8_", INT8_GROUP
             self._scratch = (self.num_columns, layout().int8, -(-self.num_columns // INT8_GROUP))
             codes, scales = quantize_channels(weight)
@@ -174,8 +180,10 @@ def gate_and_up_order(rows: int) -> Tensor:
     return torch.cat((gate, gate + half), dim=1).flatten()
 
 
-def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 weights [N, K] with a scale [N] float32 for each row."""
+def quantize_channels(weight: Tensor | GroupQuantized) -> tuple[Tensor, Tensor]:
+    """int8 weights [N, K] with a scale [N] float32 for each row, which a quantized matrix has already."""
+    if isinstance(weight, GroupQuantized):
+        return (weight.codes ^ 128).view(torch.int8), weight.scales[:, 0]
     weight = weight.float()
     scales = weight.abs().amax(dim=1) / 127
     return (weight / scales.clamp_min(1e-30)[:, None]).round_().to(torch.int8), scales

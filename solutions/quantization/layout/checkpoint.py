@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ class QuantizedFormat:
     zeros_less_one: bool = False
     overrides: tuple[Override, ...] = ()
 
+    ignored = ()
+    mark = "qweight"
+    has_codes = True
+    rounds_inputs = False
+
     @classmethod
     def parse(cls, config: dict[str, Any]) -> QuantizedFormat:
         """From the ``quantization_config`` of a config.json.
@@ -63,8 +69,16 @@ class QuantizedFormat:
         """The tensors that stand for a layer; g_idx may be missing."""
         return PARTS if self.method == "gptq" else PARTS[:3]
 
-    def of_layer(self, name: str) -> QuantizedFormat:
-        """The format of the layer of this name, which may be an exception."""
+    def of_layer(self, name: str, found: Mapping[str, str]) -> QuantizedFormat:
+        """The format of the layer of this name, which may be an exception, with the types of its tensors in the file.
+
+        Raises:
+            ValueError: a tensor is missing.
+        """
+        needed = PARTS if self.act_order and self.method == "gptq" else PARTS[:3]
+        missing = [part for part in needed if part not in found]
+        if missing:
+            raise ValueError(f"the quantized layer {name} lacks {', '.join(missing)}")
         own = next((override for override in self.overrides if re.match(override.pattern, name)), self)
         return replace(self, bits=own.bits, group_size=own.group_size, overrides=())
 

@@ -14,6 +14,8 @@ from typing import Any
 from .groups import BITS
 
 METHODS = ("gptq", "awq")
+OTHER_METHODS = ("compressed-tensors", "fp8")
+"""Those that `compressed` reads."""
 FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Files with a description, where config.json has none, and the method of those that name none."""
 
@@ -72,7 +74,7 @@ def read_description(config: Any) -> Description:
     method = config.get("quant_method") or implied_method(config) or "unknown methods"
     method = method.lower() if isinstance(method, str) else method
     if method not in METHODS:
-        known = " and ".join(METHODS)
+        known = f"{', '.join((*METHODS, *OTHER_METHODS[:-1]))} and {OTHER_METHODS[-1]}"
         raise ValueError(
             f"checkpoints quantized with {_short(method)} are not supported, {known} are; use the unquantized model"
         )

@@ -7,6 +7,7 @@ Source: https://platform.openai.com/docs/api-reference (completions, chat, model
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -164,14 +165,19 @@ class GenerationRequest(Request):
             "Stage 5 · Task 5.1: GenerationRequest.sampling_fields, see stages/stage5_production/GUIDE.md#task-5-1"
         )
 
-    def to_sampling_params(self) -> SamplingParams:
+    def to_sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """The engine's parameters.
+
+        Args:
+            defaults: the model's own, for what the request leaves open.
 
         Raises:
             RequestError: a value is out of range; `param` is the field.
         """
+        fields = self.sampling_fields()
+        fields |= {name: value for name, value in defaults.items() if fields.get(name) is None}
         try:
-            return SamplingParams(**self.sampling_fields())
+            return SamplingParams(**fields)
         except ValueError as error:
             raise self.refusal(error) from error
 
@@ -265,7 +271,7 @@ class ChatCompletionRequest(GenerationRequest, ToolFields, TemplateFields):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Int | None = None
-    """The newer name of `max_tokens`. Without either, the model's context is the limit."""
+    """The newer name of `max_tokens`. Without either, the model's default or its context is the limit."""
     logprobs: Bool | None = None
     top_logprobs: Annotated[int, Strict(), Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Alternatives returned at each token."""
@@ -316,8 +322,8 @@ class ChatCompletionRequest(GenerationRequest, ToolFields, TemplateFields):
             return None if held is None else (name, held)
         return asked if use is None else (name, as_output(use.form()))
 
-    def to_sampling_params(self) -> SamplingParams:
-        params = super().to_sampling_params()
+    def to_sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        params = super().to_sampling_params(defaults)
         if self._use is not None:
             before = () if self._thinking is None else (self._thinking.before(),)
             params.stop_until = self._use.beginning(*before)
