@@ -10,16 +10,18 @@ from stages.course.tools.targets import find_function, is_python, parse
 from tests.classroom import Classroom
 from tests.mutants.bank import load_mutants
 
+SOURCE = re.compile(r"\([^()]*(?:(?:19|20)\d\d|§)[^()]*\)|[^.(]*, (?:19|20)\d\d[,)]|§\d+(?:\.\d+)?")
+"""A source in parentheses or at the beginning of a sentence."""
+NUMBER = re.compile(r"(?<![\w.,-])\d+(?:\.\d+)?(?![\w-])")
+
 
 def promises_are_tied(room: Classroom, stage: Stage) -> list[str]:
-    """Each trap of the guide, and each error in a docstring's ``Raises:``, stands in the `ties` of a mutant, and each tie names
-    one. A bank without any tie is not looked at."""
+    """Each trap of the guide, and each error and number that a docstring promises, stands in the `ties` of a mutant, and each
+    tie names one."""
     ties = {tie for mutant in load_mutants(room.root, stage) for tie in mutant.ties}
-    if not ties:
-        return []
     bank, complaints, known = f"tests/mutants/stage{stage.number}.toml", [], set()
     for task in stage.tasks:
-        found = [*traps(room, stage, task), *errors(room, task)]
+        found = [*traps(room, stage, task), *errors(room, task), *numbers(room, task)]
         known.update(found)
         complaints += [
             f'task {task.id}: nothing in {bank} is tied to "{each}"; add a mutant' for each in found if each not in ties
@@ -39,8 +41,26 @@ def traps(room: Classroom, stage: Stage, task: Task) -> list[str]:
 def errors(room: Classroom, task: Task) -> list[str]:
     """What the docstrings of a task's functions say that they raise, as ``function: Error``."""
     found = []
+    for name, text in docstrings(room, task):
+        raises = text.partition("Raises:\n")[2]
+        found += [f"{name}: {error}" for error in re.findall(r"\b([A-Z]\w*Error):", raises)]
+    return found
+
+
+def numbers(room: Classroom, task: Task) -> list[str]:
+    """The numbers from 3 on, and fractions, in the docstrings of a task's functions, as ``function: number``, each once. What
+    is in the parentheses of a source, with a year or a section, promises nothing."""
+    found = []
+    for name, text in docstrings(room, task):
+        said = SOURCE.sub("", text)
+        found += [f"{name}: {number}" for number in NUMBER.findall(said) if float(number) not in (0, 1, 2)]
+    return list(dict.fromkeys(found))
+
+
+def docstrings(room: Classroom, task: Task) -> list[tuple[str, str]]:
+    """A task's functions in Python, each with its docstring."""
+    found = []
     for target in task.targets:
         node = find_function(parse(room.reference(target.file)), target.name) if is_python(target.file) else None
-        raises = (ast.get_docstring(node) or "").partition("Raises:\n")[2] if node else ""
-        found += [f"{target.name}: {error}" for error in re.findall(r"\b([A-Z]\w*Error):", raises)]
+        found.append((target.name, (ast.get_docstring(node) or "") if node else ""))
     return found

@@ -134,7 +134,7 @@ def make_toy(root: Path) -> Toy:
             bank += mutant_entry("1.1", "toys/sums.py", "number + number", "number + 2")
             bank += mutant_entry("1.2", "toys/sums.py", "double(double(number))", "double(number)")
         else:
-            bank += mutant_entry("2.1", "toys/halves.py", "number // 2", "number // 3")
+            bank += mutant_entry("2.1", "toys/halves.py", "number // 2", "number // 3") + 'ties = ["half: ValueError"]\n'
             bank += mutant_entry("2.1", "toys/halves.py", "number // 2", "-number // 2")
         toy.write(f"tests/mutants/stage{number}.toml", bank)
     toy.write("stages/course.toml", course)

@@ -2,8 +2,8 @@
 
 Each ``stageN.toml`` here lists ``[[mutant]]`` tables: `name`, the `task` whose tests must kill it, `file` inside `solutions/`,
 `why` somebody writes it and what it does to users, and the `old` text that stands there once with the `new` one in its place.
-`ties`, which may be left out, lists what it shows to be tested: a trap of the guide by its title, or ``function: Error`` of a
-docstring's ``Raises:``. `tests/gate_ties.py` compares that with what there is.
+`ties`, which may be left out, lists what it shows to be tested: a trap of the guide by its title, or ``function: Error`` or
+``function: number`` of what a docstring promises. `tests/gate_ties.py` compares that with what there is.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import hashlib
 import random
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hypothesis import core
@@ -26,6 +27,13 @@ def offset(seed: str) -> str:
 def with_other_seeds(text: str, seed: str) -> str:
     """A file of tests that draws other numbers."""
     return OWN_SEEDS.sub(lambda found: f"{found[0]}{offset(seed)}", text)
+
+
+def move(folder: Path, tests: list[Path], seed: str) -> None:
+    """Let a copy of the course draw other numbers: some files of tests, and what makes numbers for them."""
+    makers = (*(folder / "stages" / "course" / "fixtures").glob("*.py"), *(folder / "solutions" / "tests").glob("*_cases.py"))
+    for path in (*tests, *makers):
+        path.write_text(with_other_seeds(path.read_text(encoding="utf-8"), seed), encoding="utf-8")
 
 
 def salt(seed: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from stages.course.grading.channel import read_records
 from stages.course.grading.sandbox import Ended, Limits, Sandbox, room
 from stages.course.grading.scoring import Failure, seed_of
-from stages.course.grading.seeds import offset, with_other_seeds
+from stages.course.grading.seeds import move, offset
 from stages.course.grading.verdict import TestRecord, Verdict, against, judge
 from stages.course.grading.workshop import Workshop
 from stages.course.tools.catalog import Stage, Task
@@ -101,8 +101,7 @@ class Runner:
             folder = work / "stages" / stage.folder
             log, seed, key = scratch / "results.bin", seed_of(self.salt, task.id), secrets.token_bytes(32)
             if moved:
-                tests = folder / task.tests
-                tests.write_text(with_other_seeds(tests.read_text(encoding="utf-8"), seed), encoding="utf-8")
+                move(work, [folder / task.tests], seed)
             command = [sys.executable, "-m", "pytest", *FLAGS, str(folder / task.tests)]
             environment = {
                 "STAGES": "" if texts is None else str(stage.number),

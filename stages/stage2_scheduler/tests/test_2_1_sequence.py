@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from stages.batching.sequence import Sequence, SequenceStatus
@@ -317,3 +319,28 @@ def test_a_stop_at_the_last_possible_token_counts_as_stop(token: int, reason: in
     seq = make_sequence(0, 3, eos=(EOS,), stop_token_ids=[7], max_tokens=2)
     check_equal(feed(seq, [21, token]), 2, "tokens until the end")
     check_equal((seq.finish_reason, seq.stop_reason), ("stop", reason), "finish_reason and stop_reason")
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_any_answer_ends_by_the_rules(number: int) -> None:
+    """Random tokens with random stops and limits: each answer ends at the token, and for the reason, that the rules give.
+
+    Why: rules of which each is right may still be asked in the wrong order.
+    """
+    dice = random.Random(210 + number)
+    for _ in range(25):
+        length, room, most = dice.randrange(1, 300), dice.randrange(1, 25), dice.randrange(1, 25)
+        eos, stops, ignored = tuple(dice.sample(range(12), 2)), dice.sample(range(12), dice.randrange(3)), dice.random() < 0.3
+        tokens, least = [dice.randrange(12) for _ in range(30)], dice.randrange(most + 1)
+        expected: tuple[int, str, int | None] = (min(most, room), "length", None)
+        for count, token in enumerate(tokens[: expected[0]], 1):
+            if count >= least and ((token in eos and not ignored) or token in stops):
+                expected = (count, "stop", None if token in eos and not ignored else token)
+                break
+        seq = make_sequence(
+            0, length, eos=eos, stop_token_ids=stops, ignore_eos=ignored, min_tokens=least, max_tokens=most,
+            max_model_len=length + room,
+        )  # fmt: skip
+        check_equal((feed(seq, tokens), seq.finish_reason, seq.stop_reason), expected, "tokens until the end, and its reasons")
+        check_equal(seq.output_token_ids, tokens[: expected[0]], "output_token_ids")
+        check_equal(seq.num_uncomputed_tokens, length + expected[0], "num_uncomputed_tokens, as nothing was computed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 
@@ -230,3 +231,18 @@ def test_queue_without_a_limit_takes_all() -> None:
     for i in range(300):
         scheduler.add(make_sequence(i, 2))
     check_equal(len(scheduler.waiting), 300, "sequences waiting")
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_any_crowd_stands_in_the_order_of_the_policy(number: int) -> None:
+    """Thirty sequences with random ids and priorities, added in random order.
+
+    Why: who is lucky in a queue of four is found out in one of thirty.
+    """
+    dice = random.Random(220 + number)
+    ranks = {seq_id: dice.randrange(-3, 4) for seq_id in dice.sample(range(1000), 30)}
+    for policy, order in (("fcfs", sorted(ranks)), ("priority", sorted(ranks, key=lambda seq_id: (ranks[seq_id], seq_id)))):
+        scheduler = Simulation(policy=policy).scheduler
+        for seq_id, rank in ranks.items():
+            scheduler.add(make_sequence(seq_id, 2, priority=rank))
+        check_equal(ids(scheduler.waiting), order, f"waiting queue under {policy}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 
 import pytest
@@ -387,3 +388,26 @@ def test_child_shares_the_prompt_and_computes_one_token() -> None:
     check_equal(ids(output.sampled), [1], "sampled sequences")
     check_equal(sim.manager.tables[1][:2], sim.manager.tables[0][:2], "shared blocks")
     check_equal(child.num_cached_tokens, 0, "num_cached_tokens, which counts the prefix cache only")
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_any_crowd_fills_the_budget_in_order(number: int) -> None:
+    """Prompts of random lengths meet a random budget and a random number of seats.
+
+    Why: a step is filled to the brim by those who came first, and by nobody else.
+    """
+    dice = random.Random(230 + number)
+    for _ in range(8):
+        lengths, seats, budget = [dice.randrange(1, 12) for _ in range(9)], dice.randrange(1, 10), dice.randrange(1, 70)
+        sim = Simulation(block_size=dice.choice([1, 2, 4]), num_blocks=128, max_num_seqs=seats, max_num_batched_tokens=80)
+        for length in lengths:
+            sim.add(length)
+        expected, left = {}, budget
+        for seq_id, length in enumerate(lengths[:seats]):
+            if left:
+                expected[seq_id] = min(length, left)
+                left -= expected[seq_id]
+        output = admit(sim, budget)
+        check_equal(counts(output), expected, "scheduled tokens")
+        check_equal(ids(output.sampled), [i for i, count in expected.items() if count == lengths[i]], "sampled sequences")
+        check_equal(ids(sim.scheduler.waiting), list(range(len(expected), 9)), "waiting queue")

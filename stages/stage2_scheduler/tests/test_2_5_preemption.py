@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -356,3 +358,25 @@ def test_random_lives_keep_every_invariant() -> None:
     sim = Simulation()
     preempt(sim, sim.start(4))
     run_state_machine_as_test(Lives, settings=SETTINGS)
+
+
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_any_crowd_gets_the_answers_of_unlimited_memory(mode: str) -> None:
+    """Prompts of random lengths, with random limits and priorities, in little memory of random size.
+
+    Why: who is preempted when follows from all lengths together. No table of cases has them all.
+    """
+    dice = random.Random(25)
+    for _ in range(3):
+        crowd = [(dice.randrange(5, 14), dice.randrange(14, 20), dice.randrange(3)) for _ in range(6)]
+        blocks, tokens = dice.randrange(9, 12), []
+        for sim in (
+            Simulation(200, max_model_len=36),
+            Simulation(blocks, num_host_blocks=dice.choice([3, 64]), max_model_len=36, preemption_mode=mode, policy="priority"),
+        ):
+            for prompt, most, rank in crowd:
+                sim.add(prompt, max_tokens=most, priority=rank)
+            sim.run()
+            tokens.append([seq.output_token_ids for seq in sim.sequences])
+        assert sim.scheduler.num_preemptions > 0, f"{blocks} blocks are too few for all, and yet nobody was preempted"
+        check_equal(tokens[1], tokens[0], f"answers in {blocks} blocks")

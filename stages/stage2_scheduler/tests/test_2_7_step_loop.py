@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -486,3 +487,22 @@ def test_logprobs_are_collected_while_nobody_reads() -> None:
     check_equal(len(outputs), 1, "outputs")
     values = [entry[token].logprob for entry, token in zip(outputs[0].outputs[0].logprobs, tokens, strict=True)]
     check_equal(values, [-1.0, -2.0, -3.0], "logprobs")
+
+
+def test_any_prompts_are_answered_as_by_transformers(engine: LLMEngine, model: tuple[Path, Any]) -> None:
+    """Four random prompts of random lengths run together, and each gets what transformers generates for it alone.
+
+    Why: as above, and nobody knows these prompts beforehand.
+    """
+    dice = random.Random(27)
+    prompts = [[dice.randrange(3, 250) for _ in range(dice.randrange(2, 30))] for _ in range(4)]
+    for i, prompt in enumerate(prompts):
+        add(engine, str(i), prompt, greedy(6 + i))
+    outputs = run(engine)
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            whole = model[1].generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6 + i, eos_token_id=None
+            )
+        check_equal(of(outputs, str(i))[-1].outputs[0].token_ids, whole[0, len(prompt) :].tolist(), f"answer to prompt {i}")

@@ -5,6 +5,8 @@ Rank r brings 1, 2, 3, … times 10^r, so a sum shows by its digits who is in it
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -160,3 +162,21 @@ def test_between_processes(size: int) -> None:
         for length, (scattered, gathered) in zip(lengths, results, strict=True):
             check_equal(scattered, total(size, length).tensor_split(size)[rank], f"{length} elements: the chunk of rank {rank}")
             check_equal(torch.cat(gathered), total(1, length), f"{length} elements: all chunks on rank {rank}")
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_any_ranks_with_any_chunks(number: int) -> None:
+    """Two to six ranks, with random chunks of random lengths.
+
+    Why: sums over ranks have as many cases as there are machines.
+    """
+    dice = random.Random(310 + number)
+    for _ in range(3):
+        size = dice.randrange(2, 7)
+        chunks = [torch.tensor([dice.randrange(1, 1000) for _ in range(dice.randrange(8))]).double() for _ in range(size)]
+        share = sum(10**rank for rank in range(size))
+        for rank, (got, _) in enumerate(on_threads(size, scatter_chunks, chunks)):
+            check_equal(got, chunks[rank] * share, f"the chunk of rank {rank} of {size}")
+        length = dice.randrange(40)
+        for rank, whole in enumerate(on_threads(size, gather, length)):
+            check_equal(torch.cat(whole), total(1, length), f"all chunks on rank {rank} of {size}")

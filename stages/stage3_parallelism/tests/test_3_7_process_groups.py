@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import threading
 import time
@@ -326,3 +327,19 @@ def test_a_rank_that_fails_ends_the_others(how: str, says: str) -> None:
     text = failure(run_ranks, fail_on_rank_1, 2, how, timeout=25)
     assert re.search(says, text), f"the message says {text!r}"
     assert time.monotonic() - start < 15, f"it took {time.monotonic() - start:.1f} s"
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_any_cores_are_dealt_out(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Random cores, of which a random quota may be busy, for a random number of ranks.
+
+    Why: a machine's cores are what its administrator left of them.
+    """
+    dice = random.Random(370 + number)
+    for _ in range(8):
+        cores, size = dice.sample(range(96), dice.randrange(2, 40)), dice.randrange(1, 9)
+        quota = dice.randrange(1, len(cores) + 1)
+        given(monkeypatch, set(cores), quota)
+        each, usable = quota // size, sorted(cores)
+        expected = [usable[rank * each :][:each] if each else [usable[rank % len(usable)]] for rank in range(size)]
+        check_equal([cores_of(rank, size) for rank in range(size)], expected, f"cores of {size} ranks, {quota} of {cores}")

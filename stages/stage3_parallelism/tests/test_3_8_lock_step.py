@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -450,3 +451,15 @@ def test_a_killed_rank_is_named(processes: None, model: tuple[Path, Any]) -> Non
             engine.step()
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_any_steps_can_be_read(number: int) -> None:
+    """Six steps of random lengths and numbers, one after the other on one board.
+
+    Why: a board is written thousands of times a minute, and no two steps are alike.
+    """
+    dice, (writer, reader) = random.Random(380 + number), two_boards()
+    for _ in range(6):
+        step = step_of(dice.randrange(1, 5000), dice.randrange(10_000))
+        check_step(reader.read(writer.write(step)), step, f"a step of {len(step.input_ids)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -214,3 +215,25 @@ def test_broken_json_is_told_with_its_place() -> None:
     check_equal(
         describe_validation_error(error), ("the body is not valid JSON: Expecting value at character 17", None), "error"
     )
+
+
+@pytest.mark.parametrize("make", [completion, chat])
+@pytest.mark.parametrize("number", range(3))
+def test_any_fields_go_across(make: Callable[..., Any], number: int) -> None:
+    """Random values of a random choice of fields arrive as they are.
+
+    Why: a client may set any of them, to anything that is allowed.
+    """
+    dice = random.Random(510 + number)
+    for _ in range(10):
+        every = {
+            "temperature": dice.randrange(200) / 100, "top_p": dice.randrange(1, 100) / 100, "top_k": dice.randrange(1, 90),
+            "n": dice.randrange(1, 5), "seed": dice.randrange(10**6), "max_tokens": dice.randrange(1, 500),
+            "stop": [chr(dice.randrange(97, 123)) * dice.randrange(1, 5) for _ in range(2)],
+            "presence_penalty": dice.randrange(-200, 200) / 100, "ignore_eos": dice.random() < 0.5,
+        }  # fmt: skip
+        sent = {name: every[name] for name in dice.sample(list(every), dice.randrange(1, 9))}
+        bias = {dice.randrange(10**4): dice.randrange(-100, 100) / 2 for _ in range(3)}
+        got = make(**sent, logit_bias={str(token): value for token, value in bias.items()}).sampling_fields()
+        check_equal({name: got.get(name) for name in sent}, sent, "fields that were sent")
+        check_equal(got["logit_bias"], bias, "logit_bias")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -142,3 +143,23 @@ def test_cached_tokens_are_those_of_each_prompt_once(n: int, steps: int) -> None
         list(one.choices(output("r-0", *sequences, cached=16, finished=False)))
         list(one.choices(output("r-1", *sequences, cached=32, finished=False)))
     check_equal(numbers(one), (60, 2 * n * steps, 60 + 2 * n * steps, 48), "usage")
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_any_answer_is_numbered_and_counted(number: int) -> None:
+    """Random prompts with a random n, whose sequences get random tokens in random order.
+
+    Why: a bill is right for every request or it is wrong.
+    """
+    dice = random.Random(520 + number)
+    for _ in range(10):
+        n, prompts = dice.randrange(1, 5), [[1] * dice.randrange(1, 50) for _ in range(dice.randrange(1, 5))]
+        one, seen, told, cached = reply(n, *prompts), [], [], [dice.randrange(len(prompt) + 1) for prompt in prompts]
+        for prompt, index in dice.sample([(i, j) for i in range(len(prompts)) for j in range(n)], n * len(prompts)):
+            tokens = [dice.randrange(99) for _ in range(dice.randrange(6))]
+            told.append((prompt * n + index, tokens))
+            choices = one.choices(output(f"r-{prompt}", (index, tokens), cached=cached[prompt]))
+            seen += [(choice, sequence.token_ids) for choice, sequence in choices]
+        check_equal(seen, told, "choices and tokens")
+        before, after = sum(map(len, prompts)), sum(len(tokens) for _, tokens in told)
+        check_equal(numbers(one), (before, after, before + after, sum(cached)), "usage")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import random
 from collections.abc import AsyncIterator, Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -327,3 +328,19 @@ def test_the_openai_client_reads_it() -> None:
             for choice in chunk.choices:
                 texts[choice.index] += choice.delta.content
     check_equal(texts, {0: "Grüß\n😀", 1: "你好"}, "texts that the client has read")
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_any_answer_comes_out_as_it_went_in(number: int) -> None:
+    """Random texts, among them line breaks, quotes and other scripts, of random choices.
+
+    Why: a stream is the answer, whatever it says.
+    """
+    dice = random.Random(530 + number)
+    for _ in range(4):
+        texts = ["".join(dice.choices('ab "\\\n\r:{}däß€漢🙂', k=dice.randrange(1, 12))) for _ in range(dice.randrange(1, 8))]
+        pieces = [(dice.randrange(4), text) for text in texts]
+        got = events(PlainReply(), *(output(piece(text, index)) for index, text in pieces))
+        check_equal(got, ["open", *(f"{index}:{text}" for index, text in pieces), "[DONE]"], "events")
+        for text in texts:
+            check_equal(_event(Chunk(says=text)).splitlines()[1:], [""], f"lines of the event of {text!r}, but for the first")

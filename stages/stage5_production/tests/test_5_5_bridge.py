@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -491,3 +492,32 @@ def test_the_loop_goes_on_while_a_step_runs() -> None:
         return engine.waited
 
     check_equal(asyncio.run(main()), True, "the loop goes on and lets the step end")
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_any_reader_gets_all_in_the_order_of_waiting(number: int) -> None:
+    """Pieces of random requests are put, and read whenever the dice say so: what has waited longest first, joined to one.
+
+    Why: the engine and its clients are never in step.
+    """
+    dice = random.Random(550 + number)
+    names = [f"{dice.randrange(10**6)}" for _ in range(dice.randrange(2, 6))]
+
+    async def main() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        stream, got, expected, waiting = stream_of(*names), [], [], {}
+        left = dict.fromkeys(names, 0) | {name: dice.randrange(1, 7) for name in names}
+        while left or waiting:
+            if left and dice.random() < 0.6:
+                name, text = dice.choice(list(left)), chr(dice.randrange(97, 123))
+                left[name] -= 1
+                stream.put(output(name, text, left[name] == 0))
+                waiting[name] = waiting.get(name, "") + text
+                if left[name] == 0:
+                    del left[name]
+            elif waiting:
+                first = next(iter(waiting))
+                expected.append((first, waiting.pop(first)))
+                got.append(seen(await asyncio.wait_for(stream.__anext__(), 10)))
+        return got + await rest(stream), expected
+
+    check_equal(*asyncio.run(main()), "outputs that are read")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 import threading
 from types import SimpleNamespace
@@ -248,3 +249,27 @@ def test_a_client_of_a_real_server_leaves(leaves: bool) -> None:
             until(lambda: aborted, "the request is aborted, long before its answer")
     check_equal(aborted, ["a"] if leaves else [], "requests that were aborted")
     check_equal(leaves or answer.endswith(b"\r\n\r\n1"), True, "who stays has his answer")
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_any_stream_aborts_what_is_unfinished(number: int) -> None:
+    """Random requests, some of which have finished and were read, and some of which have something to read.
+
+    Why: clients leave at any time.
+    """
+    dice = random.Random(560 + number)
+    names = [f"{dice.randrange(10**6)}" for _ in range(dice.randrange(1, 9))]
+    done = dice.sample(names, dice.randrange(len(names)))
+
+    async def main() -> list[str]:
+        stream, aborted = stream_of(*names)
+        for name in done:
+            stream.put(output(name, True))
+            await anext(stream)
+        for name in set(names).difference(done):
+            if dice.random() < 0.5:
+                stream.put(output(name, False))
+        stream.close()
+        return sorted(aborted)
+
+    check_equal(asyncio.run(main()), sorted(set(names).difference(done)), "requests that were aborted")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -171,3 +172,26 @@ def test_nobody_has_to_listen() -> None:
 
     check_equal(type(asyncio.run(main())), QueueFullError, "type of the error")
     check_equal(listened, [None], "who listens")
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_any_prompts_are_taken_together_or_not_at_all(number: int) -> None:
+    """Random prompts at a queue that has random tokens waiting, a random limit and random room.
+
+    Why: who is refused must have left nothing behind, whichever of his prompts it was.
+    """
+    dice = random.Random(570 + number)
+    for _ in range(12):
+        lengths = [dice.randrange(1, 60) for _ in range(dice.randrange(1, 6))]
+        queue, limit = Queue(dice.choice([0, dice.randrange(1, 90)]), dice.randrange(1, 7)), dice.randrange(40, 200)
+        tokens, fault = queue.num_waiting_tokens, None
+        for taken, length in enumerate(lengths):
+            if fault is None and tokens and tokens + length > limit:
+                fault = "tokens"
+            elif fault is None and taken >= queue.room:
+                fault = "requests"
+            tokens += length
+        error, reasons = accept(queue, lengths, limit)
+        check_equal(error is None, fault is None, f"whether prompts of {lengths} were taken")
+        check_equal(reasons, [fault] if fault else [], "reasons of rejections")
+        check_equal(queue.taken, [] if fault else [f"r{i}" for i in range(len(lengths))], "requests that the engine has")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from stages.batching.sampling_params import SamplingParams
@@ -265,3 +267,30 @@ def test_nobody_is_remembered_after_the_end() -> None:
     step(metrics, 2.0, *(finish(seq, "stop") for seq in sequences[:2]))
     metrics.on_abort([finish(sequences[2], "abort")], 3.0)
     check_equal(len(metrics._times), 0, "sequences that are remembered")
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_any_times_are_entered_where_they_belong(number: int) -> None:
+    """A sequence that arrives, is scheduled, and gets its tokens at random times.
+
+    Why: dashboards add these numbers up. Each second must be in one interval and in no other.
+    """
+    dice = random.Random(580 + number)
+    for _ in range(5):
+        times = [0.0]
+        for _ in range(dice.randrange(4, 12)):
+            times.append(times[-1] + dice.randrange(1, 4000) / 1024)  # exact in binary
+        arrival, scheduled, first, *later = times
+        metrics, seq = make(), sequence(arrival=arrival, scheduled=scheduled, prompt=dice.randrange(1, 90))
+        for now in (first, *later[:-1]):
+            step(metrics, now, seq)
+        step(metrics, later[-1], finish(seq, "stop"))
+        last, number_of = later[-1], len(later)
+        expected = {
+            "first_token": first - arrival, "between": last - first, "queue": scheduled - arrival, "prefill": first - scheduled,
+            "decode": last - first, "whole": last - arrival, "per_token": (last - first) / number_of,
+            "prompt_len": seq.num_prompt_tokens, "output_len": number_of + 1,
+        }  # fmt: skip
+        for name, total in expected.items():
+            wanted = (number_of if name == "between" else 1, round(total, 9))
+            check_equal(entered(getattr(metrics, name)), wanted, f"{name}: count, sum")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import signal
 import socket
 import threading
@@ -356,3 +357,15 @@ def test_a_death_is_news_and_a_shutdown_is_not(stopping: bool) -> None:
     told = fail(bridge, "it broke", "it broke again")
     check_equal(told, [(0, "EngineDeadError: it broke"), (1, "EngineDeadError: it broke")], "what each stream was told")
     check_equal(order, [] if stopping else [0], "streams that were known at each call of on_death")
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_any_reason_is_told_as_it_is(number: int) -> None:
+    """An engine that dies of a random reason, and of another one afterwards: every stream hears of the first.
+
+    Why: what a client is told is all that its operator has to go by.
+    """
+    dice = random.Random(590 + number)
+    first, second = ("".join(dice.choices("abc defg", k=12)) for _ in range(2))
+    expected = [(0, f"EngineDeadError: {first}"), (1, f"EngineDeadError: {first}")]
+    check_equal(fail(AsyncEngine(Idle()), first, second), expected, "what each stream was told")

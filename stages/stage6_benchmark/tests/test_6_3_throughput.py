@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -246,3 +247,27 @@ def test_the_warm_up_runs_at_once_and_does_not_count() -> None:
     check_equal(calls, [[4] * 4], "runs so far: the warm-up")
     check_equal([measure().seconds, measure().seconds], [2.0, 3.0], "what the two calls measured")
     check_equal(calls[1:], [[8] * 4] * 2, "runs after the warm-up")
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_any_requests_are_counted(clock: Clock, number: int) -> None:
+    """Random prompts, some of which begin alike, with random lengths.
+
+    Why: a rate is tokens that came out over seconds that went by, whatever the work was.
+    """
+    dice = random.Random(630 + number)
+    begins = [[dice.randrange(500) for _ in range(16)] for _ in range(3)]
+    requests = [
+        BenchRequest(dice.choice(begins) + [7] * dice.randrange(20), dice.randrange(2, 40))
+        for _ in range(dice.randrange(1, 12))
+    ]
+    distinct = len({tuple(request.prompt_token_ids[:16]) for request in requests})
+    found = run_engine(Engine(clock), requests)
+    check_equal(found.seconds, 0.25 * len(requests) + distinct, "seconds")
+    prompts, outputs = sum(len(r.prompt_token_ids) for r in requests), sum(r.output_len for r in requests)
+    check_equal(
+        (found.num_requests, found.num_prompt_tokens, found.num_output_tokens), (len(requests), prompts, outputs), "work"
+    )
+    check_equal(found.details["prefix_cache_hit_tokens"], 16 * (len(requests) - distinct), "tokens found in the cache")
+    warm = warm_up_requests(requests)
+    check_equal([each.output_len for each in warm], [min(each.output_len, WARM_UP_TOKENS) for each in requests], "warm-up")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 
@@ -108,3 +109,24 @@ def test_the_share_can_be_chosen() -> None:
     """
     measured = [(1.0, 1.0), (2.0, 0.95), (4.0, 0.6)]
     check_equal([sustained_rate(measured, share) for share in (0.99, 0.5, math.nextafter(1.0, 0.0))], [1.0, 4.0, 1.0], "rates")
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_any_answers_are_counted_by_hand(number: int) -> None:
+    """Random answers, some of which were refused or broke off, under random limits.
+
+    Why: goodput is a count. Whoever counts otherwise compares with nobody.
+    """
+    dice = random.Random(650 + number)
+    for _ in range(10):
+        limits, streams, met = Limits(dice.randrange(1, 64) / 16, dice.randrange(1, 64) / 64), [], 0
+        for _ in range(dice.randrange(1, 30)):
+            ttft, tpot, tokens = dice.randrange(80) / 16, dice.randrange(80) / 64, dice.randrange(1, 6)
+            broken = dice.random() < 0.2
+            streams.append(Stream(0.0, [ttft + tpot * i for i in range(tokens)], tokens, error="503" if broken else None))
+            met += not broken and ttft <= limits.ttft and (tokens == 1 or tpot <= limits.tpot)
+        check_equal(attainment(streams, limits), met / len(streams), "attainment")
+        check_equal(goodput(streams, 16.0, limits), met / 16, "goodput")
+    rates = [(float(rate), dice.choice([0.85, 0.9, 0.97])) for rate in dice.choices(range(1, 30), k=12)]
+    failed = min((rate for rate, share in rates if share < 0.9), default=math.inf)
+    check_equal(sustained_rate(rates), max((rate for rate, _ in rates if rate < failed), default=0.0), "rate")
