@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ..core.doctor import instruction_sets, processor_name
-from ..core.platform.machine import available_cores, cpu_flags, total_memory
+from ..core.doctor import instruction_sets
+from ..core.platform.machine import available_cores, cpu_flags, processor_name, total_memory
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 LOAD_AT_START = os.getloadavg()[0]

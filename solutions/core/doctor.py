@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -17,8 +16,15 @@ from rich.text import Text
 
 from ..models.loader import ModelSource, resolve_model
 from .config import EngineConfig
-from .platform import native
-from .platform.machine import ROOT, available_cores, available_memory, cpu_flags, cpu_has_bf16, pick_threads, total_memory
+from .platform.machine import (
+    available_cores,
+    available_memory,
+    cpu_flags,
+    cpu_has_bf16,
+    pick_threads,
+    processor_name,
+    total_memory,
+)
 from .startup import Limits, format_bytes, resolve_limits, with_blocks
 
 Rows = list[tuple[str, str]]
@@ -49,15 +55,6 @@ def tool_version(commands: list[str], pattern: str) -> str | None:
             match = re.search(pattern, run.stdout)
             return f"{command} {match[1] if match else '(version unknown)'}"
     return None
-
-
-def processor_name(root: Path = ROOT) -> str:
-    """The processor's name as its maker writes it."""
-    if sys.platform == "darwin":
-        return subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True).stdout.strip()
-    cpuinfo = root / "proc/cpuinfo"
-    match = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
-    return match[1] if match else platform.processor() or platform.machine()
 
 
 def instruction_sets(flags: frozenset[str]) -> str:
@@ -119,7 +116,7 @@ def engine_rows(config: EngineConfig, source: ModelSource) -> Rows:
         ("dtype", str(limits.dtype).removeprefix("torch.") + why_dtype(limits)),
         ("threads", str(pick_threads())),
         ("attention", limits.attention_backend),
-        ("layers", "C++ kernels" if native.load() else f"PyTorch: {native.why_not.splitlines()[0]}"),
+        ("layers", limits.choice.why),
         ("KV cache", kv_cache),
         ("longest sequence", f"{limits.max_model_len} tokens"),
         ("a step", f"{config.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens"),

@@ -17,13 +17,14 @@ from ..batching.scheduler_config import SchedulerConfig
 from ..memory.cache_engine import block_bytes, element_type, num_blocks_for_budget, scale_bytes
 from ..models.config.model_config import ModelConfig
 from ..models.generation_files import with_sampling
+from ..models.kernels.choice import Choice, Way, choose, is_worth_measuring
 from ..models.loader import ModelSource, check_quantization
 from ..parallelism.tensor_parallel import TensorParallel
 from .config import EngineConfig
 from .executor import Executor, MultiProcExecutor, UniProcExecutor
 from .lora.registry import AdapterRegistry
 from .platform import native
-from .platform.machine import available_memory
+from .platform.machine import available_memory, cpu_has_bf16, pick_threads
 from .scheduler import Scheduler
 from .worker import NEEDS_CPU_KERNELS, pick_device, pick_dtype, use_cpu_kernels
 
@@ -44,7 +45,7 @@ class Limits:
     Attributes:
         max_model_len: longest sequence. max_num_batched_tokens: token budget of a step.
         device, dtype: where and in which precision the model runs. cache_dtype: of the KV cache's elements.
-        attention_backend: its name.
+        attention_backend: its name. choice: what the layers compute with.
         num_blocks, num_host_blocks: KV blocks on the device and, for swapping, on the host.
         kv_bytes, weight_bytes, activation_bytes, free_bytes: the sum of the memory; the last is what was free before the
             KV cache was made.
@@ -56,12 +57,17 @@ class Limits:
     dtype: torch.dtype
     cache_dtype: torch.dtype
     attention_backend: str
+    choice: Choice
     num_blocks: int = 0
     num_host_blocks: int = 0
     kv_bytes: int = 0
     weight_bytes: int = 0
     activation_bytes: int = 0
     free_bytes: int = 0
+
+    def settle(self, config: EngineConfig) -> EngineConfig:
+        """The settings with what was resolved in the place of what was left open."""
+        return replace(config, max_model_len=self.max_model_len, enable_cpu_kernels=self.choice.way.kernels)
 
 
 def fit(config: EngineConfig, source: ModelSource) -> tuple[EngineConfig, ModelSource]:
@@ -142,7 +148,8 @@ def resolve_limits(config: EngineConfig, source: ModelSource) -> Limits:
         ValueError: a setting is out of range, or excludes another one, the model or the device.
     """
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device, source.config.torch_dtype, use_cpu_kernels(config, device))
+    choice = choose_way(config, source.config, device)
+    config, dtype = replace(config, enable_cpu_kernels=choice.way.kernels), getattr(torch, choice.way.dtype)
     max_model_len = longest_sequence(config, source.config)
     if config.block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {config.block_size}")
@@ -151,7 +158,33 @@ def resolve_limits(config: EngineConfig, source: ModelSource) -> Limits:
         budget = max(budget, max_model_len)
     attention = check_settings(config, source, device, dtype)
     cache_dtype = element_type(config.kv_cache_dtype, dtype)
-    return Limits(max_model_len, budget, device, dtype, cache_dtype, attention)
+    return Limits(max_model_len, budget, device, dtype, cache_dtype, attention, choice)
+
+
+def choose_way(config: EngineConfig, model: ModelConfig, device: torch.device) -> Choice:
+    """What the layers compute with: as the settings say, and on a CPU, where they leave it open, as a measurement says.
+
+    What only the C++ kernels can do is not given up for speed: 8 and 4 bits, also of a draft, batch invariance, an attention
+    backend that is asked for by name. Other machines, Ray's, are not measured.
+    """
+    kernels = use_cpu_kernels(config, device)
+
+    def way(kernels: bool) -> Way:
+        return Way(kernels, str(pick_dtype(config.dtype, device, model.torch_dtype, kernels)).removeprefix("torch."))
+
+    if not kernels:
+        reason = f": {native.why_not.splitlines()[0]}" if native.why_not else ": the C++ ones are switched off"
+        return Choice(way(False), "PyTorch's" + (reason if device.type == "cpu" else ""))
+    is_needed = config.quantization or model.quantization or config.batch_invariant or config.speculative_config
+    is_told = config.attention_backend == "cpu" or config.distributed_executor_backend == "ray"
+    if is_needed or is_told or not is_worth_measuring(model):
+        return Choice(way(True), "C++, built for this processor")
+    torch.set_num_threads(pick_threads(ranks=config.tensor_parallel_size))
+    native.set_threads(torch.get_num_threads())
+    ways = [way(True), way(False)]
+    if config.dtype == "auto" and not cpu_has_bf16():  # whether widening costs more than memory gives is open
+        ways.insert(1, Way(True, "float32" if way(True).dtype == "bfloat16" else "bfloat16"))
+    return choose(ways, model)
 
 
 def check_settings(config: EngineConfig, source: ModelSource, device: torch.device, dtype: torch.dtype) -> str:
@@ -295,13 +328,6 @@ def format_bytes(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def cpu_kernels(config: EngineConfig) -> str:
-    """What the layers run on, on a CPU."""
-    if not config.enable_cpu_kernels:
-        return "PyTorch's: the C++ ones are switched off"
-    return "C++, built for this processor" if native.load() else f"PyTorch's: {native.why_not.splitlines()[0]}"
-
-
 def startup_report(config: EngineConfig, model: ModelConfig, limits: Limits, seconds: dict[str, float]) -> list[str]:
     """A few lines for the terminal: what runs where, what fits, how long each phase took."""
     device, attention = limits.device, limits.attention_backend
@@ -310,9 +336,7 @@ def startup_report(config: EngineConfig, model: ModelConfig, limits: Limits, sec
     tokens = limits.num_blocks * config.block_size
     blocks = f"{limits.num_blocks} blocks of {config.block_size} tokens in {format_bytes(limits.kv_bytes)}"
     prefix_cache = "on" if config.enable_prefix_caching else "off"
-    kernels = (
-        cpu_kernels(config) if device.type == "cpu" else "PyTorch's and Triton's" if attention == "triton" else "PyTorch's"
-    )
+    kernels = "PyTorch's and Triton's" if attention == "triton" else limits.choice.why
     step = f"{config.max_num_seqs} sequences and {limits.max_num_batched_tokens} tokens a step"
     return [
         f"model     {config.model}, {precision}, {format_bytes(limits.weight_bytes)} of weights, {where}",

@@ -45,13 +45,6 @@ def test_instruction_sets_have_names_for_people(flags: set[str], expected: str) 
     assert doctor.instruction_sets(frozenset(flags)) == expected
 
 
-def test_the_processor_is_called_what_its_maker_calls_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.sys, "platform", "linux")
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/cpuinfo").write_text("processor\t: 0\nmodel name\t: Grand Processor 9 @ 3 GHz\n")
-    assert doctor.processor_name(tmp_path) == "Grand Processor 9 @ 3 GHz"
-
-
 def test_the_report_names_what_is_there_and_what_is_used(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from solutions.core.platform.machine import (
     cpu_has_bf16,
     may_use_amx,
     pick_threads,
+    processor_name,
     total_memory,
 )
 
@@ -222,6 +223,11 @@ def test_amx_is_not_asked_for_where_a_part_of_it_is_missing(tmp_path: Path, flag
 
 def test_no_cpuinfo_means_no_known_flags(tmp_path: Path) -> None:
     assert cpu_flags(tmp_path) == frozenset()
+
+
+def test_the_processor_is_called_what_its_maker_calls_it(tmp_path: Path) -> None:
+    root = fake(tmp_path, {"proc/cpuinfo": "processor\t: 0\nmodel name\t: Grand Processor 9 @ 3 GHz\n"})
+    assert processor_name(root) == "Grand Processor 9 @ 3 GHz"
 
 
 def test_this_machine_answers_within_reason() -> None:

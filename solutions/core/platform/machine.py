@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -99,6 +101,14 @@ def cpu_flags(root: Path = ROOT) -> frozenset[str]:
         if name.strip() in ("flags", "Features"):
             return frozenset(value.split())
     return frozenset()
+
+
+def processor_name(root: Path = ROOT) -> str:
+    """The processor's name as its maker writes it."""
+    if sys.platform == "darwin":
+        return subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True).stdout.strip()
+    match = re.search(r"^model name\s*: (.+)$", _read(root / "proc/cpuinfo") or "", re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()
 
 
 def cpu_has_bf16(root: Path = ROOT) -> bool:

@@ -85,7 +85,7 @@ class LLMEngine:
         clock = PhaseClock()
         config, source = fit(config, with_tokenizer(resolve_model(config.model, config.load_format), config.tokenizer))
         limits = resolve_limits(config, source)
-        self.config = config = replace(config, max_model_len=limits.max_model_len)
+        self.config = config = limits.settle(config)
         scheduler_config = make_scheduler_config(config, limits)
         draft = find_draft(config, source.config, limits)
         clock.lap("find model")
