@@ -189,7 +189,7 @@ test-cpu-kernels: $(STAMP) ## Test the C++ kernels (CXX=clang++: built by it; SA
 test-gpu: $(STAMP) ## Test what runs on a GPU; says so where there is none
 	@if $(RUN) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
 	then $(RUN) -m pytest solutions/tests/test_gpu.py solutions/tests/test_triton_kernels.py \
-	  solutions/tests/test_w4a16_triton.py solutions/tests/test_cuda_kernel.py $(ARGS); \
+	  solutions/tests/test_w4a16_triton.py solutions/tests/test_lora_triton.py solutions/tests/test_cuda_kernel.py $(ARGS); \
 	else echo "no GPU here: the same kernels run on the CPU in make test"; fi
 
 test-cuda-on-cpu: $(STAMP) ## Test the CUDA kernel on this CPU (SANITIZE=address: watched for bad addresses; thread: for races)

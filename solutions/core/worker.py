@@ -124,14 +124,16 @@ class Worker:
         path = None if config.load_format == "dummy" else source.path
         served = replace(source, path=path, config=replace(source.config, max_model_len=config.max_model_len))
         self.model = load_model(served, dtype, device, parallel, seed=config.seed)
-        attach(self.model, plan_for(config, cpu_kernels, self.backend.name))
+        plan = plan_for(config, cpu_kernels, self.backend.name)
+        attach(self.model, plan)
         if config.batch_invariant:
             self._check_batch_invariance()
         if self.backend.name == "cpu" and not config.enforce_eager:
             replay_layers(self.model, parallel)
         self.adapters: ModelAdapters | None = None
         if config.enable_lora:
-            self.adapters = ModelAdapters(self.model, source.config.hidden_size, config.max_loras, config.max_lora_rank)
+            sizes = source.config.hidden_size, config.max_loras, config.max_lora_rank
+            self.adapters = ModelAdapters(self.model, *sizes, plan.kernels)
             replay_adapted_steps(self.model, self.adapters.step)
         self.sampler = Sampler(source.config.vocab_size, config.seed)
         self.config = config

@@ -22,10 +22,12 @@ os.environ["TRITON_INTERPRET"] = "0"  # before the kernels are defined
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from solutions.attention import paged_kernels_triton as kernels
 from solutions.attention.paged_attention_triton import DECODE_CONFIGS, DOT, MAX_SPLITS, PREFILL_CONFIGS, Config, padded
 from solutions.core.platform.triton_mode import triton
+from solutions.models.lora import products_triton as lora
 from solutions.quantization.kernels import w4a16_triton
 
 POINTERS = {
@@ -82,16 +84,32 @@ def kind(name: str, cache: str) -> str:
     return "fp32" if name == "scale_log2" else "*bf16"
 
 
-def compile_w4a16(capability: int, block_m: int) -> Report:
-    """Compile the 4-bit product for bfloat16 activations."""
-    function = w4a16_triton.w4a16_kernel
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": w4a16_triton.BLOCK_N, "BLOCK_K": w4a16_triton.BLOCK_K}
-    kinds = {"x": "*bf16", "packed": "*i32", "scales": "*fp16", "zeros": "*fp16", "out": "*bf16"}
+def compile_product(function: JITFunction, capability: int, kinds: dict[str, str], blocks: dict[str, int]) -> Report:
+    """Compile a product for bfloat16 activations.
+
+    Args:
+        kinds: types of the pointers, all others are whole numbers. blocks: of the kernel's capital letters.
+    """
     signature = {name: "constexpr" if name in blocks else kinds.get(name, "i32") for name in function.arg_names}
     source = ASTSource(function, signature, blocks, {(i,): [["tt.divisibility", 16]] for i in range(len(kinds))})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     registers, spilled = assemble(compiled.asm["ptx"], capability)
-    return Report("w4a16", capability, 0, f"BLOCK_M {block_m}", registers, spilled, compiled.metadata.shared)
+    variant = ", ".join(f"{name} {size}" for name, size in blocks.items())
+    return Report(function.__name__, capability, 0, variant, registers, spilled, compiled.metadata.shared)
+
+
+def products(capability: int) -> Iterator[Report]:
+    """The product with 4-bit weights, and those of adapters."""
+    kinds = {"x": "*bf16", "packed": "*i32", "scales": "*fp16", "zeros": "*fp16", "out": "*bf16"}
+    for block_m in (16, 64):
+        blocks = {"BLOCK_M": block_m, "BLOCK_N": w4a16_triton.BLOCK_N, "BLOCK_K": w4a16_triton.BLOCK_K}
+        yield compile_product(w4a16_triton.w4a16_kernel, capability, kinds, blocks)
+    of_step = {"tiles": "*i32", "order": "*i64", "table": "*i64"}
+    blocks = {"TILE": lora.TILE, "BLOCK_R": lora.BLOCK_R}
+    kinds = {"x": "*bf16", "inner": "*fp32"} | of_step
+    yield compile_product(lora.shrink_kernel, capability, kinds, blocks | {"BLOCK_K": lora.BLOCK_K})
+    kinds = {"inner": "*fp32", "y": "*bf16"} | of_step | {"blocks": "*i32"}
+    yield compile_product(lora.expand_kernel, capability, kinds, blocks | {"BLOCK_N": lora.BLOCK_N, "SPLITS": lora.MAX_SPLITS})
 
 
 def is_fixed_stride(name: str) -> bool:
@@ -112,7 +130,7 @@ def assemble(ptx: str, capability: int) -> tuple[int, int]:
 def reports(head_dims: list[int], configs: list[Config]) -> Iterator[Report]:
     """All kernels with each configuration, for compute capability 8.0 and 9.0."""
     for capability in (80, 90):
-        yield from (compile_w4a16(capability, block_m) for block_m in (16, 64))
+        yield from products(capability)
         for dim in head_dims:
             heads = {"H": GROUP * H_KV, "H_KV": H_KV, "D": dim}
             half = {"H_PADDED": GROUP * H_KV, "H_KV_PADDED": H_KV, "HALF_PADDED": padded(dim // 2)}

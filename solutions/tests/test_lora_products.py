@@ -16,7 +16,7 @@ from solutions.parallelism.tensor_parallel import ColumnParallelLinear, Shard
 from solutions.quantization.kernels.linear_cpu import PackedLinear
 
 RANKS = (1, 5, 16, 512)
-SLOTS = np.array([0, 3, 1, 1, 0, 2, 3, 4, 1])
+SLOTS = np.array([0, 3, 1, 1, 0, 2, 3, 4, 1] + [2] * 70)  # more than a thread takes at once
 
 
 def exact(tensor: Tensor) -> NDArray[np.float64]:
@@ -106,3 +106,12 @@ def test_a_row_is_the_same_whatever_stands_beside_it() -> None:
     for row in range(len(SLOTS)):
         step.begin(SLOTS[row : row + 1])
         assert torch.equal(product(case.x[row : row + 1]), together[row : row + 1])
+
+
+@pytest.mark.skipif(native.load() is None, reason="needs the C++ kernels")
+def test_a_layer_that_no_adapter_of_the_step_changes_stays_as_it_is() -> None:
+    case, step = Case(64, (96, 32), torch.float32), AdaptersOfStep(torch.device("cpu"))
+    packed = PackedLinear(case.layer.weight, None)
+    product = NativeProduct(case.layer, packed, 64, step, torch.float32, 4)
+    step.begin(SLOTS)
+    assert torch.equal(product(case.x), packed(case.x))

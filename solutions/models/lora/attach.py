@@ -21,18 +21,25 @@ from .products_cpu import AdaptedGate, NativeProduct
 class ModelAdapters:
     """The adapters of one rank's part of a model, each in a numbered slot; slot 0 is none.
 
+    Args:
+        hidden_size: of the model. num_slots, max_rank: most adapters, and their highest rank.
+        kernels: what the model's layers compute with, see `Plan`.
+
     Attributes:
         step: which rows of the step are whose.
     """
 
-    def __init__(self, model: CausalLM, hidden_size: int, num_slots: int, max_rank: int) -> None:
+    def __init__(
+        self, model: CausalLM, hidden_size: int, num_slots: int, max_rank: int, kernels: str | None = None
+    ) -> None:  # fmt: skip
         embedding = next(model.parameters())
         self.model, self.max_rank = model, max_rank
         self.step = AdaptersOfStep(embedding.device)
         self._products: dict[str, AdaptedProduct] = {}
         for name, layer in model.named_modules():
             if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
-                self._products[name] = _adapt(layer, hidden_size, self.step, embedding.dtype, num_slots)
+                product = _product(layer, hidden_size, self.step, embedding.dtype, num_slots, kernels)
+                self._products[name] = product
 
     def begin(self, adapters: NDArray[np.int64]) -> None:
         """Note which adapter each token of the step has, [T] slots."""
@@ -65,15 +72,23 @@ class ModelAdapters:
             product.load(slot, adapter.get(name, []))
 
 
-def _adapt(layer: Linear, hidden_size: int, step: AdaptersOfStep, dtype: torch.dtype, num_slots: int) -> AdaptedProduct:
+def _product(
+    layer: Linear, hidden_size: int, step: AdaptersOfStep, dtype: torch.dtype, num_slots: int, kernels: str | None
+) -> AdaptedProduct:
+    """Put what adapts a layer's product in its place."""
     packed = packed_of(layer)
-    if packed is None:
-        product = AdaptedProduct(layer, layer.multiply, hidden_size, step, dtype)
-        put(layer, "multiply", product)
-        return product
-    native_product = NativeProduct(layer, packed, hidden_size, step, dtype, num_slots)
-    if layer.forward is packed:  # product and gate in one
-        put(layer, "forward", AdaptedGate(packed, native_product, dtype))
+    if packed is not None:
+        native_product = NativeProduct(layer, packed, hidden_size, step, dtype, num_slots)
+        if layer.forward is packed:  # product and gate in one
+            put(layer, "forward", AdaptedGate(packed, native_product, dtype))
+        else:
+            put(layer, "multiply", native_product)
+        return native_product
+    if kernels == "triton":
+        from .products_triton import TritonProduct  # Triton takes its time and is not everywhere
+
+        product: AdaptedProduct = TritonProduct(layer, layer.multiply, hidden_size, step, dtype, num_slots)
     else:
-        put(layer, "multiply", native_product)
-    return native_product
+        product = AdaptedProduct(layer, layer.multiply, hidden_size, step, dtype)
+    put(layer, "multiply", product)
+    return product

@@ -2,7 +2,8 @@
 
 Tokens of several adapters stand in one step. The layer's own product is made for all rows at once, whatever it is made by. Then
 each adapter's rows are taken out, multiplied by its A and B, and added where they came from: two small products a layer for
-each adapter in the step. (Chen et al., "Punica", 2023, make them all in one kernel; ``products_cpu.py`` does.)
+each adapter in the step. (Chen et al., "Punica", 2023, make them of all adapters together, as ``products_cpu.py`` and
+``products_triton.py`` do.)
 """
 
 from __future__ import annotations
@@ -19,39 +20,63 @@ from ...parallelism.linear import Linear
 from ...parallelism.tensor_parallel import ColumnParallelLinear, RowParallelLinear, Shard, check_size
 from .adapter_files import Part
 
+TILE, SPAN = 16, 64
+"""Rows of one adapter that are computed together at most, by a Triton program and by a thread of the C++ kernel."""
 MAX_TOKENS = 1 << 20
-"""Of a step; memory that no step has used costs nothing."""
+"""Of a step on a CPU; memory that no step has used costs nothing."""
 
 
 class AdaptersOfStep:
     """Which rows of the step are whose; all layers of a model share one of these.
 
     Attributes:
-        slots: on a CPU, of each row; a step's are at the start of memory that stays, for kernels that are replayed.
-        active: whether the step has any adapter.
+        active: whether the step has any adapter. What follows is valid only then.
+        groups: (slot, first, end) for each slot of the step, 0 among them: its rows are `order` from first to end.
+        fixed_order, fixed_spans: on a CPU, [T] and [N, 3], `order` and `spans` of SPAN rows with a slot of -1 behind them, at
+            the start of memory that stays, for kernels that are replayed.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.slots = torch.empty(MAX_TOKENS if device.type == "cpu" else 0, dtype=torch.int64)
-        self._adapters = np.empty(0, np.int64)
         self.active = False
+        self.groups: list[tuple[int, int, int]] = []
+        self._order = np.empty(0, np.int64)
+        size = MAX_TOKENS if device.type == "cpu" else 0
+        self.fixed_order, self.fixed_spans = np.empty(size, np.int64), np.empty((size, 3), np.int64)
 
     def begin(self, adapters: NDArray[np.int64]) -> None:
         """Note a step: [T], the slot of each token's adapter, or 0 for none."""
         self.active = bool(adapters.any())
         if self.active:
-            self._adapters = adapters
-            self.__dict__.pop("groups", None)
-            if len(self.slots):
-                self.slots[: len(adapters)] = torch.from_numpy(adapters)
+            self._order = np.argsort(adapters, kind="stable")
+            slots, starts = np.unique(adapters[self._order], return_index=True)
+            ends = [*starts[1:].tolist(), len(adapters)]
+            self.groups = list(zip(slots.tolist(), starts.tolist(), ends, strict=True))
+            for made in ("order", "rows", "tiles"):
+                self.__dict__.pop(made, None)
+            if self.device.type == "cpu":
+                spans = [*self.spans(SPAN), (-1, 0, 0)]
+                self.fixed_order[: len(adapters)], self.fixed_spans[: len(spans)] = self._order, spans
+
+    def spans(self, most: int) -> list[tuple[int, int, int]]:
+        """`groups`, cut into spans of so many rows at most."""
+        return [(slot, at, min(at + most, end)) for slot, first, end in self.groups for at in range(first, end, most)]
 
     @cached_property
-    def groups(self) -> list[tuple[int, Tensor]]:
-        """(slot, its rows) for each adapter in a step that has any."""
-        adapters = self._adapters
-        slots = np.unique(adapters[adapters > 0]).tolist()
-        return [(slot, torch.from_numpy(np.flatnonzero(adapters == slot)).to(self.device)) for slot in slots]
+    def order(self) -> Tensor:
+        """[T], the rows of the step by their slots, on the device."""
+        return torch.from_numpy(self._order).to(self.device)
+
+    @cached_property
+    def rows(self) -> list[tuple[int, Tensor]]:
+        """(slot, its rows) for each adapter."""
+        return [(slot, self.order[first:end]) for slot, first, end in self.groups if slot]
+
+    @cached_property
+    def tiles(self) -> Tensor:
+        """[N, 3] int32, on the device: the `spans` of TILE rows that have an adapter."""
+        spans = [span for span in self.spans(TILE) if span[0]]
+        return torch.tensor(spans, dtype=torch.int32).to(self.device)
 
 
 Weights = tuple[Tensor, list[Tensor]]
@@ -123,7 +148,7 @@ class AdaptedProduct:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add to `y` [T, out] what each row's adapter says of `x` [T, in]."""
-        for slot, rows in self.step.groups:
+        for slot, rows in self.step.rows:
             weights = self._weights[slot]
             if weights is None:
                 continue

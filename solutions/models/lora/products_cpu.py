@@ -1,5 +1,5 @@
-"""A packed layer's product with what adapters add, on a CPU in C++ (``lora_cpu.cpp``): one pass over the rows for any number of
-adapters, which can be recorded and replayed."""
+"""A packed layer's product with what adapters add, on a CPU in C++ (``lora_cpu.cpp``): one kernel for any number of adapters,
+which can be recorded and replayed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...parallelism.linear import Linear
 from ...quantization.kernels.linear_cpu import PackedLinear
 from .products import AdaptedProduct, AdaptersOfStep, Weights
 
-BLOCK = 64
+BLOCK, COLS = 64, 4
 """As in the C++ file."""
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -29,7 +29,7 @@ class _Adapted(native.Arguments):
     """`Adapted` of the C++ file."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "y", "gated", "slots", "adapters", "columns")),
+        *((name, ctypes.c_void_p) for name in ("x", "y", "gated", "order", "spans", "adapters", "columns")),
         *((name, ctypes.c_int64) for name in ("ldx", "ldy", "k", "pieces")),
     )
 
@@ -51,8 +51,8 @@ class NativeProduct(AdaptedProduct):
         self._columns = (ctypes.c_int64 * len(sizes))(*sizes)
         self._held: dict[int, tuple[Tensor, Tensor]] = {}  # what the table points to
         self._arguments = _Adapted(
-            slots=step.slots.data_ptr(), adapters=ctypes.addressof(self._table), columns=ctypes.addressof(self._columns),
-            k=len(self.inputs), pieces=len(sizes),
+            order=step.fixed_order.ctypes.data, spans=step.fixed_spans.ctypes.data, adapters=ctypes.addressof(self._table),
+            columns=ctypes.addressof(self._columns), k=len(self.inputs), pieces=len(sizes),
         )  # fmt: skip
         self._kernel = native.Kernel(f"adapt_{_NAMES[dtype]}", self._arguments)
 
@@ -60,7 +60,8 @@ class NativeProduct(AdaptedProduct):
         if weights is None:
             self._table[slot].rank = 0
             return
-        a, b = weights[0].contiguous(), torch.cat([_in_blocks(each) for each in weights[1]])
+        a = F.pad(weights[0], (0, 0, 0, -len(weights[0]) % COLS))
+        b = torch.cat([_in_blocks(each) for each in weights[1]])
         self._held[slot] = a, b
         entry = self._table[slot]
         entry.a, entry.b, entry.rank = a.data_ptr(), b.data_ptr(), b.shape[1]
