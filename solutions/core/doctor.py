@@ -21,11 +21,12 @@ from .platform.machine import (
     available_memory,
     cpu_flags,
     cpu_has_bf16,
+    format_bytes,
     pick_threads,
     processor_name,
     total_memory,
 )
-from .startup import Limits, format_bytes, resolve_limits, with_blocks
+from .startup import Limits, resolve_limits, with_blocks
 
 Rows = list[tuple[str, str]]
 

@@ -24,7 +24,7 @@ from .config import EngineConfig
 from .executor import Executor, MultiProcExecutor, UniProcExecutor
 from .lora.registry import AdapterRegistry
 from .platform import native
-from .platform.machine import available_memory, cpu_has_bf16, pick_threads
+from .platform.machine import available_memory, cpu_has_bf16, format_bytes, pick_threads
 from .scheduler import Scheduler
 from .worker import NEEDS_CPU_KERNELS, pick_device, pick_dtype, use_cpu_kernels
 
@@ -321,11 +321,6 @@ def _too_small(limits: Limits, block_size: int, bytes_per_block: int) -> str:
         f"{format_bytes(limits.kv_bytes)}, with {format_bytes(limits.free_bytes)} free, leave room for {fits} tokens; {advice}"
         f"give at least --kv-cache-memory-bytes {-(-needed // 2**20)}MiB"
     )
-
-
-def format_bytes(count: int) -> str:
-    """``1536 MiB`` style, for people."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def startup_report(config: EngineConfig, model: ModelConfig, limits: Limits, seconds: dict[str, float]) -> list[str]:

@@ -185,3 +185,8 @@ def _memory_left(folder: Path) -> int | None:
     stat = dict(line.split() for line in (_read(folder / "memory.stat") or "").splitlines())
     cache = int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)
     return limit - max(0, used - cache)
+
+
+def format_bytes(count: int) -> str:
+    """``1536 MiB`` style, for people."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
