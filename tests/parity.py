@@ -142,7 +142,7 @@ def make_oracle(path: Path, text_ids: list[int], count: int = NUM_PROMPTS) -> Or
 
     A prompt on whose way two logits nearly tie is moved on through the text by a token until its answer is defined.
     """
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     guesser = LLM(str(path), dtype="float32", max_model_len=MAX_PROMPT + NUM_TOKENS)
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     lengths = prompt_lengths(count)

@@ -56,7 +56,7 @@ class FullBackend(AttentionBackend):
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata,
-        scale: float, sliding_window: int | None = None,
+        scale: float, sliding_window: int | None = None, soft_cap: float | None = None,
     ) -> Tensor:  # fmt: skip
         """See `AttentionBackend.attend`; not causal, and without a cache."""
         output = torch.empty_like(query, memory_format=torch.contiguous_format)

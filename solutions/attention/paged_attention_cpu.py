@@ -30,7 +30,7 @@ class _Step(ctypes.Structure):
         + [(name, ctypes.c_int64) for name in ("table_stride", "num_items", "num_merges")]
         + [(name, ctypes.c_int64) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "num_blocks")]
         + [(name, ctypes.c_int64) for name in ("window", "tiles_only")]
-        + [("scale", ctypes.c_float)]
+        + [(name, ctypes.c_float) for name in ("scale", "soft_cap")]
     )
 
 
@@ -62,12 +62,12 @@ class Plan:
     num_partials: int
     arrays: list[Any]
 
-    def complete(self, num_heads: int, scale: float) -> None:
+    def complete(self, num_heads: int, scale: float, soft_cap: float | None) -> None:
         """Add what only the layers know."""
         step = self.step
         if step.num_heads:
             return
-        step.num_heads, step.scale = num_heads, scale
+        step.num_heads, step.scale, step.soft_cap = num_heads, scale, soft_cap or 0.0
         if self.num_partials:
             partials = np.empty(self.num_partials * num_heads * (step.head_dim + 2), np.float32)
             self.arrays.append(partials)
@@ -127,7 +127,7 @@ class CpuBackend(AttentionBackend):
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata,
-        scale: float, sliding_window: int | None = None,
+        scale: float, sliding_window: int | None = None, soft_cap: float | None = None,
     ) -> Tensor:  # fmt: skip
         plan: Plan = metadata.plan
         if plan is None or plan.window != sliding_window:
@@ -138,7 +138,7 @@ class CpuBackend(AttentionBackend):
         if key.stride() != value.stride() or key.stride(1) != step.head_dim:
             key, value = key.contiguous(), value.contiguous()
         tokens, heads, dim = query.shape
-        plan.complete(heads, scale)
+        plan.complete(heads, scale, soft_cap)
         output = native.result("attention", tokens, heads * dim, query.dtype)
         arguments = self._arguments
         arguments.rows = tokens

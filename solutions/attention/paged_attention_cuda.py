@@ -87,9 +87,9 @@ class CudaBackend(AttentionBackend):
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata,
-        scale: float, sliding_window: int | None = None,
+        scale: float, sliding_window: int | None = None, soft_cap: float | None = None,
     ) -> Tensor:  # fmt: skip
-        """See `AttentionBackend.attend`.
+        """See `AttentionBackend.attend`; `check_settings` has seen that there is no `soft_cap`.
 
         Raises:
             ValueError: the cache's dtype is not the model's. RuntimeError: the launch failed; the message is CUDA's.

@@ -87,7 +87,7 @@ class TorchBackend(AttentionBackend):
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata,
-        scale: float, sliding_window: int | None = None,
+        scale: float, sliding_window: int | None = None, soft_cap: float | None = None,
     ) -> Tensor:  # fmt: skip
         kv_cache = metadata.kv_caches[layer]
         scales = None if metadata.kv_scales is None else metadata.kv_scales[layer]
@@ -102,13 +102,14 @@ class TorchBackend(AttentionBackend):
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         query = query.float() * scale
         for group in metadata.plan.groups:
-            out = self._attend_group(query, keys, values, group, key_scales, value_scales)
+            out = self._attend_group(query, keys, values, group, key_scales, value_scales, soft_cap)
             output.index_copy_(0, group.tokens, out.to(output.dtype))
         return output
 
     def _attend_group(
-        self, query: Tensor, keys: Tensor, values: Tensor, group: Group, key_scales: Tensor | None, value_scales: Tensor | None
-    ) -> Tensor:
+        self, query: Tensor, keys: Tensor, values: Tensor, group: Group, key_scales: Tensor | None,
+        value_scales: Tensor | None, soft_cap: float | None,
+    ) -> Tensor:  # fmt: skip
         """The outputs of one group, [S * Q, H, D], in the dtype of `values`, or float32 where these are int8. `query` is scaled
         float32, [T, H, D]."""
         heads, dim = query.shape[1:]
@@ -126,6 +127,8 @@ class TorchBackend(AttentionBackend):
             k.mul_(self._gather("k_scales", key_scales, group.rows))
         scores = self._buffer("scores", (batch, width, length), torch.float32, k.device)
         torch.bmm(q, k.view(batch, length, dim).transpose(1, 2), out=scores)
+        if soft_cap is not None:
+            scores.div_(soft_cap).tanh_().mul_(soft_cap)
         scores.view(size, kv_heads, queries, shared, length).add_(group.mask)
         weights = torch.softmax(scores, -1, out=scores)
         if value_scales is not None:

@@ -23,6 +23,8 @@ MAX_HEAD_DIM = 256
 PROGRAMS_PER_SM = 4
 """Programs that a decode is split into at most, for each streaming multiprocessor: some run while others wait for memory."""
 
+LOG2E = math.log2(math.e)
+
 DOT = 16
 """Least rows, columns and depth of a product of tiles."""
 
@@ -125,7 +127,7 @@ class TritonBackend(AttentionBackend):
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata,
-        scale: float, sliding_window: int | None = None,
+        scale: float, sliding_window: int | None = None, soft_cap: float | None = None,
     ) -> Tensor:  # fmt: skip
         """See `AttentionBackend.attend`. With `metadata.rope`, keys are rotated on their way into the cache, and `query` in
         place; without, both are rotated already or need it not."""
@@ -134,8 +136,8 @@ class TritonBackend(AttentionBackend):
         cache = Cache.of_layer(metadata, layer)
         self._write(query, key, value, cache, metadata)
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        config = self._choose(query, cache, metadata, scale, sliding_window)
-        self._launch(config, query, cache, metadata, output, scale, sliding_window)
+        config = self._choose(query, cache, metadata, scale, sliding_window, soft_cap)
+        self._launch(config, query, cache, metadata, output, scale, sliding_window, soft_cap)
         return output
 
     def _write(self, query: Tensor, key: Tensor, value: Tensor, cache: Cache, metadata: AttentionMetadata) -> None:
@@ -152,7 +154,7 @@ class TritonBackend(AttentionBackend):
 
     def _launch(
         self, config: Config, query: Tensor, cache: Cache, metadata: AttentionMetadata, output: Tensor,
-        scale: float, sliding_window: int | None,
+        scale: float, sliding_window: int | None, soft_cap: float | None,
     ) -> None:  # fmt: skip
         tokens, heads, dim = query.shape
         block_size, kv_heads = cache.keys.shape[1:3]
@@ -167,9 +169,10 @@ class TritonBackend(AttentionBackend):
         self.kernels.attend[(num_tiles, kv_heads, splits)](
             query, cache.keys, cache.values, cache.key_scales, cache.value_scales,
             metadata.block_tables, metadata.query_start_loc, metadata.context_lens, output, sums, stats,
-            num_seqs, tokens, metadata.block_tables.stride(0), query.stride(0), scale * math.log2(math.e),
+            num_seqs, tokens, metadata.block_tables.stride(0), query.stride(0), scale * LOG2E, (soft_cap or 0.0) * LOG2E,
             GROUP=group, H_KV=kv_heads, D=dim, D_PADDED=padded(dim, DOT), BLOCK_SIZE=block_size, WINDOW=sliding_window or 0,
-            BLOCK_M=block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+            CAPPED=soft_cap is not None, BLOCK_M=block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )  # fmt: skip
         if splits > 1:
             self.kernels.merge_splits[(tokens * heads,)](
@@ -199,8 +202,9 @@ class TritonBackend(AttentionBackend):
         return buffer[: rows * heads * dim], buffer[rows * heads * dim :]
 
     def _choose(
-        self, query: Tensor, cache: Cache, metadata: AttentionMetadata, scale: float, sliding_window: int | None
-    ) -> Config:
+        self, query: Tensor, cache: Cache, metadata: AttentionMetadata, scale: float, sliding_window: int | None,
+        soft_cap: float | None,
+    ) -> Config:  # fmt: skip
         is_decode = metadata.max_query_len == 1
         if self.config is not None:
             return self.config
@@ -210,16 +214,16 @@ class TritonBackend(AttentionBackend):
         dim = query.shape[2]
         sizes = (dim, query.itemsize, cache.keys.itemsize)
         fitting = [c for c in candidates if c.shared_memory(*sizes) <= SHARED_MEMORY] or [candidates[0]]
-        key = (is_decode, query.shape[1:], query.dtype, cache.keys.shape[1:], cache.keys.dtype, sliding_window)
+        key = (is_decode, query.shape[1:], query.dtype, cache.keys.shape[1:], cache.keys.dtype, sliding_window, soft_cap)
         if key not in self._fastest:
             if torch.cuda.is_current_stream_capturing():
                 return fitting[0]
-            self._fastest[key] = self._compare(fitting, is_decode, query, cache, metadata, scale, sliding_window)
+            self._fastest[key] = self._compare(fitting, is_decode, query, cache, metadata, scale, sliding_window, soft_cap)
         return self._fastest[key]
 
     def _compare(
         self, candidates: list[Config], is_decode: bool, query: Tensor, cache: Cache, metadata: AttentionMetadata,
-        scale: float, sliding_window: int | None,
+        scale: float, sliding_window: int | None, soft_cap: float | None,
     ) -> Config:  # fmt: skip
         """The fastest on a typical step that reads the cache as it is, whatever lies there."""
         from ..core.platform.triton_mode import triton
@@ -231,7 +235,7 @@ class TritonBackend(AttentionBackend):
         output = torch.empty_like(typical)
         times = [
             triton.testing.do_bench(
-                lambda config=config: self._launch(config, typical, cache, step, output, scale, sliding_window),
+                lambda config=config: self._launch(config, typical, cache, step, output, scale, sliding_window, soft_cap),
                 warmup=5,
                 rep=20,
             )

@@ -163,6 +163,7 @@ template <int R, typename T>
 void attend_rows(const Work<T>& work, int64_t row, int64_t first, int64_t count, const int64_t* offsets, const int64_t* ahead) {
     score<R>(work, row, count, offsets, ahead);
     for (int r = 0; r < R; ++r) {
+        cap(work.step, work.scores + (row + r) * KEYS, count);
         mask(work, row + r, first, count);
         update_softmax(work, row + r);
     }

@@ -96,9 +96,9 @@ def store_pairs(to, scales, at, pair, low, high, is_head, is_pair, D: tl.constex
 def attend(
     query, keys, values, key_scales, value_scales, block_tables, query_start_loc, context_lens, output,
     partial_sums, partial_stats,
-    num_seqs, num_tokens, table_stride, query_stride, scale_log2,
+    num_seqs, num_tokens, table_stride, query_stride, scale_log2, cap_log2,
     GROUP: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Attention of one tile of queries for one KV head over one split of the keys: program (tile, KV head, split).
 
@@ -109,6 +109,7 @@ def attend(
         partial_sums: [splits, T, H, D] float32, weighted sums of values. partial_stats: [splits, T, H, 2] float32, the largest
             score and the sum of weights.
         scale_log2: factor on the scores, times log2(e). WINDOW: keys that a query sees at most; 0: all.
+        cap_log2: if the scores are CAPPED, their soft cap, times log2(e).
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -150,7 +151,7 @@ def attend(
 
     top, total, acc = visit_keys(
         q, keys, values, key_scales, value_scales, block_tables + seq.to(tl.int64) * table_stride, left, right, position,
-        kv_head, factor, H_KV, D, D_PADDED, BLOCK_SIZE, WINDOW, BLOCK_M, BLOCK_N, VALUE_KIND,
+        kv_head, factor, cap_log2, H_KV, D, D_PADDED, BLOCK_SIZE, WINDOW, CAPPED, BLOCK_M, BLOCK_N, VALUE_KIND,
     )  # fmt: skip
 
     if partial_sums is None:
@@ -165,9 +166,9 @@ def attend(
 
 @triton.jit
 def visit_keys(
-    q, keys, values, key_scales, value_scales, block_table, left, right, position, kv_head, factor,
+    q, keys, values, key_scales, value_scales, block_table, left, right, position, kv_head, factor, cap,
     H_KV: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VALUE_KIND: tl.constexpr,
+    CAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, VALUE_KIND: tl.constexpr,
 ):  # fmt: skip
     """Attend over the keys at positions left..right-1 of one sequence, BLOCK_N at a time, and keep the softmax up to date.
 
@@ -177,6 +178,7 @@ def visit_keys(
         keys, values, key_scales, value_scales: as in `attend`. An int8 key's scale multiplies its score, a value's scale its
             weight: once a vector, not once an element. block_table: where the sequence's row begins.
         factor: [BLOCK_M], what a row's scores are multiplied by, log2(e) included.
+        cap: if the scores are CAPPED, each becomes what `soft_cap` makes of it, its scale included.
         VALUE_KIND: the type in which weights (times scales) and values are multiplied; keys are in the queries' type.
 
     Returns:
@@ -195,6 +197,8 @@ def visit_keys(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor[:, None]  # [BLOCK_M, BLOCK_N]
         if key_scales is not None:  # one factor a key instead of one an element
             scores *= tl.load(key_scales + at, is_key, other=0.0).to(tl.float32)[None, :]
+        if CAPPED:
+            scores = soft_cap(scores, cap)
         is_visible = is_key[None, :] & (key_position[None, :] <= position[:, None])
         if WINDOW:
             is_visible = is_visible & (key_position[None, :] > position[:, None] - WINDOW)
@@ -211,6 +215,13 @@ def visit_keys(
         acc = tl.dot(weights.to(VALUE_KIND), v, acc * shrink[:, None], input_precision="ieee")
         top = new_top
     return top, total, acc
+
+
+@triton.jit
+def soft_cap(scores, cap):
+    """cap · tanh(scores / cap), by exponentials that cannot overflow."""
+    small = tl.exp(-2.0 * tl.abs(scores) / cap)
+    return tl.where(scores < 0, -cap, cap) * (1.0 - small) / (1.0 + small)
 
 
 @triton.jit

@@ -105,6 +105,7 @@ void attend_columns(const Work<T>& work, Columns<C>& columns, int64_t first, con
         for (int m = 0; m < M; ++m)
             for (int h = 0; h < 2; ++h) store(chunk.scores + (k + m) * PANEL + h * LANES, c[m][h] * work.step.scale);
     }
+    cap(work.step, chunk.scores, count * PANEL);
     const bool all_seen = columns.last[0][0] >= first + count - 1 && columns.first[1][LANES - 1] <= first;
     Floats factor[2];
     for (int h = 0; h < 2; ++h) {

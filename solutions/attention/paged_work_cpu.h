@@ -37,8 +37,18 @@ struct Step {
     int64_t num_heads, num_kv_heads, head_dim, block_size, num_blocks;
     int64_t window;      // 0: none
     int64_t tiles_only;  // 1: few rows too go through the register tiles, so that a row is computed the same way in any batch
-    float scale;
+    float scale, soft_cap;  // of scores; a cap of 0: none
 };
+
+// Each of `count` scores x becomes soft_cap · tanh(x / soft_cap), if there is a cap; by exponentials, which cannot overflow.
+inline void cap(const Step& step, float* scores, int64_t count) {
+    if (step.soft_cap > 0)
+        for (int64_t i = 0; i < count; i += LANES) {
+            const Floats x = load(scores + i), small = exponential(maximum(x, -x) * (-2.0f / step.soft_cap));
+            const Floats size = (1.0f - small) / (1.0f + small) * step.soft_cap;
+            store(scores + i, x < 0.0f ? -size : size);
+        }
+}
 
 // The keys and values of one head in an int8 cache, with a scale for each vector; keys is null for a cache of another type.
 struct QuantizedHead {

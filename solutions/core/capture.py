@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Generic, TypeVar
@@ -108,13 +109,13 @@ class DecodeGraphs(Capture[HostArrays]):
         model: whose `forward` is recorded. backend: its attention; must be `capturable`.
         kv_caches, kv_scales: for each layer, as in `AttentionMetadata`.
         sizes: of the batches, ascending. max_model_len, block_size: how long a sequence and its block table can get.
-        sliding_window: of the model.
+        windows: of each kind of layer.
         record: turns a step into its recording; `CudaGraphRecorder()` on a card.
     """
 
     def __init__(
         self, model: CausalLM, backend: AttentionBackend, kv_caches: list[Tensor], sizes: list[int], max_model_len: int,
-        block_size: int, sliding_window: int | None, record: Callable[[Step], Step], kv_scales: list[Tensor] | None = None,
+        block_size: int, windows: Many[int | None], record: Callable[[Step], Step], kv_scales: list[Tensor] | None = None,
     ) -> None:  # fmt: skip
         device, largest = kv_caches[0].device, sizes[-1]
         self.sizes = sizes
@@ -131,7 +132,7 @@ class DecodeGraphs(Capture[HostArrays]):
         self._steps: dict[int, Step] = {}
         for size in reversed(sizes):
             step = self._views(size)
-            metadata = attention_metadata(step, (1, max_model_len), kv_caches, kv_scales, backend, sliding_window)
+            metadata = attention_metadata(step, (1, max_model_len), kv_caches, kv_scales, backend, windows)
             self._steps[size] = record(partial(model, step.input_ids, step.positions, metadata))
 
     def _views(self, size: int) -> FlatArrays[Tensor, Tensor]:
@@ -209,7 +210,7 @@ class LayerReplay(Capture[LayerInputs]):
         self._hidden[:size] = hidden
         self._rope[0, :size], self._rope[1, :size] = rope
         self._plan = metadata.plan  # its arrays are what the step points to
-        self._plan.complete(self._attention.num_heads, self._attention.scale)
+        self._plan.complete(self._attention.num_heads, self._attention.scale, self._attention.soft_cap)
         self._plan.move_to(self._step)
         if self.recording is None:
             self._record(size, metadata)
@@ -236,7 +237,7 @@ class LayerReplay(Capture[LayerInputs]):
 
 def replay_layers(model: CausalLM, parallel: TensorParallel) -> None:
     """Let a model's layers be recorded and replayed, if all their operations, sums over the ranks too, are native kernels."""
-    if not isinstance(model, LlamaForCausalLM) or not parallel.is_native:
+    if not isinstance(model, LlamaForCausalLM) or len(model.config.windows) > 1 or not parallel.is_native:
         return
     layers = [*model.model.layers.modules(), model.model.norm]
     if all(is_native(layer) for layer in layers if isinstance(layer, WeightLayer | Attention)):

@@ -209,6 +209,8 @@ def check_settings(config: EngineConfig, source: ModelSource, device: torch.devi
     attention = make_backend(
         config.attention_backend, device, dtype, source.config.head_dim, config.block_size, kernels, config.batch_invariant
     ).name
+    if attention == "cuda" and source.config.attention_soft_cap is not None:
+        raise ValueError("--attention-backend cuda: the kernel knows no soft caps, which the model has; use triton or torch")
     able = {"auto": (attention,), "int8": ("torch", "cpu", "triton"), "fp8": ("triton",)}[config.kv_cache_dtype]
     if attention not in able or (config.kv_cache_dtype == "fp8" and device.type == "cpu"):
         where = "a GPU" if config.kv_cache_dtype == "fp8" else "attention backend " + ", ".join(able)
@@ -218,7 +220,7 @@ def check_settings(config: EngineConfig, source: ModelSource, device: torch.devi
     if config.batch_invariant:
         if attention != "cpu" or not kernels:
             raise ValueError(NEEDS_CPU_KERNELS.format(attention))
-        if source.config.sliding_window is not None:
+        if source.config.windows != (None,):
             raise ValueError("--batch-invariant: not with a sliding window, whose first key depends on how a prompt is cut")
         if not mp or (size > 1 and config.collective_backend == "ring"):
             raise ValueError(

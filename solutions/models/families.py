@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .bert import BertModel, RobertaModel, XLMRobertaModel
+from .gemma import Gemma2ForCausalLM, Gemma3ForCausalLM
 from .gpt import GPT2LMHeadModel
 from .layers import CausalLM
 from .llama import LlamaForCausalLM
@@ -15,6 +16,6 @@ from .smollm3 import SmolLM3ForCausalLM
 
 _ALL: tuple[type[CausalLM], ...] = (
     LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, SmolLM3ForCausalLM, Phi3ForCausalLM,
-    Olmo2ForCausalLM, GPT2LMHeadModel, BertModel, RobertaModel, XLMRobertaModel,
+    Olmo2ForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, GPT2LMHeadModel, BertModel, RobertaModel, XLMRobertaModel,
 )  # fmt: skip
 MODEL_CLASSES = {model.__name__: model for model in _ALL}

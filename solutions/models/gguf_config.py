@@ -15,7 +15,7 @@ import torch
 from gguf import GGMLQuantizationType as GGMLType
 
 from .config.entries import Entries, ModelError
-from .config.families import FAMILIES
+from .config.families import FAMILIES, KINDS
 from .gguf_tokenizer import end_tokens
 from .rope import periods, scale_llama3
 
@@ -37,6 +37,10 @@ _LAYER_NAMES = {
 }
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _POST_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+_FOUR_NORMS = _POST_NORMS | {"ffn_norm": "pre_feedforward_layernorm"}
+_GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+_GEMMA_27B = {("gemma2", 46), ("gemma3", 62)}
+"""Those whose factor on scores is that of heads of hidden / heads elements, known to llama.cpp by their numbers of layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +51,14 @@ class GgufFamily:
         architecture: Hugging Face's name. names: of the tensors that other families lack, or call otherwise.
         interleaved: RoPE turns pairs (2i, 2i + 1), so the rows of queries and keys lie in that order.
         taken_for_granted: entries of config.json that no header has.
+        one_added: norms' weights are stored with 1 added.
     """
 
     architecture: str
     names: dict[str, str] = field(default_factory=dict)
     interleaved: bool = False
     taken_for_granted: dict[str, Any] = field(default_factory=dict)
+    one_added: bool = False
 
     def hf_name(self, name: str) -> str:
         """A tensor's name in a checkpoint of Hugging Face.
@@ -78,6 +84,8 @@ GGUF_FAMILIES = {
     "smollm3": GgufFamily("SmolLM3ForCausalLM", interleaved=True, taken_for_granted={"no_rope_layer_interval": 4}),
     "phi3": GgufFamily("Phi3ForCausalLM", {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}),
     "olmo2": GgufFamily("Olmo2ForCausalLM", _HEAD_NORMS | _POST_NORMS),
+    "gemma2": GgufFamily("Gemma2ForCausalLM", _FOUR_NORMS, taken_for_granted=_GELU, one_added=True),
+    "gemma3": GgufFamily("Gemma3ForCausalLM", _FOUR_NORMS | _HEAD_NORMS, taken_for_granted=_GELU, one_added=True),
 }
 """By ``general.architecture``."""
 
@@ -116,6 +124,11 @@ def hf_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[
     scaling = _rope_scaling(metadata, f"{name}.rope", tensors)
     if scaling is not None and scaling["rope_type"] == "longrope":  # where Phi-3's own files have it
         parts["original_max_position_embeddings"] = scaling.get("original_max_position_embeddings")
+    layers = metadata.whole(f"{name}.block_count")
+    if family.one_added:
+        parts |= _gemma(metadata, name) | {
+            "query_pre_attn_scalar": hidden // heads if (name, layers) in _GEMMA_27B else head_dim,
+        }  # fmt: skip
     windows = {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0} if window else {}
     embedding = tensors["token_embd.weight"]
     vocab_size = int(embedding.shape[1])
@@ -125,7 +138,7 @@ def hf_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[
         "vocab_size": vocab_size,
         "hidden_size": hidden,
         "intermediate_size": metadata.whole(f"{name}.feed_forward_length"),
-        "num_hidden_layers": metadata.whole(f"{name}.block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": metadata.whole(f"{name}.attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -142,6 +155,20 @@ def hf_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[
         "pad_token_id": next(iter(metadata.token_ids("tokenizer.ggml.padding_token_id", vocab_size) or ()), None),
         "dtype": str(EXACT_DTYPES.get(embedding.tensor_type, torch.float32)).removeprefix("torch."),
     } | family.taken_for_granted | parts | windows  # fmt: skip
+
+
+def _gemma(metadata: Entries, name: str) -> dict[str, Any]:
+    """What only Gemma's headers have, as far as they have it."""
+    keys = {
+        "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping",
+        "rope_local_base_freq": "rope.freq_base_swa",
+    }  # fmt: skip
+    numbers = {ours: metadata.number(f"{name}.{key}", None, above=True) for ours, key in keys.items()}
+    if isinstance(slides := metadata.content.get(f"{name}.attention.sliding_window_pattern"), list):
+        pattern: dict[str, Any] = {"layer_types": [KINDS[bool(each)] for each in slides]}
+    else:
+        pattern = {} if slides is None else {"sliding_window_pattern": slides}
+    return pattern | {ours: _decimal(value) for ours, value in numbers.items() if value is not None}
 
 
 def _decimal(value: float) -> float:

@@ -162,6 +162,8 @@ def _hf_tensor(tensor: gguf.ReaderTensor, config: dict[str, Any], family: GgufFa
     part = tensor.name.split(".")[-2]
     if family.interleaved and part in heads:
         values = _unpermute(values, heads[part])
+    if family.one_added and part.endswith("norm"):
+        values = values - 1
     return torch.from_numpy(np.array(values)).to(_stored_dtype(tensor))  # a copy: the file's own memory is read-only
 
 

@@ -19,30 +19,36 @@ from ..parallelism.linear import Layer, WeightLayer, parameter
 from .rope import rotate_
 
 
-class RMSNorm(WeightLayer):
-    """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension, computed in float32 (Zhang and Sennrich, 2019); with
-    `add_to` [T, hidden] the result is added to that in place."""
+class Norm(WeightLayer):
+    """``x / sqrt(mean(x²) + eps) · (offset + weight)`` over the last dimension, computed in float32 (Zhang and Sennrich, 2019).
 
-    def __init__(self, size: int, eps: float) -> None:
+    Weights around an offset of 1 are small numbers, and 16 bits would not hold the sum.
+    """
+
+    def __init__(self, size: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
         self.weight = parameter(size)
-        self.eps = eps
+        self.eps, self.offset = eps, offset
+
+    def normed(self, x: Tensor) -> Tensor:
+        if not self.offset:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float() + self.offset, self.eps).to(x.dtype)
+
+
+class RMSNorm(Norm):
+    """RMSNorm; with `add_to` [T, hidden] the result is added to that in place."""
 
     def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:  # [T, hidden] -> [T, hidden]
-        y = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        y = self.normed(x)
         return y if add_to is None else add_to.add_(y)
 
 
-class HeadNorm(WeightLayer):
+class HeadNorm(Norm):
     """RMSNorm of every head by itself, in place."""
 
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = parameter(size)
-        self.eps = eps
-
     def forward(self, heads: Tensor) -> Tensor:  # [T, any number of heads, size]
-        return heads.copy_(F.rms_norm(heads, self.weight.shape, self.weight, self.eps))
+        return heads.copy_(self.normed(heads))
 
 
 class LayerNorm(WeightLayer):
@@ -86,6 +92,7 @@ class Attention(Layer):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scale = head_dim**-0.5
         self.sliding_window = sliding_window
+        self.soft_cap: float | None = None
 
     rotate_ = staticmethod(rotate_)
 
@@ -103,5 +110,6 @@ class Attention(Layer):
         if rope is not None:
             self.rotate_(heads[:, : self.num_heads + self.num_kv_heads], rope)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        out = metadata.backend.attend(self.layer, q, k, v, metadata, self.scale, self.sliding_window)  # [T, H, D]
+        attend = metadata.backend.attend
+        out = attend(self.layer, q, k, v, metadata, self.scale, self.sliding_window, self.soft_cap)  # [T, H, D]
         return out.reshape(len(qkv), -1)

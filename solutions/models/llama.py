@@ -30,20 +30,21 @@ MERGED_LAYERS = {
 
 class LlamaAttention(Layer):
     """Projections around paged attention, over a window if the model has one, with queries and keys rotated by RoPE; the result
-    is added to `add_to` [T, hidden], if that is given."""
+    is added to `add_to` [T, hidden], if that is given. Of `ModelConfig.windows` it has that of its kind."""
 
     def __init__(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> None:
         super().__init__()
         heads, kv_heads = parallel.heads(config)
+        self.kind = config.kind_of(layer)
         inputs = heads.times(config.head_dim)
         self.qkv_proj = QKVParallelLinear(config, parallel)
         self.o_proj = RowParallelLinear(inputs, config.hidden_size, config.output_bias, parallel)
-        self.attn = Attention(len(heads), len(kv_heads), config.head_dim, layer, config.sliding_window)
+        self.attn = Attention(len(heads), len(kv_heads), config.head_dim, layer, config.windows[self.kind])
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None, metadata: AttentionMetadata, add_to: Tensor | None
     ) -> Tensor:
-        return self.o_proj(self.attn(self.project(x), metadata, rope), add_to)
+        return self.o_proj(self.attn(self.project(x), metadata.of(self.kind), rope), add_to)
 
     def project(self, x: Tensor) -> Tensor:
         """Queries, keys and values before they are rotated: [T, hidden] -> [T, (H + 2·H_kv)·D]."""
@@ -109,15 +110,16 @@ class LlamaForCausalLM(CausalLM):
     """LLaMA with its head; parameters are named as in Hugging Face's checkpoints but for `MERGED_LAYERS`.
 
     Attributes:
-        decoder_layer: the class of its layers, for families that differ there.
+        body, decoder_layer: the classes of what lies below the head, and of its layers, for families that differ there.
     """
 
+    body: type[LlamaModel] = LlamaModel
     decoder_layer: type[nn.Module] = LlamaDecoderLayer
 
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
         self.config = config
-        self.model = LlamaModel(config, parallel, self.decoder_layer)
+        self.model = self.body(config, parallel, self.decoder_layer)
         self.lm_head = ParallelLMHead(config, self.model.embed_tokens, parallel)
 
     def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:

@@ -164,9 +164,9 @@ def fill_randomly(model: nn.Module, device: torch.device, seed: int, progress: b
     weights = _weights(model)
     limit = 0.02 * 3**0.5
     with LateBar("making random weights", sum(param.nbytes for _, param in weights.values()), progress) as bar:
-        for name, (_, param) in weights.items():
+        for name, (layer, param) in weights.items():
             if param.ndim > 1:
                 param.uniform_(-limit, limit, generator=generator)
             else:
-                param.fill_(0.0 if name.endswith("bias") else 1.0)
+                param.fill_(0.0 if name.endswith("bias") else 1.0 - getattr(layer, "offset", 0.0))
             bar.advance(param.nbytes)

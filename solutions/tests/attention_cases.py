@@ -40,6 +40,7 @@ class AttentionCase:
     values: list[Tensor]
     window: int | None
     scale: float
+    soft_cap: float | None = None
 
     def metadata(self, backend: AttentionBackend) -> AttentionMetadata:
         """The step as a model would see it, not planned yet, on a copy of the cache."""
@@ -59,7 +60,7 @@ class AttentionCase:
         """What `backend` computes, [T, H, D]."""
         metadata = self.metadata(backend)
         metadata.plan = backend.plan(metadata, self.window)
-        return backend.attend(0, self.query, self.key, self.value, metadata, self.scale, self.window)
+        return backend.attend(0, self.query, self.key, self.value, metadata, self.scale, self.window, self.soft_cap)
 
     def expected(self) -> Tensor:
         """The answer in float64, from the contiguous keys and values: [T, H, D]."""
@@ -72,7 +73,12 @@ class AttentionCase:
             if self.window is not None:
                 visible &= visible.triu(offset - self.window + 1)
             q = q.double().transpose(0, 1)
-            outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=self.scale).transpose(0, 1))
+            if self.soft_cap is None:
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=self.scale)
+            else:
+                scores = self.soft_cap * torch.tanh(q @ k.transpose(1, 2) * self.scale / self.soft_cap)
+                out = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
+            outputs.append(out.transpose(0, 1))
         return torch.cat(outputs)
 
 

@@ -49,13 +49,16 @@ def int8_scales(vectors: Tensor, backend: str) -> Tensor:
 
 
 def attend_int8(
-    backend: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
-) -> Any:
+    backend: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float,
+    softcap: float | None = None, **_: Any,
+) -> Any:  # fmt: skip
     """Plain attention over keys and values that were rounded to int8. query: [1, H, T, D], key, value: [1, H_kv, T, D]"""
     steps = [int8_scales(x, backend).clamp_min(1e-30) for x in (key, value)]
     stored = [(x / step).round() * step for x, step in zip((key, value), steps, strict=True)]
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in stored)
     scores = query @ key.transpose(-1, -2) * scaling  # [1, H, T, T]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores + mask[..., : key.shape[-2]]
     return (scores.softmax(-1) @ value).transpose(1, 2), None
 

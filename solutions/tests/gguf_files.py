@@ -20,8 +20,8 @@ WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "v
 
 
 def llama_cpp_architecture(model: PreTrainedModel) -> str:
-    """Mistral is labelled llama, the others as transformers calls them."""
-    return "llama" if model.config.model_type == "mistral" else model.config.model_type
+    """Mistral is labelled llama, the others as transformers calls them, or nearly."""
+    return {"mistral": "llama", "gemma3_text": "gemma3"}.get(model.config.model_type, model.config.model_type)
 
 
 def llama_cpp_names(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
@@ -36,6 +36,8 @@ def llama_cpp_names(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
             continue
         values = tensor.numpy()
         layer = name.split(".")[-2]
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            values = values + 1
         if layer in heads:
             halves = values.reshape(heads[layer], 2, -1, *values.shape[1:])
             values = halves.swapaxes(1, 2).reshape(values.shape)
@@ -89,7 +91,16 @@ def write_model(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    rope = config.rope_parameters
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if "sliding_attention" in config.rope_parameters:
+        writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+    if getattr(config, "attn_logit_softcapping", None):
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     writer.add_rope_freq_base(rope["rope_theta"])
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)

@@ -116,7 +116,7 @@ def save_pieces(tensors: dict[str, Any], folder: Path, base: str = "model", coun
 
 def check_against_transformers(plain: Path, folder: Path, tolerance: float = 1e-3, **settings: Any) -> None:
     """The engine on `folder` gives the log-probabilities of transformers on the plain weights in `plain`."""
-    oracle = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    oracle = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, attn_implementation="eager").eval()
     llm = LLM(str(folder), **SETTINGS | settings)
     try:
         for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False):

@@ -221,8 +221,8 @@ def test_channels_are_quantized_by_their_largest_value() -> None:
 def test_rms_norm(tokens: int, size: int, dtype: torch.dtype) -> None:
     x, weight = random(tokens, size, dtype=dtype), random(size, dtype=dtype, seed=1)
     wide = x.double()
-    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
-    norm = NativeNorm(weight, 1e-5)
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * (1 + weight.double())
+    norm = NativeNorm(weight, 1e-5, offset=1.0)
     assert error(norm(x), expected) < TOLERANCE[dtype]
     stream = random(tokens, size, dtype=dtype, seed=2)
     total = stream.double() + expected
@@ -240,7 +240,11 @@ def test_norm_of_each_head(tokens: int, heads: int, size: int, dtype: torch.dtyp
     before = qkv.clone()
     wide = qkv[:, 1:-1].double()
     expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    again = qkv.clone()
     NativeHeadNorm(weight, 1e-5)(qkv[:, 1:-1])
+    NativeHeadNorm(weight, 1e-5, offset=-2.0)(again[:, 1:-1])
+    shifted = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * (weight.double() - 2)
+    assert error(again[:, 1:-1].flatten(1), shifted.flatten(1)) < TOLERANCE[dtype]
     assert error(qkv[:, 1:-1].flatten(1), expected.flatten(1)) < TOLERANCE[dtype]
     assert torch.equal(qkv[:, [0, -1]], before[:, [0, -1]])
 

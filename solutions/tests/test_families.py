@@ -241,12 +241,12 @@ FEATURES: dict[str, Callable[[str, Path], None]] = {
 """What a column is called: its test."""
 
 REFUSED = {
-    ("mistral", "batch invariance"): "not with a sliding window",
-    ("gpt2", "CPU kernels, replayed"): "the layers are not replayed",
+    **{(family, "batch invariance"): "not with a sliding window" for family in ("mistral", "gemma2", "gemma3_text")},
+    **{(family, "CPU kernels, replayed"): "the layers are not replayed" for family in ("gpt2", "gemma2", "gemma3_text")},
     ("gpt2", "GGUF"): "GGUF architecture 'gpt2' is not supported",
     **{
         (family, f"making {method}"): "cannot be quantized"
-        for family in ("gpt2", "phi3", "olmo2")
+        for family in ("gpt2", "phi3", "olmo2", "gemma2", "gemma3_text")
         for method in ("GPTQ", "AWQ")
     },
 }

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, SmolLM3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    SmolLM3Config,
+)
 
 from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
 from solutions.models.config.entries import ModelError
-from solutions.models.config.families import FAMILIES
+from solutions.models.config.families import FAMILIES, KINDS
 from solutions.models.config.model_config import ALIASES, ModelConfig
 from solutions.tests import tiny_models
 from solutions.tests.tiny_models import make_tiny_llama
@@ -43,7 +53,8 @@ def test_built_in_configs(alias: str, reference: Any) -> None:
     ("alias", "count"),
     [
         ("llama-3.2-1b", 1_235_814_400), ("qwen2.5-0.5b", 494_032_768), ("qwen3-0.6b", 596_049_920),
-        ("smollm3", 3_075_098_624), ("phi-4-mini", 3_836_021_760),
+        ("smollm3", 3_075_098_624), ("phi-4-mini", 3_836_021_760), ("gemma-2-2b", 2_614_341_888),
+        ("gemma-3-270m", 268_098_176),
     ],
 )  # fmt: skip
 def test_aliases_are_the_models_of_that_name(alias: str, count: int) -> None:
@@ -63,6 +74,8 @@ def test_configs_of_transformers_4_and_5_say_the_same(family: str) -> None:
     reference = AutoConfig.for_model(family, **tiny_models.FAMILIES[family]).to_dict()
     older = dict(reference)
     if rope := older.pop("rope_parameters", None):
+        if "sliding_attention" in rope:
+            older["rope_local_base_freq"], rope = rope["sliding_attention"]["rope_theta"], rope["full_attention"]
         older |= {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope.get("partial_rotary_factor")}
         beside = ("rope_theta", "rope_type", "partial_rotary_factor")
         scaling = {key: value for key, value in rope.items() if key not in beside}
@@ -242,15 +255,44 @@ WINDOWED = {"use_sliding_window": True, "sliding_window": 24, "num_hidden_layers
         (WINDOWED | {"max_window_layers": 0}, 24),
         (WINDOWED | {"layer_types": ["sliding_attention"] * 2}, 24),
         (WINDOWED | {"layer_types": ["full_attention"] * 2}, None),
-        (WINDOWED | {"max_window_layers": 1}, "some layers have a sliding window"),
-        (WINDOWED | {"layer_types": ["full_attention", "sliding_attention"]}, "some layers have a sliding window"),
+        (WINDOWED | {"max_window_layers": 1}, (None, 24)),
+        (WINDOWED | {"layer_types": ["sliding_attention", "full_attention"]}, (24, None)),
+        (WINDOWED | {"layer_types": ["sliding_attention"]}, "layer_types must be"),
+        (WINDOWED | {"layer_types": ["sliding_attention", "chunked_attention"]}, "layer_types must be"),
     ],
     ids=str,
 )
-def test_windows_of_all_layers_or_none(family: str, changes: dict[str, Any], window: int | str | None) -> None:
+def test_windows_of_all_layers_or_of_each(family: str, changes: dict[str, Any], window: Any) -> None:
     config = LLAMA | {"architectures": [family], "num_key_value_heads": 4} | changes
     if isinstance(window, str):
         with raises(window):
             ModelConfig.from_hf(config)
-    else:
-        assert ModelConfig.from_hf(config).sliding_window == window
+        return
+    found = ModelConfig.from_hf(config)
+    differ = isinstance(window, tuple)
+    assert (found.sliding_window, found.layer_windows) == ((None, window) if differ else (window, ()))
+    assert found.windows == (window if differ else (window,))
+    assert [found.windows[found.kind_of(layer)] for layer in range(2)] == (list(window) if differ else [window] * 2)
+
+
+def test_gemma_says_what_transformers_says() -> None:
+    """Older files, newer files, and what a silent one means."""
+    for alias, kind in (("gemma-2-2b", Gemma2Config), ("gemma-3-270m", Gemma3TextConfig)):
+        given = {name: value for name, value in ALIASES[alias].hf_config.items() if name != "architectures"}
+        saved = kind(**given).to_dict() | {"architectures": ALIASES[alias].hf_config["architectures"]}
+        assert ModelConfig.from_hf(saved) == replace(ALIASES[alias].config, torch_dtype=ModelConfig.from_hf(saved).torch_dtype)
+        theirs, ours = kind(**given), ALIASES[alias].config
+        kinds = [KINDS[window is not None] for window in ours.layer_windows]
+        assert (kinds, set(ours.layer_windows)) == (theirs.layer_types, {None, theirs.sliding_window})
+        assert ours.logit_soft_cap == theirs.final_logit_softcapping
+    old = LLAMA | {
+        "architectures": ["Gemma3ForCausalLM"], "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "rope_local_base_freq": 5000.0, "rope_theta": 2e6, "sliding_window_pattern": 2, "num_hidden_layers": 4,
+        "hidden_activation": "gelu_pytorch_tanh",
+    }  # fmt: skip
+    config = ModelConfig.from_hf(old)
+    assert (config.local_rope_theta, config.rope_theta, config.layer_windows) == (5000.0, 2e6, (4096, None) * 2)
+    assert config.rope_scaling == {"rope_type": "linear", "factor": 8.0}
+    assert config.max_position_embeddings == old["max_position_embeddings"]
+    with raises("bidirectional"):
+        ModelConfig.from_hf(old | {"use_bidirectional_attention": True})

@@ -100,6 +100,16 @@ def test_long_contexts(backend: AttentionBackend, window: int | None) -> None:
     torch.testing.assert_close(case.run(backend).double(), case.expected(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("soft_cap", [0.3, 50.0])
+def test_soft_caps(backend: AttentionBackend, soft_cap: float) -> None:
+    """A cap far below the scores, one that they hardly feel, and scores beyond what exponentials hold."""
+    for factor in (1.0, 300.0):
+        case = make_case([1, 100, 7, 1], [300, 130, 7, 1], heads=(6, 2), window=70)
+        case.soft_cap = soft_cap
+        case.query *= factor
+        torch.testing.assert_close(case.run(backend).double(), case.expected(), rtol=0, atol=2e-5 * max(1.0, soft_cap / 10))
+
+
 @pytest.mark.parametrize("batch", [1, 2, 90])
 def test_decode_batches(backend: AttentionBackend, batch: int) -> None:
     lengths = torch.randint(1, 400, (batch,), generator=torch.Generator().manual_seed(batch)).tolist()

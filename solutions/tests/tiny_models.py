@@ -92,6 +92,14 @@ LONGROPE = {
     "rope_type": "longrope", "rope_theta": 5000.0, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 128,
     "short_factor": [1.0 + i / 20 for i in range(12)], "long_factor": [1.0 + i / 2 for i in range(12)],
 }  # fmt: skip
+GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
+}
+_GEMMA = _SIZES | {
+    "hidden_size": 96, "head_dim": 32, "num_hidden_layers": 5, "sliding_window": 24, "query_pre_attn_scalar": 32,
+    "tie_word_embeddings": True,
+}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _SIZES,
     "mistral": _SIZES | {"sliding_window": 24},
@@ -104,6 +112,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": _SIZES | {"num_hidden_layers": 4},
     "phi3": _SIZES | {"max_position_embeddings": 512, "original_max_position_embeddings": 128, "rope_parameters": LONGROPE},
     "olmo2": _SIZES,
+    "gemma2": _GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    "gemma3_text": _GEMMA | {"num_hidden_layers": 7, "rope_parameters": GEMMA3_ROPE},
 }  # fmt: skip
 """What makes each family itself, by transformers' ``model_type``: KV heads that two ranks cannot share evenly, heads of 32
 elements (which the kernels of a CPU turn) though hidden / heads may be another number, scaling that some dozen tokens meet."""
@@ -112,4 +122,5 @@ elements (which the kernels of a CPU turn) though hidden / heads may be another 
 def make_tiny(family: str, path: Path, **overrides: Any) -> PreTrainedModel:
     """Save a model of a family of `FAMILIES` to `path`; overrides are arguments of its configuration."""
     config = AutoConfig.for_model(family, **(FAMILIES[family] | overrides))
-    return _save(AutoModelForCausalLM.from_config(config), path)
+    # transformers has other ways to compute attention, which leave soft caps out
+    return _save(AutoModelForCausalLM.from_config(config, attn_implementation="eager"), path)

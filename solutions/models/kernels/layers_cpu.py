@@ -19,6 +19,7 @@ class _Norm(native.Arguments):
         *((name, ctypes.c_void_p) for name in ("x", "weight", "y")),
         ("n", ctypes.c_int64),
         ("eps", ctypes.c_double),
+        ("offset", ctypes.c_double),
     )
 
 
@@ -29,6 +30,7 @@ class _PiecesNorm(native.Arguments):
         *((name, ctypes.c_void_p) for name in ("x", "weight", "y")),
         *((name, ctypes.c_int64) for name in ("ldx", "ldy", "pieces", "n", "add")),
         ("eps", ctypes.c_double),
+        ("offset", ctypes.c_double),
     )
 
 
@@ -47,14 +49,14 @@ def supports_norm(weight: Tensor) -> bool:
 
 
 class NativeNorm:
-    """RMSNorm: ``x / sqrt(mean(x²) + eps) · weight`` over the last dimension of a contiguous [T, hidden]; with `add_to` of that
-    shape the result is added to it in place."""
+    """RMSNorm: ``x / sqrt(mean(x²) + eps) · (offset + weight)`` over the last dimension of a contiguous [T, hidden]; with
+    `add_to` of that shape the result is added to it in place."""
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    def __init__(self, weight: Tensor, eps: float, offset: float = 0.0) -> None:
         self._weight = weight
-        self._arguments = _Norm(weight=weight.data_ptr(), n=len(weight), eps=eps)
+        self._arguments = _Norm(weight=weight.data_ptr(), n=len(weight), eps=eps, offset=offset)
         self._kernel = native.Kernel(f"rms_norm_{_NAMES[weight.dtype]}", self._arguments)
-        self._pieces = _Pieces(weight, eps, add=True)
+        self._pieces = _Pieces(weight, eps, offset, add=True)
 
     def __call__(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
         rows, width = x.shape
@@ -70,8 +72,8 @@ class NativeNorm:
 class NativeHeadNorm:
     """RMSNorm in place of each head of [T, H, D], heads that lie behind one another; the weight is one that `supports_norm`."""
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self._pieces = _Pieces(weight, eps, add=False)
+    def __init__(self, weight: Tensor, eps: float, offset: float = 0.0) -> None:
+        self._pieces = _Pieces(weight, eps, offset, add=False)
 
     def __call__(self, heads: Tensor) -> Tensor:
         return self._pieces(heads, heads)
@@ -80,9 +82,9 @@ class NativeHeadNorm:
 class _Pieces:
     """`norm_pieces` of the C++ file."""
 
-    def __init__(self, weight: Tensor, eps: float, add: bool) -> None:
+    def __init__(self, weight: Tensor, eps: float, offset: float, add: bool) -> None:
         self._weight = weight
-        self._arguments = _PiecesNorm(weight=weight.data_ptr(), n=len(weight), eps=eps, add=add)
+        self._arguments = _PiecesNorm(weight=weight.data_ptr(), n=len(weight), eps=eps, offset=offset, add=add)
         self._kernel = native.Kernel(f"norm_pieces_{_NAMES[weight.dtype]}", self._arguments)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:  # [T, pieces, n], and y with as many elements a row

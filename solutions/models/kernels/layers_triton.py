@@ -16,8 +16,8 @@ SILU_COLUMNS = 1024
 """Elements of a row that one program of `silu_mul` computes."""
 
 
-def rms_norm(x: Tensor, add_to: Tensor | None = None, *, weight: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean(x²) + eps) · weight`` over each row (Zhang and Sennrich, 2019).
+def rms_norm(x: Tensor, add_to: Tensor | None = None, *, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """``x / sqrt(mean(x²) + eps) · (offset + weight)`` over each row (Zhang and Sennrich, 2019).
 
     Args:
         x: [T, hidden], its rows may lie apart. weight: [hidden]. add_to: [T, hidden], what the result is added to in place.
@@ -28,27 +28,29 @@ def rms_norm(x: Tensor, add_to: Tensor | None = None, *, weight: Tensor, eps: fl
     rows, size = x.shape
     out = torch.empty(rows, size, dtype=x.dtype, device=x.device) if add_to is None else add_to
     if rows:
-        _norm(x, weight, out, (rows, 1), eps, add_to is not None)
+        _norm(x, weight, out, (rows, 1), eps, offset, add_to is not None)
     return out
 
 
-def norm_heads_(heads: Tensor, weight: Tensor, eps: float) -> Tensor:
+def norm_heads_(heads: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """`rms_norm` of every head by itself, in place.
 
     Args:
         heads: [T, H, D], the heads of a token behind one another. weight: [D].
     """
     if heads.numel():
-        _norm(heads, weight, heads, (heads.shape[0], heads.shape[1]), eps, False)
+        _norm(heads, weight, heads, (heads.shape[0], heads.shape[1]), eps, offset, False)
     return heads
 
 
-def _norm(x: Tensor, weight: Tensor, out: Tensor, grid: tuple[int, int], eps: float, add: bool) -> None:
+def _norm(x: Tensor, weight: Tensor, out: Tensor, grid: tuple[int, int], eps: float, offset: float, add: bool) -> None:
     """grid: (rows, pieces of a row). add: to what `out` holds."""
     size = len(weight)
     block = triton.next_power_of_2(size)
     warps = min(16, max(1, block // 512))
-    _norm_kernel[grid](x, weight, out, x.stride(0), out.stride(0), eps, ADD=add, SIZE=size, BLOCK=block, num_warps=warps)
+    _norm_kernel[grid](
+        x, weight, out, x.stride(0), out.stride(0), eps, offset, ADD=add, SIZE=size, BLOCK=block, num_warps=warps
+    )
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 @triton.jit
 def _norm_kernel(
-    x, weight, out, x_stride, out_stride, eps, ADD: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+    x, weight, out, x_stride, out_stride, eps, offset, ADD: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One piece of a row a program."""
     row = tl.program_id(0).to(tl.int64)
@@ -79,7 +81,7 @@ def _norm_kernel(
     first = tl.program_id(1) * SIZE
     values = tl.load(x + row * x_stride + first + column, mask, other=0.0).to(tl.float32)
     factor = 1.0 / tl.sqrt(tl.sum(values * values, 0) / SIZE + eps)
-    normed = values * factor * tl.load(weight + column, mask, other=0.0).to(tl.float32)
+    normed = values * factor * (tl.load(weight + column, mask, other=0.0).to(tl.float32) + offset)
     if ADD:
         normed += tl.load(out + row * out_stride + first + column, mask, other=0.0).to(tl.float32)
     tl.store(out + row * out_stride + first + column, cast(normed, out.dtype.element_ty), mask)

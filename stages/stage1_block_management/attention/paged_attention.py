@@ -6,7 +6,8 @@ Source: Kwon et al., "Efficient Memory Management for Large Language Model Servi
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class AttentionMetadata(PagedArrays[Tensor, Tensor]):
         plan: what the backend worked out once for this step in `AttentionBackend.plan`.
         kv_scales: of an int8 cache, for each layer the factor of each stored vector, [2, num_blocks, block_size, H_kv] float16.
         rope: (cos, signed sin), [T, 1, D] each, where the layers leave it to the Triton backend to rotate queries and keys.
+        kinds: the same step for each kind of layer, where a model has several.
     """
 
     kv_caches: list[Tensor]
@@ -37,6 +39,11 @@ class AttentionMetadata(PagedArrays[Tensor, Tensor]):
     plan: Any = None
     kv_scales: list[Tensor] | None = None
     rope: tuple[Tensor, Tensor] | None = None
+    kinds: list[AttentionMetadata] = field(default_factory=list)
+
+    def of(self, kind: int) -> AttentionMetadata:
+        """The step as layers of this kind see it."""
+        return self.kinds[kind] if self.kinds else self
 
 
 class AttentionBackend(abc.ABC):
@@ -57,7 +64,7 @@ class AttentionBackend(abc.ABC):
     @abc.abstractmethod
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata,
-        scale: float, sliding_window: int | None = None,
+        scale: float, sliding_window: int | None = None, soft_cap: float | None = None,
     ) -> Tensor:  # fmt: skip
         """Causal attention of each token over its own sequence's context, itself included.
 
@@ -69,6 +76,7 @@ class AttentionBackend(abc.ABC):
             query: [T, H, D]. key, value: [T, H_kv, D], already rotated.
             scale: factor on the scores, usually ``D ** -0.5``.
             sliding_window: a token sees itself and the ``sliding_window - 1`` tokens before it; None: all.
+            soft_cap: a score x, scaled already, becomes ``soft_cap · tanh(x / soft_cap)`` before the softmax; None: it stays x.
 
         Returns:
             [T, H, D], in the dtype of `query`.
@@ -78,18 +86,21 @@ class AttentionBackend(abc.ABC):
 
 def attention_metadata(
     arrays: PagedArrays[Tensor, Tensor], longest: tuple[int, int], kv_caches: list[Tensor], kv_scales: list[Tensor] | None,
-    backend: AttentionBackend, sliding_window: int | None,
+    backend: AttentionBackend, windows: Sequence[int | None],
 ) -> AttentionMetadata:  # fmt: skip
     """A step's arrays with the caches that they point into, and the backend's plan for them.
 
     Args:
-        longest: (max_query_len, max_context_len). sliding_window: of the model. The rest: as in `AttentionMetadata`.
+        longest: (max_query_len, max_context_len). windows: of each kind of layer. The rest: as in `AttentionMetadata`.
     """
     metadata = AttentionMetadata(
         arrays.slot_mapping, arrays.block_tables, arrays.query_start_loc, arrays.context_lens, kv_caches, *longest, backend,
         kv_scales=kv_scales,
     )  # fmt: skip
-    metadata.plan = backend.plan(metadata, sliding_window)
+    if len(windows) == 1:
+        metadata.plan = backend.plan(metadata, windows[0])
+    else:
+        metadata.kinds = [replace(metadata, plan=backend.plan(metadata, window)) for window in windows]
     return metadata
 
 
@@ -110,7 +121,7 @@ class NaiveBackend(AttentionBackend):
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata,
-        scale: float, sliding_window: int | None = None,
+        scale: float, sliding_window: int | None = None, soft_cap: float | None = None,
     ) -> Tensor:  # fmt: skip
         """See `AttentionBackend.attend`. Scores, softmax and sums are computed in `compute_dtype`, one sequence at a time; what
         the block table holds beside the visible context is not read. Of all that it is given only the cache changes."""

@@ -18,7 +18,9 @@ GARBAGE = (1_000_000, -1, -7)
 """What may stand in a block table where nobody may look: no such block, and the NULL_BLOCK of a sliding window."""
 
 
-def contiguous_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+def contiguous_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, soft_cap: float | None = None
+) -> Tensor:
     """What attention means, one token and one head at a time, in float64.
 
     Args:
@@ -33,6 +35,8 @@ def contiguous_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: 
         for head in range(q.shape[1]):
             kv_head = head // queries_per_kv_head
             scores = k[first : position + 1, kv_head] @ q[i, head] * scale  # [tokens that it sees]
+            if soft_cap is not None:
+                scores = soft_cap * torch.tanh(scores / soft_cap)
             output[i, head] = scores.softmax(dim=0) @ v[first : position + 1, kv_head]
     return output
 
@@ -49,17 +53,18 @@ class Batch:
     window: int | None
     expected: Tensor
     layer: int = 0
+    soft_cap: float | None = None
 
     def run(self, backend: NaiveBackend | None = None) -> Tensor:
         return (backend or NaiveBackend()).attend(
-            self.layer, self.query, self.key, self.value, self.metadata, self.scale, self.window
+            self.layer, self.query, self.key, self.value, self.metadata, self.scale, self.window, self.soft_cap
         )
 
 
 def make_batch(
     query_lens: list[int], context_lens: list[int], *, heads: tuple[int, int] = (4, 2), head_dim: int = 8, block_size: int = 4,
     window: int | None = None, scale: float = 0.35, unread: float = 1e4, dtype: torch.dtype = torch.float32, layers: int = 1,
-    seed: int = 0,
+    seed: int = 0, soft_cap: float | None = None,
 ) -> Batch:  # fmt: skip
     """A step in which sequence i computes the last query_lens[i] of context_lens[i] tokens.
 
@@ -89,7 +94,7 @@ def make_batch(
         queries.append(q)
         keys.append(k[earlier:])
         values.append(v[earlier:])
-        expected.append(contiguous_attention(q, k, v, scale, window))
+        expected.append(contiguous_attention(q, k, v, scale, window, soft_cap))
     backend = NaiveBackend()
     metadata = AttentionMetadata(
         kv_caches=caches,
@@ -102,7 +107,7 @@ def make_batch(
         backend=backend,
     )
     tokens = torch.cat(queries), torch.cat(keys), torch.cat(values)
-    return Batch(*tokens, metadata, scale, window, torch.cat(expected), layer=layers - 1)
+    return Batch(*tokens, metadata, scale, window, torch.cat(expected), layers - 1, soft_cap)
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])
@@ -322,6 +327,15 @@ def test_each_layer_reads_its_own_cache() -> None:
     """
     batch = make_batch([1, 4, 2], [13, 4, 9], layers=2)
     check_close(batch.run(), batch.expected, "attention in layer 1")
+
+
+def test_scores_with_a_soft_cap() -> None:
+    """With a soft_cap a scaled score x becomes soft_cap · tanh(x / soft_cap); keys that are hidden stay hidden.
+
+    Why: Gemma 2 was trained with capped scores. Without the cap one key drowns all others.
+    """
+    batch = make_batch([1, 6, 3], [13, 6, 20], window=5, scale=2.0, soft_cap=1.5)
+    check_close(batch.run(), batch.expected, "attention with a soft cap")
 
 
 def test_half_precision_is_computed_in_float32() -> None:

@@ -177,10 +177,10 @@ class Worker:
     @torch.inference_mode()
     def capture_graphs(self, sizes: list[int], record: Callable[[Step], Step]) -> None:
         """Record decode steps of these batch sizes, to be replayed from now on."""
-        longest, window = self.config.max_model_len, self.model_config.sliding_window
+        longest, windows = self.config.max_model_len, self.model_config.windows
         assert longest is not None  # `resolve_limits` has set it
         self.graphs = DecodeGraphs(
-            self.model, self.backend, self.cache.kv_caches, sizes, longest, self.config.block_size, window, record,
+            self.model, self.backend, self.cache.kv_caches, sizes, longest, self.config.block_size, windows, record,
             self.cache.kv_scales or None,
         )  # fmt: skip
 
@@ -231,7 +231,7 @@ class Worker:
         step = FlatArrays(*(torch.from_numpy(getattr(batch, name)).to(self.device) for name in _ARRAYS))
         longest = int((batch.query_start_loc[1:] - batch.query_start_loc[:-1]).max()), int(batch.context_lens.max())
         metadata = attention_metadata(
-            step, longest, self.cache.kv_caches, self.cache.kv_scales or None, self.backend, self.model_config.sliding_window
+            step, longest, self.cache.kv_caches, self.cache.kv_scales or None, self.backend, self.model_config.windows
         )
         hidden: Tensor = self.model(step.input_ids, step.positions, metadata)
         self.parallel.check()

@@ -119,8 +119,8 @@ def visiting(query, vectors, table, out, BLOCK_SIZE: tl.constexpr, VALUE_KIND: t
     at = row[:, None] * 16 + row[None, :]
     factor = tl.full([16], 1, tl.float32)
     _, total, acc = visit_keys(
-        tl.load(query + at), vectors, vectors, None, None, table, 0, BLOCK_SIZE, row, 0, factor, 1, 16, 16, BLOCK_SIZE, 0, 16,
-        16, VALUE_KIND,
+        tl.load(query + at), vectors, vectors, None, None, table, 0, BLOCK_SIZE, row, 0, factor, 1.0, 1, 16, 16, BLOCK_SIZE, 0,
+        False, 16, 16, VALUE_KIND,
     )  # fmt: skip
     tl.store(out + at, acc / total[:, None])
 
@@ -177,6 +177,16 @@ def test_prompts_in_chunks(window: int | None) -> None:
     Why: a query that sees the next token has the answer before the question.
     """
     case = make_case([1, 7, 20], [1, 30, 20], heads=(4, 2), head_dim=16, block_size=8, window=window, device=DEVICE)
+    check_close(attend(case), expected(case), "attention")
+
+
+def test_scores_with_a_soft_cap() -> None:
+    """Scores that `soft_cap` keeps between -0.5 and 0.5, each with its scale already; hidden keys stay hidden.
+
+    Why: Gemma 2 was trained with capped scores. Without the cap one key drowns all others.
+    """
+    case = make_case([1, 7, 20], [33, 30, 20], heads=(4, 2), head_dim=16, block_size=8, window=17, device=DEVICE)
+    case.soft_cap = 0.5
     check_close(attend(case), expected(case), "attention")
 
 
