@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from solutions.benchmarks import lora as lora_command
 from solutions.benchmarks import prefix_cache as prefix_command
 from solutions.benchmarks import quality as quality_command
 from solutions.benchmarks import speculative as speculative_command
@@ -15,6 +16,7 @@ from solutions.benchmarks.prefix_cache import chat, hits_by_policy
 from solutions.benchmarks.quality import cut_text, perplexity, python_topics
 from solutions.benchmarks.speculative import PLAIN, Row
 from solutions.core.engine import LLM
+from solutions.models.lora.products import AdaptersOfStep
 from solutions.tests.tiny_models import make_tiny_llama
 
 
@@ -101,3 +103,26 @@ def test_a_wrong_flag_is_one_line(command, flags, message, capsys):
     with pytest.raises(SystemExit) as error:
         command.main(flags)
     assert message in (capsys.readouterr().err if error.value.code == 2 else str(error.value))
+
+
+@pytest.mark.slow
+def test_steps_with_adapters_have_as_many_as_they_say(tmp_path, monkeypatch):
+    make_tiny_llama(tmp_path, max_position_embeddings=1024)
+    steps, begin = [], AdaptersOfStep.begin
+    monkeypatch.setattr(AdaptersOfStep, "begin", lambda step, slots: (begin(step, slots), steps.append(slots))[0])
+    results = lora_command.measure(str(tmp_path), rank=2, repeats=1, steps=2, seed=0)
+    assert {name: list(found) for name, found in results.items()} == {
+        "decode, batch 1": ["0", "1"], "decode, batch 32": ["0", "1", "8"], "prompts, 512 tokens": ["0", "1", "8"],
+    }  # fmt: skip
+    assert all(each["median"] > 0 for found in results.values() for each in found.values())
+    shapes = {(len(slots), len(set(slots.tolist()) - {0})) for slots in steps}
+    assert shapes == {
+        (8, 0),
+        (8, 1),
+        (1, 0),
+        (1, 1),
+        (256, 0),
+        (256, 1),
+        (256, 8),
+        *((n, k) for n in (32, 512) for k in (0, 1, 8)),
+    }

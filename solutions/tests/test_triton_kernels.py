@@ -449,7 +449,7 @@ def test_compiles_for_cards_that_are_not_here() -> None:
         for kernel in ("write_kv", "attend", "merge_splits")
         for capability in (80, 90)
         for dim in (64, 128)
-    } | {(f"{kernel}_kernel", capability, 0) for kernel in ("w4a16", "shrink", "expand") for capability in (80, 90)}
+    } | {(kernel, capability, 0) for kernel in ("w4a16_kernel", "shrink", "expand") for capability in (80, 90)}
     for report in reports:
         assert report["shared"] <= SHARED_MEMORY, report
         assert report["spilled"] == 0 or report["variant"].startswith(("i8 cache", "fp8e4nv cache")), report

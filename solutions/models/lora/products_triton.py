@@ -10,6 +10,7 @@ In the first kernel few tiles read long rows, so the inputs are cut into parts, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,11 +72,10 @@ class TritonProduct(AdaptedProduct):
         )  # fmt: skip
 
 
-@triton.jit
-def shrink_kernel(
-    x, inner, tiles, order, table, num_inputs, x_stride, split_stride, row_stride, piece_stride, inputs_a_split, rank_blocks,
-    TILE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+def shrink(
+    x: Any, inner: Any, tiles: Any, order: Any, table: Any, num_inputs: Any, x_stride: Any, split_stride: Any, row_stride: Any,
+    piece_stride: Any, inputs_a_split: Any, rank_blocks: Any, TILE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+) -> None:  # fmt: skip
     """One tile of rows times BLOCK_R rows of a piece's A, over one part of the inputs.
 
     Args:
@@ -111,12 +111,11 @@ def shrink_kernel(
     tl.store(to + place.to(tl.int64)[:, None] * row_stride + r[None, :], total, is_row[:, None] & is_rank[None, :])
 
 
-@triton.jit
-def expand_kernel(
-    inner, y, tiles, order, table, blocks, y_stride, split_stride, row_stride, piece_stride,
-    SPLITS: tl.constexpr, TILE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Adds to one tile of rows, in BLOCK_N columns of one piece, what `shrink_kernel` has left times their part of B.
+def expand(
+    inner: Any, y: Any, tiles: Any, order: Any, table: Any, blocks: Any, y_stride: Any, split_stride: Any, row_stride: Any,
+    piece_stride: Any, SPLITS: tl.constexpr, TILE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+) -> None:  # fmt: skip
+    """Adds to one tile of rows, in BLOCK_N columns of one piece, what `shrink` has left times their part of B.
 
     Args:
         y: [T, N], rows `y_stride` apart. blocks: [N / BLOCK_N, 3], a block's piece, its first column, and the end of the piece.
@@ -148,3 +147,6 @@ def expand_kernel(
     to = y + row[:, None] * y_stride + column[None, :]
     is_both = is_row[:, None] & is_column[None, :]
     tl.store(to, cast(tl.load(to, is_both, other=0.0).to(tl.float32) + total, y.dtype.element_ty), is_both)
+
+
+shrink_kernel, expand_kernel = triton.jit(shrink), triton.jit(expand)
