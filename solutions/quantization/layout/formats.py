@@ -58,5 +58,5 @@ def read_format(config: Any) -> Format:
         ValueError: it names a method or a layout that cannot be read here.
     """
     method = config.get("quant_method") if isinstance(config, dict) else None
-    reader = READERS.get(method.lower() if isinstance(method, str) else "", QuantizedFormat.parse)
-    return reader(config)
+    reader = READERS.get(method.lower()) if isinstance(method, str) else None
+    return QuantizedFormat.parse(config) if reader is None else reader(config)
