@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -13,6 +14,7 @@ from ..batching.pooling import NO_TEXTS, PooledSequence, PoolingParams
 from ..batching.sampling_params import SamplingParams, StructuredOutput
 from ..batching.sequence import Sequence
 from ..models.config.model_config import ModelConfig
+from .lora.registry import LoRARequest
 from .structured.grammar_processes import GrammarProcesses
 from .structured.grammar_queue import CompilingStoppedError
 from .structured.structured_output import GrammarCompiler, Guide
@@ -42,6 +44,8 @@ class TokensPrompt(TypedDict, total=False):
 
 
 Prompt = str | TokensPrompt
+Adapters = LoRARequest | Many[LoRARequest | None] | None
+"""Of prompts: one for all, one or None for each, or none."""
 
 
 @dataclass(slots=True)
@@ -59,6 +63,25 @@ class EngineRequest:
     arrival_time: float = 0.0
     grammar: CompiledGrammar | None = None
     adapter: str | None = None
+
+
+def of_each(
+    prompts: Prompt | Many[Prompt], params: SamplingParams | Many[SamplingParams], priority: Many[int] | None,
+    adapter: Adapters,
+) -> list[tuple[Prompt, SamplingParams, int, LoRARequest | None]]:  # fmt: skip
+    """Each prompt with its own of what was given once for all, for each, or not at all.
+
+    Raises:
+        ValueError: the numbers do not match.
+    """
+    many = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
+    every = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
+    priorities = [0] * len(many) if priority is None else list(priority)
+    adapters = [adapter] * len(many) if adapter is None or isinstance(adapter, LoRARequest) else list(adapter)
+    if not len(many) == len(every) == len(priorities) == len(adapters):
+        counts = f"{len(every)} sampling_params, {len(priorities)} priorities and {len(adapters)} adapters"
+        raise ValueError(f"{len(many)} prompts, {counts} do not match")
+    return list(zip(many, every, priorities, adapters, strict=True))
 
 
 class InputProcessor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
 from pydantic import Field
 
+from ..core.lora.registry import folder_at
 from .async_engine import HEALTH_SECONDS, AsyncEngine, EngineDeadError
 from .errors import RequestError
 from .openai_fields import Bool, Request
@@ -44,8 +44,8 @@ def add_adapter_routes(
     @app.post("/v1/load_lora_adapter", responses=responses, response_class=PlainTextResponse)
     async def load_lora_adapter(body: LoadLoRAAdapterRequest) -> str:
         """Load an adapter. It is read beside the engine, which stops only to take it."""
-        folder = Path(body.lora_path).expanduser()
         try:
+            folder = folder_at(body.lora_path)
             models.check_new(body.lora_name)
             adapter = await asyncio.to_thread(adapters.read, folder)
             await between_steps(async_engine, partial(adapters.add, body.lora_name, folder, adapter, body.load_inplace))

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from ..batching.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams, StructuredOutput
+from ..core.beams.beam_search import MAX_LENGTH_PENALTY
 from .answer_forms import FORMS, Choices, ResponseFormat, Schema, StructuredOutputs, form_of
 from .chat_messages import ChatMessage, conversation_of
 from .errors import RequestError
@@ -32,8 +33,6 @@ from .tool_protocol import ToolFields, schema_error
 
 MAX_CHOICES = 128
 """Most choices (`n`) that a request may ask for: OpenAI's limit."""
-MAX_LENGTH_PENALTY = 10
-"""The power of a length must be a number."""
 
 
 class StreamOptions(Request):

@@ -11,12 +11,14 @@ import httpx
 import pytest
 import torch
 
+from solutions.core.beams.beam_search import BeamSearch, BeamSearchParams
 from solutions.core.config import EngineConfig
-from solutions.core.engine import LLMEngine
+from solutions.core.engine import LLM, LLMEngine
+from solutions.core.lora.registry import LoRARequest
 from solutions.serving.async_engine import AsyncEngine
-from solutions.serving.beam_search import BeamSearch
 from solutions.tests.fake_engine import FakeEngine
 from solutions.tests.fake_server import body, serve, until
+from solutions.tests.lora_adapters import make_adapter
 from solutions.tests.tiny_models import EOS, make_tiny
 
 CASES = ((0, 1, 8, 1.0), (1, 2, 12, 1.0), (0, 4, 9, 0.0), (2, 5, 7, -1.5), (0, 3, 14, 2.0))
@@ -122,7 +124,7 @@ def test_it_ends_where_the_context_does(tmp_path: Path) -> None:
     ("fields", "param", "says"),
     [
         ({"stream": True}, "stream", "cannot be combined with use_beam_search"),
-        ({"n": 2, "best_of": 3}, "best_of", "n is the number of beams"), ({"n": 11}, "n", "n must be at most 10"),
+        ({"n": 2, "best_of": 3}, "best_of", "n is the number of beams"), ({"n": 11}, "n", "at most 10 beams"),
         ({"stop": "x"}, "stop", "cannot be"), ({"stop_token_ids": [1]}, "stop_token_ids", "cannot be"),
         ({"min_tokens": 1}, "min_tokens", "cannot be"), ({"presence_penalty": 1}, "presence_penalty", "cannot be"),
         ({"frequency_penalty": 1}, "frequency_penalty", "cannot be"), ({"repetition_penalty": 2}, "repetition_penalty", ""),
@@ -189,3 +191,53 @@ def test_a_search_by_hand() -> None:
     beams.advance([{6: -1.0, 7: -1.5}, {6: -0.1, 9: -4.0}])
     assert [beam.token_ids for beam in beams.answers] == [(2, 9), (1, 3, 6)]  # -0.8 / 2 and -2.6 / 3, before -2.7 / 3
     assert beams.running == []
+
+
+def test_offline_answers_are_transformers(tmp_path: Path) -> None:
+    """All prompts at once, whose searches end at different steps; a prompt that is text, and one with an adapter."""
+    usual = make_tiny("llama", tmp_path).generate(
+        torch.tensor([PROMPTS[0]]), max_new_tokens=6, do_sample=False, eos_token_id=None
+    )
+    model = make_tiny("llama", tmp_path, eos_token_id=usual[0, -3].item())
+    merged = make_adapter(tmp_path / "adapter", model, seed=1)
+    llm = LLM(str(tmp_path), dtype="float32", max_model_len=96, num_gpu_blocks_override=64, block_size=4, enable_lora=True)
+    tokenizer, ends = llm.get_tokenizer(), llm.llm_engine.model_config.eos_token_ids
+    salted = [{"prompt_token_ids": prompt, "cache_salt": "a"} for prompt in PROMPTS]
+    prompts: list[Any] = [*salted, "Hello there", {"prompt_token_ids": PROMPTS[0]}]
+    adapters = [None] * 4 + [LoRARequest("one", 1, str(tmp_path / "adapter"))]
+    for keep in (False, True):
+        params = BeamSearchParams(beam_width=3, max_tokens=9, length_penalty=0.5, include_stop_str_in_output=keep)
+        outputs = llm.beam_search(prompts, params, lora_request=adapters)
+        num_ended = 0
+        for prompt, adapter, output in zip(prompts, adapters, outputs, strict=True):
+            ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt["prompt_token_ids"]
+            answers = theirs(merged if adapter else model, ids, 3, 9, 0.5, ends)
+            num_ended += (ended := [answer[-1] in ends for answer in answers]).count(True)
+            wanted = [ids + (a if keep or not end else a[:-1]) for a, end in zip(answers, ended, strict=True)]
+            assert [each.tokens for each in output.sequences] == wanted
+            assert [each.text for each in output.sequences] == [tokenizer.decode(each) for each in wanted]
+            assert [each.finish_reason for each in output.sequences] == ["stop" if end else "length" for end in ended]
+        assert 0 < num_ended < 15
+    stats = llm.llm_engine.stats()
+    assert (stats.num_running, stats.num_waiting, llm.llm_engine.block_manager.usage) == (0, 0, 0.0)
+    alone = llm.beam_search({"prompt_token_ids": PROMPTS[1]}, BeamSearchParams(2, 4, ignore_eos=True))
+    assert [each.tokens[1:] for each in alone[0].sequences] == theirs(model, PROMPTS[1], 2, 4, 1.0, [])
+    long = {"prompt_token_ids": list(range(1, 95))}  # two tokens fit behind it
+    assert [len(each.tokens) for each in llm.beam_search(long, BeamSearchParams(2, 9, ignore_eos=True))[0].sequences] == [
+        96,
+        96,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        (BeamSearchParams(11, 4), "at most 10 beams are possible, got 11"), (BeamSearchParams(0, 4), "n must be"),
+        (BeamSearchParams(2, 0), "max_tokens must be"), (BeamSearchParams(2, 4, length_penalty=99), "length_penalty"),
+    ],
+)  # fmt: skip
+def test_offline_searches_that_cannot_be_are_refused(params: BeamSearchParams, said: str, tmp_path: Path) -> None:
+    make_tiny("llama", tmp_path)
+    llm = LLM(str(tmp_path), dtype="float32", max_model_len=96, num_gpu_blocks_override=64)
+    with pytest.raises(ValueError, match=said):
+        llm.beam_search({"prompt_token_ids": [1]}, params)

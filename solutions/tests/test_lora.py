@@ -17,7 +17,7 @@ from solutions.batching.sampling_params import SamplingParams
 from solutions.core.capture import AdaptedReplay
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLM, LLMEngine
-from solutions.core.lora.registry import LoRARequest, UnknownAdapterError
+from solutions.core.lora.registry import LoRARequest, UnknownAdapterError, folder_at
 from solutions.models.config.entries import ModelError
 from solutions.tests.lora_adapters import LLAMA_TARGETS, TARGETS, likeliest, make_adapter
 from solutions.tests.tiny_models import make_tiny
@@ -349,6 +349,9 @@ def refused(family: Family, folder: Path) -> str:
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"lora_alpha": 0}, "lora_alpha"),
         ({"use_rslora": "yes"}, "use_rslora"),
+        ({"alpha_pattern": [1]}, "alpha_pattern"),
+        ({"alpha_pattern": {"q_proj": "much"}}, "q_proj"),
+        ({"alpha_pattern": {"(": 1}}, "is no regular expression"),
     ],
 )
 def test_what_is_no_sum_of_products_is_refused(
@@ -370,6 +373,7 @@ STEM = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
         ({STEM + "A.weight": (4, 191), STEM + "B.weight": (192, 4)}, "q_proj|qkv_proj"),
         ({STEM + "A.weight": (4, 192), STEM + "B.weight": (191, 4)}, "qkv_proj"),
         ({STEM + "A.weight": (9, 192), STEM + "B.weight": (192, 9)}, "--max-lora-rank is 8"),
+        ({f"{STEM}A{which}.weight": (4, 192) for which in ("", ".default")}, "more than one lora_A"),
         ({STEM + "magnitude_vector": (192,)}, "lora_magnitude_vector"),
         ({"base_model.model.model.embed_tokens.lora_embedding_A": (4, 320)}, "lora_embedding_A"),
         ({"base_model.model.lm_head.lora_A.weight": (4, 192), "base_model.model.lm_head.lora_B.weight": (320, 4)}, "lm_head"),
@@ -389,6 +393,9 @@ def test_tensors_that_do_not_fit_are_refused(
 
 def test_files_that_are_missing_or_damaged_are_named(family: Callable[[str], Family], tmp_path: Path) -> None:
     model = family("llama")
+    assert "File name too long" in refused(model, tmp_path / ("x" * 300))
+    with pytest.raises(ValueError, match="nobody_here"):
+        folder_at("~nobody_here/adapter")
     assert "no adapter_config.json" in refused(model, tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (tmp_path / "adapter_model.bin").write_bytes(b"")

@@ -31,6 +31,18 @@ class LoRARequest:
     lora_path: str
 
 
+def folder_at(path: str) -> Path:
+    """The folder that a path means.
+
+    Raises:
+        ValueError: it begins with the home of nobody.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def _refuse(*_: object) -> NoReturn:
     raise ValueError("this engine takes no LoRA adapters; start it with --enable-lora")
 
@@ -126,7 +138,7 @@ class AdapterRegistry:
             name, equals, folder = module.partition("=")
             if not (name and equals and folder):
                 raise ValueError(f"--lora-modules: {module!r} is not NAME=FOLDER")
-            path = Path(folder).expanduser()
+            path = folder_at(folder)
             self.add(name, path, self.read(path))
 
     def name_of(self, request: LoRARequest) -> str:
@@ -135,7 +147,7 @@ class AdapterRegistry:
         Raises:
             ValueError: it cannot be loaded, or the name is another folder's.
         """
-        name, folder = request.lora_name, Path(request.lora_path).expanduser()
+        name, folder = request.lora_name, folder_at(request.lora_path)
         if name not in self.loaded:
             self.add(name, folder, self.read(folder))
         elif self.loaded[name].folder != folder:

@@ -11,7 +11,6 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -62,9 +61,13 @@ def read_adapter(folder: Path, model: CausalLM, max_rank: int) -> Adapter:
     Raises:
         ModelError: a file is missing or damaged, or the adapter asks for more than sums of products of rank `max_rank` at most.
     """
-    if not (folder / CONFIG).is_file():
+    try:
+        has_config, has_weights = ((folder / name).is_file() for name in (CONFIG, WEIGHTS))
+    except OSError as error:  # the path is too long, say, or leads through a folder that may not be read
+        raise ModelError(f"cannot read {folder}: {error.strerror or error}") from None
+    if not has_config:
         raise ModelError(f"{folder} has no {CONFIG}, so it is no LoRA adapter as PEFT saves it")
-    if not (folder / WEIGHTS).is_file():
+    if not has_weights:
         raise ModelError(f"{folder} has no {WEIGHTS}; save the adapter with safe_serialization=True")
     settings = Entries(read_json(folder / CONFIG), f"{folder.name}/{CONFIG}")
     _refuse_other_forms(settings)
@@ -86,10 +89,14 @@ def read_adapter(folder: Path, model: CausalLM, max_rank: int) -> Adapter:
 def scale_of(settings: Entries, module: str, rank: int) -> float:
     """The factor on a module's product: alpha / r, or with ``use_rslora`` alpha / sqrt(r) (Kalajdzievski, 2023)."""
     alpha = settings.number("lora_alpha", 8, above=True)
-    patterns: dict[str, Any] = settings.content.get("alpha_pattern") or {}
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = value
+    patterns = settings.entries("alpha_pattern")
+    for pattern in patterns.content:
+        try:
+            is_meant = re.fullmatch(rf"(.*\.)?({pattern})", module)
+        except re.error as error:
+            raise ModelError(f"{patterns.where}: {pattern!r} is no regular expression ({error})") from None
+        if is_meant:
+            alpha = patterns.number(pattern, above=True)
             break
     return float(alpha) / (math.sqrt(rank) if settings.flag("use_rslora", False) else rank)
 
@@ -118,7 +125,9 @@ def _pairs(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         found = _NAME.fullmatch(name)
         if found is None:
             raise ModelError(f"the adapter holds {name}, and only lora_A and lora_B of linear layers are supported")
-        halves.setdefault(found["module"], {})[found["half"]] = tensor.to(torch.float32)
+        if found["half"] in halves.setdefault(found["module"], {}):
+            raise ModelError(f"the adapter holds more than one lora_{found['half']} for {found['module']}")
+        halves[found["module"]][found["half"]] = tensor.to(torch.float32)
     if not halves:
         raise ModelError("the adapter is empty")
     pairs = {}

@@ -19,12 +19,12 @@ from ..batching.sampling_params import RequestOutputKind, SamplingParams
 from ..batching.scheduler_output import SchedulerOutput
 from ..batching.sequence import Sequence
 from ..models.loader import load_tokenizer, resolve_model, with_tokenizer
+from .beams.beam_search import BeamSearchOutput, BeamSearchParams, search_all
 from .cli import main
 from .config import DEFAULT_MODEL, EngineConfig
 from .draft_model import find_draft, make_proposer
 from .executor import local_model
-from .input import EngineRequest, InputProcessor, Prompt
-from .lora.registry import LoRARequest
+from .input import Adapters, EngineRequest, InputProcessor, Prompt, of_each
 from .output import OutputProcessor, RequestOutput
 from .platform.progress import GenerationProgress, PhaseClock
 from .scheduler import Scheduler
@@ -61,11 +61,9 @@ class EngineObserver(Protocol):
 
     def on_step(self, decision: SchedulerOutput, now: float) -> None:
         """A step has ended, and at `now` the sequences of ``decision.sampled`` got their tokens."""
-        ...
 
     def on_abort(self, sequences: list[Sequence], now: float) -> None:
         """A request was aborted; those of its sequences that had not finished have the reason "abort"."""
-        ...
 
 
 class LLMEngine:
@@ -254,8 +252,7 @@ class LLM:
 
     def generate(
         self, prompts: Prompt | Many[Prompt], sampling_params: SamplingParams | Many[SamplingParams] | None = None, *,
-        use_tqdm: bool = True, priority: Many[int] | None = None,
-        lora_request: LoRARequest | Many[LoRARequest | None] | None = None,
+        use_tqdm: bool = True, priority: Many[int] | None = None, lora_request: Adapters = None,
     ) -> list[RequestOutput]:  # fmt: skip
         """Complete prompts; all of them run together.
 
@@ -272,17 +269,9 @@ class LLM:
         Raises:
             ValueError: a prompt or parameter is wrong. Nothing is generated then.
         """
-        many = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
+        engine, requests = self.llm_engine, list[EngineRequest]()
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
-        every = [params] * len(many) if isinstance(params, SamplingParams) else list(params)
-        priorities = [0] * len(many) if priority is None else list(priority)
-        adapters = [lora_request] * len(many) if lora_request is None or isinstance(lora_request, LoRARequest) else lora_request
-        if not len(many) == len(every) == len(priorities) == len(adapters):
-            counts = f"{len(every)} sampling_params, {len(priorities)} priorities and {len(adapters)} adapters"
-            raise ValueError(f"{len(many)} prompts, {counts} do not match")
-        engine = self.llm_engine
-        requests = []
-        for prompt, one, rank, adapter in zip(many, every, priorities, adapters, strict=True):
+        for prompt, one, rank, adapter in of_each(prompts, params, priority, lora_request):
             final = replace(one, output_kind=RequestOutputKind.FINAL_ONLY)
             requests.append(engine.prepare(str(self._num_requests), prompt, final, rank))
             requests[-1].adapter = None if adapter is None else engine.adapters.name_of(adapter)
@@ -296,7 +285,7 @@ class LLM:
     def chat(
         self, messages: Many[dict[str, str]] | Many[Many[dict[str, str]]],
         sampling_params: SamplingParams | Many[SamplingParams] | None = None, *, use_tqdm: bool = True,
-        lora_request: LoRARequest | Many[LoRARequest | None] | None = None,
+        lora_request: Adapters = None,
     ) -> list[RequestOutput]:  # fmt: skip
         """Answer one conversation or many, each a list of ``{"role": ..., "content": ...}``.
 
@@ -321,6 +310,17 @@ class LLM:
         params = PoolingParams(pooling=self.llm_engine.model_config.pooling, dimensions=dimensions)
         outputs = self.generate(prompts, params, use_tqdm=use_tqdm)
         return [embedding_output(each.request_id, each.pooled, each.prompt_token_ids) for each in outputs]
+
+    def beam_search(
+        self, prompts: Prompt | Many[Prompt], params: BeamSearchParams, *, lora_request: Adapters = None
+    ) -> list[BeamSearchOutput]:
+        """The likeliest answers to each prompt, ``params.beam_width`` of them, the best first.
+
+        Raises:
+            ValueError: see `generate`; or there are too many beams.
+        """
+        every = of_each(prompts, SamplingParams(), None, lora_request)
+        return search_all(self, [prompt for prompt, *_ in every], params, [adapter for *_, adapter in every])
 
     def _run(self, requests: list[EngineRequest], show_progress: bool) -> list[RequestOutput]:
         finished: dict[str, RequestOutput] = {}
