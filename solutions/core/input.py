@@ -14,7 +14,7 @@ from ..batching.pooling import NO_TEXTS, PooledSequence, PoolingParams
 from ..batching.sampling_params import SamplingParams, StructuredOutput
 from ..batching.sequence import Sequence
 from ..models.config.model_config import ModelConfig
-from .lora.registry import LoRARequest
+from .lora.registry import Loaded, LoRARequest
 from .structured.grammar_processes import GrammarProcesses
 from .structured.grammar_queue import CompilingStoppedError
 from .structured.structured_output import GrammarCompiler, Guide
@@ -51,8 +51,8 @@ Adapters = LoRARequest | Many[LoRARequest | None] | None
 @dataclass(slots=True)
 class EngineRequest:
     """A validated request. `arrival_time` is on the clock of `time.monotonic`. `grammar` is the answer's grammar once it is
-    compiled: `InputProcessor.complete` or the server sets it. `adapter` is the name of what computes it; None: the
-    model as it is."""
+    compiled: `InputProcessor.complete` or the server sets it. `adapter` is what computes it, or the name of
+    that; None: the model as it is."""
 
     request_id: str
     prompt: str | None
@@ -62,7 +62,7 @@ class EngineRequest:
     cache_salt: str | None = None
     arrival_time: float = 0.0
     grammar: CompiledGrammar | None = None
-    adapter: str | None = None
+    adapter: str | Loaded | None = None
 
 
 def of_each(

@@ -74,10 +74,13 @@ def search(engine: AsyncEngine, body: GenerationRequest, requests: list[EngineRe
     stream.accept()
 
     async def work() -> None:
+        pairs = zip(requests, searches, strict=True)
+        every = [asyncio.ensure_future(_run(engine, request, beams, stream)) for request, beams in pairs]
         try:
-            pairs = zip(requests, searches, strict=True)
-            await asyncio.gather(*(_run(engine, request, beams, stream) for request, beams in pairs))
+            await asyncio.gather(*every)
         except Exception as error:
+            for each in every:  # nobody reads their answers
+                each.cancel()
             stream.fail(error)
 
     task = asyncio.create_task(work())
@@ -88,8 +91,10 @@ async def _run(engine: AsyncEngine, request: EngineRequest, beams: BeamSearch, s
     """Search, and put the answers into a stream. Being cancelled aborts the step that runs.
 
     Raises:
-        QueueFullError, EngineDeadError: see `AsyncEngine.submit`.
+        QueueFullError, EngineDeadError: see `AsyncEngine.submit`. UnknownAdapterError: the adapter is not the same any more.
     """
+    if isinstance(request.adapter, str):
+        request = replace(request, adapter=engine.engine.adapters.as_now(request.adapter))
     params, num_steps, num_cached = beams.step_params(), 0, 0
     while beams.running:
         step = [

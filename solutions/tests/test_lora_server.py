@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from solutions.core.engine import LLMEngine
 from solutions.serving import api_server
 from solutions.serving.async_engine import AsyncEngine
 from solutions.tests.fake_engine import FakeEngine
-from solutions.tests.fake_server import serve
+from solutions.tests.fake_server import serve, until
 from solutions.tests.lora_adapters import likeliest, make_adapter
 from solutions.tests.tiny_models import make_tiny_llama
 
@@ -154,6 +155,27 @@ def test_an_adapter_that_leaves_before_its_request_starts_gives_a_404(server: Se
     go.set()
     thread.join(30)
     assert [error.code for error in errors] == ["model_not_found"]
+
+
+def test_a_search_ends_with_its_adapter(server: Server) -> None:
+    """Not one step of it is made by other weights that have taken the name, nor does a search beside it go on."""
+    submit, count, folder = server.engine.submit, itertools.count(), server.folder / "2"
+    adapters = server.engine.adapters
+
+    def replacing(request: Any) -> None:
+        if next(count) == 9:
+            adapters.add("one", folder, adapters.read(folder), replace=True)
+        submit(request)
+
+    asked = {"model": "one", "prompt": [PROMPT, PROMPT[3:]], "use_beam_search": True, "n": 2, "max_tokens": 200}
+    expected = httpx.post(f"{server.url}/v1/completions", json=asked | {"max_tokens": 3}, timeout=60)
+    assert expected.status_code == 200
+    server.engine.submit = replacing  # type: ignore[method-assign]
+    answer = httpx.post(f"{server.url}/v1/completions", json=asked, timeout=60)
+    assert (answer.status_code, "while a search went on" in answer.text) == (404, True)
+    until(lambda: not server.engine.has_unfinished_requests())
+    assert next(count) < 30
+    assert server.says("one", 2)
 
 
 def test_adapters_are_not_loaded_over_http_unless_that_is_allowed() -> None:

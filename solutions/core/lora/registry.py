@@ -117,13 +117,19 @@ class AdapterRegistry:
         self._entry(name)
         del self.loaded[name]
 
-    def lend(self, name: str, sequences: list[Sequence]) -> None:
+    def as_now(self, name: str) -> str | Loaded:
+        """The adapter of this name, for several requests of which each must have the same; the name if there is none."""
+        return self.loaded.get(name, name)
+
+    def lend(self, adapter: str | Loaded, sequences: list[Sequence]) -> None:
         """Let new sequences be computed by an adapter.
 
         Raises:
-            UnknownAdapterError: there is none of that name.
+            UnknownAdapterError: there is none of that name, or this one is not loaded any more.
         """
-        entry = self._entry(name)
+        if isinstance(adapter, Loaded) and adapter not in self.loaded.values():
+            raise UnknownAdapterError("The lora adapter was unloaded while a search went on with it.")
+        entry = adapter if isinstance(adapter, Loaded) else self._entry(adapter)
         for seq in sequences:
             seq.adapter = entry.slot
             seq.cache_salt = entry.salt + (seq.cache_salt or "")
