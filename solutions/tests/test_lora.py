@@ -181,10 +181,13 @@ def test_steps_with_and_without_adapters_are_replayed(family: Callable[[str], Fa
 def test_decode_steps_without_adapters_alone_are_in_graphs(family: Callable[[str], Family]) -> None:
     """As on a GPU, by Triton's interpreter, with a recorder that calls the step again."""
     pytest.importorskip("triton")
+    from solutions.models.lora.products_triton import TritonProduct
+
     model = family("llama")
     settings = SETTINGS | {"attention_backend": "triton", "enable_cpu_kernels": False, "enforce_eager": True}
     llm = LLM(str(model.path), **settings)
     worker, replayed = llm.llm_engine.executor.worker, []
+    assert isinstance(worker.model.get_submodule("model.layers.0.mlp.down_proj").multiply, TritonProduct)
     worker.capture_graphs([1, 2], lambda step: (step(), step)[1])
     assert worker.graphs is not None
     run_graph = worker.graphs.run
