@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from stages.course.tools.catalog import CourseError, Stage, find_stage, load_course
+from stages.course.tools.wrong_versions import Mutant, load_mutants
 from tests.classroom import ROOT, Classroom
 from tests.gate_runs import earlier_tasks_suffice, reference_passes, stages_pass_together, starters_say_what_is_missing
 from tests.gate_texts import (
@@ -35,7 +36,7 @@ from tests.gate_texts import (
     tests_import_only_stages,
 )
 from tests.gate_ties import promises_are_tied
-from tests.mutants.bank import Mutant, killer, load_mutants
+from tests.mutants.bank import killer
 
 MUTANTS_PER_STAGE = 13
 JOBS = 2

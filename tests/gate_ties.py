@@ -7,8 +7,8 @@ import re
 
 from stages.course.tools.catalog import Stage, Task
 from stages.course.tools.targets import find_function, is_python, parse
+from stages.course.tools.wrong_versions import load_mutants
 from tests.classroom import Classroom
-from tests.mutants.bank import load_mutants
 
 SOURCE = re.compile(r"\([^()]*(?:(?:19|20)\d\d|§)[^()]*\)|[^.(]*, (?:19|20)\d\d[,)]|§\d+(?:\.\d+)?")
 """A source in parentheses or at the beginning of a sentence."""

@@ -18,7 +18,7 @@ from stages.course.grading.submission import Submission
 from stages.course.grading.task_runs import Runner
 from stages.course.grading.workshop import Workshop
 from stages.course.tools.catalog import CourseError, Stage
-from tests.mutants.bank import Mutant, mutate
+from stages.course.tools.wrong_versions import Mutant, mutate
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from stages.course.tools.catalog import CourseError, Stage, load_course
+from stages.course.tools.wrong_versions import load_mutants, mutate
 from stages.make_starters import render
 from tests import gate
 from tests.classroom import ROOT, Classroom
 from tests.mutants import __main__ as mutants_command
 from tests.mutants import bank
-from tests.mutants.bank import load_mutants
 from tests.toy_course import HINTS, PURPOSE, REFERENCE, SECTION, TASKS, WHY, Toy, make_toy, mutant_entry
 from tests.warm import Warm
 
@@ -244,7 +244,7 @@ def test_every_mutant_of_the_real_bank_can_be_made(stage: Stage) -> None:
     wrong = load_mutants(ROOT, stage)
     assert wrong
     for mutant in wrong:
-        bank.mutate(mutant, (ROOT / "solutions" / mutant.file).read_text(encoding="utf-8"))
+        mutate(mutant, (ROOT / "solutions" / mutant.file).read_text(encoding="utf-8"))
 
 
 def test_a_malformed_bank_is_named(toy: Toy, warm: Warm) -> None:

@@ -34,8 +34,8 @@ from stages.course.grading.workshop import Workshop, with_functions
 from stages.course.tools import runner
 from stages.course.tools.catalog import CourseError, Stage, find_stage
 from stages.course.tools.runner import FAILED, PASSED, SKIPPED, TODO, TaskResult, task_points
+from stages.course.tools.wrong_versions import mutate
 from tests.grade_mutants import find_mutant, mutants, solved
-from tests.mutants.bank import mutate
 from tests.toy_course import REFERENCE
 from tests.toy_grades import SUMS, Toys, doubling, points, silent
 

@@ -9,7 +9,9 @@ import sys
 from rich.console import Console
 
 from stages import parse_stages
-from stages.course.tools.catalog import CourseError, Stage, Task, find_stage, find_task, load_course
+from stages.course.grading.breaking import break_it
+from stages.course.grading.workshop import Workshop
+from stages.course.tools.catalog import ROOT, CourseError, Stage, Task, find_stage, find_task, load_course
 from stages.course.tools.help import changed_files, reset_stage, reset_task, show_diff, show_hint
 from stages.course.tools.page import print_stage, run_with_bar
 from stages.course.tools.preflight import inspect_stage
@@ -114,6 +116,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--task", default="")
     command.add_argument("--stage", type=int)
     command.add_argument("--yes", action="store_true", help="do not ask")
+    command = commands.add_parser("break-it", help="your own tests on wrong versions that you have not seen")
+    command.add_argument("--stage", type=int, required=True)
+    command.add_argument("--level", type=int, default=0, help="of a wrong version that lives say 1: its task, 2: what is wrong")
     command = commands.add_parser("run-mine", help="the real model answers through the stages that STAGES names")
     command.add_argument("--prompt", default="What is the capital of France?")
     command.add_argument("--model", default="smollm2-135m")
@@ -138,6 +143,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "diff":
             show_diff(console, *_task_and_stage(course, args.task), args.force)
             return 0
+        if args.command == "break-it":
+            return break_it(console, Workshop(ROOT), find_stage(course, args.stage), args.level)
         if args.command == "reset":
             if not args.task and args.stage is None:
                 raise CourseError("say what to reset, for example: make reset TASK=1.1, or make reset-stage-1")

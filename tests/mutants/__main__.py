@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -12,14 +13,16 @@ from rich.progress import track
 from rich.table import Table
 
 from stages.course.tools.catalog import CourseError, find_stage
+from stages.course.tools.wrong_versions import FRESH, load_mutants, load_others
 from tests.classroom import Classroom
-from tests.mutants.bank import killer, load_mutants
+from tests.mutants.bank import killer
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("--stage", type=int, help="this stage only (default: all)")
     parser.add_argument("--name", help="this mutant only")
+    parser.add_argument("--fresh", action="store_true", help="those that were written without a look at the tests")
     args = parser.parse_args(argv)
     console = Console()
     survivors = 0
@@ -30,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         room = Classroom(Path(folder) / "course")
         try:
             stages = room.course if args.stage is None else [find_stage(room.course, args.stage)]
-            jobs = [(stage, mutant) for stage in stages for mutant in load_mutants(room.root, stage)]
+            load = partial(load_others, file=FRESH) if args.fresh else load_mutants
+            jobs = [(stage, mutant) for stage in stages for mutant in load(room.root, stage)]
             jobs = [job for job in jobs if args.name in (None, job[1].name)]
             for stage, mutant in track(jobs, "mutants", console=console, transient=True):
                 try:

@@ -20,6 +20,7 @@ from solutions.benchmarks.report import Parser, git_commit, hardware
 
 from ..tools.catalog import GUIDE, ROOT, CourseError, Stage, find_stage
 from . import page, report, results
+from .breaking import exercises
 from .class_page import class_page
 from .grader import Grader, hidden_folders
 from .journal import Journal, course_digest
@@ -152,7 +153,7 @@ def grade_all(args: argparse.Namespace, workshop: Workshop, stages: list[Stage],
     limits = Limits(memory_bytes=int(args.memory_gib * 2**30)).within(args.task_seconds)
     numbers = [stage.number for stage in stages]
     bench = None if args.no_performance else Bench(workshop, sandbox, numbers, limits.within(2 * args.task_seconds))
-    tasks = [(stage, task) for stage in stages for task in stage.tasks]
+    tasks = [(stage, task) for stage in stages for task in (*stage.tasks, *exercises(workshop.root, stage))]
     grader = Grader(Runner(workshop, sandbox, journal.salt, limits), tasks, bench, args.jobs, journal)
     how = about(sandbox, journal.salt)
     if args.salt is None:

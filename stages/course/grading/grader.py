@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from stages.course.grading import scoring
+from stages.course.grading.breaking import Shot, points, versions
 from stages.course.grading.journal import Journal
 from stages.course.grading.offences import offences
 from stages.course.grading.performance import Bench
-from stages.course.grading.scoring import Grade, TaskGrade
+from stages.course.grading.scoring import Failure, Grade, TaskGrade
 from stages.course.grading.submission import Submission
 from stages.course.grading.task_runs import ENDED_EARLY, Expected, Runner, TaskRun, failures, passed, suspicions
-from stages.course.tools.catalog import Stage, Task
+from stages.course.tools.catalog import CourseError, Stage, Task
 from stages.course.tools.runner import task_points
 
 LONGEST_PRINTED = 2000
@@ -55,6 +56,8 @@ class Grader:
         def learn(pair: tuple[Stage, Task]) -> None:
             stage, task = pair
             on_step(f"the reference, task {task.id}")
+            if not task.targets:
+                return
             written = (not self.workshop.placeholders(stage, task, _texts(item, stage)) for item in submissions)
             if task.id not in self._expected and any(written):
                 known = self.journal.expected(task) if self.journal else None
@@ -78,7 +81,10 @@ class Grader:
             stage, task = pair
             on_step(f"{submission.name}, task {task.id}")
             found = [f"{target.file}, {text}" for target in task.targets for text in flags.get((stage.number, target.file), ())]
-            result = self._task(submission, stage, task, list(dict.fromkeys(found)))
+            if task.targets:
+                result = self._task(submission, stage, task, list(dict.fromkeys(found)))
+            else:
+                result = self._break(submission, stage, task)
             with lock:
                 done[task.id] = result
 
@@ -128,6 +134,32 @@ class Grader:
                 self.journal.keep_grade(task, texts, grade)
         return grade
 
+    def _break(self, submission: Submission, stage: Stage, task: Task) -> TaskGrade:
+        """Try the learner's own tests on right and wrong versions of a stage."""
+        grade = TaskGrade(stage, task, scoring.UNWRITTEN, task.points, reason="no test of their own")
+        tests = submission.breaking.get(stage.number)
+        if tests is None:
+            return grade
+        texts = {task.tests: tests}
+        known = self.journal.grade(stage, task, texts) if self.journal else None
+        if known is not None:
+            return known
+        begin = time.monotonic()
+        try:
+            drawn = versions(self.workshop, stage, scoring.seed_of(self.runner.salt, task.id))
+            shots = [self.runner.shoot(stage, version, tests) for version in drawn]
+        except CourseError as error:
+            grade.reason = str(error)
+            return grade
+        grade.points, grade.passed, grade.tests = points(shots), sum(shot.hit for shot in shots), len(shots)
+        grade.status = scoring.PASSED if grade.points == task.points else scoring.PARTLY if grade.points else scoring.FAILED
+        grade.reason = "" if grade.points == task.points else f"{grade.passed} of {grade.tests} versions are told right"
+        grade.failures = [told(shot) for shot in shots if not shot.hit]
+        grade.seconds = round(time.monotonic() - begin, 1)
+        if self.journal:
+            self.journal.keep_grade(task, texts, grade)
+        return grade
+
     def _run(self, grade: TaskGrade, texts: dict[str, str], expected: Expected) -> None:
         """Test a task that is written, and enter what comes of it."""
         stage, task = grade.stage, grade.task
@@ -166,6 +198,13 @@ class Grader:
             grade.reason += f"; {ENDED_EARLY if early else run.ended.how}"
             if run.verdict.running:
                 grade.reason += f"; {run.verdict.running} was running"
+
+
+def told(shot: Shot) -> Failure:
+    """A version that the tests took for what it is not."""
+    if shot.version.wrong is None:
+        return Failure(shot.version.name, "a right version passes", f"False alarm: {shot.failed} fails on it.")
+    return Failure(shot.version.name, "a wrong version is noticed", f"All tests pass; look at task {shot.version.wrong.task}.")
 
 
 def _texts(submission: Submission, stage: Stage) -> dict[str, str]:

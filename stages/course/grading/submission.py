@@ -6,7 +6,7 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stages.course.tools.catalog import CourseError, Stage
+from stages.course.tools.catalog import BREAK_IT, CourseError, Stage
 
 LARGEST = 1 << 20
 """Bytes of a learner's file; the largest starter has a fiftieth of that."""
@@ -24,6 +24,7 @@ class Submission:
     Attributes:
         name: of its folder. root: the folder.
         files: (stage's number, path inside the stage's folder) → text of each starter file that is there.
+        breaking: stage's number → the learner's own tests for "break it yourself", if there are any.
         notes: what the instructor and the learner should know: missing and unusable files, changes that have no effect.
     """
 
@@ -31,6 +32,7 @@ class Submission:
     root: Path
     files: dict[tuple[int, str], str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    breaking: dict[int, str] = field(default_factory=dict)
 
 
 def find_submissions(folder: Path, course: list[Stage]) -> list[Path]:
@@ -69,7 +71,11 @@ def read_submission(folder: Path, root: Path, course: list[Stage], stages: list[
                 submission.files[stage.number, file] = text
             else:
                 submission.notes.append(f"{name} {complaint}; the empty starter counts in its place")
-    own = {f"stages/{stage.folder}/{file}" for stage in course for file in stage.files}
+        tests, _ = _read(submission.root, f"stages/{stage.folder}/{BREAK_IT}")
+        given, _ = _read(root.resolve(), f"stages/{stage.folder}/{BREAK_IT}")
+        if tests is not None and tests != given:
+            submission.breaking[stage.number] = tests
+    own = {f"stages/{stage.folder}/{file}" for stage in course for file in (*stage.files, BREAK_IT)}
     submission.notes += _changes(submission.root, root.resolve(), own)
     return submission
 

@@ -11,6 +11,8 @@ ROOT = STAGES_FOLDER.parent
 GUIDE = "IMPLEMENTATION_GUIDE.md"
 """The course's text begins here; each stage's chapter lies in the stage's folder."""
 CHAPTER = "GUIDE.md"
+BREAK_IT = "break_it.py"
+"""In a stage's folder: the learner's own tests, see `grading/breaking.py`."""
 
 
 @dataclass(frozen=True, slots=True)

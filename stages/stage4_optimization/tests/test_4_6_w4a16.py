@@ -136,3 +136,16 @@ def test_sums_are_float32() -> None:
     weight.codes.fill_(1)
     got = product(weight, torch.ones(1, 4096, dtype=torch.bfloat16, device=DEVICE))
     check_equal(got.tolist(), [[4096.0] * 16], "outputs")
+
+
+def test_small_products_count_beside_a_large_sum() -> None:
+    """1,024 and then 64 times 1, far apart, are 1,088 in bfloat16 too, whose neighbours of 1,024 are 1,020 and 1,032.
+
+    Why: a kernel adds up tile by tile. Kept in bfloat16 between two tiles, the sum stands still however many come.
+    """
+    weight = quantized(16, 65 * 64, 65 * 64, scale=1.0, zero=0.0)
+    weight.codes.fill_(1)
+    x = torch.zeros(1, 65 * 64, dtype=torch.bfloat16, device=DEVICE)
+    x[0, ::64] = 1.0
+    x[0, 0] = 1024.0
+    check_equal(product(weight, x).tolist(), [[1088.0] * 16], "outputs")

@@ -129,7 +129,7 @@ def test_an_infinite_rate_is_all_at_once() -> None:
     check_equal(arrivals(0, 1.0), [], "no requests")
 
 
-@pytest.mark.parametrize(("rate", "burst"), [(0.0, 1), (-1.0, 1), (math.nan, 1), (1.0, 0)])
+@pytest.mark.parametrize(("rate", "burst"), [(0.0, 1), (-1.0, 1), (math.nan, 1), (1.0, 0), (math.inf, 0)])
 def test_a_rate_that_is_none_is_refused(rate: float, burst: int) -> None:
     """Nothing a second, or bursts of nobody, are a ValueError.
 

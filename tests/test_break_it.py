@@ -1,0 +1,127 @@
+"""The task at the end of each stage, a learner's tests on wrong and right versions: on the toy course, and the banks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from stages.course.grading import scoring
+from stages.course.grading.breaking import POINTS, WRONG, Shot, Version, break_it, exercises, points, versions
+from stages.course.grading.grader import Grader
+from stages.course.grading.sandbox import Limits, Sandbox
+from stages.course.grading.submission import Submission, read_submission
+from stages.course.grading.task_runs import Runner
+from stages.course.grading.workshop import Workshop
+from stages.course.tools.catalog import CourseError, Stage, load_course
+from stages.course.tools.wrong_versions import FRESH, RIGHT, load_mutants, load_others, mutate
+from tests.classroom import ROOT, Classroom
+from tests.toy_course import Toy, make_toy
+
+COURSE = load_course()
+IMPORT = "from stages.toys.halves import half\n"
+GIVEN = IMPORT + "def test_two() -> None:\n    assert half(-2) == -1\n"
+SHARP = IMPORT + "def test_ten() -> None:\n    assert half(10) == 5\n"
+ALARM = SHARP + "def test_how() -> None:\n    import inspect\n    assert '// 2' in inspect.getsource(half)\n"
+FILE = "stages/stage2_halves/break_it.py"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """The toy course with the task at the end of its second stage, and a right version there that looks unusual."""
+    toy = make_toy(tmp_path_factory.mktemp("toy"))
+    toy.write(FILE, GIVEN)
+    right = 'name = "r"\ntask = "2.1"\nfile = "toys/halves.py"\nwhy = ""\nold = "number // 2"\nnew = "int(number / 2)"\n'
+    toy.write("tests/mutants/right.toml", f"[[mutant]]\n{right}")
+    return toy
+
+
+@pytest.mark.parametrize("stage", COURSE, ids=lambda stage: f"stage {stage.number}")
+def test_wrong_versions_are_of_different_tasks_and_the_seed_draws_them(stage: Stage) -> None:
+    workshop = Workshop(ROOT)
+    drawn = versions(workshop, stage, "a")
+    wrong = [version.wrong for version in drawn if version.wrong is not None]
+    assert len({mutant.task for mutant in wrong}) == WRONG
+    assert [version.name for version in drawn[:3]] == ["the reference", "right version 1", "right version 2"]
+    assert len({tuple(sorted(version.texts.items())) for version in drawn}) == len(drawn)
+    assert drawn == versions(workshop, stage, "a") != versions(workshop, stage, "b")
+    assert exercises(ROOT, stage)[0].points == POINTS
+
+
+def test_versions_beside_the_banks_can_be_made() -> None:
+    """Their old texts stand in the reference once; a version of those that were never tried on it proves nothing."""
+    others = [each for stage in COURSE for file in (RIGHT, FRESH) for each in load_others(ROOT, stage, file)]
+    for each in others:
+        mutate(each, (ROOT / "solutions" / each.file).read_text(encoding="utf-8"))
+    assert len({each.name for each in others}) == len(others)
+
+
+def test_points_are_for_what_is_noticed_and_none_with_a_false_alarm() -> None:
+    wrong = load_mutants(ROOT, COURSE[0])[0]
+    right, bad = Version("right", {}), Version("wrong", {}, wrong)
+    three = [Shot(bad, "a test")] * 3 + [Shot(bad, "")] * 2
+    assert points([Shot(right, ""), *three]) == 6
+    assert points([Shot(right, "a test"), *three]) == 0
+    assert points([Shot(right, "a test")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("tests", "code", "said"),
+    [(SHARP, 0, "notice it: test_ten"), (GIVEN, 1, "all pass (task 2.1: A slip.)"), (ALARM, 1, "false alarm: test_how")],
+    ids=["sharp", "blunt", "false alarm"],
+)
+def test_a_learner_tries_tests_of_their_own(toy: Toy, tests: str, code: int, said: str) -> None:
+    toy.write(FILE, tests)
+    console = Console(width=100, record=True)
+    workshop = Workshop(toy.root)
+    assert break_it(console, workshop, workshop.course[1], 2) == code
+    assert said in console.export_text()
+
+
+def test_a_file_without_a_test_is_said_to_be_one(toy: Toy) -> None:
+    toy.write(FILE, IMPORT)
+    workshop = Workshop(toy.root)
+    with pytest.raises(CourseError, match=r"no test in break_it.py yet"):
+        break_it(Console(quiet=True), workshop, workshop.course[1], 0)
+
+
+def test_it_is_graded_in_a_room_like_all_that_learners_write(toy: Toy, tmp_path: Path) -> None:
+    toy.write(FILE, GIVEN)
+    workshop = Workshop(toy.root)
+    stage = workshop.course[1]
+    (task,) = exercises(toy.root, stage)
+    sandbox = Sandbox()
+    grader = Grader(Runner(workshop, sandbox, "pepper", Limits().within(60)), [(stage, task)])
+    found = {}
+    for name, tests in (("sharp", SHARP), ("blunt", GIVEN + "\n"), ("alarm", ALARM), ("none", GIVEN), ("empty", IMPORT)):
+        learner = Toy(tmp_path / name)
+        learner.write(FILE, tests)
+        submission: Submission = read_submission(learner.root, toy.root, workshop.course, [stage])
+        assert grader.prepare([submission], lambda what: None) == {}
+        (item,) = grader.grade(submission, lambda what: None).tasks
+        found[name] = (item.points, item.status, [failure.name for failure in item.failures])
+    assert found == {
+        "sharp": (10, scoring.PASSED, []),
+        "blunt": (0, scoring.FAILED, ["wrong version 1"]),
+        "alarm": (0, scoring.FAILED, ["right version 1"]),
+        "none": (0, scoring.UNWRITTEN, []),
+        "empty": (0, scoring.UNWRITTEN, []),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", COURSE, ids=lambda stage: f"stage {stage.number}")
+def test_right_versions_pass_all_tests_of_their_stage(tmp_path: Path, stage: Stage) -> None:
+    """Also the course's own tests refuse nothing for being unusual, and what learners are given passes on the reference."""
+    room = Classroom(tmp_path / "course")
+    try:
+        for right in load_others(ROOT, stage, RIGHT):
+            room.solve(stage.number)
+            room.write(room.path(stage.number, right.file), mutate(right, room.reference(right.file)))
+            files = [*map(room.tests, stage.tasks), room.path(stage.number, "break_it.py")]
+            results = room.run(str(stage.number), files)
+            assert (right.name, results.failed, results.ended.code) == (right.name, [], 0)
+    finally:
+        room.close()
