@@ -5,6 +5,7 @@ from __future__ import annotations
 from .bert import BertModel, RobertaModel, XLMRobertaModel
 from .gemma import Gemma2ForCausalLM, Gemma3ForCausalLM
 from .gpt import GPT2LMHeadModel
+from .gpt_neox import GPTNeoXForCausalLM
 from .layers import CausalLM
 from .llama import LlamaForCausalLM
 from .mistral import MistralForCausalLM
@@ -13,9 +14,11 @@ from .phi3 import Phi3ForCausalLM
 from .qwen2 import Qwen2ForCausalLM
 from .qwen3 import Qwen3ForCausalLM
 from .smollm3 import SmolLM3ForCausalLM
+from .starcoder2 import Starcoder2ForCausalLM
 
 _ALL: tuple[type[CausalLM], ...] = (
     LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, SmolLM3ForCausalLM, Phi3ForCausalLM,
-    Olmo2ForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, GPT2LMHeadModel, BertModel, RobertaModel, XLMRobertaModel,
+    Olmo2ForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, Starcoder2ForCausalLM, GPTNeoXForCausalLM, GPT2LMHeadModel,
+    BertModel, RobertaModel, XLMRobertaModel,
 )  # fmt: skip
 MODEL_CLASSES = {model.__name__: model for model in _ALL}

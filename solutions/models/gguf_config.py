@@ -23,6 +23,9 @@ EXACT_DTYPES = {GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 """Tensors that say how positions become angles, which a config.json does."""
 
+RMS = "rms_norm_eps"
+"""What most families call the epsilon of their norms."""
+
 _OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -36,6 +39,7 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_PLAIN_MLP = {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
 _POST_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 _FOUR_NORMS = _POST_NORMS | {"ffn_norm": "pre_feedforward_layernorm"}
 _GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
@@ -50,7 +54,7 @@ class GgufFamily:
     Attributes:
         architecture: Hugging Face's name. names: of the tensors that other families lack, or call otherwise.
         interleaved: RoPE turns pairs (2i, 2i + 1), so the rows of queries and keys lie in that order.
-        taken_for_granted: entries of config.json that no header has.
+        taken_for_granted: entries of config.json that no header has. norm: what config.json calls the epsilon of norms.
         one_added: norms' weights are stored with 1 added.
     """
 
@@ -59,6 +63,7 @@ class GgufFamily:
     interleaved: bool = False
     taken_for_granted: dict[str, Any] = field(default_factory=dict)
     one_added: bool = False
+    norm: str = RMS
 
     def hf_name(self, name: str) -> str:
         """A tensor's name in a checkpoint of Hugging Face.
@@ -83,6 +88,15 @@ GGUF_FAMILIES = {
     "qwen3": GgufFamily("Qwen3ForCausalLM", _HEAD_NORMS),
     "smollm3": GgufFamily("SmolLM3ForCausalLM", interleaved=True, taken_for_granted={"no_rope_layer_interval": 4}),
     "phi3": GgufFamily("Phi3ForCausalLM", {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}),
+    "starcoder2": GgufFamily(
+        "Starcoder2ForCausalLM", _PLAIN_MLP, taken_for_granted={"hidden_act": "gelu_pytorch_tanh"}, norm="norm_epsilon"
+    ),
+    "gptneox": GgufFamily(
+        "GPTNeoXForCausalLM",
+        _PLAIN_MLP | {"attn_qkv": "self_attn.qkv_proj"},
+        taken_for_granted={"hidden_act": "gelu"},
+        norm="layer_norm_eps",
+    ),
     "olmo2": GgufFamily("Olmo2ForCausalLM", _HEAD_NORMS | _POST_NORMS),
     "gemma2": GgufFamily("Gemma2ForCausalLM", _FOUR_NORMS, taken_for_granted=_GELU, one_added=True),
     "gemma3": GgufFamily("Gemma3ForCausalLM", _FOUR_NORMS | _HEAD_NORMS, taken_for_granted=_GELU, one_added=True),
@@ -120,7 +134,7 @@ def hf_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[
     window = metadata.whole(f"{name}.attention.sliding_window", 0, low=0)
     architecture = "MistralForCausalLM" if window and name == "llama" else family.architecture
     rotated = metadata.whole(f"{name}.rope.dimension_count", head_dim)
-    parts: dict[str, Any] = {} if rotated == head_dim else {"partial_rotary_factor": rotated / head_dim}
+    parts: dict[str, Any] = {"partial_rotary_factor": rotated / head_dim}
     scaling = _rope_scaling(metadata, f"{name}.rope", tensors)
     if scaling is not None and scaling["rope_type"] == "longrope":  # where Phi-3's own files have it
         parts["original_max_position_embeddings"] = scaling.get("original_max_position_embeddings")
@@ -143,13 +157,14 @@ def hf_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[
         "num_key_value_heads": metadata.whole(f"{name}.attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": metadata.whole(f"{name}.context_length"),
-        "rms_norm_eps": _decimal(metadata.number(f"{name}.attention.layer_norm_rms_epsilon")),
+        family.norm: _decimal(metadata.number(f"{name}.attention.layer_norm_{'rms_' * (family.norm == RMS)}epsilon")),
         "hidden_act": "silu",
         "rope_theta": _decimal(metadata.number(f"{name}.rope.freq_base", 10000.0, above=True)),
         "rope_scaling": scaling,
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "attention_bias": bool({"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"} & tensors.keys()),
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+        "use_parallel_residual": metadata.flag(f"{name}.use_parallel_residual", True),
         "bos_token_id": next(iter(metadata.token_ids("tokenizer.ggml.bos_token_id", vocab_size) or ()), None),
         "eos_token_id": [token for token in end_tokens(metadata) if token < vocab_size] or None,
         "pad_token_id": next(iter(metadata.token_ids("tokenizer.ggml.padding_token_id", vocab_size) or ()), None),

@@ -66,6 +66,7 @@ PRE_TOKENIZERS = {
     "smollm": _SINGLE_DIGITS,
     "starcoder": _SINGLE_DIGITS,
     "refact": _SINGLE_DIGITS,
+    "olmo": _GPT2,  # GPT-NeoX, too
     "command-r": _SINGLE_DIGITS,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,

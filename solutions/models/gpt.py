@@ -43,7 +43,7 @@ class GPT2Attention(Layer):
 
 
 class GPT2MLP(Layer):
-    """``c_proj(act(c_fc(x)))``: [T, hidden] -> [T, hidden]."""
+    """``c_proj(act(c_fc(x)))``: [T, hidden] -> [T, hidden], added to `add_to` if that is given."""
 
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
@@ -52,8 +52,8 @@ class GPT2MLP(Layer):
         self.c_proj = RowParallelLinear(columns, config.hidden_size, config.mlp_bias, parallel)
         self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.activation(self.c_fc(x)))
+    def forward(self, x: Tensor, add_to: Tensor | None = None) -> Tensor:
+        return self.c_proj(self.activation(self.c_fc(x)), add_to)
 
 
 class GPT2Block(Layer):

@@ -14,7 +14,7 @@ from .config.model_config import ModelConfig
 from .config.text_part import text_name
 
 HEAD = "lm_head.weight"
-EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "wte.weight")
+EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "wte.weight", "gpt_neox.embed_in.weight")
 MOST_PACKED = 17
 """Weights for each element of a file, at most: sixteen of two bits to a word, and some slack for what a file leaves out."""
 

@@ -20,8 +20,9 @@ WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "v
 
 
 def llama_cpp_architecture(model: PreTrainedModel) -> str:
-    """Mistral is labelled llama, the others as transformers calls them, or nearly."""
-    return {"mistral": "llama", "gemma3_text": "gemma3"}.get(model.config.model_type, model.config.model_type)
+    """Most are labelled as transformers calls them."""
+    name: str = model.config.model_type
+    return {"mistral": "llama", "gemma3_text": "gemma3", "gpt_neox": "gptneox"}.get(name, name)
 
 
 def llama_cpp_names(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
@@ -41,6 +42,10 @@ def llama_cpp_names(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
         if layer in heads:
             halves = values.reshape(heads[layer], 2, -1, *values.shape[1:])
             values = halves.swapaxes(1, 2).reshape(values.shape)
+        if layer == "query_key_value":
+            by_head = values.reshape(model.config.num_attention_heads, 3, -1, *values.shape[1:])
+            values = by_head.swapaxes(0, 1).reshape(values.shape)
+        name = "embed_out.weight" if architecture == "gptneox" and name == "lm_head.weight" else name
         yield names.get_name(name, try_suffixes=(".weight", ".bias")), values
 
 
@@ -89,8 +94,15 @@ def write_model(
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    epsilon = {"starcoder2": "norm_epsilon", "gpt_neox": "layer_norm_eps"}.get(config.model_type)
+    if epsilon is None:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    else:
+        writer.add_layer_norm_eps(getattr(config, epsilon))
+    if hasattr(config, "use_parallel_residual"):
+        writer.add_parallel_residual(config.use_parallel_residual)
+        writer.add_rope_dimension_count(int(config.rope_parameters["partial_rotary_factor"] * 32))
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)

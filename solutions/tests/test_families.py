@@ -242,11 +242,14 @@ FEATURES: dict[str, Callable[[str, Path], None]] = {
 
 REFUSED = {
     **{(family, "batch invariance"): "not with a sliding window" for family in ("mistral", "gemma2", "gemma3_text")},
-    **{(family, "CPU kernels, replayed"): "the layers are not replayed" for family in ("gpt2", "gemma2", "gemma3_text")},
+    **{
+        (family, "CPU kernels, replayed"): "the layers are not replayed"
+        for family in ("gpt2", "gemma2", "gemma3_text", "starcoder2", "gpt_neox")
+    },
     ("gpt2", "GGUF"): "GGUF architecture 'gpt2' is not supported",
     **{
         (family, f"making {method}"): "cannot be quantized"
-        for family in ("gpt2", "phi3", "olmo2", "gemma2", "gemma3_text")
+        for family in ("gpt2", "phi3", "olmo2", "gemma2", "gemma3_text", "starcoder2", "gpt_neox")
         for method in ("GPTQ", "AWQ")
     },
 }
@@ -267,7 +270,7 @@ def test_cell(family: str, feature: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3", "phi3", "olmo2"])
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "olmo2", "starcoder2"])
 def test_ranks_that_share_kv_heads(family: str, tmp_path: Path) -> None:
     """Four query heads over one KV head, which both ranks then hold."""
     sizes = {} if family == "qwen3" else {"hidden_size": 128}

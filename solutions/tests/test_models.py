@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from solutions.attention.paged_attention import AttentionMetadata, NaiveBackend
@@ -126,6 +127,35 @@ def test_longrope_has_other_divisors_beyond_the_trained_context(tmp_path: Path) 
 def test_each_family(tmp_path: Path, family: str) -> None:
     # transformers and we round angles of some tens apart, which four layers make more of
     assert_same_logits(tmp_path, make_tiny(family, tmp_path), tolerance={"atol": 5e-4, "rtol": 1e-4}, max_model_len=128)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("starcoder2", {"use_bias": False, "sliding_window": 24}),
+        ("starcoder2", {"tie_word_embeddings": False, "hidden_act": "relu"}),
+        ("gpt_neox", {"use_parallel_residual": False}),
+        ("gpt_neox", {"attention_bias": False, "tie_word_embeddings": True, "rope_parameters": {"partial_rotary_factor": 1.0}}),
+    ],
+)
+def test_variants_of_families(tmp_path: Path, family: str, overrides: dict[str, Any]) -> None:
+    if "rope_parameters" in overrides:
+        overrides = overrides | {"rope_parameters": FAMILIES[family]["rope_parameters"] | overrides["rope_parameters"]}
+    assert_same_logits(tmp_path, make_tiny(family, tmp_path, **overrides))
+
+
+def test_gpt_neox_as_older_files_have_it(tmp_path: Path) -> None:
+    """Masks and frequencies among the weights, and RoPE in two entries of its own."""
+    oracle = make_tiny("gpt_neox", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for layer in range(3):
+        for name in ("bias", "masked_bias", "rotary_emb.inv_freq"):
+            tensors[f"gpt_neox.layers.{layer}.attention.{name}"] = torch.ones(4)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rotary_pct": 0.25, "rotary_emb_base": 5000}))
+    assert_same_logits(tmp_path, oracle)
 
 
 def test_llama_reads_rope_scaling_as_older_checkpoints_write_it(tmp_path: Path) -> None:

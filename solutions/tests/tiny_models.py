@@ -114,6 +114,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": _SIZES,
     "gemma2": _GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
     "gemma3_text": _GEMMA | {"num_hidden_layers": 7, "rope_parameters": GEMMA3_ROPE},
+    "starcoder2": _SIZES | {"norm_epsilon": 1e-5, "tie_word_embeddings": True},
+    "gpt_neox": _SIZES | {
+        "hidden_size": 160, "num_attention_heads": 5, "num_key_value_heads": None, "layer_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.25},
+    },
 }  # fmt: skip
 """What makes each family itself, by transformers' ``model_type``: KV heads that two ranks cannot share evenly, heads of 32
 elements (which the kernels of a CPU turn) though hidden / heads may be another number, scaling that some dozen tokens meet."""

@@ -154,6 +154,34 @@ def _gemma3(hf: Entries) -> Fields:
     }
 
 
+def _starcoder2(hf: Entries) -> Fields:
+    hf = hf.silent(bos_token_id=50256, eos_token_id=50256, num_key_value_heads=2, tie_word_embeddings=True)
+    has_bias = hf.flag("use_bias", True)
+    return _llama(hf) | {
+        "norm_eps": hf.number("norm_epsilon", 1e-5),
+        "hidden_act": hf.text("hidden_act", "gelu_pytorch_tanh"),
+        "sliding_window": hf.whole("sliding_window", None),
+        "attention_bias": has_bias,
+        "output_bias": has_bias,
+        "mlp_bias": has_bias,
+    }
+
+
+def _gpt_neox(hf: Entries) -> Fields:
+    theta, share = hf.number("rotary_emb_base", 10000.0, above=True), hf.number("rotary_pct", 0.25)  # the older names
+    hf = hf.silent(bos_token_id=0, eos_token_id=2, rope_theta=theta, partial_rotary_factor=share)
+    has_bias = hf.flag("attention_bias", True)
+    return _llama(hf, turns_parts=True) | {
+        "num_kv_heads": hf.whole("num_attention_heads"),
+        "norm_eps": hf.number("layer_norm_eps", 1e-5),
+        "hidden_act": hf.text("hidden_act", "gelu"),
+        "parallel_residual": hf.flag("use_parallel_residual", True),
+        "attention_bias": has_bias,
+        "output_bias": has_bias,
+        "mlp_bias": True,
+    }
+
+
 def _windows(hf: Entries, slides: Callable[[int], bool]) -> Fields:
     """The window of all layers, None if there is none, and that of each layer where they differ.
 
@@ -242,6 +270,8 @@ FAMILIES = {
         Family("Olmo2ForCausalLM", "olmo2", _olmo2),
         Family("Gemma2ForCausalLM", "gemma2", _gemma2),
         Family("Gemma3ForCausalLM", "gemma3_text", _gemma3),
+        Family("Starcoder2ForCausalLM", "starcoder2", _starcoder2),
+        Family("GPTNeoXForCausalLM", "gpt_neox", _gpt_neox),
         Family("GPT2LMHeadModel", "gpt2", _gpt2),
     )
 }

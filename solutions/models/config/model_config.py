@@ -30,6 +30,7 @@ class ModelConfig:
         rope_scaling: None, or ``{"rope_type": ..., **numbers}``, what `rope.read_rope` makes.
         rotary_dim: elements at the start of a head that RoPE turns; None: all.
         layers_without_rope: layers that get no positions.
+        parallel_residual: the MLP reads what attention reads, and both are added at once.
         tie_word_embeddings: the LM head is the embedding's own weight.
         sliding_window: a token sees itself and the ``sliding_window - 1`` before it; None: all.
         layer_windows: the same of each layer, where layers differ; `sliding_window` is None then.
@@ -64,6 +65,7 @@ class ModelConfig:
     rope_scaling: dict[str, Any] | None = None
     rotary_dim: int | None = None
     layers_without_rope: tuple[int, ...] = ()
+    parallel_residual: bool = False
     tie_word_embeddings: bool = False
     sliding_window: int | None = None
     layer_windows: tuple[int | None, ...] = ()
