@@ -31,7 +31,6 @@ examples:
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import time
@@ -49,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an
 from solutions.benchmarks.comparison import in_turns, rates, ratio
 from solutions.benchmarks.datasets import WORKLOADS, BenchRequest, make_requests
 from solutions.benchmarks.end_to_end import first_model, run_server
-from solutions.benchmarks.report import Parser, drawing, finish, one_line_errors, place, say, show_table, spread
+from solutions.benchmarks.report import Flags, Parser, drawing, finish, one_line_errors, place, say, show_table, spread
 from solutions.benchmarks.servers import MAX_SEQUENCES, STARTERS, running_server, start
 from solutions.benchmarks.throughput import Measurement, load_hf, run_engine, run_hf, warm_up_requests
 from solutions.core.config import DEFAULT_MODEL
@@ -77,9 +76,9 @@ WAITS = ("ttft_ms_median", "tpot_ms_median")
 Runner = Callable[[list[BenchRequest]], Measurement]
 
 
-def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+def parse_flags(argv: list[str] | None) -> Flags:
     """Flags; exits with one line if one is wrong."""
-    parser = Parser("compare", __doc__)
+    parser = Parser("compare", __doc__, "speeds and ratios")
     parser.add_flag("--model", DEFAULT_MODEL, "what to run")
     parser.add_flag("--workloads", ["W1", "W2", "W3", "W4"], "see above", choices=tuple(WORKLOADS))
     names = [*SETTINGS, "hf", "server", *STARTERS]
@@ -88,7 +87,6 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--api-key", help="key for the servers of --url")
     parser.add_flag("--repeats", 3, "runs of each, in turns")
     parser.add_argument("--busy", type=int, default=0, help="measure again beside 1 to so many processes that never rest")
-    parser.output_flags("speeds and ratios")
     args = parser.parse_args(argv)
     if not all("=" in server for server in args.url):
         parser.error("--url wants NAME=URL, such as vllm=http://localhost:8001/v1")
@@ -97,7 +95,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def make_runner(name: str, args: argparse.Namespace, stack: ExitStack) -> Runner:
+def make_runner(name: str, args: Flags, stack: ExitStack) -> Runner:
     """What runs a list of requests on a system; what was started for it ends with `stack`. Raises ValueError if the model
     cannot be had, RuntimeError if a server is not installed, or does not start."""
     say(f"loading {name}")
@@ -188,7 +186,6 @@ def draw(summary: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print, draw, write; exits with one line on a problem."""
     args = parse_flags(argv)
     device = pick_device("auto")
     if device.type == "cpu":
@@ -197,14 +194,13 @@ def main(argv: list[str] | None = None) -> None:
         runners = {name: make_runner(name, args, stack) for name in args.backends}
         for name, _, url in (server.partition("=") for server in args.url):
             runners[name] = partial(run_server, url, first_model(url, args.api_key), api_key=args.api_key)
-        has_servers = len(runners) > sum(name in SETTINGS or name == "hf" for name in args.backends)
+        pause = PAUSE if runners.keys() - SETTINGS.keys() - {"hf"} else 0
         found = {}
         for busy in range(args.busy + 1):
             if busy:
                 stack.callback(subprocess.Popen([sys.executable, "-c", "while True: pass"]).kill)
             for name in args.workloads:
-                runs = measure(runners, name, args.repeats, PAUSE if has_servers else 0)
-                found[f"{name} beside {busy}" if busy else name] = runs
+                found[f"{name} beside {busy}" if busy else name] = measure(runners, name, args.repeats, pause)
     summary = summarise(found)
     show(summary, place(device))
     finish(args, "compare", summary, partial(draw, summary), threads=torch.get_num_threads())

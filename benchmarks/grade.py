@@ -1,7 +1,4 @@
-"""Grades a learner's checkout, or a folder of several: points by task, a report, results for Gradescope.
-
-Run it: ``python benchmarks/grade.py --help``. What it does is in `stages/course/grading/`.
-"""
+"""Grades a learner's checkout, or a folder of several; `stages/course/grading/` is where it does."""
 
 from __future__ import annotations
 

@@ -22,7 +22,6 @@ examples:
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
 import math
@@ -39,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an
 from solutions.benchmarks.datasets import DATASETS_HELP, Workload, add_workload_flags, make_requests, parse_workload
 from solutions.benchmarks.end_to_end import Client, arrivals, check, first_model
 from solutions.benchmarks.latency import Limits, Stream, summarise, sustained_rate
-from solutions.benchmarks.report import Parser, drawing, finish, one_line_errors, say, show_table, tracked
+from solutions.benchmarks.report import Flags, Parser, drawing, finish, one_line_errors, say, show_table, tracked
 from solutions.benchmarks.servers import running_server
 from solutions.benchmarks.throughput import warm_up_requests
 from solutions.core.config import DEFAULT_MODEL
@@ -51,9 +50,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Workload]:
+def parse_flags(argv: list[str] | None) -> tuple[Flags, Workload]:
     """Flags and the workload that they describe; exits with one line if they do not fit together."""
-    parser = Parser("latency", __doc__.replace("DATASETS", DATASETS_HELP))
+    parser = Parser("latency", __doc__.replace("DATASETS", DATASETS_HELP), "the waits over the load")
     add_workload_flags(parser)
     group = parser.add_argument_group("load")
     parser.add_flag("--concurrency", [1, 8, 32], "users", group, metavar="N")
@@ -71,7 +70,6 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Workload]:
     parser.add_flag("--ttft-limit", 1000.0, "most milliseconds to the first token, for goodput", group, metavar="MS")
     parser.add_flag("--tpot-limit", 100.0, "most milliseconds per token after it, for goodput", group, metavar="MS")
     parser.add_flag("--repeats", 1, "runs of each load, with other arrivals; their requests are counted together", group)
-    parser.output_flags("the waits over the load")
     args, workload = parse_workload(parser, argv)
     if min([*(args.rates or args.loads), args.ttft_limit, args.tpot_limit]) <= 0:
         parser.error("--rates, --loads and the limits must be above 0")
@@ -80,7 +78,7 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, Workload]:
     return args, workload
 
 
-def run(client: Client, workload: Workload, kind: str, size: float, args: argparse.Namespace, seeds: Iterator[int]) -> Row:
+def run(client: Client, workload: Workload, kind: str, size: float, args: Flags, seeds: Iterator[int]) -> Row:
     """One row: `kind` "users" with that many, or "rate" with as many requests a second. A run takes a seed of its own for its
     requests: a server's prefix cache knows those that it has answered. Raises ValueError if one failed, or none was
     answered."""
@@ -103,7 +101,7 @@ def run(client: Client, workload: Workload, kind: str, size: float, args: argpar
     return {"kind": kind, "size": size} | summarise(streams, Limits(args.ttft_limit / 1e3, args.tpot_limit / 1e3))
 
 
-def measure(client: Client, workload: Workload, args: argparse.Namespace) -> list[Row]:
+def measure(client: Client, workload: Workload, args: Flags) -> list[Row]:
     """A row for each load, after short requests that do not count. Raises what `run` does."""
     seeds = itertools.count(args.data_seed + 1)
     asyncio.run(client.closed_loop(warm_up_requests(make_requests(workload)), 8))
@@ -114,7 +112,6 @@ def measure(client: Client, workload: Workload, args: argparse.Namespace) -> lis
 
 
 def show(rows: list[dict[str, Any]], title: str) -> None:
-    """Print the table."""
     cells = []
     for row in rows:
         waits = [row.get(f"{kind}_ms", {}).get(which, math.nan) for kind, which in map(str.split, WAITS)]
@@ -146,7 +143,6 @@ def draw(rows: list[dict[str, Any]], limits: dict[str, float], path: Path) -> No
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print, draw, write; exits with one line on a problem."""
     args, workload = parse_flags(argv)
     with one_line_errors(RuntimeError), ExitStack() as stack:
         url = args.url

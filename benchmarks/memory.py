@@ -20,7 +20,6 @@ examples:
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections.abc import Callable
@@ -36,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an
 
 from solutions.benchmarks import memory as kv
 from solutions.benchmarks.datasets import MIXED_INPUT, MIXED_OUTPUT, draw_lengths
-from solutions.benchmarks.report import Parser, drawing, finish, one_line_errors, show_table, tracked
+from solutions.benchmarks.report import Flags, Parser, drawing, finish, one_line_errors, show_table, tracked
 from solutions.core.config import parse_bytes
 from solutions.memory.cache_engine import block_bytes, scale_bytes
 from solutions.models.loader import resolve_model
@@ -61,7 +60,7 @@ def token_bytes(model: str, dtype: torch.dtype = torch.bfloat16) -> int:
     return block_bytes(*sizes, config.head_dim, dtype) + scale_bytes(*sizes, dtype)
 
 
-def systems(args: argparse.Namespace, capacity: int, int8_capacity: int, lengths: kv.Lengths) -> list[Callable[[], kv.Usage]]:
+def systems(args: Flags, capacity: int, int8_capacity: int, lengths: kv.Lengths) -> list[Callable[[], kv.Usage]]:
     """One simulation each."""
 
     def contiguous(name: str, reserve: Callable[[int, int], int], memory: type[kv.FirstFit | kv.Buddy]) -> Any:
@@ -78,8 +77,7 @@ def systems(args: argparse.Namespace, capacity: int, int8_capacity: int, lengths
     ]
 
 
-def show(args: argparse.Namespace, capacity: int, usages: list[kv.Usage]) -> None:
-    """Print the table."""
+def show(args: Flags, capacity: int, usages: list[kv.Usage]) -> None:
     baseline = next((u for u in usages if u.system == f"contiguous, max {BASELINE_MAX_LEN}"), usages[0])
     rows = [
         [
@@ -121,8 +119,7 @@ def draw(capacity: int, usages: list[kv.Usage], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Simulate, print, draw, write; exits with one line on a problem."""
-    parser = Parser("memory", __doc__)
+    parser = Parser("memory", __doc__, "a chart")
     parser.add_flag("--model", "llama-7b", "the model whose KV cache is stored; its weights are not needed")
     parser.add_flag("--kv-cache-memory-bytes", "12GiB", "the memory", type=parse_bytes, metavar="SIZE")
     parser.add_flag("--block-sizes", [1, 8, 16, 32, 128], "paged", metavar="N")
@@ -130,7 +127,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_flag("--max-model-lens", [768, 1024, 2048], text, metavar="N")
     parser.add_flag("--num-requests", 2000, "requests", metavar="N")
     parser.add_argument("--data-seed", type=int, default=0, help="seed of the lengths (default: 0)")
-    parser.output_flags("a chart")
     args = parser.parse_args(argv)
     if min(args.max_model_lens) < LONGEST:
         parser.error(f"--max-model-lens must be at least {LONGEST}, the longest request, got {min(args.max_model_lens)}")

@@ -22,7 +22,6 @@ examples:
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -36,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an
 
 from solutions.benchmarks import datasets
 from solutions.benchmarks.comparison import in_turns, rates, ratio
-from solutions.benchmarks.report import Parser, finish, one_line_errors, place, say, show_table, spread
+from solutions.benchmarks.report import Flags, Parser, finish, one_line_errors, place, say, show_table, spread
 from solutions.benchmarks.throughput import Measurement, load_hf, peak_memory_bytes, run_engine, run_hf, warmed
 from solutions.core.config import EngineConfig, add_engine_flags, config_from_flags
 from solutions.core.engine import LLM
@@ -46,10 +45,11 @@ from solutions.core.worker import pick_device, pick_dtype
 from solutions.models.loader import resolve_model
 
 BACKENDS = {"engine": ("engine",), "hf": ("hf",), "both": ("engine", "hf"), "engine,hf": ("engine", "hf")}
+RATES = ("output_tokens_per_second", "total_tokens_per_second")
 LABELS = {"engine": "this engine", "hf": "transformers"}
 
 
-def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, datasets.Workload]:
+def parse_flags(argv: list[str] | None) -> tuple[Flags, datasets.Workload]:
     """Flags and the workload that they describe; exits with one line if they do not fit together."""
     parser = Parser("throughput", __doc__.replace("DATASETS", datasets.DATASETS_HELP))
     datasets.add_workload_flags(parser)
@@ -58,12 +58,11 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, datasets.Wo
     parser.add_flag("--backend", "engine", text, group, choices=tuple(BACKENDS), metavar="{engine,hf,both}")
     parser.add_flag("--batch-size", 32, "size of transformers' static batches", group)
     parser.add_flag("--repeats", 1, "runs of each backend, in turn", group)
-    parser.output_flags()
     add_engine_flags(parser)
     return datasets.parse_workload(parser, argv)
 
 
-def load(args: argparse.Namespace, workload: datasets.Workload, config: EngineConfig) -> dict[str, Callable[[], Measurement]]:
+def load(args: Flags, workload: datasets.Workload, config: EngineConfig) -> dict[str, Callable[[], Measurement]]:
     """The backends that were asked for, warm; the flags get the precision that they run in. Raises ValueError if the model
     cannot be had or the requests do not fit it."""
     source, device = resolve_model(config.model, config.load_format), pick_device(config.device)
@@ -89,19 +88,17 @@ def summarise(results: dict[str, list[Measurement]]) -> dict[str, Any]:
     """Results ready for JSON: every run, medians with their spread, and the ratio if there are two backends."""
     summary: dict[str, Any] = {}
     for name, runs in results.items():
-        every = [run.as_dict() for run in runs]
-        keys = ("output_tokens_per_second", "total_tokens_per_second")
-        summary[name] = {key: spread(run[key] for run in every) for key in keys} | {"runs": every}
+        every = [asdict(run) | {key: getattr(run, key) for key in RATES} for run in runs]
+        summary[name] = {key: spread(run[key] for run in every) for key in RATES} | {"runs": every}
     if len(results) == 2:
         summary["ratio_engine_to_hf"] = asdict(ratio(rates(results["engine"]), rates(results["hf"])))
     return summary | {"peak_memory_bytes": peak_memory_bytes()}  # with two backends, both models are in it
 
 
 def show(dataset: str, results: dict[str, list[Measurement]], summary: dict[str, Any], setting: str) -> None:
-    """Print the table."""
     rows = []
     for name, runs in results.items():
-        rate, total = summary[name]["output_tokens_per_second"], summary[name]["total_tokens_per_second"]
+        rate, total = (summary[name][key] for key in RATES)
         seconds = spread(run.seconds for run in runs)["median"]
         own = [rate["median"], rate["min"], rate["max"], total["median"], seconds]
         useful = f"{runs[0].num_output_tokens / runs[0].num_computed_tokens:.0%}"
@@ -119,7 +116,6 @@ def show(dataset: str, results: dict[str, list[Measurement]], summary: dict[str,
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print, write; exits with one line on a problem."""
     args, workload = parse_flags(argv)
     with one_line_errors():
         config = config_from_flags(args)

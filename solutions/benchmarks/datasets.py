@@ -46,16 +46,12 @@ class BenchRequest:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What to generate.
+    """What to generate. Raises ValueError if a number does not make sense for the dataset.
 
     Attributes:
-        dataset: one of `DATASETS`, which `DATASETS_HELP` explains.
-        num_prompts: how many requests; of "chat" every turn is one.
+        dataset: one of `DATASETS`, which `DATASETS_HELP` explains. num_prompts: requests; of "chat" every turn is one.
         input_len, output_len: lengths in tokens; None for "mixed", which draws them.
         prefix_len: tokens that all prompts of "shared-prefix" begin with, else 0.
-
-    Raises:
-        ValueError: a number does not make sense for the dataset.
     """
 
     dataset: str
@@ -97,11 +93,9 @@ def token_ids(rng: random.Random, count: int) -> list[int]:
     return [rng.randint(*TOKEN_IDS) for _ in range(count)]
 
 
-def draw_lengths(
-    count: int, rng: random.Random, inputs: tuple[int, int] = MIXED_INPUT, outputs: tuple[int, int] = MIXED_OUTPUT
-) -> list[tuple[int, int]]:
-    """(input length, output length) of `count` requests, uniform over two closed ranges."""
-    return [(rng.randint(*inputs), rng.randint(*outputs)) for _ in range(count)]
+def draw_lengths(count: int, rng: random.Random) -> list[tuple[int, int]]:
+    """(input length, output length) of `count` requests, uniform over `MIXED_INPUT` and `MIXED_OUTPUT`, ends included."""
+    return [(rng.randint(*MIXED_INPUT), rng.randint(*MIXED_OUTPUT)) for _ in range(count)]
 
 
 def make_requests(

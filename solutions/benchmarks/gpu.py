@@ -8,7 +8,6 @@ do, so nothing is downloaded.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import itertools
 import re
@@ -31,7 +30,7 @@ from ..models.costs.roofline import CARDS, Card, StepCost, decode_cost, prefill_
 from ..models.loader import resolve_model
 from .datasets import BenchRequest
 from .kernels import paged_step
-from .report import Parser, finish, one_line_errors, show_table
+from .report import Flags, Parser, finish, one_line_errors, show_table
 from .timing import median_seconds
 
 BACKENDS = ["triton", "cuda", "torch"]
@@ -39,10 +38,8 @@ KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 CACHE_BYTES = 256 << 20
 """More than any card's second-level cache holds."""
-WARM_UP = 3
-"""Calls that do not count."""
-NUMBERS = itertools.count()
-"""Of all requests."""
+WARM_UP, NUMBERS = 3, itertools.count()
+"""Calls that do not count, and numbers of all requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +170,7 @@ def measure_attention(
     return AttentionTime(name, kv_cache_dtype, batch, context, seconds, moved / seconds / card.bandwidth)
 
 
-def show_floors(model: ModelConfig, args: argparse.Namespace) -> None:
+def show_floors(model: ModelConfig, args: Flags) -> None:
     """The computed table: floors of a decode step on known cards."""
     rows = []
     for batch in args.batches:
@@ -197,7 +194,7 @@ def show_steps(title: str, steps: list[StepTime]) -> list[dict[str, Any]]:
     return [asdict(step) | {"tokens_per_second": step.tokens_per_second} for step in steps]
 
 
-def measure_model(args: argparse.Namespace, backend: str, card: Card, first: bool) -> dict[str, list[dict[str, Any]]]:
+def measure_model(args: Flags, backend: str, card: Card, first: bool) -> dict[str, list[dict[str, Any]]]:
     """The model with one attention backend: all batches and prompts with the first, one batch with the others."""
     batches = args.batches if first else args.batches[1:2] or args.batches[:1]
     config = EngineConfig(
@@ -219,7 +216,7 @@ def measure_model(args: argparse.Namespace, backend: str, card: Card, first: boo
     return results
 
 
-def measure(args: argparse.Namespace, model: ModelConfig) -> dict[str, Any]:
+def measure(args: Flags, model: ModelConfig) -> dict[str, Any]:
     """Everything that needs the card."""
     device, heads = torch.device("cuda"), (model.num_heads, model.num_kv_heads)
     with torch.inference_mode():
@@ -244,7 +241,6 @@ def measure(args: argparse.Namespace, model: ModelConfig) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Compute, measure, print, write; exits with one line on a problem."""
     parser = Parser("gpu", __doc__)
     parser.add_flag("--model", "llama-7b", "run with random weights")
     parser.add_flag("--batches", [1, 32, 64, 256], "batch sizes of the decode steps")
@@ -253,7 +249,6 @@ def main(argv: list[str] | None = None) -> None:
     text = "the first backend runs everything; the others run attention alone and the second batch"
     parser.add_flag("--backends", BACKENDS, text, choices=BACKENDS)
     parser.add_flag("--steps", 24, "measurements; the median counts")
-    parser.output_flags()
     args = parser.parse_args(argv)
     with one_line_errors():
         model = resolve_model(args.model, "dummy").config

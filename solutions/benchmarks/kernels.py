@@ -209,7 +209,6 @@ def all_kernels(ceilings: Ceilings, repeats: int) -> list[Callable[[], Timing]]:
 
 
 def show(ceilings: Ceilings, timings: list[Timing]) -> None:
-    """Print the table."""
     rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in ceilings.operations.items())
     rows = []
     for t in timings:
@@ -239,10 +238,8 @@ def draw(timings: list[Timing], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print, draw, write; exits with one line if there are no kernels."""
-    parser = Parser("kernels", __doc__)
+    parser = Parser("kernels", __doc__, "the shares")
     parser.add_flag("--repeats", 15, "measurements of each kernel; the median counts")
-    parser.output_flags("the shares")
     args = parser.parse_args(argv)
     if native.load() is None:
         sys.exit(f"error: there are no C++ kernels here: {native.why_not}")

@@ -167,8 +167,8 @@ def measure(
     return Overhead(num_seqs, prefix_caching, kind.name, median, statistics.median(totals), min(totals), max(totals))
 
 
-KINDS = (RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY)
 GOALS = {"DELTA": 8.0, "FINAL_ONLY": 4.0}
+"""Microseconds, by kind of output."""
 
 
 def pin_to_one_core() -> None:
@@ -193,21 +193,20 @@ def show(results: list[Overhead]) -> None:
     for setting, every in costs.items():
         (fewest, low), (most, high) = min(every), max(every)
         if fewest < most:
-            growth = f"{high / low:.2f}x as much at {most} as at {fewest} running"
-            print(f"prefix cache {setting}: a sequence costs {growth}")
+            print(f"prefix cache {setting}: a sequence costs {high / low:.2f}x as much at {most} as at {fewest} running")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print, write; exits with one line on a problem."""
     parser = Parser("overhead", __doc__)
     parser.add_flag("--num-seqs", [64, 256, 1024], "running", metavar="N")
     parser.add_flag("--steps", 32, "measured steps in a round")
     parser.add_flag("--rounds", 5, "rounds, of which the median counts")
     parser.add_flag("--model", DEFAULT_MODEL, "whose tokenizer makes the text")
-    parser.output_flags()
     args = parser.parse_args(argv)
     pin_to_one_core()
-    settings = [(n, caching, kind) for caching in (True, False) for kind in KINDS for n in sorted(args.num_seqs)]
+    settings = [
+        (n, caching, RequestOutputKind[kind]) for caching in (True, False) for kind in GOALS for n in sorted(args.num_seqs)
+    ]
     sizes = {"rounds": args.rounds, "steps": args.steps, "tokenizer_of": args.model}
     with one_line_errors():
         results = [measure(*setting, **sizes) for setting in tracked(settings, "measuring")]

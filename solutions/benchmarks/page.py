@@ -24,7 +24,6 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -62,9 +61,7 @@ def open_browser() -> Iterator[Browser]:
             browser.close()
 
 
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        """Nothing on the terminal."""
+QUIET = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})  # nothing on the terminal
 
 
 @contextmanager
@@ -73,7 +70,7 @@ def static_copy(trace: Path) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(PAGE, Path(folder) / "page")
         shutil.copy(trace, Path(folder) / "page" / "trace.jsonl")
-        with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=folder)) as server:
+        with ThreadingHTTPServer(("127.0.0.1", 0), partial(QUIET, directory=folder)) as server:
             thread = threading.Thread(target=server.serve_forever)
             thread.start()
             try:
@@ -110,19 +107,14 @@ def measure(page: Page, running: int, seconds: float) -> dict[str, float]:
     page.wait_for_function(f"document.getElementById('number-running')?.textContent === '{running} of {running}'")
     times = page.evaluate(COUNT_FRAMES, seconds)
     gaps = [later - earlier for earlier, later in pairwise(times)]
-    return {
-        "frames_per_second": 1e3 * len(gaps) / (times[-1] - times[0]),
-        "median_ms": statistics.median(gaps),
-        "longest_ms": max(gaps),
-    }
+    rate = 1e3 * len(gaps) / (times[-1] - times[0])
+    return {"frames_per_second": rate, "median_ms": statistics.median(gaps), "longest_ms": max(gaps)}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print, write; exits with one line on a problem."""
     parser = Parser("page", __doc__)
     parser.add_flag("--running", 256, "running sequences")
     parser.add_flag("--seconds", 10, "how long frames are counted")
-    parser.output_flags()
     args = parser.parse_args(argv)
     with one_line_errors(), tempfile.TemporaryDirectory() as folder, open_browser() as browser:
         trace = Path(folder) / "trace.jsonl"

@@ -5,17 +5,17 @@ Four small measurements, with and without the cache (--no-enable-prefix-caching)
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from ..core.config import DEFAULT_MODEL
 from ..core.engine import LLM
 from .datasets import BenchRequest, Workload, make_requests, token_ids
-from .report import Parser, finish, one_line_errors, show_table, spread
+from .report import Flags, Parser, finish, one_line_errors, show_table, spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +70,10 @@ def chat(model: str, num_turns: int, message_len: int, answer_len: int, seed: in
 def cost_without_hits(model: str, num_requests: int, input_len: int, output_len: int, repeats: int, seed: int) -> list[float]:
     """Throughput with the cache over that without it, on prompts that share nothing, a ratio for each pair of runs."""
     engines = {caching: make_engine(model, enable_prefix_caching=caching) for caching in (False, True)}
-    workload, ratios = Workload("random", num_requests, input_len, output_len), []
+    prompts, ratios = partial(make_requests, Workload("random", num_requests, input_len, output_len)), []
     for number in range(repeats + 1):
         order = (False, True) if number % 2 else (True, False)  # whoever comes second finds a warmer machine
-        times = {
-            caching: seconds(engines[caching], make_requests(workload, seed=seed + 2 * number + caching)) for caching in order
-        }
+        times = {caching: seconds(engines[caching], prompts(seed=seed + 2 * number + caching)) for caching in order}
         ratios.append(times[False] / times[True])
     return ratios[1:]  # the first is a warm-up
 
@@ -96,7 +94,7 @@ def hits_by_policy(model: str, num_groups: int, group_size: int, prefix_len: int
     return shares
 
 
-def show(args: argparse.Namespace, results: dict[str, Any]) -> None:
+def show(args: Flags, results: dict[str, Any]) -> None:
     """Print a table for each measurement."""
     names = {"first": "first of those with a common beginning", "others": "the others, median"}
     names["without"] = "without the cache, median"
@@ -115,7 +113,6 @@ def show(args: argparse.Namespace, results: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print, write; exits with one line on a problem."""
     parser = Parser("prefix_cache", __doc__)
     parser.add_flag("--model", DEFAULT_MODEL, "alias or folder")
     parser.add_flag("--num-requests", 32, "requests with a common beginning, and as many without")
@@ -124,19 +121,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_flag("--turns", 6, "turns of the chat")
     parser.add_flag("--repeats", 7, "pairs of runs on prompts that share nothing")
     parser.add_argument("--data-seed", type=int, default=0, help="seed of the prompts (default: 0)")
-    parser.output_flags()
     args = parser.parse_args(argv)
     if args.num_requests < 2:
         parser.error(f"--num-requests must be at least 2, got {args.num_requests}")
     if args.prefix_len + args.own_len > 1000:
         parser.error("--prefix-len and --own-len may be 1,000 tokens together at most")
     with one_line_errors():
+        ratios = cost_without_hits(args.model, args.num_requests, 128, 32, args.repeats, args.data_seed)
         results = {
             "shared_prefix": shared_prefix(args.model, args.num_requests, args.prefix_len, args.own_len, args.data_seed),
             "chat": [asdict(turn) for turn in chat(args.model, args.turns, 48, 32, args.data_seed)],
-            "ratios_without_hits": spread(
-                cost_without_hits(args.model, args.num_requests, 128, 32, args.repeats, args.data_seed)
-            ),
+            "ratios_without_hits": spread(ratios),
             "cached_by_policy": hits_by_policy(args.model, 6, 4, args.prefix_len, args.own_len, args.data_seed),
         }
     show(args, results)

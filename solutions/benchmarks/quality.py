@@ -9,14 +9,13 @@ natural English on every machine, nothing to download. It is cut into pieces; ev
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..batching.sampling_params import SamplingParams
 from ..core.config import DEFAULT_MODEL
@@ -27,7 +26,7 @@ from ..quantization.calibration import MATRICES, Calibration
 from ..quantization.layerwise import split_pieces
 from ..quantization.layout.checkpoint import QuantizedFormat, write_model
 from ..quantization.layout.groups import GroupQuantized, quantize_groups
-from .report import Parser, drawing, finish, one_line_errors, say, show_table, tracked
+from .report import Flags, Parser, drawing, finish, one_line_errors, say, show_table, tracked
 
 CAPTION = (
     "The default model's weights come from a file of 4 bits in groups of 32, which int4 gives back nearly as they are; "
@@ -35,14 +34,6 @@ CAPTION = (
 )
 HELD_OUT = 6
 """Every so many pieces, one is kept from calibration."""
-
-
-class Quality(NamedTuple):
-    """One precision: its name, the perplexity of all tokens but each piece's first, and the whole model's bytes as loaded."""
-
-    name: str
-    perplexity: float
-    weight_bytes: int
 
 
 def python_topics() -> str:
@@ -85,7 +76,7 @@ def write_rounded(model: str, folder: Path, group_size: int) -> None:
     write_model(folder, source.path, layers, form, symmetric=False)
 
 
-def make_models(args: argparse.Namespace, folder: Path, text: str) -> dict[str, dict[str, Any]]:
+def make_models(args: Flags, folder: Path, text: str) -> dict[str, dict[str, Any]]:
     """Make the 4-bit models that are not there yet; name → arguments of the engine."""
     calibration = folder / "calibration.txt"
     calibration.write_text(text)
@@ -108,28 +99,28 @@ def make_models(args: argparse.Namespace, folder: Path, text: str) -> dict[str, 
     return settings
 
 
-def show(model: str, results: list[Quality]) -> None:
+def show(model: str, runs: list[dict[str, Any]]) -> None:
     """Print a row for each precision."""
-    base = results[0].perplexity
-    gaps = {r.name: math.log(r.perplexity / base) for r in results}
+    base = runs[0]["perplexity"]
+    gaps = {run["name"]: math.log(run["perplexity"] / base) for run in runs}
     rows = []
-    for r in results:
-        method, _, size = r.name.partition(", groups of ")
+    for name, value, weight_bytes in (run.values() for run in runs):
+        method, _, size = name.partition(", groups of ")
         rounded = gaps.get(f"RTN, groups of {size}") if method.startswith(("GPTQ", "AWQ")) else None
-        closed = "" if rounded is None else f"{1 - gaps[r.name] / rounded:.0%}"
-        more, weights = f"{r.perplexity / base - 1:+.2%}", f"{r.weight_bytes / 2**20:.0f}"
-        rows.append([r.name, f"{r.perplexity:.3f}", more, f"{gaps[r.name]:.4f}", closed, weights])
+        closed = "" if rounded is None else f"{1 - gaps[name] / rounded:.0%}"
+        weights = f"{weight_bytes / 2**20:.0f}"
+        rows.append([name, f"{value:.3f}", f"{value / base - 1:+.2%}", f"{gaps[name]:.4f}", closed, weights])
     columns = ["precision", "perplexity", "more", "nats a token more", "of RTN's gap closed", "MiB of weights"]
     show_table(f"{model} on Python's documentation", columns, rows, CAPTION)
 
 
-def draw(results: list[Quality], path: Path) -> None:
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """A row for each precision: how much its perplexity is above the first one's, and the size of its weights."""
-    more = [100 * (r.perplexity / results[0].perplexity - 1) for r in results]
-    colors = ["#0072B2" if "groups" in r.name else "#D55E00" for r in results]
-    with drawing(path, figsize=(7.5, 0.6 + 0.32 * len(results))) as axes:
-        bars = axes.barh([r.name for r in results], more, color=colors)
-        labels = [f"{r.perplexity:.2f}, {r.weight_bytes / 2**20:.0f} MiB of weights" for r in results]
+    names = [run["name"] for run in runs]
+    more = [100 * (run["perplexity"] / runs[0]["perplexity"] - 1) for run in runs]
+    with drawing(path, figsize=(7.5, 0.6 + 0.32 * len(runs))) as axes:
+        bars = axes.barh(names, more, color=["#0072B2" if "groups" in name else "#D55E00" for name in names])
+        labels = [f"{run['perplexity']:.2f}, {run['weight_bytes'] / 2**20:.0f} MiB of weights" for run in runs]
         axes.bar_label(bars, labels, padding=4, fontsize=8)
         axes.set(xlabel="perplexity more than 16 bits', in %", xlim=(0, 1.45 * max(*more, 1e-9)))
         axes.invert_yaxis()
@@ -137,15 +128,13 @@ def draw(results: list[Quality], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make models, measure, print, draw, write; exits with one line on a problem."""
-    parser = Parser("quality", __doc__)
+    parser = Parser("quality", __doc__, "perplexity over size")
     parser.add_flag("--model", DEFAULT_MODEL, "alias or folder of a LLaMA or Mistral")
     parser.add_flag("--groups", [64, 128], "group sizes")
     parser.add_flag("--pieces", 24, "pieces of held-out text")
     parser.add_flag("--length", 512, "tokens of a piece, at least 2")
     parser.add_flag("--num-samples", 64, "pieces of calibration text")
     parser.add_argument("--folder", type=Path, help="where the 4-bit models are kept and, if there, taken from")
-    parser.output_flags("perplexity over size")
     args = parser.parse_args(argv)
     if args.length < 2:
         parser.error(f"--length must be at least 2, got {args.length}")
@@ -156,14 +145,15 @@ def main(argv: list[str] | None = None) -> None:
         own = {"16 bits": {}, "int8 KV cache": {"kv_cache_dtype": "int8"}, "int8": {"quantization": "int8"}}
         own["int4, groups of 32"] = {"quantization": "int4"}
         settings = {name: {"model": args.model, **flags} for name, flags in own.items()} | make_models(args, folder, text)
-        results, length = [], max(map(len, held_out)) + 1
+        runs, length = [], max(map(len, held_out)) + 1
         for name, arguments in tracked(settings.items(), "precisions", len(settings)):
             llm = LLM(**arguments, max_model_len=length, enable_prefix_caching=False)
-            results.append(Quality(name, perplexity(llm, held_out), llm.llm_engine.executor.weight_bytes))
+            size = llm.llm_engine.executor.weight_bytes  # of the whole model as loaded
+            runs.append({"name": name, "perplexity": perplexity(llm, held_out), "weight_bytes": size})
             del llm  # its memory is for the next one
-    show(args.model, results)
+    show(args.model, runs)
     tokens = sum(len(piece) - 1 for piece in held_out)
-    finish(args, "quality", {"tokens": tokens, "runs": [r._asdict() for r in results]}, partial(draw, results))
+    finish(args, "quality", {"tokens": tokens, "runs": runs}, partial(draw, runs))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ examples:
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import random
@@ -29,7 +28,7 @@ from ..core.platform.machine import available_cores
 from .datasets import BenchRequest, token_ids
 from .end_to_end import Client, check
 from .latency import Stream, duration, percentiles
-from .report import Parser, finish, one_line_errors, say, show_table, spread
+from .report import Flags, Parser, finish, one_line_errors, say, show_table, spread
 from .servers import free_port
 
 ROUTERS = ("prefix", "round_robin")
@@ -117,7 +116,7 @@ def serving(settings: dict[str, Any], replicas: int) -> Iterator[dict[str, str]]
         ray.shutdown()
 
 
-def run(args: argparse.Namespace, groups: Groups) -> dict[str, list[Measured]]:
+def run(args: Flags, groups: Groups) -> dict[str, list[Measured]]:
     """Router → its rounds. Raises ValueError if Ray is not installed, or a model cannot be had."""
     context = args.prefix_len + args.input_len + args.output_len + EngineConfig().block_size
     settings = {"model": args.model, "max_model_len": context, "num_gpu_blocks_override": args.kv_blocks}
@@ -133,7 +132,7 @@ def run(args: argparse.Namespace, groups: Groups) -> dict[str, list[Measured]]:
     return results
 
 
-def show(summary: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
+def show(summary: dict[str, dict[str, Any]], args: Flags) -> None:
     """Print the table: a row a router, medians of the rounds."""
     rows = []
     for router, by_name in summary.items():
@@ -148,7 +147,6 @@ def show(summary: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print, write; exits with one line on a problem."""
     parser = Parser("replicas", __doc__)
     parser.add_flag("--model", DEFAULT_MODEL, "what to run")
     parser.add_flag("--replicas", 2, "engines behind each router")
@@ -161,7 +159,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_flag("--rounds", 3, "rounds of each router, in turn; the median counts")
     text = "KV blocks of each engine (default: room for its share of the beginnings and for what runs)"
     parser.add_argument("--kv-blocks", type=int, help=text)
-    parser.output_flags()
     args = parser.parse_args(argv)
     if args.kv_blocks is not None and args.kv_blocks < 1:
         parser.error(f"--kv-blocks must be at least 1, got {args.kv_blocks}")

@@ -24,6 +24,7 @@ from rich.table import Table
 from ..core.doctor import instruction_sets
 from ..core.platform.machine import available_cores, cpu_flags, processor_name, total_memory
 
+Flags = argparse.Namespace
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 LOAD_AT_START = os.getloadavg()[0]
 """What others were doing on the machine, before a measurement's own work fills it."""
@@ -39,22 +40,22 @@ def command(name: str) -> str:
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose every complaint is one line, and whose help keeps its lines: the `text`, with its examples
-    behind the flags. `required` are flags for the usage."""
+    behind the flags. `picture` says what `finish` draws, if anything, and `has_results` whether it writes a record; `required`
+    are flags for the usage."""
 
-    def __init__(self, name: str, text: str, required: str = "") -> None:
+    def __init__(self, name: str, text: str, picture: str | None = None, required: str = "", has_results: bool = True) -> None:
         text, _, examples = text.partition("\nexamples:\n")
         super().__init__(
             usage=f"{command(name)} {required}[flag ...]", description=text, epilog=examples and f"examples:\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         )  # fmt: skip
         self._counts: list[str] = []
+        self._picture, self._has_results = picture, has_results
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (--help explains every flag)\n")
 
-    def add_flag(
-        self, name: str, default: Any, text: str, group: argparse._ArgumentGroup | None = None, **settings: Any
-    ) -> None:  # fmt: skip
+    def add_flag(self, name: str, default: Any, text: str, group: Any = None, **settings: Any) -> None:
         """Add a flag whose type is its default's; a list takes several values. Whole numbers must be at least 1. The default is
         added to the help `text`; `settings` are as of `add_argument`."""
         is_list = isinstance(default, list)
@@ -65,17 +66,15 @@ class Parser(argparse.ArgumentParser):
         settings = {"type": kind, "nargs": "+" if is_list else None} | settings
         (group or self).add_argument(name, default=default, help=f"{text} (default: {shown})", **settings)
 
-    def output_flags(self, picture: str | None = None) -> None:
-        """Add the flags of what `finish` writes, `picture` being what it draws, if anything."""
-        if picture is not None:
-            self.add_argument("--plot", type=Path, metavar="FILE", help=f"draw {picture}, as PNG, SVG or PDF")
-        self.add_argument("--output-json", type=Path, metavar="FILE", help="write results, machine, versions and flags")
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Flags:
+        """The flags, with those of what `finish` writes; exits with one line if one is wrong."""
         self.set_defaults(plot=None)
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
-        """The flags; exits with one line if one is wrong."""
+        if self._picture is not None:
+            self.add_argument("--plot", type=Path, metavar="FILE", help=f"draw {self._picture}, as PNG, SVG or PDF")
+        if self._has_results:
+            self.add_argument("--output-json", type=Path, metavar="FILE", help="write results, machine, versions and flags")
         found = super().parse_args(args, namespace)
-        if getattr(found, "plot", None) is not None and found.plot.suffix not in PICTURES:
+        if found.plot is not None and found.plot.suffix not in PICTURES:
             self.error(f"--plot must end in {', '.join(PICTURES)}, got {found.plot}")
         for name in self._counts:
             value = getattr(found, name.lstrip("-").replace("-", "_"))
@@ -125,9 +124,7 @@ def drawing(
     figure.savefig(path, dpi=dpi)
 
 
-def finish(
-    args: argparse.Namespace, name: str, results: Any, draw: Callable[[Path], None] | None = None, **flags: Any
-) -> None:  # fmt: skip
+def finish(args: Flags, name: str, results: Any, draw: Callable[[Path], None] | None = None, **flags: Any) -> None:
     """Draw and write what was measured, each if a flag asks for it; `flags` are settings that are not among `args`."""
     if args.plot is not None and draw is not None:
         args.plot.parent.mkdir(parents=True, exist_ok=True)

@@ -8,16 +8,15 @@ sum over two ranks by the ring of the course, by gloo and through shared memory.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,9 +32,11 @@ from ..parallelism.shared_memory import SharedMemoryCommunicator
 from . import timing
 from .gpu import measure_decode, measure_prefill
 from .kernels import read_bandwidth
-from .report import Parser, drawing, finish, one_line_errors, show_table, tracked
+from .report import Flags, Parser, drawing, finish, one_line_errors, show_table, tracked
 from .timing import in_new_process, median_seconds, pin_to_cores, write_shape
 
+COLOURS = {"ring": "#E69F00", "gloo": "#CC79A7", "shared memory": "#0072B2"}
+"""Ways to make a sum over ranks."""
 COLLECTIVE_SIZES, COLLECTIVE_REPEATS = [1 << n for n in range(8, 25, 2)], 50
 
 
@@ -60,25 +61,13 @@ class RankTime:
     read_bandwidth: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class CollectiveTime:
-    """A sum of `bytes` over `ranks` by `method`: the median seconds of a call, of the slowest rank, and the bytes that a rank
-    sends, the mean over ranks, as counted."""
-
-    method: str
-    ranks: int
-    bytes: int
-    seconds: float
-    sent: float
-
-
 def possible_ranks(sizes: list[int]) -> list[int]:
     """Those of `sizes` for which this machine has the GPUs, or without any the cores."""
     devices = torch.cuda.device_count() or available_cores()
     return [size for size in sizes if size <= devices]
 
 
-def measure_ranks(args: argparse.Namespace, model: str, size: int) -> list[RankTime]:
+def measure_ranks(args: Flags, model: str, size: int) -> list[RankTime]:
     """Decode steps of each batch and one prompt, on `size` devices; on a CPU, this process then keeps to as many cores."""
     batches, on_gpu = args.batches, torch.cuda.is_available()
     if not on_gpu:
@@ -126,14 +115,16 @@ def _communication(engine: LLMEngine) -> float | None:
     return None if engine.executor.device.type == "cuda" else sum(t.seconds for t in communicator.traffic.values())
 
 
-def measure_collectives(ranks: int, sizes: list[int], repeats: int, memory: Path) -> list[CollectiveTime]:
-    """Sums of these many bytes of float32 by the ring of this course, gloo and shared memory, one core a rank. The ranks share
-    `memory`, an empty file, best on a file system in memory."""
+def measure_collectives(ranks: int, sizes: list[int], repeats: int, memory: Path) -> list[dict[str, Any]]:
+    """Sums of these many "bytes" of float32 by each "method": the course's ring, gloo and shared memory, one core a rank.
+    "seconds" are the median of a call, of the slowest rank, "sent" the bytes that a rank sends, the mean over ranks, as
+    counted. The ranks share `memory`, an empty file, best on a file system in memory."""
     everyone = run_ranks(_time_collectives, ranks, sizes, repeats, memory, timeout=600.0)
     found = []
-    for method, size in itertools.product(("ring", "gloo", "shared memory"), sizes):
+    for method, size in itertools.product(COLOURS, sizes):
         seconds, sent = zip(*(rank[method, size] for rank in everyone), strict=True)
-        found.append(CollectiveTime(method, ranks, size, max(seconds), statistics.fmean(sent)))
+        times = {"seconds": max(seconds), "sent": statistics.fmean(sent)}
+        found.append({"method": method, "ranks": ranks, "bytes": size} | times)
     return found
 
 
@@ -177,29 +168,28 @@ def show_ranks(model: str, times: list[RankTime]) -> None:
     show_table(f"{model} in bfloat16, random weights", columns, rows)
 
 
-def show_collectives(times: list[CollectiveTime]) -> None:
+def show_collectives(times: list[dict[str, Any]]) -> None:
     """Print the time of one sum by size and way."""
-    methods = list(dict.fromkeys(t.method for t in times))
-    seconds = {(t.method, t.bytes): t.seconds for t in times}
-    rows = [[f"{size:,}", *(f"{seconds[m, size] * 1e6:,.1f}" for m in methods)] for size in sorted({t.bytes for t in times})]
-    show_table(f"One sum over {times[0].ranks} ranks of one core each, µs", ["bytes", *methods], rows)
+    seconds = {(t["method"], t["bytes"]): t["seconds"] for t in times}
+    sizes = sorted({t["bytes"] for t in times})
+    rows = [[f"{size:,}", *(f"{seconds[method, size] * 1e6:,.1f}" for method in COLOURS)] for size in sizes]
+    show_table(f"One sum over {times[0]['ranks']} ranks of one core each, µs", ["bytes", *COLOURS], rows)
 
 
-def draw(times: list[CollectiveTime], path: Path) -> None:
+def draw(times: list[dict[str, Any]], path: Path) -> None:
     """Time of a sum against its size."""
     with drawing(path, figsize=(7, 4.2)) as axes:
-        for method, colour in {"ring": "#E69F00", "gloo": "#CC79A7", "shared memory": "#0072B2"}.items():
-            points = [(t.bytes, t.seconds * 1e6) for t in times if t.method == method]
+        for method, colour in COLOURS.items():
+            points = [(t["bytes"], t["seconds"] * 1e6) for t in times if t["method"] == method]
             axes.plot(*zip(*points, strict=True), "o-", color=colour, label=method)
         axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel="µs, median of the slowest rank")
-        axes.set_title(f"One all-reduce over {times[0].ranks} ranks of one host")
+        axes.set_title(f"One all-reduce over {times[0]['ranks']} ranks of one host")
         axes.grid(alpha=0.3)
         axes.legend()
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print, draw, write; exits with one line on a problem."""
-    parser = Parser("scaling", __doc__)
+    parser = Parser("scaling", __doc__, "the time of sums over their size")
     parser.add_flag("--model", "1b", "alias or folder; 1b: the shape of TinyLlama-1.1B")
     parser.add_flag("--ranks", [1, 2, 4, 8], "sizes to measure")
     parser.add_flag("--batches", [1, 8], "batch sizes of the decode steps")
@@ -208,13 +198,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_flag("--steps", 24, "measurements; the median counts")
     parser.add_flag("--repeats", 3, "runs of each size, in turn; medians count")
     parser.add_argument("--disable-cpu-kernels", action="store_true", help="PyTorch's products, and sums through gloo")
-    parser.output_flags("the time of sums over their size")
     args = parser.parse_args(argv)
     if args.context <= 2 * args.steps:
         parser.error("--context must be more than twice --steps")
     sizes = possible_ranks(sorted(set(args.ranks)))
     if not sizes:
-        sys.exit(f"error: --ranks {' '.join(map(str, args.ranks))}: this machine has fewer devices")
+        parser.error(f"--ranks {' '.join(map(str, args.ranks))}: this machine has fewer devices")
     collectives, runs = [], []
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         model = str(write_shape(Path(folder))) if args.model == "1b" else args.model
@@ -229,8 +218,8 @@ def main(argv: list[str] | None = None) -> None:
             memory.touch()
             collectives = measure_collectives(2, COLLECTIVE_SIZES, COLLECTIVE_REPEATS, memory)
             show_collectives(collectives)
-    results = {"steps": times, "runs": runs} | ({"collectives": collectives} if collectives else {})
-    results = {name: [asdict(t) for t in every] for name, every in results.items()}
+    results = {"steps": [asdict(t) for t in times], "runs": [asdict(t) for t in runs]}
+    results |= {"collectives": collectives} if collectives else {}
     finish(args, "scaling", results, partial(draw, collectives) if collectives else None)
 
 

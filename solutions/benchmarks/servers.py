@@ -31,9 +31,6 @@ CONTEXT = 1024
 """Tokens of a sequence, enough for every workload with a name."""
 MAX_SEQUENCES = 64
 
-Launch = tuple[list[str], dict[str, str]]
-"""A command, and the variables that it wants besides this process's environment."""
-
 
 @contextmanager
 def running_server(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
@@ -106,7 +103,7 @@ def _answers(url: str) -> bool:
     return False
 
 
-def vllm(model: str, port: int) -> Launch:
+def vllm(model: str, port: int) -> tuple[list[str], dict[str, str]]:
     """vLLM's, in the environment that the variable ``VLLM`` names, or that of the ``vllm`` on the path. Its module is run and
     not its program, which the package for CPUs has under another name than its own. Raises as `start` does."""
     program = shutil.which("vllm")
@@ -127,27 +124,22 @@ def vllm(model: str, port: int) -> Launch:
     ], {"VLLM_CPU_KVCACHE_SPACE": gibibytes, "VLLM_CPU_OMP_THREADS_BIND": bind, "HF_HUB_OFFLINE": "1"}  # fmt: skip
 
 
-def llama_cpp(model: str, port: int) -> Launch:
+def llama_cpp(model: str, port: int) -> tuple[list[str], dict[str, str]]:
     """llama.cpp's: ``llama-server`` of the path, with the GGUF file that the model is or comes from. Raises as `start` does."""
     program = shutil.which("llama-server")
     if program is None:
         raise RuntimeError("llama.cpp is not installed: llama-server is not on the path")
+    wheel = ALIASES[model].wheel if model in ALIASES else None
+    package = importlib.util.find_spec(wheel) if wheel else None
+    folders = (package.submodule_search_locations if package else None) or []
+    files = [model] if model.endswith(".gguf") else [file for folder in folders for file in Path(folder).glob("*.gguf")]
+    if not files:
+        raise ValueError(f"llama.cpp needs {model} as a .gguf file, and there is none")
     return [
-        program, "-m", str(_gguf_file(model)), "--alias", model, "--port", str(port), "--host", "127.0.0.1",
+        program, "-m", str(files[0]), "--alias", model, "--port", str(port), "--host", "127.0.0.1",
         "-c", str(CONTEXT * MAX_SEQUENCES), "-np", str(MAX_SEQUENCES), "-t", str(pick_threads()),
     ], {}  # fmt: skip
 
 
-STARTERS: dict[str, Callable[[str, int], Launch]] = {"vllm": vllm, "llama.cpp": llama_cpp}
-"""Name → (model, port) → how it is started."""
-
-
-def _gguf_file(model: str) -> Path:
-    if model.endswith(".gguf"):
-        return Path(model)
-    package = importlib.util.find_spec(ALIASES[model].wheel) if model in ALIASES and ALIASES[model].wheel else None
-    folders = (package.submodule_search_locations if package else None) or []
-    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
-    if not files:
-        raise ValueError(f"llama.cpp needs {model} as a .gguf file, and there is none")
-    return files[0]
+STARTERS: dict[str, Callable[[str, int], tuple[list[str], dict[str, str]]]] = {"vllm": vllm, "llama.cpp": llama_cpp}
+"""Name → (model, port) → the command, and the variables that it wants besides this process's environment."""

@@ -19,7 +19,6 @@ examples:
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import random
 import signal
@@ -41,12 +40,14 @@ from ..models.loader import load_tokenizer, resolve_model
 from .datasets import BenchRequest, token_ids
 from .end_to_end import Client, client_session
 from .latency import Stream, latencies, percentiles
-from .report import Parser, finish, one_line_errors, say, show_table, spread
+from .report import Flags, Parser, finish, one_line_errors, say, show_table, spread
 from .servers import as_flags, running_server
 from .timing import in_new_process
 
 HEALTH_EVERY, MEMORY_EVERY = 0.05, 1.0
 MIB, FEED_SECONDS = 2**20, 20.0
+Spans = list[tuple[float, float]]
+"""When something began and ended, in seconds."""
 
 
 def chat_sized_requests(tokenizer: Any, count: int, seed: int) -> list[BenchRequest]:
@@ -57,7 +58,7 @@ def chat_sized_requests(tokenizer: Any, count: int, seed: int) -> list[BenchRequ
     return [BenchRequest(prompt, rng.randint(64, 192), text) for prompt, text in zip(prompts, texts, strict=True)]
 
 
-def offline_rate(args: argparse.Namespace, requests: list[BenchRequest], seconds: float) -> float:
+def offline_rate(args: Flags, requests: list[BenchRequest], seconds: float) -> float:
     """Output tokens a second of an engine in this process with --streams requests always under way, which are token ids and
     become token ids: neither HTTP nor text. The clock starts after --warm-up seconds and runs for `seconds`."""
     engine, queue = LLMEngine(EngineConfig(**settings(args))), enumerate(requests)
@@ -77,7 +78,9 @@ def offline_rate(args: argparse.Namespace, requests: list[BenchRequest], seconds
         for output in outputs:
             if output.finished:
                 add()
-    return tokens / (time.perf_counter() - start)
+    rate = tokens / (time.perf_counter() - start)
+    engine.close()
+    return rate
 
 
 @dataclass(slots=True)
@@ -120,7 +123,7 @@ async def watch(url: str, process: int, into: Watched) -> None:
             await asyncio.sleep(HEALTH_EVERY)
 
 
-async def watch_feed(url: str, into: list[tuple[float, float]]) -> None:
+async def watch_feed(url: str, into: Spans) -> None:
     """Read ``/live`` for every other `FEED_SECONDS`, until cancelled. The times at which each reading began and ended, in
     seconds since the first call, are put `into` the list."""
     origin = time.perf_counter()
@@ -136,7 +139,7 @@ async def watch_feed(url: str, into: list[tuple[float, float]]) -> None:
             into.append((start - origin, time.perf_counter() - origin))
 
 
-def feed_cost(seen: Watched, watched: list[tuple[float, float]], warm_up: float) -> list[float]:
+def feed_cost(seen: Watched, watched: Spans, warm_up: float) -> list[float]:
     """Share of the throughput that each reading of the feed cost, against the times before and after it."""
     costs = []
     for start, end in watched:
@@ -156,7 +159,7 @@ def totals(text: str) -> dict[str, float]:
     return found
 
 
-async def under_watch(url: str, process: int, load: Any, feed: list[tuple[float, float]] | None = None) -> tuple[Any, Watched]:
+async def under_watch(url: str, process: int, load: Any, feed: Spans | None = None) -> tuple[Any, Watched]:
     """What a load, which is awaited, gives, and what the server was like meanwhile; `feed` as for `watch_feed`, if it is
     read."""
     seen = Watched()
@@ -169,7 +172,7 @@ async def under_watch(url: str, process: int, load: Any, feed: list[tuple[float,
             await watching
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
+def settings(args: Flags) -> dict[str, Any]:
     """Of the offline engine and, as flags, of the server. The cache is touched at the start, or memory would grow with use."""
     return {
         "model": args.model, "max_num_seqs": args.streams, "max_model_len": 512, "kv_cache_memory_bytes": args.kv_cache,
@@ -177,9 +180,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def serve_load(
-    args: argparse.Namespace, requests: list[BenchRequest], feed: list[tuple[float, float]] | None = None
-) -> tuple[list[Stream], Watched, dict[str, float]]:
+def serve_load(args: Flags, requests: list[BenchRequest], feed: Spans | None = None) -> tuple[list[Stream], Watched, Any]:
     """The client's streams, what the server was like, and the totals of its metrics in the end; `feed` as for `under_watch`.
     Raises RuntimeError if the server does not start, or does not end well."""
     say(f"served: {args.warm_up + args.seconds} s")
@@ -193,10 +194,10 @@ def serve_load(
     return streams, seen, found
 
 
-def measure_feed(args: argparse.Namespace, requests: list[BenchRequest]) -> dict[str, Any]:
+def measure_feed(args: Flags, requests: list[BenchRequest]) -> dict[str, Any]:
     """Served, with somebody who reads ``/live`` for every other stretch of time; prints the cost, and how far to trust it.
     Raises ValueError if there was not time enough for two comparisons."""
-    feed: list[tuple[float, float]] = []
+    feed: Spans = []
     _, seen, _ = serve_load(args, requests, feed)
     costs, rate = feed_cost(seen, feed, args.warm_up), seen.rate(args.warm_up, args.seconds)
     if len(costs) < 2:
@@ -207,7 +208,7 @@ def measure_feed(args: argparse.Namespace, requests: list[BenchRequest]) -> dict
     return {"served_tokens_per_second": rate, "cost_of_feed": spread(costs) | {"mean": mean, "standard_error": error}}
 
 
-def measure(args: argparse.Namespace, requests: list[BenchRequest]) -> dict[str, Any]:
+def measure(args: Flags, requests: list[BenchRequest]) -> dict[str, Any]:
     """Offline, served, offline."""
 
     def run_offline() -> float:
@@ -237,8 +238,7 @@ def measure(args: argparse.Namespace, requests: list[BenchRequest]) -> dict[str,
     }
 
 
-def show(results: dict[str, Any], args: argparse.Namespace) -> None:
-    """Print the tables."""
+def show(results: dict[str, Any], args: Flags) -> None:
     offline, served = results["offline_tokens_per_second"], results["served_tokens_per_second"]
     memory, health, tokens = results["memory_mib"], results["health_ms"], results["tokens"]
     rows = [
@@ -261,7 +261,6 @@ def show(results: dict[str, Any], args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print, write; exits with one line on a problem."""
     parser = Parser("serving", __doc__)
     parser.add_flag("--model", DEFAULT_MODEL, "the model to serve")
     parser.add_flag("--streams", 256, "requests at once")
@@ -269,7 +268,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_flag("--warm-up", 20, "seconds of load before the measurement")
     parser.add_flag("--kv-cache", "2GiB", "KV memory of the server and of the engine offline", type=parse_bytes, metavar="SIZE")
     parser.add_argument("--feed", action="store_true", help="measure only what a client of /live costs")
-    parser.output_flags()
     args = parser.parse_args(argv)
     with one_line_errors(RuntimeError):
         tokenizer = load_tokenizer(resolve_model(args.model))

@@ -10,7 +10,7 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,28 +53,22 @@ class Row:
     acceptance: float | None
 
 
-def repetitive(llm: LLM, index: int) -> list[int]:
-    """The beginning of a table of records that are all alike."""
-    return llm.get_tokenizer().encode("[\n" + "".join(RECORD.format(10 * index + i) for i in range(6)))
+TEXTS = {"repetitive": 0.0, "ordinary": 0.0, "random": 1.5}
+"""Kinds of text, and the temperature at which each is sampled; at 1.5 hardly anything can be foreseen."""
 
 
-def ordinary(llm: LLM, index: int) -> list[int]:
-    """A question in the model's chat format."""
-    messages = [{"role": "user", "content": SENTENCES[index % len(SENTENCES)]}]
-    return llm.get_tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-
-
-def arbitrary(llm: LLM, index: int) -> list[int]:
-    """Random tokens; what follows is sampled at temperature 1.5, so that hardly anything can be foreseen."""
+def make_prompt(llm: LLM, text: str, index: int) -> list[int]:
+    """The beginning of a table of records that are all alike; a question in the model's chat format; or random tokens."""
+    if text == "repetitive":
+        return llm.get_tokenizer().encode("[\n" + "".join(RECORD.format(10 * index + i) for i in range(6)))
+    if text == "ordinary":
+        messages = [{"role": "user", "content": SENTENCES[index % len(SENTENCES)]}]
+        return llm.get_tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     return random.Random(index).choices(range(llm.llm_engine.model_config.vocab_size), k=64)
 
 
-TEXTS = {"repetitive": (repetitive, 0.0), "ordinary": (ordinary, 0.0), "random": (arbitrary, 1.5)}
-"""Kinds of text: how a prompt is made, and the temperature at which it is sampled."""
-
-
 def measure(
-    model: str, settings: dict[str, dict[str, Any]], batches: Iterable[int], output_len: int, repeats: int, **engine: Any
+    model: str, settings: dict[str, Any], batches: list[int], output_len: int, repeats: int, **engine: Any
 ) -> Iterator[Row]:
     """Run every text at every batch size with each setting in turn, and that several times over; plain decoding is one more.
     `settings` are names and their ``speculative_config``, `engine` the settings of all engines."""
@@ -87,9 +81,8 @@ def measure(
 
 def run(llm: LLM, method: str, text: str, batch: int, output_len: int) -> Row:
     """Generate once, with prompts that are in the prefix cache already, so that decoding is what is timed."""
-    make, temperature = TEXTS[text]
-    prompts = [{"prompt_token_ids": make(llm, index)} for index in range(batch)]
-    params = SamplingParams(max_tokens=output_len, ignore_eos=True, seed=0, temperature=temperature)
+    prompts = [{"prompt_token_ids": make_prompt(llm, text, index)} for index in range(batch)]
+    params = SamplingParams(max_tokens=output_len, ignore_eos=True, seed=0, temperature=TEXTS[text])
     llm.generate(prompts, replace(params, max_tokens=1), use_tqdm=False)
     before = llm.llm_engine.stats()
     start = time.perf_counter()
@@ -100,9 +93,6 @@ def run(llm: LLM, method: str, text: str, batch: int, output_len: int) -> Row:
     accepted = after.spec_decode_num_accepted_tokens - before.spec_decode_num_accepted_tokens
     steps = batch * output_len - accepted
     return Row(method, text, batch, rate, batch * output_len / steps, accepted / drafted if drafted else None)
-
-
-COLOURS = {PLAIN: "#999999", "ngram": "#0072B2", "draft model": "#E69F00"}
 
 
 def summarize(rows: list[Row]) -> list[dict[str, Any]]:
@@ -133,9 +123,10 @@ def show(model: str, summary: list[dict[str, Any]]) -> None:
 def draw(summary: list[dict[str, Any]], path: Path) -> None:
     """Speed-up by batch size, a panel for each kind of text."""
     batches = sorted({case["batch"] for case in summary})
+    colours = {PLAIN: "#999999", "ngram": "#0072B2", "draft model": "#E69F00"}
     with drawing(path, len(TEXTS), figsize=(9, 3.2), sharey=True) as panels:
         for axes, text in zip(panels, TEXTS, strict=True):
-            for method, colour in COLOURS.items():
+            for method, colour in colours.items():
                 points = [case["speedup"] for case in summary if case["text"] == text and case["method"] == method]
                 axes.plot(range(len(points)), points, "o-", color=colour, label=method)
             axes.set_xticks(range(len(batches)), batches)
@@ -146,8 +137,7 @@ def draw(summary: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print, draw, write; exits with one line on a problem."""
-    parser = Parser("speculative", __doc__)
+    parser = Parser("speculative", __doc__, "the speed-up")
     parser.add_flag("--model", DEFAULT_MODEL, "alias or folder")
     parser.add_argument("--draft-model", help="alias or folder (default: the model itself, quantized)")
     parser.add_flag("--draft-quantization", "int8", "quantization of the draft model; none: its own precision")
@@ -157,7 +147,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_flag("--output-len", 96, "tokens of each answer")
     parser.add_flag("--repeats", 3, "runs of each, in turn; medians count")
     parser.add_flag("--dtype", "auto", "the engine's --dtype")
-    parser.output_flags("the speed-up")
     args = parser.parse_args(argv)
     quantization = None if args.draft_quantization == "none" else args.draft_quantization
     draft = {"method": "draft_model", "model": args.draft_model or args.model, "quantization": quantization}

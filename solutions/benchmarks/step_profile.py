@@ -50,17 +50,17 @@ def costs(model: ModelConfig, batch: int, context: int, weight: int, element: in
         return n_in * n_out * weight + element * batch * (n_in + written), 2 * batch * n_in * n_out
 
     norm = (2 * element * batch * hidden, 4 * batch * hidden)
-    per_layer = {
-        OPERATORS[0]: norm,
-        OPERATORS[1]: product(hidden, q + 2 * kv, q + 2 * kv),
-        OPERATORS[2]: (2 * element * batch * (q + kv), 3 * batch * (q + kv)),
-        OPERATORS[3]: (2 * element * batch * (context * kv + q + kv), 4 * batch * context * q),
-        OPERATORS[4]: product(q, hidden, 2 * hidden),
-        OPERATORS[5]: norm,
-        OPERATORS[6]: product(hidden, 2 * model.intermediate_size, model.intermediate_size),
-        OPERATORS[7]: product(model.intermediate_size, hidden, 2 * hidden),
-    }
-    table = {name: (model.num_layers * b, model.num_layers * o) for name, (b, o) in per_layer.items()}
+    per_layer = (
+        norm,
+        product(hidden, q + 2 * kv, q + 2 * kv),
+        (2 * element * batch * (q + kv), 3 * batch * (q + kv)),
+        (2 * element * batch * (context * kv + q + kv), 4 * batch * context * q),
+        product(q, hidden, 2 * hidden),
+        norm,
+        product(hidden, 2 * model.intermediate_size, model.intermediate_size),
+        product(model.intermediate_size, hidden, 2 * hidden),
+    )
+    table = {name: (model.num_layers * b, model.num_layers * o) for name, (b, o) in zip(OPERATORS, per_layer, strict=True)}
     table["lm_head"] = product(hidden, model.vocab_size, model.vocab_size)
     table["arg-max"] = (element * batch * model.vocab_size, batch * model.vocab_size)
     return table
@@ -118,7 +118,6 @@ def profile_step(
 
 
 def show(ceilings: Ceilings, batch: int, rows: list[OperatorTime]) -> None:
-    """Print the table."""
     cells = []
     for row in rows:
         taken, least, share = f"{row.seconds * 1e3:.2f}", ["", "", ""], ""
@@ -133,14 +132,12 @@ def show(ceilings: Ceilings, batch: int, rows: list[OperatorTime]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print, write; exits with one line on a problem."""
     parser = Parser("step_profile", __doc__)
     parser.add_flag("--model", DEFAULT_MODEL, "a LLaMA model")
     parser.add_flag("--batches", [1, 32], "sequences in a step")
     parser.add_flag("--context", 256, "tokens of each")
     parser.add_argument("--quantization", choices=["int8"], help="quantization of the weights (default: none, bfloat16)")
     parser.add_flag("--repeats", 41, "measurements; the median counts")
-    parser.output_flags()
     args = parser.parse_args(argv)
     if args.context <= args.repeats:
         parser.error(f"--context {args.context} must be larger than --repeats {args.repeats}")

@@ -60,7 +60,7 @@ the same command is given again.
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Flags; exits with one line if one is wrong."""
-    parser = Parser("grade", TEXT, required="--submission DIR --output DIR ")
+    parser = Parser("grade", TEXT, required="--submission DIR --output DIR ", has_results=False)
     parser.add_argument("--submission", type=Path, required=True, metavar="DIR", help="a checkout, or a folder that holds some")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where reports and results go")
     parser.add_argument("--stage", type=int, metavar="N", help="this stage only (default: all)")

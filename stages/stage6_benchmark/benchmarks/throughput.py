@@ -16,11 +16,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..batching.sampling_params import SamplingParams
 from ..core.engine import LLM
@@ -60,10 +60,6 @@ class Measurement:
     def total_tokens_per_second(self) -> float:
         """Prompt and output tokens."""
         return (self.num_prompt_tokens + self.num_output_tokens) / self.seconds
-
-    def as_dict(self) -> dict[str, Any]:
-        names = ("output_tokens_per_second", "total_tokens_per_second")
-        return asdict(self) | {name: getattr(self, name) for name in names}
 
 
 def run_engine(llm: LLM, requests: Many[BenchRequest], show_progress: bool = False) -> Measurement:
@@ -140,7 +136,10 @@ def run_hf(model: nn.Module, requests: Many[BenchRequest], batch_size: int = 32,
     computed, counts = 0, []
     start = time.perf_counter()
     for batch in tracked(batches, "transformers") if show_progress else batches:
-        new_tokens = _generate_batch(model, batch)
+        input_ids, mask = (each.to(model.device) for each in left_pad([request.prompt_token_ids for request in batch]))
+        longest = max(request.output_len for request in batch)
+        tokens = model.generate(input_ids, attention_mask=mask, max_new_tokens=longest, do_sample=False, pad_token_id=0)
+        new_tokens = tokens[:, input_ids.shape[1] :]
         computed += new_tokens.numel()
         counts += [len(row[: request.output_len]) for row, request in zip(new_tokens.tolist(), batch, strict=True)]
     seconds = time.perf_counter() - start
@@ -149,23 +148,12 @@ def run_hf(model: nn.Module, requests: Many[BenchRequest], batch_size: int = 32,
     return measurement("hf", seconds, requests, computed, details)
 
 
-def _generate_batch(model: nn.Module, batch: Many[BenchRequest]) -> Tensor:
-    """New tokens of one static batch, [B, longest output]."""
-    input_ids, mask = left_pad([request.prompt_token_ids for request in batch])
-    longest = max(request.output_len for request in batch)
-    tokens = model.generate(
-        input_ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=longest, do_sample=False,
-        pad_token_id=0,
-    )  # fmt: skip
-    return tokens[:, input_ids.shape[1] :]
-
-
 def left_pad(prompts: Many[list[int]]) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, both [B, longest prompt]; padded left, so that new tokens follow the prompt."""
-    longest = max(map(len, prompts))
-    rows = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(rows), torch.tensor(mask)
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    masks = [torch.ones_like(row) for row in rows]
+    input_ids, mask = (pad_sequence(each, batch_first=True, padding_side="left") for each in (rows, masks))
+    return input_ids, mask
 
 
 def warm_up_requests(requests: Many[BenchRequest]) -> list[BenchRequest]:
