@@ -40,6 +40,7 @@ BY_NAME = {*SamplingParams.__dataclass_fields__, *answer_forms.FORMS, *answer_fo
 ACCEPTED = {
     ("GenerationRequest", "user"): "says who the client's user is",
     ("EmbeddingRequest", "user"): "says who the client's user is",
+    ("EmbeddingRequest", "add_special_tokens"): "has one value, which is what happens",
     ("JsonSchema", "name"): "a title",
     ("JsonSchema", "description"): "tells a model what the form is for; ours follows it anyway",
     ("JsonSchema", "strict"): "an answer follows the schema always",

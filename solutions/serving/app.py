@@ -154,7 +154,10 @@ def add_openai_routes(app: FastAPI, async_engine: AsyncEngine, models: ServedMod
     @app.post("/v1/completions", response_model=CompletionResponse, responses=ERRORS | STREAMED)
     async def completions(body: CompletionRequest, http: Request) -> Response:
         models.find_writer(body.model)
-        return await respond(async_engine, http, body, body.prompt, CompletionReply, "cmpl-")
+        prompts = body.prompt
+        if body.add_special_tokens is False:
+            prompts = await asyncio.to_thread(chats.bare, prompts)
+        return await respond(async_engine, http, body, prompts, CompletionReply, "cmpl-")
 
     @app.post("/v1/chat/completions", response_model=ChatCompletionResponse, responses=ERRORS | STREAMED)
     async def chat_completions(body: ChatCompletionRequest, http: Request) -> Response:

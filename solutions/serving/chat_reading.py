@@ -55,6 +55,15 @@ class ChatReader:
         body.answer_with(use, thinking)
         return prompt, partial(ParsedReply, use, thinking, echo)
 
+    def bare(self, prompts: list[str | list[int]]) -> list[str | list[int]]:
+        """Prompts as token ids, without what the tokenizer puts around a text."""
+        if self.tokenizer is None:
+            return prompts
+        return [
+            self.tokenizer.encode(prompt, add_special_tokens=False, verbose=False) if isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
+
     def tokens(self, messages: list[dict[str, Any]], functions: Sequence[Function], fields: TemplateFields) -> list[int]:
         """The conversation as token ids, by the model's chat template, with the functions that it may call.
 

@@ -62,6 +62,8 @@ class EmbeddingRequest(RequestBody):
     """Keep so many of a vector's numbers, the first, and make it as long as it was."""
     user: str | None = None
     """Accepted: it names the caller's end user and does not change the answer."""
+    add_special_tokens: Literal[True] | None = None
+    """A model has learned to make vectors with them."""
     truncate_prompt_tokens: Int | None = None
     """So many tokens of a longer input are used, by default its first; -1: as many as the context holds."""
     truncation_side: Literal["left", "right"] | None = None

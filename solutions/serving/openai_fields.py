@@ -25,6 +25,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "web_search_options": (),
     # vLLM's
+    "add_special_tokens": (False,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "documents": ([],),

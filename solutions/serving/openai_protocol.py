@@ -232,6 +232,7 @@ class CompletionRequest(GenerationRequest):
     """How many are sampled; the `n` with the highest log-probability per token are returned."""
     echo: Bool | None = None
     """Puts the prompt before the generated text, and its log-probabilities before the others."""
+    add_special_tokens: Bool | None = None
 
     @field_validator("echo")
     @classmethod

@@ -73,6 +73,7 @@ def meant_for(fields: Any) -> Any:
     if isinstance(fields, dict) and isinstance(fields.get("model"), str):
         fields["model"] = "fake"
         fields.pop("max_completion_tokens", None)
+        fields.pop("use_beam_search", None)  # the fake engine has no beams
         for name in ("max_tokens", "max_output_tokens"):
             asked = fields.get(name)
             fields[name] = 1 + asked % 8 if type(asked) is int else 5

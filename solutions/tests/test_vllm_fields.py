@@ -10,6 +10,8 @@ import httpx
 import openai
 import pytest
 
+from solutions.tests.fake_engine import ByteTokenizer, FakeEngine
+from solutions.tests.fake_server import body, serve
 from solutions.tests.real_server import CHAT, GREEDY
 
 TEXT = "The sun 😀 rises over the sea, and"
@@ -133,3 +135,38 @@ def test_a_prompt_is_cut_to_a_length(client: openai.OpenAI, side: str | None, mo
 def test_what_cannot_be_had_is_named(url: str, fields: dict[str, Any], param: str) -> None:
     response = httpx.post(f"{url}/completions", json={**ASKED, "prompt": "x", **fields})
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+class Starting(ByteTokenizer):
+    """Puts a token before a text, as LLaMA's tokenizer does."""
+
+    def encode(self, text: str, add_special_tokens: bool = True, **_: Any) -> list[int]:
+        return [1] * add_special_tokens + super().encode(text)
+
+
+def test_a_text_may_go_without_the_tokens_that_the_tokenizer_puts_around_it() -> None:
+    engine = FakeEngine()
+    engine.tokenizer = engine.input.tokenizer = Starting()
+    with serve(engine) as url, httpx.Client(base_url=f"{url}/v1", timeout=30) as http:
+
+        def ids(prompt: Any, **fields: Any) -> list[list[int]]:
+            answer = http.post("/completions", json=body(prompt=prompt, return_token_ids=True, **fields))
+            assert "x-ignored-fields" not in answer.headers
+            return [choice["prompt_token_ids"] for choice in answer.json()["choices"]]
+
+        for value in (None, True):
+            assert ids(["hi", "é"], add_special_tokens=value) == [[1, 104, 105], [1, 0xC3, 0xA9]]
+        assert ids(["hi", "é"], add_special_tokens=False) == [[104, 105], [0xC3, 0xA9]]
+        assert ids([[5, 6]], add_special_tokens=False) == [[5, 6]]
+        message = {"messages": [{"role": "user", "content": "x"}]}
+        for path, fields, status, param in (
+            ("completions", body(prompt="", add_special_tokens=False), 400, "prompt"),
+            ("completions", body(add_special_tokens="no"), 400, "add_special_tokens"),
+            ("chat/completions", {"model": "fake", "max_tokens": 1, "add_special_tokens": False, **message}, 200, None),
+            ("chat/completions", {"model": "fake", "add_special_tokens": True, **message}, 400, "add_special_tokens"),
+            ("embeddings", {"model": "fake", "input": "x", "add_special_tokens": True}, 200, None),
+            ("embeddings", {"model": "fake", "input": "x", "add_special_tokens": False}, 400, "add_special_tokens"),
+        ):
+            answer = http.post(f"/{path}", json=fields)
+            assert answer.status_code == status, answer.text
+            assert answer.json().get("error", {}).get("param") == param

@@ -44,16 +44,20 @@ def server(url: str | None = None) -> Iterator[str]:
         yield url
 
 
-def outcomes(client: Client, url: str) -> Outcomes:
+def outcomes(client: Client, url: str, *features: str, **variables: str) -> Outcomes:
     """What the client's script finds, and prints on standard error.
+
+    Args:
+        features: those to be tried; none: all. variables: of the script's environment, in place of the usual ones.
 
     Raises:
         UnavailableError: its packages cannot be had here. RuntimeError: the script broke off.
     """
     names = {"CLIENT_URL": url, "CLIENT_MODEL": MODEL, "CLIENT_TOKENIZER": str(resolve_model(MODEL).path)}
-    environment = os.environ | names | {"PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | names | {"PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"} | variables
+    words = [*command(client), *features]
     done = subprocess.run(
-        command(client), cwd=client.folder, env=environment, stdout=subprocess.PIPE, text=True, timeout=SECONDS, check=False
+        words, cwd=client.folder, env=environment, stdout=subprocess.PIPE, text=True, timeout=SECONDS, check=False
     )  # fmt: skip
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"feature":')]
     if done.returncode or not lines:

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 URL = os.environ.get("CLIENT_URL", "")
 """The server's address, with ``/v1``."""
 MODEL = os.environ.get("CLIENT_MODEL", "")
+CALLS = os.environ.get("CLIENT_TOOL_CHOICE", "required")
+"""The first turn's `tool_choice`; with "auto" the model decides, which the default model rarely does well."""
 E = TypeVar("E", bound=Exception)
 FEATURES = (
     "chat",
@@ -143,12 +145,13 @@ def get_weather(city: str) -> str:
 
 
 def looped(answer: Any) -> None:
-    """The tool was called, with a name, and the model has then answered."""
+    """The tool was called, with a name, and the model has then answered; of a model that calls by itself, with the result."""
     cities = _asked_of_the_tool.copy()
     _asked_of_the_tool.clear()
     assert {type(city) for city in cities} == {str}, f"the tool was called with {cities}"
     assert isinstance(answer, str), f"the answer was {answer!r}"
     assert answer.strip(), "the answer was empty"
+    assert CALLS != "auto" or ("Paris" in cities and "21" in answer), f"the tool was called with {cities}, and then: {answer}"
 
 
 def in_pieces(pieces: list[str]) -> str:

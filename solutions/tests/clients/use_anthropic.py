@@ -8,7 +8,7 @@ greedy = {"model": shared.MODEL, "extra_body": {"temperature": 0}}
 ask = {**greedy, "messages": shared.MESSAGES, "max_tokens": shared.LIMIT}
 asked = [{"role": "user", "content": shared.ASKED}]
 tool = {"name": "get_weather", "description": "The weather of a city.", "input_schema": shared.CITY}
-choice = {"type": "any", "disable_parallel_tool_use": True}
+choice = {"type": "any" if shared.CALLS == "required" else shared.CALLS, "disable_parallel_tool_use": True}
 call = {**greedy, "messages": asked, "max_tokens": 80, "tools": [tool], "tool_choice": choice}
 
 

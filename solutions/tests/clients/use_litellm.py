@@ -13,7 +13,7 @@ server = {"api_base": shared.URL, "api_key": "unused", "temperature": 0, "num_re
 chats = {**server, "model": f"hosted_vllm/{shared.MODEL}"}
 ask = {**chats, "messages": shared.MESSAGES, "max_tokens": shared.LIMIT}
 asked = [{"role": "user", "content": shared.ASKED}]
-held = {"tools": [shared.TOOL], "tool_choice": "required", "parallel_tool_calls": False}
+held = {"tools": [shared.TOOL], "tool_choice": shared.CALLS, "parallel_tool_calls": False}
 call = {**chats, "messages": asked, **held, "max_tokens": 80}
 
 

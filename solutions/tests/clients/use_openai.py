@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 client = OpenAI(base_url=shared.URL, api_key="unused", max_retries=0)
 ask = {"model": shared.MODEL, "messages": shared.MESSAGES, "temperature": 0, "max_tokens": shared.LIMIT}
 asked = [{"role": "user", "content": shared.ASKED}]
-held = {"tools": [shared.TOOL], "tool_choice": "required", "parallel_tool_calls": False}
+held = {"tools": [shared.TOOL], "tool_choice": shared.CALLS, "parallel_tool_calls": False}
 call = {**ask, "messages": asked, **held, "max_tokens": 80}
 
 
