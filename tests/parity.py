@@ -55,7 +55,7 @@ class Setting:
             "enable_prefix_caching": self.prefix_cache,
             "max_num_batched_tokens": total_tokens if self.budget == "unlimited" else self.budget,
             "block_size": self.block_size,
-            "num_gpu_blocks_override": -(-tokens // self.block_size),
+            "num_gpu_blocks_override": -(-tokens // self.block_size) * oracle.groups,
             "preemption_mode": self.preemption,
             "swap_space": 1 << 30,
         }
@@ -99,6 +99,8 @@ class Oracle:
     path: Path
     windowed: bool = False
     """The model frees what leaves its window, so sequences hardly grow and need not preempt each other."""
+    groups: int = 1
+    """Groups of layers that hold blocks of their own."""
     total_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -160,7 +162,9 @@ def make_oracle(path: Path, text_ids: list[int], count: int = NUM_PROMPTS) -> Or
                 starts[index] += 1
     windowed = getattr(model.config, "sliding_window", None) is not None
     prompts = cut_prompts(text_ids, starts, lengths)
-    return Oracle(prompts, [answers[index] for index in range(len(prompts))], path, windowed)
+    return Oracle(
+        prompts, [answers[index] for index in range(len(prompts))], path, windowed, len(guesser.llm_engine.model_config.windows)
+    )
 
 
 def check_setting(oracle: Oracle, setting: Setting, **flags: Any) -> None:

@@ -29,7 +29,7 @@ class AttentionMetadata(PagedArrays[Tensor, Tensor]):
         plan: what the backend worked out once for this step in `AttentionBackend.plan`.
         kv_scales: of an int8 cache, for each layer the factor of each stored vector, [2, num_blocks, block_size, H_kv] float16.
         rope: (cos, signed sin), [T, 1, D] each, where the layers leave it to the Triton backend to rotate queries and keys.
-        kinds: the same step for each kind of layer, where a model has several.
+        groups: the same step for each group of layers, where a model has several.
     """
 
     kv_caches: list[Tensor]
@@ -39,11 +39,11 @@ class AttentionMetadata(PagedArrays[Tensor, Tensor]):
     plan: Any = None
     kv_scales: list[Tensor] | None = None
     rope: tuple[Tensor, Tensor] | None = None
-    kinds: list[AttentionMetadata] = field(default_factory=list)
+    groups: list[AttentionMetadata] = field(default_factory=list)
 
-    def of(self, kind: int) -> AttentionMetadata:
-        """The step as layers of this kind see it."""
-        return self.kinds[kind] if self.kinds else self
+    def of(self, group: int) -> AttentionMetadata:
+        """The step as layers of this group see it."""
+        return self.groups[group] if self.groups else self
 
 
 class AttentionBackend(abc.ABC):
@@ -91,7 +91,8 @@ def attention_metadata(
     """A step's arrays with the caches that they point into, and the backend's plan for them.
 
     Args:
-        longest: (max_query_len, max_context_len). windows: of each kind of layer. The rest: as in `AttentionMetadata`.
+        arrays: with several groups of layers, each has block tables and slots of its own, see `GroupedBatch`.
+        longest: (max_query_len, max_context_len). windows: of each group. The rest: as in `AttentionMetadata`.
     """
     metadata = AttentionMetadata(
         arrays.slot_mapping, arrays.block_tables, arrays.query_start_loc, arrays.context_lens, kv_caches, *longest, backend,
@@ -99,8 +100,11 @@ def attention_metadata(
     )  # fmt: skip
     if len(windows) == 1:
         metadata.plan = backend.plan(metadata, windows[0])
-    else:
-        metadata.kinds = [replace(metadata, plan=backend.plan(metadata, window)) for window in windows]
+        return metadata
+    for window, slots, tables in zip(windows, arrays.slot_mapping, arrays.block_tables, strict=True):
+        group = replace(metadata, slot_mapping=slots, block_tables=tables)
+        group.plan = backend.plan(group, window)
+        metadata.groups.append(group)
     return metadata
 
 

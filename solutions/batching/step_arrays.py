@@ -27,7 +27,8 @@ class PagedArrays(Generic[Int64, Int32]):
     Attributes:
         slot_mapping: [T], the slot of each token: ``block * block_size + offset``.
         block_tables: [S, M], the blocks of each sequence in order; entries past its context, and entries left of the
-            sliding window, are arbitrary and must not be read.
+            sliding window, are arbitrary and must not be read. Of a model whose layers hold their blocks in G groups these two
+            are [G, T] and [G, S, M].
         query_start_loc: [S + 1], where each sequence's tokens begin; starts at 0, ends at T.
         context_lens: [S], tokens of each sequence in the cache once this step's are written.
     """

@@ -109,7 +109,7 @@ class DecodeGraphs(Capture[HostArrays]):
         model: whose `forward` is recorded. backend: its attention; must be `capturable`.
         kv_caches, kv_scales: for each layer, as in `AttentionMetadata`.
         sizes: of the batches, ascending. max_model_len, block_size: how long a sequence and its block table can get.
-        windows: of each kind of layer.
+        windows: of each group of layers.
         record: turns a step into its recording; `CudaGraphRecorder()` on a card.
     """
 
@@ -117,12 +117,12 @@ class DecodeGraphs(Capture[HostArrays]):
         self, model: CausalLM, backend: AttentionBackend, kv_caches: list[Tensor], sizes: list[int], max_model_len: int,
         block_size: int, windows: Many[int | None], record: Callable[[Step], Step], kv_scales: list[Tensor] | None = None,
     ) -> None:  # fmt: skip
-        device, largest = kv_caches[0].device, sizes[-1]
+        device, largest, groups = kv_caches[0].device, sizes[-1], (len(windows),) if len(windows) > 1 else ()
         self.sizes = sizes
         # a step's inputs where the graphs read them; rows past a step's sequences are padding
         self._buffers = FlatArrays(
-            slot_mapping=torch.full((largest,), PADDING_SLOT, dtype=torch.int64, device=device),
-            block_tables=torch.zeros((largest, -(-max_model_len // block_size)), dtype=torch.int32, device=device),
+            slot_mapping=torch.full((*groups, largest), PADDING_SLOT, dtype=torch.int64, device=device),
+            block_tables=torch.zeros((*groups, largest, -(-max_model_len // block_size)), dtype=torch.int32, device=device),
             query_start_loc=torch.arange(largest + 1, dtype=torch.int32, device=device),  # one token each: it never changes
             context_lens=torch.zeros(largest, dtype=torch.int32, device=device),
             input_ids=torch.zeros(largest, dtype=torch.int64, device=device),
@@ -138,7 +138,9 @@ class DecodeGraphs(Capture[HostArrays]):
     def _views(self, size: int) -> FlatArrays[Tensor, Tensor]:
         """The buffers as a step of this size."""
         rows = {each.name: size for each in fields(FlatArrays)} | {"query_start_loc": size + 1}
-        return FlatArrays(**{name: getattr(self._buffers, name)[:count] for name, count in rows.items()})
+        views = {name: getattr(self._buffers, name)[:count] for name, count in rows.items()}
+        views["slot_mapping"] = self._buffers.slot_mapping[..., :size]
+        return FlatArrays(**views | {"block_tables": self._buffers.block_tables[..., :size, :]})
 
     def size_for(self, batch: HostArrays) -> int | None:
         """The recorded size that `batch` runs in, or None: it is too large, more than decoding, or has adapters."""
@@ -149,13 +151,13 @@ class DecodeGraphs(Capture[HostArrays]):
 
     def run(self, batch: HostArrays, size: int) -> Tensor:
         """Hidden states [T, hidden] of a step for which `size_for` gave `size`; the next step overwrites them."""
-        of, count, width = self._buffers, len(batch.input_ids), batch.block_tables.shape[1]
+        of, count, width = self._buffers, len(batch.input_ids), batch.block_tables.shape[-1]
         of.input_ids[:count].copy_(torch.from_numpy(batch.input_ids))
         of.positions[:count].copy_(torch.from_numpy(batch.positions))
-        of.slot_mapping[:count].copy_(torch.from_numpy(batch.slot_mapping))
-        of.block_tables[:count, :width].copy_(torch.from_numpy(batch.block_tables))
+        of.slot_mapping[..., :count].copy_(torch.from_numpy(batch.slot_mapping))
+        of.block_tables[..., :count, :width].copy_(torch.from_numpy(batch.block_tables))
         of.context_lens[:count].copy_(torch.from_numpy(batch.context_lens))
-        of.slot_mapping[count:size] = PADDING_SLOT
+        of.slot_mapping[..., count:size] = PADDING_SLOT
         of.context_lens[count:size] = 0
         return self._steps[size]()[:count]
 

@@ -156,6 +156,10 @@ def check_fits(draft: ModelConfig, target: ModelConfig, max_model_len: int) -> N
     """
     if draft.is_encoder:
         raise ValueError("--speculative-config: the draft model is an encoder, which writes no text")
+    if len(draft.windows) > 1 or len(target.windows) > 1:
+        raise ValueError(
+            "--speculative-config: no draft model where layers differ in their window, as their blocks do; use method ngram"
+        )
     if draft.vocab_size != target.vocab_size:
         raise ValueError(
             f"--speculative-config: the draft model has a vocabulary of {draft.vocab_size} tokens and the target one of "

@@ -11,9 +11,8 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from ..attention.block_manager import BlockManager
-from ..batching.adapted_batch import AdaptedBatch
-from ..batching.continuous_batch import ContinuousBatch
+from ..attention.hybrid_manager import make_block_manager
+from ..batching.grouped_batch import make_batch
 from ..batching.pooling import EmbeddingRequestOutput, PoolingParams, embedding_output
 from ..batching.sampling_params import RequestOutputKind, SamplingParams
 from ..batching.scheduler_output import SchedulerOutput
@@ -101,9 +100,9 @@ class LLMEngine:
         self.tokenizer = load_tokenizer(source)
         self.model_config = model = model.also_ends_at(self.tokenizer.eos_token_id if self.tokenizer is not None else None)
         clock.lap("tokenizer")
-        self.block_manager = BlockManager(
-            limits.num_blocks, config.block_size, limits.num_host_blocks,
-            enable_prefix_caching=config.enable_prefix_caching, sliding_window=model.sliding_window,
+        self.block_manager = make_block_manager(
+            model.windows, limits.num_blocks, config.block_size, limits.num_host_blocks, config.enable_prefix_caching,
+            limits.max_num_batched_tokens,
         )  # fmt: skip
         self.scheduler = Scheduler(scheduler_config, self.block_manager)
         self.adapters = make_adapters(config, self.executor, self.scheduler)
@@ -112,8 +111,8 @@ class LLMEngine:
             proposer.create_cache(limits, self.block_manager.tables)
             self.drafter = Drafter(proposer, self.block_manager, limits.max_num_batched_tokens)
         clock.lap("KV cache")
-        kind = AdaptedBatch if config.enable_lora else ContinuousBatch
-        self.batch = kind(config.max_num_seqs, limits.max_model_len, config.block_size)
+        groups, adapted = len(model.windows), config.enable_lora
+        self.batch = make_batch(groups, adapted, config.max_num_seqs, limits.max_model_len, config.block_size)
         no_structure = "not with ranks that are Ray actors" if config.distributed_executor_backend == "ray" else None
         self.input = InputProcessor(self.tokenizer, model, limits.max_model_len, config.max_num_seqs, no_structure)
         self.outputs = OutputProcessor(self.tokenizer)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from ..attention.backends import make_backend
+from ..attention.hybrid_manager import blocks_of_one, longest_of_one
 from ..batching.pooling import ASSUMED, Pooling
 from ..batching.scheduler_config import SchedulerConfig
 from ..memory.cache_engine import block_bytes, element_type, num_blocks_for_budget, scale_bytes
@@ -277,8 +278,9 @@ def with_blocks(
         kv_bytes=num_blocks * bytes_per_block, weight_bytes=weight_bytes, activation_bytes=activation_bytes,
         free_bytes=free_bytes,
     )  # fmt: skip
-    if num_blocks * config.block_size < limits.max_model_len or limits.kv_bytes + activation_bytes > free_bytes:
-        raise ValueError(_too_small(limits, config.block_size, bytes_per_block))
+    needed = blocks_of_one(model.windows, limits.max_model_len, config.block_size, limits.max_num_batched_tokens)
+    if num_blocks < needed or limits.kv_bytes + activation_bytes > free_bytes:
+        raise ValueError(_too_small(limits, config.block_size, bytes_per_block, needed, model.windows))
     return limits
 
 
@@ -312,16 +314,15 @@ def _adapter_bytes(model: ModelConfig, ranks: int, dtype: torch.dtype) -> int:
     return model.num_layers * ranks * (qkv + (heads + hidden) + (2 * hidden + 2 * inner) + (inner + hidden)) * dtype.itemsize
 
 
-def _too_small(limits: Limits, block_size: int, bytes_per_block: int) -> str:
+def _too_small(limits: Limits, block_size: int, bytes_per_block: int, needed: int, windows: tuple[int | None, ...]) -> str:
     room = min(limits.kv_bytes, max(0, limits.free_bytes - limits.activation_bytes))
-    fits = room // bytes_per_block * block_size
-    needed = -(-limits.max_model_len // block_size) * bytes_per_block
+    fits = longest_of_one(windows, room // bytes_per_block, block_size, limits.max_num_batched_tokens)
     advice = f"use --max-model-len {fits} or less, or " if fits > 1 else ""
     return (
         f"the KV cache is too small for one sequence of {limits.max_model_len} tokens: weights "
         f"{format_bytes(limits.weight_bytes)} (loaded) + activations {format_bytes(limits.activation_bytes)} + KV "
         f"{format_bytes(limits.kv_bytes)}, with {format_bytes(limits.free_bytes)} free, leave room for {fits} tokens; {advice}"
-        f"give at least --kv-cache-memory-bytes {-(-needed // 2**20)}MiB"
+        f"give at least --kv-cache-memory-bytes {-(-needed * bytes_per_block // 2**20)}MiB"
     )
 
 
@@ -330,7 +331,8 @@ def startup_report(config: EngineConfig, model: ModelConfig, limits: Limits, sec
     device, attention = limits.device, limits.attention_backend
     where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     precision = str(limits.dtype).removeprefix("torch.")
-    tokens = limits.num_blocks * config.block_size
+    tokens = limits.num_blocks * config.block_size // len(model.windows)
+    one = blocks_of_one(model.windows, limits.max_model_len, config.block_size, limits.max_num_batched_tokens)
     blocks = f"{limits.num_blocks} blocks of {config.block_size} tokens in {format_bytes(limits.kv_bytes)}"
     prefix_cache = "on" if config.enable_prefix_caching else "off"
     kernels = "PyTorch's and Triton's" if attention == "triton" else limits.choice.why
@@ -340,7 +342,7 @@ def startup_report(config: EngineConfig, model: ModelConfig, limits: Limits, sec
         f"kernels   {kernels}; attention by the {attention} backend",
         "KV cache  none: an encoder reads a text in one step"
         if limits.kv_bytes == 0
-        else f"KV cache  {blocks}: {tokens} tokens, {tokens / limits.max_model_len:.1f} sequences of {limits.max_model_len}",
+        else f"KV cache  {blocks}: {tokens} tokens, {limits.num_blocks / one:.1f} sequences of {limits.max_model_len}",
         f"limits    {step}; prefix cache {prefix_cache}, {config.scheduling_policy}, preemption by {config.preemption_mode}",
         *([f"drafts    {config.speculative_config}"] if config.speculative_config else []),
         *(["defaults  " + ", ".join(f"{name} {value}" for name, value in model.sampling.items())] if model.sampling else []),

@@ -30,21 +30,21 @@ MERGED_LAYERS = {
 
 class LlamaAttention(Layer):
     """Projections around paged attention, over a window if the model has one, with queries and keys rotated by RoPE; the result
-    is added to `add_to` [T, hidden], if that is given. Of `ModelConfig.windows` it has that of its kind."""
+    is added to `add_to` [T, hidden], if that is given. Window and blocks are those of its group of layers."""
 
     def __init__(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> None:
         super().__init__()
         heads, kv_heads = parallel.heads(config)
-        self.kind = config.kind_of(layer)
+        self.group, place = config.place_of(layer)
         inputs = heads.times(config.head_dim)
         self.qkv_proj = QKVParallelLinear(config, parallel)
         self.o_proj = RowParallelLinear(inputs, config.hidden_size, config.output_bias, parallel)
-        self.attn = Attention(len(heads), len(kv_heads), config.head_dim, layer, config.windows[self.kind])
+        self.attn = Attention(len(heads), len(kv_heads), config.head_dim, place, config.windows[self.group])
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None, metadata: AttentionMetadata, add_to: Tensor | None
     ) -> Tensor:
-        return self.o_proj(self.attn(self.project(x), metadata.of(self.kind), rope), add_to)
+        return self.o_proj(self.attn(self.project(x), metadata.of(self.group), rope), add_to)
 
     def project(self, x: Tensor) -> Tensor:
         """Queries, keys and values before they are rotated: [T, hidden] -> [T, (H + 2·H_kv)·D]."""

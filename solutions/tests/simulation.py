@@ -11,7 +11,9 @@ from collections.abc import Callable
 from copy import copy
 
 from solutions.attention.block_manager import BlockManager
+from solutions.attention.hybrid_manager import HybridBlockManager
 from solutions.batching.continuous_batch import ContinuousBatch, FlatBatch
+from solutions.batching.grouped_batch import GroupedBatch
 from solutions.batching.sampling_params import SamplingParams
 from solutions.batching.scheduler_config import SchedulerConfig
 from solutions.batching.scheduler_output import SchedulerOutput
@@ -24,6 +26,7 @@ class Simulation:
     """Scheduler, block manager and batch builder over a cache of prefixes.
 
     Args:
+        windows: of each group of layers, if they differ; then a `HybridBlockManager` is simulated.
         next_token: chooses the token that a sequence "samples"; with drafts, by its tokens alone.
         proposer: where tokens on trial come from.
     """
@@ -31,18 +34,25 @@ class Simulation:
     def __init__(
         self, num_blocks: int = 16, block_size: int = 4, num_host_blocks: int = 0, sliding_window: int | None = None,
         enable_prefix_caching: bool = True, watermark: float = 0.01, next_token: Callable[[Sequence], int] | None = None,
-        proposer: Proposer | None = None, **limits: object,
+        proposer: Proposer | None = None, windows: tuple[int | None, ...] = (), **limits: object,
     ) -> None:  # fmt: skip
-        self.manager = BlockManager(num_blocks, block_size, num_host_blocks, watermark, enable_prefix_caching, sliding_window)
+        self.windows = windows or (sliding_window,)
         limits.setdefault("max_model_len", num_blocks * block_size)
         self.config = SchedulerConfig(**limits)
+        settings = (num_blocks, block_size, num_host_blocks, watermark, enable_prefix_caching)
+        if windows:
+            self.manager = HybridBlockManager(*settings, windows, self.config.max_num_batched_tokens)
+        else:
+            self.manager = BlockManager(*settings, sliding_window)
         self.scheduler = Scheduler(self.config, self.manager)
         budget = self.config.max_num_batched_tokens
         self.drafter = NoDrafter() if proposer is None else Drafter(proposer, self.manager, budget)
-        self.batch = ContinuousBatch(self.config.max_num_seqs, self.config.max_model_len, block_size)
+        sizes = (self.config.max_num_seqs, self.config.max_model_len, block_size)
+        self.batch = GroupedBatch(*sizes, len(windows)) if windows else ContinuousBatch(*sizes)
         self.next_token = next_token or (lambda seq: (seq.seq_id * 7 + len(seq.tokens)) % 5)
-        self.device: dict[int, tuple[int, ...]] = {}
-        self.host: dict[int, tuple[int, ...]] = {}
+        self.device: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self.host: dict[int, tuple[int, tuple[int, ...]]] = {}
+        """slot → the group whose layers it serves, and the prefix that it stands for."""
         self.next_id = 0
         self.sequences: list[Sequence] = []
 
@@ -125,21 +135,29 @@ class Simulation:
         move(self.device, self.device, decision.copies)
 
     def _check_and_write(self, batch: FlatBatch) -> None:
-        size, window = self.manager.block_size, self.manager.sliding_window
-        written: set[int] = set()
-        for i, seq in enumerate(batch.sequences):
-            for t in range(batch.query_start_loc[i], batch.query_start_loc[i + 1]):
-                position, slot = int(batch.positions[t]), int(batch.slot_mapping[t])
-                assert batch.input_ids[t] == seq.tokens[position]
-                assert slot == self.manager.tables[seq.seq_id][position // size] * size + position % size
-                assert slot not in written, f"slot {slot} is written twice in one step"
-                written.add(slot)
-                self.device[slot] = tuple(seq.tokens[: position + 1])
-        for i, seq in enumerate(batch.sequences):
-            first, end = int(batch.positions[batch.query_start_loc[i]]), int(batch.context_lens[i])
-            assert end == first + batch.query_start_loc[i + 1] - batch.query_start_loc[i]
-            for position in range(0 if window is None else max(0, first - window + 1), end):
-                slot = int(batch.block_tables[i, position // size]) * size + position % size
-                assert self.device.get(slot) == tuple(seq.tokens[: position + 1]), (
-                    f"{seq} reads position {position} in slot {slot} and finds another prefix"
-                )
+        size, written = self.manager.block_size, set()
+        assert batch.slot_mapping.flags.c_contiguous
+        assert batch.block_tables.flags.c_contiguous  # kernels know no strides
+        managers = getattr(self.manager, "groups", [self.manager])
+        slots, tables = (
+            batch.slot_mapping.reshape(len(managers), -1),
+            batch.block_tables.reshape(len(managers), len(batch.sequences), -1),
+        )
+        for group, manager in enumerate(managers):
+            for i, seq in enumerate(batch.sequences):
+                for t in range(batch.query_start_loc[i], batch.query_start_loc[i + 1]):
+                    position, slot = int(batch.positions[t]), int(slots[group, t])
+                    assert batch.input_ids[t] == seq.tokens[position]
+                    assert slot == manager.tables[seq.seq_id][position // size] * size + position % size
+                    assert slot not in written, f"slot {slot} is written twice in one step"
+                    written.add(slot)
+                    self.device[slot] = (group, tuple(seq.tokens[: position + 1]))
+        for group, window in enumerate(self.windows):
+            for i, seq in enumerate(batch.sequences):
+                first, end = int(batch.positions[batch.query_start_loc[i]]), int(batch.context_lens[i])
+                assert end == first + batch.query_start_loc[i + 1] - batch.query_start_loc[i]
+                for position in range(0 if window is None else max(0, first - window + 1), end):
+                    slot = int(tables[group, i, position // size]) * size + position % size
+                    assert self.device.get(slot) == (group, tuple(seq.tokens[: position + 1])), (
+                        f"{seq} reads position {position} of group {group} in slot {slot} and finds another prefix"
+                    )

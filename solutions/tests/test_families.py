@@ -66,7 +66,8 @@ def prefix_cache(family: str, path: Path) -> None:
 
 def crowded(family: str) -> dict[str, Any]:
     """Memory for a few sequences; those with a window need less of it."""
-    return {"num_gpu_blocks_override": 15 if family == "mistral" else 18, "enable_prefix_caching": False}
+    windows = resolve_model(str(folder(family))).config.windows
+    return {"num_gpu_blocks_override": (18 if windows == (None,) else 15) * len(windows), "enable_prefix_caching": False}
 
 
 def preemption(family: str, path: Path) -> None:
@@ -247,6 +248,7 @@ REFUSED = {
         for family in ("gpt2", "gemma2", "gemma3_text", "starcoder2", "gpt_neox")
     },
     ("gpt2", "GGUF"): "GGUF architecture 'gpt2' is not supported",
+    **{(family, "draft model"): "no draft model where layers differ" for family in ("gemma2", "gemma3_text")},
     **{
         (family, f"making {method}"): "cannot be quantized"
         for family in ("gpt2", "phi3", "olmo2", "gemma2", "gemma3_text", "starcoder2", "gpt_neox")
@@ -297,7 +299,8 @@ def test_every_family_is_here() -> None:
 )
 def test_a_crowded_engine(family: str) -> None:
     """All at once, for the quick suite: chunks, cached prefixes, preemption by swapping, drafts and the fastest kernels."""
+    blocks = 22 * len(resolve_model(str(folder(family))).config.windows)
     answers(
-        family, num_gpu_blocks_override=22, max_num_batched_tokens=24, preemption_mode="swap", swap_space=1 << 24,
+        family, num_gpu_blocks_override=blocks, max_num_batched_tokens=24, preemption_mode="swap", swap_space=1 << 24,
         speculative_config={"method": "ngram", "prompt_lookup_min": 1, "disable_by_batch_size": 64},
     )  # fmt: skip

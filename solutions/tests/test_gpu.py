@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -17,6 +18,7 @@ from solutions.attention.backends import make_backend
 from solutions.attention.paged_attention import AttentionMetadata, NaiveBackend
 from solutions.batching.continuous_batch import FlatBatch
 from solutions.batching.sampling_params import SamplingParams
+from solutions.batching.step_arrays import FlatArrays
 from solutions.benchmarks.gpu import measure_attention, measure_card, measure_decode, measure_prefill
 from solutions.core.capture import PADDING_SLOT, CudaGraphRecorder, DecodeGraphs, Step, graph_sizes
 from solutions.core.config import EngineConfig
@@ -145,7 +147,7 @@ def test_a_recording_of_each_size_sees_that_many_rows_of_one_memory() -> None:
         return torch.zeros(len(input_ids), 4)
 
     caches = [torch.zeros(2, 8, 4, 1, 16)]
-    DecodeGraphs(model, NaiveBackend(), caches, [1, 2, 5], 10, 4, None, lambda step: (step(), step)[1])
+    DecodeGraphs(model, NaiveBackend(), caches, [1, 2, 5], 10, 4, (None,), lambda step: (step(), step)[1])
     assert list(seen) == [5, 2, 1]
     for size, (input_ids, positions, metadata) in seen.items():
         assert input_ids.shape == positions.shape == metadata.slot_mapping.shape == metadata.context_lens.shape == (size,)
@@ -153,6 +155,30 @@ def test_a_recording_of_each_size_sees_that_many_rows_of_one_memory() -> None:
         assert metadata.query_start_loc.tolist() == list(range(size + 1))  # a token each
         assert (metadata.max_query_len, metadata.max_context_len, metadata.kv_caches) == (1, 10, caches)
         assert metadata.slot_mapping.data_ptr() == seen[5][2].slot_mapping.data_ptr()
+
+
+def test_groups_of_layers_have_tables_and_slots_of_their_own_in_a_recording() -> None:
+    seen: dict[int, AttentionMetadata] = {}
+
+    def model(input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        seen[len(input_ids)] = metadata
+        return torch.zeros(len(input_ids), 4)
+
+    caches = [torch.zeros(2, 8, 4, 1, 16)]
+    graphs = DecodeGraphs(model, NaiveBackend(), caches, [1, 4], 10, 4, (None, 6), lambda step: (step(), step)[1])
+    nothing = np.empty(0, np.int64)
+    batch = FlatArrays(
+        slot_mapping=np.array([[5, 9], [1, 2]]), block_tables=np.array([[[1], [2]], [[0], [3]]], np.int32),
+        query_start_loc=np.arange(3, dtype=np.int32), context_lens=np.array([2, 2], np.int32), input_ids=np.array([7, 8]),
+        positions=np.array([1, 1]), adapters=nothing,
+    )  # fmt: skip
+    graphs.run(batch, 4)
+    for group, (slots, tables) in enumerate((([5, 9, -1, -1], [1, 2]), ([1, 2, -1, -1], [0, 3]))):
+        metadata = seen[4].of(group)
+        assert metadata.slot_mapping.tolist() == slots
+        assert metadata.block_tables[:2, 0].tolist() == tables
+        assert metadata.slot_mapping.is_contiguous()
+        assert metadata.block_tables.shape == (4, 3)
 
 
 @pytest.mark.slow

@@ -93,17 +93,34 @@ class ModelConfig:
 
     @property
     def num_cached_layers(self) -> int:
-        """Layers whose keys and values are kept for later steps."""
-        return 0 if self.is_encoder else self.num_layers
+        """Layers of a group, whose keys and values lie in tensors of their own; the groups share these."""
+        return 0 if self.is_encoder else max(len(layers) for layers in self.kv_groups)
+
+    @property
+    def kv_groups(self) -> tuple[tuple[int, ...], ...]:
+        """The layers, in groups that have one window each and blocks of their own. All groups have as many layers, so that
+        blocks are of one size, but some may lack a few: as many as leave the fewest places empty."""
+        if not self.layer_windows:
+            return (tuple(range(self.num_layers)),)
+        kinds = [
+            [layer for layer, window in enumerate(self.layer_windows) if window == kind]
+            for kind in dict.fromkeys(self.layer_windows)
+        ]
+        sizes = range(min(map(len, kinds)), max(map(len, kinds)) + 1)
+        size = min(sizes, key=lambda size: (sum(-(-len(kind) // size) * size for kind in kinds), -size))
+        return tuple(tuple(kind[at : at + size]) for kind in kinds for at in range(0, len(kind), size))
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The kinds of attention: one for each window that some layer has, None where one has none."""
-        return tuple(dict.fromkeys(self.layer_windows or (self.sliding_window,)))
+        """Of each of `kv_groups`; None where it has none."""
+        return (
+            tuple(self.layer_windows[layers[0]] for layers in self.kv_groups) if self.layer_windows else (self.sliding_window,)
+        )
 
-    def kind_of(self, layer: int) -> int:
-        """Which of `windows` a layer has."""
-        return self.windows.index(self.layer_windows[layer]) if self.layer_windows else 0
+    def place_of(self, layer: int) -> tuple[int, int]:
+        """Which of `kv_groups` a layer belongs to, and its place there."""
+        group = next(number for number, layers in enumerate(self.kv_groups) if layer in layers)
+        return group, self.kv_groups[group].index(layer)
 
     @property
     def longest(self) -> int:

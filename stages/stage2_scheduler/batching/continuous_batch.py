@@ -78,5 +78,7 @@ class ContinuousBatch:
             row = self._row_of.get(seq_id)
             if row is None:
                 row = self._row_of[seq_id] = self._free_rows.pop()
-            table = tables[seq_id]
-            self._tables[row, : len(table)] = table
+            self._enter(row, tables[seq_id])
+
+    def _enter(self, row: int, table: list[int]) -> None:
+        self._tables[row, : len(table)] = table

@@ -1,0 +1,275 @@
+"""Block tables of models whose layers differ in their window: one block manager for each group of layers, over one memory.
+
+Layers with a window and layers without hold their blocks in groups of their own, so a window costs a window: what falls out of
+it is freed in its groups alone. All groups have as many layers, so a block is as large in each, and whoever needs one takes it
+from the same free queue. Blocks are cached by group, too. A prefix counts as known as far as all groups still have what a token
+behind it would see.
+
+Groups without a window hold all tokens of a sequence from its admission on, as `BlockManager` does. Those with one get blocks
+as the prompt is computed, chunk by chunk, or a long prompt would take memory for tokens that nobody will see together.
+Source: vLLM's hybrid KV cache manager (``v1/core/kv_cache_coordinator.py``).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from ..batching.scheduler_output import BlockPairs
+from ..batching.sequence import Sequence
+from ..memory.prefix_cache import PrefixCache
+from .block_manager import NULL_BLOCK, BlockManager
+
+
+def blocks_of_one(windows: tuple[int | None, ...], num_tokens: int, block_size: int, chunk: int) -> int:
+    """Most blocks that a sequence of so many tokens holds at once, in all groups of layers, of which these are the windows.
+
+    With one kind of layer it comes with blocks for all its tokens. A step computes at most `chunk` tokens of it.
+    """
+    whole = -(-num_tokens // block_size)
+    if len(windows) == 1:
+        return whole
+    return sum(whole if window is None else min(whole, (window + chunk) // block_size + 2) for window in windows)
+
+
+def longest_of_one(windows: tuple[int | None, ...], num_blocks: int, block_size: int, chunk: int) -> int:
+    """Tokens, in whole blocks, of the longest sequence that so many blocks hold; as in `blocks_of_one`."""
+    lengths = range(0, (num_blocks + 1) * block_size, block_size)
+    return lengths[bisect_right(lengths, num_blocks, key=lambda n: blocks_of_one(windows, n, block_size, chunk)) - 1]
+
+
+def make_block_manager(
+    windows: tuple[int | None, ...], num_blocks: int, block_size: int, num_host_blocks: int, caches: bool, chunk: int
+) -> BlockManager:
+    """The block manager of a model with these windows of its groups of layers; the rest as in `HybridBlockManager`."""
+    sizes = num_blocks, block_size, num_host_blocks
+    if len(windows) == 1:
+        return BlockManager(*sizes, enable_prefix_caching=caches, sliding_window=windows[0])
+    return HybridBlockManager(*sizes, enable_prefix_caching=caches, windows=windows, chunk=chunk)
+
+
+class GroupCache(PrefixCache):
+    """The part of a prefix cache that one group sees; the maps are the whole cache's, so any group's block can be forgotten."""
+
+    def __init__(self, whole: PrefixCache, group: int) -> None:
+        super().__init__(whole.block_size)
+        self._block_of, self._hash_of = whole._block_of, whole._hash_of
+        self._suffix = group.to_bytes(4, "big")
+
+    def insert(self, block_hash: bytes, block: int) -> None:
+        super().insert(block_hash + self._suffix, block)
+
+    def find(self, block_hash: bytes) -> int | None:
+        """The group's block with this hash, if there is one."""
+        return self._block_of.get(block_hash + self._suffix)
+
+
+class Tables(Mapping[int, list[int]]):
+    """seq_id → the blocks of all groups, one group behind the other, each as many."""
+
+    def __init__(self, groups: list[dict[int, list[int]]]) -> None:
+        self._groups = groups
+
+    def __getitem__(self, seq_id: int) -> list[int]:
+        tables = [group[seq_id] for group in self._groups]
+        longest = max(map(len, tables))
+        return [block for table in tables for block in (*table, *[NULL_BLOCK] * (longest - len(table)))]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._groups[0])
+
+    def __len__(self) -> int:
+        return len(self._groups[0])
+
+
+class HybridBlockManager(BlockManager):
+    """A `BlockManager` for each group, asked together: a sequence has its blocks in all of them, or in none.
+
+    Args:
+        windows: of each group. chunk: most tokens that a step computes of a sequence. The rest: as of `BlockManager`.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, num_host_blocks: int = 0, watermark: float = 0.01,
+        enable_prefix_caching: bool = True, windows: tuple[int | None, ...] = (None,), chunk: int = 1,
+    ) -> None:  # fmt: skip
+        sliding = next((window for window in windows if window is not None), None)
+        super().__init__(num_blocks, block_size, num_host_blocks, watermark, enable_prefix_caching, sliding)
+        self.chunk = chunk
+        self.groups = [BlockManager(num_blocks, block_size, num_host_blocks, watermark, False, window) for window in windows]
+        self._caches: list[GroupCache] = []
+        for index, group in enumerate(self.groups):
+            group.allocator, group.host_allocator = self.allocator, self.host_allocator
+            if self.prefix_cache is not None:
+                self._caches.append(GroupCache(self.prefix_cache, index))
+                group.prefix_cache = self._caches[-1]
+        self.tables = Tables([group.tables for group in self.groups])  # type: ignore[assignment]
+        self.host_tables = Tables([group.host_tables for group in self.groups])  # type: ignore[assignment]
+
+    # Questions
+
+    def can_allocate(self, seq: Sequence, keep_watermark: bool = True) -> bool:
+        hits = self._find(seq)
+        num_new = sum(self.allocator.ref_counts[block] == 0 for row in hits for block in row if block != NULL_BLOCK)
+        for group, row in zip(self.groups, hits, strict=True):
+            num_new += self._num_first(group, seq, len(row) * self.block_size) - len(row)
+        return self._fits(num_new, keep_watermark)
+
+    def num_cached_blocks(self, seq: Sequence) -> int:
+        return len(self._find(seq)[0])
+
+    def holds(self, seq: Sequence, num_tokens: int) -> bool:
+        return all(group.holds(seq, num_tokens) for group in self.groups)
+
+    def can_fork(self, keep_watermark: bool = True) -> bool:
+        return self._fits(len(self.groups), keep_watermark)
+
+    def can_swap_out(self, seq: Sequence) -> bool:
+        if self.host_allocator is None:
+            return False
+        count = self.num_blocks_for(seq.num_computed_tokens)
+        tables = [group.tables[seq.seq_id][:count] for group in self.groups]
+        return sum(len(table) - table.count(NULL_BLOCK) for table in tables) <= self.host_allocator.num_free
+
+    def can_swap_in(self, seq: Sequence, keep_watermark: bool = True) -> bool:
+        num_new = 0
+        for group in self.groups:
+            num_expired = group.host_tables.get(seq.seq_id, []).count(NULL_BLOCK)
+            num_new += self._num_first(group, seq, seq.num_computed_tokens) - num_expired
+        return self._fits(num_new, keep_watermark)
+
+    def _num_first(self, group: BlockManager, seq: Sequence, num_computed: int) -> int:
+        """Blocks, those left behind by the window counted, that a sequence comes with: no later step of its prompt needs more
+        at once than the one that begins a window behind the first token."""
+        window, most = group.sliding_window, len(seq.tokens)
+        return self.num_blocks_for(most if window is None else min(most, max(num_computed, window) + self.chunk))
+
+    def _find(self, seq: Sequence) -> list[list[int]]:
+        """The cached blocks that a waiting sequence begins with, for each group equally many; `NULL_BLOCK` where a window has
+        left them behind."""
+        if self.prefix_cache is None or not self._looks_up(seq):
+            return [[] for _ in self.groups]
+        rows: list[list[int | None]] = [[] for _ in self.groups]
+        for index in range((len(seq.tokens) - 1) // self.block_size):
+            block_hash = self.prefix_cache.block_hashes(seq, index + 1)[index]
+            found = [cache.find(block_hash) for cache in self._caches]
+            if any(block is None and group.sliding_window is None for block, group in zip(found, self.groups, strict=True)):
+                break
+            for row, block in zip(rows, found, strict=True):
+                row.append(block)
+        length = len(rows[0])
+        while length and any(None in row[self._left(group, length) : length] for group, row in self._by_group(rows)):
+            length -= 1
+        return [
+            [NULL_BLOCK if block is None or at < self._left(group, length) else block for at, block in enumerate(row[:length])]
+            for group, row in self._by_group(rows)
+        ]
+
+    def _by_group(self, rows: list[list[int | None]]) -> Iterator[tuple[BlockManager, list[int | None]]]:
+        return zip(self.groups, rows, strict=True)
+
+    def _left(self, group: BlockManager, num_blocks: int) -> int:
+        """The first block that the token behind so many blocks sees."""
+        return group._num_out_of_window(num_blocks * self.block_size)
+
+    # A sequence's life
+
+    def begin_step(self) -> None:
+        for group in self.groups:
+            group.begin_step()
+        self.filling.clear()
+
+    def allocate(self, seq: Sequence) -> int:
+        hits = self._find(seq)
+        num_cached = len(hits[0]) * self.block_size
+        for row in hits:  # before any block is taken, or one of them might be
+            for block in row:
+                if block != NULL_BLOCK:
+                    self.allocator.share(block)
+        for group, row in zip(self.groups, hits, strict=True):
+            group._set_table(seq, row + group._new_blocks(self._num_first(group, seq, num_cached) - len(row)))
+        if self.prefix_cache is not None and self._looks_up(seq) and seq.num_preemptions == 0:
+            self.prefix_cache.record(len(seq.tokens), num_cached)
+        return num_cached
+
+    def fork(self, parent: Sequence, child: Sequence, num_tokens: int) -> None:
+        for group in self.groups:
+            group.fork(parent, child, num_tokens)
+
+    def append_slots(self, seq: Sequence, num_tokens: int, copies: BlockPairs) -> bool:
+        start, missing = seq.num_computed_tokens, 0
+        first, end = start // self.block_size, self.num_blocks_for(start + num_tokens)
+        for group in self.groups:
+            table = group.tables[seq.seq_id]
+            missing += max(0, end - len(table)) + (first < len(table) and self.allocator.is_shared(table[first]))
+        if missing > self.allocator.num_free:
+            return False
+        for group in self.groups:
+            group.append_slots(seq, num_tokens, copies)
+        return True
+
+    def extend(self, seq: Sequence, num_tokens: int) -> bool:
+        end = self.num_blocks_for(len(seq.tokens) + num_tokens)
+        missing = sum(max(0, end - len(group.tables[seq.seq_id])) for group in self.groups)
+        if not self._fits(missing, keep_watermark=True):
+            return False
+        for group in self.groups:
+            group.extend(seq, num_tokens)
+        return True
+
+    def cache_full_blocks(self, seq: Sequence, num_tokens: int) -> None:
+        for group in self.groups:
+            group.cache_full_blocks(seq, num_tokens)
+            self.filling |= group.filling
+
+    def free_out_of_window(self, seq: Sequence) -> None:
+        for group in self.groups:
+            group.free_out_of_window(seq)
+
+    def free(self, seq: Sequence) -> None:
+        for group in self.groups:
+            group.free(seq)
+
+    def swap_out(self, seq: Sequence) -> BlockPairs:
+        return [pair for group in self.groups for pair in group.swap_out(seq)]
+
+    def swap_in(self, seq: Sequence) -> BlockPairs:
+        assert self.host_allocator is not None  # or nothing was swapped out
+        pairs: BlockPairs = []
+        for group in self.groups:
+            host_table = group.host_tables.pop(seq.seq_id)
+            table = [NULL_BLOCK if block == NULL_BLOCK else group._new_blocks(1)[0] for block in host_table]
+            moved = [pair for pair in zip(host_table, table, strict=True) if pair[0] != NULL_BLOCK]
+            for block, _ in moved:
+                self.host_allocator.free(block)
+            pairs += moved
+            more = self._num_first(group, seq, seq.num_computed_tokens) - len(table)
+            group._set_table(seq, table + group._new_blocks(more))
+        return pairs
+
+    # For the step that runs
+
+    def take_changed(self) -> set[int]:
+        return set().union(*(group.take_changed() for group in self.groups))
+
+    def check_invariants(self) -> None:
+        """Reference counts equal the tables of all groups that hold a block, which hold the same sequences.
+
+        Raises:
+            AssertionError: names the block that breaks the rule.
+        """
+        for allocator, name in ((self.allocator, "tables"), (self.host_allocator, "host_tables")):
+            tables = [getattr(group, name) for group in self.groups]
+            assert all(each.keys() == tables[0].keys() for each in tables), "a sequence has blocks in some groups alone"
+            if allocator is None:
+                assert not tables[0]
+                continue
+            allocator.check_invariants()
+            rows = (row for each in tables for row in each.values())
+            held = Counter(block for row in rows for block in row if block != NULL_BLOCK)
+            for block, count in enumerate(allocator.ref_counts):
+                assert count == held[block], f"block {block} has {count} references but stands in {held[block]} tables"
+        assert not self.tables.keys() & self.host_tables.keys(), "a sequence is on the device and on the host"
+        if self.prefix_cache is not None:
+            self.prefix_cache.check_invariants()
