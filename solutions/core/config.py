@@ -106,7 +106,7 @@ class EngineConfig:
     )
     quantization: str | None = _flag(
         None,
-        "on a CPU; int8: weights and activations in 8 bits; int4: weights in 4 bits, groups of 32",
+        "on a CPU; int8: weights and activations in 8 bits; int4: weights in 4 bits, groups of 32, and activations in 8",
         ("int8", "int4", "gptq", "awq", "compressed-tensors", "fp8"),
     )
     batch_invariant: bool = _flag(

@@ -18,6 +18,7 @@ from torch import Tensor
 from solutions.core.platform import native
 from solutions.quantization.kernels import linear_cpu
 from solutions.quantization.kernels.linear_cpu import PackedLinear
+from solutions.quantization.layout.groups import GroupQuantized, quantize_groups
 from solutions.tests.test_cpu_kernels import TOLERANCE, error, random
 
 COMPILER = shutil.which("aarch64-linux-gnu-g++")
@@ -26,6 +27,7 @@ INCLUDE = native.find_source("core/platform/native.h").parents[2]
 PROCESSORS = ["armv8-a", "armv8.2-a+dotprod", "armv8.6-a+bf16+i8mm"]
 NEON = linear_cpu.Layout(panel=8, bfloat16=torch.float32, int8=torch.int16)
 """What `linear_layout` says on such a processor; the program below checks it."""
+KINDS = (None, "int8", "int4", "of a checkpoint")
 ARRAYS = ("x", "w", "scales", "bias", "y", "other_x", "of_groups", "order")
 
 pytestmark = [
@@ -54,7 +56,8 @@ int main(int, char** argv) {
     const Linear a{numbers[0], at[0], at[1], (float*)at[2], (float*)at[3], at[4], at[5], (float*)at[6], (int32_t*)at[7],
                    numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6]};
     typedef void (*Kernel)(const Linear*);
-    const Kernel kernels[] = {linear_f32, linear_bf16, linear_int8_f32, linear_int8_bf16, linear_int4_f32, linear_int4_bf16};
+    const Kernel kernels[] = {linear_f32, linear_bf16, linear_int8_f32, linear_int8_bf16, linear_w4a8_f32, linear_w4a8_bf16,
+                              linear_int4_f32, linear_int4_bf16};
     kernels[std::atoi(argv[1])](&a);
     std::FILE* out = std::fopen(argv[3], "wb");
     return std::fwrite(at[4], 1, sizes[4], out) == static_cast<size_t>(sizes[4]) && !std::fclose(out) ? 0 : 5;
@@ -89,7 +92,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize(("rows", "columns", "batch"), [(8, 16, 1), (40, 112, 11), (33, 96, 12), (64, 192, 25)])
 def test_matrix_products(
@@ -97,12 +100,15 @@ def test_matrix_products(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Tiles of up to 12 rows: one, one less, all, one more than two."""
-    weight, bias = random(rows, columns, dtype=dtype), random(rows, dtype=dtype, seed=1)
-    here = PackedLinear(weight, bias, kind)
+    bias = random(rows, dtype=dtype, seed=1)
+    weight: Tensor | GroupQuantized = random(rows, columns, dtype=dtype)
+    if kind == "of a checkpoint":
+        weight = quantize_groups(weight.float(), 4, 32)
+    here = PackedLinear(weight, bias, kind, dtype=dtype)
     monkeypatch.setattr(linear_cpu, "layout", lambda: NEON)
-    there = PackedLinear(weight, bias, kind)
+    there = PackedLinear(weight, bias, kind, dtype=dtype)
     x = random(batch, columns, dtype=dtype, seed=2)
-    got = run_on_arm(program, tmp_path, there, x, rows, (None, "int8", "int4").index(kind) * 2 + list(TOLERANCE).index(dtype))
+    got = run_on_arm(program, tmp_path, there, x, rows, KINDS.index(kind) * 2 + list(TOLERANCE).index(dtype))
     if kind is None:
         assert error(got, x.double() @ weight.double().T + bias.double()) < TOLERANCE[dtype]
     else:  # the same codes and scales as here, so nearly the same sums

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -156,6 +157,36 @@ def test_int4(rows: int, columns: int, group: int, ordered: bool, dtype: torch.d
         assert error(packed(x, add_to=residual)[:, ::7], wanted) < TOLERANCE[dtype]
 
 
+def rounded_to_bytes(x: np.ndarray, group: int) -> np.ndarray:
+    """What int8 with a scale for each group of a row stands for, in float64."""
+    parts = np.split(x, range(group, x.shape[1], group), axis=1)
+    scales = [np.maximum(np.abs(part).max(axis=1, keepdims=True), 1e-30) / 127 for part in parts]
+    return np.concatenate([np.round(part / scale) * scale for part, scale in zip(parts, scales, strict=True)], axis=1)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(32, 16), (33, 96), (31, 112), (576, 576), (100, 1536)])
+def test_int4_with_activations_of_8_bits(rows: int, columns: int, dtype: torch.dtype) -> None:
+    """Exactly the sums of the quantized numbers, whose zeros lie anywhere, on one side of 0 too."""
+    weight, bias = random(rows, columns) + random(rows, 1, seed=3) * 4, random(rows, dtype=dtype, seed=1)
+    packed = PackedLinear(weight.to(dtype), bias, "int4")
+    quantized = quantize_groups(weight.to(dtype), 4, 32, whole_zeros=False)
+    groups = np.arange(columns) // 32
+    scales = quantized.scales.numpy().astype(np.float16).astype(np.float64)[:, groups]
+    zeros = (quantized.zeros.numpy() - 8).astype(np.float16).astype(np.float64)[:, groups] + 8
+    exact_weight = (quantized.codes.numpy() - zeros) * scales
+    loud = random(1, columns, dtype=dtype)
+    loud[0, 5] = 1e4  # beside it the others of its group vanish
+    for x in [random(batch, columns, dtype=dtype, seed=batch) for batch in BATCHES] + [loud, torch.zeros_like(loud)]:
+        expected = torch.from_numpy(rounded_to_bytes(x.double().numpy(), 32) @ exact_weight.T) + bias.double()
+        # a value that lies between two integers may be rounded either way in float32
+        assert error(packed(x), expected) < (2e-3 if dtype is torch.float32 else 1e-2)
+        residual = random(len(x), rows, dtype=dtype, seed=2)
+        wanted = expected + residual.double()
+        assert error(packed(x, add_to=residual), wanted) < (2e-3 if dtype is torch.float32 else 1e-2)
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_int4_gate_and_up_in_one(dtype: torch.dtype) -> None:
@@ -178,7 +209,8 @@ def test_int4_keeps_weights_that_came_in_four_bits() -> None:
     codes = torch.randint(0, 16, (64, 4, 32), generator=generator)
     codes[:, :, 0], codes[:, :, 1] = 0, 15  # the quantizer takes the step from the least and the largest
     weight = (codes * step[:, :, None] + low[:, :, None]).flatten(1)
-    x = random(3, 128)
+    x = torch.randint(-127, 128, (3, 128), generator=generator).float()
+    x[:, ::32] = 127  # so that bytes stand for them exactly
     assert error(PackedLinear(weight, None, "int4")(x), x.double() @ weight.double().T) < 1e-3
 
 

@@ -129,6 +129,8 @@ def compile_library(
     texts = [path.read_bytes() for path in (*sources, *headers)]
     digest = hashlib.sha256(b"\0".join([*texts, *(fact.encode() for fact in (version, *facts, *flags))])).hexdigest()[:20]
     library = folder / f"{name}-{digest}.so"
+    if library.exists():  # no waiting for who builds another one
+        return library
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / "build.lock"):
         if not library.exists():

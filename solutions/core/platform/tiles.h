@@ -34,7 +34,7 @@ inline Floats dot_pairs(Floats acc, Bits x, Bits w) {
 constexpr bool MULTIPLIES_BF16 = false;
 #endif
 
-// x holds 4 unsigned bytes, w 4 signed ones.
+// 4 unsigned bytes with 4 signed ones.
 #if defined(__AVX512VNNI__)
 constexpr bool MULTIPLIES_BYTES = true;
 inline Ints dot_quads(Ints acc, Ints x, Ints w) { return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)x, (__m512i)w); }
@@ -56,10 +56,10 @@ inline Ints dot_words(Ints acc, Ints x, Ints w) { return acc + (Ints)_mm_madd_ep
 inline Ints dot_words(Ints acc, Ints x, Ints w) { return acc + (x << 16 >> 16) * (w << 16 >> 16) + (x >> 16) * (w >> 16); }
 #endif
 
-// What a tile reads of x where x is T and the weights are bfloat16 or int8.
+// What a tile reads of x where x is T and the weights are bfloat16 or bytes.
 template <typename T>
 using Operand = std::conditional_t<std::is_same_v<T, bf16>, std::conditional_t<MULTIPLIES_BF16, bf16, float>,
-                                   std::conditional_t<std::is_same_v<T, uint8_t> && !MULTIPLIES_BYTES, int16_t, T>>;
+                                   std::conditional_t<sizeof(T) == 1 && !MULTIPLIES_BYTES, int16_t, T>>;
 
 template <typename T>
 inline void widen(const T* from, int64_t count, T* to) { std::memcpy(to, from, count * sizeof(T)); }
@@ -164,19 +164,29 @@ TILE_FUNCTION void tile(const float* a, int64_t lda, const bf16* panel, int64_t 
     std::memcpy(to, c, sizeof(c));
 }
 
-#if (defined(__AVX512VNNI__) || defined(__AVXVNNI__)) && !defined(HAS_AMX)
-template <int M, bool AHEAD = false>
-inline void tile(const uint8_t* a, int64_t lda, const int8_t* panel, int64_t k, Ints (&c)[M][2], Ahead ahead = {}) {
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+// Where x has signed bytes, those of the panel are not negative.
+template <int M, bool AHEAD = false, typename Byte>
+inline std::enable_if_t<sizeof(Byte) == 1> tile(const Byte* a, int64_t lda, const int8_t* panel, int64_t k, Ints (&c)[M][2], Ahead ahead = {}) {
     for (int64_t i = 0; i < k; i += 4, panel += STEP) {
         if (AHEAD) ahead.step();
-        Ints w0 = load_as<Ints>(panel), w1 = load_as<Ints>(panel + STEP / 2);
+        const Ints w[2] = {load_as<Ints>(panel), load_as<Ints>(panel + STEP / 2)};
         for (int m = 0; m < M; ++m) {
             const Ints x = broadcast_word(a + m * lda + i);
-            c[m][0] = dot_quads(c[m][0], x, w0);
-            c[m][1] = dot_quads(c[m][1], x, w1);
+            for (int h = 0; h < 2; ++h) c[m][h] = std::is_signed_v<Byte> ? dot_quads(c[m][h], w[h], x) : dot_quads(c[m][h], x, w[h]);
         }
     }
 }
+#ifdef HAS_AMX
+// A panel of few inputs, as of a group of 4-bit weights, is worth a change of tiles for many rows only.
+template <int M, bool AHEAD = false>
+inline void tile(const int8_t* a, int64_t lda, const int8_t* panel, int64_t k, Ints (&c)[M][2], Ahead ahead = {}) {
+    if constexpr (M > 4)
+        multiply_amx<SignedByteProducts>(a, lda, panel, k / 4, c, [&](int64_t steps) { if (AHEAD) ahead.steps(steps); });
+    else
+        tile<M, AHEAD, int8_t>(a, lda, panel, k, c, ahead);
+}
+#endif
 #endif
 
 // The same of numbers in 16 bits, of each four in the order 0, 2, 1, 3: so the weights' even bytes are one operand, the odd ones

@@ -60,6 +60,17 @@ struct ByteProducts {  // of unsigned bytes with signed ones
     }
 };
 
+struct SignedByteProducts {  // of signed bytes with signed ones
+    static void add() {
+        _tile_dpbssd(0, 2, 3);
+        _tile_dpbssd(1, 2, 4);
+    }
+    static void add_left() {
+        _tile_dpbssd(0, 5, 6);
+        _tile_dpbssd(1, 5, 7);
+    }
+};
+
 // c[m] += rows[m] · panel, of `words` words; rows lie `stride` bytes apart. before(n) is called before n rows of the panel are.
 template <typename Products, int M, typename Sums, typename Before>
 inline void multiply_amx(const void* rows, int64_t stride, const void* panel, int64_t words, Sums (&c)[M][2], const Before& before) {

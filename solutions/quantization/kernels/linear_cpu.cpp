@@ -11,32 +11,43 @@ namespace {
 
 constexpr int64_t ROWS = 4;  // of a share, when activations are brought into another form
 
-[[maybe_unused]] inline void store_operands(uint8_t* to, Bits bytes) { store_as(to, __builtin_convertvector(bytes, Bytes)); }
-[[maybe_unused]] inline void store_operands(int16_t* to, Bits bytes) {
+[[maybe_unused]] inline void store_operands(uint8_t* to, Ints bytes) { store_as(to, __builtin_convertvector(bytes, Bytes)); }
+[[maybe_unused]] inline void store_operands(int8_t* to, Ints bytes) { store_as(to, __builtin_convertvector(bytes, SignedBytes)); }
+[[maybe_unused]] inline void store_operands(int16_t* to, Ints bytes) {
     store_as(to, shuffle(__builtin_convertvector(bytes, Shorts), [](int i) { return (i & ~3) | (i & 1) << 1 | (i & 2) >> 1; }));
 }
 
-// Part of a row to bytes; returns its scale.
-template <typename T>
-float quantize(const T* x, Operand<uint8_t>* bytes, int64_t k) {
+// Part of a row to bytes around `middle`; returns their scale, and their sum less the middle of each.
+struct Quantized {
+    float scale;
+    int32_t sum;
+};
+template <typename T, typename Byte>
+Quantized quantize(const T* x, Byte* bytes, int64_t k, int32_t middle) {
     Floats most{};
     for (int64_t i = 0; i < k; i += LANES) {
         const Floats v = load(x + i);
         most = maximum(most, maximum(v, -v));
     }
-    const float top = largest(most), scale = top / 127.0f, inverse = top > 0 ? 127.0f / top : 0.0f;
+    const float top = largest(most), inverse = top > 0 ? 127.0f / top : 0.0f;
+    Ints total{};
     for (int64_t i = 0; i < k; i += LANES) {
-        const Floats shifted = load(x + i) * inverse + (128.0f + 8388608.0f);  // 2^23 leaves the rounded integer in the low bits
-        store_operands(bytes + i, (Bits)shifted & 0xff);
+        const Floats shifted = load(x + i) * inverse + 12582912.0f;  // 1.5 * 2^23 leaves the rounded integer in the low bits
+        const Ints numbers = (Ints)shifted - 0x4b400000;
+        total += numbers;
+        store_operands(bytes + i, numbers + middle);
     }
-    return scale;
+    int32_t sum = 0;
+    for (int lane = 0; lane < LANES; ++lane) sum += total[lane];
+    return {top / 127.0f, sum};
 }
 
 }  // namespace
 
 // The arguments of a product, as ctypes fills them in: x [m, k] with rows ldx apart, w in n/PANEL panels, y [m, n] with rows ldy apart
-// (half of n with SILU_MUL). bias is of the padded columns, or null. k is a multiple of 2 for bfloat16, of 16 for int8.
-// group: of int8 the elements of x that share a scale, of int4 the weights; then there is memory for a number for each row and group.
+// (half of n with SILU_MUL). bias is of the padded columns, or null. k is a multiple of 2 for bfloat16, of 16 for int8 and w4a8.
+// group: elements of x (int8), weights (int4), or both (w4a8, at most MOST_GROUP) that share a scale; then there is memory for a number,
+// for two with w4a8, for each row and group.
 // other_x: memory for x [m, k] in the form that tiles read, where that is another one: see linear_layout.
 // For int8 only: scales of the padded columns. For int4 only: the columns' order [k], where it is another than that of x.
 extern "C" struct Linear {
@@ -77,7 +88,24 @@ void linear_int8(const Linear& a) {
     parallel_for(a.m, ROWS, [&](int64_t row) {
         for (int64_t g = 0, i = 0; g < groups; ++g, i += a.group)
             a.of_groups[row * groups + g] =
-                quantize(static_cast<const T*>(a.x) + row * a.ldx + i, bytes + row * a.k + i, std::min(a.group, a.k - i));
+                quantize(static_cast<const T*>(a.x) + row * a.ldx + i, bytes + row * a.k + i, std::min(a.group, a.k - i), 128).scale;
+    });
+    multiply(weights, output<T>(a), a.m, a.n);
+}
+
+template <typename T>
+void linear_w4a8(const Linear& a) {
+    auto* bytes = static_cast<Operand<int8_t>*>(a.other_x);
+    const Int4Bytes weights{bytes, a.of_groups, static_cast<const uint8_t*>(a.w), a.k, a.group};
+    const int64_t groups = weights.groups();
+    parallel_for(a.m, ROWS, [&](int64_t row) {
+        float* numbers = a.of_groups + row * 2 * groups;
+        for (int64_t g = 0, i = 0; g < groups; ++g, i += a.group) {
+            const Quantized found =
+                quantize(static_cast<const T*>(a.x) + row * a.ldx + i, bytes + row * a.k + i, std::min(a.group, a.k - i), 0);
+            numbers[2 * g] = found.scale;
+            numbers[2 * g + 1] = found.scale * static_cast<float>(found.sum);
+        }
     });
     multiply(weights, output<T>(a), a.m, a.n);
 }
@@ -114,6 +142,8 @@ void linear_f32(const Linear* a) { linear<float>(*a); }
 void linear_bf16(const Linear* a) { linear<bf16>(*a); }
 void linear_int8_f32(const Linear* a) { linear_int8<float>(*a); }
 void linear_int8_bf16(const Linear* a) { linear_int8<bf16>(*a); }
+void linear_w4a8_f32(const Linear* a) { linear_w4a8<float>(*a); }
+void linear_w4a8_bf16(const Linear* a) { linear_w4a8<bf16>(*a); }
 void linear_int4_f32(const Linear* a) { linear_int4<float>(*a); }
 void linear_int4_bf16(const Linear* a) { linear_int4<bf16>(*a); }
 }

@@ -4,8 +4,9 @@ int8 quantizes each output channel of the weights when they are packed, and grou
 they come (W8A8; Dettmers et al., "LLM.int8()", NeurIPS 2022, §2.1). A scale is the largest magnitude over 127. One scale for
 a whole token would do for most, but a few channels are so large that the others would have hardly any steps left.
 
-int4 leaves the activations as they are (W4A16) and quantizes groups of `INT4_GROUP` weights to nearest, unless they come
-quantized from a checkpoint. Decoding waits for memory, which has less than a third of the bytes to deliver.
+int4 quantizes groups of `INT4_GROUP` weights to nearest, and the same groups of activations to int8 (W4A8; Lin et al.,
+"QServe", MLSys 2025). Weights that come in 4 bits from a checkpoint leave the activations as they are (W4A16), for which its
+quantizer chose them. Decoding waits for memory, which has less than a third of the bytes to deliver.
 """
 
 from __future__ import annotations
@@ -106,13 +107,19 @@ class PackedLinear:
             dtype = weight.dtype
         self._dtype = dtype
         operand = layout().bfloat16 if dtype is torch.bfloat16 else dtype
+        w4a8 = False
         if quantization == "int4" and not isinstance(weight, GroupQuantized):
+            w4a8 = self.num_columns % 16 == 0
             weight = quantize_groups(weight, 4, INT4_GROUP, whole_zeros=False)
         self.scales = self.order = None
         self._scratch: tuple[int, torch.dtype, int] | None = None
         """Memory that the kernel needs for a row of x: in another form, of what type, and how many groups."""
         group = 0
-        if isinstance(weight, GroupQuantized) and weight.bits == 4:
+        if isinstance(weight, GroupQuantized) and w4a8:
+            kind, group = "w4a8_", INT4_GROUP
+            self._scratch = (self.num_columns, layout().int8, 2 * weight.scales.shape[1])
+            self.weight = pack_groups(weight, rows, 4)
+        elif isinstance(weight, GroupQuantized) and weight.bits == 4:
             kind, group = "int4_", weight.group_size
             is_moved = weight.order is not None or operand is not self._dtype
             self._scratch = (self.num_columns if is_moved else 0, operand, weight.scales.shape[1])
@@ -223,11 +230,11 @@ def _with_heads(heads: Tensor, body: Tensor, length: int) -> Tensor:
     return empty_in_huge_pages(tuple(packed.shape), torch.uint8).copy_(packed)
 
 
-def pack_groups(weight: GroupQuantized, rows: slice | Tensor = slice(None)) -> Tensor:
+def pack_groups(weight: GroupQuantized, rows: slice | Tensor = slice(None), together: int = 2) -> Tensor:
     """4-bit codes with their scales and zeros, as ``linear_int4_cpu.h`` reads them: bytes [P, B] for panels of rows.
 
     Args:
-        rows: which, in which order.
+        rows: which, in which order. together: columns that lie side by side: 2, or 4 where activations are bytes.
 
     Raises:
         ValueError: not 4 bits, or columns or groups are no even numbers.
@@ -246,12 +253,12 @@ def pack_groups(weight: GroupQuantized, rows: slice | Tensor = slice(None)) -> T
         in_panels: Tensor = torch.cat((values, missing)).unflatten(0, (-1, panel))
         return in_panels
 
-    halves = panels(weight.codes).unflatten(1, (2, -1)).unflatten(3, (-1, 2))  # [P, 2, panel / 2, K / 2, 2]
+    halves = panels(weight.codes).unflatten(1, (2, -1)).unflatten(3, (-1, together))  # [P, 2, panel / 2, K / t, t]
     low, high = halves.transpose(2, 3).unbind(1)
-    codes = (low | high << 4).flatten(2)  # [P, K / 2, panel]
+    codes = (low | high << 4).flatten(2)  # [P, K / t, panel / 2 * t]
     head = torch.stack((panels(weight.scales), panels(weight.zeros - 8)), dim=1)  # [P, 2, panel, G]
     head = head.permute(0, 3, 1, 2).to(torch.float16).contiguous().view(torch.uint8).flatten(2)  # [P, G, 4 * panel]
-    return _with_heads(head, codes, size // 2)
+    return _with_heads(head, codes, size // together)
 
 
 def unpack(packed: Tensor, rows: int) -> Tensor:

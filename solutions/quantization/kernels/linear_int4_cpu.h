@@ -1,5 +1,6 @@
-// 4-bit weights with a scale and a zero for each group of columns, activations as they are (W4A16): codes become bfloat16 or float in
-// registers, so that memory delivers a quarter of the bytes and the rest runs as with whole weights.
+// 4-bit weights with a scale and a zero for each group of columns, so that memory delivers a quarter of the bytes. Activations are as
+// they are (W4A16): codes become bfloat16 or float in registers, and the rest runs as with whole weights. Or they are bytes, with a
+// scale for each of the same groups (W4A8): codes become bytes, and scales and zeros are applied to a group's sums.
 #pragma once
 
 #include "quantization/kernels/linear_cpu.h"
@@ -65,7 +66,7 @@ inline void add_codes(const bf16* x, int64_t ldx, const uint8_t* at, Floats (&c)
 }
 #endif
 
-// A panel holds for each group PANEL scales and as many zeros as halves, then PANEL bytes of codes for every two inputs.
+// A panel holds for each group PANEL scales and as many zeros, less 8, as halves, then PANEL bytes of codes for every two inputs.
 template <typename T>
 struct Int4 {
     static constexpr int ROWS = TILE_ROWS;
@@ -103,6 +104,56 @@ struct Int4 {
             for (int h = 0; h < 2; ++h) {
                 const Floats scale = load_half(head + h * LANES), zero = load_half(head + PANEL + h * LANES);
                 for (int m = 0; m < M; ++m) c[m][h] += scale * (part[m][h] - zero * sums[(row + m) * groups() + g]);
+            }
+        }
+        out.template write<M>(c, row, panel * PANEL, width);
+    }
+};
+
+constexpr int64_t MOST_GROUP = 32;
+
+// A panel holds for each group PANEL scales and as many zeros, as above, then PANEL / 2 bytes of codes for each input, four inputs side
+// by side: those of a panel's first half in the low halves of the bytes, of its second in the high ones.
+struct Int4Bytes {
+    static constexpr int ROWS = WIDE_TILE_ROWS;
+    static constexpr int64_t HEAD = 4 * PANEL;
+    const Operand<int8_t>* x;
+    const float* of_groups;  // [m, groups, 2]: the scale of x, and the sum of what its bytes stand for
+    const uint8_t* packed;
+    int64_t k, group;
+
+    int64_t groups() const { return (k + group - 1) / group; }
+    int64_t panel_bytes() const { return groups() * HEAD + k * PANEL / 2; }
+    int64_t bytes_a_step() const { return (4 * panel_bytes() + k - 1) / k; }
+
+    // 0 to 15 in bytes, as tiles.h wants a panel.
+    static void widen(const uint8_t* codes, int64_t count, int8_t* to) {
+        for (int64_t i = 0; i < count; i += 4, codes += STEP / 2, to += STEP) {
+            const Bits both = load_as<Bits>(codes);
+            store_as(to, both & 0x0f0f0f0f);
+            store_as(to + STEP / 2, both >> 4 & 0x0f0f0f0f);
+        }
+    }
+
+    template <int M, typename Y>
+    void rows(int64_t panel, int64_t row, int64_t width, const Output<Y>& out, Ahead ahead) const {
+        alignas(64) int8_t wide[MOST_GROUP * PANEL];
+        Floats c[M][2] = {};
+        const uint8_t* at = packed + panel * panel_bytes();
+        for (int64_t g = 0; g < groups(); ++g) {
+            const uint16_t* head = reinterpret_cast<const uint16_t*>(at);
+            const int64_t begin = g * group, count = std::min(group, k - begin);
+            Ints sums[M][2] = {};
+            widen(at + HEAD, count, wide);
+            tile<M, true>(x + row * k + begin, k, wide, count, sums, ahead);
+            at += HEAD + count * PANEL / 2;
+            ahead.next += count / 4 * ahead.stride;
+            for (int h = 0; h < 2; ++h) {
+                const Floats scale = load_half(head + h * LANES), zero = load_half(head + PANEL + h * LANES) + 8.0f;
+                for (int m = 0; m < M; ++m) {
+                    const float* numbers = of_groups + ((row + m) * groups() + g) * 2;
+                    c[m][h] += scale * (__builtin_convertvector(sums[m][h], Floats) * numbers[0] - zero * numbers[1]);
+                }
             }
         }
         out.template write<M>(c, row, panel * PANEL, width);
