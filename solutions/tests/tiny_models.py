@@ -114,6 +114,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": _SIZES,
     "gemma2": _GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
     "gemma3_text": _GEMMA | {"num_hidden_layers": 7, "rope_parameters": GEMMA3_ROPE},
+    "mixtral": _SIZES | {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen2_moe": _SIZES | {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 160,
+    },
+    "qwen3_moe": _SIZES | {
+        "hidden_size": 96, "head_dim": 32, "num_experts": 9, "num_experts_per_tok": 3, "moe_intermediate_size": 96,
+        "norm_topk_prob": True, "rope_parameters": YARN,
+    },
 }  # fmt: skip
 """What makes each family itself, by transformers' ``model_type``: KV heads that two ranks cannot share evenly, heads of 32
 elements (which the kernels of a CPU turn) though hidden / heads may be another number, scaling that some dozen tokens meet."""
