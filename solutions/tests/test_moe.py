@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
+from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
 from solutions.core.platform import native
 from solutions.models.config.entries import ModelError
-from solutions.models.config.model_config import ModelConfig
+from solutions.models.config.model_config import ALIASES, ModelConfig
+from solutions.models.costs.roofline import decode_cost, num_product_weights
 from solutions.models.kernels.attach import Plan, attach
 from solutions.models.kernels.experts_cpu import NativeExperts
 from solutions.models.kernels.experts_triton import TritonExperts
@@ -27,6 +30,7 @@ from solutions.models.kernels.layers_triton import grouped_product
 from solutions.models.loader import load_model, resolve_model
 from solutions.models.moe import SparseMLP
 from solutions.parallelism.tensor_parallel import SINGLE, TensorParallel
+from solutions.serving.server_metrics import ServerMetrics
 from solutions.tests.engine_twins import folder
 from solutions.tests.quantized_folders import check_against_transformers
 from solutions.tests.test_families import SETTINGS, generate
@@ -207,6 +211,20 @@ def test_triton_says_what_the_layer_says(family: str) -> None:
             torch.testing.assert_close(fast.experts(x, logits), plain.experts(x, logits), atol=2e-5, rtol=1e-4)
 
 
+# What a step costs
+
+
+def test_a_step_costs_the_experts_that_it_reads() -> None:
+    """Mixtral has 46.7 billion weights, of which a token is multiplied with 12.7; the embedding is a row."""
+    mixtral = ALIASES["mixtral-8x7b"].config
+    experts, attention, head = 32 * 8 * 3 * 4096 * 14336, 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024), 32000 * 4096
+    assert num_product_weights(mixtral) == attention + head + experts // 4
+    assert num_product_weights(mixtral, 1000) == attention + head + experts
+    cost = decode_cost(mixtral, 2, 0)
+    assert cost.weight_bytes == 2 * (attention + head + experts * 7 // 16)  # the second meets a quarter of the first one's
+    assert cost.product_operations == 2 * 2 * (attention + head + experts // 4)
+
+
 # Checkpoints
 
 
@@ -284,6 +302,18 @@ def test_adapters_of_attention_are_taken_and_those_of_experts_refused(tmp_path: 
         else:
             with pytest.raises(ModelError, match="MixtralForCausalLM, experts not among them"):
                 adapters.read(tmp_path)
+
+
+def test_prometheus_reads_how_often_each_expert_was_chosen() -> None:
+    llm = LLM(str(folder("qwen2_moe")), dtype="float32", max_model_len=64, num_gpu_blocks_override=16)
+    llm.generate(
+        [{"prompt_token_ids": [5, 6, 7]}], SamplingParams(temperature=0, max_tokens=9, ignore_eos=True), use_tqdm=False
+    )
+    text = ServerMetrics("m", llm.llm_engine).text().decode()
+    found = dict(re.findall(r'byov:expert_tokens_total\{expert="(\d+)",model_name="m"\} (\S+)', text))
+    counts = [float(found[str(number)]) for number in range(7)]
+    assert counts[6] == 3 * (3 + 8)  # layers, and the tokens that were computed
+    assert sum(counts[:6]) == 2 * counts[6]
 
 
 # Expert parallelism
