@@ -9,10 +9,13 @@ each.
   linear     the matrix products of SmolLM2-135M, packed; beside PyTorch's on plain weights of the same type (int8, int4: bf16)
   attention  one layer over shuffled blocks of 16; beside the batched PyTorch path, and PyTorch's own on contiguous K and V
   rms_norm   between two products
+  experts    router and experts of a layer of OLMoE-1B-7B's shape (64 experts, 8 for a token); the floor counts the weights of
+             those that the tokens chose
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,7 +31,12 @@ from ..attention.paged_attention import AttentionBackend, AttentionMetadata
 from ..core.platform import native
 from ..core.platform.huge_pages import zeros_in_huge_pages
 from ..core.platform.machine import pick_threads
+from ..models.config.experts import Mixture
+from ..models.config.model_config import ModelConfig
+from ..models.kernels.attach import Plan, attach, packed_of
 from ..models.kernels.layers_cpu import NativeNorm
+from ..models.moe import SparseMLP
+from ..parallelism.tensor_parallel import SINGLE
 from ..quantization.kernels.linear_cpu import PackedLinear
 from .report import Parser, drawing, finish, show_table, tracked
 from .timing import median_seconds
@@ -37,6 +45,12 @@ MATRICES = {"qkv": (576, 960), "o": (576, 576), "gate_up": (576, 3072), "down": 
 """The matrix products of SmolLM2-135M: name → (in, out) features."""
 ROWS = (1, 8, 32, 128, 512)
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 9, 3, 64, 16
+OLMOE = ModelConfig(
+    "MixtralForCausalLM", vocab_size=50304, hidden_size=2048, intermediate_size=1024, num_layers=1, num_heads=16,
+    num_kv_heads=16, head_dim=128, max_position_embeddings=4096, norm_eps=1e-5, hidden_act="silu",
+    mixture=Mixture(count=64, chosen=8, size=1024, renormalise=False),
+)  # fmt: skip
+"""Of OLMoE-1B-7B's layers, which have 1.3 billion active weights out of 6.9, one."""
 CPU = torch.device("cpu")
 CACHE_BYTES = 96 << 20
 """Copies of a small matrix together are at least this large, so that none is read from a cache."""
@@ -192,6 +206,36 @@ def measure_attention(
     return Timing(f"attention, {label}", size, precision, seconds, num_bytes, operations, floor, peers)
 
 
+@functools.lru_cache(maxsize=1)
+def packed_experts(precision: str) -> SparseMLP:
+    """Router and experts with random weights, for the kernels."""
+    torch.set_default_dtype(torch.bfloat16)
+    layer = SparseMLP(OLMOE, SINGLE)
+    torch.set_default_dtype(torch.float32)
+    for param in layer.parameters():
+        param.uniform_(-0.05, 0.05)
+    attach(layer, Plan("cpu", None if precision == "bfloat16" else precision))
+    return layer
+
+
+def measure_experts(ceilings: Ceilings, rows: int, precision: str, repeats: int) -> Timing:
+    """Router and experts, on other tokens in each call."""
+    layer, inputs = packed_experts(precision), [torch.randn(rows, OLMOE.hidden_size).bfloat16() for _ in range(8)]
+    load, read = layer.experts.load, 0
+    for x in inputs:
+        load.zero_()
+        layer(x, None)
+        read += int((load > 0).sum())
+    products = [packed for packed in map(packed_of, layer.experts.get_submodule("0").modules()) if packed is not None]
+    expert = sum(product.weight.nbytes for product in products)
+    seconds = replayed_seconds(lambda i: layer(inputs[i], None), rows, len(inputs), repeats)
+    num_bytes = read * expert // len(inputs) + layer.gate.weight.nbytes + 2 * inputs[0].nbytes
+    operations = 2 * rows * 8 * 3 * OLMOE.hidden_size * OLMOE.intermediate_size
+    floor = ceilings.floor(precision, num_bytes, operations)
+    size = f"{rows} tokens, {read / len(inputs):.0f} read"
+    return Timing("experts", size, precision, seconds, num_bytes, operations, floor, {})
+
+
 def all_kernels(ceilings: Ceilings, repeats: int) -> list[Callable[[], Timing]]:
     """Every measurement of the table, to be run one by one."""
     linear = partial(measure_linear, ceilings, repeats=repeats)
@@ -205,6 +249,8 @@ def all_kernels(ceilings: Ceilings, repeats: int) -> list[Callable[[], Timing]]:
             todo.append(partial(attention, "decode", [1] * batch, [context] * batch, precision))
         todo += [partial(attention, "prompt", [length], [length], precision) for length in (128, 512, 2048)]
         todo.append(partial(attention, "chunk of 128", [128], [2048], precision))
+    for precision in ("bfloat16", "int8", "int4"):
+        todo += [partial(measure_experts, ceilings, rows, precision, repeats) for rows in (1, 32, 512)]
     return [*todo, *(partial(measure_norm, ceilings, rows, repeats) for rows in (1, 32, 512))]
 
 

@@ -44,6 +44,9 @@ class EngineConfig:
     dtype: str = _flag("auto", "precision of weights and KV cache; auto: bfloat16 where that is fast", DTYPES)
     device: str = _flag("auto", "where the model runs", ("auto", "cpu", "cuda"))
     tensor_parallel_size: int = _flag(1, "ranks that share the model: GPUs, or processes with a part of the cores")
+    enable_expert_parallel: bool = _flag(
+        False, "give each rank some of the experts of a model that has them, instead of a part of each"
+    )
     distributed_executor_backend: str | None = _flag(
         None,
         "where the ranks run; uni: one, in this process; mp: processes on this machine; ray: actors on one or more nodes of a "
@@ -138,6 +141,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.tensor_parallel_size < 1:
             raise ValueError(f"tensor_parallel_size must be at least 1, got {self.tensor_parallel_size}")
+        if self.enable_expert_parallel and self.tensor_parallel_size == 1:
+            raise ValueError("--enable-expert-parallel deals experts out over ranks; it needs --tensor-parallel-size above 1")
         if self.distributed_executor_backend == "uni" and self.tensor_parallel_size > 1:
             raise ValueError(
                 f"--distributed-executor-backend uni has one rank, and --tensor-parallel-size is {self.tensor_parallel_size}; "

@@ -193,7 +193,7 @@ def find_draft(config: EngineConfig, target: ModelConfig, limits: Limits) -> Fou
     check_fits(source.config, target, limits.max_model_len)
     settings = replace(
         config, model=speculation.model, quantization=speculation.quantization, tensor_parallel_size=1,
-        distributed_executor_backend=None, enable_lora=False, lora_modules=(),
+        enable_expert_parallel=False, distributed_executor_backend=None, enable_lora=False, lora_modules=(),
     )  # fmt: skip
     check_settings(settings, source, limits.device, limits.dtype)
     return FoundDraft(speculation, DraftModel(settings, source))

@@ -201,6 +201,8 @@ def check_settings(config: EngineConfig, source: ModelSource, device: torch.devi
     if mp and device.type == "cuda" and torch.cuda.device_count() < size:
         raise ValueError(f"--tensor-parallel-size {size} needs as many GPUs, and {torch.cuda.device_count()} are visible")
     TensorParallel(0, size).heads(source.config)  # says now if the model cannot be cut
+    if config.enable_expert_parallel and source.config.mixture is None:
+        raise ValueError(f"--enable-expert-parallel: {source.name} has no experts; leave the flag out")
     check_quantization(source, config.load_format, config.quantization)
     kernels = use_cpu_kernels(config, device)
     if config.quantization in ("int8", "int4") and not kernels:
@@ -303,7 +305,7 @@ def _kv_budget(config: EngineConfig, device: torch.device, free_bytes: int, acti
 def _activation_bytes(model: ModelConfig, num_tokens: int, num_seqs: int, dtype: torch.dtype) -> int:
     """What a step needs beside weights and cache: the widest layer's tensors, and logits in the dtype and in float32."""
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    widest = 3 * model.hidden_size + max(3 * model.intermediate_size, 2 * heads)
+    widest = 3 * model.hidden_size + max(model.mlp_elements, 2 * heads)
     return num_tokens * widest * dtype.itemsize + min(num_seqs, num_tokens) * model.vocab_size * (dtype.itemsize + 4)
 
 

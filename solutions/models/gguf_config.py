@@ -38,6 +38,18 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
+_SHARED_EXPERT = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _PLAIN_MLP = {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
 _POST_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
@@ -86,6 +98,8 @@ GGUF_FAMILIES = {
     "llama": GgufFamily("LlamaForCausalLM", interleaved=True),
     "qwen2": GgufFamily("Qwen2ForCausalLM"),
     "qwen3": GgufFamily("Qwen3ForCausalLM", _HEAD_NORMS),
+    "qwen2moe": GgufFamily("Qwen2MoeForCausalLM", _EXPERTS | _SHARED_EXPERT, taken_for_granted={"norm_topk_prob": False}),
+    "qwen3moe": GgufFamily("Qwen3MoeForCausalLM", _EXPERTS | _HEAD_NORMS, taken_for_granted={"norm_topk_prob": True}),
     "smollm3": GgufFamily("SmolLM3ForCausalLM", interleaved=True, taken_for_granted={"no_rope_layer_interval": 4}),
     "phi3": GgufFamily("Phi3ForCausalLM", {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}),
     "starcoder2": GgufFamily(
@@ -102,6 +116,7 @@ GGUF_FAMILIES = {
     "gemma3": GgufFamily("Gemma3ForCausalLM", _FOUR_NORMS | _HEAD_NORMS, taken_for_granted=_GELU, one_added=True),
 }
 """By ``general.architecture``."""
+_MIXTRAL = GgufFamily("MixtralForCausalLM", _EXPERTS, interleaved=True)
 
 
 def gguf_family(metadata: Entries) -> GgufFamily:
@@ -114,7 +129,11 @@ def gguf_family(metadata: Entries) -> GgufFamily:
     if name not in GGUF_FAMILIES:
         supported = ", ".join(GGUF_FAMILIES)
         raise ModelError(f"GGUF architecture {name!r} is not supported; supported are {supported}; Mistral is labelled llama")
-    return GGUF_FAMILIES[name]
+    has_experts = bool(metadata.whole(f"{name}.expert_count", 0, low=0))
+    family = _MIXTRAL if has_experts and name == "llama" else GGUF_FAMILIES[name]
+    if has_experts and "ffn_gate_exps" not in family.names:
+        raise ModelError(f"GGUF files of {name} with experts are not supported")
+    return family
 
 
 def hf_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[str, Any]:
@@ -125,14 +144,12 @@ def hf_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[
         KeyError: a tensor is missing.
     """
     family, name = gguf_family(metadata), metadata.text("general.architecture")
-    if metadata.whole(f"{name}.expert_count", 0, low=0):
-        raise ModelError("GGUF files with experts are not supported")
     if any(isinstance(metadata.content.get(f"{name}.attention.head_count{kind}"), list) for kind in ("", "_kv")):
         raise ModelError("GGUF files whose layers differ in their numbers of heads are not supported")
     heads, hidden = metadata.whole(f"{name}.attention.head_count"), metadata.whole(f"{name}.embedding_length")
     head_dim = metadata.whole(f"{name}.attention.key_length", hidden // heads)
     window = metadata.whole(f"{name}.attention.sliding_window", 0, low=0)
-    architecture = "MistralForCausalLM" if window and name == "llama" else family.architecture
+    architecture = "MistralForCausalLM" if window and family.architecture == "LlamaForCausalLM" else family.architecture
     rotated = metadata.whole(f"{name}.rope.dimension_count", head_dim)
     parts: dict[str, Any] = {"partial_rotary_factor": rotated / head_dim}
     scaling = _rope_scaling(metadata, f"{name}.rope", tensors)
@@ -169,7 +186,19 @@ def hf_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[
         "eos_token_id": [token for token in end_tokens(metadata) if token < vocab_size] or None,
         "pad_token_id": next(iter(metadata.token_ids("tokenizer.ggml.padding_token_id", vocab_size) or ()), None),
         "dtype": str(EXACT_DTYPES.get(embedding.tensor_type, torch.float32)).removeprefix("torch."),
-    } | family.taken_for_granted | parts | windows  # fmt: skip
+    } | family.taken_for_granted | parts | windows | _experts(metadata, name)  # fmt: skip
+
+
+def _experts(metadata: Entries, name: str) -> dict[str, Any]:
+    count = metadata.whole(f"{name}.expert_count", 0, low=0)
+    if not count:
+        return {}
+    return {
+        "num_experts": count,
+        "num_experts_per_tok": metadata.whole(f"{name}.expert_used_count"),
+        "moe_intermediate_size": metadata.whole(f"{name}.expert_feed_forward_length", None),
+        "shared_expert_intermediate_size": metadata.whole(f"{name}.expert_shared_feed_forward_length", None),
+    }
 
 
 def _gemma(metadata: Entries, name: str) -> dict[str, Any]:

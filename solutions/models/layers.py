@@ -10,6 +10,7 @@ Letters: T tokens of a step, H query heads, H_kv key/value heads, D head size, I
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterator
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,6 +77,10 @@ class CausalLM(Layer, abc.ABC):
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden] -> [N, V]: the caller picks the rows that it needs logits of."""
         ...
+
+    def pieces(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """A checkpoint's tensor as those that `place` knows, by name: itself, where a family says nothing else."""
+        yield name, tensor
 
     @abc.abstractmethod
     def place(self, name: str, tensor: Tensor) -> tuple[str, str | None, Tensor] | None:

@@ -78,7 +78,11 @@ class LlamaDecoderLayer(Layer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = self.attention(config, layer, parallel)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = GatedMLP(config, parallel)
+        self.mlp = self.make_mlp(config, layer, parallel)
+
+    def make_mlp(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> Layer:
+        """What stands behind attention, for families that differ there."""
+        return GatedMLP(config, parallel)
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:
         # in place on rank 0, for nobody else holds it; other ranks' sums are elsewhere

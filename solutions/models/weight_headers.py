@@ -57,7 +57,7 @@ class WeightHeaders:
             ModelError: ``config.json`` describes another model.
         """
         width = config.num_heads * config.head_dim
-        layer = config.hidden_size * (2 * width + 2 * config.num_kv_heads * config.head_dim + 2 * config.intermediate_size)
+        layer = config.hidden_size * (2 * width + 2 * config.num_kv_heads * config.head_dim + 2 * config.mlp_width)
         positions = config.max_position_embeddings if config.architecture == "GPT2LMHeadModel" else 0
         described = config.num_layers * layer + (config.vocab_size + positions) * config.hidden_size
         held = sum(prod(shape) for shape in self.shapes.values())

@@ -59,7 +59,10 @@ def expect_quantized(model: CausalLM, stored: dict[str, StoredLayer]) -> set[str
     pieces: dict[str, dict[str | None, str]] = {}
     dense: set[str] = set()
     for name in stored:
-        target, shard, _ = model.place(f"{name}.codes", torch.empty(0)) or ("", None, None)
+        placed = model.place(f"{name}.codes", torch.empty(0))
+        if placed is None:
+            continue
+        target, shard, _ = placed
         if target.rpartition(".")[0] not in layers:
             held = f"{name}.{stored[name].form.mark}"
             raise ModelError(f"the weights hold {held}, which is no weight of a {type(model).__name__} of this config")
@@ -96,7 +99,7 @@ def load_weights(
     awaited = {(name, shard): None for name, (layer, _) in weights.items() for shard in layer.shard_ids}  # ordered set
     with LateBar("loading weights", sum(file.stat().st_size for file in files), progress) as bar:
         for file in files:
-            for name, tensor in _unpacked(unpack, file, bar):
+            for name, tensor in _unpacked(unpack, model, file, bar):
                 try:
                     placed = model.place(names.get(name, name), tensor)
                     if placed is None:
@@ -132,9 +135,10 @@ def _why_not(name: str, model: CausalLM, is_quantized: bool) -> str:
     return f"which is no weight of a {type(model).__name__} of this config"
 
 
-def _unpacked(unpack: Unpack, file: Path, bar: LateBar) -> Iterator[tuple[str, torch.Tensor]]:
+def _unpacked(unpack: Unpack, model: CausalLM, file: Path, bar: LateBar) -> Iterator[tuple[str, torch.Tensor]]:
     try:
-        yield from unpack(_read_tensors(file, bar))
+        for name, tensor in unpack(_read_tensors(file, bar)):
+            yield from model.pieces(name, tensor)
     except CheckpointError as error:
         raise ModelError(f"{file}: {error}") from None
 

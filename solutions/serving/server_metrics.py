@@ -13,6 +13,7 @@ from prometheus_client.metrics_core import Metric
 
 from ..batching.scheduler_output import SchedulerOutput
 from ..batching.sequence import Sequence
+from ..models.moe import expert_load
 from .metrics import REQUEST, EngineMetrics, Histogram, one_two_five
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class ServerMetrics(EngineMetrics):
     def __init__(self, model_name: str, engine: LLMEngine) -> None:
         super().__init__(model_name, engine.stats, engine.limits.max_model_len)
         self.cache = cache_labels(engine)
+        self._model = engine.executor.worker.model
         lengths = one_two_five(engine.limits.max_model_len)
         self.prompt_tokens = self.cached_tokens = 0
         self._open: dict[str, list[int]] = {}  # requests with n > 1: sequences that have ended, tokens of the longest of them
@@ -113,6 +115,14 @@ class ServerMetrics(EngineMetrics):
         sources.add_metric([*values, "local_compute"], prompts - found)
         sources.add_metric([*values, "local_cache_hit"], found)
         yield sources
+        if loads := expert_load(self._model):
+            experts = CounterMetricFamily(
+                "byov:expert_tokens", "Tokens that experts of this number were chosen for, in all layers together.",
+                labels=[*names, "expert"],
+            )  # fmt: skip
+            for number, count in enumerate(loads):
+                experts.add_metric([*values, str(number)], count)
+            yield experts
         accepted = CounterMetricFamily(
             "vllm:spec_decode_num_accepted_tokens_per_pos", "Drafted tokens accepted, by their place in the draft.",
             labels=[*names, "position"],

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 from solutions.batching.pooling import PoolingParams
 from solutions.batching.sampling_params import RequestOutputKind, SamplingParams
@@ -62,6 +63,7 @@ class FakeEngine:
 
     def __init__(self, *, max_waiting: int = 1000, fail_at: int | None = None, gate: threading.Event | None = None) -> None:
         self.config = EngineConfig()
+        self.executor = SimpleNamespace(worker=SimpleNamespace(model=torch.nn.Module()))
         self.limits = SimpleNamespace(max_model_len=MAX_MODEL_LEN, num_blocks=8, num_host_blocks=0, kv_bytes=0)
         self.adapters = AdapterRegistry(0)
         self.tokenizer = ByteTokenizer()

@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 from gguf import GGMLQuantizationType as GGMLType
 from transformers import LlamaForCausalLM, PreTrainedModel
 
@@ -20,9 +21,10 @@ WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "v
 
 
 def llama_cpp_architecture(model: PreTrainedModel) -> str:
-    """Most are labelled as transformers calls them."""
-    name: str = model.config.model_type
-    return {"mistral": "llama", "gemma3_text": "gemma3", "gpt_neox": "gptneox"}.get(name, name)
+    """Mistral and Mixtral are labelled llama, the others as transformers calls them, or nearly."""
+    kind = model.config.model_type
+    names = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "gpt_neox": "gptneox"}
+    return names.get(kind, kind.replace("_moe", "moe"))
 
 
 def llama_cpp_names(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
@@ -32,10 +34,10 @@ def llama_cpp_names(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
     names = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers)
     heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
     heads = heads if architecture in ("llama", "smollm3") else {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _halves(model):
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
-        values = tensor.numpy()
+        values = tensor.squeeze(0).numpy()
         layer = name.split(".")[-2]
         if architecture.startswith("gemma") and name.endswith("norm.weight"):
             values = values + 1
@@ -47,6 +49,16 @@ def llama_cpp_names(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
             values = by_head.swapaxes(0, 1).reshape(values.shape)
         name = "embed_out.weight" if architecture == "gptneox" and name == "lm_head.weight" else name
         yield names.get_name(name, try_suffixes=(".weight", ".bias")), values
+
+
+def _halves(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """transformers' tensors; gate and up of experts, which it keeps as one, are two."""
+    for name, tensor in model.state_dict().items():
+        if name.endswith(".experts.gate_up_proj"):
+            for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2, dim=1), strict=True):
+                yield name.replace("gate_up_proj", f"{part}.weight"), half
+        else:
+            yield name.replace(".experts.down_proj", ".experts.down_proj.weight"), tensor
 
 
 def write_gguf(
@@ -103,6 +115,12 @@ def write_model(
     if hasattr(config, "use_parallel_residual"):
         writer.add_parallel_residual(config.use_parallel_residual)
         writer.add_rope_dimension_count(int(config.rope_parameters["partial_rotary_factor"] * 32))
+    if count := getattr(config, "num_experts", 0):
+        writer.add_expert_count(count)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
+        if shared := getattr(config, "shared_expert_intermediate_size", 0):
+            writer.add_expert_shared_feed_forward_length(shared)
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)

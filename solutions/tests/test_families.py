@@ -155,7 +155,8 @@ def int4_weights(family: str, path: Path) -> None:
 def stored(family: str, path: Path, form: Stored, config: dict[str, Any]) -> None:
     """A quantized checkpoint says what transformers says of the plain weights that it stands for."""
     make_tiny(family, path / "plain")
-    packed = quantize_folder(path / "plain", path / "packed", lambda name: None if name == "lm_head" else form)
+    form_of = lambda name: None if name == "lm_head" or name.endswith("gate") else form  # noqa: E731
+    packed = quantize_folder(path / "plain", path / "packed", form_of)
     save_pieces(packed, path / "packed")
     describe(path / "packed", config)
     for ranks in (1, 2):
@@ -251,7 +252,18 @@ REFUSED = {
     **{(family, "draft model"): "no draft model where layers differ" for family in ("gemma2", "gemma3_text")},
     **{
         (family, f"making {method}"): "cannot be quantized"
-        for family in ("gpt2", "phi3", "olmo2", "gemma2", "gemma3_text", "starcoder2", "gpt_neox")
+        for family in (
+            "gpt2",
+            "phi3",
+            "olmo2",
+            "gemma2",
+            "gemma3_text",
+            "starcoder2",
+            "gpt_neox",
+            "mixtral",
+            "qwen2_moe",
+            "qwen3_moe",
+        )
         for method in ("GPTQ", "AWQ")
     },
 }

@@ -54,7 +54,7 @@ def test_garbage_after_the_first_bytes(tmp_path: Path, cache: Path, seed: int) -
     [
         ({"merges": ["a c"]}, "tokenizer in the GGUF file is damaged .*`ac` out of vocabulary"),
         ({"pre": "stablelm2"}, "pre-tokenizer 'stablelm2' .* known: default, gpt-2, smollm"),
-        ({"llama__expert_count": 8}, "with experts"),
+        ({"llama__expert_count": 8}, "no entry 'llama.expert_used_count'"),
         ({"llama__rope__dimension_count": 16}, "RoPE over a part of the head .* not supported in this family"),
         ({"llama__rope__scaling__type": "ntk", "llama__rope__scaling__factor": 2.0}, "'ntk' is not supported"),
         (

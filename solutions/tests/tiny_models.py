@@ -119,6 +119,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "hidden_size": 160, "num_attention_heads": 5, "num_key_value_heads": None, "layer_norm_eps": 1e-5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.25},
     },
+    "mixtral": _SIZES | {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen2_moe": _SIZES | {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 160,
+    },
+    "qwen3_moe": _SIZES | {
+        "hidden_size": 96, "head_dim": 32, "num_experts": 9, "num_experts_per_tok": 3, "moe_intermediate_size": 96,
+        "norm_topk_prob": True, "rope_parameters": YARN,
+    },
 }  # fmt: skip
 """What makes each family itself, by transformers' ``model_type``: KV heads that two ranks cannot share evenly, heads of 32
 elements (which the kernels of a CPU turn) though hidden / heads may be another number, scaling that some dozen tokens meet."""

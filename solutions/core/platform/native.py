@@ -32,6 +32,7 @@ SOURCES = (
     "attention/paged_attention_cpu.cpp",
     "quantization/kernels/linear_cpu.cpp",
     "models/kernels/layers_cpu.cpp",
+    "models/kernels/experts_cpu.cpp",
     "models/lora/lora_cpu.cpp",
     "core/sampling/selection_cpu.cpp",
     "parallelism/shared_memory_cpu.cpp",

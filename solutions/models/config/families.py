@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .entries import Entries, ModelError
+from .experts import read_experts
 from .rope import read_rope
 
 Fields = dict[str, Any]
@@ -97,6 +98,33 @@ def _qwen3(hf: Entries) -> Fields:
     windows = {name: value for name, value in _qwen2(hf).items() if name in ("sliding_window", "layer_windows")}
     fields = _llama(hf.silent(head_dim=128, bos_token_id=None, eos_token_id=None, num_key_value_heads=32))
     return fields | {"mlp_bias": False} | windows
+
+
+def _mixtral(hf: Entries) -> Fields:
+    hf = hf.silent(num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6, num_local_experts=8, num_experts_per_tok=2)
+    window = {"sliding_window": hf.whole("sliding_window", None)}
+    return _llama(hf) | _NO_BIASES | window | {"mixture": read_experts(hf, hf.whole("intermediate_size"), renormalise=True)}
+
+
+def _qwen2_moe(hf: Entries) -> Fields:
+    hf = hf.silent(
+        num_experts=60, num_experts_per_tok=4, moe_intermediate_size=1408, shared_expert_intermediate_size=5632,
+        num_key_value_heads=16,
+    )  # fmt: skip
+    sizes = hf.whole("moe_intermediate_size"), hf.whole("shared_expert_intermediate_size")
+    mixture = read_experts(hf, sizes[0], hf.flag("norm_topk_prob", False), sizes[1])
+    return _qwen2(hf) | {"attention_bias": hf.flag("qkv_bias", True), "mixture": mixture}
+
+
+def _qwen3_moe(hf: Entries) -> Fields:
+    hf = hf.silent(
+        bos_token_id=None, eos_token_id=None, num_key_value_heads=4, sliding_window=4096, num_experts_per_tok=8,
+        moe_intermediate_size=768,
+    )  # fmt: skip
+    hf = hf if "num_local_experts" in hf.content else hf.silent(num_experts=128)
+    window = hf.whole("sliding_window", None) if hf.flag("use_sliding_window", False) else None
+    mixture = read_experts(hf, hf.whole("moe_intermediate_size"), hf.flag("norm_topk_prob", False))
+    return _llama(hf) | {"mlp_bias": False, "sliding_window": window, "mixture": mixture}
 
 
 def _smollm3(hf: Entries) -> Fields:
@@ -272,6 +300,9 @@ FAMILIES = {
         Family("Gemma3ForCausalLM", "gemma3_text", _gemma3),
         Family("Starcoder2ForCausalLM", "starcoder2", _starcoder2),
         Family("GPTNeoXForCausalLM", "gpt_neox", _gpt_neox),
+        Family("MixtralForCausalLM", "mixtral", _mixtral),
+        Family("Qwen2MoeForCausalLM", "qwen2_moe", _qwen2_moe),
+        Family("Qwen3MoeForCausalLM", "qwen3_moe", _qwen3_moe),
         Family("GPT2LMHeadModel", "gpt2", _gpt2),
     )
 }

@@ -8,6 +8,7 @@ from typing import Any
 from ...batching.pooling import Pooling
 from ...quantization.layout.formats import Format, read_format
 from .entries import Entries, ModelError
+from .experts import Mixture
 from .families import find_family
 
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
@@ -22,7 +23,7 @@ class ModelConfig:
 
     Attributes:
         architecture: of one of the families.
-        intermediate_size: width of the MLP.
+        intermediate_size: width of the MLP. mixture: the experts in its place, if there are some.
         num_kv_heads: heads of keys and values; query head h reads KV head ``h // (num_heads / num_kv_heads)``.
         max_position_embeddings: the context in tokens; linear and YaRN scaling have stretched it already.
         norm_eps: epsilon of RMSNorm or LayerNorm.
@@ -73,6 +74,7 @@ class ModelConfig:
     attention_scale: float | None = None
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
+    mixture: Mixture | None = None
     attention_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -121,6 +123,20 @@ class ModelConfig:
         """Which of `kv_groups` a layer belongs to, and its place there."""
         group = next(number for number, layers in enumerate(self.kv_groups) if layer in layers)
         return group, self.kv_groups[group].index(layer)
+
+    @property
+    def mlp_width(self) -> int:
+        """Columns of all experts of a layer together, or of its MLP."""
+        return self.intermediate_size if self.mixture is None else self.mixture.count * self.mixture.size
+
+    @property
+    def mlp_elements(self) -> int:
+        """What an MLP makes of a token on the way, or the experts that it goes through, in elements."""
+        mixture = self.mixture
+        if mixture is None:
+            return 3 * self.intermediate_size
+        widths = mixture.chosen * mixture.size + mixture.shared_size
+        return 3 * widths + 2 * (mixture.chosen + 1) * self.hidden_size
 
     @property
     def longest(self) -> int:
@@ -242,6 +258,18 @@ _QWEN3_0_6B = {
     "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True,
     "bos_token_id": 151643, "eos_token_id": [151645, 151643],
 }  # fmt: skip
+_MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"], "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+_QWEN3_30B_A3B = {
+    "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "num_experts": 128, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768, "norm_topk_prob": True, "bos_token_id": 151643, "eos_token_id": [151645, 151643],
+}  # fmt: skip
 _SMOLLM3_3B = {
     "architectures": ["SmolLM3ForCausalLM"], "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 11008,
     "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 65536,
@@ -285,6 +313,8 @@ ALIASES: dict[str, Alias] = {
     "llama-3.2-1b": Alias("meta-llama/Llama-3.2-1B-Instruct", _LLAMA3_2_1B),
     "qwen2.5-0.5b": Alias("Qwen/Qwen2.5-0.5B-Instruct", _QWEN2_5_HALF_B),
     "qwen3-0.6b": Alias("Qwen/Qwen3-0.6B", _QWEN3_0_6B),
+    "mixtral-8x7b": Alias("mistralai/Mixtral-8x7B-Instruct-v0.1", _MIXTRAL_8X7B),
+    "qwen3-30b-a3b": Alias("Qwen/Qwen3-30B-A3B", _QWEN3_30B_A3B),
     "smollm3": Alias("HuggingFaceTB/SmolLM3-3B", _SMOLLM3_3B),
     "phi-4-mini": Alias("microsoft/Phi-4-mini-instruct", _PHI4_MINI),
     "gemma-2-2b": Alias("google/gemma-2-2b-it", _GEMMA2_2B),

@@ -54,29 +54,39 @@ class StepCost:
         return products + attention
 
 
-def num_product_weights(model: ModelConfig) -> int:
-    """Weights that take part in a token's matrix products: all but the embedding, of which a token reads a row."""
+def num_product_weights(model: ModelConfig, tokens: int = 1) -> int:
+    """Weights that take part in the matrix products of so many tokens: all but the embedding, of which a token reads a row, and
+    of experts those that are chosen, each by as many tokens as any other."""
     heads = model.num_heads * model.head_dim
     kv_heads = model.num_kv_heads * model.head_dim
-    mlp = (3 if model.hidden_act == "silu" else 2) * model.hidden_size * model.intermediate_size
+    mlp = (3 if model.hidden_act == "silu" else 2) * model.hidden_size * _mlp_width(model, tokens)
     layer = model.hidden_size * (2 * heads + 2 * kv_heads) + mlp
     return model.num_layers * layer + model.vocab_size * model.hidden_size
 
 
+def _mlp_width(model: ModelConfig, tokens: int) -> int:
+    """Columns of the MLP, or of the experts that are chosen."""
+    mixture = model.mixture
+    if mixture is None:
+        return model.intermediate_size
+    chosen = mixture.count * (1 - (1 - mixture.chosen / mixture.count) ** tokens)
+    return round(chosen * mixture.size) + mixture.shared_size
+
+
 def decode_cost(model: ModelConfig, batch: int, context: float, dtype: torch.dtype = torch.bfloat16) -> StepCost:
     """A step that generates one token for each of `batch` sequences of `context` tokens."""
-    weights = num_product_weights(model)
+    weights, read = num_product_weights(model), num_product_weights(model, batch)
     kv_per_token = block_bytes(model.num_layers, 1, model.num_kv_heads, model.head_dim, dtype)
     attention = 4 * model.num_layers * model.num_heads * model.head_dim  # q·k and p·v, two operations each
     tokens = round(batch * context)
-    return StepCost(weights * dtype.itemsize, kv_per_token * tokens, 2 * weights * batch, attention * tokens)
+    return StepCost(read * dtype.itemsize, kv_per_token * tokens, 2 * weights * batch, attention * tokens)
 
 
 def prefill_cost(model: ModelConfig, length: int, dtype: torch.dtype = torch.bfloat16) -> StepCost:
     """A step that computes a prompt of `length` tokens and the logits of its last one."""
     head = model.vocab_size * model.hidden_size
-    layers = num_product_weights(model) - head
+    layers, read = num_product_weights(model) - head, num_product_weights(model, length)
     kv_per_token = block_bytes(model.num_layers, 1, model.num_kv_heads, model.head_dim, dtype)
     pairs = length * (length + 1) // 2
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * pairs
-    return StepCost((layers + head) * dtype.itemsize, kv_per_token * length, 2 * (layers * length + head), attention)
+    return StepCost(read * dtype.itemsize, kv_per_token * length, 2 * (layers * length + head), attention)

@@ -22,8 +22,10 @@ from ...parallelism.tensor_parallel import GateUpParallelLinear, ParallelLMHead
 from ...quantization.kernels import linear_cpu
 from ...quantization.kernels.linear_cpu import PackedLinear
 from ...quantization.layout.groups import GroupQuantized
-from ..layers import Attention, CausalLM, HeadNorm, RMSNorm
+from ..layers import Attention, HeadNorm, RMSNorm
+from ..moe import Experts, Router
 from . import layers_cpu
+from .experts_cpu import NativeExperts, packed_products
 from .layers_cpu import NativeHeadNorm, NativeNorm, NativeRotation
 
 
@@ -40,22 +42,26 @@ class Plan:
     quantization: str | None = None
 
 
-def attach(model: CausalLM, plan: Plan) -> None:
+def attach(model: nn.Module, plan: Plan) -> None:
     """Let the layers of a loaded model compute as planned; where a kernel has no code for a layer, PyTorch computes it."""
     with torch.inference_mode(False), torch.no_grad():
         dtype = next(model.parameters()).dtype  # of the embedding, which is never quantized
-        for name, layer in list(model.named_modules()):
+        for name, layer in reversed(list(model.named_modules())):  # what a layer consists of comes before it
             quantized, rounding = None, plan.quantization
+            is_grouped = plan.kernels == "triton" and ".experts." in name  # one of the matrices of a grouped product
             if isinstance(layer, QuantizedLinear):
                 rounding = "int8" if layer.rounds_inputs else None
                 quantized, layer = layer.take(), layer.layer
                 model.set_submodule(name, layer)
-                if not _has_kernel(plan, quantized, rounding, dtype):
+                if is_grouped or not _has_kernel(plan, quantized, rounding, dtype):
                     layer.weight = nn.Parameter(quantized.dequantize().to(dtype), requires_grad=False)
                     quantized = None
             if plan.kernels == "cpu":
                 _attach_cpu(layer, quantized, rounding, dtype)
-            elif plan.kernels == "triton":
+            elif isinstance(layer, Experts):
+                if plan.kernels == "triton" or layer.load.is_cuda:  # where PyTorch's cannot be captured
+                    _attach_grouped(layer)
+            elif plan.kernels == "triton" and not is_grouped:
                 _attach_triton(layer, quantized)
 
 
@@ -75,7 +81,7 @@ def is_native(layer: nn.Module) -> bool:
         return isinstance(layer.rotate_, NativeRotation)
     if isinstance(layer, Linear) and not isinstance(layer, GateUpParallelLinear):
         return isinstance(layer.multiply, PackedLinear)
-    return isinstance(layer.forward, PackedLinear | NativeNorm | NativeHeadNorm)
+    return isinstance(layer.forward, PackedLinear | NativeNorm | NativeHeadNorm | NativeExperts)
 
 
 def _has_kernel(plan: Plan, quantized: GroupQuantized, rounding: str | None, dtype: torch.dtype) -> bool:
@@ -102,10 +108,15 @@ def _attach_cpu(layer: nn.Module, quantized: GroupQuantized | None, quantization
         put(layer, "forward", NativeHeadNorm(layer.weight, layer.eps, layer.offset))
     elif isinstance(layer, Attention) and layers_cpu.supports_rotation(layer.head_dim, dtype):
         put(layer, "rotate_", NativeRotation(layer.head_dim, dtype))
+    elif isinstance(layer, Experts) and layer.hidden_size % 16 == 0 and all(map(packed_products, layer.own.values())):
+        put(layer, "forward", NativeExperts(layer, dtype))
 
 
 def _pack(layer: Linear, quantized: GroupQuantized | None, quantization: str | None, dtype: torch.dtype) -> None:
-    """Bring a weight into the kernels' order. With int4 the head becomes int8: logits are touchier than hidden states."""
+    """Bring a weight into the kernels' order. With int4 the head becomes int8: logits are touchier than hidden states; a router
+    is small and stays as it is."""
+    if isinstance(layer, Router):
+        quantization = None
     if isinstance(layer, ParallelLMHead) and quantization == "int4":
         quantization = "int8"
     weight = layer.weight if quantized is None else quantized
@@ -140,6 +151,13 @@ def _attach_triton(layer: nn.Module, quantized: GroupQuantized | None) -> None:
             put(layer, "multiply", partial(add_inside, layer.weight))
         if isinstance(layer, GateUpParallelLinear) and layer.activation is F.silu:
             put(layer, "activate", silu_mul)
+
+
+def _attach_grouped(experts: Experts) -> None:
+    from .experts_triton import TritonExperts, supports_experts
+
+    if supports_experts(experts):
+        put(experts, "multiply", TritonExperts(experts))
 
 
 def add_inside(weight: Tensor, x: Tensor, add_to: Tensor | None = None) -> Tensor:

@@ -3,6 +3,8 @@
 They are bound by memory: x/√(mean x²) in PyTorch's single operations would move a row six times. All arithmetic is float32.
 The sum that goes into a norm, of the residual stream and a layer's result, is made inside the product before it, see
 `attach.add_inside`.
+
+Beside them the grouped product of experts: rows that are sorted by expert, each times its own expert's matrix, in one launch.
 """
 
 from __future__ import annotations
@@ -10,10 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.platform.triton_mode import cast, tl, triton
+from ...core.platform.triton_mode import INTERPRETED, cast, tl, triton
 
 SILU_COLUMNS = 1024
 """Elements of a row that one program of `silu_mul` computes."""
+BLOCK_N, BLOCK_K = 64, 64
+MAX_ROWS = 64
+"""Most rows of a tile of a grouped product."""
+MAX_SHARES = 8
+"""Most programs that share an expert's rows."""
 
 
 def rms_norm(x: Tensor, add_to: Tensor | None = None, *, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -70,6 +77,22 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
+def grouped_product(x: Tensor, weights: Tensor, bounds: Tensor, out: Tensor) -> Tensor:
+    """``out[i] = weights[e] · x[i]`` for the rows bounds[e] <= i < bounds[e + 1] of each expert; other rows stay as they are.
+
+    Args:
+        x: [R, K], dense. weights: [E, N, K]. bounds: [E + 1] int64. out: [R, N], dense.
+    """
+    count, num_outputs, num_inputs = weights.shape
+    if len(x):
+        block_m = min(MAX_ROWS, max(16, triton.next_power_of_2(triton.cdiv(len(x), count))))
+        grid = (count, triton.cdiv(num_outputs, BLOCK_N), min(MAX_SHARES, triton.cdiv(len(x), block_m)))
+        grouped_kernel[grid](
+            x, weights, bounds, out, num_outputs, num_inputs, BLOCK_M=block_m, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K
+        )
+    return out
+
+
 @triton.jit
 def _norm_kernel(
     x, weight, out, x_stride, out_stride, eps, offset, ADD: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
@@ -96,3 +119,28 @@ def _silu_mul_kernel(gate_up, out, stride, size, BLOCK: tl.constexpr):
     gate = tl.load(gate_up + row * stride + column, mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + size + column, mask, other=0.0).to(tl.float32)
     tl.store(out + row * size + column, cast(gate / (1.0 + tl.exp(-gate)) * up, out.dtype.element_ty), mask)
+
+
+@triton.jit
+def grouped_kernel(
+    x, weights, bounds, out, num_outputs, num_inputs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Some outputs of one expert, for every so many tiles of its rows."""
+    expert = tl.program_id(0).to(tl.int64)
+    first, last = tl.load(bounds + expert), tl.load(bounds + expert + 1)
+    output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    matrix = weights + expert * num_outputs * num_inputs
+    for start in range(first + tl.program_id(2) * BLOCK_M, last, tl.num_programs(2) * BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M).to(tl.int64)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for begin in range(0, num_inputs, BLOCK_K):
+            place = begin + tl.arange(0, BLOCK_K)
+            of_rows = (row < last)[:, None] & (place < num_inputs)[None, :]
+            of_weights = (output < num_outputs)[None, :] & (place < num_inputs)[:, None]
+            a = tl.load(x + row[:, None] * num_inputs + place[None, :], of_rows, other=0.0)
+            b = tl.load(matrix + output[None, :] * num_inputs + place[:, None], of_weights, other=0.0)
+            if INTERPRETED:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            total += tl.dot(a, b, input_precision="ieee")
+        inside = (row < last)[:, None] & (output < num_outputs)[None, :]
+        tl.store(out + row[:, None] * num_outputs + output[None, :], cast(total, out.dtype.element_ty), inside)

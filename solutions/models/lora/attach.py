@@ -37,7 +37,8 @@ class ModelAdapters:
         self.step = AdaptersOfStep(embedding.device)
         self._products: dict[str, AdaptedProduct] = {}
         for name, layer in model.named_modules():
-            if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+            is_expert = ".experts." in name  # whose rows are in another order than the step's
+            if isinstance(layer, ColumnParallelLinear | RowParallelLinear) and not is_expert:
                 product = _product(layer, hidden_size, self.step, embedding.dtype, num_slots, kernels)
                 self._products[name] = product
 
@@ -57,7 +58,7 @@ class ModelAdapters:
             if product is None:
                 raise ModelError(
                     f"the adapter changes {name}, and only linear layers between embedding and head of a "
-                    f"{type(self.model).__name__} can have one"
+                    f"{type(self.model).__name__}, experts not among them, can have one"
                 )
             try:
                 product.check(parts)

@@ -162,6 +162,17 @@ class PackedLinear:
         self._run(x, y, STORE)
         return y
 
+    @property
+    def addresses(self) -> tuple[int | None, int]:
+        """Of the C function and of its arguments, for a kernel that sets those of a call itself."""
+        return ctypes.cast(self._kernel.function, ctypes.c_void_p).value, ctypes.addressof(self._arguments)
+
+    @property
+    def scratch(self) -> tuple[int, int]:
+        """Memory that the kernel needs for a row of x: bytes in another form, and groups."""
+        columns, dtype, groups = self._scratch or (0, torch.uint8, 0)
+        return columns * dtype.itemsize, groups
+
     def _run(self, x: Tensor, y: Tensor, epilogue: int) -> None:
         rows, arguments = x.shape[0], self._arguments
         arguments.x, arguments.ldx, arguments.rows = x.data_ptr(), x.stride(0), rows

@@ -112,7 +112,7 @@ class Worker:
         if device.type == "cpu":  # PyTorch's own choice ignores the quota of a container, and other ranks
             torch.set_num_threads(threads or pick_threads(ranks=parallel.size))
         self.model_config = source.config
-        self.parallel = parallel
+        self.parallel = parallel = replace(parallel, whole_experts=config.enable_expert_parallel)
         self.num_kv_heads = len(parallel.heads(source.config)[1])
         cpu_kernels = use_cpu_kernels(config, device)
         if cpu_kernels:
@@ -152,8 +152,9 @@ class Worker:
 
     @property
     def weight_bytes(self) -> int:
-        """Memory that the parameters take; a tied head counts once."""
-        return sum(p.untyped_storage().nbytes() for p in {p.data_ptr(): p for p in self.model.parameters()}.values())
+        """Memory that the parameters take; what several share counts once."""
+        storages = (parameter.untyped_storage() for parameter in self.model.parameters())
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def create_cache(self, num_blocks: int, block_size: int, num_host_blocks: int) -> None:
         """Set up the KV cache."""

@@ -83,11 +83,13 @@ class TensorParallel:
 
     Attributes:
         rank, size: this rank, from 0, of so many. communicator: how it talks to the others; None with one rank.
+        whole_experts: each rank has some experts of a model that has them, not a part of each.
     """
 
     rank: int = 0
     size: int = 1
     communicator: Communicator | None = None
+    whole_experts: bool = False
 
     def share(self, units: int) -> Shard:
         """As even a part of `units` as there is; the first ranks have the larger ones."""
@@ -112,6 +114,10 @@ class TensorParallel:
         """This rank's columns of the MLP's hidden layer."""
         unit = math.gcd(model.intermediate_size, MLP_UNIT)
         return self.share(model.intermediate_size // unit).times(unit)
+
+    def experts(self, count: int) -> Shard:
+        """Which of a layer's experts this rank has, whole or a part of each."""
+        return self.share(count) if self.whole_experts else Shard(count, 0, count)
 
     def vocabulary(self, model: ModelConfig) -> Shard:
         """This rank's token ids. All parts are of the same size, so the last ones may reach past the vocabulary: padding."""

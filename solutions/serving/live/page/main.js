@@ -26,12 +26,19 @@ function meanOf(text, name, before) {
   return [now, mean];
 }
 
+/** How often the expert that is chosen most is chosen, of the mean. */
+function busiest(loads) {
+  const total = loads.reduce((sum, load) => sum + load, 0);
+  return total ? (Math.max(...loads) * loads.length) / total : 1;
+}
+
 async function readMetrics() {
   const before = {};
   for (;;) {
     try {
       const response = await fetch(api("metrics"), { headers: key.headers() });
       const text = response.ok ? await response.text() : "";
+      model.experts = [...text.matchAll(/^byov:expert_tokens_total\{.*\} (\S+)/gm)].map((sample) => Number(sample[1]));
       for (const [kind, name] of [["ttft", "vllm:time_to_first_token_seconds"], ["itl", "vllm:inter_token_latency_seconds"]]) {
         const [now, mean] = meanOf(text, name, before[kind]);
         before[kind] = now;
@@ -57,6 +64,7 @@ function numbers() {
     ["drafts accepted", share(stats.spec_decode_num_accepted_tokens, stats.spec_decode_num_draft_tokens)],
     ["time to first token", `${model.latencies.ttft.toFixed(0)} ms`],
     ["time per token", `${model.latencies.itl.toFixed(0)} ms`],
+    ...(model.experts.length ? [["busiest expert's tokens", `${busiest(model.experts).toFixed(2)} × the mean`]] : []),
   ];
 }
 

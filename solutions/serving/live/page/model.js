@@ -8,6 +8,7 @@ export class Model extends EventTarget {
     super();
     this.marked = null; // the sequence under the pointer
     this.latencies = { ttft: 0, itl: 0 }; // milliseconds, from /metrics
+    this.experts = []; // tokens that each was chosen for, from /metrics
     this.clear();
   }
 
