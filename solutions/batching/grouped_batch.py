@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from .adapted_batch import AdaptedBatch
@@ -24,7 +22,7 @@ class GroupedBatch(ContinuousBatch):
         self._tables = self._of_groups[0]
 
     def build(
-        self, decision: SchedulerOutput, tables: Mapping[int, list[int]], progress: dict[int, int] | None = None
+        self, decision: SchedulerOutput, tables: dict[int, list[int]], progress: dict[int, int] | None = None
     ) -> FlatBatch:
         batch = super().build(decision, tables, progress)
         num_seqs, num_blocks = batch.block_tables.shape
