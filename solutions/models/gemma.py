@@ -42,7 +42,7 @@ class Gemma3Attention(Gemma2Attention, Qwen3Attention):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, ...] | None, metadata: AttentionMetadata, add_to: Tensor | None) -> Tensor:
         assert rope is not None
-        local, far = rope[:2], rope[2:]
+        local, far = (rope[0], rope[1]), (rope[2], rope[3])
         return super().forward(x, far if self.attn.sliding_window is None else local, metadata, add_to)
 
 

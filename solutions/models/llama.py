@@ -98,7 +98,7 @@ class LlamaModel(Layer):
         self.embed_tokens = VocabParallelEmbedding(config, parallel)
         self.layers = nn.ModuleList(decoder_layer(config, layer, parallel) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.rotary_emb = RotaryEmbedding(config)
+        self.rotary_emb: nn.Module = RotaryEmbedding(config)
 
     def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
         return self.run_layers(self.embed_tokens(input_ids), self.rotary_emb(positions), metadata)
