@@ -158,8 +158,7 @@ def resolve_limits(config: EngineConfig, source: ModelSource) -> Limits:
     if not config.enable_chunked_prefill and config.max_num_batched_tokens is None:
         budget = max(budget, max_model_len)
     attention = check_settings(config, source, device, dtype)
-    cache_dtype = element_type(config.kv_cache_dtype, dtype)
-    return Limits(max_model_len, budget, device, dtype, cache_dtype, attention, choice)
+    return Limits(max_model_len, budget, device, dtype, element_type(config.kv_cache_dtype, dtype), attention, choice)
 
 
 def choose_way(config: EngineConfig, model: ModelConfig, device: torch.device) -> Choice:
@@ -304,8 +303,7 @@ def _kv_budget(config: EngineConfig, device: torch.device, free_bytes: int, acti
 
 def _activation_bytes(model: ModelConfig, num_tokens: int, num_seqs: int, dtype: torch.dtype) -> int:
     """What a step needs beside weights and cache: the widest layer's tensors, and logits in the dtype and in float32."""
-    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    widest = 3 * model.hidden_size + max(model.mlp_elements, 2 * heads)
+    widest = 3 * model.hidden_size + max(model.mlp_elements, 2 * (model.num_heads + 2 * model.num_kv_heads) * model.head_dim)
     return num_tokens * widest * dtype.itemsize + min(num_seqs, num_tokens) * model.vocab_size * (dtype.itemsize + 4)
 
 
