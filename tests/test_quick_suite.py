@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(path for folder in ("solutions/tests", "tests") for path in (ROOT / folder).glob("test_*.py"))
 LEFT_OUT = {"slow", "parity"}
 INSTEAD = {
-    "test_tool_calls": "test_tool_parsers",
+    "test_tool_calls": "test_tool_parsers", "test_packaged_models": "test_embeddings",
     "test_real_faults": "test_server_limits", "test_side_by_side": "test_quick_suite",
     "test_streaming": "test_api_server",
 }  # fmt: skip

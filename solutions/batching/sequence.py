@@ -61,6 +61,7 @@ class Sequence:
         block_hashes: chained hashes of the full blocks of `tokens`, filled by the prefix cache as it needs them.
         eos_token_ids, max_model_len: properties of the model that end a sequence.
         adapter: slot of the adapter that computes it; 0: the model as it is.
+        client: for whom it is; None: for nobody in particular. num_charged_tokens: tokens that count as its; see `FairOrder`.
         guide: says which tokens its form allows next; None: any.
         stop_search: looks for its stop strings; None: there are none.
         stop_ids: every token that ends it: end of sequence unless the request ignores it, and the request's stop tokens.
@@ -74,6 +75,7 @@ class Sequence:
         "block_hashes",
         "cache_salt",
         "children",
+        "client",
         "cumulative_logprob",
         "eos_token_ids",
         "finish_reason",
@@ -83,6 +85,7 @@ class Sequence:
         "max_len",
         "max_len_reason",
         "num_cached_tokens",
+        "num_charged_tokens",
         "num_computed_tokens",
         "num_preemptions",
         "num_prompt_tokens",
@@ -101,7 +104,7 @@ class Sequence:
     def __init__(
         self, seq_id: int, prompt_token_ids: list[int], params: SamplingParams, *, request_id: str = "", index: int = 0,
         priority: int = 0, cache_salt: str | None = None, parent: Sequence | None = None, arrival_time: float = 0.0,
-        eos_token_ids: tuple[int, ...] = (), max_model_len: int = 1 << 30,
+        eos_token_ids: tuple[int, ...] = (), max_model_len: int = 1 << 30, client: str | None = None,
     ) -> None:  # fmt: skip
         self.seq_id = seq_id
         self.request_id = request_id or str(seq_id)
@@ -110,11 +113,13 @@ class Sequence:
         self.num_prompt_tokens = len(prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
+        self.num_charged_tokens = 0
         self.params = params
         self.adapter = 0
         self.guide: TokenGuide | None = None
         self.stop_search: StopSearch | None = None
         self.priority = priority
+        self.client = client
         self.cache_salt = cache_salt
         self.parent = parent
         self.children: list[Sequence] = []

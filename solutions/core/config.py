@@ -93,8 +93,14 @@ class EngineConfig:
     long_prefill_token_threshold: int = _flag(0, "most tokens of one prompt in one step; 0: no limit but the budget")
     scheduling_policy: str = _flag(
         "fcfs",
-        "who goes first; fcfs: by arrival; priority: lower priority value; lpm: longest prefix match, by what is cached",
-        ("fcfs", "priority", "lpm"),
+        "who goes first; fcfs: by arrival; priority: lower priority value; lpm: longest prefix match, by what is cached; fair: "
+        "the client (an API key, else an address) that was served least",
+        ("fcfs", "priority", "lpm", "fair"),
+    )
+    client_weights: str | None = _flag(
+        None,
+        'with --scheduling-policy fair, larger shares, as JSON: {"203.0.113.7": 2}; a client with an API key is called by the '
+        "first 32 digits of the key's SHA-256; default: 1 for each",
     )
     preemption_mode: str = _flag("recompute", "what becomes of a preempted sequence's KV blocks", ("recompute", "swap"))
     max_num_waiting: int | None = _flag(None, "most sequences that may wait; more are refused; default: no limit", kind=int)
@@ -150,6 +156,8 @@ class EngineConfig:
             )
         if self.scheduling_policy == "lpm" and not self.enable_prefix_caching:
             raise ValueError("--scheduling-policy lpm goes by what is cached; leave --no-enable-prefix-caching out")
+        if self.client_weights is not None and self.scheduling_policy != "fair":
+            raise ValueError("--client-weights needs --scheduling-policy fair")
         if self.lora_modules and not self.enable_lora:
             raise ValueError("--lora-modules needs --enable-lora")
         if self.enable_lora:

@@ -52,7 +52,7 @@ Adapters = LoRARequest | Many[LoRARequest | None] | None
 class EngineRequest:
     """A validated request. `arrival_time` is on the clock of `time.monotonic`. `grammar` is the answer's grammar once it is
     compiled: `InputProcessor.complete` or the server sets it. `adapter` is what computes it, or the name of
-    that; None: the model as it is."""
+    that; None: the model as it is. `client` is for whom it is."""
 
     request_id: str
     prompt: str | None
@@ -63,6 +63,7 @@ class EngineRequest:
     arrival_time: float = 0.0
     grammar: CompiledGrammar | None = None
     adapter: str | Loaded | None = None
+    client: str | None = None
 
 
 def of_each(
@@ -142,6 +143,7 @@ class InputProcessor:
                     first_id + index, request.prompt_token_ids, params, request_id=request.request_id, index=index,
                     priority=request.priority, cache_salt=request.cache_salt, parent=sequences[0] if index else None,
                     arrival_time=request.arrival_time, eos_token_ids=self.model.eos_token_ids, max_model_len=self.max_model_len,
+                    client=request.client,
                 )
             )  # fmt: skip
         sequences[0].children = sequences[1:]

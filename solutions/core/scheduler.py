@@ -13,12 +13,10 @@ from bisect import insort
 from collections import Counter
 
 from ..attention.block_manager import BlockManager
-from ..batching.scheduler_config import POLICIES, QueueFullError, SchedulerConfig
+from ..batching.queue_order import make_order
+from ..batching.scheduler_config import QueueFullError, SchedulerConfig
 from ..batching.scheduler_output import SchedulerOutput
 from ..batching.sequence import Sequence, SequenceStatus
-
-LPM_PATIENCE = 10.0
-"""After this many seconds, sequences with more of their prompt cached may no longer overtake a waiting one."""
 
 
 class Scheduler:
@@ -33,6 +31,7 @@ class Scheduler:
         num_steps, num_generation_tokens, num_preemptions: counters since the start.
         num_drafts, num_draft_tokens, num_accepted_tokens: the same of tokens on trial.
         accepted: number of accepted tokens → drafts that had so many.
+        order: of the queues, by the policy.
         peak_usage: the largest share of the KV blocks that a step has had in use, 0 to 1.
     """
 
@@ -45,7 +44,8 @@ class Scheduler:
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
         self.accepted: Counter[int] = Counter()
         self.peak_usage = 0.0
-        self._key = POLICIES[config.policy]
+        self.order = make_order(config, block_manager.num_cached_blocks)
+        self._key = self.order.key
         self._max_chunk = config.long_prefill_token_threshold or config.max_num_batched_tokens
         self._removed: list[int] = []
 
@@ -78,8 +78,7 @@ class Scheduler:
         output = SchedulerOutput()
         self.block_manager.begin_step()
         budget = self.schedule_running(output)
-        if self.config.policy == "lpm" and not output.preempted:
-            self.sort_by_prefix()
+        self.order.before_admission(self.waiting, self.config.max_num_seqs - len(self.running))
         if not output.preempted:
             self.admit_waiting(output, budget)
         # A sequence that is alone always fits, so a step that preempts has something to run.
@@ -87,6 +86,7 @@ class Scheduler:
         if output.scheduled:
             output.changed_tables = self.block_manager.take_changed()
             output.removed, self._removed = self._removed, []
+            self.order.after_decision(output, self.waiting, self.running)
         return output
 
     def schedule_running(self, output: SchedulerOutput) -> int:
@@ -152,20 +152,6 @@ class Scheduler:
             if seq.first_scheduled_time is None:
                 seq.first_scheduled_time = now
             insort(self.running, seq, key=self._key)
-
-    def sort_by_prefix(self) -> None:
-        """Longest prefix match: bring the waiting sequences of whose tokens most are cached to the front, ties by arrival.
-
-        What is cached is used before others' new blocks push it out (Zheng et al., "SGLang", NeurIPS 2024, §3). Sequences that
-        were preempted stay in front, and so do those that have waited for `LPM_PATIENCE` seconds, or they might wait forever.
-        """
-        overdue = time.monotonic() - LPM_PATIENCE
-
-        def key(seq: Sequence) -> tuple[bool, int, int]:
-            first = seq.num_preemptions > 0 or seq.arrival_time < overdue
-            return (not first, 0 if first else -self.block_manager.num_cached_blocks(seq), seq.seq_id)
-
-        self.waiting.sort(key=key)
 
     def _place(self, seq: Sequence, output: SchedulerOutput) -> bool:
         """Give a waiting sequence its blocks: swapped in, forked from its parent, or allocated.
@@ -323,8 +309,7 @@ class Scheduler:
         everyone = self.waiting + self.running
         assert len({seq.seq_id for seq in everyone}) == len(everyone), "a sequence is queued twice"
         assert len(self.running) <= self.config.max_num_seqs
-        by_prefix = self.config.policy == "lpm"  # then who waits is in order only while a step is decided
-        for queue in (self.running,) if by_prefix else (self.waiting, self.running):
+        for queue in (self.waiting, self.running) if self.order.is_fixed else (self.running,):
             assert queue == sorted(queue, key=self._key), "a queue is not in the order of the policy"
         tables, host_tables, size = (
             self.block_manager.tables,

@@ -14,6 +14,7 @@ import torch
 from ..attention.backends import make_backend
 from ..attention.hybrid_manager import blocks_of_one, longest_of_one
 from ..batching.pooling import ASSUMED, Pooling
+from ..batching.queue_order import parse_weights
 from ..batching.scheduler_config import SchedulerConfig
 from ..memory.cache_engine import block_bytes, element_type, num_blocks_for_budget, scale_bytes
 from ..models.config.model_config import ModelConfig
@@ -239,15 +240,12 @@ def make_scheduler_config(config: EngineConfig, limits: Limits) -> SchedulerConf
         ValueError: a value is out of range or does not fit another one.
     """
     return SchedulerConfig(
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=limits.max_num_batched_tokens,
-        max_model_len=limits.max_model_len,
-        enable_chunked_prefill=config.enable_chunked_prefill,
-        long_prefill_token_threshold=config.long_prefill_token_threshold,
-        policy=config.scheduling_policy,
-        preemption_mode=config.preemption_mode,
-        max_num_waiting=config.max_num_waiting,
-    )
+        max_num_seqs=config.max_num_seqs, max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_model_len=limits.max_model_len, enable_chunked_prefill=config.enable_chunked_prefill,
+        long_prefill_token_threshold=config.long_prefill_token_threshold, policy=config.scheduling_policy,
+        preemption_mode=config.preemption_mode, max_num_waiting=config.max_num_waiting,
+        client_weights={} if config.client_weights is None else parse_weights(config.client_weights),
+    )  # fmt: skip
 
 
 def with_blocks(

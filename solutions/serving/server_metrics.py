@@ -131,3 +131,10 @@ class ServerMetrics(EngineMetrics):
             count = sum(drafts for length, drafts in stats.spec_decode_accepted.items() if length > position)
             accepted.add_metric([*values, str(position)], count)
         yield accepted
+        served = GaugeMetricFamily(
+            "vllm:client_served_tokens", "With --scheduling-policy fair: tokens computed for a client, over its weight.",
+            labels=[*names, "client"],
+        )  # fmt: skip
+        for client, count in stats.served.items():
+            served.add_metric([*values, client], count)
+        yield served

@@ -93,7 +93,7 @@ def draw_settings(rng: random.Random, name: str) -> dict[str, Any]:
     """An engine's settings: memory for a few sequences, and any mixture of what moves blocks about."""
     size = rng.choice([2, 4, 8, 16])
     max_model_len = rng.randint(40, 96)
-    policy = rng.choice(["fcfs", "priority", "lpm"])
+    policy = rng.choice(["fcfs", "priority", "lpm", "fair"])
     drafts: list[Any] = [None, {"method": "ngram", "prompt_lookup_min": 1}]
     drafts += [{"method": "draft_model", "model": str(folder(name))}]
     draft = rng.choice(drafts)

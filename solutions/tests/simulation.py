@@ -57,8 +57,9 @@ class Simulation:
         self.sequences: list[Sequence] = []
 
     def add(
-        self, prompt: list[int], max_tokens: int = 4, n: int = 1, priority: int = 0, salt: str | None = None
-    ) -> list[Sequence]:
+        self, prompt: list[int], max_tokens: int = 4, n: int = 1, priority: int = 0, salt: str | None = None,
+        client: str | None = None,
+    ) -> list[Sequence]:  # fmt: skip
         """Queue a request of `n` sequences."""
         group: list[Sequence] = []
         for index in range(n):
@@ -66,6 +67,7 @@ class Simulation:
                 Sequence(
                     self.next_id, prompt, SamplingParams(max_tokens=max_tokens, n=n), index=index, priority=priority,
                     cache_salt=salt, parent=group[0] if index else None, max_model_len=self.config.max_model_len,
+                    client=client,
                 )
             )  # fmt: skip
             self.next_id += 1

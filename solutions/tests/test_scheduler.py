@@ -7,10 +7,11 @@ import time
 import pytest
 
 from solutions.attention.block_manager import BlockManager
+from solutions.batching.queue_order import LPM_PATIENCE
 from solutions.batching.sampling_params import SamplingParams
 from solutions.batching.scheduler_config import QueueFullError, SchedulerConfig
 from solutions.batching.sequence import Sequence, SequenceStatus
-from solutions.core.scheduler import LPM_PATIENCE, Scheduler
+from solutions.core.scheduler import Scheduler
 from solutions.tests.simulation import Simulation
 
 

@@ -23,7 +23,7 @@ SETTINGS = st.fixed_dictionaries(
         "watermark": st.sampled_from([0.0, 0.01, 0.2]),
         "max_num_batched_tokens": st.sampled_from([1, 3, 5, 17, 256]),
         "max_num_seqs": st.integers(1, 6),
-        "policy": st.sampled_from(["fcfs", "priority", "lpm"]),
+        "policy": st.sampled_from(["fcfs", "priority", "lpm", "fair"]),
         "preemption_mode": st.sampled_from(["recompute", "swap"]),
         "long_prefill_token_threshold": st.sampled_from([0, 0, 2]),
     }
@@ -52,6 +52,7 @@ class EngineMachine(RuleBasedStateMachine):
             n=data.draw(st.sampled_from([1, 1, 2, 3]), label="n"),
             priority=data.draw(st.integers(0, 2), label="priority"),
             salt=data.draw(st.sampled_from([None, None, "a", "b"]), label="salt"),
+            client=data.draw(st.sampled_from([None, "a", "b"]), label="client"),
         )
 
     @rule()

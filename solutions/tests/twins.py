@@ -56,7 +56,7 @@ def run_twins(rng: random.Random, drafts: bool = False) -> None:
     simulation = Simulation(
         num_blocks, size, rng.choice([0, 0, 3, 16]), rng.choice([None, None, None, size + 1]),
         watermark=rng.choice([0.0, 0.01, 0.2]), max_num_batched_tokens=rng.choice([7, 64, 512]),
-        max_num_seqs=rng.choice([3, 8, 256]), policy=rng.choice(["fcfs", "priority", "lpm"]),
+        max_num_seqs=rng.choice([3, 8, 256]), policy=rng.choice(["fcfs", "priority", "lpm", "fair"]),
         preemption_mode=rng.choice(["recompute", "swap"]), next_token=greedy,
         proposer=proposer,
     )  # fmt: skip

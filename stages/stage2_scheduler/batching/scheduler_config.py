@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .sequence import Sequence
@@ -21,9 +21,9 @@ def priority(seq: Sequence) -> tuple[int, ...]:
     raise NotImplementedError("Stage 2 · Task 2.2: priority, see stages/stage2_scheduler/GUIDE.md#task-2-2")
 
 
-POLICIES: dict[str, Callable[[Sequence], tuple[Any, ...]]] = {"fcfs": fcfs, "priority": priority, "lpm": fcfs}
-"""Sort keys. Both queues are kept in this order: the first is served first, the last is preempted first. With "lpm" each step
-sorts the waiting queue again, because the order depends on what is cached: `Scheduler.sort_by_prefix`."""
+POLICIES: dict[str, Callable[[Sequence], tuple[Any, ...]]] = {"fcfs": fcfs, "priority": priority, "lpm": fcfs, "fair": fcfs}
+"""Sort keys. Both queues are kept in this order: the first is served first, the last is preempted first. "lpm" and "fair" sort
+again at every step, because their orders depend on what is cached and on who was served: see `queue_order.py`."""
 
 PREEMPTION_MODES = ("recompute", "swap")
 
@@ -39,10 +39,12 @@ class SchedulerConfig:
         enable_chunked_prefill: split prompts over steps; when off, a prompt must fit into one step's budget.
         long_prefill_token_threshold: most tokens of one prompt in one step, so that decodes are not held up (0: the budget).
         policy: a key of `POLICIES`; "fcfs": by arrival; "priority": lower `priority` first, ties by arrival; "lpm" (longest
-            prefix match): the waiting sequence with the most cached tokens first.
+            prefix match): the waiting sequence with the most cached tokens first; "fair": that of the client that was served
+            least.
         preemption_mode: "recompute" drops a victim's KV blocks, "swap" copies them to host memory while there is room
             (and recomputes when there is none).
         max_num_waiting: sequences that may wait; None is unbounded.
+        client_weights: with "fair": client → its share relative to others', which have 1.
 
     Raises:
         ValueError: a value is out of range or does not fit another one.
@@ -56,6 +58,7 @@ class SchedulerConfig:
     policy: str = "fcfs"
     preemption_mode: str = "recompute"
     max_num_waiting: int | None = None
+    client_weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):

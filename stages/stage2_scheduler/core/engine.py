@@ -53,6 +53,8 @@ class EngineStats:
     """Number of accepted tokens → drafts that had so many."""
     num_deferred: int = 0
     """Requests beside the waiting ones whose form of answer is being compiled."""
+    served: Mapping[str, int] = field(default_factory=dict)
+    """With the policy "fair": client → its counter; see `FairOrder`."""
 
 
 class EngineObserver(Protocol):
@@ -190,22 +192,15 @@ class LLMEngine:
         """State and counters at this moment."""
         cache, scheduler = self.block_manager.prefix_cache, self.scheduler
         return EngineStats(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            kv_cache_usage=self.block_manager.usage,
-            peak_kv_cache_usage=scheduler.peak_usage,
-            prefix_cache_queries=cache.num_queries if cache else 0,
-            prefix_cache_hits=cache.num_hits if cache else 0,
-            num_preemptions=scheduler.num_preemptions,
-            num_prompt_tokens=self.outputs.num_prompt_tokens,
-            num_generation_tokens=scheduler.num_generation_tokens - self.outputs.num_pooled,
-            num_steps=scheduler.num_steps,
-            spec_decode_num_drafts=scheduler.num_drafts,
-            spec_decode_num_draft_tokens=scheduler.num_draft_tokens,
-            spec_decode_num_accepted_tokens=scheduler.num_accepted_tokens,
-            spec_decode_accepted=scheduler.accepted.copy(),
-            num_deferred=self.input.num_compiling,
-        )
+            num_running=len(scheduler.running), num_waiting=len(scheduler.waiting), num_deferred=self.input.num_compiling,
+            kv_cache_usage=self.block_manager.usage, peak_kv_cache_usage=scheduler.peak_usage,
+            prefix_cache_queries=cache.num_queries if cache else 0, prefix_cache_hits=cache.num_hits if cache else 0,
+            num_preemptions=scheduler.num_preemptions, num_prompt_tokens=self.outputs.num_prompt_tokens,
+            num_generation_tokens=scheduler.num_generation_tokens - self.outputs.num_pooled, num_steps=scheduler.num_steps,
+            spec_decode_num_drafts=scheduler.num_drafts, spec_decode_num_draft_tokens=scheduler.num_draft_tokens,
+            spec_decode_num_accepted_tokens=scheduler.num_accepted_tokens, spec_decode_accepted=scheduler.accepted.copy(),
+            served={client or "": round(count) for client, count in scheduler.order.served.items()},
+        )  # fmt: skip
 
     def check_health(self) -> None:
         """Check that the model can still run. An engine without requests finds out in no other way.

@@ -92,8 +92,11 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(max_num_waiting=MAX_NUM_WAITING)
     args = parser.parse_args(argv)
     if args.files_dir is not None:
-        if args.scheduling_policy == "lpm":
-            parser.error("--files-dir runs batches at low priority, and --scheduling-policy lpm knows none; leave one out")
+        if args.scheduling_policy in ("lpm", "fair"):
+            policy = args.scheduling_policy
+            parser.error(
+                f"--files-dir runs batches at low priority, and --scheduling-policy {policy} knows none; leave one out"
+            )
         args.scheduling_policy = "priority"
     for name in ("max_body_bytes", "max_file_bytes", "max_waiting_tokens", "connection_timeout", "stall_timeout"):
         if (value := getattr(args, name)) is not None and value <= 0:

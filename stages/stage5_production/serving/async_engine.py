@@ -107,7 +107,8 @@ class AsyncEngine:
         """Tokenize and validate prompts, without bothering the engine thread; several get ids ``request_id-0``, …
 
         Args:
-            client: for whom; where forms of answers have to wait until they are compiled, clients take turns.
+            client: for whom; clients take turns where forms of answers wait until they are compiled, and, with
+                ``--scheduling-policy fair``, in the queue.
 
         Raises:
             ValueError: a prompt or a parameter is not valid.
@@ -121,6 +122,8 @@ class AsyncEngine:
 
         size = sum(map(_length, prompts))
         requests = work() if size <= INLINE_LIMIT else await asyncio.to_thread(work)
+        for request in requests:
+            request.client = client
         if params.structured_output is not None:
             grammar = await self._compile(params.structured_output, client)
             for request in requests:

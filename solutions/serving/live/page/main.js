@@ -6,6 +6,7 @@ import { api, follow, key, replay, replayFrom } from "./feed.js";
 import { Model, colour } from "./model.js";
 
 const MAX_ROWS = 48;
+const MAX_CLIENTS = 8;
 const METRICS_EVERY = 2000;
 const byId = (id) => document.getElementById(id);
 const model = new Model();
@@ -64,6 +65,7 @@ function numbers() {
     ["drafts accepted", share(stats.spec_decode_num_accepted_tokens, stats.spec_decode_num_draft_tokens)],
     ["time to first token", `${model.latencies.ttft.toFixed(0)} ms`],
     ["time per token", `${model.latencies.itl.toFixed(0)} ms`],
+    ...Object.entries(stats.served).slice(0, MAX_CLIENTS).map(([client, tokens]) => [`served to ${client || "nobody"}`, tokens]),
     ...(model.experts.length ? [["busiest expert's tokens", `${busiest(model.experts).toFixed(2)} × the mean`]] : []),
   ];
 }
@@ -71,6 +73,7 @@ function numbers() {
 function showNumbers() {
   const list = byId("numbers");
   const entries = numbers();
+  while (list.childElementCount > entries.length) list.lastElementChild.remove();
   while (list.childElementCount < entries.length) {
     const entry = document.createElement("div");
     entry.append(document.createElement("dt"), document.createElement("dd"));
