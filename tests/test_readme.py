@@ -16,7 +16,8 @@ from .test_floors import name
 
 ROOT = Path(__file__).parents[1]
 PROGRAM_FLAGS = {
-    "--host", "--port", "--prompt", "--prompts-file", "--api-key", "--api-key-file", "--served-model-name", "--max-waiting-tokens"
+    "--host", "--port", "--prompt", "--prompts-file", "--api-key", "--api-key-file", "--served-model-name",
+    "--max-waiting-tokens",
 }  # fmt: skip
 """Flags of the command line and of the server besides those of the engine."""
 DOCUMENTS = [
