@@ -79,9 +79,8 @@ def parse_flags(argv: list[str] | None) -> tuple[Flags, Workload]:
 
 
 def run(client: Client, workload: Workload, kind: str, size: float, args: Flags, seeds: Iterator[int]) -> Row:
-    """One row: `kind` "users" with that many, or "rate" with as many requests a second. A run takes a seed of its own for its
-    requests: a server's prefix cache knows those that it has answered. Raises ValueError if one failed, or none was
-    answered."""
+    """One row: `kind` "users" with that many, or "rate" with as many requests a second. Each run has a seed of its own, for a
+    server's prefix cache knows what it has answered. Raises ValueError if a request failed, or none was answered."""
     streams: list[Stream] = []
     seconds = 0.0
     for seed in itertools.islice(seeds, args.repeats):

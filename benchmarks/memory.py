@@ -53,8 +53,7 @@ BASELINE_MAX_LEN = 2048
 
 
 def token_bytes(model: str, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes of keys and values for one token, with their scales if they are int8. Raises ValueError if the model is not
-    known."""
+    """Bytes of keys and values for one token, with int8's scales. Raises ValueError if the model is not known."""
     config = resolve_model(model, "dummy").config
     sizes = config.num_layers, 1, config.num_kv_heads
     return block_bytes(*sizes, config.head_dim, dtype) + scale_bytes(*sizes, dtype)

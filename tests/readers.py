@@ -36,6 +36,7 @@ class Readers:
 
     Attributes:
         records: classes by name. reads: (class, attribute) of each read. flag_reads: file → attributes read of a `Namespace`.
+        namespaces: names of argparse's `Namespace`: its own, and those that a module gives it, as in ``Flags = Namespace``.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -43,6 +44,7 @@ class Readers:
         self.results: dict[str, set[str]] = defaultdict(set)
         self.reads: set[tuple[str, str]] = set()
         self.flag_reads: dict[Path, set[str]] = defaultdict(set)
+        self.namespaces = {NAMESPACE}
         trees = {path: ast.parse(path.read_text()) for path in paths}
         for tree in trees.values():
             for node in ast.walk(tree):
@@ -50,6 +52,12 @@ class Readers:
                     self._declare(node)
                 elif isinstance(node, Function):
                     self.results[node.name] |= names_in(node.returns)
+            for statement in tree.body:
+                match statement:
+                    case ast.Assign(
+                        targets=[ast.Name(id=alias)], value=ast.Attribute(attr="Namespace") | ast.Name(id="Namespace")
+                    ):
+                        self.namespaces.add(alias)
         for last in (False, True):  # what `self` holds in one class may be known only once others are
             for path, tree in trees.items():
                 _Walk(self, path, record_reads=last).visit(tree)
@@ -240,7 +248,7 @@ class _Walk(ast.NodeVisitor):
     def _read(self, owners: set[str], name: str) -> None:
         if not self.record_reads or self.checking:
             return
-        if NAMESPACE in owners:
+        if self.readers.namespaces & owners:
             self.readers.flag_reads[self.path].add(name)
         self.readers.reads |= {(owner, name) for owner in owners}
 

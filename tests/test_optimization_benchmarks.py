@@ -26,9 +26,9 @@ def test_a_chat_computes_its_new_turn_and_no_more_than_a_block_beside_it():
     said = 0
     for turn in chat("smollm2-135m", 4, message_len=21, answer_len=9, seed=1):
         expected = (said - 1) // 16 * 16 if said else 0
-        assert (turn.prompt, turn.cached) == (said + 21, expected)
-        assert turn.prompt - turn.cached <= turn.new + 16
-        said = turn.prompt + 9
+        assert (turn["prompt"], turn["cached"]) == (said + 21, expected)
+        assert turn["prompt"] - turn["cached"] <= turn["new"] + 16
+        said = turn["prompt"] + 9
 
 
 @pytest.mark.slow

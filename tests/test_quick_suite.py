@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from .times import seconds_by_file, times_table
+
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for folder in ("solutions/tests", "tests") for path in (ROOT / folder).glob("test_*.py"))
 LEFT_OUT = {"slow", "parity"}
 INSTEAD = {
     "test_tool_calls": "test_tool_parsers", "test_packaged_models": "test_embeddings",
+    "test_real_gemma": "test_families",
     "test_real_faults": "test_server_limits", "test_side_by_side": "test_quick_suite",
     "test_streaming": "test_api_server",
 }  # fmt: skip
@@ -53,3 +56,12 @@ def test_a_file_of_slow_tests_is_noticed() -> None:
     assert quick_tests(slow) == []
     assert quick_tests(slow + "def test_b(): pass\n") == ["test_b"]
     assert quick_tests("import pytest\npytestmark = pytest.mark.slow\ndef test_c(): pass\n") == []
+
+
+def test_the_table_of_times_adds_up(tmp_path: Path) -> None:
+    cases = [("a.test_x.TestCase", 0.25), ("a.test_x", 0.5), ("tests.test_y", 4.0)]
+    lines = "".join(f'<testcase classname="{name}" name="n" time="{seconds}"/>' for name, seconds in cases)
+    (tmp_path / "times.xml").write_text(f"<testsuites><testsuite>{lines}</testsuite></testsuites>")
+    files = seconds_by_file(tmp_path / "times.xml")
+    assert files == {"tests/test_y.py": [4.0], "a/test_x.py": [0.25, 0.5]}
+    assert times_table(files).splitlines()[2:] == ["| tests/test_y.py | 1 | 4 |", "| a/test_x.py | 2 | 1 |", "| all | 3 | 5 |"]

@@ -146,6 +146,13 @@ def test_a_field_that_is_only_checked_copied_or_anothers_is_found(tmp_path: Path
     assert Readers([path]).unread("Settings") == ["only_checked", "only_in_the_error", "only_copied", "of_another"]
 
 
+@pytest.mark.parametrize("annotation", ["argparse.Namespace", "Flags"])
+def test_flags_are_read_of_a_namespace_by_either_of_its_names(annotation: str, tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(f"import argparse\nFlags = argparse.Namespace\ndef f(a: {annotation}, b: Other): print(a.read, b.others)\n")
+    assert Readers([path]).flag_reads[path] == {"read"}
+
+
 def test_a_flag_that_nobody_reads_is_found(tmp_path: Path) -> None:
     path = tmp_path / "module.py"
     path.write_text(

@@ -35,9 +35,6 @@ def now() -> float:
     return asyncio.get_running_loop().time()
 
 
-# When
-
-
 def arrivals(count: int, rate: float, *, burst: int = 1, seed: int = 0) -> list[float]:
     """When requests arrive that know nothing of each other: a Poisson process.
 
@@ -104,9 +101,6 @@ async def closed_loop(
 
     await asyncio.gather(*(user() for _ in range(concurrency)))
     return [streams[number] for number in sorted(streams)]
-
-
-# To whom
 
 
 def first_model(url: str, api_key: str | None = None) -> str:

@@ -1,9 +1,8 @@
 """LLaMA-7B on one GPU beside what that GPU can do, and the floors of a step computed for known cards.
 
-What a step takes on this GPU beside the least it could take. First, computed and not measured, the floors of a decode step on
-known cards. Then, if there is a GPU: the bandwidth of a large copy and the rate of a large product, which all else is compared
-with; attention alone by each backend; decode steps and prompts of the whole model, with CUDA graphs and without. Random weights
-do, so nothing is downloaded.
+The floors come first and are not measured. Then, if there is a GPU: the bandwidth of a large copy and the rate of a large
+product, which all else is compared with; attention alone by each backend; decode steps and prompts of the whole model, with
+CUDA graphs and without. Random weights do, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -99,11 +98,7 @@ def measure_decode(engine: LLMEngine, card: Card, batch: int, context: int, step
     submit(engine, batch, prompt_len, limits.max_model_len - prompt_len - 1)
     while scheduler.waiting or any(seq.num_output_tokens < 2 for seq in scheduler.running):
         engine.step()
-
-    def note_lengths() -> None:
-        lengths.append(sum(len(seq.tokens) for seq in scheduler.running) / batch)
-
-    seconds = median_seconds(engine.step, steps, before=note_lengths)
+    seconds = median_seconds(engine.step, steps, before=lambda: lengths.extend(len(seq.tokens) for seq in scheduler.running))
     for seq in [*scheduler.running, *scheduler.waiting]:
         engine.abort_request(seq.request_id)
     mean = statistics.fmean(lengths)
@@ -138,14 +133,9 @@ def measure_attention(
     name: str, card: Card, device: torch.device, heads: tuple[int, int], head_dim: int, batch: int, context: int,
     block_size: int, repeats: int, dtype: torch.dtype = torch.bfloat16, kv_cache_dtype: str = "auto",
 ) -> AttentionTime:  # fmt: skip
-    """One layer's attention of a decode step over a cache whose blocks lie in random order.
-
-    It runs over as many layers' caches as exceed `CACHE_BYTES` together, so that none is read from the card's own cache, and
-    in a CUDA graph where the backend allows it, as it does in the engine.
-
-    Args:
-        heads: (query heads, KV heads). context: tokens of each sequence. kv_cache_dtype: "auto" (dtype), "fp8" or "int8".
-    """
+    """One layer's attention of a decode step over a cache whose blocks lie in random order; `heads` are (query heads, KV
+    heads), and `kv_cache_dtype` is one of `KV_CACHE_DTYPES`. It runs over as many layers' caches as exceed `CACHE_BYTES`
+    together, so that none is read from the card's own cache, and in a CUDA graph where the backend allows it, as engines do."""
     kind, (_, num_kv_heads) = element_type(kv_cache_dtype, dtype), heads
     layer_bytes = 2 * batch * -(-context // block_size) * block_size * num_kv_heads * head_dim * kind.itemsize
     num_layers = -(-CACHE_BYTES // layer_bytes)

@@ -59,12 +59,8 @@ WARM_UP_STEPS = 8
 
 @dataclass(slots=True)
 class Overhead:
-    """Host time of decode steps, in microseconds a running sequence and step.
-
-    Attributes:
-        phases: the cost of each of `PHASES`, and of the "rest" of the step.
-        total: their sum, as the median over rounds. lowest, highest: over rounds.
-    """
+    """Host time of decode steps, in microseconds a running sequence and step: of each of `PHASES` and of the "rest" of the
+    step, and their sum, as the median over rounds and from the lowest to the highest."""
 
     num_seqs: int
     prefix_caching: bool
@@ -127,13 +123,9 @@ def measure(
     num_seqs: int, prefix_caching: bool, kind: RequestOutputKind, *, rounds: int = 5, steps: int = 32,
     tokenizer_of: str = "smollm2-135m", on_output: Callable[[list[RequestOutput]], None] = lambda _: None,
 ) -> Overhead:  # fmt: skip
-    """Time decode steps with a constant number of running sequences. Prompts have 17 to 32 tokens, so that in every step one
-    sequence in sixteen begins a block, as in a server that has run for a while.
-
-    Args:
-        kind: DELTA makes text in every step, FINAL_ONLY when a sequence ends, which none does here.
-        rounds, steps: measured rounds, and steps in each. on_output: sees each step's outputs, outside the clock.
-    """
+    """Time so many rounds of so many decode steps with a constant number of running sequences. Prompts have 17 to 32 tokens, so
+    that in every step one sequence in sixteen begins a block, as in a server that has run for a while. With FINAL_ONLY text is
+    made when a sequence ends, which none does here. `on_output` sees each step's outputs, outside the clock."""
     num_steps = WARM_UP_STEPS + rounds * steps
     engine = make_engine(num_seqs, 32 + num_steps + 2, prefix_caching, tokenizer_of)
     rng = random.Random(0)
@@ -144,6 +136,7 @@ def measure(
     for owner, method, phase in (
         (engine.scheduler, "schedule", "schedule"), (engine.batch, "build", "arrays"),
         (engine.executor, "execute", "model"), (engine.scheduler, "update", "update"), (engine.outputs, "emit", "output"),
+        (engine, "step", "step"),
     ):  # fmt: skip
         clock.watch(owner, method, phase)
     for _ in range(WARM_UP_STEPS):
@@ -151,14 +144,10 @@ def measure(
     results = []
     for _ in range(rounds):
         clock.clear()
-        spent = 0.0
         for _ in range(steps):
-            start = time.thread_time()
-            outputs = engine.step()
-            spent += time.thread_time() - start
-            on_output(outputs)
+            on_output(engine.step())
         phases = {name: clock[name] for name in PHASES}
-        phases["rest"] = spent - clock.total()
+        phases["rest"] = clock["step"] - clock["model"] - sum(phases.values())
         results.append({name: 1e6 * seconds / (steps * num_seqs) for name, seconds in phases.items()})
     if len(engine.scheduler.running) != num_seqs:
         raise RuntimeError(f"{len(engine.scheduler.running)} of {num_seqs} sequences were running at the end")
@@ -180,7 +169,6 @@ def pin_to_one_core() -> None:
 
 
 def show(results: list[Overhead]) -> None:
-    """Print the table and how the cost grows."""
     columns = ["prefix cache, output", "running", *PHASES, "rest", "total µs", "range", "goal"]
     rows, costs = [], {}
     for r in results:

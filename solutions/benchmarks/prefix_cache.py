@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -16,15 +15,6 @@ from ..core.config import DEFAULT_MODEL
 from ..core.engine import LLM
 from .datasets import BenchRequest, Workload, make_requests, token_ids
 from .report import Flags, Parser, finish, one_line_errors, show_table, spread
-
-
-@dataclass(frozen=True, slots=True)
-class ChatTurn:
-    """One turn: tokens of the conversation so far (prompt), of them found in the cache (cached), and of its message (new)."""
-
-    prompt: int
-    cached: int
-    new: int
 
 
 def make_engine(model: str, **settings: object) -> LLM:
@@ -55,15 +45,16 @@ def shared_prefix(model: str, num_requests: int, prefix_len: int, own_len: int, 
     return {"first": first, "others": statistics.median(others), "without": statistics.median(plain)}
 
 
-def chat(model: str, num_turns: int, message_len: int, answer_len: int, seed: int) -> list[ChatTurn]:
-    """Hold a conversation: each turn's prompt is all that was said before and a new message."""
+def chat(model: str, num_turns: int, message_len: int, answer_len: int, seed: int) -> list[dict[str, int]]:
+    """Hold a conversation: each turn's prompt is all that was said before and a new message. Tokens of each turn: its "prompt",
+    what of it was "cached", and its "new" message."""
     rng = random.Random(seed)
     llm, said, turns = make_engine(model), [], []
     for _ in range(num_turns):
         request = BenchRequest(said + token_ids(rng, message_len), answer_len)
         (output,) = llm.generate(request.prompt, request.params(), use_tqdm=False)
         said = request.prompt_token_ids + output.outputs[0].token_ids
-        turns.append(ChatTurn(len(request.prompt_token_ids), output.num_cached_tokens, message_len))
+        turns.append({"prompt": len(request.prompt_token_ids), "cached": output.num_cached_tokens, "new": message_len})
     return turns
 
 
@@ -95,7 +86,6 @@ def hits_by_policy(model: str, num_groups: int, group_size: int, prefix_len: int
 
 
 def show(args: Flags, results: dict[str, Any]) -> None:
-    """Print a table for each measurement."""
     names = {"first": "first of those with a common beginning", "others": "the others, median"}
     names["without"] = "without the cache, median"
     times = results["shared_prefix"]
@@ -130,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
         ratios = cost_without_hits(args.model, args.num_requests, 128, 32, args.repeats, args.data_seed)
         results = {
             "shared_prefix": shared_prefix(args.model, args.num_requests, args.prefix_len, args.own_len, args.data_seed),
-            "chat": [asdict(turn) for turn in chat(args.model, args.turns, 48, 32, args.data_seed)],
+            "chat": chat(args.model, args.turns, 48, 32, args.data_seed),
             "ratios_without_hits": spread(ratios),
             "cached_by_policy": hits_by_policy(args.model, 6, 4, args.prefix_len, args.own_len, args.data_seed),
         }

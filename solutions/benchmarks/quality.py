@@ -90,17 +90,16 @@ def make_models(args: Flags, folder: Path, text: str) -> dict[str, dict[str, Any
         say(f"{name}, groups of {size}")
         if method is None:
             write_rounded(args.model, target, size)
-            continue
-        module, flags = method
-        module.main([
-            "--model", args.model, "--group-size", str(size), "--calibration-file", str(calibration), "--num-samples",
-            str(args.num_samples), "--sequence-length", str(args.length), "--output", str(target), *flags,
-        ])  # fmt: skip
+        else:
+            module, flags = method
+            module.main([
+                "--model", args.model, "--group-size", str(size), "--calibration-file", str(calibration), "--num-samples",
+                str(args.num_samples), "--sequence-length", str(args.length), "--output", str(target), *flags,
+            ])  # fmt: skip
     return settings
 
 
 def show(model: str, runs: list[dict[str, Any]]) -> None:
-    """Print a row for each precision."""
     base = runs[0]["perplexity"]
     gaps = {run["name"]: math.log(run["perplexity"] / base) for run in runs}
     rows = []
@@ -142,8 +141,8 @@ def main(argv: list[str] | None = None) -> None:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         held_out, text = cut_text(args.model, args.length, args.pieces)
-        own = {"16 bits": {}, "int8 KV cache": {"kv_cache_dtype": "int8"}, "int8": {"quantization": "int8"}}
-        own["int4, groups of 32"] = {"quantization": "int4"}
+        own = {"16 bits": {}, "int8 KV cache": {"kv_cache_dtype": "int8"}}
+        own |= {"int8": {"quantization": "int8"}, "int4, groups of 32": {"quantization": "int4"}}
         settings = {name: {"model": args.model, **flags} for name, flags in own.items()} | make_models(args, folder, text)
         runs, length = [], max(map(len, held_out)) + 1
         for name, arguments in tracked(settings.items(), "precisions", len(settings)):

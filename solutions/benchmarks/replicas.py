@@ -133,7 +133,6 @@ def run(args: Flags, groups: Groups) -> dict[str, list[Measured]]:
 
 
 def show(summary: dict[str, dict[str, Any]], args: Flags) -> None:
-    """Print the table: a row a router, medians of the rounds."""
     rows = []
     for router, by_name in summary.items():
         hits, p50, p99, rate = (found["median"] for found in by_name.values())

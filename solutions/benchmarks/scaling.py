@@ -154,7 +154,6 @@ def _time_collectives(
 
 
 def show_ranks(model: str, times: list[RankTime]) -> None:
-    """Print how each kind of step scales."""
     first = {(t.what, t.batch): t for t in reversed(times)}
     rows = []
     for t in times:
@@ -169,7 +168,6 @@ def show_ranks(model: str, times: list[RankTime]) -> None:
 
 
 def show_collectives(times: list[dict[str, Any]]) -> None:
-    """Print the time of one sum by size and way."""
     seconds = {(t["method"], t["bytes"]): t["seconds"] for t in times}
     sizes = sorted({t["bytes"] for t in times})
     rows = [[f"{size:,}", *(f"{seconds[method, size] * 1e6:,.1f}" for method in COLOURS)] for size in sizes]

@@ -68,10 +68,7 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
 @contextmanager
 def start(name: str, model: str, seconds: float = START_SECONDS) -> Iterator[str]:
     """One of `STARTERS` with this model, on a port of its own; gives its address with ``/v1`` once it answers, and ends it.
-
-    Raises:
-        ValueError: the model is none that it takes. RuntimeError: it is not installed, or does not start, and what it printed.
-    """
+    Raises ValueError if it does not take the model, RuntimeError if it is not installed, or does not start; with its output."""
     port = free_port()
     command, environment = STARTERS[name](model, port)
     with tempfile.TemporaryFile("w+") as output:

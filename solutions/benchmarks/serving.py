@@ -29,7 +29,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-import numpy as np
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -94,13 +93,13 @@ class Watched:
 
     def memory_slope(self) -> float:
         """MiB a minute, by least squares over the later half, when caches and pools have filled."""
-        later = np.array(self.memory[len(self.memory) // 2 :])
-        return float(np.polyfit(later[:, 0] / 60, later[:, 1] / MIB, 1)[0])
+        times, held = zip(*self.memory[len(self.memory) // 2 :], strict=True)
+        return 60 * statistics.linear_regression(times, held).slope / MIB
 
     def rate(self, warm_up: float, seconds: float) -> float:
         """Tokens a second between two moments, by least squares: a step brings hundreds of tokens at once."""
-        inside = np.array([sample for sample in self.tokens if warm_up <= sample[0] <= warm_up + seconds])
-        return float(np.polyfit(inside[:, 0], inside[:, 1], 1)[0])
+        inside = [sample for sample in self.tokens if warm_up <= sample[0] <= warm_up + seconds]
+        return statistics.linear_regression(*zip(*inside, strict=True)).slope
 
 
 async def watch(url: str, process: int, into: Watched) -> None:
@@ -131,8 +130,7 @@ async def watch_feed(url: str, into: Spans) -> None:
         while True:
             await asyncio.sleep(FEED_SECONDS)
             start = time.perf_counter()
-            async with client.get(url.removesuffix("/v1") + "/live") as answer:
-                answer.raise_for_status()
+            async with client.get(url.removesuffix("/v1") + "/live", raise_for_status=True) as answer:
                 async for _ in answer.content.iter_any():
                     if time.perf_counter() - start > FEED_SECONDS:
                         break
@@ -160,8 +158,7 @@ def totals(text: str) -> dict[str, float]:
 
 
 async def under_watch(url: str, process: int, load: Any, feed: Spans | None = None) -> tuple[Any, Watched]:
-    """What a load, which is awaited, gives, and what the server was like meanwhile; `feed` as for `watch_feed`, if it is
-    read."""
+    """What an awaited load gives, and what the server was like meanwhile; `feed` as for `watch_feed`, if it is read."""
     seen = Watched()
     watching = asyncio.gather(watch(url, process, seen), *([] if feed is None else [watch_feed(url, feed)]))
     try:

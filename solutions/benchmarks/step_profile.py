@@ -69,15 +69,9 @@ def costs(model: ModelConfig, batch: int, context: int, weight: int, element: in
 def profile_step(
     engine: LLMEngine, ceilings: Ceilings, precision: str, batch: int, context: int, repeats: int
 ) -> list[OperatorTime]:
-    """Bring `batch` sequences to `context` tokens, time whole steps there, and then their operators.
-
-    Args:
-        engine: on the CPU's kernels, with replay and a LLaMA model, idle.
-        precision: of the weights, a key of `Ceilings.operations`.
-
-    Raises:
-        ValueError: the engine runs without recordings, or cannot take the whole batch in one step.
-    """
+    """Bring `batch` sequences to `context` tokens in an idle engine, time whole steps there, and then their operators, with
+    weights in a `precision` that is a key of `Ceilings.operations`. Raises ValueError if the engine is not on the CPU's kernels
+    with replay and a LLaMA model, or cannot take the whole batch in one step."""
     model = engine.executor.worker.model
     only = "only replayed steps of LLaMA's layers can be profiled"
     if not isinstance(model, LlamaForCausalLM) or model.decoder_layer is not LlamaDecoderLayer:
@@ -118,15 +112,13 @@ def profile_step(
 
 
 def show(ceilings: Ceilings, batch: int, rows: list[OperatorTime]) -> None:
-    cells = []
-    for row in rows:
-        taken, least, share = f"{row.seconds * 1e3:.2f}", ["", "", ""], ""
-        if row.floor is not None:
-            least = [f"{row.bytes / 1e6:.1f}", f"{row.operations / 1e6:.0f}", f"{row.floor * 1e3:.2f}"]
-            share = f"{row.floor / row.seconds:.0%}"
-        cells.append([row.operator, *least, taken, share])
-    total, floor = sum(row.seconds for row in rows), sum(row.floor or 0 for row in rows)
-    cells.append(["step", "", "", f"{floor * 1e3:.2f}", f"{total * 1e3:.2f}", f"{floor / total:.0%}"])
+    def times(floor: float, seconds: float) -> list[str]:
+        return [f"{floor * 1e3:.2f}", f"{seconds * 1e3:.2f}", f"{floor / seconds:.0%}"]
+
+    *operators, rest = rows
+    cells = [[r.operator, f"{r.bytes / 1e6:.1f}", f"{r.operations / 1e6:.0f}", *times(r.floor, r.seconds)] for r in operators]
+    cells.append([rest.operator, "", "", "", f"{rest.seconds * 1e3:.2f}", ""])
+    cells.append(["step", "", "", *times(sum(r.floor for r in operators), sum(r.seconds for r in rows))])
     title = f"A decode step of {batch}; reads {ceilings.read_bytes / 1e9:.0f} GB/s; {torch.get_num_threads()} threads"
     show_table(title, ["operator", "MB", "MFLOP", "floor, ms", "ms", "of the floor"], cells)
 

@@ -24,8 +24,7 @@ SHAPE_1B = {
 
 
 def write_shape(folder: Path, **changes: int) -> Path:
-    """A folder in Hugging Face's format that has the shape of a model of 1.1 billion weights, with some changes, and no
-    weights."""
+    """A folder in Hugging Face's format with `SHAPE_1B`, changed where told, and no weights."""
     (folder / "config.json").write_text(json.dumps(SHAPE_1B | changes))
     return folder
 
@@ -33,8 +32,7 @@ def write_shape(folder: Path, **changes: int) -> Path:
 def median_seconds(
     run: Callable[[], object], repeats: int, warm_up: int = 0, before: Callable[[], object] = lambda: None
 ) -> float:
-    """Median time of a call, what it gives a GPU included; `warm_up` calls do not count, and `before` runs outside the
-    clock."""
+    """Median time of a call and of what it gives a GPU; `warm_up` calls do not count, and `before` is outside the clock."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times = []
     for _ in range(warm_up + repeats):

@@ -18,7 +18,7 @@ from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
 
 PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0, prompt_logprobs=0)
-SETTINGS = {"dtype": "float32", "max_model_len": 128, "block_size": 8, "num_gpu_blocks_override": 64}
+SETTINGS = {"dtype": "float32", "max_model_len": 128, "block_size": 8, "num_gpu_blocks_override": 160}
 PROMPTS = [{"prompt_token_ids": [(3 * i + j * j) % 250 for j in range(5 + 7 * i)]} for i in range(3)]
 AWQ_NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
 

@@ -51,7 +51,6 @@ def model() -> ModelSource:
 
 def test_a_choice_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BYOV_CACHE", str(tmp_path))
-    (tmp_path / "native").mkdir()
     seconds = {NARROW: [1.0] * 3, TORCH: [0.5] * 3}
     shapes = []
     monkeypatch.setattr(choice, "measure", lambda ways, *shape: shapes.append(shape) or seconds)
@@ -65,6 +64,14 @@ def test_a_choice_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.
     assert choice.choose([NARROW, TORCH], config) == first
     choice.choose([TORCH, NARROW], config)
     assert len(shapes) == 3  # another question has an answer of its own
+
+
+def test_without_a_cache_to_write_to_it_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a file").touch()
+    config = model().config
+    monkeypatch.setenv("BYOV_CACHE", str(tmp_path / "a file"))
+    monkeypatch.setattr(choice, "measure", lambda ways, *shape: {NARROW: [1.0] * 3, TORCH: [0.5] * 3})
+    assert choice.choose([NARROW, TORCH], config).way == TORCH
 
 
 def test_a_measurement_times_the_same_product_by_each_way() -> None:
@@ -91,7 +98,8 @@ def test_an_engine_falls_back_to_what_is_faster_and_says_so(monkeypatch: pytest.
     assert asked == [[NARROW, WIDE, TORCH]]
     assert (found.attention_backend, found.dtype) == ("torch", torch.float32)
     assert not found.settle(EngineConfig()).enable_cpu_kernels
-    assert startup.startup_report(EngineConfig(), found, {})[1] == "kernels   as a test says; attention by the torch backend"
+    report = startup.startup_report(EngineConfig(), model().config, found, {})
+    assert report[1] == "kernels   as a test says; attention by the torch backend"
 
     found, asked = limits(monkeypatch, WIDE, dtype="float32")
     assert asked == [[WIDE, TORCH]]  # the type is given

@@ -272,7 +272,9 @@ def test_windows_of_all_layers_or_of_each(family: str, changes: dict[str, Any], 
     differ = isinstance(window, tuple)
     assert (found.sliding_window, found.layer_windows) == ((None, window) if differ else (window, ()))
     assert found.windows == (window if differ else (window,))
-    assert [found.windows[found.place_of(layer)[0]] for layer in range(2)] == (list(window) if differ else [window] * 2)
+    assert [found.windows[found.place_of(layer)[0]] for layer in range(found.num_layers)] == (
+        list(window) if differ else [window] * found.num_layers
+    )
 
 
 def test_gemma_says_what_transformers_says() -> None:

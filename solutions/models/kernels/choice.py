@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -76,9 +77,11 @@ def choose(ways: Sequence[Way], model: ModelConfig) -> Choice:
         return Choice(Way(**kept["way"]), kept["why"])
     except (OSError, ValueError, KeyError, TypeError):  # not there, or not what was written
         choice = judge(measure(ways, *shape))
-    part = file.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(asdict(choice)))
-    part.rename(file)
+    with suppress(OSError):  # without a cache to write to, the next start measures again
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(asdict(choice)))
+        part.rename(file)
     return choice
 
 

@@ -35,9 +35,6 @@ def now() -> float:
     return asyncio.get_running_loop().time()
 
 
-# When
-
-
 def arrivals(count: int, rate: float, *, burst: int = 1, seed: int = 0) -> list[float]:
     """When requests arrive that know nothing of each other: a Poisson process.
 
@@ -85,9 +82,6 @@ async def closed_loop(
         A stream a request that was sent, in the order of `requests`.
     """
     raise NotImplementedError("Stage 6 · Task 6.2: closed_loop, see stages/stage6_benchmark/GUIDE.md#task-6-2")
-
-
-# To whom
 
 
 def first_model(url: str, api_key: str | None = None) -> str:

@@ -123,11 +123,9 @@ def run_hf(model: nn.Module, requests: Many[BenchRequest], batch_size: int = 32,
     """Generate all requests with transformers in static batches, in their order of arrival.
 
     Prompts are padded on the left to the longest of their batch; a batch generates up to its longest output. Token ids
-    are not turned into text here, while the engine's are: the little that this is worth goes to transformers.
-
-    Raises:
-        ValueError: a request does not fit the context, or `batch_size` is below 1.
-        RuntimeError: a batch came back with another number of tokens than its longest request asked for.
+    are not turned into text here, while the engine's are: the little that this is worth goes to transformers. Raises ValueError
+    if a request does not fit the context or `batch_size` is below 1, RuntimeError if a batch came back with another number of
+    tokens than its longest request asked for.
     """
     check_context(requests, model.config.max_position_embeddings)
     if batch_size < 1:
