@@ -13,7 +13,6 @@ from prometheus_client.metrics_core import Metric
 
 from ..batching.scheduler_output import SchedulerOutput
 from ..batching.sequence import Sequence
-from ..models.moe import expert_load
 from .metrics import REQUEST, EngineMetrics, Histogram, one_two_five
 
 if TYPE_CHECKING:
@@ -115,6 +114,8 @@ class ServerMetrics(EngineMetrics):
         sources.add_metric([*values, "local_compute"], prompts - found)
         sources.add_metric([*values, "local_cache_hit"], found)
         yield sources
+        from ..models.moe import expert_load  # imports torch, which has to wait until the port is ours
+
         if loads := expert_load(self._model):
             experts = CounterMetricFamily(
                 "byov:expert_tokens", "Tokens that experts of this number were chosen for, in all layers together.",

@@ -22,7 +22,15 @@ from solutions.core.platform import native
 from solutions.core.sampling.selection_cpu import native_argmax
 from solutions.models.kernels.layers_cpu import NativeHeadNorm, NativeNorm, NativeRotation
 from solutions.models.rope import rotate_
-from solutions.quantization.kernels.linear_cpu import INT8_GROUP, PackedLinear, pack, quantize_channels, supports, unpack
+from solutions.quantization.kernels.linear_cpu import (
+    INT8_GROUP,
+    PackedLinear,
+    pack,
+    pack_groups,
+    quantize_channels,
+    supports,
+    unpack,
+)
 from solutions.quantization.layout.groups import GroupQuantized, quantize_groups
 from solutions.tests.tiny_models import make_tiny_llama, make_tiny_mistral
 
@@ -218,7 +226,7 @@ def test_int4_keeps_weights_that_came_in_four_bits() -> None:
 def test_what_int4_cannot_pack_is_refused() -> None:
     for columns, bits, group in [(7, 4, 2), (8, 4, 3), (8, 8, 4)]:
         with pytest.raises(ValueError, match="int4 needs 4 bits and even numbers of columns"):
-            PackedLinear(quantize_groups(random(4, columns), bits, group), None, dtype=torch.float32)
+            pack_groups(quantize_groups(random(4, columns), bits, group))
 
 
 @needs_kernels

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -39,7 +40,7 @@ MORE_NAMES = {
     "vllm:request_params_n", "vllm:request_params_max_tokens", "vllm:request_max_num_generation_tokens",
     "vllm:request_inference_time_seconds", "vllm:request_num_preemptions", "vllm:request_prefill_kv_computed_tokens",
     "vllm:cache_config_info", "vllm:num_requests_waiting_by_reason", "vllm:spec_decode_num_accepted_tokens_per_pos",
-    "vllm:prompt_tokens_cached", "vllm:prompt_tokens_by_source",
+    "vllm:prompt_tokens_cached", "vllm:prompt_tokens_by_source", "vllm:client_served_tokens",
 }  # fmt: skip
 
 
@@ -309,6 +310,7 @@ def test_who_waits_is_told_apart_by_what_for() -> None:
     engine = SimpleNamespace(
         stats=lambda: replace(STATS, num_deferred=4, spec_decode_accepted={0: 5, 1: 3, 3: 2}), config=EngineConfig(),
         limits=SimpleNamespace(max_model_len=64, num_blocks=8, num_host_blocks=0, kv_bytes=0),
+        executor=SimpleNamespace(worker=SimpleNamespace(model=torch.nn.Identity())),
     )  # fmt: skip
     found = samples(ServerMetrics("m", engine))
     assert found["vllm:num_requests_waiting", ""] == 7

@@ -29,7 +29,8 @@ def run(model: CausalLM, config: ModelConfig, prompts: list[list[int]], pieces: 
     """Logits [length, V] of each prompt, fed together, `pieces` tokens of each at a time, through a paged cache."""
     num_blocks = [-(-len(prompt) // BLOCK_SIZE) for prompt in prompts]
     order = torch.randperm(sum(num_blocks), generator=torch.Generator().manual_seed(1)).split(num_blocks)
-    shape = (2, sum(num_blocks), BLOCK_SIZE, config.num_kv_heads, config.head_dim)
+    total, windows = sum(num_blocks), config.windows  # each group of layers has blocks of its own
+    shape = (2, total * len(windows), BLOCK_SIZE, config.num_kv_heads, config.head_dim)
     dtype = next(model.parameters()).dtype
     caches = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(config.num_layers)]
     tables = torch.zeros(len(prompts), max(num_blocks), dtype=torch.int32)
@@ -54,7 +55,15 @@ def run(model: CausalLM, config: ModelConfig, prompts: list[list[int]], pieces: 
             max_context_len=max(spans[i].stop for i in active),
             backend=backend,
         )
-        metadata.plan = backend.plan(metadata, config.sliding_window)
+        metadata.groups = [
+            replace(
+                metadata, block_tables=metadata.block_tables + group * total,
+                slot_mapping=metadata.slot_mapping + group * total * BLOCK_SIZE,
+            )
+            for group in range(len(windows))
+        ]  # fmt: skip
+        for each, window in zip(metadata.groups, windows, strict=True):
+            each.plan = backend.plan(each, window)
         ids = torch.tensor([prompts[i][p] for i in active for p in spans[i]])
         for i, part in zip(active, model.compute_logits(model(ids, positions, metadata)).split(lengths), strict=True):
             logits[i].append(part)

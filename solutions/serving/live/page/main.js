@@ -65,7 +65,7 @@ function numbers() {
     ["drafts accepted", share(stats.spec_decode_num_accepted_tokens, stats.spec_decode_num_draft_tokens)],
     ["time to first token", `${model.latencies.ttft.toFixed(0)} ms`],
     ["time per token", `${model.latencies.itl.toFixed(0)} ms`],
-    ...Object.entries(stats.served).slice(0, MAX_CLIENTS).map(([client, tokens]) => [`served to ${client || "nobody"}`, tokens]),
+    ...Object.entries(stats.served ?? {}).slice(0, MAX_CLIENTS).map(([client, tokens]) => [`served to ${client || "nobody"}`, tokens]),
     ...(model.experts.length ? [["busiest expert's tokens", `${busiest(model.experts).toFixed(2)} × the mean`]] : []),
   ];
 }
