@@ -364,7 +364,7 @@ def test_other_forms(client: openai.OpenAI) -> None:
 
 def test_a_stream_says_too_which_of_its_fields_are_old(url: str) -> None:
     asked = {"model": MODEL, "prompt": "x", "stream": True, "guided_choice": ["yes"], "guided_json": None}
-    response = httpx.post(f"{url}/completions", json=asked)
+    response = httpx.post(f"{url}/completions", json=asked, timeout=60)
     assert response.headers["deprecation"].startswith("@")
     assert response.headers["x-deprecated-fields"] == "guided_choice; use=structured_outputs"
 
