@@ -112,10 +112,10 @@ def test_what_the_reference_does_too_is_no_reason() -> None:
 
 
 def test_the_test_that_was_running_is_known_and_texts_show_no_paths() -> None:
-    text = "FileNotFoundError: /room/work/solutions/x.py, seed 0123abcd"
+    text = "FileNotFoundError: /room/here/solutions/x.py, seed 0123abcd"
     records = [("begin", "test_a"), ("result", "test_a", "", text, "failed", 0), ("begin", "test_b")]
     found = judge(records, "")
-    for piece in ("/room/work/", "0123abcd"):
+    for piece in ("/room/here/", "0123abcd"):
         found.replace(piece, "")
     assert found.running == "test_b"
     assert found.records[0].text == "FileNotFoundError: solutions/x.py, seed "
