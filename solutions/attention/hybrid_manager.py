@@ -232,6 +232,7 @@ class HybridBlockManager(BlockManager):
             group.free(seq)
 
     def swap_out(self, seq: Sequence) -> BlockPairs:
+        self.free_out_of_window(seq)  # or it would come back with more than fits: see `blocks_of_one`
         return [pair for group in self.groups for pair in group.swap_out(seq)]
 
     def swap_in(self, seq: Sequence) -> BlockPairs:

@@ -111,6 +111,31 @@ def test_blocks_of_one_group_are_never_found_by_another() -> None:
     manager.check_invariants()
 
 
+@pytest.mark.parametrize("windows", [(None, 4), (5, None, 5), (3, 3, None, 7)])
+@pytest.mark.parametrize("size", [1, 2, 16])
+@pytest.mark.parametrize("chunk", [1, 5, 17])
+def test_the_longest_prompt_comes_back_wherever_it_was_stopped(windows: tuple[int | None, ...], size: int, chunk: int) -> None:
+    """In a memory for one sequence of 60 tokens; otherwise it would wait for ever."""
+    manager = HybridBlockManager(blocks_of_one(windows, 60, size, chunk), size, 300, 0.0, windows=windows, chunk=chunk)
+    seq = sequence(list(range(60)))
+    manager.allocate(seq)
+    while seq.num_uncomputed_tokens:
+        manager.begin_step()
+        manager.free_out_of_window(seq)
+        count = min(chunk, seq.num_uncomputed_tokens)
+        assert manager.append_slots(seq, count, [])
+        manager.cache_full_blocks(seq, count)
+        seq.num_computed_tokens += count
+        assert manager.can_swap_out(seq)
+        held = [block for block in manager.tables[0] if block != NULL_BLOCK]
+        left = [pair[0] for pair in manager.swap_out(seq)]
+        assert set(left) <= set(held)
+        assert manager.can_swap_in(seq, keep_watermark=False)
+        assert len(manager.swap_in(seq)) == len(left)
+        assert manager.host_allocator.num_used == 0
+        manager.check_invariants()
+
+
 class HybridMachine(EngineMachine):
     """The same random lives with groups of layers; a sequence of half of the memory's tokens always fits."""
 
