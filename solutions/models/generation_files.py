@@ -40,7 +40,7 @@ def with_sampling(config: ModelConfig, source: str, override: str | dict[str, An
 
     Args:
         source: "auto": what the model's own file says; "vllm": nothing; else a folder whose file counts in its place.
-        override: entries that go before those, an object or one as JSON.
+        override: entries that go before those, an object or one as JSON; null: the file's does not count.
 
     Raises:
         ValueError: there is no such file, or a value is not possible; the message says which.
@@ -51,12 +51,13 @@ def with_sampling(config: ModelConfig, source: str, override: str | dict[str, An
         folder = Path(source).expanduser()
         if not (folder / FILE).is_file():
             raise ModelError(f"--generation-config {source}: there is no {folder / FILE}; it takes auto, vllm or a folder")
-        config = with_generation(replace(config, sampling={}), folder)
+        config = with_generation(config, folder)
     try:
         SamplingParams(**config.sampling)
     except ValueError as error:
         raise ModelError(f"{FILE}: {error}; --generation-config vllm does without it") from None
-    sampling = config.sampling | _sampling({} if override is None else _parse(override))
+    own = {} if override is None else {SAMPLING[name]: value for name, value in _parse(override).items()}
+    sampling = {name: value for name, value in (config.sampling | own).items() if value is not None}
     try:
         SamplingParams(**sampling)
     except ValueError as error:

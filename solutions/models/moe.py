@@ -174,8 +174,8 @@ class SparseForCausalLM(LlamaForCausalLM):
             yield f"{before}.experts.{number}.{matrix.removesuffix('.weight')}.weight", of_expert
 
     def place(self, name: str, tensor: Tensor) -> tuple[str, str | None, Tensor] | None:
-        found = _EXPERT.search(name)
-        number = int(found[1]) if found else self.mine.start
-        if number < self.mine.full and not self.mine.start <= number < self.mine.stop:  # another rank's
-            return None
+        if found := _EXPERT.search(name):
+            number = int(found[1])
+            if number < self.mine.full and not self.mine.start <= number < self.mine.stop:  # another rank's
+                return None
         return super().place(name, tensor)

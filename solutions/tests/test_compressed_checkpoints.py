@@ -28,7 +28,9 @@ Written = tuple[dict[str, np.ndarray | Tensor], np.ndarray]
 Write = Callable[[np.random.Generator, int, int], Written]
 
 
-def packed(bits: int = 4, size: int = 16, asymmetric: bool = False, sort: bool = False) -> Write:
+def packed(bits: int = 4, size: int = 16, asymmetric: bool = False, sort: bool = False, bytes_: bool = False) -> Write:
+    """bytes_: the zeros are whole numbers around 0, as older files have them."""
+
     def write(numbers: np.random.Generator, rows: int, columns: int) -> Written:
         count, top = (1 if size == -1 else columns // size), 2**bits
         codes = numbers.integers(0, top, (rows, columns))
@@ -41,7 +43,7 @@ def packed(bits: int = 4, size: int = 16, asymmetric: bool = False, sort: bool =
             "weight_packed": words(codes, bits), "weight_scale": scales, "weight_shape": np.array([rows, columns]),
         }  # fmt: skip
         if asymmetric:
-            parts["weight_zero_point"] = words(zeros.T, bits).T
+            parts["weight_zero_point"] = (zeros - top // 2).astype(np.int8) if bytes_ else words(zeros.T, bits).T
         if sort:
             parts["weight_g_idx"] = groups.astype(np.int32)
         return parts, (codes - zeros[:, groups]) * scales[:, groups].astype(np.float32)
@@ -49,9 +51,9 @@ def packed(bits: int = 4, size: int = 16, asymmetric: bool = False, sort: bool =
     return write
 
 
-def int8(one: bool = False, asymmetric: bool = False) -> Write:
+def int8(one: bool = False, asymmetric: bool = False, top: int = 128) -> Write:
     def write(numbers: np.random.Generator, rows: int, columns: int) -> Written:
-        codes = numbers.integers(-128, 128, (rows, columns)).astype(np.int8)
+        codes = numbers.integers(-top, top, (rows, columns)).astype(np.int8)
         scales = ((0.5 + numbers.random((1 if one else rows, 1))) / 256).astype(np.float32)
         zeros = numbers.integers(-9, 9, scales.shape).astype(np.int8) if asymmetric else np.zeros_like(scales, np.int8)
         parts: dict[str, Any] = {"weight": codes, "weight_scale": scales[0] if one else scales}
@@ -65,9 +67,9 @@ def int8(one: bool = False, asymmetric: bool = False) -> Write:
 def fp8(kind: str, name: str = "weight_scale") -> Write:
     def write(numbers: np.random.Generator, rows: int, columns: int) -> Written:
         codes = torch.from_numpy(numbers.normal(0, 60, (rows, columns))).to(torch.float8_e4m3fn)
-        shapes = {"tensor": (1,), "scalar": (), "row": (rows, 1), "block": (-(-rows // 20), -(-columns // 36))}
+        shapes = {"tensor": (1,), "scalar": (), "row": (rows, 1), "flat": (rows,), "block": (-(-rows // 20), -(-columns // 36))}
         scales = np.asarray((0.5 + numbers.random(shapes[kind])) / 300, np.float32)
-        wide = scales
+        wide = scales[:, None] if kind == "flat" else scales
         if kind == "block":
             wide = np.repeat(np.repeat(scales, 20, 0)[:rows], 36, 1)[:, :columns]
         beside = {"input_scale": np.ones(1, np.float32)} if kind == "tensor" else {}
@@ -97,12 +99,15 @@ CASES: dict[str, tuple[dict[str, Any], Write]] = {
     "W4A16, zeros": (described(4, symmetric=False, **GROUPS), packed(asymmetric=True)),
     "W4A16, rows": (described(4, symmetric=False), packed(size=-1, asymmetric=True)),
     "W4A16, sorted": (described(4, actorder="group", **GROUPS), packed(sort=True)),
+    "W4A16, zeros in bytes": (described(4, symmetric=False, **GROUPS), packed(asymmetric=True, bytes_=True)),
     "W8A16": (described(8, **GROUPS), packed(bits=8)),
     "int8": (described(8, layout="int-quantized"), int8()),
     "int8, one scale": (described(8, layout="int-quantized", strategy="tensor"), int8(one=True)),
     "int8, zeros": (described(8, layout="int-quantized", symmetric=False), int8(asymmetric=True)),
+    "int4 in bytes": (described(4, layout="naive-quantized", **GROUPS), int8(top=8)),
     "FP8, one scale": (described(8, "float", "float-quantized", strategy="tensor"), fp8("tensor")),
     "FP8, rows": (described(8, "float", "float-quantized"), fp8("row")),
+    "FP8, rows without columns": (described(8, "float", "float-quantized"), fp8("flat")),
     "FP8, blocks": (described(8, "float", "float-quantized", **BLOCKS), fp8("block")),
     "AutoFP8": (FP8 | {"activation_scheme": "static"}, fp8("tensor")),
     "DeepSeek": (FP8 | {"weight_block_size": [20, 36]}, fp8("block", "weight_scale_inv")),
@@ -176,6 +181,23 @@ def test_codes_reach_the_int8_kernel_as_they_are() -> None:
     extreme = PackedLinear(stored, None, "int8", dtype=torch.float32)
     exact = x @ stored.dequantize().t()
     assert float((extreme(x) - exact).abs().max()) < 0.02 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_rows_and_columns_that_fill_no_word(asymmetric: bool) -> None:
+    """13 rows of 21 codes, eight to a word; what fills up the last words is not 0."""
+    numbers = np.random.default_rng(0)
+    codes, zeros = numbers.integers(0, 16, (13, 21)), numbers.integers(0, 16, (13, 1))
+    scales = np.asarray(0.5 + numbers.random((13, 1)), np.float32)
+    parts = {"weight_packed": words(np.pad(codes, ((0, 0), (0, 3)), constant_values=9), 4), "weight_scale": scales}
+    parts["weight_shape"] = np.array([13, 21])
+    if asymmetric:
+        parts["weight_zero_point"] = words(np.pad(zeros.T, ((0, 0), (0, 3)), constant_values=7), 4).T
+    form = read_format(described(4, symmetric=not asymmetric))
+    layer = form.unpack({name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in parts.items()})
+    assert isinstance(layer, GroupQuantized)
+    expected = (codes - (zeros if asymmetric else 8)) * scales
+    torch.testing.assert_close(layer.dequantize(), torch.from_numpy(expected.astype(np.float32)))
 
 
 def test_pieces_that_are_kept_in_different_ways_become_plain(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from solutions.batching.sampling_params import SamplingParams
 from solutions.benchmarks.servers import as_flags, running_server
 from solutions.core.engine import LLM
+from solutions.models.config.entries import ModelError
 from solutions.models.generation_files import with_sampling
 from solutions.models.loader import resolve_model
 from solutions.tests.real_server import stopped
@@ -68,9 +69,26 @@ def test_where_defaults_come_from(model: Path, tmp_path: Path) -> None:
     assert defaults(model, str(other)) == SamplingParams(min_p=0.1)
     assert defaults(model, "vllm", '{"temperature": 0.5}') == SamplingParams(temperature=0.5)
     assert defaults(model, "auto", {"top_k": 3, "max_new_tokens": 2}) == replace(defaults(model), top_k=3, max_tokens=2)
+    assert defaults(model, "auto", '{"temperature": null, "top_k": null}') == replace(defaults(model), temperature=1.0, top_k=0)
     config = resolve_model(str(model)).config
     assert config.eos_token_ids == with_sampling(config, "vllm", None).eos_token_ids == (EOS, 7)
     assert with_sampling(config, str(other), None).eos_token_ids == (EOS, 7, 8)
+
+
+def test_a_zero_is_said_and_a_null_is_not(model: Path) -> None:
+    say(model, {"temperature": 0, "top_k": -1, "min_p": 0.0, "top_p": None, "max_new_tokens": None, "eos_token_id": None})
+    assert defaults(model) == SamplingParams(temperature=0, top_k=-1)
+    assert defaults(model, "auto", {"temperature": 0.0}).greedy
+    say(model, FILE)
+    assert defaults(model, "auto", {"temperature": 0, "top_k": 0}) == replace(defaults(model), temperature=0, top_k=0)
+    assert resolve_model(str(model)).config.eos_token_ids == (EOS,)
+
+
+@pytest.mark.parametrize("eos", ["</s>", [[EOS]], 2.0, True, {"id": EOS}, [EOS, "7"]])
+def test_ends_of_another_kind_are_refused_by_name(model: Path, eos: Any) -> None:
+    say(model, {"eos_token_id": eos})
+    with pytest.raises(ModelError, match=r"generation_config.json: eos_token_id must be a token id or a list of them"):
+        resolve_model(str(model))
 
 
 @pytest.mark.parametrize(
@@ -78,6 +96,10 @@ def test_where_defaults_come_from(model: Path, tmp_path: Path) -> None:
     [
         ({"temperature": -1}, "auto", None, "generation_config.json: temperature must be .* --generation-config vllm"),
         ({"top_p": "high"}, "auto", None, "generation_config.json: top_p must be"),
+        ({"temperature": float("nan")}, "auto", None, "generation_config.json: temperature must be"),
+        ({"temperature": True}, "auto", None, "generation_config.json: temperature must be"),
+        ({"top_k": [5]}, "auto", None, "generation_config.json: top_k must be"),
+        ({"top_k": -2}, "auto", None, "generation_config.json: top_k must be"),
         ({"max_new_tokens": 0}, "auto", None, "generation_config.json: max_tokens must be"),
         (FILE, "nowhere", None, "--generation-config nowhere: there is no .* takes auto, vllm or a folder"),
         (FILE, "auto", "{", "--override-generation-config is not valid JSON"),

@@ -115,6 +115,23 @@ def test_ranks_add_up_to_the_layer(family: str, size: int, whole: bool) -> None:
     assert sum(params) == sum(p.numel() for p in full.experts.parameters())
 
 
+NARROW = {"intermediate_size": 32, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+
+
+@pytest.mark.parametrize("kernels", [None, pytest.param("cpu", marks=needs_compiler), "triton"])
+@pytest.mark.parametrize(("size", "whole", "sizes"), [(9, True, {}), (2, False, NARROW)], ids=["no expert", "no column"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_a_rank_may_have_nothing(family: str, size: int, whole: bool, sizes: dict[str, int], kernels: str | None) -> None:
+    x, (_, theirs) = tokens(9), make(family, **sizes)
+    ranks = [make(family, TensorParallel(rank, size, None, whole), **sizes)[0] for rank in range(size)]
+    assert not sum(param.numel() for param in ranks[-1].experts.parameters())
+    with torch.no_grad():
+        for rank in ranks:
+            attach(rank, Plan(kernels))
+        total = sum((rank(x, x.clone()) for rank in ranks), torch.zeros_like(x))
+        torch.testing.assert_close(total, theirs(x[None])[0] + x, atol=1e-4, rtol=1e-3)
+
+
 def test_load_counts_tokens_of_all_experts() -> None:
     ours, theirs = make("qwen2_moe", TensorParallel(0, 2, None, True))
     x = tokens(40)
@@ -178,6 +195,35 @@ def test_logits_that_are_no_numbers_or_equal_choose_some_experts() -> None:
         y = ours.experts(tokens(4), logits)
     assert ours.experts.load.sum() == 8
     assert y[[1, 3]].isfinite().all()
+
+
+@needs_compiler
+def test_of_equally_good_experts_the_first_are_chosen() -> None:
+    for family in ("mixtral", "qwen3_moe"):
+        ours, _ = make(family)
+        attach(ours, Plan("cpu"))
+        count, most = len(ours.experts.load), ours.experts.mixture.chosen
+        with torch.no_grad():
+            ours.experts(tokens(4), torch.zeros(4, count))
+            assert ours.experts.load.tolist() == [4] * most + [0] * (count - most)
+            logits = torch.full((4, count), 2.0)
+            logits[:, -1] = 3.0  # all but this one are equal
+            ours.experts(tokens(4), logits)
+        assert ours.experts.load.tolist() == [8] * (most - 1) + [4] + [0] * (count - most - 1) + [4]
+
+
+@needs_compiler
+@pytest.mark.parametrize("family", BLOCKS)
+def test_large_logits_and_one_expert_for_all_tokens(family: str) -> None:
+    """No exponential overflows, and what the kernel fills up a row of scores with weighs nothing."""
+    plain, _ = make(family, norm_topk_prob=False)
+    fast = copy.deepcopy(plain)
+    attach(fast, Plan("cpu"))
+    x = tokens(40)
+    for logits in (300 * plain.gate(x), plain.gate(x) - 40, torch.eye(len(plain.experts.load))[[2] * 40] * 1000):
+        with torch.no_grad():
+            torch.testing.assert_close(fast.experts(x, logits), plain.experts(x, logits), atol=2e-5, rtol=1e-4)
+    assert fast.experts.load[2] >= 40
 
 
 # Triton, interpreted

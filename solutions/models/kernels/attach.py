@@ -120,8 +120,8 @@ def _pack(layer: Linear, quantized: GroupQuantized | None, quantization: str | N
     if isinstance(layer, ParallelLMHead) and quantization == "int4":
         quantization = "int8"
     weight = layer.weight if quantized is None else quantized
-    if quantized is None and not linear_cpu.supports(dtype, weight.shape[1], quantization):
-        return
+    if quantized is None and (0 in weight.shape or not linear_cpu.supports(dtype, weight.shape[1], quantization)):
+        return  # nothing is there where an MLP has fewer columns than ranks want
     is_gated = isinstance(layer, GateUpParallelLinear) and layer.activation is F.silu and weight.shape[0] % 32 == 0
     packed = PackedLinear(weight, layer.bias, quantization, is_gated, dtype)
     layer.weight = nn.Parameter(packed.weight, requires_grad=False)  # an embedding that a head is tied to keeps its own
