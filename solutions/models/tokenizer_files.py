@@ -71,10 +71,16 @@ def read_tokenizer(where: Path | str, architecture: str, name: str) -> PreTraine
 
 
 def _auto_tokenizer(where: Path | str, model_type: str) -> Any:
-    """A tokenizer of transformers, fast or not."""
-    import transformers  # takes a second
+    """A tokenizer of transformers, fast or not.
 
-    config = transformers.AutoConfig.for_model(model_type)  # given, so that config.json is not read once more
+    It is chosen by the names of the configuration's class and type. One that has only these is given: config.json is not read
+    once more, and what transformers' own brings along takes longer to import than all that is needed here.
+    """
+    import transformers  # takes a second
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    named = type(CONFIG_MAPPING_NAMES[model_type], (transformers.PreTrainedConfig,), {"model_type": model_type})
+    config = named()
     config._name_or_path = str(where)
     return transformers.AutoTokenizer.from_pretrained(where, config=config, trust_remote_code=False)
 
