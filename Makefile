@@ -155,7 +155,8 @@ notebooks: $(LAB_STAMP) ## Run all notebooks from top to bottom and see that non
 	@$(RUN) -m pytest --nbmake --nbmake-timeout=300 $(ARGS) notebooks
 
 ##@ Test
-SUITE = OMP_WAIT_POLICY=passive $(RUN) -m pytest -n $(JOBS) --dist loadfile
+# Compiled code is kept whatever the shell says, as the tests start some hundreds of processes.
+SUITE = OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest -p no:schemathesis -n $(JOBS) --dist loadfile
 
 test: $(STAMP) ## Run the tests of every module, but for the slow ones, in JOBS=2 processes (ARGS="-k scheduler" for a part)
 	@$(SUITE) -m "not parity and not slow" $(ARGS)

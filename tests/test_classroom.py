@@ -84,6 +84,7 @@ def test_a_run_that_says_nothing_is_told_apart(text: str, complaint: str, room: 
     assert room.run("", [FIRST]).complaint == complaint
 
 
+@pytest.mark.slow
 def test_an_endless_run_is_stopped(room: Classroom) -> None:
     room.write(FIRST, "def test_ends() -> None:\n    while True:\n        pass\n")
     assert room.run("", [FIRST], limit=2).complaint == "the run was stopped: it took too long"

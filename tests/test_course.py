@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from solutions.tests.slow_cases import slow_after
 from stages.course.fixtures.checks import check_close, check_equal
 from stages.course.fixtures.ranks import failure_of_a_rank
 from stages.course.tools.catalog import STAGES_FOLDER
@@ -65,7 +66,7 @@ def test_the_chosen_stages_lie_over_the_reference(room: Classroom, stages: str |
     assert whose(room, stages) == expected
 
 
-@pytest.mark.parametrize("stages", ["9", "one", "1,x", "-1", "1.2"])
+@pytest.mark.parametrize("stages", slow_after(1, ["1,x", "9", "one", "-1", "1.2"]))
 def test_a_stage_that_is_not_there_is_named(room: Classroom, stages: str) -> None:
     room.write("look.py", "import stages\n")
     ended = room.command("look", stages=stages)
@@ -112,6 +113,7 @@ def test_a_failed_test_says_what_it_checks_and_why_and_shows_the_difference(room
     assert "Traceback" not in ended.output
 
 
+@pytest.mark.slow
 def test_the_reference_can_be_tested_in_the_learners_place(room: Classroom) -> None:
     ended = course(room, "test", "--stage", "1", "--task", "1.1", "--impl", "solutions")
     assert ended.code == 0
@@ -152,6 +154,7 @@ def test_a_wrong_request_gets_one_clear_line(room: Classroom, arguments: tuple[s
 # Broken work
 
 
+@pytest.mark.slow
 def test_a_syntax_error_is_shown_with_its_line(room: Classroom) -> None:
     path = room.path(1, ALLOCATOR)
     room.solve(1, ["1.1"])
@@ -175,6 +178,7 @@ def test_a_file_that_imports_the_reference_is_reported(room: Classroom) -> None:
     assert "imports `solutions`" in ended.output
 
 
+@pytest.mark.slow
 def test_a_changed_signature_is_shown_beside_the_expected_one(room: Classroom) -> None:
     room.solve(1, ["1.1"])
     room.edit(
@@ -211,12 +215,14 @@ def test_an_endless_loop_is_stopped_and_called_one(room: Classroom) -> None:
     assert "block_allocator.py:" in results.failed[0].text
 
 
+@pytest.mark.slow
 def test_an_endless_loop_that_hypothesis_runs_is_stopped_too(room: Classroom) -> None:
     path = "stages/stage1_block_management/tests/test_1_1_block_allocator.py"
     room.write(
         path,
         """
 from hypothesis import given, strategies as st
+
 from stages.memory.block_allocator import BlockAllocator
 
 

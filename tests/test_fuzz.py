@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from solutions.tests.slow_cases import slow_after
 from tests.fuzz.driver import choose, discover
 
 ROOT = Path(__file__).parents[1]
@@ -73,13 +74,16 @@ def test_nothing_goes_wrong(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("deed", "kind", "says"),
-    [
-        ('raise ValueError("a mistake")', "fails", "ValueError: a mistake"),
-        ("threading.Event().wait()", "hangs", "in go_wrong"),
-        ("os.kill(os.getpid(), signal.SIGSEGV)", "crashes", "killed by SIGSEGV"),
-        ("os._exit(3)", "crashes", "the process ended with 3"),
-        ("sys.exit(0)", "fails", "SystemExit: 0"),
-    ],
+    slow_after(
+        2,
+        [
+            ('raise ValueError("a mistake")', "fails", "ValueError: a mistake"),
+            ("threading.Event().wait()", "hangs", "in go_wrong"),
+            ("os.kill(os.getpid(), signal.SIGSEGV)", "crashes", "killed by SIGSEGV"),
+            ("os._exit(3)", "crashes", "the process ended with 3"),
+            ("sys.exit(0)", "fails", "SystemExit: 0"),
+        ],
+    ),
     ids=["raises", "hangs", "crashes", "ends", "exits"],
 )
 def test_what_goes_wrong_is_found_and_can_be_repeated(deed: str, kind: str, says: str, tmp_path: Path) -> None:

@@ -271,6 +271,7 @@ def test_the_list_of_mutants_names_their_killers(
 
 
 # --------------------------------------------------------------------------------------------------------- the command
+@pytest.mark.slow
 def test_the_command_reports_and_fails(
     toy: Toy, warm: Warm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,6 +90,7 @@ def test_a_task_before_which_another_is_left_out_is_graded(toys: Toys) -> None:
     assert grade.tasks[0].reason == "not written yet: double"
 
 
+@pytest.mark.slow
 def test_functions_that_need_each_other_pass_together(toys: Toys) -> None:
     """The reference's `double` would not do for this `fourfold`; the learner's own does."""
     own = SUMS.replace("def double(number: int)", "def double(number: int, times: int = 1)")
@@ -414,6 +415,7 @@ def test_measurements_need_their_stages(workshop: Workshop) -> None:
     assert (result.points, result.reason) == (0, "measured when all tests of stage 1 pass; open: 1.1")
 
 
+@pytest.mark.slow
 def test_memory_that_is_wasted_costs_points(workshop: Workshop) -> None:
     """One block more than needed for each sequence passes for a working allocator, and wastes memory."""
     stage = find_stage(workshop.course, 1)

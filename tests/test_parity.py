@@ -99,6 +99,7 @@ def test_tiny_models_whole_grid(tiny_oracle: Oracle, setting: Setting):
     check_setting(tiny_oracle, setting)
 
 
+@pytest.mark.slow
 def test_bfloat16_differs_only_between_close_tokens(default_model_path, text_ids):
     """After each beginning of an answer of ours, the next token of either is among the other's five best."""
     model = AutoModelForCausalLM.from_pretrained(default_model_path, dtype=torch.bfloat16).eval()

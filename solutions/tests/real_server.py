@@ -29,15 +29,15 @@ def stopped(server: subprocess.Popen[str]) -> str:
     return server.stdout.read()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def url() -> Iterator[str]:
-    """Address of a running server."""
+    """Address of a running server, the same for all tests of a process."""
     with running_server(*as_flags(SETTINGS)) as (server, url):
         yield url
         assert stopped(server) == ""  # nothing was logged: no request of these tests is the server's fault
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def client(url: str) -> Iterator[openai.OpenAI]:
     import openai
 
@@ -45,7 +45,7 @@ def client(url: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tokenizer() -> Any:
     from solutions.models.loader import load_tokenizer, resolve_model
 

@@ -19,6 +19,7 @@ import torch
 from pydantic import BaseModel, Field
 
 from solutions.tests.real_server import CHAT, CONTEXT, GREEDY, MODEL
+from solutions.tests.slow_cases import slow_after
 
 
 def usage_of(answer: Any) -> tuple[int, int, int]:
@@ -124,6 +125,7 @@ def test_sampling_fields_have_their_effect(client: openai.OpenAI, tokenizer: Any
     assert late.usage.completion_tokens == 4
 
 
+@pytest.mark.slow
 def test_best_of_returns_the_likeliest_and_bills_all(client: openai.OpenAI) -> None:
     asked = {"model": MODEL, "prompt": "Once", "max_tokens": 8, "seed": 3, "temperature": 1.5, "logprobs": 1}
     every = client.completions.create(**asked, n=6)
@@ -202,7 +204,9 @@ def test_completion_logprobs(client: openai.OpenAI) -> None:
         assert [item for part in streamed if part for item in getattr(part, name)] == getattr(logprobs, name)
 
 
-@pytest.mark.parametrize("fields", [{}, {"stop": [" the"]}, {"n": 3, "seed": 3, "temperature": 1.0}, {"prompt": ["A", "B"]}])
+@pytest.mark.parametrize(
+    "fields", slow_after(1, [{"n": 3, "seed": 3, "stop": [" the"]}, {}, {"stop": [" the"]}, {"prompt": ["A", "B"]}])
+)
 def test_streamed_text_equals_whole_text(client: openai.OpenAI, fields: dict[str, Any]) -> None:
     request = {**GREEDY, "prompt": "A story about 😀 and 日本:", "max_tokens": 12, **fields}
     whole = client.completions.create(**request)
@@ -246,6 +250,7 @@ def test_chat_follows_the_template(client: openai.OpenAI, tokenizer: Any) -> Non
     assert client.chat.completions.create(**GREEDY, messages=again, max_tokens=3).choices[0].message.content
 
 
+@pytest.mark.slow
 def test_chat_without_a_limit_ends_by_itself(client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": "Say hello."}]
     answer = client.chat.completions.create(**GREEDY, messages=messages)
@@ -362,6 +367,7 @@ def test_other_forms(client: openai.OpenAI) -> None:
     assert ask(response_format={"type": "text"})[0]
 
 
+@pytest.mark.slow
 def test_a_stream_says_too_which_of_its_fields_are_old(url: str) -> None:
     asked = {"model": MODEL, "prompt": "x", "stream": True, "guided_choice": ["yes"], "guided_json": None}
     response = httpx.post(f"{url}/completions", json=asked, timeout=60)

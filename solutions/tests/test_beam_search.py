@@ -100,6 +100,7 @@ def test_beams_share_blocks_and_leave_none(tmp_path: Path) -> None:
             assert choice["text"] == engine.tokenizer.decode(choice["token_ids"], skip_special_tokens=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"enable_prefix_caching": False}, {"speculative_config": '{"method": "ngram"}'}])
 def test_other_settings_change_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
     model = make_tiny("llama", tmp_path)

@@ -49,6 +49,7 @@ def model() -> ModelSource:
     return resolve_model("smollm2-135m", "dummy")
 
 
+@pytest.mark.slow
 def test_a_choice_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BYOV_CACHE", str(tmp_path))
     seconds = {NARROW: [1.0] * 3, TORCH: [0.5] * 3}

@@ -16,6 +16,7 @@ import pytest
 from solutions.serving.async_engine import AsyncEngine
 from solutions.tests.fake_engine import FakeEngine
 from solutions.tests.fake_server import body, serve
+from solutions.tests.slow_cases import slow_after
 
 HI = [{"role": "user", "content": "hi"}]
 CHAT = {"model": "fake", "messages": HI, "max_tokens": 3}
@@ -150,7 +151,8 @@ def test_a_connection_outlives_a_bug(monkeypatch: pytest.MonkeyPatch, caplog: py
 
 
 @pytest.mark.parametrize(
-    "error", [KeyError("x"), TypeError("x"), ZeroDivisionError(), RecursionError("x"), ValueError("x"), OverflowError()]
+    "error",
+    slow_after(2, [KeyError("x"), RecursionError("x"), TypeError("x"), ZeroDivisionError(), ValueError("x"), OverflowError()]),
 )
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
 def test_a_template_may_fail_in_any_way(monkeypatch: pytest.MonkeyPatch, error: Exception, path: str) -> None:

@@ -152,6 +152,7 @@ def test_metrics_count_prompts_and_no_answers(bert: tuple[Path, PreTrainedModel]
     assert values["vllm:request_success_total"] in (0, len(TEXTS))  # the last line is that of any reason
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_trained_for_it_says_so_while_it_writes(caplog: pytest.LogCaptureFixture) -> None:
     """Hundreds of inputs, which take 400 steps, beside an answer of 20: it is as it is alone, and does not wait for them."""
     settings: dict[str, Any] = {"max_model_len": 96, "num_gpu_blocks_override": 60, "max_num_batched_tokens": 32}

@@ -16,6 +16,7 @@ from solutions.batching.sampling_params import RequestOutputKind, SamplingParams
 from solutions.batching.scheduler_config import QueueFullError
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLM, LLMEngine
+from solutions.tests.slow_cases import slow_after
 from solutions.tests.tiny_models import EOS, VOCAB_SIZE, make_tiny_llama
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -123,7 +124,7 @@ def greedy_tokens(oracle, token_ids: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("mode", ["recompute", "swap"])
-@pytest.mark.parametrize("budget", [9, 512])
+@pytest.mark.parametrize("budget", slow_after(1, [9, 512]))
 def test_twins_of_a_preempted_sequence_are_all_right(path, oracle, mode, budget):
     """A preempted parent comes back and finds a block that a twin computes in this step, and its child forks at once."""
     twin = list(range(3, 17))

@@ -349,6 +349,7 @@ def test_default_models_weights_equal_transformers(smollm2: ModelSource, smollm2
 PROMPT = "In 1969, two people walked on the Moon for the first time. The third one"
 
 
+@pytest.mark.slow
 def test_default_models_logits(smollm2: ModelSource, smollm2_oracle: LlamaForCausalLM) -> None:
     ids = load_tokenizer(smollm2)(PROMPT)["input_ids"]
     with torch.inference_mode():

@@ -33,6 +33,7 @@ from solutions.core.structured.structured_output import GrammarCompiler
 from solutions.models.loader import load_tokenizer, resolve_model
 from solutions.serving.async_engine import AsyncEngine
 from solutions.tests.fake_server import serve, until
+from solutions.tests.slow_cases import slow_after
 
 pytest.importorskip("xgrammar", reason="XGrammar is not installed, so there are no answers of a given form")
 
@@ -174,6 +175,7 @@ def test_in_a_full_queue_the_one_with_the_most_gives_way(monkeypatch: pytest.Mon
     assert queue.put(job("d", "d", 6)).wanted.definition == "d"  # nobody has more than another
 
 
+@pytest.mark.slow
 def test_a_full_queue_says_so(shared: GrammarProcesses, patient: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar_queue, "MAX_WAITING", 2)
     monkeypatch.setattr(grammar_processes, "SHORT_SECONDS", 600.0)
@@ -212,12 +214,15 @@ def word(name: str, length: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "form",
-    [
-        StructuredOutput("json", nested({"type": "string"}, 620)),
-        StructuredOutput("json", json.dumps({"anyOf": [word(f"k{i}", 50 + i) for i in range(150)]})),
-        StructuredOutput("grammar", "root ::= " + " | ".join(f'[^"]* "{c}" [^"]{{{3000 + ord(c)}}}' for c in LETTERS)),
-        StructuredOutput("regex", "(.{1,300}){1,300}"),
-    ],
+    slow_after(
+        1,
+        [
+            StructuredOutput("json", nested({"type": "string"}, 620)),
+            StructuredOutput("json", json.dumps({"anyOf": [word(f"k{i}", 50 + i) for i in range(150)]})),
+            StructuredOutput("grammar", "root ::= " + " | ".join(f'[^"]* "{c}" [^"]{{{3000 + ord(c)}}}' for c in LETTERS)),
+            StructuredOutput("regex", "(.{1,300}){1,300}"),
+        ],
+    ),
     ids=["arrays", "anyOf", "grammar", "regex"],
 )
 def test_each_kind_of_bomb_is_refused_while_others_are_served(
@@ -420,6 +425,7 @@ def test_where_no_process_can_be_had_it_is_said(monkeypatch: pytest.MonkeyPatch)
     processes.close()
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_start_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     processes = new_processes()

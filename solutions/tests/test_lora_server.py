@@ -113,6 +113,7 @@ def test_adapters_come_and_go(server: Server) -> None:
     assert [card.id for card in server.client.models.list()] == ["fake", "two", "three"]
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on_with_an_adapter_that_is_unloaded(server: Server) -> None:
     """Also while its name and every free slot go to others, and with its neighbours under other adapters."""
     stream = server.client.completions.create(

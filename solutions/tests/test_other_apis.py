@@ -332,6 +332,7 @@ def test_a_client_that_leaves_ends_its_request(route: str) -> None:
         until(lambda: not engine.running)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["cancel", "delete"])
 def test_a_background_response_that_nobody_wants_leaves_the_engine(way: str) -> None:
     engine = FakeEngine()

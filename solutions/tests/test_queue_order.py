@@ -17,6 +17,7 @@ from solutions.core.engine import LLM
 from solutions.serving.api_server import parse_flags
 from solutions.tests.real_server import MODEL, SETTINGS, stopped
 from solutions.tests.simulation import Simulation
+from solutions.tests.slow_cases import slow_after
 from solutions.tests.tiny_models import make_tiny_llama
 
 Served = Counter[str | None]
@@ -43,7 +44,7 @@ def ids_of(sim: Simulation, client: str) -> list[int]:
     return [seq.seq_id for seq in sim.sequences if seq.client == client]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", slow_after(2, range(4)))
 def test_who_has_requests_waiting_gets_as_much_as_the_other(seed: int) -> None:
     """The bound of theorem 4.4 in the paper: the counters of two backlogged clients differ by at most the largest prompt or
     what all running sequences may write, twice."""

@@ -23,6 +23,7 @@ from solutions.serving.batches.batch_files import URLS, AnswerFile, BatchRequest
 from solutions.serving.run_batch import main, run
 from solutions.tests.fake_engine import FakeEngine
 from solutions.tests.real_server import MODEL
+from solutions.tests.slow_cases import slow_after
 
 
 def line(custom_id: Any = "a", **changes: Any) -> str:
@@ -256,14 +257,15 @@ def byov(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("words", "code", "says"),
-    [
+    slow_after(2, [
+        (("sevre",), 1, "error: byov knows no command 'sevre'"), (("run-batch", "--help"), 0, "custom_id"),
         ((), 0, "usage: byov COMMAND"), (("--help",), 0, "run-batch"), (("bench", "-h"), 0, "usage: byov bench COMMAND"),
-        (("sevre",), 1, "error: byov knows no command 'sevre'"), (("bench", "x"), 1, "error: byov bench knows no command 'x'"),
-        (("serve", "--help"), 0, "--port"), (("run-batch", "--help"), 0, "custom_id"),
+        (("bench", "x"), 1, "error: byov bench knows no command 'x'"),
+        (("serve", "--help"), 0, "--port"),
         (("serve", "no-such-model", "--port", "0"), 1, "no-such-model"),
         (("run-batch", "-i", "nowhere", "-o", "out"), 1, "error: [Errno 2] No such file or directory: 'nowhere'"),
         (("run-batch", "-i", "x", "-o", "y", "--max-num-waiting", "3"), 2, "is for a server"),
-    ],
+    ]),
 )  # fmt: skip
 def test_the_command_finds_its_programs(words: tuple[str, ...], code: int, says: str) -> None:
     ran = byov(*words)

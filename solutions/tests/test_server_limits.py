@@ -29,6 +29,7 @@ from solutions.serving.async_engine import AsyncEngine
 from solutions.serving.guards import API_KEY_VARIABLE, read_api_keys
 from solutions.tests.fake_engine import FakeEngine
 from solutions.tests.fake_server import FOREVER, ROOT, body, program, serve, until
+from solutions.tests.slow_cases import slow_after
 
 # ------------------------------------------------------------------------------------------------------------ bodies
 
@@ -70,7 +71,8 @@ def connect(url: str) -> socket.socket:
 
 @pytest.mark.alone
 @pytest.mark.parametrize(
-    "start", [b"", b"GET /", HEAD, HEAD + b"Content-Length: 100\r\n\r\n", HEAD + b"Content-Length: 100\r\n\r\n{"]
+    "start",
+    slow_after(2, [HEAD + b"Content-Length: 100\r\n\r\n{", b"", b"GET /", HEAD, HEAD + b"Content-Length: 100\r\n\r\n"]),
 )
 def test_a_request_that_trickles_in_is_given_up_and_holds_nobody_up(start: bytes) -> None:
     with serve(FakeEngine(), connection_timeout=0.3) as url, connect(url) as slow:

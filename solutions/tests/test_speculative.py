@@ -14,6 +14,7 @@ from solutions.batching.sequence import Sequence
 from solutions.core.engine import LLM
 from solutions.core.scheduler import Scheduler
 from solutions.core.speculative import Drafter, Proposer, SpeculativeConfig
+from solutions.tests.slow_cases import slow_after
 from solutions.tests.tiny_models import VOCAB_SIZE, make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
@@ -159,7 +160,7 @@ def test_branches_share_and_copy_blocks(folders):
         assert tokens(generate(LLM(folders["llama"], **SETTINGS, speculative_config=config), params)) == tokens(plain)
 
 
-@pytest.mark.parametrize("kind", RequestOutputKind)
+@pytest.mark.parametrize("kind", slow_after(1, RequestOutputKind))
 def test_stops_inside_accepted_tokens(folders, kind):
     """Stop strings, stop tokens and lengths that come in the middle of an accepted run end the text where they should."""
     alone = LLM(folders["llama"], **SETTINGS)

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from solutions.tests.engine_twins import run_engine_twins
 from solutions.tests.simulation import Simulation
+from solutions.tests.slow_cases import slow_after
 from solutions.tests.twins import run_twins
 
 SETTINGS = st.fixed_dictionaries(
@@ -85,8 +86,13 @@ class EngineMachine(RuleBasedStateMachine):
 
 TestEngineMachine = EngineMachine.TestCase
 TestEngineMachine.settings = settings(
-    max_examples=400, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+
+
+@pytest.mark.slow
+class TestManyEngineMachines(EngineMachine.TestCase):
+    settings = settings(TestEngineMachine.settings, max_examples=400)
 
 
 @pytest.mark.slow
@@ -100,7 +106,7 @@ def test_twins_never_read_a_block_before_it_is_computed(first):
             raise AssertionError(f"random.Random({seed}): {error}") from error
 
 
-@pytest.mark.parametrize("first", range(0, 400, 200))
+@pytest.mark.parametrize("first", slow_after(1, range(0, 400, 200)))
 def test_twins_with_tokens_on_trial_say_what_they_say_alone(first):
     for seed in range(first, first + 200):
         try:
@@ -109,6 +115,6 @@ def test_twins_with_tokens_on_trial_say_what_they_say_alone(first):
             raise AssertionError(f"random.Random({seed}): {error}") from error
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", slow_after(4, range(16)))
 def test_twins_in_the_engine_say_what_transformers_says(seed):
     run_engine_twins(random.Random(seed))

@@ -15,6 +15,7 @@ from solutions.serving.async_engine import AsyncEngine
 from solutions.serving.live.step_control import StepControl
 from solutions.tests.fake_engine import FakeEngine
 from solutions.tests.fake_server import FOREVER, body, serve, until
+from solutions.tests.slow_cases import slow_after
 
 pytestmark = pytest.mark.alone
 
@@ -109,7 +110,10 @@ def test_a_server_that_shuts_down_is_not_held(engine: FakeEngine) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"paused": "yes"}, {"steps": 0}, {"steps": 1001}, {"delay": -1}, {"delay": 11}, {"speed": 2}, {"delay": float("nan")}],
+    slow_after(
+        3,
+        [{"paused": "yes"}, {"steps": 0}, {"delay": float("nan")}, {"steps": 1001}, {"delay": -1}, {"delay": 11}, {"speed": 2}],
+    ),
 )
 def test_nonsense_is_refused(engine: FakeEngine, change: dict[str, Any]) -> None:
     with serve(engine, live=True) as url:

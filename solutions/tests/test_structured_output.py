@@ -15,6 +15,7 @@ from solutions.core.input import InputProcessor
 from solutions.core.structured import structured_output
 from solutions.core.structured.structured_output import GrammarCompiler, Guide
 from solutions.models.loader import load_tokenizer, resolve_model
+from solutions.tests.slow_cases import slow_after
 from solutions.tests.tiny_models import byte_tokenizer, make_tiny_llama
 
 pytest.importorskip("xgrammar", reason="XGrammar is not installed, so there are no answers of a given form")
@@ -78,7 +79,7 @@ def test_whole_answers_have_their_form(llm: LLM, name: str) -> None:
             assert name in ("json_object", "grammar")  # which have no longest answer
 
 
-@pytest.mark.parametrize("name", ["json", "regex", "choice"])
+@pytest.mark.parametrize("name", slow_after(1, ["json", "regex", "choice"]))
 def test_the_most_likely_token_of_those_that_are_allowed(llm: LLM, name: str) -> None:
     (output,) = ask(llm, structured_output=FORMS[name], temperature=0)
     assert output.finish_reason == "stop"

@@ -14,6 +14,7 @@ from solutions.core.engine import LLMEngine
 from solutions.serving.async_engine import AsyncEngine
 from solutions.tests.fake_server import serve
 from solutions.tests.reasoning_transcripts import QWEN3_TEMPLATE
+from solutions.tests.slow_cases import slow_after
 from solutions.tests.tiny_models import make_tiny_llama
 
 ASK = [{"role": "user", "content": "Which town?"}]
@@ -42,7 +43,7 @@ ONE_CALL: Any = {"tools": NOW, "tool_choice": "required", "parallel_tool_calls":
 
 
 @pytest.mark.parametrize("budget", [0, pytest.param(1, marks=pytest.mark.slow), 7])
-@pytest.mark.parametrize("asked", [NAMES, ONE_CALL], ids=["choice", "calls"])
+@pytest.mark.parametrize("asked", slow_after(1, [ONE_CALL, NAMES]), ids=["calls", "choice"])
 def test_behind_the_budget_the_model_has_to_speak_in_the_form(thinker: str, budget: int, asked: dict[str, Any]) -> None:
     """Exactly then, as random weights end no thought; streamed or not, in each of several choices."""
     body = {**CHAT, "n": 3, "seed": 4, "max_tokens": 200, "thinking_token_budget": budget, **asked}

@@ -13,6 +13,7 @@ import pytest
 from solutions.tests.fake_engine import ByteTokenizer, FakeEngine
 from solutions.tests.fake_server import body, serve
 from solutions.tests.real_server import CHAT, GREEDY
+from solutions.tests.slow_cases import slow_after
 
 TEXT = "The sun 😀 rises over the sea, and"
 ASKED = {**GREEDY, "max_tokens": 6}
@@ -106,7 +107,7 @@ def test_the_prompt_s_log_probabilities_are_those_of_an_echo(client: openai.Open
     assert not hasattr(client.chat.completions.create(**ASKED, messages=CHAT), "prompt_logprobs")
 
 
-@pytest.mark.parametrize(("side", "most"), [("left", 3), ("right", 3), (None, 3), ("left", -1)])
+@pytest.mark.parametrize(("side", "most"), slow_after(2, [("left", 3), ("right", 3), (None, 3), ("left", -1)]))
 def test_a_prompt_is_cut_to_a_length(client: openai.OpenAI, side: str | None, most: int) -> None:
     ids = list(range(1000, 1600))  # more than fit
     more = {"truncate_prompt_tokens": most, "truncation_side": side, "return_token_ids": True}
