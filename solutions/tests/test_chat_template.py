@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from solutions.core.engine import LLM
 from solutions.core.text.chat_template import render_chat
-from solutions.tests.tiny_models import make_tiny_llama
 
 START = "{% for message in messages %}<{{ message.role }}>"
 END = "{% endfor %}<assistant>"
@@ -44,10 +44,8 @@ TALK = [
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    folder = tmp_path_factory.mktemp("model")
-    make_tiny_llama(folder)
-    return LLM(str(folder), max_model_len=256, num_gpu_blocks_override=64, dtype="float32")
+def llm(tiny_llama: Path) -> LLM:
+    return LLM(str(tiny_llama), max_model_len=256, num_gpu_blocks_override=64, dtype="float32")
 
 
 def parts(*texts: str) -> list[dict[str, str]]:

@@ -13,16 +13,13 @@ from solutions.batching.sampling_params import SamplingParams
 from solutions.core.cli import main
 from solutions.core.config import parse_bytes
 from solutions.core.engine import LLM
-from solutions.tests.tiny_models import make_tiny_llama
 
 FLAGS = ["--dtype", "float32", "--max-model-len", "128", "--kv-cache-memory-bytes", "4MiB", "--max-tokens", "8"]
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("llama")
-    make_tiny_llama(folder)
-    return str(folder)
+def path(tiny_llama: Path) -> str:
+    return str(tiny_llama)
 
 
 @pytest.fixture

@@ -20,25 +20,18 @@ from solutions.models.config.entries import ModelError
 from solutions.models.generation_files import with_sampling
 from solutions.models.loader import resolve_model
 from solutions.tests.real_server import stopped
-from solutions.tests.tiny_models import EOS, make_tiny_llama
+from solutions.tests.tiny_models import EOS
 
 FILE = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05, "max_new_tokens": 9}
 SETTINGS = {"dtype": "float32", "max_model_len": 64, "num_gpu_blocks_override": 8}
 PROMPT = [5, 9, 40, 41]
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plain")
-    make_tiny_llama(folder)
-    return folder
-
-
 @pytest.fixture
-def model(plain: Path, tmp_path: Path) -> Path:
+def model(tiny_llama: Path, tmp_path: Path) -> Path:
     """A model whose makers recommend `FILE`."""
     folder = tmp_path / "model"
-    shutil.copytree(plain, folder)
+    shutil.copytree(tiny_llama, folder)
     say(folder, FILE | {"eos_token_id": [EOS, 7]})
     return folder
 
@@ -139,10 +132,10 @@ def test_calls_without_parameters_draw_as_the_model_says(model: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def client(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+def client(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     """A server whose model recommends a temperature of 3, five tokens and, by a flag, the likeliest token."""
     folder = tmp_path_factory.mktemp("served") / "model"
-    shutil.copytree(plain, folder)
+    shutil.copytree(tiny_llama, folder)
     say(folder, {"temperature": 3.0, "top_k": 50, "max_new_tokens": 5})
     flags = SETTINGS | {"model": str(folder), "override_generation_config": '{"top_k": 1}', "served_model_name": "tiny"}
     with running_server(*as_flags(flags)) as (server, url):
@@ -152,10 +145,10 @@ def client(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[op
 
 
 @pytest.mark.slow
-def test_requests_draw_as_the_model_says(client: openai.OpenAI, plain: Path) -> None:
+def test_requests_draw_as_the_model_says(client: openai.OpenAI, tiny_llama: Path) -> None:
     import torch
 
-    oracle = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).generate(
+    oracle = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).generate(
         torch.tensor([PROMPT]), do_sample=False, max_new_tokens=5, eos_token_id=None, pad_token_id=0
     )
     ask = {"model": "tiny", "prompt": PROMPT, "extra_body": {"return_token_ids": True, "ignore_eos": True}}

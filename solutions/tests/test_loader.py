@@ -27,17 +27,10 @@ from solutions.tests.tiny_models import BOS, EOS, VOCAB_SIZE, make_tiny_gpt2, ma
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    make_tiny_llama(folder)
-    return folder
-
-
 @pytest.fixture
-def copy(tiny: Path, tmp_path: Path) -> Path:
+def copy(tiny_llama: Path, tmp_path: Path) -> Path:
     """The tiny model in a folder that a test may damage."""
-    return shutil.copytree(tiny, tmp_path / "model")
+    return shutil.copytree(tiny_llama, tmp_path / "model")
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, torch.Tensor]:
@@ -61,8 +54,8 @@ def raises(what: str) -> Any:
 # --- weights -------------------------------------------------------------------------------------------------------
 
 
-def test_weights_are_the_checkpoints(tiny: Path) -> None:
-    stored, ours = load_file(tiny / "model.safetensors"), load(tiny)
+def test_weights_are_the_checkpoints(tiny_llama: Path) -> None:
+    stored, ours = load_file(tiny_llama / "model.safetensors"), load(tiny_llama)
     layer = "model.layers.1."
     qkv = [stored[f"{layer}self_attn.{x}_proj.weight"] for x in "qkv"]
     assert torch.equal(ours[f"{layer}self_attn.qkv_proj.weight"], torch.cat(qkv))
@@ -72,8 +65,8 @@ def test_weights_are_the_checkpoints(tiny: Path) -> None:
     assert not any(param.requires_grad for param in ours.values())
 
 
-def test_weights_are_rounded_to_the_dtype(tiny: Path) -> None:
-    stored, ours = load_file(tiny / "model.safetensors"), load(tiny, torch.bfloat16)
+def test_weights_are_rounded_to_the_dtype(tiny_llama: Path) -> None:
+    stored, ours = load_file(tiny_llama / "model.safetensors"), load(tiny_llama, torch.bfloat16)
     assert {param.dtype for param in ours.values()} == {torch.bfloat16}
     assert torch.equal(ours["model.norm.weight"], stored["model.norm.weight"].bfloat16())
     assert torch.get_default_dtype() is torch.float32
@@ -317,9 +310,9 @@ def test_unknown_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_model(name)
 
 
-def test_file_that_is_no_gguf(tiny: Path) -> None:
+def test_file_that_is_no_gguf(tiny_llama: Path) -> None:
     with raises("is a file but no .gguf"):
-        resolve_model(str(tiny / "config.json"))
+        resolve_model(str(tiny_llama / "config.json"))
 
 
 @pytest.mark.parametrize(("name", "hub_id"), [("gpt2", "openai-community/gpt2"), ("some/model", "some/model")])
@@ -332,15 +325,15 @@ def test_hub_cannot_be_reached(name: str, hub_id: str, monkeypatch: pytest.Monke
         resolve_model(name)
 
 
-def test_hub_snapshot_is_loaded_and_no_more_than_needed_is_fetched(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_snapshot_is_loaded_and_no_more_than_needed_is_fetched(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, list[str]]] = []
 
     def download(hub_id: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         asked.append((hub_id, allow_patterns))
-        return str(tiny)
+        return str(tiny_llama)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert resolve_model("some/model").path == tiny
+    assert resolve_model("some/model").path == tiny_llama
     resolve_model("some/model", "dummy")
     assert [hub_id for hub_id, _ in asked] == ["some/model"] * 2
     assert "*.safetensors" in asked[0][1]

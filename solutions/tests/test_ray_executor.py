@@ -126,10 +126,8 @@ def cluster() -> Iterator[object]:
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("llama")
-    make_tiny_llama(folder)
-    return str(folder)
+def path(tiny_llama: Path) -> str:
+    return str(tiny_llama)
 
 
 def actors() -> list[psutil.Process]:
