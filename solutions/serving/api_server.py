@@ -164,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     settle_heap()
+    engine.input.start_compiling()
     if args.log_format == "json":
         log_as_json()
     for line in engine.startup_summary():
