@@ -160,6 +160,16 @@ class InputProcessor:
         """
         if self.no_structure is not None:
             raise ValueError(f"structured_output: {self.no_structure}")
+        return self._compiling().compile(wanted, client)
+
+    def start_compiling(self) -> None:
+        """Start the process that compiles grammars, in the background, where structured answers are available; the first one
+        then need not wait for it."""
+        if self.no_structure is None and not self.model.is_encoder:
+            self._compiling().start()
+
+    def _compiling(self) -> GrammarProcesses:
+        """What compiles grammars; made when it is first asked for."""
         with self._lock:
             if self._is_closed:
                 raise CompilingStoppedError("the engine is shutting down")
@@ -167,7 +177,7 @@ class InputProcessor:
                 needed = self.tokenizer, self.model.vocab_size, self.model.eos_token_ids
                 self._grammars = GrammarProcesses(lambda: GrammarCompiler(*needed))
                 weakref.finalize(self, self._grammars.close)  # an engine that is dropped leaves no process behind
-        return self._grammars.compile(wanted, client)
+            return self._grammars
 
     def complete(self, request: EngineRequest) -> None:
         """Compile the grammar of a request's answer and wait for it. A request without one, or that has it, is left alone.

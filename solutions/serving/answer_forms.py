@@ -18,6 +18,8 @@ from .openai_fields import Bool, Request
 
 OLDER = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 """vLLM's names before version 0.12, each for one field of `StructuredOutputs`."""
+OLDER_SPACE = "guided_whitespace_pattern"
+"""Its name for `whitespace_pattern`, beside `guided_json`."""
 FORMS = ("response_format", "structured_outputs", *OLDER)
 """Fields that ask for a form of the answer, at most one of which a request may have."""
 OLD_SINCE = "@1795910400"
@@ -48,6 +50,8 @@ class ResponseFormat(Request):
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    """Of a `json_object`, as llama.cpp and others have it."""
     format: dict[str, Any] | None = None
     """Of a structural tag; see `tag_format`."""
     structures: list[Any] | None = None
@@ -69,6 +73,8 @@ class ResponseFormat(Request):
     def _check_schema(self) -> ResponseFormat:
         if (self.json_schema is None) == (self.type == "json_schema"):
             raise ValueError("the type json_schema needs json_schema, and no other type may have it")
+        if self.schema_ is not None and self.type != "json_object":
+            raise ValueError("only the type json_object may have schema")
         return self
 
 
@@ -100,11 +106,37 @@ class StructuredOutputs(Request):
         return self
 
 
-def form_of(asked: dict[str, Any]) -> tuple[str, StructuredOutput] | None:
+class FormFields(Request):
+    """The fields of a request."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    """Older names of `structured_outputs`' fields, as the four below."""
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+
+    @property
+    def form(self) -> tuple[str, StructuredOutput] | None:
+        """The field that asks for a form of the answer, and the form.
+
+        Raises:
+            RequestError: there are several, or one cannot be.
+        """
+        asked = {name: value for name in FORMS if (value := getattr(self, name)) is not None}
+        if self.guided_whitespace_pattern is not None and self.guided_json is None:
+            raise RequestError(f"{OLDER_SPACE} needs guided_json", OLDER_SPACE)
+        return form_of(asked, self.guided_whitespace_pattern)
+
+
+def form_of(asked: dict[str, Any], space: str | None = None) -> tuple[str, StructuredOutput] | None:
     """The field that asks for a form of the answer, and the form.
 
     Args:
         asked: those of `FORMS` that a request has.
+        space: what may stand between the parts of JSON, for the older names.
 
     Raises:
         RequestError: there are several, or one cannot be.
@@ -115,10 +147,9 @@ def form_of(asked: dict[str, Any]) -> tuple[str, StructuredOutput] | None:
     if len(names) > 1:
         raise RequestError(f"{names[1]} cannot be combined with {names[0]}", names[1])
     name, value = names[0], asked[names[0]]
-    space = None
     if isinstance(value, ResponseFormat):
-        kind = {"json_schema": "json"}.get(value.type, value.type)
-        value = value.json_schema.schema_ if value.json_schema is not None else value.tag
+        schema = value.schema_ if value.json_schema is None else value.json_schema.schema_
+        kind, value = (value.type, value.tag) if schema is None else ("json", schema)
     elif isinstance(value, StructuredOutputs):
         space = value.whitespace_pattern
         ((kind, value),) = value.asked.items()
@@ -145,7 +176,7 @@ def _check_json(text: str) -> None:
 
 def mark_older(response: Response, asked: set[str]) -> Response:
     """An answer with headers that name those of the request's fields that have newer names."""
-    if older := [name for name in OLDER if name in asked]:
+    if older := [name for name in (*OLDER, OLDER_SPACE) if name in asked]:
         response.headers["Deprecation"] = OLD_SINCE
         response.headers["X-Deprecated-Fields"] = ", ".join(f"{name}; use=structured_outputs" for name in older)
     return response

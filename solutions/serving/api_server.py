@@ -51,6 +51,9 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--strict", action="store_true",
                        help="refuse unknown fields (default: ignore them, and name them in X-Ignored-Fields)")  # fmt: skip
     add_format_flags(group)
+    group.add_argument("--start-compiler", action=argparse.BooleanOptionalAction, default=True,
+                       help="start the process that compiles grammars of structured answers with the server (default: on); "
+                            "else the first such answer waits for it, and without any it takes no memory")  # fmt: skip
     group.add_argument("--enable-tokenizer-info-endpoint", action="store_true",
                        help="offer /tokenizer_info, which shows the tokenizer's settings and the chat template")  # fmt: skip
     group.add_argument("--allow-runtime-lora-updating", action="store_true",
@@ -164,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     settle_heap()
+    if args.start_compiler:
+        engine.input.start_compiling()
     if args.log_format == "json":
         log_as_json()
     for line in engine.startup_summary():

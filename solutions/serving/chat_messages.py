@@ -21,7 +21,19 @@ class TextPart(Request):
 
 def _text_or_parts(value: Any, check_parts: ValidatorFunctionWrapHandler) -> Any:
     """A text or parts, as they came. A pydantic union would put the names of its members into the path of an error."""
-    return value if isinstance(value, str) else check_parts(text_or_list(value))
+    return value if isinstance(value, str) else check_parts([_readable(part) for part in text_or_list(value)])
+
+
+def _readable(part: Any) -> Any:
+    """What an assistant has refused to say is a text to the model."""
+    if isinstance(part, dict) and part.get("type") == "refusal":
+        return {"type": "text", "text": part.get("refusal")}
+    return part
+
+
+def _as_text(value: Any) -> Any:
+    """Arguments as some clients send them back: as an object."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
 
 
 def _known_role(role: str) -> str:
@@ -31,7 +43,7 @@ def _known_role(role: str) -> str:
 
 class CalledFunction(Request):
     name: str
-    arguments: str
+    arguments: Annotated[str, BeforeValidator(_as_text, json_schema_input_type=str)]
     """The text of a JSON object."""
 
 
@@ -76,7 +88,7 @@ class ChatMessage(Request):
     @classmethod
     def _allow_silence(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("role") == "assistant" and data.get("content") is None:
-            return {**data, "content": ""}
+            return {**data, "content": data.get("refusal") or "", "refusal": None}
         return data
 
 

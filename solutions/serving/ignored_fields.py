@@ -30,7 +30,7 @@ MAX_NAME = 100
 MAX_HEADER = 1000
 """Characters of all names. Some proxies refuse an answer whose headers take more than a few kilobytes."""
 CHANGING = UNSUPPORTED.keys() | {
-    "best_of", "echo", "max_completion_tokens", "messages", "prompt", "top_logprobs",
+    "echo", "max_completion_tokens", "messages", "prompt", "top_logprobs",
 }  # fmt: skip
 """What `UNSUPPORTED` has, and fields of one kind of request, which mean something that another kind cannot do."""
 

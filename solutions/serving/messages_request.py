@@ -6,7 +6,7 @@ Source: https://docs.anthropic.com/en/api/messages
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,7 +22,21 @@ class MessagesChat(TranslatedChat):
     """The chat completion that answers a message. Clients send a budget of thoughts to every model."""
 
     insists = False
-    names: ClassVar[dict[str, str]] = {"thinking_token_budget": "thinking.budget_tokens"}
+    names: ClassVar[dict[str, str]] = {
+        "thinking_token_budget": "thinking.budget_tokens", "reasoning_effort": "output_config.effort",
+        "response_format": "output_config.format",
+    }  # fmt: skip
+
+
+class OutputFormat(Request):
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class OutputConfig(Request):
+    effort: str | None = None
+    """How much the model shall think."""
+    format: OutputFormat | None = None
 
 
 class CountTokensRequest(Request):
@@ -52,6 +66,9 @@ class CountTokensRequest(Request):
         )
         messages = [each for index, message in enumerate(self.messages) for each in _messages(message, f"messages[{index}]")]
         fields: dict[str, Any] = {"model": self.model, "messages": system + messages}
+        last = messages[-1]
+        if last["role"] == "assistant" and last["content"] and "tool_calls" not in last:
+            fields["continue_final_message"] = True  # the beginning of the answer
         if self.thinking is not None:
             fields["chat_template_kwargs"] = {"enable_thinking": self.thinking.get("type") != "disabled"}
             fields["thinking_token_budget"] = self.thinking.get("budget_tokens")
@@ -71,9 +88,17 @@ class MessagesRequest(CountTokensRequest):
     top_p: Number | None = None
     top_k: Int | None = None
     metadata: dict[str, Any] | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None
+    """The older name of `output_config`'s `format`."""
 
     def _fields(self) -> dict[str, Any]:
+        config = self.output_config or OutputConfig()
+        form = config.format or self.output_format
+        schema = None if form is None else {"name": "answer", "schema": form.schema_}
         return super()._fields() | {
+            "reasoning_effort": config.effort,
+            "response_format": None if schema is None else {"type": "json_schema", "json_schema": schema},
             "max_completion_tokens": self.max_tokens, "stop": self.stop_sequences or None, "stream": self.stream,
             "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k,
         }  # fmt: skip

@@ -32,9 +32,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "logits_processors": ([],),
     "disable_additional_properties": (False,),
-    "disable_any_whitespace": (False,),
+    "best_of": (1,),
+    "disable_any_whitespace": (False, True),  # what there is between the parts of JSON is fixed already
     "guided_json_object": (False,),
-    "guided_whitespace_pattern": (),
     "prompt_embeds": (),
     "repetition_detection": (),
     "structural_tag": (),

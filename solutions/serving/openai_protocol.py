@@ -10,21 +10,15 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    PlainValidator,
-    Strict,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import Field, PlainValidator, Strict, ValidationInfo, field_validator
 
 from ..batching.sampling_params import MAX_LOGPROBS, RequestOutputKind, SamplingParams, StructuredOutput
 from ..core.beams.beam_search import MAX_LENGTH_PENALTY
-from .answer_forms import FORMS, Choices, ResponseFormat, Schema, StructuredOutputs, form_of
+from .answer_forms import FormFields
 from .chat_messages import ChatMessage, conversation_of
+from .drawing_fields import DrawingFields
 from .errors import RequestError
-from .openai_fields import Bool, Int, Number, Request, Strings, without_nulls
+from .openai_fields import Bool, Int, Number, Request
 from .reasoning.thinking import Thinking
 from .template_fields import TemplateFields
 from .tool_calls.calling import ToolUse
@@ -42,7 +36,7 @@ class StreamOptions(Request):
     """vLLM's: with `include_usage`, every chunk has the usage of its choice so far."""
 
 
-class GenerationRequest(Request):
+class GenerationRequest(FormFields, DrawingFields):
     """What completions and chat completions share. None is "not set" throughout."""
 
     prompt_field: ClassVar[str]
@@ -52,31 +46,11 @@ class GenerationRequest(Request):
     max_tokens: Int | None = None
     temperature: Number | None = None
     top_p: Number | None = None
-    top_k: Int | None = None
-    min_p: Number | None = None
     n: Annotated[int, Strict(), Field(ge=1, le=MAX_CHOICES)] | None = None
-    stop: Strings | None = None
-    seed: Annotated[int, Strict(), Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    presence_penalty: Number | None = None
-    frequency_penalty: Number | None = None
-    repetition_penalty: Number | None = None
-    logit_bias: Annotated[dict[str, Number], BeforeValidator(without_nulls)] | None = None
-    """Token id, as a string, → bias."""
-    min_tokens: Int | None = None
-    ignore_eos: Bool | None = None
-    stop_token_ids: list[Int] | None = None
-    allowed_token_ids: list[Int] | None = None
-    bad_words: list[str] | None = None
-    skip_special_tokens: Bool | None = None
-    include_stop_str_in_output: Bool | None = None
     stream: Bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
     """Accepted: it names the caller's end user and does not change the answer."""
-    cache_salt: Annotated[str, Field(min_length=1)] | None = None
-    """Prompts share cached prefixes only with prompts of the same salt."""
-    priority: Int | None = None
-    """Lower goes first, if the engine schedules by priority."""
     use_beam_search: Bool | None = None
     """The `n` answers are those that a search with as many beams finds, the best first; see `beam_search.py`."""
     length_penalty: Number | None = None
@@ -91,21 +65,6 @@ class GenerationRequest(Request):
     """So many tokens of a longer prompt are used, by default its last; -1: as many as leave room for the answer."""
     truncation_side: Literal["left", "right"] | None = None
     """Where a prompt is cut off."""
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: Schema | None = None
-    """Older names of `structured_outputs`' fields, as the three below."""
-    guided_regex: str | None = None
-    guided_choice: Choices | None = None
-    guided_grammar: str | None = None
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _check_logit_bias(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
-        for key in bias or ():
-            if not re.fullmatch(r"[0-9]{1,9}", key):
-                raise ValueError(f"keys must be token ids, got {key!r}")
-        return bias
 
     @field_validator("prompt_logprobs")
     @classmethod
@@ -129,15 +88,6 @@ class GenerationRequest(Request):
         if options is not None and not info.data.get("stream"):
             raise ValueError("only allowed with stream: true")
         return options
-
-    @property
-    def form(self) -> tuple[str, StructuredOutput] | None:
-        """The field that asks for a form of the answer, and the form.
-
-        Raises:
-            RequestError: there are several, or one cannot be.
-        """
-        return form_of({name: value for name in FORMS if (value := getattr(self, name)) is not None})
 
     @property
     def include_usage(self) -> bool:
@@ -231,7 +181,7 @@ class CompletionRequest(GenerationRequest):
     best_of: Annotated[int, Strict(), Field(ge=1, le=MAX_CHOICES)] | None = None
     """How many are sampled; the `n` with the highest log-probability per token are returned."""
     echo: Bool | None = None
-    """Puts the prompt before the generated text, and its log-probabilities before the others."""
+    """Puts the prompt before the generated text, and its log-probabilities before the others. With `max_tokens` 0 it is all."""
     add_special_tokens: Bool | None = None
 
     @field_validator("echo")
@@ -242,6 +192,11 @@ class CompletionRequest(GenerationRequest):
             if echo and info.data.get(name) is not None:
                 raise ValueError(f"cannot be combined with {name}")
         return echo
+
+    @property
+    def is_echo_alone(self) -> bool:
+        """Whether nothing but the prompt and its log-probabilities is asked for."""
+        return bool(self.echo) and self.max_tokens == 0
 
     @field_validator("best_of")
     @classmethod
@@ -260,6 +215,8 @@ class CompletionRequest(GenerationRequest):
         values = super().sampling_fields()
         if self.echo and self.logprobs is not None:
             values["prompt_logprobs"] = self.logprobs
+        if self.is_echo_alone:
+            values["max_tokens"] = 1  # which is thrown away
         return values if self.best_of is None else {"logprobs": 0, **values, "n": self.best_of}
 
 

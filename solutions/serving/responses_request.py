@@ -10,6 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainValidator, model_validator
 
+from .answer_forms import StructuredOutputs
+from .drawing_fields import DrawingFields
 from .errors import RequestError
 from .openai_fields import Bool, Int, Number, Request
 from .responses_items import Message, messages_of, tool_of
@@ -40,10 +42,10 @@ class ResponsesChat(TranslatedChat):
 
     prompt_field = "input"
     limit_field = "max_output_tokens"
-    names: ClassVar[dict[str, str]] = {"reasoning_effort": "reasoning.effort"}
+    names: ClassVar[dict[str, str]] = {"reasoning_effort": "reasoning.effort", "response_format": "text.format"}
 
 
-class ResponsesRequest(Request):
+class ResponsesRequest(DrawingFields):
     """Body of ``POST /v1/responses``. None is "not set" throughout."""
 
     model: str
@@ -64,10 +66,13 @@ class ResponsesRequest(Request):
     include: list[str] | None = None
     """``message.output_text.logprobs`` asks for log-probabilities. Other parts of an answer do not exist here."""
     text: TextOptions | None = None
+    structured_outputs: StructuredOutputs | None = None
+    """vLLM's way to ask for a form of the answer."""
     tools: list[Any] | None = None
     tool_choice: Any = None
     parallel_tool_calls: Bool | None = None
-    truncation: Literal["disabled"] | None = None
+    truncation: Literal["disabled", "auto"] | None = None
+    """With "auto", a prompt that is too long loses its beginning."""
     reasoning: dict[str, Any] | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
@@ -107,12 +112,15 @@ class ResponsesRequest(Request):
             "model": self.model, "messages": system + messages, "max_completion_tokens": self.max_output_tokens,
             "temperature": self.temperature, "top_p": self.top_p, "stream": self.stream, "response_format": self._form(),
             "logprobs": self.logprobs or None, "top_logprobs": self.top_logprobs, "user": self.user,
-            "reasoning_effort": (self.reasoning or {}).get("effort"),
-        }  # fmt: skip
+            "reasoning_effort": (self.reasoning or {}).get("effort"), "structured_outputs": self.structured_outputs,
+            "truncate_prompt_tokens": -1 if self.truncation == "auto" else None,
+        } | {name: getattr(self, name) for name in DrawingFields.model_fields}  # fmt: skip
         if self.tools:
             choice = self.tool_choice
             if isinstance(choice, dict) and choice.get("type") == "function":
                 choice = {"type": "function", "function": {"name": choice.get("name")}}
+            elif isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+                choice = {"type": "allowed_tools", "allowed_tools": choice}
             body["tools"] = [tool_of(index, tool) for index, tool in enumerate(self.tools)]
             body |= {"tool_choice": choice, "parallel_tool_calls": self.parallel_tool_calls}
         return ResponsesChat.read(body)
@@ -144,5 +152,5 @@ class ResponsesRequest(Request):
             "previous_response_id": self.previous_response_id, "reasoning": reasoning, "store": self.store is not False,
             "temperature": drawn["temperature"], "text": {"format": form},
             "tool_choice": self.tool_choice or "auto", "tools": self.tools or [], "top_logprobs": self.top_logprobs or 0,
-            "top_p": drawn["top_p"], "truncation": "disabled", "user": self.user,
+            "top_p": drawn["top_p"], "truncation": self.truncation or "disabled", "user": self.user,
         }  # fmt: skip

@@ -28,7 +28,7 @@ class FunctionDefinition(Request):
 
 
 class Tool(Request):
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: FunctionDefinition
 
 

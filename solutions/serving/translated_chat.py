@@ -39,6 +39,9 @@ class TranslatedChat(ChatCompletionRequest):
             message, param = describe_validation_error({**first, "loc": ("body", *first["loc"])})
             raise cls._renamed(RequestError(message, param)) from None
 
+    def refusal(self, error: ValueError) -> RequestError:
+        return self._renamed(super().refusal(error))
+
     def conversation(self) -> list[dict[str, Any]]:
         try:
             return super().conversation()

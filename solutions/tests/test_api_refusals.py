@@ -352,6 +352,24 @@ def test_an_assistant_may_have_said_nothing(client: openai.OpenAI, tokenizer: An
         assert post(client, "/chat/completions", asked | {"messages": messages})["usage"]["prompt_tokens"] == expected
 
 
+def test_what_was_refused_or_called_may_be_written_in_other_ways(client: openai.OpenAI) -> None:
+    """A refusal is a text, arguments may be an object, and a tool without a type is a function."""
+
+    def tokens(*messages: Any, **fields: Any) -> int:
+        return post(client, "/chat/completions", GREEDY | {"messages": messages, "max_tokens": 1} | fields)["usage"][
+            "prompt_tokens"
+        ]
+
+    said = tokens(*HI, {"role": "assistant", "content": "No."}, *HI)
+    for refused in ({"content": None, "refusal": "No."}, {"content": [{"type": "refusal", "refusal": "No."}]}):
+        assert tokens(*HI, {"role": "assistant", **refused}, *HI) == said
+    call = called("a", arguments='{"city": "é"}')
+    asked = tokens(*HI, call, result("a"), tools=[F])
+    written = json.loads(json.dumps(call))
+    written["tool_calls"][0]["function"]["arguments"] = {"city": "é"}
+    assert tokens(*HI, written, result("a"), tools=[{"function": F["function"]}], best_of=1) == asked
+
+
 def test_asking_for_no_alternatives_is_no_demand(client: openai.OpenAI) -> None:
     answer = post(client, "/chat/completions", {"model": MODEL, "messages": HI, "max_tokens": 1, "top_logprobs": 0})
     assert answer["choices"][0]["logprobs"] is None

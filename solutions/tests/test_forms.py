@@ -11,7 +11,7 @@ import torch
 from solutions.batching.sampling_params import StructuredOutput
 from solutions.core.grammar.lark import is_lark
 from solutions.core.structured.structured_output import GrammarCompiler, Guide
-from solutions.serving.answer_forms import ResponseFormat, StructuredOutputs, form_of
+from solutions.serving.answer_forms import FormFields, ResponseFormat, StructuredOutputs, form_of
 from solutions.serving.errors import RequestError
 from solutions.serving.tool_calls.tool_format import as_form, as_output
 from solutions.tests.tiny_models import EOS, VOCAB_SIZE, byte_tokenizer
@@ -159,6 +159,23 @@ def test_json_may_have_white_space_of_the_request_s_own(
         assert [text for text in bad if allows(compiled, text)] == []
     for text in good:
         json.loads(text)
+
+
+def test_older_names_and_other_servers_ask_for_the_same_forms() -> None:
+    """By what the newer names come to."""
+    newer = FormFields.model_validate({"structured_outputs": {"json": SCHEMA, "whitespace_pattern": r"\n"}})
+    older = FormFields.model_validate({"guided_json": SCHEMA, "guided_whitespace_pattern": r"\n"})
+    assert (older.form[1], older.form[0]) == (newer.form[1], "guided_json")
+    for fields in ({"guided_regex": "a"}, {"structured_outputs": {"json": SCHEMA}}, {}):
+        with pytest.raises(RequestError, match="guided_whitespace_pattern needs guided_json"):
+            _ = FormFields.model_validate(fields | {"guided_whitespace_pattern": " "}).form
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    ours, theirs = (FormFields(response_format=each) for each in (schema, {"type": "json_object", "schema": SCHEMA}))
+    assert ours.form == theirs.form
+    assert FormFields(response_format={"type": "json_object"}).form[1].kind == "json_object"
+    for kind in ("text", "json_schema", "structural_tag"):
+        with pytest.raises(ValueError, match=r"json_object may have schema|needs json_schema|needs format"):
+            ResponseFormat.model_validate({"type": kind, "schema": SCHEMA})
 
 
 def test_a_pattern_that_is_no_white_space_is_refused(compiler: GrammarCompiler) -> None:

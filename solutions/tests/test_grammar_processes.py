@@ -23,6 +23,7 @@ import pytest
 
 from solutions.batching.sampling_params import StructuredOutput
 from solutions.batching.scheduler_config import QueueFullError
+from solutions.benchmarks.servers import running_server
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLMEngine
 from solutions.core.input import InputProcessor
@@ -383,6 +384,34 @@ def test_before_the_first_form_there_is_no_process() -> None:
     assert processes._process._process is None
     assert processes._threads == []
     processes.close()
+
+
+@pytest.mark.slow
+def test_the_process_may_start_before_the_first_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = new_processes()
+    processes.start()
+    until(lambda: processes._process._process is not None, PATIENCE)
+    process = processes._process._process
+    assert processes.compile(small(110)).result(PATIENCE)
+    assert processes._process._process is process
+    processes.close()
+    processes.start()  # changes nothing any more
+    monkeypatch.setattr(grammar_processes, "STOP_SECONDS", PATIENCE)
+    unwanted = new_processes()
+    unwanted.start()
+    until(lambda: unwanted._process._process is not None, PATIENCE)
+    process = unwanted._process._process
+    unwanted.close()  # while the process loads XGrammar, or its vocabulary is made
+    assert process.returncode == -signal.SIGTERM
+    with pytest.raises(CompilingStoppedError):
+        unwanted.compile(small(111)).result(PATIENCE)
+
+
+@pytest.mark.slow
+def test_a_server_starts_it_unasked() -> None:
+    with running_server("--kv-cache-memory-bytes=64M", "--max-model-len=256") as (server, _):
+        started = psutil.Process(server.pid)
+        until(lambda: any("grammar_worker" in " ".join(each.cmdline()) for each in started.children()), PATIENCE)
 
 
 @pytest.mark.slow

@@ -125,7 +125,8 @@ def test_tools_and_schemas_of_responses(client: openai.OpenAI) -> None:
     [
         ({"input": [{"type": "computer_call"}]}, "input[0].type"), ({"tools": [{"type": "web_search"}]}, "tools[0]"),
         ({"temperature": -1}, "temperature"), ({"max_output_tokens": 0}, "max_output_tokens"),
-        ({"truncation": "auto"}, "truncation"),
+        ({"truncation": "some"}, "truncation"), ({"top_k": "x"}, "top_k"), ({"structured_outputs": {}}, "structured_outputs"),
+        ({"tools": [FUNCTION], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice"),
         ({"max_output_tokens": 10_000}, "max_output_tokens"), ({"input": "x " * 600}, "input"), ({"model": "no"}, "model"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"input": 3}, "input"),
@@ -134,6 +135,49 @@ def test_tools_and_schemas_of_responses(client: openai.OpenAI) -> None:
 def test_a_response_that_cannot_be_is_refused_by_field(url: str, fields: dict[str, Any], param: str) -> None:
     answer = httpx.post(f"{url}/responses", json={"model": MODEL, "input": "x", **fields})
     assert (answer.status_code, answer.json()["error"]["param"]) == (404 if param == "model" else 400, param), answer.text
+
+
+def test_vllm_s_fields_hold_in_responses_too(client: openai.OpenAI) -> None:
+    """Each by an answer that is known, or is the chat's."""
+
+    def say(text: str = "Name a colour.", **more: Any) -> str:
+        return client.responses.create(model=MODEL, input=text, max_output_tokens=8, extra_body=more).output_text
+
+    plain = say(temperature=0)
+    assert say(top_k=1) == plain
+    assert say(seed=7) == say(seed=7)
+    assert say(temperature=0, stop=[plain[3:6]]) == plain[:3]
+    assert say(structured_outputs={"choice": ["teal"]}) == "teal"
+    assert say(temperature=0, logit_bias={"32": 100}) == "0" * 8
+    assert say("word " * 600, truncation="auto", allowed_token_ids=[32]).startswith("0")
+    functions = [FUNCTION, FUNCTION | {"name": "now"}]
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "now"}]}
+    answer = client.responses.create(
+        model=MODEL, input=ASKED, tools=functions, tool_choice=allowed, parallel_tool_calls=False, max_output_tokens=60
+    )
+    assert [item.name for item in answer.output] == ["now"]
+    form = {"type": "json_schema", "name": "x", "schema": {"type": "colour"}}
+    with pytest.raises(openai.BadRequestError, match=r"text\.format: the keyword") as caught:
+        client.responses.create(model=MODEL, input="x", text={"format": form})
+    assert caught.value.param == "text.format"
+
+
+def test_a_message_may_begin_the_answer_and_ask_for_a_form(client: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    begun: list[Any] = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One, two,"}]
+    asked: dict[str, Any] = {"model": MODEL, "max_tokens": 8}
+    more = {"continue_final_message": True, "add_generation_prompt": False}
+    chat = client.chat.completions.create(**asked, messages=begun, temperature=0, extra_body=more)
+    message = claude.messages.create(**asked, messages=begun, extra_body={"temperature": 0})
+    assert message.content[0].text == chat.choices[0].message.content
+    counted = claude.messages.count_tokens(model=MODEL, messages=begun)
+    assert counted.input_tokens == chat.usage.prompt_tokens
+    form = {"type": "json_schema", "schema": {"type": "object", "properties": {"a": {"const": "é"}}, "required": ["a"]}}
+    for fields in ({"output_config": {"format": form, "effort": "low"}}, {"output_format": form}):
+        formed = claude.messages.create(**asked | {"max_tokens": 30}, messages=begun[:1], extra_body=fields)
+        assert json.loads(formed.content[0].text) == {"a": "é"}
+    wrong = {"output_config": {"format": form | {"schema": {"type": "colour"}}}}
+    with pytest.raises(anthropic.BadRequestError, match=r"output_config\.format: the keyword"):
+        claude.messages.create(**asked, messages=begun[:1], extra_body=wrong)
 
 
 def test_a_message_is_the_chat_s_answer(client: openai.OpenAI, claude: anthropic.Anthropic) -> None:

@@ -107,6 +107,26 @@ def test_the_prompt_s_log_probabilities_are_those_of_an_echo(client: openai.Open
     assert not hasattr(client.chat.completions.create(**ASKED, messages=CHAT), "prompt_logprobs")
 
 
+def test_an_echo_may_be_all(client: openai.OpenAI, tokenizer: Any) -> None:
+    """`max_tokens` 0: the prompt and its log-probabilities, plain and streamed; without `echo` there would be nothing."""
+    asked: dict[str, Any] = ASKED | {"prompt": [TEXT, "The sea"], "max_tokens": 0, "echo": True}
+    more = client.completions.create(**asked | {"max_tokens": 1}, logprobs=1)
+    answer = client.completions.create(**asked, logprobs=1, n=1)
+    assert [choice.text for choice in answer.choices] == asked["prompt"]
+    for choice, longer in zip(answer.choices, more.choices, strict=True):
+        assert choice.finish_reason == "length"
+        assert choice.logprobs.tokens == longer.logprobs.tokens[:-1]
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx(longer.logprobs.token_logprobs[1:-1], abs=1e-3)
+    assert (answer.usage.completion_tokens, answer.usage.prompt_tokens) == (0, more.usage.prompt_tokens)
+    texts = ["", ""]
+    for chunk in client.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == asked["prompt"]
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        client.completions.create(**asked | {"echo": False})
+
+
 @pytest.mark.parametrize(("side", "most"), slow_after(2, [("left", 3), ("right", 3), (None, 3), ("left", -1)]))
 def test_a_prompt_is_cut_to_a_length(client: openai.OpenAI, side: str | None, most: int) -> None:
     ids = list(range(1000, 1600))  # more than fit

@@ -8,8 +8,8 @@ for one of 120 fields, in 0.29, 1.86 and 0.73 s (vocabulary of 49,152, one core 
 Two threads do this. The first gives each grammar one second, so a fast one waits at most a second or two for each other client,
 whatever they have sent. Slower grammars go to the second thread, which allows each the whole limit.
 
-The process starts with the first structured request, which waits some seconds for it to load XGrammar. A server without such
-requests does not pay for it: 320 MB here, of which much is shared with the engine.
+The process takes some seconds to load XGrammar, and 320 MB here, of which much is shared with the engine. A server starts it in
+the background as soon as it serves. Elsewhere the first structured request does, and waits for it.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class TrialProcess:
 
     def __init__(self, vocabulary: Callable[[], dict[str, object]]) -> None:
         self._vocabulary = vocabulary
-        self._lock = threading.RLock()  # guards all below
+        self._closed = False
+        self._lock = threading.RLock()  # guards all below; `close` only reads before it has it
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
-        self._closed = False
 
     def begin(self, wanted: StructuredOutput, limits: Limits) -> socket.socket:
         """Begin a trial.
@@ -87,10 +87,23 @@ class TrialProcess:
             raise
         return ours
 
-    def close(self) -> None:
-        """End the process and all its trials."""
+    def start(self) -> None:
+        """Start the process before there is anything to try.
+
+        Raises:
+            OSError: it cannot be started. CompilingStoppedError: `close` was called. ValueError: there is no vocabulary.
+        """
         with self._lock:
-            self._closed = True
+            self._started()
+
+    def close(self) -> None:
+        """End the process and all its trials. One that is about to start is not waited for."""
+        self._closed = True
+        control = self._control
+        if control is not None:
+            with contextlib.suppress(OSError):  # it has ended just now
+                control.shutdown(socket.SHUT_RDWR)  # ends the sending of a vocabulary that nobody reads yet
+        with self._lock:
             self._end()
 
     def _started(self) -> socket.socket:
@@ -108,7 +121,10 @@ class TrialProcess:
             command = [sys.executable, "-m", f"{__package__}.grammar_worker"]
             self._process = subprocess.Popen(command, stdin=theirs.fileno(), env=environment)
         try:
-            send(control, self._vocabulary())  # which is made while the process starts
+            vocabulary = self._vocabulary()  # which is made while the process starts
+            if self._closed:
+                raise CompilingStoppedError("the engine is shutting down")
+            send(control, vocabulary)
         except BaseException:
             self._end()
             raise
@@ -153,6 +169,16 @@ class GrammarProcesses:
         self._stopped = False
         self.num_compiled = 0
         """Forms that were compiled, found wrong or found too dear, those that are known not counted."""
+
+    def start(self) -> None:
+        """Start the process in the background, so that who asks first need not wait for it. Whatever prevents that is told to
+        who asks."""
+
+        def work() -> None:
+            with contextlib.suppress(OSError, ValueError, CompilingStoppedError):
+                self._process.start()
+
+        threading.Thread(target=work, name="start forms", daemon=True).start()
 
     def compile(self, wanted: StructuredOutput, client: str | None = None) -> Future[CompiledGrammar]:
         """Ask for the automaton of a form. Requests for the same form share it, also while it is compiled.

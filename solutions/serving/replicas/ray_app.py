@@ -182,6 +182,7 @@ class Replica:
         from ...core.engine import LLMEngine
 
         self.engine = AsyncEngine(LLMEngine(config))
+        self.engine.engine.input.start_compiling()
         settle_heap()
         self.app = create_app(self.engine, served_model_names, api_keys)
         self._lifespan = self.app.router.lifespan_context(self.app)

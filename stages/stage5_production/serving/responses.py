@@ -31,15 +31,14 @@ from .openai_answers import (
     PromptTokensDetails,
     Usage,
 )
-from .openai_protocol import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    GenerationRequest,
-)
+from .openai_protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from .output_stream import OutputStream
 from .token_logprobs import Position, chat_logprobs, completion_logprobs, prompt_logprobs, prompt_texts, without_texts
 
 logger = logging.getLogger(__name__)
+
+NOTHING: dict[str, Any] = {"text": "", "token_ids": [], "logprobs": [], "finish_reason": "length", "stop_reason": None}
+"""What a sequence says when only its prompt is wanted."""
 
 
 class Head(TypedDict):
@@ -157,6 +156,8 @@ class CompletionReply(Reply):
         """With `echo`, the first piece of a choice follows its prompt, unless the opening chunks hold the prompt."""
         if output.prompt_logprobs is not None:
             self._scores[output.request_id] = output.prompt_logprobs
+        if self.request.is_echo_alone:
+            output = replace(output, outputs=[replace(each, **NOTHING) for each in output.outputs])
         for index, sequence in self.noted(super().choices(output)):
             if not self.request.echo or self._opens_with_prompt or index in self._begun:
                 yield index, sequence
