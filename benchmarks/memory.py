@@ -59,6 +59,14 @@ def token_bytes(model: str, dtype: torch.dtype = torch.bfloat16) -> int:
     return block_bytes(*sizes, config.head_dim, dtype) + scale_bytes(*sizes, dtype)
 
 
+def per_token(model: str) -> str:
+    """A line: what a token takes in bfloat16, and what keys and values of all heads would take."""
+    config, held = resolve_model(model, "dummy").config, token_bytes(model)
+    width = 2 * config.head_dim if config.latent is None else config.latent.query_dim + config.latent.value
+    whole = config.num_layers * config.num_heads * width * 2
+    return f"{model}: {held / 1024:,.1f} KiB a token; keys and values of all heads would take {whole / 1024:,.1f}"
+
+
 def systems(args: Flags, capacity: int, int8_capacity: int, lengths: kv.Lengths) -> list[Callable[[], kv.Usage]]:
     """One simulation each."""
 
@@ -135,6 +143,7 @@ def main(argv: list[str] | None = None) -> None:
         lengths = draw_lengths(args.num_requests, random.Random(args.data_seed))
         usages = [run() for run in tracked(systems(args, capacity, int8_capacity, lengths), "simulating")]
     show(args, capacity, usages)
+    print(per_token(args.model))
     rows = [asdict(usage) | {"waste": usage.waste} for usage in usages]
     finish(args, "memory", {"capacity_tokens": capacity, "systems": rows}, partial(draw, capacity, usages))
 

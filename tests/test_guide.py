@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from solutions.models.config.model_config import ALIASES
+from solutions.models.config.aliases import ALIASES
 from solutions.models.costs.roofline import CARDS, decode_cost
 from stages.course.tools.catalog import Stage, Task
 from tests.guide import (

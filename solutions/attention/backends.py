@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from .full_attention import FullBackend
+from .latent_attention import LatentBackend
 from .paged_attention import AttentionBackend, NaiveBackend
 
 BACKEND_NAMES = ("torch", "cpu", "triton", "cuda")
@@ -32,6 +33,8 @@ def make_backend(
         return NaiveBackend()
     if name == "full":
         return FullBackend()
+    if name == "latent":
+        return LatentBackend()
     preferred = "triton" if device.type == "cuda" else "cpu" if cpu_kernels else "torch"
     for candidate in (preferred, "torch") if name == "auto" else (name,):
         if candidate not in BACKEND_NAMES:

@@ -81,9 +81,7 @@ class TorchBackend(AttentionBackend):
         query_starts = metadata.query_start_loc.cpu().numpy().astype(np.int64)
         context_lens = metadata.context_lens.cpu().numpy().astype(np.int64)
         pieces = cut_into_pieces(query_starts, context_lens, sliding_window)
-        max_work = 1 << (15 if metadata.block_tables.device.type == "cpu" else 22)  # a CPU keeps a group's keys in its cache
-        groups = [_make_group(metadata, pieces[:, members], sliding_window) for members in group_pieces(pieces, max_work)]
-        return Plan(sliding_window, groups)
+        return Plan(sliding_window, make_groups(metadata, pieces, sliding_window))
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata,
@@ -202,6 +200,12 @@ def group_pieces(pieces: np.ndarray, max_work: int) -> list[np.ndarray]:
             groups.append(order[first:i])
             first, longest, useful = i, k, cost
     return [*groups, order[first:]] if len(order) else []
+
+
+def make_groups(metadata: AttentionMetadata, pieces: np.ndarray, sliding_window: int | None) -> list[Group]:
+    """The groups of a step's pieces, a [5, P] array as `cut_into_pieces` returns it."""
+    max_work = 1 << (15 if metadata.block_tables.device.type == "cpu" else 22)  # a CPU keeps a group's keys in its cache
+    return [_make_group(metadata, pieces[:, members], sliding_window) for members in group_pieces(pieces, max_work)]
 
 
 def _make_group(metadata: AttentionMetadata, pieces: np.ndarray, sliding_window: int | None) -> Group:

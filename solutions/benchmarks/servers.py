@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 
 from ..core.platform.machine import pick_threads
-from ..models.config.model_config import ALIASES
+from ..models.config.aliases import ALIASES
 from ..models.loader import resolve_model
 
 ROOT = Path(__file__).parents[2]

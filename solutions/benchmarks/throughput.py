@@ -25,8 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 from ..batching.sampling_params import SamplingParams
 from ..core.engine import LLM
 from ..core.output import RequestOutput
+from ..models.config.aliases import ALIASES
 from ..models.config.entries import read_json
-from ..models.config.model_config import ALIASES
 from ..models.loader import ModelSource
 from .datasets import BenchRequest, check_context
 from .report import tracked

@@ -210,8 +210,9 @@ def check_settings(config: EngineConfig, source: ModelSource, device: torch.devi
         reason = "they are switched off" if switched_off else "they run on a CPU" if elsewhere else native.why_not
         raise ValueError(f"--quantization {config.quantization} needs the CPU kernels: {reason}")
     attention = make_backend(
-        config.attention_backend, device, dtype, source.config.head_dim, config.block_size, kernels, config.batch_invariant
-    ).name
+        source.config.attention_by(config.attention_backend), device, dtype, source.config.head_dim, config.block_size, kernels,
+        config.batch_invariant,
+    ).name  # fmt: skip
     if attention == "cuda" and source.config.attention_soft_cap is not None:
         raise ValueError("--attention-backend cuda: the kernel knows no soft caps, which the model has; use triton or torch")
     able = {"auto": (attention,), "int8": ("torch", "cpu", "triton"), "fp8": ("triton",)}[config.kv_cache_dtype]

@@ -15,7 +15,8 @@ import torch
 from gguf import GGMLQuantizationType as GGMLType
 
 from .config.entries import Entries, ModelError
-from .config.families import FAMILIES, KINDS
+from .config.families import FAMILIES
+from .config.readers import KINDS
 from .gguf_tokenizer import end_tokens
 from .rope import periods, scale_llama3
 

@@ -14,8 +14,9 @@ import torch
 
 from ..parallelism.tensor_parallel import SINGLE, TensorParallel
 from ..quantization.layout.description import METHODS, OTHER_METHODS
+from .config.aliases import ALIASES, Alias
 from .config.entries import Entries, ModelError, read_json
-from .config.model_config import ALIASES, Alias, ModelConfig
+from .config.model_config import ModelConfig
 from .config.text_part import text_config
 from .families import MODEL_CLASSES
 from .generation_files import with_generation

@@ -43,11 +43,12 @@ def sizes_of(config: ModelConfig) -> list[int]:
 
 
 class Router(Linear):
-    """How much each expert suits a token: [T, hidden] -> [T, E]. The shared expert has a column of its own, the last."""
+    """How much each expert suits a token: [T, hidden] -> [T, E]. A shared expert that is weighed has a column of its own, the
+    last."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config.hidden_size, len(sizes_of(config)), False)
         self.count = mixture_of(config).count
+        super().__init__(config.hidden_size, self.count if mixture_of(config).routing else len(sizes_of(config)), False)
         if len(self.weight) > self.count:
             self.shard_ids = ("routed", "shared")
 
@@ -85,7 +86,8 @@ class Experts(WeightLayer):
             logits: [T, E], the router's.
 
         Returns:
-            Weights [T, k] float32, and numbers of experts [T, k]; the shared one, whose weight is a sigmoid, is a token's last.
+            Weights [T, k] float32, and numbers of experts [T, k] int64; the shared one, whose weight is a sigmoid, is a token's
+            last.
         """
         mixture = self.mixture
         scores = logits[:, : mixture.count].softmax(dim=-1, dtype=torch.float32)
@@ -128,12 +130,18 @@ class Experts(WeightLayer):
 
 
 class SparseMLP(Layer):
-    """Router and experts."""
+    """Router and experts.
+
+    Attributes:
+        kind: the class of its experts, for families that differ there.
+    """
+
+    kind: type[Experts] = Experts
 
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
         self.gate = Router(config)
-        self.experts = Experts(config, parallel)
+        self.experts = self.kind(config, parallel)
         self.parallel = parallel
 
     def forward(self, x: Tensor, add_to: Tensor | None) -> Tensor:
@@ -148,12 +156,18 @@ def expert_load(model: nn.Module) -> list[int]:
 
 
 class SparseDecoderLayer(LlamaDecoderLayer):
-    """LLaMA's layer with experts, but for the layers that have none."""
+    """LLaMA's layer with experts, but for the layers that have none.
+
+    Attributes:
+        sparse: the class of router and experts, for families that differ there.
+    """
+
+    sparse: type[SparseMLP] = SparseMLP
 
     def make_mlp(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> Layer:
         if layer in mixture_of(config).dense_layers:
             return super().make_mlp(config, layer, parallel)
-        return SparseMLP(config, parallel)
+        return self.sparse(config, parallel)
 
 
 class SparseForCausalLM(LlamaForCausalLM):

@@ -42,7 +42,7 @@ class RotaryEmbedding(nn.Module):
         positions = torch.arange(length, dtype=torch.float32)
         angles = positions[:, None] * rope_inverse_frequencies(config)  # [positions, R / 2]
         magnitude = (config.rope_scaling or {}).get("attention_factor", 1.0)
-        still = (0, config.head_dim // 2 - angles.shape[1])
+        still = (0, config.rope_dim // 2 - angles.shape[1])
         cos, sin = F.pad(angles.cos() * magnitude, still, value=1.0), F.pad(angles.sin() * magnitude, still)
         dtype = torch.get_default_dtype()
         self.register_buffer("cos", torch.cat((cos, cos), dim=-1).to(dtype), persistent=False)  # [positions, D]
@@ -64,7 +64,7 @@ def rope_inverse_frequencies(config: ModelConfig) -> Tensor:
     """Angle per position of each pair that turns, [R / 2] in float32, after scaling; R is `ModelConfig.rotary_dim`, or D."""
     scaling: dict[str, Any] = config.rope_scaling or {"rope_type": "default"}
     numbers = {name: value for name, value in scaling.items() if name not in ("rope_type", "attention_factor")}
-    kind, theta, size = scaling["rope_type"], config.rope_theta, config.rotary_dim or config.head_dim
+    kind, theta, size = scaling["rope_type"], config.rope_theta, config.rotary_dim or config.rope_dim
     served = config.longest
     if kind == "dynamic":
         trained, factor = config.max_position_embeddings, scaling["factor"]

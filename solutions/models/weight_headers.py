@@ -56,8 +56,7 @@ class WeightHeaders:
         Raises:
             ModelError: ``config.json`` describes another model.
         """
-        width = config.num_heads * config.head_dim
-        layer = config.hidden_size * (2 * width + 2 * config.num_kv_heads * config.head_dim + 2 * config.mlp_width)
+        layer = config.attention_weights + 2 * config.hidden_size * config.mlp_width
         positions = config.max_position_embeddings if config.architecture == "GPT2LMHeadModel" else 0
         described = config.num_layers * layer + (config.vocab_size + positions) * config.hidden_size
         held = sum(prod(shape) for shape in self.shapes.values())

@@ -104,6 +104,9 @@ def draw_settings(rng: random.Random, name: str) -> dict[str, Any]:
         draft = draft | {"num_speculative_tokens": rng.randint(1, 5), "disable_by_batch_size": rng.choice([2, 4, 64])}
     chunked = rng.random() < 0.8
     backend = "torch" if native.compiler() is None else rng.choice(["torch", "cpu", "cpu"])
+    kv = rng.choice(["auto", "auto", "int8"])
+    if "deepseek" in name:  # which has a backend of its own
+        backend, kv = "auto", "auto"
     kernels = rng.random() < 0.5
     windows = resolve_model(str(folder(name))).config.windows
     needed = blocks_of_one(windows, max_model_len, size, max(64, max_model_len))
@@ -115,7 +118,7 @@ def draw_settings(rng: random.Random, name: str) -> dict[str, Any]:
         "scheduling_policy": policy, "enable_prefix_caching": policy == "lpm" or rng.random() < 0.8,
         "enable_chunked_prefill": chunked, "max_num_batched_tokens": rng.choice([7, 16, 64]) if chunked else max_model_len,
         "long_prefill_token_threshold": rng.choice([0, 0, 5]), "max_num_seqs": rng.choice([3, 7]) if chunked else 7,
-        "kv_cache_dtype": rng.choice(["auto", "auto", "int8"]), "attention_backend": backend,
+        "kv_cache_dtype": kv, "attention_backend": backend,
         "enable_cpu_kernels": kernels, "batch_invariant": fits and rng.random() < 0.3,
         "speculative_config": draft,
     }  # fmt: skip

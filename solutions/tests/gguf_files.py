@@ -24,6 +24,7 @@ def llama_cpp_architecture(model: PreTrainedModel) -> str:
     """Mistral and Mixtral are labelled llama, the others as transformers calls them, or nearly."""
     kind = model.config.model_type
     names = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "gpt_neox": "gptneox"}
+    names |= {"deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2"}
     return names.get(kind, kind.replace("_moe", "moe"))
 
 
@@ -89,7 +90,7 @@ def write_gguf(
 
 def write_gguf_header(path: Path, model: PreTrainedModel) -> Path:
     """A file that says what it is of, and no more."""
-    writer = gguf.GGUFWriter(path, model.config.model_type)
+    writer = gguf.GGUFWriter(path, llama_cpp_architecture(model))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -102,7 +102,7 @@ def cpu_replay(family: str, path: Path) -> None:
 
 
 def int8_kv(family: str, path: Path) -> None:
-    answers(family, kv_cache_dtype="int8", attention_backend="cpu")
+    answers(family, kv_cache_dtype="int8", attention_backend="auto" if "deepseek" in family else "cpu")
 
 
 def ngram_drafts(family: str, path: Path) -> None:
@@ -214,7 +214,7 @@ def gguf_file(family: str, path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BYOV_CACHE", str(path / "cache"))
         model = oracle(family, "auto", "torch")
-        write = write_gguf_header if family == "gpt2" else write_gguf
+        write = write_gguf_header if (family, "GGUF") in REFUSED else write_gguf
         llm = LLM(str(write(path / "model.gguf", model)), **SETTINGS)
     assert llm.llm_engine.model_config.architecture == type(model).__name__
     for prompt, answer in zip(PROMPTS, generate(llm), strict=True):
@@ -248,7 +248,16 @@ REFUSED = {
     **{(family, "batch invariance"): "not with a sliding window" for family in ("mistral", "gemma2", "gemma3_text")},
     **{
         (family, "CPU kernels, replayed"): "the layers are not replayed"
-        for family in ("gpt2", "gemma2", "gemma3_text", "starcoder2", "gpt_neox")
+        for family in ("gpt2", "gemma2", "gemma3_text", "starcoder2", "gpt_neox", "deepseek_v2", "deepseek_v3")
+    },
+    **{
+        (family, feature): message
+        for family in ("deepseek_v2", "deepseek_v3")
+        for feature, message in {
+            "batch invariance": "it needs the C\\+\\+ kernels of a CPU, and attention runs on latent",
+            "int8 KV": "needs attention backend torch, cpu, triton, and attention runs on latent",
+            "GGUF": "GGUF architecture 'deepseek2' is not supported",
+        }.items()
     },
     ("gpt2", "GGUF"): "GGUF architecture 'gpt2' is not supported",
     **{(family, "draft model"): "no draft model where layers differ" for family in ("gemma2", "gemma3_text")},
@@ -265,6 +274,8 @@ REFUSED = {
             "mixtral",
             "qwen2_moe",
             "qwen3_moe",
+            "deepseek_v2",
+            "deepseek_v3",
         )
         for method in ("GPTQ", "AWQ")
     },

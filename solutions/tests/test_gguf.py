@@ -21,8 +21,8 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from solutions.models import gguf_convert
+from solutions.models.config.aliases import ALIASES
 from solutions.models.config.entries import ModelError
-from solutions.models.config.model_config import ALIASES
 from solutions.models.loader import ModelSource, load_model, load_tokenizer, resolve_model
 from solutions.tests.gguf_files import WIDE, cache, tiny, tiny_model, write_gguf, write_model
 from solutions.tests.test_models import run

@@ -23,7 +23,7 @@ from solutions.benchmarks.gpu import measure_attention, measure_card, measure_de
 from solutions.core.capture import PADDING_SLOT, CudaGraphRecorder, DecodeGraphs, Step, graph_sizes
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLM, LLMEngine
-from solutions.models.config.model_config import ALIASES
+from solutions.models.config.aliases import ALIASES
 from solutions.models.costs.roofline import CARDS, Card, decode_cost, num_product_weights, prefill_cost
 from solutions.models.kernels.attach import Plan, add_inside, attach
 from solutions.models.loader import load_model, resolve_model

@@ -13,7 +13,7 @@ from solutions.attention.hybrid_manager import HybridBlockManager, blocks_of_one
 from solutions.batching.sampling_params import SamplingParams
 from solutions.batching.sequence import Sequence
 from solutions.memory.cache_engine import block_bytes
-from solutions.models.config.model_config import ALIASES
+from solutions.models.config.aliases import ALIASES
 from solutions.tests.simulation import Simulation
 from solutions.tests.test_state_machine import SETTINGS, EngineMachine
 

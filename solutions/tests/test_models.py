@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from solutions.attention.paged_attention import AttentionMetadata, NaiveBackend
+from solutions.attention.latent_attention import LatentBackend
+from solutions.attention.paged_attention import AttentionBackend, AttentionMetadata, NaiveBackend
 from solutions.models.config.model_config import ModelConfig
 from solutions.models.layers import CausalLM, RMSNorm
 from solutions.models.loader import load_model, resolve_model
@@ -25,8 +26,13 @@ TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 
 
 @torch.inference_mode()
-def run(model: CausalLM, config: ModelConfig, prompts: list[list[int]], pieces: list[int]) -> list[Tensor]:
-    """Logits [length, V] of each prompt, fed together, `pieces` tokens of each at a time, through a paged cache."""
+def run(
+    model: CausalLM, config: ModelConfig, prompts: list[list[int]], pieces: list[int], plain_from: int = 4
+) -> list[Tensor]:  # fmt: skip
+    """Logits [length, V] of each prompt, fed together, `pieces` tokens of each at a time, through a paged cache.
+
+    Over latents, so many tokens of a prompt and more in a step go the plain way.
+    """
     num_blocks = [-(-len(prompt) // BLOCK_SIZE) for prompt in prompts]
     order = torch.randperm(sum(num_blocks), generator=torch.Generator().manual_seed(1)).split(num_blocks)
     total, windows = sum(num_blocks), config.windows  # each group of layers has blocks of its own
@@ -36,7 +42,10 @@ def run(model: CausalLM, config: ModelConfig, prompts: list[list[int]], pieces: 
     tables = torch.zeros(len(prompts), max(num_blocks), dtype=torch.int32)
     for row, blocks in zip(tables, order, strict=True):
         row[: len(blocks)] = blocks
-    backend = NaiveBackend()
+    backend: AttentionBackend = NaiveBackend()
+    if config.latent is not None:
+        backend = LatentBackend()
+        backend.plain_from = plain_from
     logits: list[list[Tensor]] = [[] for _ in prompts]
     start = 0
     for piece in pieces:

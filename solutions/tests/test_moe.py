@@ -20,8 +20,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
 from solutions.core.platform import native
+from solutions.models.config.aliases import ALIASES
 from solutions.models.config.entries import ModelError
-from solutions.models.config.model_config import ALIASES, ModelConfig
+from solutions.models.config.model_config import ModelConfig
 from solutions.models.costs.roofline import decode_cost, num_product_weights
 from solutions.models.kernels.attach import Plan, attach
 from solutions.models.kernels.experts_cpu import NativeExperts

@@ -54,6 +54,9 @@ def _save(model: PreTrainedModel, path: Path) -> PreTrainedModel:
                 param.normal_(0.0, 0.5, generator=generator)
             else:
                 param.uniform_(0.5, 1.5, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("bias"):
+                buffer.normal_(0.0, 0.5, generator=generator)
     model.save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return model.eval()
@@ -100,6 +103,11 @@ _GEMMA = _SIZES | {
     "hidden_size": 96, "head_dim": 32, "num_hidden_layers": 5, "sliding_window": 24, "query_pre_attn_scalar": 32,
     "tie_word_embeddings": True,
 }  # fmt: skip
+_DEEPSEEK = _SIZES | {
+    "num_hidden_layers": 3, "num_key_value_heads": 6, "kv_lora_rank": 96, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
+    "v_head_dim": 64, "n_routed_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 96, "first_k_dense_replace": 1,
+    "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5,
+}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _SIZES,
     "mistral": _SIZES | {"sliding_window": 24},
@@ -127,6 +135,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "hidden_size": 96, "head_dim": 32, "num_experts": 9, "num_experts_per_tok": 3, "moe_intermediate_size": 96,
         "norm_topk_prob": True, "rope_parameters": YARN,
     },
+    "deepseek_v2": _DEEPSEEK | {
+        "q_lora_rank": None, "n_shared_experts": 2, "topk_method": "group_limited_greedy",
+        "rope_parameters": YARN | {"mscale": 0.8, "mscale_all_dim": 1.2},
+    },
+    "deepseek_v3": _DEEPSEEK | {"q_lora_rank": 64, "n_shared_experts": 1, "rope_parameters": YARN},
 }  # fmt: skip
 """What makes each family itself, by transformers' ``model_type``: KV heads that two ranks cannot share evenly, heads of 32
 elements (which the kernels of a CPU turn) though hidden / heads may be another number, scaling that some dozen tokens meet."""

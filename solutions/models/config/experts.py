@@ -10,6 +10,23 @@ MAX_EXPERTS = 4096
 
 
 @dataclass(frozen=True, slots=True)
+class Routing:
+    """How DeepSeek's routers choose: some groups of experts first, then experts out of these.
+
+    Attributes:
+        corrected: scores are sigmoids, which a bias for each expert corrects for the choice alone, and a group counts the best
+            two of its own (V3); else they are a softmax, and it counts the best one (V2).
+        groups: of neighbouring experts, each as many. chosen_groups: for a token.
+        scale: factor on the weights.
+    """
+
+    corrected: bool
+    groups: int
+    chosen_groups: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
 class Mixture:
     """The experts of a layer, MLPs of which each token goes through a few.
 
@@ -18,6 +35,7 @@ class Mixture:
         size: width of an expert. shared_size: of the one that every token goes through as well; 0: there is none.
         renormalise: the weights of a token's chosen experts sum up to 1; else they are what the softmax over all has given.
         dense_layers: those with one MLP in the place of experts.
+        routing: how experts are chosen, if not by the largest values of a softmax; the shared expert then counts as it is.
     """
 
     count: int
@@ -26,6 +44,7 @@ class Mixture:
     renormalise: bool
     shared_size: int = 0
     dense_layers: frozenset[int] = frozenset()
+    routing: Routing | None = None
 
 
 def read_experts(hf: Entries, size: int, renormalise: bool, shared_size: int = 0) -> Mixture:

@@ -69,12 +69,13 @@ def _yarn(given: Entries, factor: float) -> dict[str, Any]:
     if scaling["beta_fast"] <= scaling["beta_slow"]:
         raise ModelError("RoPE scaling yarn needs a beta_fast above beta_slow")
     one, all_dims = given.number("mscale", 0.0), given.number("mscale_all_dim", 0.0)
-    default = _yarn_magnitude(factor, one) / _yarn_magnitude(factor, all_dims) if one and all_dims else _yarn_magnitude(factor)
+    default = yarn_magnitude(factor, one) / yarn_magnitude(factor, all_dims) if one and all_dims else yarn_magnitude(factor)
     magnitude = given.number("attention_factor", default, above=True)
     return scaling | {"truncate": given.flag("truncate", True), "attention_factor": magnitude}
 
 
-def _yarn_magnitude(factor: float, share: float = 1.0) -> float:
+def yarn_magnitude(factor: float, share: float = 1.0) -> float:
+    """What YaRN enlarges queries and keys by."""
     return 0.1 * share * math.log(factor) + 1.0
 
 

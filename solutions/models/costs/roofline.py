@@ -57,11 +57,8 @@ class StepCost:
 def num_product_weights(model: ModelConfig, tokens: int = 1) -> int:
     """Weights that take part in the matrix products of so many tokens: all but the embedding, of which a token reads a row, and
     of experts those that are chosen, each by as many tokens as any other."""
-    heads = model.num_heads * model.head_dim
-    kv_heads = model.num_kv_heads * model.head_dim
     mlp = (3 if model.hidden_act == "silu" else 2) * model.hidden_size * _mlp_width(model, tokens)
-    layer = model.hidden_size * (2 * heads + 2 * kv_heads) + mlp
-    return model.num_layers * layer + model.vocab_size * model.hidden_size
+    return model.num_layers * (model.attention_weights + mlp) + model.vocab_size * model.hidden_size
 
 
 def _mlp_width(model: ModelConfig, tokens: int) -> int:
@@ -77,7 +74,8 @@ def decode_cost(model: ModelConfig, batch: int, context: float, dtype: torch.dty
     """A step that generates one token for each of `batch` sequences of `context` tokens."""
     weights, read = num_product_weights(model), num_product_weights(model, batch)
     kv_per_token = block_bytes(model.num_layers, 1, model.num_kv_heads, model.head_dim, dtype)
-    attention = 4 * model.num_layers * model.num_heads * model.head_dim  # q·k and p·v, two operations each
+    width = model.head_dim if model.latent is None else 2 * model.head_dim  # the absorbed way: whole latents twice
+    attention = 4 * model.num_layers * model.num_heads * width  # q·k and p·v, two operations each
     tokens = round(batch * context)
     return StepCost(read * dtype.itemsize, kv_per_token * tokens, 2 * weights * batch, attention * tokens)
 
@@ -88,5 +86,6 @@ def prefill_cost(model: ModelConfig, length: int, dtype: torch.dtype = torch.bfl
     layers, read = num_product_weights(model) - head, num_product_weights(model, length)
     kv_per_token = block_bytes(model.num_layers, 1, model.num_kv_heads, model.head_dim, dtype)
     pairs = length * (length + 1) // 2
-    attention = 4 * model.num_layers * model.num_heads * model.head_dim * pairs
+    widths = 2 * model.head_dim if model.latent is None else model.latent.query_dim + model.latent.value
+    attention = 2 * model.num_layers * model.num_heads * widths * pairs
     return StepCost(read * dtype.itemsize, kv_per_token * length, 2 * (layers * length + head), attention)

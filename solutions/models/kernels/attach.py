@@ -81,7 +81,9 @@ def is_native(layer: nn.Module) -> bool:
         return isinstance(layer.rotate_, NativeRotation)
     if isinstance(layer, Linear) and not isinstance(layer, GateUpParallelLinear):
         return isinstance(layer.multiply, PackedLinear)
-    return isinstance(layer.forward, PackedLinear | NativeNorm | NativeHeadNorm | NativeExperts)
+    if isinstance(layer.forward, NativeExperts):
+        return layer.forward.is_whole
+    return isinstance(layer.forward, PackedLinear | NativeNorm | NativeHeadNorm)
 
 
 def _has_kernel(plan: Plan, quantized: GroupQuantized, rounding: str | None, dtype: torch.dtype) -> bool:

@@ -22,7 +22,8 @@ extern "C" struct Expert {
 
 // Arguments as ctypes fills them in: x, y [m, hidden], hidden a multiple of 16, logits [m, ldl], rows dense. sorted [m, k, hidden],
 // inner [m, widest], other_x and of_groups are memory, the last two as a product of m rows needs them. chosen: experts of a token out of
-// the first `count`, and `shared` more, the experts behind those; k is their sum. load [count + shared] is added to.
+// the first `count`, and `shared` more, the experts behind those; k is their sum. load [count + shared] is added to. numbers and weights
+// [m, k]: a choice that has been made already, instead of logits; or null.
 extern "C" struct Experts {
     int64_t m;
     const void *x, *logits;
@@ -30,6 +31,8 @@ extern "C" struct Experts {
     float* of_groups;
     const Expert* experts;
     int64_t* load;
+    const int64_t* numbers;
+    const float* weights;
     int64_t ldl, hidden, count, shared, chosen, renormalise, add;
 };
 
@@ -95,7 +98,12 @@ void run(const Experts& a) {
     T *sorted = static_cast<T*>(a.sorted), *y = static_cast<T*>(a.y);
     std::vector<int32_t> chosen(a.m * k);
     std::vector<float> weights(a.m * k);
-    parallel_for(a.m, ROWS, [&](int64_t t) { choose(a, static_cast<const T*>(a.logits) + t * a.ldl, &chosen[t * k], &weights[t * k]); });
+    if (a.numbers) {
+        std::copy_n(a.numbers, a.m * k, chosen.begin());
+        std::copy_n(a.weights, a.m * k, weights.begin());
+    } else {
+        parallel_for(a.m, ROWS, [&](int64_t t) { choose(a, static_cast<const T*>(a.logits) + t * a.ldl, &chosen[t * k], &weights[t * k]); });
+    }
 
     std::vector<int64_t> starts(experts + 1), next(experts), place(a.m * k);  // place: of a pair among `sorted`; -1: another rank's
     for (int32_t e : chosen) ++starts[e + 1];

@@ -32,7 +32,7 @@ class _Experts(native.Arguments):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "logits", "y", "sorted", "inner", "other_x")),
-        *((name, ctypes.c_void_p) for name in ("of_groups", "experts", "load")),
+        *((name, ctypes.c_void_p) for name in ("of_groups", "experts", "load", "numbers", "weights")),
         *((name, ctypes.c_int64) for name in ("ldl", "hidden", "count", "shared", "chosen", "renormalise", "add")),
     )
 
@@ -44,7 +44,7 @@ def packed_products(expert: GatedMLP) -> tuple[PackedLinear, PackedLinear] | Non
 
 
 class NativeExperts:
-    """`Experts.forward`.
+    """`Experts.forward`. Where a family chooses in a way of its own, that is PyTorch's, and not to be recorded.
 
     Args:
         experts: whose products are packed, see `packed_products`; hidden size a multiple of 16.
@@ -64,11 +64,17 @@ class NativeExperts:
         self._other = max((product.scratch[0] for product in self._products), default=0)
         self._groups = max((product.scratch[1] for product in self._products), default=0)
         self._kept = table, experts.load
+        self._choose = None if type(experts).choose is Experts.choose else experts.choose
         self._arguments = _Experts(
             experts=ctypes.addressof(table), load=experts.load.data_ptr(), ldl=numbers, hidden=self._hidden,
             count=mixture.count, shared=numbers - mixture.count, chosen=mixture.chosen, renormalise=mixture.renormalise,
         )  # fmt: skip
         self._kernel = native.Kernel(f"experts_{_NAMES[dtype]}", self._arguments)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the choice is made in C++, too."""
+        return self._choose is None
 
     def __call__(self, x: Tensor, logits: Tensor, add_to: Tensor | None = None) -> Tensor:
         tokens, arguments = len(x), self._arguments
@@ -79,6 +85,8 @@ class NativeExperts:
             "other_x": native.result("experts_other_x", tokens, self._other, torch.uint8),
             "of_groups": native.result("experts_of_groups", tokens, self._groups, torch.float32),
         }
+        if self._choose is not None:
+            memory["weights"], memory["numbers"] = (chosen.contiguous() for chosen in self._choose(logits))
         for name, tensor in ({"x": x, "logits": logits, "y": y} | memory).items():
             setattr(arguments, name, tensor.data_ptr())
         arguments.rows, arguments.add = tokens, add_to is not None

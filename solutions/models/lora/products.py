@@ -97,7 +97,7 @@ class AdaptedProduct:
     ) -> None:
         self.product, self.step, self.dtype = product, step, dtype
         whole = Shard(hidden_size, 0, hidden_size)
-        self.inputs = layer.inputs if isinstance(layer, RowParallelLinear) else whole
+        self.inputs = layer.inputs if isinstance(layer, ColumnParallelLinear | RowParallelLinear) else whole
         self.pieces = layer.pieces if isinstance(layer, ColumnParallelLinear) else {"": whole}
         self._weights: dict[int, Weights | None] = {}
 

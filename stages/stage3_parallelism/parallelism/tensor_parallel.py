@@ -154,7 +154,7 @@ class ColumnParallelLinear(Linear):
 
     def __init__(self, in_features: int, pieces: dict[str, Shard], bias: bool) -> None:
         super().__init__(in_features, sum(map(len, pieces.values())), bias)
-        self.pieces = pieces
+        self.inputs, self.pieces = Shard(in_features, 0, in_features), pieces
         self.shard_ids: tuple[str, ...] = tuple(pieces)
 
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
