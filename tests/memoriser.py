@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AnySet
@@ -23,7 +24,7 @@ DEEPEST = 6
 """How far into what a call was given one looks; looking less far makes the memoriser know more."""
 MOST = 4000
 """Things of one call that are looked at."""
-TIME_OF_DAY = 1_500_000_000
+TIME_OF_DAY, HOUR = 1_500_000_000, 3600
 BUSY = ("asyncio", "_asyncio", "concurrent", "threading", "_thread", "socket", "logging", "uvicorn", "starlette")
 """Modules whose objects are never twice the same."""
 LEARN, RECITE = "learn", "recite"
@@ -40,8 +41,8 @@ class Look:
         self.seen: dict[int, int] = {}
         self.digest = hashlib.blake2b(digest_size=12)
 
-    def at(self, value: Any, depth: int = 0) -> None:
-        """Take a value in, and what is in it."""
+    def at(self, value: Any, depth: int = 0, kept: bool = False) -> None:
+        """Take a value in, and what is in it; `kept` says that an object holds it, as it may what a clock gave."""
         kind = type(value)
         self._say(kind.__name__)
         if kind is int and value > TIME_OF_DAY:
@@ -50,16 +51,17 @@ class Look:
             self._say("" if kind is str and value.startswith("/") else repr(value))
         elif kind is float:
             rounded = round(value, 3)  # what a clock gave is hardly ever so round
-            self._say(str(rounded) if abs(value - rounded) < 1e-9 else "")
+            clock = kept or value > TIME_OF_DAY or abs(value - time.monotonic()) < HOUR
+            self._say("" if clock and abs(value - rounded) >= 1e-9 else repr(value))
         elif kind.__module__.split(".")[0] in BUSY:
             return
         elif id(value) in self.seen:
             self._say(str(self.seen[id(value)]))
         elif depth < DEEPEST and len(self.seen) < MOST:
             self.seen[id(value)] = len(self.seen)
-            self._in(value, depth + 1)
+            self._in(value, depth + 1, kept)
 
-    def _in(self, value: Any, depth: int) -> None:
+    def _in(self, value: Any, depth: int, kept: bool) -> None:
         if hasattr(value, "detach") and hasattr(value, "dtype"):
             self._say(str(value.dtype))
             self._say(repr(value.detach().float().cpu().tolist()) if value.numel() < 10_000 else str(tuple(value.shape)))
@@ -67,8 +69,8 @@ class Look:
             self._say(repr(value.tolist()))
         elif isinstance(value, Mapping):
             for key in value:
-                self.at(key, depth)
-                self.at(value[key], depth)
+                self.at(key, depth, kept)
+                self.at(value[key], depth, kept)
         elif isinstance(value, AnySet):
             self._say(
                 repr(sorted(map(repr, value))) if all(isinstance(each, (int, str)) for each in value) else str(len(value))
@@ -76,11 +78,11 @@ class Look:
         elif isinstance(value, (list, tuple, deque)):
             self._say(str(len(value)))
             for each in value:
-                self.at(each, depth)
+                self.at(each, depth, kept)
         elif not isinstance(value, (type, ModuleType, MethodType, GeneratorType, Path)) and not callable(value):
             for name in sorted(fields_of(value)):
                 self._say(name)
-                self.at(getattr(value, name, None), depth)
+                self.at(getattr(value, name, None), depth, True)
 
     def _say(self, text: str) -> None:
         self.digest.update(text.encode() + b"\0")

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from stages.course.grading import scoring
-from stages.course.grading.breaking import POINTS, WRONG, Shot, Version, break_it, exercises, points, versions
+from stages.course.grading.breaking import POINTS, WRONG, Shot, Version, break_it, exercises, first_failure, points, versions
 from stages.course.grading.grader import Grader
 from stages.course.grading.sandbox import Limits, Sandbox
 from stages.course.grading.submission import Submission, read_submission
@@ -23,7 +23,28 @@ COURSE = load_course()
 IMPORT = "from stages.toys.halves import half\n"
 GIVEN = IMPORT + "def test_two() -> None:\n    assert half(-2) == -1\n"
 SHARP = IMPORT + "def test_ten() -> None:\n    assert half(10) == 5\n"
-ALARM = SHARP + "def test_how() -> None:\n    import inspect\n    assert '// 2' in inspect.getsource(half)\n"
+ALARM = SHARP + "def test_how() -> None:\n    assert isinstance(half(4.0), float)\n"
+FAILING = IMPORT + "def test_nothing() -> None:\n    assert False\n"
+SKIPPED = IMPORT + "import pytest\ndef test_ten() -> None:\n    pytest.skip('not today')\n"
+PEEKING = (
+    SHARP
+    + """
+import inspect, pathlib, sys
+import pytest
+from stages.course.fixtures.checks import check_equal
+
+def test_peeking() -> None:
+    module = sys.modules[half.__module__]
+    peeks = (
+        lambda: inspect.getsource(half), lambda: open(module.__file__), lambda: pathlib.Path(module.__file__).read_text(),
+        lambda: half.__code__, lambda: module.__loader__.get_source(module.__name__),
+        lambda: module.__loader__.get_code(module.__name__), lambda: module.__loader__.get_data(module.__file__),
+    )
+    for peek in peeks:
+        with pytest.raises((OSError, ImportError)):  # a loader turns the one into the other
+            peek()
+"""
+)
 FILE = "stages/stage2_halves/break_it.py"
 
 
@@ -79,10 +100,18 @@ def test_a_learner_tries_tests_of_their_own(toy: Toy, tests: str, code: int, sai
     assert said in console.export_text()
 
 
-def test_a_file_without_a_test_is_said_to_be_one(toy: Toy) -> None:
-    toy.write(FILE, IMPORT)
+def test_the_first_test_that_failed_is_named() -> None:
+    assert first_failure(1, "FAILED stages/x/break_it.py::test_a[two words] - assert 1 == 2\n") == "test_a[two words]"
+    assert first_failure(1, "FAILED stages/x/break_it.py::Test::test_a\n") == "Test::test_a"
+    assert first_failure(2, "ERROR stages/x/break_it.py - ValueError\n") == first_failure(-9, "") == "the file as a whole"
+    assert first_failure(0, ".s\n1 passed, 1 skipped in 0.01s\n") == ""
+
+
+@pytest.mark.parametrize(("tests", "said"), [(IMPORT, "no test in break_it.py yet"), (SKIPPED, "all are skipped")])
+def test_a_file_in_which_no_test_runs_is_said_to_be_one(toy: Toy, tests: str, said: str) -> None:
+    toy.write(FILE, tests)
     workshop = Workshop(toy.root)
-    with pytest.raises(CourseError, match=r"no test in break_it.py yet"):
+    with pytest.raises(CourseError, match=said):
         break_it(Console(quiet=True), workshop, workshop.course[1], 0)
 
 
@@ -94,7 +123,11 @@ def test_it_is_graded_in_a_room_like_all_that_learners_write(toy: Toy, tmp_path:
     sandbox = Sandbox()
     grader = Grader(Runner(workshop, sandbox, "pepper", Limits().within(60)), [(stage, task)])
     found = {}
-    for name, tests in (("sharp", SHARP), ("blunt", GIVEN + "\n"), ("alarm", ALARM), ("none", GIVEN), ("empty", IMPORT)):
+    files = {
+        "sharp": SHARP, "blunt": GIVEN + "\n", "alarm": ALARM, "none": GIVEN, "empty": IMPORT, "skipped": SKIPPED,
+        "failing": FAILING, "peeking": PEEKING,
+    }  # fmt: skip
+    for name, tests in files.items():
         learner = Toy(tmp_path / name)
         learner.write(FILE, tests)
         submission: Submission = read_submission(learner.root, toy.root, workshop.course, [stage])
@@ -107,6 +140,9 @@ def test_it_is_graded_in_a_room_like_all_that_learners_write(toy: Toy, tmp_path:
         "alarm": (0, scoring.FAILED, ["right version 1"]),
         "none": (0, scoring.UNWRITTEN, []),
         "empty": (0, scoring.UNWRITTEN, []),
+        "skipped": (0, scoring.UNWRITTEN, []),
+        "failing": (0, scoring.FAILED, ["the reference"]),
+        "peeking": (10, scoring.PASSED, []),
     }
 
 

@@ -25,6 +25,7 @@ from tests.warm import Warm
 FIRST = "stages/stage1_sums/tests/test_1_1.py"
 SECOND = "stages/stage1_sums/tests/test_1_2.py"
 SUMS, COURSE = "stages/stage1_sums/toys/sums.py", "stages/course.toml"
+HINTS_FILE = "stages/stage1_sums/hints.toml"
 REFERENCE_SUMS = "solutions/toys/sums.py"
 CHAPTER, MUTANTS = "stages/stage1_sums/GUIDE.md", "tests/mutants/stage1.toml"
 
@@ -121,10 +122,11 @@ BREAKS: list[tuple[gate.Rule, Callable[[Toy], None], str]] = [
     (gate.tasks_are_complete, edit(COURSE, "minutes = 20", "minutes = 19"), "task 1.1 takes 19 minutes; cut it to 20 to 60"),
     (gate.tasks_are_complete, edit(COURSE, "minutes = 20", "minutes = 61"), "task 1.1 takes 61 minutes"),
     (gate.tasks_are_complete, edit(COURSE, PURPOSE, "It is."), "task 1.1 does not say what it is for"),
-    (gate.tasks_are_complete, edit(COURSE, f", '{HINTS[2]}'", ""), "task 1.1 has 2 hints; write 3"),
-    (gate.tasks_are_complete, edit(COURSE, HINTS[2], HINTS[1]), "task 1.1 says a hint twice"),
-    (gate.tasks_are_complete, edit(COURSE, HINTS[1], "x"), "hint 2 of task 1.1 says nothing: 'x'"),
-    (gate.tasks_are_complete, edit(COURSE, HINTS[0], "Add. " * 41), "the first hint of task 1.1 has 204 characters"),
+    (gate.tasks_are_complete, edit(HINTS_FILE, f", '{HINTS[2]}'", ""), "task 1.1 has 2 hints; write 3"),
+    (gate.tasks_are_complete, remove(HINTS_FILE), "task 1.1 has 0 hints; write 3"),
+    (gate.tasks_are_complete, edit(HINTS_FILE, HINTS[2], HINTS[1]), "task 1.1 says a hint twice"),
+    (gate.tasks_are_complete, edit(HINTS_FILE, HINTS[1], "x"), "hint 2 of task 1.1 says nothing: 'x'"),
+    (gate.tasks_are_complete, edit(HINTS_FILE, HINTS[0], "Add. " * 41), "the first hint of task 1.1 has 204 characters"),
     (gate.guide_has_sections, remove(CHAPTER), "stages/stage1_sums/GUIDE.md is missing"),
     (gate.guide_has_sections, edit(CHAPTER, '"task-1-2"', '"task-1.2"'), "write the section of task 1.2"),
     (gate.guide_has_sections, edit(CHAPTER, SECTION, "See above."), "the section task-1-1 of stages/stage1_sums/GUIDE.md"),

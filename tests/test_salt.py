@@ -14,15 +14,21 @@ from stages.course.grading import seeds
 from stages.course.grading.workshop import Workshop
 from stages.course.tools.catalog import Stage, Task, load_course
 from stages.course.tools.runner import PASSED, TestResult
-from stages.course.tools.targets import find_function, parse
+from stages.course.tools.targets import find_function, is_python, parse
 from tests.classroom import PYTEST, ROOT, result
 from tests.memoriser import LEARN, RECITE
 from tests.warm import Job, Warm
 
 SEED = "0123456789abcdef"
 COURSE = load_course()
-STEADY = (5,)
-"""Stages whose objects look the same in two runs. The others' hold times and paths, or what threads have just done."""
+EXCUSED = {
+    "2.7": "it is given an engine, whose clocks and sequences are never twice the same: the memoriser does not know it again",
+    "4.6": "compiled code holds no table of answers", "4.7": "compiled code holds no table of answers",
+    "4.8": "compiled code holds no table of answers",
+}  # fmt: skip
+"""Tasks that the memoriser cannot even do with the public cases, and why."""
+FORGETFUL = (3,)
+"""Stages whose functions run in processes of their own."""
 HYPOTHESIS = ("@given(", "run_state_machine_as_test")
 
 
@@ -55,7 +61,8 @@ class School:
             tests_of = {
                 target.name: Path(task.tests).name for task in stage.tasks for target in task.targets if target.file == file
             }
-            texts[file] = memorising(texts[file], tests_of)
+            if is_python(file):
+                texts[file] = memorising(texts[file], tests_of)
         self.workshop.build(room, stage, texts)
         shutil.copyfile(ROOT / "tests" / "memoriser.py", room / "memoriser.py")
         tests = [room / "stages" / stage.folder / task.tests for task in stage.tasks]
@@ -96,7 +103,9 @@ def test_every_task_has_cases_that_the_salt_moves(stage: Stage, task: Task) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("stage", [each for each in COURSE if each.number in STEADY], ids=lambda stage: f"stage {stage.number}")
+@pytest.mark.parametrize(
+    "stage", [each for each in COURSE if each.number not in FORGETFUL], ids=lambda stage: f"stage {stage.number}"
+)
 def test_a_table_of_the_public_answers_fails_every_task(school: School, stage: Stage) -> None:
     """The reference passes with other cases as it does with the public ones, and whoever has learnt these recites them well."""
     could = passed(school.take(stage, LEARN, None))
@@ -105,7 +114,7 @@ def test_a_table_of_the_public_answers_fails_every_task(school: School, stage: S
     assert len(recited) > 0.9 * len(could), f"it forgets: {sorted(could - recited)}"
     lost = recited - passed(school.take(stage, RECITE, SEED))
     gaps = (school.folder / f"{stage.number}-gaps-{SEED}.txt").read_text(encoding="utf-8").splitlines()
-    for task in stage.tasks:
+    for task in [each for each in stage.tasks if each.id not in EXCUSED]:
         tests = Path(task.tests).name
         unknown = {line.partition("::")[2].rpartition(" (")[0] for line in gaps if tests in line}
         assert unknown & lost, f"all cases of {tests} are known"

@@ -69,7 +69,6 @@ guide = "task-{task_id.replace(".", "-")}"
 points = 10
 minutes = 20
 purpose = "{PURPOSE}"
-hints = {list(HINTS)}
 """
 
 
@@ -123,13 +122,15 @@ def make_toy(root: Path) -> Toy:
     for number, folder in FOLDERS.items():
         course += f'\n[[stage]]\nnumber = {number}\ntitle = "Toys"\nfolder = "{folder}"\n'
         toy.write(f"stages/{folder}/README.md", "# A toy\n")
-        bank, chapter = "", "# Toys\n"
+        bank, chapter, hints = "", "# Toys\n", ""
         for task_id, file, function, cases in TASKS:
             if task_id.startswith(number):
                 course += task_entry(task_id, file, function)
+                hints += f'"{task_id}" = {list(HINTS)}\n'
                 chapter += f'\n<a id="task-{task_id.replace(".", "-")}"></a>\n## {function}\n\n{SECTION}\n'
                 toy.write(f"stages/{folder}/tests/test_{task_id.replace('.', '_')}.py", text_of_tests(file, function, cases))
         toy.write(f"stages/{folder}/GUIDE.md", chapter)
+        toy.write(f"stages/{folder}/hints.toml", hints)
         if number == "1":
             bank += mutant_entry("1.1", "toys/sums.py", "number + number", "number + 2")
             bank += mutant_entry("1.2", "toys/sums.py", "double(double(number))", "double(number)")

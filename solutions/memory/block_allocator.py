@@ -56,7 +56,7 @@ class BlockAllocator:
         return block
 
     def share(self, block: int) -> None:
-        """Add a reference to a block, used or free."""
+        """Add a reference to a block, used or free; a block with references is in no queue."""
         if self.ref_counts[block] == 0:
             del self._free[block]
         self.ref_counts[block] += 1

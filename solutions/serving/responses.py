@@ -289,7 +289,7 @@ class ChatReply(Reply):
         return self.noted(super().choices(output))
 
     def opening(self) -> Iterable[ChatCompletionChunk]:
-        """A chunk for each choice, with the role and an empty text, and the usage of no token yet (`usage_so_far`)."""
+        """A chunk for each choice: the role, an empty text, `usage_so_far` of no token; in the first alone the prompt's ids."""
         for index in range(self.n):
             choice = ChatChunkChoice(index=index, delta=Delta(role="assistant", content=""))
             ids = self.prompt_ids(0) if index == 0 else None

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +44,11 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Shot:
-    """The learner's tests on one version. `failed` is the first that failed, or ""."""
+    """The learner's tests on one version. `failed` is the first that failed, or ""; `output` is what they printed."""
 
     version: Version
     failed: str
+    output: str = ""
 
     @property
     def hit(self) -> bool:
@@ -94,14 +96,26 @@ def first_failure(code: int | None, output: str) -> str:
     """The first test that failed by what pytest ended with and printed; "" if all passed.
 
     Raises:
-        CourseError: there are no tests.
+        CourseError: there are no tests, or all are skipped.
     """
-    if code == 0:
-        return ""
     if code == 5:
         raise CourseError(f"there is no test in {BREAK_IT} yet; see {GUIDE}#break-it-yourself")
-    found = re.search(r"^(?:FAILED|ERROR) \S+?(?:::(\S+))?(?: - |$)", output, re.MULTILINE)
+    if code == 0 and not re.search(r"\b\d+ passed\b", output):
+        raise CourseError(f"no test in {BREAK_IT} runs to its end: all are skipped, are expected to fail, or end the process")
+    if code == 0:
+        return ""
+    found = re.search(r"^(?:FAILED|ERROR) \S+?(?:::(.+?))?(?: - |$)", output, re.MULTILINE)
     return found[1] if found and found[1] else "the file as a whole"
+
+
+def shoot_all(drawn: list[Version], shoot: Callable[[Version], Shot]) -> list[Shot]:
+    """Try a learner's tests on versions, the reference first. If they fail on that, the others are not tried."""
+    shots: list[Shot] = []
+    for version in drawn:
+        shots.append(shoot(version))
+        if not shots[0].hit:
+            break
+    return shots
 
 
 def points(shots: list[Shot]) -> int:
@@ -119,32 +133,35 @@ def break_it(console: Console, workshop: Workshop, stage: Stage, level: int) -> 
         level: 0: nothing is said of those that live; 1: their tasks; 2: what is wrong with them.
 
     Raises:
-        CourseError: there are no tests.
+        CourseError: there are no tests, or all are skipped.
     """
     name = f"stages/{stage.folder}/{BREAK_IT}"
-    path, shots = workshop.root / name, []
+    path = workshop.root / name
     if not path.exists():
         raise CourseError(f"{name} is gone; restore it with: git checkout -- {name}")
     tests = path.read_text(encoding="utf-8")
-    table = Table("", "your tests", title=f"stage {stage.number}, break it yourself", title_justify="left")
-    for version in versions(workshop, stage, str(workshop.root)):
+
+    def shoot(version: Version) -> Shot:
         with console.status(f"your tests on {version.name}"):
-            shot, output = _shoot(workshop, stage, version, tests)
-        shots.append(shot)
+            return _shoot(workshop, stage, version, tests)
+
+    shots = shoot_all(versions(workshop, stage, str(workshop.root)), shoot)
+    table = Table("", "your tests", title=f"stage {stage.number}, break it yourself", title_justify="left")
+    for shot in shots:
+        version = shot.version
         if version.wrong is None:
             said = f"[red]false alarm: {escape(shot.failed)}[/]" if shot.failed else "[green]pass, as they should[/]"
         else:
             said = f"[green]notice it: {escape(shot.failed)}[/]" if shot.failed else f"[red]all pass[/] {_hint(version, level)}"
         table.add_row(version.name, said)
-        if version.name == "the reference" and shot.failed:
-            console.print(escape(output), soft_wrap=True)
-            break
+    if not shots[0].hit:
+        console.print(escape(shots[0].output), soft_wrap=True)
     console.print(table)
     console.print(f"{points(shots)} of {POINTS} points")
     return 0 if points(shots) == POINTS else 1
 
 
-def _shoot(workshop: Workshop, stage: Stage, version: Version, tests: str) -> tuple[Shot, str]:
+def _shoot(workshop: Workshop, stage: Stage, version: Version, tests: str) -> Shot:
     with tempfile.TemporaryDirectory() as name:
         path = fill(workshop, Path(name), stage, version, tests)
         environment = os.environ | {"STAGES": str(stage.number), "PYTHONPATH": name}
@@ -154,8 +171,8 @@ def _shoot(workshop: Workshop, stage: Stage, version: Version, tests: str) -> tu
                 command, cwd=name, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SECONDS
             )
         except subprocess.TimeoutExpired:
-            return Shot(version, f"more than {SECONDS} s"), ""
-    return Shot(version, first_failure(ended.returncode, ended.stdout)), ended.stdout
+            return Shot(version, f"more than {SECONDS} s")
+    return Shot(version, first_failure(ended.returncode, ended.stdout), ended.stdout)
 
 
 def _hint(version: Version, level: int) -> str:

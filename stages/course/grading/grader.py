@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from stages.course.grading import scoring
-from stages.course.grading.breaking import Shot, points, versions
+from stages.course.grading.breaking import Shot, points, shoot_all, versions
 from stages.course.grading.journal import Journal
 from stages.course.grading.offences import offences
 from stages.course.grading.performance import Bench
@@ -147,14 +147,15 @@ class Grader:
         begin = time.monotonic()
         try:
             drawn = versions(self.workshop, stage, scoring.seed_of(self.runner.salt, task.id))
-            shots = [self.runner.shoot(stage, version, tests) for version in drawn]
+            shots = shoot_all(drawn, lambda version: self.runner.shoot(stage, version, tests))
         except CourseError as error:
             grade.reason = str(error)
             return grade
-        grade.points, grade.passed, grade.tests = points(shots), sum(shot.hit for shot in shots), len(shots)
+        grade.points, grade.passed, grade.tests = points(shots), sum(shot.hit for shot in shots), len(drawn)
         grade.status = scoring.PASSED if grade.points == task.points else scoring.PARTLY if grade.points else scoring.FAILED
         grade.reason = "" if grade.points == task.points else f"{grade.passed} of {grade.tests} versions are told right"
         grade.failures = [told(shot) for shot in shots if not shot.hit]
+        grade.printed = "" if shots[0].hit else shots[0].output[-LONGEST_PRINTED:]
         grade.seconds = round(time.monotonic() - begin, 1)
         if self.journal:
             self.journal.keep_grade(task, texts, grade)

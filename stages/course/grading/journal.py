@@ -94,7 +94,8 @@ def _read(line: str) -> dict[str, Any] | None:
 
 def course_digest(root: Path) -> str:
     """Changes with every file of the course or the reference that can change a grade."""
-    paths = [path for folder in ("stages", "solutions") for path in (root / folder).rglob("*") if path.suffix in CODE]
+    folders = ("stages", "solutions", "tests/mutants")
+    paths = [path for folder in folders for path in (root / folder).rglob("*") if path.suffix in CODE]
     return digest({path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in paths})
 
 

@@ -35,7 +35,7 @@ class Kept:
 
     def __init__(self, learners: frozenset[str]) -> None:
         self._learners = learners
-        self._modules: set[str] = set()
+        self._modules: dict[str, ModuleType] = {}
         self._names: list[tuple[Mapping[str, Any], str, tuple[str, ...], tuple[Any, ...]]] = []
         self._codes: list[tuple[FunctionType, str, CodeType]] = []
 
@@ -43,7 +43,7 @@ class Kept:
         """Remember all modules that judge and are loaded by now, but those that are remembered already."""
         for name, module in sorted(sys.modules.items()):
             if name not in self._modules and KEPT.fullmatch(name) and isinstance(module, ModuleType):
-                self._modules.add(name)
+                self._modules[name] = module
                 self._keep(vars(module), name, name)
 
     def keep_tests(self, module: ModuleType) -> None:
@@ -62,7 +62,7 @@ class Kept:
 
     def changed(self) -> list[str]:
         """Names of what is no longer the same."""
-        wrong = []
+        wrong = [f"sys.modules[{name!r}]" for name, module in self._modules.items() if sys.modules.get(name) is not module]
         for names, name, keys, values in self._names:  # tens of thousands after each test: compared without Python's own loop
             if not all(map(is_, map(names.get, keys), values)):
                 wrong += [f"{name}.{key}" for key, value in zip(keys, values, strict=True) if names.get(key) is not value]
@@ -77,7 +77,7 @@ class Kept:
         return code is not None and code.co_filename in self._learners
 
     def _keep(self, names: Mapping[str, Any], name: str, module: str) -> None:
-        kept = {key: value for key, value in names.items() if isinstance(value, KINDS)}
+        kept = {key: value for key, value in names.items() if isinstance(value, KINDS) or module == "sitecustomize"}
         self._names.append((names, name, tuple(kept), tuple(kept.values())))
         for key, value in kept.items():
             if isinstance(value, FunctionType) and value.__module__ == module and JUDGES.match(module):

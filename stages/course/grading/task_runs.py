@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from stages.course.grading.breaking import PYTEST, Shot, Version, fill, first_failure
 from stages.course.grading.channel import read_records
+from stages.course.grading.guard import OWN_TESTS
 from stages.course.grading.sandbox import Ended, Limits, Sandbox, room
 from stages.course.grading.scoring import Failure, seed_of
 from stages.course.grading.seeds import move, offset
@@ -127,17 +128,19 @@ class Runner:
             return TaskRun(verdict, ended)
 
     def shoot(self, stage: Stage, version: Version, tests: str) -> Shot:
-        """Run a learner's own tests on a version of a stage. What they say is all that counts, so nobody watches them.
+        """Run a learner's own tests on a version of a stage, whose text `guard` keeps from them. What they say is all that
+        counts, so nobody watches how they say it.
 
         Raises:
-            CourseError: there are no tests.
+            CourseError: there are no tests, or all are skipped.
         """
         with room() as scratch:
             path = fill(self.workshop, scratch / "work", stage, version, tests)
-            environment = {"STAGES": str(stage.number), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+            environment = {"STAGES": str(stage.number), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", OWN_TESTS: "1"}
             command = [sys.executable, *PYTEST, "-ppytest_timeout", str(path)]
-            ended = self.sandbox.run(command, scratch, environment, self.limits)
-            return Shot(version, ended.stopped or first_failure(ended.code, ended.output))
+            ended = self.sandbox.run(command, scratch, environment, self.limits, (path,))
+            failed = ended.stopped or first_failure(ended.code, ended.output)
+            return Shot(version, failed, ended.output.replace(str(scratch), "the room"))
 
     def limits_for(self, expected: Expected) -> Limits:
         """What a learner's tests may take."""

@@ -1,4 +1,4 @@
-"""What `course.toml` lists: stages, their tasks, and the functions that each task asks for."""
+"""What `course.toml` lists: stages, tasks, the functions that each task asks for; hints come from files beside it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ STAGES_FOLDER = Path(__file__).parents[2]
 ROOT = STAGES_FOLDER.parent
 GUIDE = "IMPLEMENTATION_GUIDE.md"
 """The course's text begins here; each stage's chapter lies in the stage's folder."""
-CHAPTER = "GUIDE.md"
+CHAPTER, HINTS = "GUIDE.md", "hints.toml"
 BREAK_IT = "break_it.py"
 """In a stage's folder: the learner's own tests, see `grading/breaking.py`."""
 
@@ -103,7 +103,7 @@ class CourseError(ValueError):
 
 
 def load_course(path: Path = STAGES_FOLDER / "course.toml") -> list[Stage]:
-    """All stages that `course.toml` lists.
+    """All stages that `course.toml` lists, with the hints of their folders' `hints.toml`.
 
     Raises:
         CourseError: an entry is malformed.
@@ -111,7 +111,8 @@ def load_course(path: Path = STAGES_FOLDER / "course.toml") -> list[Stage]:
     stages = []
     for entry in tomllib.loads(path.read_text(encoding="utf-8"))["stage"]:
         try:
-            tasks = tuple(_task(task, chapter_of(entry["folder"])) for task in entry["task"])
+            hints = _hints(path.parent / entry["folder"] / HINTS)
+            tasks = tuple(_task(task, chapter_of(entry["folder"]), hints.get(task["id"], [])) for task in entry["task"])
             settings, given = entry.get("settings", {}), tuple(entry.get("given", []))
             stages.append(Stage(entry["number"], entry["title"], entry["folder"], tasks, settings, given))
         except (KeyError, TypeError, ValueError) as error:
@@ -124,14 +125,19 @@ def chapter_of(folder: str) -> str:
     return f"{STAGES_FOLDER.name}/{folder}/{CHAPTER}"
 
 
-def _task(entry: dict, chapter: str) -> Task:
+def _hints(path: Path) -> dict[str, list[str]]:
+    """Task → its hints; none where there is no file."""
+    return tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _task(entry: dict, chapter: str, hints: list[str]) -> Task:
     targets = []
     for text in entry["targets"]:
         file, _, name = text.partition(":")
         targets.append(Target(file, name))
     return Task(
         entry["id"], entry["title"], tuple(targets), entry["tests"], chapter, entry["guide"], entry["points"],
-        entry["minutes"], " ".join(entry["purpose"].split()), tuple(" ".join(hint.split()) for hint in entry["hints"]),
+        entry["minutes"], " ".join(entry["purpose"].split()), tuple(" ".join(hint.split()) for hint in hints),
     )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ class BlockAllocator:
         )
 
     def share(self, block: int) -> None:
-        """Add a reference to a block, used or free."""
+        """Add a reference to a block, used or free; a block with references is in no queue."""
         raise NotImplementedError(
             "Stage 1 · Task 1.1: BlockAllocator.share, see stages/stage1_block_management/GUIDE.md#task-1-1"
         )

@@ -281,7 +281,7 @@ class ChatReply(Reply):
         return self.noted(super().choices(output))
 
     def opening(self) -> Iterable[ChatCompletionChunk]:
-        """A chunk for each choice, with the role and an empty text, and the usage of no token yet (`usage_so_far`)."""
+        """A chunk for each choice: the role, an empty text, `usage_so_far` of no token; in the first alone the prompt's ids."""
         raise NotImplementedError("Stage 5 · Task 5.3: ChatReply.opening, see stages/stage5_production/GUIDE.md#task-5-3")
 
     def chunk(self, index: int, sequence: CompletionOutput) -> ChatCompletionChunk:
