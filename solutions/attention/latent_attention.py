@@ -95,7 +95,7 @@ class LatentBackend(TorchBackend):
         value_scales: Tensor | None, soft_cap: float | None,
     ) -> Tensor:  # fmt: skip
         """The outputs of one group, [S * Q, H, 2·D] float32; both halves of a vector are read once for scores and sums."""
-        assert key_scales is value_scales is soft_cap is None  # `startup.check_settings` sees to it
+        assert (key_scales, value_scales, soft_cap) == (None, None, None)  # `startup.check_settings` sees to it
         size, _, length = group.rows.shape
         heads, dim = query.shape[1:]
         queries = group.mask.shape[2]
