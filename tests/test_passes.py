@@ -30,8 +30,12 @@ LAYERS = ("parallelism/linear.py", "parallelism/quantized_linear.py", "paralleli
 
 
 def is_kernel(file: str) -> bool:
-    """Whether a file is kernels, a pass that puts them in place, a recording, or a backend of attention."""
-    is_backend = file.startswith("attention/") and file != "attention/paged_attention.py"
+    """Whether a file is kernels, a pass that puts them in place, a recording, or a backend of attention.
+
+    What latents are attended with is the interface, too: there is one way to do it, in plain PyTorch.
+    """
+    interfaces = ("attention/paged_attention.py", "attention/latent_attention.py")
+    is_backend = file.startswith("attention/") and file not in interfaces
     return "kernels/" in file or is_backend or file in ("core/capture.py", "core/platform/native.py")
 
 

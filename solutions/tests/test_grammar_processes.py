@@ -27,7 +27,7 @@ from solutions.benchmarks.servers import running_server
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLMEngine
 from solutions.core.input import InputProcessor
-from solutions.core.structured import grammar_processes, grammar_queue
+from solutions.core.structured import grammar_processes, grammar_queue, trial_process
 from solutions.core.structured.grammar_processes import GrammarProcesses
 from solutions.core.structured.grammar_queue import CompilingStoppedError, FairQueue, Job
 from solutions.core.structured.structured_output import GrammarCompiler
@@ -396,7 +396,7 @@ def test_the_process_may_start_before_the_first_form(monkeypatch: pytest.MonkeyP
     assert processes._process._process is process
     processes.close()
     processes.start()  # changes nothing any more
-    monkeypatch.setattr(grammar_processes, "STOP_SECONDS", PATIENCE)
+    monkeypatch.setattr(trial_process, "STOP_SECONDS", PATIENCE)
     unwanted = new_processes()
     unwanted.start()
     until(lambda: unwanted._process._process is not None, PATIENCE)
