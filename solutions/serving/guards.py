@@ -34,17 +34,36 @@ logger = logging.getLogger(__name__)
 OPEN_PATHS = ("/health", "/ping", "/ready", "/")
 """Paths that need no key: load balancers have none, and a browser must load the page that asks for one."""
 OPEN_FOLDER = "/page/"
+MESSAGES_PATH = "/v1/messages"
+MESSAGES_ERRORS = {413: "request_too_large", 500: "api_error", 503: "overloaded_error"}
+"""What Anthropic's Messages API calls errors for which OpenAI has other words, by their status."""
 RETRY_AFTER_SECONDS = 1
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 """What a client may call its request; anything else is replaced."""
 API_KEY_VARIABLE = "BYOV_API_KEY"
 
 
+class ErrorResponse(JSONResponse):
+    """An error in OpenAI's form. Under Anthropic's paths it has what their clients look for besides."""
+
+    def __init__(self, content: dict[str, Any], status: int, headers: Any) -> None:
+        super().__init__(content, status, headers=headers)
+        self._content, self._given = content, headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not scope["path"].startswith(MESSAGES_PATH):
+            await super().__call__(scope, receive, send)
+            return
+        error = self._content["error"]
+        content = {"type": "error", "error": error | {"type": MESSAGES_ERRORS.get(self.status_code, error["type"])}}
+        await JSONResponse(content, self.status_code, headers=self._given)(scope, receive, send)
+
+
 def error_response(
     message: str, status: int, param: str | None = None, headers: Any = None, code: str | None = None
 ) -> JSONResponse:
-    """An OpenAI error body."""
-    return JSONResponse(error_body(message, status, param, code).model_dump(), status, headers=headers)
+    """An error body."""
+    return ErrorResponse(error_body(message, status, param, code).model_dump(), status, headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:

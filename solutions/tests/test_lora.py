@@ -394,6 +394,28 @@ def test_tensors_that_do_not_fit_are_refused(
     assert any(word in message for word in said.split("|")), message
 
 
+@pytest.mark.parametrize(
+    ("name", "layer", "said"),
+    [
+        ("mixtral", "block_sparse_moe.experts.0.w1", "experts.0.gate_up_proj"), ("mixtral", "block_sparse_moe.gate", "mlp.gate"),
+        pytest.param("qwen3_moe", "mlp.experts.1.down_proj", "experts.1.down_proj", marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", "mlp.shared_expert.up_proj", "gate_up_proj", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_experts_and_what_routes_to_them_are_refused(name: str, layer: str, said: str, tmp_path: Path) -> None:
+    from solutions.models.loader import load_model, resolve_model
+    from solutions.models.lora.attach import ModelAdapters
+
+    make_tiny(name, tmp_path / "model")
+    model = load_model(resolve_model(str(tmp_path / "model")), torch.float32, torch.device("cpu"), progress=False)
+    stem = f"base_model.model.model.layers.1.{layer}.lora_"
+    tensors = {stem + "A.weight": torch.ones(4, 192), stem + "B.weight": torch.ones(192, 4)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ModelError, match=rf"the adapter changes .*{said}, .* experts not among them"):
+        ModelAdapters(model, 192, num_slots=2, max_rank=8).read(tmp_path)
+
+
 def test_files_that_are_missing_or_damaged_are_named(family: Callable[[str], Family], tmp_path: Path) -> None:
     model = family("llama")
     assert "File name too long" in refused(model, tmp_path / ("x" * 300))

@@ -339,6 +339,30 @@ def test_errors_name_the_fields_of_the_api_that_was_asked(route: str, change: di
     assert "messages[" not in error["message"]
 
 
+def test_errors_of_messages_are_anthropic_s() -> None:
+    asked: dict[str, Any] = {"model": "fake", "max_tokens": 3, "messages": [{"role": "user", "content": "x"}]}
+    with serve(FakeEngine(fail_at=1), ["key"], max_body_bytes=1000) as url:
+        kinds = []
+        for key, change in (
+            ("wrong", {}), ("key", {"max_tokens": 0}), ("key", {"model": "no"}), ("key", {"system": "x" * 2000}),
+            ("key", {"messages": []}), ("key", {}), ("key", {}),
+        ):  # fmt: skip
+            answer = httpx.post(f"{url}/v1/messages", json=asked | change, headers={"x-api-key": key})
+            assert int(answer.headers["content-length"]) == len(answer.content)
+            if answer.status_code == 200:
+                continue
+            body = answer.json()
+            assert (body["type"], answer.status_code >= 400) == ("error", True)
+            assert "x-request-id" in answer.headers
+            kinds.append((answer.status_code, body["error"]["type"]))
+        other = httpx.post(f"{url}/v1/responses", json={}, headers={"x-api-key": "wrong"}).json()
+        assert other.keys() == {"error"}
+    assert kinds == [
+        (401, "authentication_error"), (400, "invalid_request_error"), (404, "not_found_error"), (413, "request_too_large"),
+        (400, "invalid_request_error"), (503, "overloaded_error"), (503, "overloaded_error"),
+    ]  # fmt: skip
+
+
 def test_what_clients_send_besides_changes_nothing() -> None:
     tool = {"name": "f", "input_schema": {"type": "object"}, "cache_control": {"type": "ephemeral"}}
     with serve(FakeEngine()) as url:
