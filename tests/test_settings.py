@@ -45,8 +45,6 @@ ACCEPTED = {
     ("JsonSchema", "description"): "tells a model what the form is for; ours follows it anyway",
     ("JsonSchema", "strict"): "an answer follows the schema always",
     ("ResponseFormat", "type"): "is compared by its name, as the other forms have none",
-    ("ResponseFormat", "json_schema"): "is read once `form` knows which of the forms it is",
-    ("ResponseFormat", "schema_"): "likewise",
     ("Recipe", "method"): "a part of the result's identity, which is made of all fields",
 }
 """What nobody reads by its attribute, and why that is right."""

@@ -58,6 +58,11 @@ class ResponseFormat(Request):
     triggers: list[Any] | None = None
 
     @property
+    def json_form(self) -> dict[str, Any] | None:
+        """The schema that it asks for."""
+        return self.schema_ if self.json_schema is None else self.json_schema.schema_
+
+    @property
     def tag(self) -> dict[str, Any]:
         """What it says of a structural tag."""
         parts = {"format": self.format, "structures": self.structures, "triggers": self.triggers}
@@ -148,7 +153,7 @@ def form_of(asked: dict[str, Any], space: str | None = None) -> tuple[str, Struc
         raise RequestError(f"{names[1]} cannot be combined with {names[0]}", names[1])
     name, value = names[0], asked[names[0]]
     if isinstance(value, ResponseFormat):
-        schema = value.schema_ if value.json_schema is None else value.json_schema.schema_
+        schema = value.json_form
         kind, value = (value.type, value.tag) if schema is None else ("json", schema)
     elif isinstance(value, StructuredOutputs):
         space = value.whitespace_pattern

@@ -397,7 +397,8 @@ def test_tensors_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("name", "layer", "said"),
     [
-        ("mixtral", "block_sparse_moe.experts.0.w1", "experts.0.gate_up_proj"), ("mixtral", "block_sparse_moe.gate", "mlp.gate"),
+        ("mixtral", "block_sparse_moe.experts.0.w1", "experts.0.gate_up_proj"),
+        ("mixtral", "block_sparse_moe.gate", "mlp.gate"),
         pytest.param("qwen3_moe", "mlp.experts.1.down_proj", "experts.1.down_proj", marks=pytest.mark.slow),
         pytest.param("qwen2_moe", "mlp.shared_expert.up_proj", "gate_up_proj", marks=pytest.mark.slow),
     ],
