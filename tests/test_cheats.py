@@ -113,3 +113,4 @@ def test_a_cheat_that_hides_is_named(toys: Course, name: str) -> None:
 def test_the_right_answer_has_all_points(toys: Course) -> None:
     grade = toys.grade(SUMS)
     assert (points(grade), grade.flags) == ({"1.1": 10}, [])
+    assert toys.graders[False].runner.expected(*toys.tasks[0]).flags == frozenset()  # which would be nobody's then

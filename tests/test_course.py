@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from solutions.tests.slow_cases import slow_after
+from stages import conftest
 from stages.course.fixtures.checks import check_close, check_equal
 from stages.course.fixtures.ranks import failure_of_a_rank
 from stages.course.tools.catalog import STAGES_FOLDER
@@ -246,6 +250,26 @@ def test_a_plain_pytest_takes_the_stage_whose_tests_it_is_given(room: Classroom)
 
 
 # Help
+
+
+@pytest.mark.parametrize(("share", "turns"), [(0.0, 1), (1.0, 1), (0.5, 2), (0.1, conftest.TURNS)])
+def test_a_busy_machine_makes_no_test_fail(share: float, turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits, or has computed for all of the limit, is out of time at once; who got less of the processor has more turns."""
+    limit, clock = 0.02, itertools.count()
+    monkeypatch.setattr(conftest.time, "process_time", lambda: next(clock) * share * limit)
+    before = signal.getsignal(signal.SIGALRM)
+
+    def wait() -> None:
+        conftest.pytest_timeout_set_timer(SimpleNamespace(), SimpleNamespace(timeout=limit))
+        while True:
+            signal.pause()
+
+    try:
+        with pytest.raises(conftest.TimeLimitReached):
+            wait()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert next(clock) == turns + 1  # the clock was read at the start and at the end of each turn
 
 
 def test_hints_come_one_level_at_a_time(room: Classroom) -> None:

@@ -110,11 +110,12 @@ def behind(
 
 
 def is_for_learner(
-    frame: FrameType | None, behind: Callable[..., FrameType | None] = behind, is_learner: Callable[..., bool] = is_learner
-) -> bool:
+    frame: FrameType | None, behind: Callable[..., FrameType | None] = behind, is_learner: Callable[..., bool] = is_learner,
+    learners: frozenset[str] = LEARNERS,
+) -> bool:  # fmt: skip
     """Whether a learner's file is behind what a frame does."""
     frame = behind(frame)
-    return frame is None or is_learner(frame)
+    return bool(learners) if frame is None else is_learner(frame)
 
 
 def looks_around(
@@ -122,9 +123,9 @@ def looks_around(
     known: Callable[[str], object] = KNOWN.match,
 ) -> bool:  # fmt: skip
     """Whether somebody who wants to see all code is called, from however far, by a learner's file."""
-    if frame is None or is_for_learner(frame):
+    if is_for_learner(frame):
         return True
-    if known(frame.f_code.co_filename):
+    if frame is None or known(frame.f_code.co_filename):
         return False
     while frame is not None and not is_learner(frame):
         frame = frame.f_back

@@ -152,7 +152,6 @@ def pytest_cmdline_main(config: pytest.Config) -> int | pytest.ExitCode:
     witness = take_the_order()
     checks.check_equal, checks.check_close = seen(checks.check_equal, True), seen(checks.check_close, False)
     code = run_pytest(config)
-    witness.look()
     witness.send("done")
     return code
 
@@ -225,6 +224,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool:
     the_witness().call(pyfuncitem)
     return True
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish() -> None:
+    the_witness().look()
 
 
 @pytest.hookimpl(optionalhook=True)
