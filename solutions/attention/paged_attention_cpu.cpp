@@ -7,7 +7,7 @@
 // A long context may be split over several items; their partial results are merged at the end (Flash-Decoding).
 //
 // Decoding is bound by memory, and a block table leads to blocks that no processor can guess: while 64 keys are computed with, the
-// next 64 are fetched, across the end of an item into the one that the thread has claimed after it.
+// next 64 are fetched, across the end of an item into the next one, which is most often the same thread's.
 #include "attention/paged_decode_cpu.h"
 #include "attention/paged_prefill_cpu.h"
 #include "core/platform/shares.h"
@@ -90,20 +90,15 @@ struct Units {
     int64_t kv_head(int64_t unit) const { return unit % step.num_kv_heads; }
     bool is_few(int64_t unit) const { return !step.tiles_only && item(unit).queries * group < MANY_ROWS; }
     int64_t heads(int64_t unit) const { return joined && is_few(unit) ? step.num_kv_heads : 1; }
-    // The next unit that nobody has: the later heads of a joined item belong to its first.
-    int64_t claim(int64_t& claimed) const {
-        int64_t unit;
-        do unit = __atomic_fetch_add(&claimed, 1, __ATOMIC_RELAXED);
-        while (unit < count && heads(unit) > 1 && kv_head(unit) > 0);
-        return unit;
-    }
+    // The later heads of a joined item belong to its first.
+    bool is_empty(int64_t unit) const { return heads(unit) > 1 && kv_head(unit) > 0; }
 };
 
 template <typename T>
-void attend_unit(const Units& units, int64_t unit, int64_t upcoming, const T* query, int64_t ldq, const Cache<T>& cache, T* output, Arena& arena) {
+void attend_unit(const Units& units, int64_t unit, const T* query, int64_t ldq, const Cache<T>& cache, T* output, Arena& arena) {
     const Step& step = units.step;
     const Item& item = units.item(unit);
-    const int64_t dim = step.head_dim, heads = units.heads(unit), rows = item.queries * units.group;
+    const int64_t dim = step.head_dim, heads = units.heads(unit), upcoming = unit + heads, rows = item.queries * units.group;
     const int64_t for_columns = units.is_few(unit) ? 0 : (rows + PANEL) * 2 * dim + KEYS * (2 * dim + 2 * PANEL);
     const int64_t for_chunk = cache.scales ? 2 * KEYS * dim : 0;
     arena.reset(heads * (rows * (KEYS + 2 * dim + 2) + for_chunk + 144) + for_columns + 512);
@@ -172,15 +167,9 @@ void attend(const Attend& a) {
         for (int64_t h = 0; h < kv_heads; ++h)
             cache.write(step.slot_mapping[t] * kv_heads + h, dim, key + t * a.ldkv + h * dim, value + t * a.ldkv + h * dim);
     });
-    int64_t claimed = 0;
-    parallel_for(std::min<int64_t>(units.count, threads()), 1, [&](int64_t) {
+    parallel_for(units.count, 1, [&](int64_t unit) {
         static thread_local Arena arena;
-        int64_t unit = units.claim(claimed);
-        while (unit < units.count) {
-            const int64_t upcoming = units.claim(claimed);
-            attend_unit(units, unit, upcoming, query, a.ldq, cache, output, arena);
-            unit = upcoming;
-        }
+        if (!units.is_empty(unit)) attend_unit(units, unit, query, a.ldq, cache, output, arena);
     });
     parallel_for(step.num_merges * step.num_heads, 1, [&](int64_t i) {
         merge(step, step.merges[i / step.num_heads], i % step.num_heads, output);
