@@ -16,17 +16,17 @@ systems of --backends:
   bf16 int8 int4 int8-kv invariant eager portable float32   this engine with those settings, offline
   server                                                    this engine's server
   hf                                                        transformers, static batches of 32
-  vllm llama.cpp                                            their servers, started if they are installed
+  vllm sglang llama.cpp ik_llama.cpp                        their servers, started if they are installed
 
 examples:
   this engine in two precisions, and transformers
     python benchmarks/compare.py
-  server against server; vLLM must be on the path, or in the environment that VLLM names
+  server against server; VLLM and SGLANG may name their environments; ik_llama.cpp's program is found as ik-llama-server
     python benchmarks/compare.py --backends server vllm --repeats 5 --plot servers.png
   what is left of it beside one busy process
     python benchmarks/compare.py --backends bf16 int8 --busy 1
-  a server that you have started (vLLM, llama.cpp, TGI, SGLang, OpenVINO)
-    python benchmarks/compare.py --backends bf16 --url sglang=http://localhost:30000/v1
+  a server that you have started, such as OpenVINO's, which has the model in a form of its own
+    python benchmarks/compare.py --backends bf16 --url openvino=http://localhost:8000/v3
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def parse_flags(argv: list[str] | None) -> Flags:
     parser.add_flag("--workloads", ["W1", "W2", "W3", "W4"], "see above", choices=tuple(WORKLOADS))
     names = [*SETTINGS, "hf", "server", *STARTERS]
     parser.add_flag("--backends", ["bf16", "int8", "hf"], "see above", nargs="*", choices=names, metavar="NAME")
-    parser.add_argument("--url", nargs="+", default=[], metavar="NAME=URL", help="servers to measure too, with /v1 at the end")
+    parser.add_argument("--url", nargs="+", default=[], metavar="NAME=URL", help="servers to measure; URL has /completions")
     parser.add_argument("--api-key", help="key for the servers of --url")
     parser.add_flag("--repeats", 3, "runs of each, in turns")
     parser.add_argument("--busy", type=int, default=0, help="measure again beside 1 to so many processes that never rest")

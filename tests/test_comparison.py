@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import sys
 from collections.abc import Callable
@@ -20,6 +21,9 @@ from solutions.benchmarks.end_to_end import first_model
 from solutions.benchmarks.latency import Limits, Stream, summarise
 from solutions.tests.fake_engine import FakeEngine
 from solutions.tests.fake_server import ROOT, serve
+
+PYTHONS = {"vllm": "--model", "sglang": "--model-path"}
+"""Servers that are a module of a Python, and how they are told the folder of the model."""
 
 MADE_UP = """#!{python}
 import sys
@@ -39,13 +43,14 @@ sys.exit(api_server.main(["--host", "127.0.0.1", "--port", port, "--served-model
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Puts a program of this name on the path that serves a made-up engine, or breaks; of vLLM the Python beside it does."""
+    """Puts a program of this name on the path that serves a made-up engine, or breaks; of `PYTHONS` their Python does."""
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
-    monkeypatch.delenv("VLLM", raising=False)
+    for name in PYTHONS:
+        monkeypatch.delenv(name.upper(), raising=False)
 
     def write(name: str, mode: str) -> None:
-        for file in (name, "python") if name == "vllm" else (name,):
+        for file in (name, "python") if name in PYTHONS else (name,):
             path = tmp_path / "bin" / file
             path.write_text(MADE_UP.format(python=sys.executable, root=str(ROOT), mode=mode))
             path.chmod(path.stat().st_mode | stat.S_IXUSR)
@@ -60,7 +65,10 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "program"), [("vllm", "vllm"), ("llama.cpp", "llama-server")])
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [("vllm", "vllm"), ("sglang", "sglang"), ("llama.cpp", "llama-server"), ("ik_llama.cpp", "ik-llama-server")],
+)
 def test_servers_of_others_are_started_and_ended(install: Callable[[str, str], None], name: str, program: str) -> None:
     install(program, "works")
     with servers.start(name, "smollm2-135m") as url:
@@ -68,8 +76,8 @@ def test_servers_of_others_are_started_and_ended(install: Callable[[str, str], N
         (child,) = [each for each in psutil.Process().children() if "--port" in each.cmdline()]
         words = child.cmdline()
     assert not child.is_running()
-    model = Path(words[words.index("--model" if name == "vllm" else "-m") + 1])
-    assert (model / "config.json").is_file() if name == "vllm" else model.suffix == ".gguf"
+    model = Path(words[words.index(PYTHONS.get(name, "-m")) + 1])
+    assert (model / "config.json").is_file() if name in PYTHONS else model.suffix == ".gguf"
 
 
 @pytest.mark.slow
@@ -80,8 +88,8 @@ def test_a_server_that_breaks_or_is_not_there_is_one_message(
     with pytest.raises(RuntimeError, match=r"(?s)vllm ended with 3 before it served anything:\ncalled with -m vllm"):
         servers.start("vllm", "smollm2-135m").__enter__()
     monkeypatch.setenv("PATH", "/nowhere")
-    for name, text in (("vllm", "vLLM is not installed"), ("llama.cpp", r"llama\.cpp is not installed")):
-        with pytest.raises(RuntimeError, match=text):
+    for name, known_as in zip(servers.STARTERS, ("vLLM", "SGLang", "llama.cpp", "ik_llama.cpp"), strict=True):
+        with pytest.raises(RuntimeError, match=f"^{re.escape(known_as)} is not installed"):
             servers.start(name, "smollm2-135m").__enter__()
 
 

