@@ -111,6 +111,20 @@ def with_amx() -> Table:
     return against_transformers(AMX)
 
 
+def fewer_bits_with_amx() -> Table:
+    pairs = (
+        ("int4 weights against int8 weights", "int4", "int4", "int8"),
+        ("int8 KV cache against one in bfloat16", "quantization", "int8-kv", "bf16"),
+        ("`--batch-invariant` against without", "quantization", "invariant", "bf16"),
+    )
+    rows = []
+    for text, file, name, first in pairs:
+        runs = record(f"{AMX}_{file}")
+        found = [runs[load][name][f"{first}_over_this"] for load in ("W1", "W2") if load in runs]
+        rows.append([text, *[""] * (2 - len(found)), *(f"{1 / ratio['mean']:.2f}x" for ratio in found)])
+    return table("speed | one request | 32 at once", rows)
+
+
 def throughput() -> Table:
     runs = record(f"{CPU}_throughput_mixed")
     rows = [["this engine", rate(runs["engine"])], ["transformers, static batches of 32", rate(runs["hf"])]]
@@ -308,8 +322,8 @@ def gpu_latency() -> Table:
 DOCUMENTS = {
     "README.md": (headline_workloads, headlines),
     "benchmarks/README.md": (
-        against_vllm, against_transformers, throughput, with_amx, weights, quality_plain, quality_groups, speculation, memory,
-        prefix_cache, overhead, ranks, sums, serving, page, replicas,
+        against_vllm, against_transformers, throughput, with_amx, fewer_bits_with_amx, weights, quality_plain, quality_groups,
+        speculation, memory, prefix_cache, overhead, ranks, sums, serving, page, replicas,
         gpu_throughput, gpu_caches, gpu_steps, gpu_prompts, gpu_attention, gpu_latency,
     ),
 }  # fmt: skip
