@@ -84,7 +84,7 @@ def _deepseek(hf: Entries, corrected: bool) -> Fields:
         "head_dim": latent.cached // 2,
         "latent": latent,
         "attention_scale": scale,
-        "mixture": Mixture(count, chosen, size, renormalise, shared, dense, routing),
+        "mixture": Mixture(count, chosen, size, renormalise, shared, dense, routing=routing),
     }
 
 
