@@ -70,11 +70,17 @@ def problem(device: torch.device, dtype: torch.dtype, head_dim: int, block_size:
 
 
 class TorchBackend(AttentionBackend):
-    """Batched paged attention in plain PyTorch. Scores and softmax are float32 whatever the cache holds."""
+    """Batched paged attention in plain PyTorch. Scores and softmax are float32 whatever the cache holds.
+
+    Attributes:
+        sinks: [H], a score of each head that counts in the softmax and stands for no token, where layers have some: each sets
+            its own before it attends.
+    """
 
     name = "torch"
 
     def __init__(self) -> None:
+        self.sinks: Tensor | None = None
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def plan(self, metadata: AttentionMetadata, sliding_window: int | None) -> Plan:
@@ -127,8 +133,11 @@ class TorchBackend(AttentionBackend):
         torch.bmm(q, k.view(batch, length, dim).transpose(1, 2), out=scores)
         if soft_cap is not None:
             scores.div_(soft_cap).tanh_().mul_(soft_cap)
-        scores.view(size, kv_heads, queries, shared, length).add_(group.mask)
+        by_head = scores.view(size, kv_heads, queries, shared, length).add_(group.mask)
+        share = None if self.sinks is None else _beside_sinks(by_head, self.sinks.float().view(kv_heads, 1, shared, 1))
         weights = torch.softmax(scores, -1, out=scores)
+        if share is not None:
+            by_head.mul_(share)
         if value_scales is not None:
             v = self._gather("v", values, group.rows)
             v = (
@@ -161,6 +170,11 @@ class TorchBackend(AttentionBackend):
             with torch.inference_mode(False):  # made in inference mode it could be written only there
                 self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
         return self._buffers[key][:size].view(shape)
+
+
+def _beside_sinks(scores: Tensor, sinks: Tensor) -> Tensor:
+    """What is left for the tokens of a softmax over scores [..., L] in which the sinks [..., 1] count as well: [..., 1]."""
+    return torch.sigmoid(scores.logsumexp(-1, keepdim=True) - sinks)
 
 
 def cut_into_pieces(query_starts: np.ndarray, context_lens: np.ndarray, sliding_window: int | None) -> np.ndarray:

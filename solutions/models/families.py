@@ -7,6 +7,7 @@ from .deepseek import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 from .gemma import Gemma2ForCausalLM, Gemma3ForCausalLM
 from .gpt import GPT2LMHeadModel
 from .gpt_neox import GPTNeoXForCausalLM
+from .gpt_oss import GptOssForCausalLM
 from .layers import CausalLM
 from .llama import LlamaForCausalLM
 from .mistral import MistralForCausalLM
@@ -23,7 +24,7 @@ from .starcoder2 import Starcoder2ForCausalLM
 _ALL: tuple[type[CausalLM], ...] = (
     LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, SmolLM3ForCausalLM, Phi3ForCausalLM,
     Olmo2ForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, Starcoder2ForCausalLM, GPTNeoXForCausalLM, MixtralForCausalLM,
-    Qwen2MoeForCausalLM, Qwen3MoeForCausalLM, DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, GPT2LMHeadModel, BertModel,
-    RobertaModel, XLMRobertaModel,
+    Qwen2MoeForCausalLM, Qwen3MoeForCausalLM, DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, GptOssForCausalLM, GPT2LMHeadModel,
+    BertModel, RobertaModel, XLMRobertaModel,
 )  # fmt: skip
 MODEL_CLASSES = {model.__name__: model for model in _ALL}

@@ -47,8 +47,10 @@ class Router(Linear):
     last."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self.count = mixture_of(config).count
-        super().__init__(config.hidden_size, self.count if mixture_of(config).routing else len(sizes_of(config)), False)
+        mixture = mixture_of(config)
+        self.count = mixture.count
+        columns = mixture.count if mixture.routing else len(sizes_of(config))
+        super().__init__(config.hidden_size, columns, mixture.clamped is not None)
         if len(self.weight) > self.count:
             self.shard_ids = ("routed", "shared")
 
@@ -60,8 +62,11 @@ class Experts(WeightLayer):
     """This rank's experts of a layer, by their numbers.
 
     Attributes:
+        kind: the class of an expert, for families that differ there.
         load: [E] int64, tokens that each expert was chosen for since the start, those of other ranks too.
     """
+
+    kind: type[GatedMLP] = GatedMLP
 
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
@@ -69,8 +74,8 @@ class Experts(WeightLayer):
         self.mine = parallel.experts(len(sizes))
         cut = TensorParallel() if parallel.whole_experts else replace(parallel, communicator=None)  # summed once for all
         for number in range(self.mine.start, self.mine.stop):
-            expert = replace(config, intermediate_size=sizes[number], mlp_bias=False)
-            self.add_module(str(number), GatedMLP(expert, cut))
+            expert = replace(config, intermediate_size=sizes[number], mlp_bias=self.mixture.clamped is not None)
+            self.add_module(str(number), self.kind(expert, cut))
         self.load: Tensor
         self.register_buffer("load", torch.zeros(len(sizes), dtype=torch.int64), persistent=False)
 

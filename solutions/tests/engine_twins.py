@@ -52,7 +52,7 @@ def int8_scales(vectors: Tensor, backend: str) -> Tensor:
 
 def attend_int8(
     backend: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float,
-    softcap: float | None = None, **_: Any,
+    softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
 ) -> Any:  # fmt: skip
     """Plain attention over keys and values that were rounded to int8. query: [1, H, T, D], key, value: [1, H_kv, T, D]"""
     steps = [int8_scales(x, backend).clamp_min(1e-30) for x in (key, value)]
@@ -62,7 +62,9 @@ def attend_int8(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores + mask[..., : key.shape[-2]]
-    return (scores.softmax(-1) @ value).transpose(1, 2), None
+    if s_aux is not None:  # sinks, [H]
+        scores = torch.cat((scores, s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), -1)
+    return (scores.softmax(-1)[..., : value.shape[-2]] @ value).transpose(1, 2), None
 
 
 @cache
@@ -97,7 +99,7 @@ def draw_settings(rng: random.Random, name: str) -> dict[str, Any]:
     max_model_len = rng.randint(40, 96)
     policy = rng.choice(["fcfs", "priority", "lpm", "fair"])
     drafts: list[Any] = [None, {"method": "ngram", "prompt_lookup_min": 1}]
-    if "gemma" not in name:  # whose layers differ in their window
+    if "gemma" not in name and name != "gpt_oss":  # whose layers differ in their window
         drafts += [{"method": "draft_model", "model": str(folder(name))}]
     draft = rng.choice(drafts)
     if draft is not None:
@@ -107,10 +109,11 @@ def draw_settings(rng: random.Random, name: str) -> dict[str, Any]:
     kv = rng.choice(["auto", "auto", "int8"])
     if "deepseek" in name:  # which has a backend of its own
         backend, kv = "auto", "auto"
+    backend = "torch" if name == "gpt_oss" else backend
     kernels = rng.random() < 0.5
     windows = resolve_model(str(folder(name))).config.windows
     needed = blocks_of_one(windows, max_model_len, size, max(64, max_model_len))
-    fits = backend == "cpu" and kernels and name != "mistral" and "gemma" not in name
+    fits = backend == "cpu" and kernels and name != "mistral" and "gemma" not in name and name != "gpt_oss"
     return {
         "dtype": "float32", "block_size": size, "max_model_len": max_model_len,
         "num_gpu_blocks_override": needed + rng.choice([0, 1, 2, 8]),

@@ -30,6 +30,10 @@ GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 SETTINGS: dict[str, Any] = {"dtype": "float32", "max_model_len": 96, "block_size": 8, "num_gpu_blocks_override": 200}
 
 
+ONE_BACKEND = ("deepseek_v2", "deepseek_v3", "gpt_oss")
+"""Families whose attention only one backend computes, and not that of a CPU's own kernels."""
+
+
 def generate(llm: LLM) -> list[list[int]]:
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], GREEDY, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
@@ -102,7 +106,7 @@ def cpu_replay(family: str, path: Path) -> None:
 
 
 def int8_kv(family: str, path: Path) -> None:
-    answers(family, kv_cache_dtype="int8", attention_backend="auto" if "deepseek" in family else "cpu")
+    answers(family, kv_cache_dtype="int8", attention_backend="auto" if family in ONE_BACKEND else "cpu")
 
 
 def ngram_drafts(family: str, path: Path) -> None:
@@ -157,7 +161,7 @@ def int4_weights(family: str, path: Path) -> None:
 def stored(family: str, path: Path, form: Stored, config: dict[str, Any]) -> None:
     """A quantized checkpoint says what transformers says of the plain weights that it stands for."""
     make_tiny(family, path / "plain")
-    form_of = lambda name: None if name == "lm_head" or name.endswith("gate") else form  # noqa: E731
+    form_of = lambda name: None if name == "lm_head" or name.endswith(("gate", "router")) else form  # noqa: E731
     packed = quantize_folder(path / "plain", path / "packed", form_of)
     save_pieces(packed, path / "packed")
     describe(path / "packed", config)
@@ -248,7 +252,7 @@ REFUSED = {
     **{(family, "batch invariance"): "not with a sliding window" for family in ("mistral", "gemma2", "gemma3_text")},
     **{
         (family, "CPU kernels, replayed"): "the layers are not replayed"
-        for family in ("gpt2", "gemma2", "gemma3_text", "starcoder2", "gpt_neox", "deepseek_v2", "deepseek_v3")
+        for family in ("gpt2", "gemma2", "gemma3_text", "starcoder2", "gpt_neox", *ONE_BACKEND)
     },
     **{
         (family, feature): message
@@ -259,8 +263,10 @@ REFUSED = {
             "GGUF": "GGUF architecture 'deepseek2' is not supported",
         }.items()
     },
+    ("gpt_oss", "batch invariance"): "it needs the C\\+\\+ kernels of a CPU, and attention runs on torch",
+    ("gpt_oss", "GGUF"): "GGUF architecture 'gpt-oss' is not supported",
     ("gpt2", "GGUF"): "GGUF architecture 'gpt2' is not supported",
-    **{(family, "draft model"): "no draft model where layers differ" for family in ("gemma2", "gemma3_text")},
+    **{(family, "draft model"): "no draft model where layers differ" for family in ("gemma2", "gemma3_text", "gpt_oss")},
     **{
         (family, f"making {method}"): "cannot be quantized"
         for family in (
@@ -274,8 +280,7 @@ REFUSED = {
             "mixtral",
             "qwen2_moe",
             "qwen3_moe",
-            "deepseek_v2",
-            "deepseek_v3",
+            *ONE_BACKEND,
         )
         for method in ("GPTQ", "AWQ")
     },

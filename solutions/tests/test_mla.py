@@ -257,7 +257,7 @@ def test_what_predicts_one_token_more_is_passed_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
-        ({"attention_backend": "torch"}, "--attention-backend torch: attention over latents has a backend of its own"),
+        ({"attention_backend": "torch"}, "--attention-backend torch: attention over latents is computed by latent alone"),
         ({"kv_cache_dtype": "int8"}, "--kv-cache-dtype int8 needs attention backend torch, cpu, triton"),
         ({"batch_invariant": True}, "--batch-invariant: it needs the C\\+\\+ kernels of a CPU, and attention runs on latent"),
         ({"tensor_parallel_size": 4}, "cannot be cut for 4 ranks; --tensor-parallel-size must be one of 1, 2, 3, 6"),

@@ -57,7 +57,7 @@ def test_built_in_configs(alias: str, reference: Any) -> None:
         ("llama-3.2-1b", 1_235_814_400), ("qwen2.5-0.5b", 494_032_768), ("qwen3-0.6b", 596_049_920),
         ("smollm3", 3_075_098_624), ("phi-4-mini", 3_836_021_760), ("gemma-2-2b", 2_614_341_888),
         ("gemma-3-270m", 268_098_176), ("mixtral-8x7b", 46_702_792_704), ("qwen3-30b-a3b", 30_532_122_624),
-        ("deepseek-v2-lite", 15_706_484_224),
+        ("deepseek-v2-lite", 15_706_484_224), ("gpt-oss-20b", 20_914_757_184),
     ],
 )  # fmt: skip
 def test_aliases_are_the_models_of_that_name(alias: str, count: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from solutions.attention.latent_attention import LatentBackend
 from solutions.attention.paged_attention import AttentionBackend, AttentionMetadata, NaiveBackend
+from solutions.attention.paged_attention_torch import TorchBackend
 from solutions.models.config.model_config import ModelConfig
 from solutions.models.layers import CausalLM, RMSNorm
 from solutions.models.loader import load_model, resolve_model
@@ -42,7 +43,7 @@ def run(
     tables = torch.zeros(len(prompts), max(num_blocks), dtype=torch.int32)
     for row, blocks in zip(tables, order, strict=True):
         row[: len(blocks)] = blocks
-    backend: AttentionBackend = NaiveBackend()
+    backend: AttentionBackend = TorchBackend() if config.attention_sinks else NaiveBackend()
     if config.latent is not None:
         backend = LatentBackend()
         backend.plain_from = plain_from

@@ -135,6 +135,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "hidden_size": 96, "head_dim": 32, "num_experts": 9, "num_experts_per_tok": 3, "moe_intermediate_size": 96,
         "norm_topk_prob": True, "rope_parameters": YARN,
     },
+    "gpt_oss": _SIZES | {
+        "hidden_size": 96, "head_dim": 32, "num_hidden_layers": 4, "sliding_window": 24, "num_local_experts": 5,
+        "num_experts_per_tok": 2, "intermediate_size": 96, "swiglu_limit": 1.5, "rope_parameters": YARN | {"truncate": False},
+    },
     "deepseek_v2": _DEEPSEEK | {
         "q_lora_rank": None, "n_shared_experts": 2, "topk_method": "group_limited_greedy",
         "rope_parameters": YARN | {"mscale": 0.8, "mscale_all_dim": 1.2},

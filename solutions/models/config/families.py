@@ -59,6 +59,7 @@ FAMILIES = {
         Family("Qwen3MoeForCausalLM", "qwen3_moe", sparse_readers.qwen3_moe),
         Family("DeepseekV2ForCausalLM", "deepseek_v2", sparse_readers.deepseek_v2),
         Family("DeepseekV3ForCausalLM", "deepseek_v3", sparse_readers.deepseek_v3),
+        Family("GptOssForCausalLM", "gpt_oss", sparse_readers.gpt_oss),
         Family("GPT2LMHeadModel", "gpt2", readers.gpt2),
     )
 }

@@ -40,6 +40,7 @@ class ModelConfig:
         layer_windows: the same of each layer, where layers differ; `sliding_window` is None then.
         local_rope_theta: base of the rotary frequencies in layers with a window, which get no scaling; None: as in the others.
         attention_scale: factor on attention's scores; None: ``head_dim ** -0.5``.
+        attention_sinks: each head has a score that counts in the softmax and stands for no token.
         attention_soft_cap, logit_soft_cap: scores and logits x become ``cap · tanh(x / cap)``; None: they stay x.
         attention_bias, output_bias, mlp_bias: whether there is a bias in the projections to queries, keys and values, in the
             one behind attention, and in those of the MLP.
@@ -75,6 +76,7 @@ class ModelConfig:
     layer_windows: tuple[int | None, ...] = ()
     local_rope_theta: float | None = None
     attention_scale: float | None = None
+    attention_sinks: bool = False
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
     mixture: Mixture | None = None
@@ -141,18 +143,20 @@ class ModelConfig:
         return self.hidden_size * (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
     def attention_by(self, asked: str) -> str:
-        """The name of the attention backend where `asked` is asked for: a model with latents has one of its own.
+        """The name of the attention backend where `asked` is asked for; latents and sinks are known to one backend alone.
 
         Raises:
             ModelError: this model cannot have what is asked for.
         """
-        if self.latent is not None and asked != "auto":
-            raise ModelError(
-                f"--attention-backend {asked}: attention over latents has a backend of its own; leave the flag out"
-            )
-        if self.latent is None and asked == "latent":
+        only = "latent" if self.latent is not None else "torch" if self.attention_sinks else None
+        if asked == "latent" and only != asked:
             raise ModelError("--attention-backend latent: the model caches keys and values, not latents; leave the flag out")
-        return asked if self.latent is None else "latent"
+        if only is None:
+            return asked
+        if asked not in ("auto", only):
+            what = "over latents" if only == "latent" else "with sinks"
+            raise ModelError(f"--attention-backend {asked}: attention {what} is computed by {only} alone; leave the flag out")
+        return only
 
     @property
     def mlp_width(self) -> int:

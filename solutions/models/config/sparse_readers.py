@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .entries import Entries, ModelError
 from .experts import MAX_EXPERTS, Mixture, Routing, read_experts
 from .latent import read_latent
-from .readers import NO_BIASES, Fields, llama, qwen2
+from .readers import NO_BIASES, Fields, llama, qwen2, windows
 from .rope import yarn_magnitude
 
 
@@ -82,5 +84,18 @@ def _deepseek(hf: Entries, corrected: bool) -> Fields:
         "head_dim": latent.cached // 2,
         "latent": latent,
         "attention_scale": scale,
-        "mixture": Mixture(count, chosen, size, renormalise, shared, dense, routing),
+        "mixture": Mixture(count, chosen, size, renormalise, shared, dense, routing=routing),
     }
+
+
+def gpt_oss(hf: Entries) -> Fields:
+    yarn = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
+    hf = hf.silent(
+        bos_token_id=None, eos_token_id=None, num_key_value_heads=8, head_dim=64, sliding_window=128, use_sliding_window=True,
+        rms_norm_eps=1e-5, rope_theta=150000.0, attention_bias=True, num_experts_per_tok=4, rope_scaling=yarn,
+    )  # fmt: skip
+    hf = hf if "num_experts" in hf.content else hf.silent(num_local_experts=128)
+    experts = read_experts(hf, hf.whole("intermediate_size"), renormalise=True)
+    clamped = hf.number("swiglu_alpha", 1.702, above=True), hf.number("swiglu_limit", 7.0, above=True)
+    fields = llama(hf) | {"mlp_bias": False, "attention_sinks": True, "mixture": replace(experts, clamped=clamped)}
+    return fields | windows(hf, lambda layer: layer % 2 == 0)

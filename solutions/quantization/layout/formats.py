@@ -10,6 +10,7 @@ from torch import Tensor
 from .checkpoint import QuantizedFormat
 from .compressed import FP8_METHODS, read_compressed, read_fp8
 from .groups import GroupQuantized
+from .mxfp4 import read_mxfp4
 
 
 class Format(Protocol):
@@ -46,7 +47,7 @@ class Format(Protocol):
 
 
 READERS: dict[str, Callable[[dict[str, Any]], Format]] = {
-    "compressed-tensors": read_compressed, **dict.fromkeys(FP8_METHODS, read_fp8)
+    "compressed-tensors": read_compressed, "mxfp4": read_mxfp4, **dict.fromkeys(FP8_METHODS, read_fp8)
 }  # fmt: skip
 """Those of GPTQ and AWQ, and of whoever names no method, is `QuantizedFormat.parse`."""
 

@@ -31,6 +31,12 @@ class StoredLayer:
     parts: frozenset[str]
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """A tensor's layer and part. MXFP4 joins them in its own way: "experts.down_proj_blocks"."""
+    layer, _, part = name.rpartition("_" if name.endswith(("_blocks", "_scales")) else ".")
+    return layer, part
+
+
 def find_layers(files: Iterable[Path], form: Format) -> dict[str, StoredLayer]:
     """The quantized layers by name, such as "model.layers.0.mlp.up_proj".
 
@@ -43,7 +49,7 @@ def find_layers(files: Iterable[Path], form: Format) -> dict[str, StoredLayer]:
     for file in files:
         with safe_open(file, framework="pt", device="cpu") as reader:
             for name in reader.keys():  # noqa: SIM118 - not a dictionary
-                layer, _, part = name.rpartition(".")
+                layer, part = split_name(name)
                 if part not in form.parts:
                     continue
                 parts.setdefault(layer, {})[part] = reader.get_slice(name).get_dtype()
@@ -86,7 +92,7 @@ class Unpacker:
 
     def __call__(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
-            layer, _, part = name.rpartition(".")
+            layer, part = split_name(name)
             if part in self.ignored:
                 continue
             stored = self.layers.get(layer)
