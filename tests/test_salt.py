@@ -28,7 +28,7 @@ EXCUSED = {
 }  # fmt: skip
 """Tasks that the memoriser cannot even do with the public cases, and why."""
 FORGETFUL = (3,)
-"""Stages whose functions run in processes of their own."""
+"""Stages for which it is not shown yet: their functions run in several processes, and nobody has seen what is known again."""
 HYPOTHESIS = ("@given(", "run_state_machine_as_test")
 
 
