@@ -77,7 +77,7 @@ def _auto_tokenizer(where: Path | str, model_type: str) -> Any:
     once more, and what transformers' own brings along takes longer to import than all that is needed here.
     """
     import transformers  # takes a second
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]  # made elsewhere
 
     named = type(CONFIG_MAPPING_NAMES[model_type], (transformers.PreTrainedConfig,), {"model_type": model_type})
     config = named()
