@@ -18,6 +18,7 @@ from benchmarks import memory as memory_command
 from benchmarks import throughput as throughput_command
 from solutions.batching.sampling_params import RequestOutputKind
 from solutions.benchmarks import overhead as overhead_command
+from solutions.benchmarks import overlap as overlap_command
 from solutions.benchmarks.comparison import Ratio, in_turns, rates, ratio
 from solutions.benchmarks.datasets import DATASETS, WORKLOADS, BenchRequest, Workload, check_context, make_requests
 from solutions.benchmarks.kernels import Ceilings
@@ -32,7 +33,7 @@ from solutions.benchmarks.memory import (
     simulate_contiguous,
     simulate_paged,
 )
-from solutions.benchmarks.overhead import PHASES, TEXT, measure
+from solutions.benchmarks.overhead import PHASES, measure
 from solutions.benchmarks.replicas import Groups, summarise
 from solutions.benchmarks.report import git_commit, hardware, spread, without_outputs
 from solutions.benchmarks.step_profile import OPERATORS, costs, profile_step
@@ -47,6 +48,7 @@ from solutions.benchmarks.throughput import (
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLM, LLMEngine
 from solutions.core.platform import native
+from solutions.core.simulated.engine import TEXT
 from solutions.models.config.model_config import ModelConfig
 from solutions.models.kernels.attach import packed_of
 from solutions.models.loader import resolve_model
@@ -430,6 +432,17 @@ def test_overhead_writes_its_record(
         (caching, kind, n) for caching in (True, False) for kind in ("DELTA", "FINAL_ONLY") for n in (2, 4)
     ]
     assert "prefix cache on, DELTA: a sequence costs" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_overlap_writes_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlap_command, "pin_to_one_core", lambda: None)
+    contents = run_command(overlap_command, "--num-seqs 2 --steps 4 --device-ms 1 50", tmp_path / "r.json")
+    short, long = contents["results"]["milliseconds"]
+    assert (short["device"], long["device"]) == (1, 50)
+    assert short["host"] == long["host"]
+    assert long["next step decided ahead"] >= 49
+    assert long["host and device in turn"] >= 50
 
 
 @pytest.mark.parametrize(

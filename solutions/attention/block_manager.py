@@ -218,9 +218,11 @@ class BlockManager:
 
         Called when the step is decided. A sequence admitted in the same step may share them at once, because a step writes
         all keys and values of a layer before it reads any. Moves come before that, so until the step has run nobody may copy
-        these blocks (`filling`).
+        these blocks (`filling`). One whose last token is not known yet (see `Lookahead`) is entered when it is.
         """
         if self.prefix_cache is None or seq.num_computed_tokens % self.block_size + num_tokens < self.block_size:
+            return
+        if seq.tokens[-1] < 0:
             return
         first = seq.num_computed_tokens // self.block_size
         last = (seq.num_computed_tokens + num_tokens) // self.block_size

@@ -22,36 +22,22 @@ from __future__ import annotations
 
 import random
 import statistics
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..batching.continuous_batch import FlatBatch
 from ..batching.sampling_params import RequestOutputKind
-from ..core.config import DEFAULT_MODEL, EngineConfig
-from ..core.engine import LLMEngine
+from ..core.config import DEFAULT_MODEL
 from ..core.output import RequestOutput
 from ..core.platform.machine import settle_heap
-from ..core.worker import StepResult
-from ..models.loader import resolve_model
+from ..core.simulated.engine import make_engine
 from .datasets import BenchRequest, token_ids
 from .report import Parser, finish, one_line_errors, show_table, tracked
-from .timing import pin_to_cores, write_shape
-
-TEXT = (
-    "The harbour opens at 6:30, and by 7 o'clock there are usually 14 or 15 boats at the quay. Each of them wants a berth, "
-    "none of them knows how long it will stay, and the harbour master, Zoë, has only so much room to give away. In her first "
-    "year she kept a long berth free for everybody – just in case. “It's simple,” she used to say; it was, and half of the "
-    "quay stood empty while people waited outside! Now she hands out short pieces, one after the other, and writes into a "
-    "table which piece belongs to whom: boat № 3 lies at pieces 8, 2 and 41… The café at the corner has never been busier.\n"
-)
-"""Decoded over and over: words, numbers, punctuation, and characters of several bytes, as in real outputs."""
+from .timing import pin_to_cores
 
 PHASES = ("schedule", "arrays", "update", "output")
 WARM_UP_STEPS = 8
@@ -71,17 +57,6 @@ class Overhead:
     highest: float
 
 
-@dataclass
-class FakeExecutor:
-    """Gives every sequence the next token of a text, each from another place in it."""
-
-    token_ids: list[int]
-
-    def execute(self, batch: FlatBatch) -> StepResult:
-        text, length = self.token_ids, len(self.token_ids)
-        return StepResult([[text[(7 * seq.seq_id + len(seq.tokens)) % length]] for seq in batch.sampled])
-
-
 class PhaseClock(Counter[str]):
     """CPU seconds that this thread spends in some methods, by phase."""
 
@@ -96,27 +71,6 @@ class PhaseClock(Counter[str]):
             return result
 
         setattr(owner, method, timed)
-
-
-def make_engine(num_seqs: int, num_tokens: int, prefix_caching: bool, tokenizer_of: str) -> LLMEngine:
-    """An engine whose model is never run, with room for `num_seqs` sequences of `num_tokens` tokens at once. Raises ValueError
-    if the model whose tokenizer it gets cannot be had, or has none."""
-    source, block_size = resolve_model(tokenizer_of), EngineConfig().block_size
-    if source.tokenizer_path is None:
-        raise ValueError(f"{tokenizer_of} has no tokenizer here, and making text is a part of what is measured")
-    tiny = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
-    tiny |= {"hidden_size": 16, "intermediate_size": 16, "vocab_size": source.config.vocab_size}
-    with tempfile.TemporaryDirectory() as folder:
-        write_shape(Path(folder), **tiny, max_position_embeddings=4096)
-        config = EngineConfig(
-            model=folder, tokenizer=str(source.tokenizer_path), load_format="dummy", device="cpu", dtype="float32",
-            max_model_len=max(num_tokens, 2), max_num_seqs=num_seqs, max_num_batched_tokens=num_seqs * num_tokens,
-            num_gpu_blocks_override=int(1.02 * num_seqs * -(-num_tokens // block_size)) + 2,
-            enable_prefix_caching=prefix_caching,
-        )  # fmt: skip
-        engine = LLMEngine(config)
-    engine.executor = FakeExecutor(engine.tokenizer.encode(TEXT))
-    return engine
 
 
 def measure(

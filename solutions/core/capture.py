@@ -35,7 +35,9 @@ from ..models.llama import LlamaForCausalLM
 from ..models.lora.products import AdaptersOfStep
 from ..parallelism.linear import WeightLayer
 from ..parallelism.tensor_parallel import TensorParallel
+from .overlap.lookahead import known_ids
 from .platform.native import Recording
+from .platform.transfer import put_into
 
 MAX_BATCH = 256
 """Largest batch that is captured. Beyond it the card's work takes so much longer than the launches that they hide behind it."""
@@ -149,14 +151,18 @@ class DecodeGraphs(Capture[HostArrays]):
             return None
         return next((size for size in self.sizes if size >= count), None)
 
-    def run(self, batch: HostArrays, size: int) -> Tensor:
-        """Hidden states [T, hidden] of a step for which `size_for` gave `size`; the next step overwrites them."""
+    def run(self, batch: HostArrays, size: int, tokens: Tensor | None = None) -> Tensor:
+        """Hidden states [T, hidden] of a step for which `size_for` gave `size`; the next step overwrites them. For `tokens` see
+        `Device.begin`."""
         of, count, width = self._buffers, len(batch.input_ids), batch.block_tables.shape[-1]
-        of.input_ids[:count].copy_(torch.from_numpy(batch.input_ids))
-        of.positions[:count].copy_(torch.from_numpy(batch.positions))
-        of.slot_mapping[..., :count].copy_(torch.from_numpy(batch.slot_mapping))
-        of.block_tables[..., :count, :width].copy_(torch.from_numpy(batch.block_tables))
-        of.context_lens[:count].copy_(torch.from_numpy(batch.context_lens))
+        for buffer, array in (
+            (of.input_ids[:count], batch.input_ids), (of.positions[:count], batch.positions),
+            (of.slot_mapping[..., :count], batch.slot_mapping), (of.block_tables[..., :count, :width], batch.block_tables),
+            (of.context_lens[:count], batch.context_lens),
+        ):  # fmt: skip
+            put_into(buffer, array)
+        if tokens is not None:
+            of.input_ids[:count] = known_ids(of.input_ids[:count], tokens)
         of.slot_mapping[..., count:size] = PADDING_SLOT
         of.context_lens[count:size] = 0
         return self._steps[size]()[:count]

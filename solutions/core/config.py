@@ -102,6 +102,10 @@ class EngineConfig:
         'with --scheduling-policy fair, larger shares, as JSON: {"203.0.113.7": 2}; a client with an API key is called by the '
         "first 32 digits of the key's SHA-256; default: 1 for each",
     )
+    async_scheduling: bool = _flag(
+        False,
+        "decide the next step while the device computes this one, for a GPU that waits for the host; a CPU gains nothing",
+    )
     preemption_mode: str = _flag("recompute", "what becomes of a preempted sequence's KV blocks", ("recompute", "swap"))
     max_num_waiting: int | None = _flag(None, "most sequences that may wait; more are refused; default: no limit", kind=int)
     attention_backend: str = _flag(
@@ -162,6 +166,12 @@ class EngineConfig:
             raise ValueError("--lora-modules needs --enable-lora")
         if self.enable_lora:
             self._check_lora()
+        if self.async_scheduling and self.speculative_config is not None:
+            raise ValueError(
+                "--async-scheduling: not with --speculative-config; drafts follow tokens that are not known a step ahead"
+            )
+        if self.async_scheduling and (self.tensor_parallel_size > 1 or self.distributed_executor_backend in ("mp", "ray")):
+            raise ValueError("--async-scheduling: only with one rank in the engine's process; other ranks are told each token")
 
     def _check_lora(self) -> None:
         if self.max_loras < 1:

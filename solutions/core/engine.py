@@ -25,6 +25,7 @@ from .draft_model import find_draft, make_proposer
 from .executor import local_model
 from .input import Adapters, EngineRequest, InputProcessor, Prompt, of_each
 from .output import OutputProcessor, RequestOutput
+from .overlap.lookahead import Lookahead
 from .platform.progress import GenerationProgress, PhaseClock
 from .scheduler import Scheduler
 from .speculative import Drafter, NoDrafter
@@ -55,6 +56,9 @@ class EngineStats:
     """Requests beside the waiting ones whose form of answer is being compiled."""
     served: Mapping[str, int] = field(default_factory=dict)
     """With the policy "fair": client → its counter; see `FairOrder`."""
+    num_steps_ahead: int = 0
+    num_in_vain: int = 0
+    """With `async_scheduling`: steps begun before the one before had ended; sequences in them that ended with that one."""
 
 
 class EngineObserver(Protocol):
@@ -113,12 +117,13 @@ class LLMEngine:
             proposer.create_cache(limits, self.block_manager.tables)
             self.drafter = Drafter(proposer, self.block_manager, limits.max_num_batched_tokens)
         clock.lap("KV cache")
-        groups, adapted = len(model.windows), config.enable_lora
-        self.batch = make_batch(groups, adapted, config.max_num_seqs, limits.max_model_len, config.block_size)
+        batch = make_batch(len(model.windows), config.enable_lora, config.max_num_seqs, limits.max_model_len, config.block_size)
+        self.ahead = Lookahead(self.scheduler, batch, self.executor.worker) if config.async_scheduling else None
+        self.batch = self.ahead or batch
         no_structure = "not with ranks that are Ray actors" if config.distributed_executor_backend == "ray" else None
         self.input = InputProcessor(self.tokenizer, model, limits.max_model_len, config.max_num_seqs, no_structure)
         self.outputs = OutputProcessor(self.tokenizer)
-        self.observers: list[EngineObserver] = []
+        self.observers: list[EngineObserver] = [self.ahead] if self.ahead else []
         self._next_seq_id = 0
         self._report = startup_report(config, model, limits, clock.laps)
 
@@ -209,6 +214,7 @@ class LLMEngine:
             spec_decode_num_drafts=scheduler.num_drafts, spec_decode_num_draft_tokens=scheduler.num_draft_tokens,
             spec_decode_num_accepted_tokens=scheduler.num_accepted_tokens, spec_decode_accepted=scheduler.accepted.copy(),
             served={client or "": round(count) for client, count in scheduler.order.served.items()},
+            num_steps_ahead=self.ahead.num_steps if self.ahead else 0, num_in_vain=self.ahead.num_in_vain if self.ahead else 0,
         )  # fmt: skip
 
     def check_health(self) -> None:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections import Counter
+from typing import Any
 
 from ..attention.block_manager import BlockManager
 from ..batching.queue_order import make_order
 from ..batching.scheduler_config import QueueFullError, SchedulerConfig
 from ..batching.scheduler_output import SchedulerOutput
 from ..batching.sequence import Sequence, SequenceStatus
+from .overlap.lookahead import Lookahead
 
 
 class Scheduler:
@@ -33,6 +35,7 @@ class Scheduler:
         accepted: number of accepted tokens → drafts that had so many.
         order: of the queues, by the policy.
         peak_usage: the largest share of the KV blocks that a step has had in use, 0 to 1.
+        ahead: may have the next step decided already; None: nothing does.
     """
 
     def __init__(self, config: SchedulerConfig, block_manager: BlockManager) -> None:
@@ -44,6 +47,7 @@ class Scheduler:
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
         self.accepted: Counter[int] = Counter()
         self.peak_usage = 0.0
+        self.ahead: Lookahead[Any, Any] | None = None
         self.order = make_order(config, block_manager.num_cached_blocks)
         self._key = self.order.key
         self._max_chunk = config.long_prefill_token_threshold or config.max_num_batched_tokens
@@ -75,6 +79,8 @@ class Scheduler:
 
         Nothing is admitted in a step that preempted, or the victim would come straight back.
         """
+        if self.ahead is not None and (decided := self.ahead.take()) is not None:
+            return decided
         output = SchedulerOutput()
         self.block_manager.begin_step()
         budget = self.schedule_running(output)

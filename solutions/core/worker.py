@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..attention.backends import make_backend
 from ..attention.paged_attention import attention_metadata
 from ..batching.continuous_batch import FlatBatch
-from ..batching.pooling import PooledSequence
 from ..batching.scheduler_output import BlockPairs
 from ..batching.sequence import Sequence
 from ..batching.step_arrays import FlatArrays, HostArrays, StepArrays
+from ..batching.wanted_rows import pool, prompt_spans, sampling_rows
 from ..memory.cache_engine import CacheEngine, element_type
 from ..models.kernels.attach import Plan, attach, packed_of
 from ..models.loader import ModelSource, load_model
@@ -25,8 +23,10 @@ from ..parallelism.linear import Linear
 from ..parallelism.tensor_parallel import SINGLE, TensorParallel
 from .capture import CudaGraphRecorder, DecodeGraphs, Step, graph_sizes, replay_adapted_steps, replay_layers
 from .config import EngineConfig
+from .overlap.lookahead import Lookahead, Meanwhile, known_ids
 from .platform import native
 from .platform.machine import cpu_flags, cpu_has_bf16, pick_threads
+from .platform.transfer import to_device
 from .sampling.rejection_sampler import verify
 from .sampling.sampler import Sampler, TokenLogprobs
 
@@ -102,6 +102,9 @@ class Worker:
         device, dtype: where and in which precision to run.
         parallel: the ranks that share the model, of which this worker is one.
         threads: for the model on a CPU; default: what `pick_threads` gives one of so many ranks on this machine.
+
+    Attributes:
+        ahead: begins steps before they are executed; None: nothing does.
     """
 
     def __init__(
@@ -139,6 +142,7 @@ class Worker:
         self.config = config
         self.cache: CacheEngine  # from `create_cache` on
         self.graphs: DecodeGraphs | None = None
+        self.ahead: Lookahead[Tensor, StepResult] | None = None
 
     def _check_batch_invariance(self) -> None:
         """See that every layer, as it was loaded, has the kernels that compute a token the same whatever else is in the step.
@@ -185,23 +189,31 @@ class Worker:
             self.cache.kv_scales or None,
         )  # fmt: skip
 
-    @torch.inference_mode()
     def execute(self, batch: FlatBatch) -> StepResult:
         """Move blocks, run the model over the batch, sample."""
+        return self.finish(batch, self.begin(batch)) if self.ahead is None else self.ahead.execute(batch)
+
+    @torch.inference_mode()
+    def begin(self, batch: FlatBatch, tokens: Tensor | None = None) -> Tensor:
+        """Move blocks and run the model: hidden states [T, hidden]. For `tokens` see `Device.begin`."""
         decision = batch.decision
         self.move_blocks(decision.swap_out, decision.swap_in, decision.copies)
-        hidden = self.forward(batch)
+        return self.forward(batch, tokens)
+
+    @torch.inference_mode()
+    def finish(self, batch: FlatBatch, hidden: Tensor, meanwhile: Meanwhile | None = None) -> StepResult:
+        """Sample from what `begin` gave, which it does not need any more when it calls `meanwhile`."""
         prompt_logprobs = self._prompt_logprobs(batch, hidden)
         pool(batch, hidden)
         if not batch.sampled:
             return StepResult([], {}, prompt_logprobs)
         rows = sampling_rows(batch)
         if len(rows) < len(hidden):
-            hidden = hidden[torch.from_numpy(rows).to(self.device)]
+            hidden = hidden[to_device(rows, torch.int64, self.device)]
         logits = self.model.compute_logits(hidden)
-        if decision.drafts:
-            return StepResult(*verify(self.sampler, logits, batch.sampled, decision.drafts), prompt_logprobs)
-        sampled = self.sampler(logits, batch.sampled)
+        if drafts := batch.decision.drafts:
+            return StepResult(*verify(self.sampler, logits, batch.sampled, drafts), prompt_logprobs)
+        sampled = self.sampler(logits, batch.sampled, meanwhile)
         entries = zip(batch.sampled, sampled.logprobs, strict=True)
         logprobs = {seq: [entry] for seq, entry in entries if entry is not None}
         return StepResult([[token] for token in sampled.token_ids], logprobs, prompt_logprobs)
@@ -222,13 +234,16 @@ class Worker:
         self.cache.swap_in(swap_in)
         self.cache.copy_blocks(copies)
 
-    def forward(self, batch: HostArrays) -> Tensor:
-        """Hidden states of all tokens, [T, hidden]."""
+    def forward(self, batch: HostArrays, tokens: Tensor | None = None) -> Tensor:
+        """Hidden states of all tokens, [T, hidden]. Nothing here waits for the work that is queued on a device."""
         if self.adapters is not None:
             self.adapters.begin(batch.adapters)
         if self.graphs is not None and (size := self.graphs.size_for(batch)) is not None:
-            return self.graphs.run(batch, size)
-        step = FlatArrays(*(torch.from_numpy(getattr(batch, name)).to(self.device) for name in _ARRAYS))
+            return self.graphs.run(batch, size) if tokens is None else self.graphs.run(batch, size, tokens)
+        arrays = (torch.from_numpy(getattr(batch, name)) for name in _ARRAYS)
+        step = FlatArrays(*(to_device(array, array.dtype, self.device) for array in arrays))
+        if tokens is not None:
+            step.input_ids = known_ids(step.input_ids, tokens)
         longest = int((batch.query_start_loc[1:] - batch.query_start_loc[:-1]).max()), int(batch.context_lens.max())
         metadata = attention_metadata(
             step, longest, self.cache.kv_caches, self.cache.kv_scales or None, self.backend, self.model_config.windows
@@ -246,57 +261,3 @@ class Worker:
             entries = self.sampler.prompt_logprobs(logits, target_ids, span.num_likeliest)
             results.append((span.seq.request_id, span.position, entries))
         return results
-
-
-@dataclass(slots=True)
-class PromptSpan:
-    """Prompt tokens of one sequence whose log-probabilities are wanted of this step.
-
-    Attributes:
-        first: row of the batch whose hidden state predicts the first of them. position: of that token in its sequence.
-        targets: the tokens. num_likeliest: how many of the likeliest tokens are wanted with each.
-    """
-
-    seq: Sequence
-    first: int
-    position: int
-    targets: list[int]
-    num_likeliest: int
-
-
-def prompt_spans(batch: FlatBatch) -> list[PromptSpan]:
-    """The prompt tokens in this step of the sequences whose request wants their log-probabilities."""
-    spans = []
-    for index, seq in enumerate(batch.sequences):
-        wanted = seq.params.prompt_logprobs
-        if wanted is None or seq.num_computed_tokens >= seq.num_prompt_tokens - 1 or seq.index > 0:
-            continue
-        first, last = batch.query_start_loc[index : index + 2].tolist()
-        position = seq.num_computed_tokens + 1  # the token at position p is predicted by the hidden state at p - 1
-        targets = seq.tokens[position : min(position + last - first, seq.num_prompt_tokens)]
-        spans.append(PromptSpan(seq, first, position, targets, wanted))
-    return spans
-
-
-def pool(batch: FlatBatch, hidden: Tensor) -> None:
-    """Give the sequences that are pooled their part of a step's hidden states [T, hidden]."""
-    for index, seq in enumerate(batch.sequences):
-        if isinstance(seq, PooledSequence):
-            first, last = batch.query_start_loc[index : index + 2].tolist()
-            seq.take(hidden[first:last])
-
-
-def sampling_rows(batch: FlatBatch) -> NDArray[np.int64]:
-    """The rows of the batch whose logits say what comes next: the last of each sampled sequence, and of one with drafts as many
-    rows before that as it has drafted tokens."""
-    drafts = batch.decision.drafts
-    if not drafts:
-        return batch.logits_indices
-    counts = [len(drafts[seq].token_ids) if seq in drafts else 0 for seq in batch.sampled]
-    return np.concatenate([np.arange(last - n, last + 1) for last, n in zip(batch.logits_indices, counts, strict=True)])
-
-
-def logit_calls(batch: FlatBatch) -> list[NDArray[np.int64]]:
-    """The rows of the batch whose logits `Worker.execute` computes, call after call."""
-    calls = [np.arange(span.first, span.first + len(span.targets)) for span in prompt_spans(batch)]
-    return [*calls, sampling_rows(batch)] if batch.sampled else calls

@@ -139,3 +139,10 @@ class ServerMetrics(EngineMetrics):
         for client, count in stats.served.items():
             served.add_metric([*values, client], count)
         yield served
+        for name, text, value in (
+            ("steps_ahead", "Steps begun before the one before had ended, with --async-scheduling.", stats.num_steps_ahead),
+            ("rows_in_vain", "Sequences in such a step that ended with the one before.", stats.num_in_vain),
+        ):
+            counter = CounterMetricFamily(f"byov:{name}", text, labels=names)
+            counter.add_metric(values, value)
+            yield counter

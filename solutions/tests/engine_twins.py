@@ -123,7 +123,7 @@ def draw_settings(rng: random.Random, name: str) -> dict[str, Any]:
         "long_prefill_token_threshold": rng.choice([0, 0, 5]), "max_num_seqs": rng.choice([3, 7]) if chunked else 7,
         "kv_cache_dtype": kv, "attention_backend": backend,
         "enable_cpu_kernels": kernels, "batch_invariant": fits and rng.random() < 0.3,
-        "speculative_config": draft,
+        "speculative_config": draft, "async_scheduling": draft is None and rng.random() < 0.5,
     }  # fmt: skip
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 
+import torch
+
 from solutions.attention.block_manager import BlockManager
 from solutions.attention.hybrid_manager import HybridBlockManager
 from solutions.batching.continuous_batch import ContinuousBatch, FlatBatch
@@ -18,6 +20,7 @@ from solutions.batching.sampling_params import SamplingParams
 from solutions.batching.scheduler_config import SchedulerConfig
 from solutions.batching.scheduler_output import SchedulerOutput
 from solutions.batching.sequence import Sequence
+from solutions.core.overlap.lookahead import Lookahead, Meanwhile, known_ids
 from solutions.core.scheduler import Scheduler
 from solutions.core.speculative import Drafter, NoDrafter, Proposer
 
@@ -29,12 +32,13 @@ class Simulation:
         windows: of each group of layers, if they differ; then a `HybridBlockManager` is simulated.
         next_token: chooses the token that a sequence "samples"; with drafts, by its tokens alone.
         proposer: where tokens on trial come from.
+        ahead: decide and begin each step before the tokens of the one before are there; then this is the `Device`.
     """
 
     def __init__(
         self, num_blocks: int = 16, block_size: int = 4, num_host_blocks: int = 0, sliding_window: int | None = None,
         enable_prefix_caching: bool = True, watermark: float = 0.01, next_token: Callable[[Sequence], int] | None = None,
-        proposer: Proposer | None = None, windows: tuple[int | None, ...] = (), **limits: object,
+        proposer: Proposer | None = None, windows: tuple[int | None, ...] = (), ahead: bool = False, **limits: object,
     ) -> None:  # fmt: skip
         self.windows = windows or (sliding_window,)
         limits.setdefault("max_model_len", num_blocks * block_size)
@@ -49,6 +53,7 @@ class Simulation:
         self.drafter = NoDrafter() if proposer is None else Drafter(proposer, self.manager, budget)
         sizes = (self.config.max_num_seqs, self.config.max_model_len, block_size)
         self.batch = GroupedBatch(*sizes, len(windows)) if windows else ContinuousBatch(*sizes)
+        self.ahead = Lookahead(self.scheduler, self.batch, self) if ahead else None
         self.next_token = next_token or (lambda seq: (seq.seq_id * 7 + len(seq.tokens)) % 5)
         self.device: dict[int, tuple[int, tuple[int, ...]]] = {}
         self.host: dict[int, tuple[int, tuple[int, ...]]] = {}
@@ -58,14 +63,15 @@ class Simulation:
 
     def add(
         self, prompt: list[int], max_tokens: int = 4, n: int = 1, priority: int = 0, salt: str | None = None,
-        client: str | None = None,
+        client: str | None = None, stop_token_ids: list[int] | None = None,
     ) -> list[Sequence]:  # fmt: skip
         """Queue a request of `n` sequences."""
         group: list[Sequence] = []
+        params = SamplingParams(max_tokens=max_tokens, n=n, stop_token_ids=stop_token_ids or [])
         for index in range(n):
             group.append(
                 Sequence(
-                    self.next_id, prompt, SamplingParams(max_tokens=max_tokens, n=n), index=index, priority=priority,
+                    self.next_id, prompt, params, index=index, priority=priority,
                     cache_salt=salt, parent=group[0] if index else None, max_model_len=self.config.max_model_len,
                     client=client,
                 )
@@ -85,13 +91,27 @@ class Simulation:
         self.drafter.draft(decision)
         self.scheduler.check_invariants()
         assert sum(decision.scheduled.values()) <= self.config.max_num_batched_tokens
-        batch = self.batch.build(decision, self.manager.tables)
-        self._move(decision)
-        self._check_and_write(batch)
-        sampled = [self._accepted(seq, decision) if decision.drafts else [self.next_token(seq)] for seq in decision.sampled]
-        self.scheduler.update(decision, sampled)
+        batch = (self.ahead or self.batch).build(decision, self.manager.tables)
+        self.scheduler.update(decision, self.ahead.execute(batch) if self.ahead else self.finish(batch, self.begin(batch)))
+        if self.ahead:
+            self.ahead.on_step(decision, 0.0)
         self.scheduler.check_invariants()
         return decision
+
+    def begin(self, batch: FlatBatch, tokens: torch.Tensor | None = None) -> None:
+        """Move blocks, check every read, write."""
+        if tokens is not None:
+            batch.input_ids = known_ids(torch.from_numpy(batch.input_ids), tokens).numpy()
+        self._move(batch.decision)
+        self._check_and_write(batch)
+
+    def finish(self, batch: FlatBatch, hidden: None, meanwhile: Meanwhile | None = None) -> list[list[int]]:
+        """The tokens of those who get one."""
+        decision = batch.decision
+        sampled = [self._accepted(seq, decision) if decision.drafts else [self.next_token(seq)] for seq in batch.sampled]
+        if sampled and meanwhile is not None:
+            meanwhile(torch.tensor(sampled)[:, 0])
+        return sampled
 
     def _accepted(self, seq: Sequence, decision: SchedulerOutput) -> list[int]:
         """The drafted tokens that are what the sequence would sample, up to the first other one, and the one sampled there."""
@@ -147,19 +167,27 @@ class Simulation:
         )
         for group, manager in enumerate(managers):
             for i, seq in enumerate(batch.sequences):
+                prefix = self._prefix(batch, i)
                 for t in range(batch.query_start_loc[i], batch.query_start_loc[i + 1]):
                     position, slot = int(batch.positions[t]), int(slots[group, t])
-                    assert batch.input_ids[t] == seq.tokens[position]
+                    assert batch.input_ids[t] == prefix[position]
                     assert slot == manager.tables[seq.seq_id][position // size] * size + position % size
                     assert slot not in written, f"slot {slot} is written twice in one step"
                     written.add(slot)
-                    self.device[slot] = (group, tuple(seq.tokens[: position + 1]))
+                    self.device[slot] = (group, prefix[: position + 1])
         for group, window in enumerate(self.windows):
             for i, seq in enumerate(batch.sequences):
+                prefix = self._prefix(batch, i)
                 first, end = int(batch.positions[batch.query_start_loc[i]]), int(batch.context_lens[i])
                 assert end == first + batch.query_start_loc[i + 1] - batch.query_start_loc[i]
                 for position in range(0 if window is None else max(0, first - window + 1), end):
                     slot = int(tables[group, i, position // size]) * size + position % size
-                    assert self.device.get(slot) == (group, tuple(seq.tokens[: position + 1])), (
+                    assert self.device.get(slot) == (group, prefix[: position + 1]), (
                         f"{seq} reads position {position} of group {group} in slot {slot} and finds another prefix"
                     )
+
+    @staticmethod
+    def _prefix(batch: FlatBatch, index: int) -> tuple[int, ...]:
+        """The tokens of a sequence of the batch; the last one may be known to the device alone."""
+        tokens, last = batch.sequences[index].tokens, int(batch.query_start_loc[index + 1]) - 1
+        return (*tokens, int(batch.input_ids[last])) if batch.positions[last] == len(tokens) else tuple(tokens)

@@ -41,6 +41,7 @@ MORE_NAMES = {
     "vllm:request_inference_time_seconds", "vllm:request_num_preemptions", "vllm:request_prefill_kv_computed_tokens",
     "vllm:cache_config_info", "vllm:num_requests_waiting_by_reason", "vllm:spec_decode_num_accepted_tokens_per_pos",
     "vllm:prompt_tokens_cached", "vllm:prompt_tokens_by_source", "vllm:client_served_tokens",
+    "byov:steps_ahead", "byov:rows_in_vain",
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ SETTINGS = st.fixed_dictionaries(
         "policy": st.sampled_from(["fcfs", "priority", "lpm", "fair"]),
         "preemption_mode": st.sampled_from(["recompute", "swap"]),
         "long_prefill_token_threshold": st.sampled_from([0, 0, 2]),
+        "ahead": st.booleans(),
     }
 )
 
@@ -50,6 +51,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.sim.add(
             prompt,
             max_tokens=data.draw(st.integers(1, 12), label="max_tokens"),
+            stop_token_ids=data.draw(st.sampled_from([[], [], [3]]), label="stop_token_ids"),
             n=data.draw(st.sampled_from([1, 1, 2, 3]), label="n"),
             priority=data.draw(st.integers(0, 2), label="priority"),
             salt=data.draw(st.sampled_from([None, None, "a", "b"]), label="salt"),
@@ -111,6 +113,15 @@ def test_twins_with_tokens_on_trial_say_what_they_say_alone(first):
     for seed in range(first, first + 200):
         try:
             run_twins(random.Random(seed), drafts=True)
+        except AssertionError as error:
+            raise AssertionError(f"random.Random({seed}): {error}") from error
+
+
+@pytest.mark.parametrize("first", slow_after(1, range(0, 400, 100)))
+def test_twins_whose_steps_are_begun_ahead_say_what_they_say_alone(first):
+    for seed in range(first, first + 100):
+        try:
+            run_twins(random.Random(seed), ahead=True)
         except AssertionError as error:
             raise AssertionError(f"random.Random({seed}): {error}") from error
 

@@ -39,11 +39,11 @@ class Guesses(Proposer):
         return drafts
 
 
-def run_twins(rng: random.Random, drafts: bool = False) -> None:
+def run_twins(rng: random.Random, drafts: bool = False, ahead: bool = False) -> None:
     """One life in the simulated cache, which compares every slot that a step reads with the sequence's own tokens.
 
     Args:
-        drafts: put tokens on trial.
+        drafts: put tokens on trial. ahead: begin each step before the one before has ended, and let some end by their tokens.
 
     Raises:
         AssertionError: a sequence read or said something else, an invariant broke, or blocks were left over.
@@ -58,21 +58,26 @@ def run_twins(rng: random.Random, drafts: bool = False) -> None:
         watermark=rng.choice([0.0, 0.01, 0.2]), max_num_batched_tokens=rng.choice([7, 64, 512]),
         max_num_seqs=rng.choice([3, 8, 256]), policy=rng.choice(["fcfs", "priority", "lpm", "fair"]),
         preemption_mode=rng.choice(["recompute", "swap"]), next_token=greedy,
-        proposer=proposer,
+        proposer=proposer, ahead=ahead,
     )  # fmt: skip
     longest = min(num_blocks * size // 2, 3 * size)
     prompts = [[100 * k + i for i in range(rng.randint(1, longest))] for k in range(rng.randint(1, 3))]
+    stops = rng.sample(range(97), rng.choice([0, 5, 30])) if ahead else []
     for _ in range(rng.randint(3, 8)):
         simulation.add(
-            rng.choice(prompts), max_tokens=rng.randint(1, 3 * size), n=rng.choice([1, 1, 2, 3]), priority=rng.randint(0, 2)
-        )
+            rng.choice(prompts), max_tokens=rng.randint(1, 3 * size), n=rng.choice([1, 1, 2, 3]), priority=rng.randint(0, 2),
+            stop_token_ids=stops,
+        )  # fmt: skip
+        if ahead and rng.random() < 0.2 and (victims := [seq for seq in simulation.sequences if not seq.finished]):
+            simulation.scheduler.abort(rng.choice(victims))
         for _ in range(rng.choice([0, 0, rng.randint(1, 5)])):
             simulation.step()
     simulation.run()
     for seq in simulation.sequences:
         text = copy(seq)
         text.tokens = list(seq.prompt_token_ids)
-        while len(text.tokens) < len(seq.tokens):
+        while len(text.tokens) < seq.max_len and (len(text.tokens) == seq.num_prompt_tokens or text.tokens[-1] not in stops):
             text.tokens.append(greedy(text))
+        if seq.finish_reason == "abort":
+            text.tokens = text.tokens[: len(seq.tokens)]
         assert seq.tokens == text.tokens, f"{seq} says {seq.tokens}, alone it would say {text.tokens}"
-        assert len(seq.tokens) == seq.max_len, f"{seq} should have {seq.max_len} tokens"

@@ -10,7 +10,7 @@ import math
 from array import array
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...batching.sampling_params import SamplingParams
 from ...batching.sequence import TokenGuide
+from ..platform.transfer import to_device
 from ..structured.structured_output import by_guide, forbid
 
 BANNED = -1e30
@@ -25,14 +26,6 @@ BANNED = -1e30
 all the same, and none that `allowed_token_ids` leaves out (-inf)."""
 MAX_PENALTY = 1e25
 """Of repetition; the least is one through this. In float32 more would make logits infinite, and then no numbers."""
-
-
-def to_device(data: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of host data on `device`, without waiting for the work already queued there."""
-    tensor = torch.as_tensor(data, dtype=dtype)
-    if device.type == "cuda" and not tensor.is_cuda:
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 class Sampled(Protocol):

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from ...batching.sampling_params import SamplingParams
+from ..overlap.lookahead import Meanwhile
+from ..platform.transfer import OnTheWay, to_device
 from . import selection_cpu
-from .logits_processors import LogitsProcessors, Sampled, to_device
+from .logits_processors import LogitsProcessors, Sampled
 from .selection import BLOCK, Filters, argmax, draw, ranked
 
 MAX_TEMPERATURE = 1e30
@@ -113,12 +115,13 @@ class Sampler:
         self._padded = self._scratch = torch.empty(0, self._width)
 
     @torch.inference_mode()
-    def __call__(self, logits: Tensor, sequences: Many[Sampled]) -> SamplerOutput:
+    def __call__(self, logits: Tensor, sequences: Many[Sampled], meanwhile: Meanwhile | None = None) -> SamplerOutput:
         """Sample one token a row.
 
         Args:
             logits: [N, V] of any float dtype; they are left as they are.
             sequences: row i belongs to ``sequences[i]``. Token ids in its parameters must be below V.
+            meanwhile: called before the tokens are waited for.
         """
         if not sequences:
             return SamplerOutput([], [])
@@ -127,13 +130,17 @@ class Sampler:
             tokens = self._greedy(logits)
         else:
             tokens = self._sample(self._process(logits, plan), plan)
-        token_ids: list[int] = tokens.tolist()
-        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+        columns: tuple[Tensor, ...] = ()
         if plan.logprobs:
             rows = to_device([row for row, _ in plan.logprobs], torch.int64, logits.device)
-            entries = self.prompt_logprobs(logits[rows], tokens[rows], max(n for _, n in plan.logprobs))
-            for (row, n), entry in zip(plan.logprobs, entries, strict=True):
-                logprobs[row] = TokenLogprobs(entry.token_ids[: n + 1], entry.logprobs[: n + 1], entry.ranks[: n + 1])
+            columns = self._columns(logits[rows], tokens[rows], max(n for _, n in plan.logprobs))
+        result = OnTheWay(tokens, *columns)
+        if meanwhile is not None:
+            meanwhile(tokens)
+        token_ids, *lists = (tensor.tolist() for tensor in result.wait())
+        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+        for (row, n), *entry in zip(plan.logprobs, *lists, strict=True):
+            logprobs[row] = TokenLogprobs(*(column[: n + 1] for column in entry))
         return SamplerOutput(token_ids, logprobs)
 
     @torch.inference_mode()
@@ -145,8 +152,12 @@ class Sampler:
             target_token_ids: [P] the token that follows each position.
             n: how many of the most likely tokens.
         """
-        targets = to_device(target_token_ids, torch.int64, logits.device)
-        result: list[TokenLogprobs] = []
+        columns = self._columns(logits, to_device(target_token_ids, torch.int64, logits.device), n)
+        return [TokenLogprobs(*entry) for entry in zip(*(column.tolist() for column in columns), strict=True)]
+
+    def _columns(self, logits: Tensor, targets: Tensor, n: int) -> tuple[Tensor, ...]:
+        """What `TokenLogprobs` holds of each of P positions: ids, log-probabilities and ranks, each [P, 1 + n]."""
+        parts = []
         for start in range(0, len(logits), LOGPROB_ROWS):
             x = self._copy(logits[start : start + LOGPROB_ROWS])
             ids = targets[start : start + LOGPROB_ROWS, None]
@@ -156,9 +167,8 @@ class Sampler:
             ranks = 1 + (values[:, None, 1:] > values[:, :, None]).sum(-1)
             ranks[:, 0] = 1 + (x > values[:, :1]).sum(-1)
             log_probs = torch.log_softmax(x, -1, out=self._scratch[: len(x)]).gather(1, ids)
-            columns = zip(ids.tolist(), log_probs.tolist(), ranks.tolist(), strict=True)
-            result += [TokenLogprobs(*entry) for entry in columns]
-        return result
+            parts.append((ids, log_probs, ranks))
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     @torch.inference_mode()
     def probabilities(self, logits: Tensor, sequences: Many[Sampled]) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...batching.sampling_params import StructuredOutput
 from ..grammar.json_schema import to_grammar
 from ..grammar.structural_tag import checked, tag_format, to_xgrammar, with_grammars
+from ..platform.transfer import to_device
 
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar, TokenizerInfo
@@ -181,7 +182,10 @@ def forbid(logits: Tensor, guided: list[tuple[Guide, list[tuple[int, Any]]]], vo
     for guide, places in guided:
         guide.allow([seq.output_token_ids for _, seq in places], masks[start : start + len(places)])
         start += len(places)
-    bits = masks.to(logits.device)[:, :, None] >> torch.arange(32, device=logits.device, dtype=torch.int32) & 1
+    bits = (
+        to_device(masks, torch.int32, logits.device)[:, :, None] >> torch.arange(32, device=logits.device, dtype=torch.int32)
+        & 1
+    )
     forbidden = bits.flatten(1)[:, :vocab_size] == 0  # [R, V]
     for index, row in enumerate(rows):
         logits[row, :vocab_size].masked_fill_(forbidden[index], -torch.inf)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from ..batching.continuous_batch import FlatBatch
 from ..batching.step_arrays import FlatArrays, StepArrays
+from ..batching.wanted_rows import logit_calls
 from ..models.config.model_config import ModelConfig
 from ..models.loader import ModelSource
 from ..models.lora.adapter_files import Adapter
@@ -23,7 +24,7 @@ from ..parallelism.distributed import leave, open_rendezvous, wait_for_ranks
 from ..parallelism.shared_memory import nameless_file
 from ..parallelism.tensor_parallel import TensorParallel
 from .config import EngineConfig
-from .worker import StepResult, Worker, logit_calls
+from .worker import StepResult, Worker
 from .worker_process import STOP_SECONDS, Setup, StepBoard, WorkerHandle, WorkerProcHandle, init_worker_distributed
 
 
