@@ -1,9 +1,8 @@
 """Microseconds that a step costs the host besides the model, a running sequence: scheduling, arrays, results, text.
 
-On a fast device the model waits for the host, so every microsecond here is lost throughput. The engine is the real one with a
-fake in place of its executor, which returns tokens of an English text at once. Time is the CPU time of the one thread that
-steps the engine, so what else runs on the machine does not count; the fake's own time is taken out. Reference: vLLM 0.32 spends
-about 21 µs a sequence and decode step on the same work (256 running).
+On a fast device the model waits for the host, so every microsecond here is lost throughput. The engine is real, but a stand-in
+for its executor returns tokens of a text at once, and its time is taken out. Time is the CPU time of the thread that steps the
+engine, so what else runs does not count. vLLM 0.32 spends about 21 µs a sequence and step on the same work (256 running).
 
   schedule   who runs, how many tokens each, which blocks they need (with the prefix cache: hashes of full blocks)
   arrays     the flat batch: token ids, positions, slots, block tables
@@ -115,8 +114,7 @@ GOALS = {"DELTA": 8.0, "FINAL_ONLY": 4.0}
 
 
 def pin_to_one_core() -> None:
-    """Keep this thread on one core with warm caches, and tensors from starting more threads. The heap is settled as in the
-    server's process."""
+    """Keep this thread on one core with warm caches, and tensors from more threads; settle the heap as in the server."""
     settle_heap()
     torch.set_num_threads(1)
     pin_to_cores(slice(-1, None))

@@ -1,7 +1,4 @@
-"""A decode step's wall time on a device that only waits, with the next step decided under it (--async-scheduling) and without.
-
-Without it a step takes the host's time and the device's, with it the longer of both; what the host does `overhead` measures.
-"""
+"""A decode step's wall time on a device that only waits: host and device in turn, or the next step decided under this one."""
 
 from __future__ import annotations
 
@@ -21,16 +18,14 @@ from .report import Parser, finish, one_line_errors, show_table, tracked
 def step_ms(ahead: bool, device_ms: float, num_seqs: int, steps: int) -> float:
     """Median milliseconds of so many decode steps of so many running sequences, text of each token included."""
     count = WARM_UP_STEPS + steps
-    engine, rng, times = make_engine(num_seqs, 36 + count, True, DEFAULT_MODEL), random.Random(0), []
+    engine, rng = make_engine(num_seqs, 36 + count, True, DEFAULT_MODEL), random.Random(0)
     engine.executor.seconds = device_ms / 1e3
     if ahead:
         engine.batch = Lookahead(engine.scheduler, engine.batch, engine.executor)
     for index in range(num_seqs):
         request = BenchRequest(token_ids(rng, 17 + index % 16), count + 2)
         engine.add_request(str(index), request.prompt, request.params(output_kind=RequestOutputKind.DELTA))
-    for _ in range(count):
-        engine.step()
-        times.append(time.perf_counter())
+    times = [(engine.step(), time.perf_counter())[1] for _ in range(count)]
     return 1e3 * statistics.median(map(float.__sub__, times[WARM_UP_STEPS:], times[WARM_UP_STEPS - 1 :]))
 
 
