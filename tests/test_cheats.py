@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from stages.course.grading import guard
 from stages.course.grading.grader import Grader
 from stages.course.grading.offences import offences
 from stages.course.grading.scoring import Grade
@@ -114,3 +119,12 @@ def test_the_right_answer_has_all_points(toys: Course) -> None:
     grade = toys.grade(SUMS)
     assert (points(grade), grade.flags) == ({"1.1": 10}, [])
     assert toys.graders[False].runner.expected(*toys.tasks[0]).flags == frozenset()  # which would be nobody's then
+
+
+def test_a_process_of_ranks_starts_beside_a_learners_file(tmp_path: Path) -> None:
+    """`multiprocessing` starts its own by a text, which Python compiles before there is any frame."""
+    shutil.copyfile(guard.__file__, tmp_path / "sitecustomize.py")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "GRADING_LEARNERS": '["/learner.py"]'}
+    command = [sys.executable, "-c", "exec('print(6 * 7)')"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.stdout, ended.returncode) == ("42\n", 0), ended.stderr

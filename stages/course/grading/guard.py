@@ -103,6 +103,8 @@ def behind(
     but an errand, which is somebody's."""
     while frame is not None:
         code = frame.f_code
+        if code.co_filename == "<string>" and frame.f_back is None:  # python -c, as multiprocessing starts its processes
+            break
         if not errand(code.co_filename) and not (code.co_name in walkers and code.co_filename.startswith(library)):
             break
         frame = frame.f_back
@@ -113,9 +115,9 @@ def is_for_learner(
     frame: FrameType | None, behind: Callable[..., FrameType | None] = behind, is_learner: Callable[..., bool] = is_learner,
     learners: frozenset[str] = LEARNERS,
 ) -> bool:  # fmt: skip
-    """Whether a learner's file is behind what a frame does."""
-    frame = behind(frame)
-    return bool(learners) if frame is None else is_learner(frame)
+    """Whether a learner's file is behind what a frame does. Where there is no frame, Python itself starts."""
+    sender = behind(frame)
+    return bool(learners) and frame is not None if sender is None else is_learner(sender)
 
 
 def looks_around(
