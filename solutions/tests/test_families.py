@@ -161,7 +161,7 @@ def int4_weights(family: str, path: Path) -> None:
 def stored(family: str, path: Path, form: Stored, config: dict[str, Any]) -> None:
     """A quantized checkpoint says what transformers says of the plain weights that it stands for."""
     make_tiny(family, path / "plain")
-    form_of = lambda name: None if name == "lm_head" or name.endswith(("gate", "router")) else form  # noqa: E731
+    form_of = lambda name: None if name == "lm_head" or name.endswith(("gate", "router", "_bias")) else form  # noqa: E731
     packed = quantize_folder(path / "plain", path / "packed", form_of)
     save_pieces(packed, path / "packed")
     describe(path / "packed", config)
