@@ -29,6 +29,7 @@ ABOUT_TIME = {
     "stages/stage6_benchmark/tests/test_6_2_load.py:test_a_closed_loop_begins_now": "time is simulated: nobody waits",
     "solutions/tests/fake_engine.py:step": "a step takes time",
     "solutions/tests/test_async_engine.py:test_an_idle_engine_sleeps": "how often it looks for work within a time",
+    "solutions/tests/test_lookahead.py:test_a_step_takes_what_the_host_or_the_device_takes": "time is simulated: nobody waits",
     "solutions/tests/test_communication.py:fail_on_one": "a rank that hangs",
     "solutions/tests/test_communication.py:nap": "a process that stays until it is killed",
     "solutions/tests/test_step_control.py:test_a_paused_engine_takes_requests_and_steps_when_told": "within that time nothing "

@@ -70,17 +70,11 @@ def problem(device: torch.device, dtype: torch.dtype, head_dim: int, block_size:
 
 
 class TorchBackend(AttentionBackend):
-    """Batched paged attention in plain PyTorch. Scores and softmax are float32 whatever the cache holds.
-
-    Attributes:
-        sinks: [H], a score of each head that counts in the softmax and stands for no token, where layers have some: each sets
-            its own before it attends.
-    """
+    """Batched paged attention in plain PyTorch. Scores and softmax are float32 whatever the cache holds."""
 
     name = "torch"
 
     def __init__(self) -> None:
-        self.sinks: Tensor | None = None
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def plan(self, metadata: AttentionMetadata, sliding_window: int | None) -> Plan:

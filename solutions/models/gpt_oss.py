@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from ..attention.paged_attention import AttentionMetadata
-from ..attention.paged_attention_torch import TorchBackend
 from ..parallelism.linear import WeightLayer, copy_weight, parameter
 from ..parallelism.tensor_parallel import GateUpParallelLinear, Shard, TensorParallel
 from .config.model_config import ModelConfig
@@ -46,7 +45,6 @@ class GptOssAttention(LlamaAttention):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None, metadata: AttentionMetadata, add_to: Tensor | None
     ) -> Tensor:
-        assert isinstance(metadata.backend, TorchBackend)
         metadata.backend.sinks = self.sinks.weight
         return super().forward(x, rope, metadata, add_to)
 

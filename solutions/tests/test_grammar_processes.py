@@ -55,9 +55,8 @@ def small(number: int) -> StructuredOutput:
 
 def new_processes() -> GrammarProcesses:
     source = resolve_model("smollm2-135m")
-    return GrammarProcesses(
-        lambda: GrammarCompiler(load_tokenizer(source), source.config.vocab_size, source.config.eos_token_ids)
-    )
+    vocabulary = source.config.vocab_size, source.config.eos_token_ids
+    return GrammarProcesses(lambda: GrammarCompiler(load_tokenizer(source), *vocabulary))
 
 
 @pytest.fixture(scope="module")
@@ -226,9 +225,7 @@ def word(name: str, length: int) -> dict[str, Any]:
     ),
     ids=["arrays", "anyOf", "grammar", "regex"],
 )
-def test_each_kind_of_bomb_is_refused_while_others_are_served(
-    shared: GrammarProcesses, strict: None, form: StructuredOutput
-) -> None:
+def test_each_bomb_is_refused_while_others_are_served(shared: GrammarProcesses, strict: None, form: StructuredOutput) -> None:
     refused = shared.compile(form, "greedy")
     other = shared.compile(small(len(form.definition)), "modest")
     assert other.result(PATIENCE).memory_size_bytes > 0
