@@ -52,6 +52,10 @@ class AttentionBackend(abc.ABC):
     name: str
     """As in `backends.make_backend`."""
 
+    sinks: Tensor | None = None
+    """[H], a score of each head that counts in the softmax and stands for no token. A layer that has them puts them here before
+    it attends; `ModelConfig.attention_by` sees to a backend that can."""
+
     capturable = False
     """Whether CUDA graphs can hold it: what it launches depends on shapes and on the metadata's Python numbers alone, a token
     with slot −1 is not stored, and a sequence with a context of 0 is padding, whose output is zeros."""
