@@ -369,14 +369,15 @@ def test_overhead_makes_text_and_its_phases_add_up(kind: RequestOutputKind) -> N
 
 def test_the_server_settles_its_heap_as_the_benchmark_does(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    engine = SimpleNamespace(startup_summary=list, config=EngineConfig(), close=lambda: order.append("closed"))
+    door = SimpleNamespace(start_compiling=lambda: order.append("compiler"))
+    engine = SimpleNamespace(startup_summary=list, config=EngineConfig(), input=door, close=lambda: order.append("closed"))
     monkeypatch.setattr("solutions.core.engine.LLMEngine", lambda config: order.append("engine") or engine)
     monkeypatch.setattr(api_server, "settle_heap", lambda: order.append("settled"))
     monkeypatch.setattr(api_server, "create_app", lambda *_, **__: None)
     monkeypatch.setattr(api_server, "AsyncEngine", lambda engine, *_: engine)
     monkeypatch.setattr(api_server.uvicorn.Server, "run", lambda self, sockets: [order.append("served"), sockets[0].close()])
     assert api_server.main(["--host", "127.0.0.1", "--port", "0"]) == 0
-    assert order == ["engine", "settled", "served", "closed"]
+    assert order == ["engine", "settled", "compiler", "served", "closed"]
 
 
 # Commands

@@ -27,11 +27,11 @@ def answers(folder: str, monkeypatch: pytest.MonkeyPatch, params: dict, **settin
     """Tokens for each seed, and the logits that the target's sampler saw, by (seed, all tokens before)."""
     llm, rows, call = LLM(folder, **SETTINGS, **settings), {}, Sampler.__call__
 
-    def recorded(self, logits, sequences):
+    def recorded(self, logits, sequences, *more):
         if self is llm.llm_engine.executor.worker.sampler:
             for row, seq in zip(logits, sequences, strict=True):
                 rows[seq.params.seed, tuple(seq.tokens)] = row.double().numpy().copy()
-        return call(self, logits, sequences)
+        return call(self, logits, sequences, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(Sampler, "__call__", recorded)
