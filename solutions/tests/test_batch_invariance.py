@@ -33,10 +33,10 @@ def logits_of(llm: LLM, prompts: list[dict], monkeypatch) -> dict[tuple[int, int
     seen, original = {}, Sampler.__call__
     first = llm._num_requests
 
-    def watched(self, logits, sequences):
+    def watched(self, logits, sequences, *more):
         for row, seq in zip(logits, sequences, strict=True):
             seen.setdefault((int(seq.request_id) - first, seq.num_output_tokens), row.clone())
-        return original(self, logits, sequences)
+        return original(self, logits, sequences, *more)
 
     monkeypatch.setattr(Sampler, "__call__", watched)
     llm.generate(prompts, PARAMS, use_tqdm=False)
