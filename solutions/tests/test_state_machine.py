@@ -97,33 +97,29 @@ class TestManyEngineMachines(EngineMachine.TestCase):
     settings = settings(TestEngineMachine.settings, max_examples=400)
 
 
+def run_lives(first, count, **settings):
+    for seed in range(first, first + count):
+        try:
+            run_twins(random.Random(seed), **settings)
+        except AssertionError as error:
+            raise AssertionError(f"random.Random({seed}): {error}") from error
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, 900, 300))
 def test_twins_never_read_a_block_before_it_is_computed(first):
     """Of these lives, four copied a block that the step had yet to compute (111, 280, 797, 841)."""
-    for seed in range(first, first + 300):
-        try:
-            run_twins(random.Random(seed))
-        except AssertionError as error:
-            raise AssertionError(f"random.Random({seed}): {error}") from error
+    run_lives(first, 300)
 
 
 @pytest.mark.parametrize("first", slow_after(1, range(0, 400, 200)))
 def test_twins_with_tokens_on_trial_say_what_they_say_alone(first):
-    for seed in range(first, first + 200):
-        try:
-            run_twins(random.Random(seed), drafts=True)
-        except AssertionError as error:
-            raise AssertionError(f"random.Random({seed}): {error}") from error
+    run_lives(first, 200, drafts=True)
 
 
 @pytest.mark.parametrize("first", slow_after(1, range(0, 400, 100)))
 def test_twins_whose_steps_are_begun_ahead_say_what_they_say_alone(first):
-    for seed in range(first, first + 100):
-        try:
-            run_twins(random.Random(seed), ahead=True)
-        except AssertionError as error:
-            raise AssertionError(f"random.Random({seed}): {error}") from error
+    run_lives(first, 100, ahead=True)
 
 
 @pytest.mark.parametrize("seed", slow_after(4, range(16)))
