@@ -90,14 +90,14 @@ def examples(text: str, package: str = "solutions") -> dict[str, str]:
 def section_problems(chapter: str, stage: Stage) -> list[str]:
     """A chapter's head and tasks that are not there, not in order, or not under their title."""
     titles = {f"chapter-{stage.number}": f"# Chapter {stage.number} · {stage.title}"}
-    titles |= {task.guide: f"## Task {task.id} · {task.title}" for task in stage.tasks}
+    titles |= {task.guide: f"## Task {task.id} · {task.name}" for task in stage.tasks}
     problems = [] if anchors(chapter) == list(titles) else [f"anchors {anchors(chapter)}, expected {list(titles)}"]
     return problems + [title for name, title in titles.items() if f'<a id="{name}"></a>\n{title}\n' not in chapter]
 
 
 def table_of_tasks(course: list[Stage]) -> list[str]:
     """The rows that the hub's table must have: each task with its section and its minutes."""
-    return [f"| [{task.id}]({task.section}) | {task.title} | {task.minutes} |" for stage in course for task in stage.tasks]
+    return [f"| [{task.id}]({task.section}) | {task.name} | {task.minutes} |" for stage in course for task in stage.tasks]
 
 
 def task_problems(section: str, stage: Stage, task: Task) -> list[str]:
@@ -285,7 +285,7 @@ def main(argv: list[str]) -> int:
         print(f"write the number of a task: python -m tests.guide {TASKS[0].id} (up to {TASKS[-1].id})")
         return 2
     text = (ROOT / task.chapter).read_text(encoding="utf-8")
-    failed, report = run_examples(task.id, examples(text, "stages")[f"Task {task.id} · {task.title}"])
+    failed, report = run_examples(task.id, examples(text, "stages")[f"Task {task.id} · {task.name}"])
     print(report or f"The examples of task {task.id} print what the guide says.")
     return min(failed, 1)
 

@@ -22,7 +22,7 @@ DOCUMENTS = [
     "docs/classroom/README.md", "docs/serving.md",
 ]  # fmt: skip
 COURSE = load_course()
-TASKS = {task.id: task for stage in COURSE for task in stage.tasks}
+TASKS = {task.id: task for stage in COURSE for task in stage.core}
 NOT_THERE_YET: set[str] = set()
 """Commands that the documents may name before they exist, as targets of the Makefile and as programs in `benchmarks/`."""
 PLANNED_STAGES = {6} - {stage.number for stage in COURSE}
@@ -135,8 +135,8 @@ def test_the_readme_shows_what_a_new_learner_sees() -> None:
 
 def test_the_table_of_stages_is_the_course() -> None:
     rows = [
-        f"| {stage.number} | [{stage.title}](stages/{stage.folder}/README.md) | {len(stage.tasks)} "
-        f"| {sum(task.minutes for task in stage.tasks)} | {stage.points} |"
+        f"| {stage.number} | [{stage.title}](stages/{stage.folder}/README.md) | {len(stage.core)} "
+        f"| {sum(task.minutes for task in stage.core)} | {stage.points} |"
         for stage in COURSE
     ]
     table = re.search(r"^\| stage \|.*?\n\n", TEXTS["INSTRUCTORS.md"], re.DOTALL | re.MULTILINE)
@@ -201,9 +201,9 @@ def test_the_list_of_tests_gives_the_stages_points(stage: Stage) -> None:
     command = [sys.executable, "docs/classroom/tests_json.py", "--stage", str(stage.number)]
     entries = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
     assert sum(entry["points"] for entry in entries) == stage.points
-    assert len({entry["name"] for entry in entries}) == len(entries) == len(stage.tasks) + 1
+    assert len({entry["name"] for entry in entries}) == len(entries) == len(stage.core) + 1
     assert all(len(entry["name"].encode()) <= 100 and 1 <= entry["timeout"] <= 600 for entry in entries)
-    assert [entry["run"] for entry in entries[1:]] == [f"make test-stage-{task.stage} TASK={task.id}" for task in stage.tasks]
+    assert [entry["run"] for entry in entries[1:]] == [f"make test-stage-{task.stage} TASK={task.id}" for task in stage.core]
 
 
 def test_a_list_of_tests_for_no_stage_is_refused_in_one_line() -> None:

@@ -117,7 +117,7 @@ def test_examples_print_what_the_guide_says(name: str) -> None:
 
 
 def test_every_task_has_an_example() -> None:
-    assert [task.id for task in TASKS if f"Task {task.id} · {task.title}" not in EXAMPLES] == []
+    assert [task.id for task in TASKS if f"Task {task.id} · {task.name}" not in EXAMPLES] == []
 
 
 @pytest.mark.slow

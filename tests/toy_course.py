@@ -56,8 +56,8 @@ pythonpath = ["."]
 """
 
 
-def task_entry(task_id: str, file: str, function: str) -> str:
-    """The entry of a task in course.toml."""
+def task_entry(task_id: str, file: str, function: str, worth: str = "points = 10") -> str:
+    """The entry of a task in course.toml; `worth` is its points or its star."""
     name = task_id.replace(".", "_")
     return f"""
 [[stage.task]]
@@ -66,7 +66,7 @@ title = "The function {function}"
 targets = ["{file}:{function}"]
 tests = "tests/test_{name}.py"
 guide = "task-{task_id.replace(".", "-")}"
-points = 10
+{worth}
 minutes = 20
 purpose = "{PURPOSE}"
 """
@@ -107,8 +107,12 @@ class Toy:
         (self.root / path).unlink()
 
 
-def make_toy(root: Path) -> Toy:
-    """Build the toy course, sound in every respect but its starters, which a learner or `fresh_starters` writes."""
+def make_toy(root: Path, starred: str = "") -> Toy:
+    """Build the toy course, sound in every respect but its starters, which a learner or `fresh_starters` writes.
+
+    Args:
+        starred: the task that is an extra, if one is.
+    """
     toy = Toy(root)
     for name in TOOLS:
         copy = shutil.copytree if (ROOT / "stages" / name).is_dir() else shutil.copyfile
@@ -125,7 +129,7 @@ def make_toy(root: Path) -> Toy:
         bank, chapter, hints = "", "# Toys\n", ""
         for task_id, file, function, cases in TASKS:
             if task_id.startswith(number):
-                course += task_entry(task_id, file, function)
+                course += task_entry(task_id, file, function, "starred = true" if task_id == starred else "points = 10")
                 hints += f'"{task_id}" = {list(HINTS)}\n'
                 chapter += f'\n<a id="task-{task_id.replace(".", "-")}"></a>\n## {function}\n\n{SECTION}\n'
                 toy.write(f"stages/{folder}/tests/test_{task_id.replace('.', '_')}.py", text_of_tests(file, function, cases))

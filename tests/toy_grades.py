@@ -30,8 +30,8 @@ def doubling(code: str) -> str:
 class Toys:
     """The toy course with a grader of its own for each kind of room."""
 
-    def __init__(self, root: Path) -> None:
-        make_toy(root)
+    def __init__(self, root: Path, starred: str = "") -> None:
+        make_toy(root, starred)
         self.workshop = Workshop(root)
         self.tasks = [(stage, task) for stage in self.workshop.course[:1] for task in stage.tasks]
         self.graders = {walls: self.grader(walls) for walls in (True, False)}

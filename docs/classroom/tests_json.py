@@ -19,7 +19,7 @@ SECONDS = 600
 def tests(stage: Stage) -> list[dict[str, Any]]:
     """One test for each task, with its points, behind the set-up, which has none."""
     entries = [("set-up", "make setup", 0)]
-    entries += [(f"{t.id} {t.title}", f"make test-stage-{stage.number} TASK={t.id}", t.points) for t in stage.tasks]
+    entries += [(f"{t.id} {t.title}", f"make test-stage-{stage.number} TASK={t.id}", t.points) for t in stage.core]
     return [
         {"name": name, "type": "run", "run": command, "timeout": SECONDS, "points": points} for name, command, points in entries
     ]

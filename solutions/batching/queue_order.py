@@ -81,11 +81,15 @@ class FairOrder(QueueOrder):
     stopped for another's sake, unless memory runs out. Source: virtual token counters, Sheng et al., "Fairness in Serving Large
     Language Models", OSDI 2024, §4.1, algorithm 2.
 
+    The scheduler calls `before_admission` before it lets sequences in, then `after_decision` unless nothing is scheduled.
+
     Args:
         weights: client → its share, relative to those of others; 1 for all that are not here.
 
     Attributes:
-        served: client → its counter. Who would be lifted above it anyway is left out.
+        served: client → its counter.
+        _waiting: the clients with sequences that the last decision left waiting.
+        _last: the clients with sequences that waited before a decision, the last time that any did.
     """
 
     is_fixed = False
@@ -93,12 +97,19 @@ class FairOrder(QueueOrder):
     def __init__(self, weights: Mapping[str, float]) -> None:
         super().__init__(lambda seq: (self.served.get(seq.client, 0.0), seq.seq_id))
         self._weights: dict[Client, float] = dict(weights.items())
-        self._waiting: set[Client] = set()  # clients that the last step has left waiting
-        self._last: set[Client] = set()  # the last ones that waited before a step
+        self._waiting: set[Client] = set()
+        self._last: set[Client] = set()
 
     def before_admission(self, waiting: list[Sequence], room: int) -> None:
         """Deal the places out in turns: always to the client whose counter is least, counting what its sequences that go before
-        will take. Among the sequences of one client, by arrival."""
+        will take. Among the sequences of one client, by arrival.
+
+        Args:
+            waiting: sorted in place. A sequence that goes before counts with the tokens it has left to compute, each as a token
+                of a prompt. Where two clients count the same, the sequence that arrived first goes first.
+            room: how many of them may run at most. Clients that begin to wait are lifted in any case; where there is no room,
+                the order may stay.
+        """
         self._lift({seq.client for seq in waiting})
         if room <= 0:
             return
@@ -117,7 +128,18 @@ class FairOrder(QueueOrder):
 
     def after_decision(self, output: SchedulerOutput, waiting: list[Sequence], running: list[Sequence]) -> None:
         """Charge each client for the tokens that the step computes. A token is charged once, in its first step: what was cached
-        is free, and so is what is computed again after a preemption, for which no client has asked."""
+        is free, and so is what is computed again after a preemption, for which no client has asked.
+
+        Args:
+            output: what each sequence computes. `num_computed_tokens` is still what it was before.
+                ``seq.num_charged_tokens`` keeps where the tokens of `seq` end that are paid for; 0: none has been yet.
+            waiting: the sequences that are left waiting.
+            running: sorted in place by `key`, with the new counters: the last is preempted first.
+
+        A counter is forgotten when the client neither waits nor runs nor is one of `_last`, and would be lifted above it
+        anyway: it is at most the least counter of those that wait or, if nobody does, of `_last`. So a spray of clients that
+        come once takes no memory.
+        """
         for seq, num_tokens in output.scheduled.items():
             start, end = seq.num_charged_tokens or seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
             if end > start:
@@ -131,14 +153,20 @@ class FairOrder(QueueOrder):
         self.served = {client: count for client, count in self.served.items() if count > floor or client in here}
 
     def _lift(self, clients: set[Client]) -> None:
-        """Let clients that have begun to wait begin where others are: at the least counter of those that waited before, or, if
-        nobody did, of those that were the last."""
+        """Let clients that have begun to wait begin where others are, and remember who waits.
+
+        Args:
+            clients: those with sequences that wait now. Those of them that are not in `_waiting` have begun to. Their counters
+                rise to the least counter of those that are, or, if none is, of `_last`; to 0 if that is empty, too. No counter
+                falls, and those that have waited on stay as they are.
+        """
         floor = min((self.served[client] for client in clients & self._waiting or self._last), default=0.0)
         for client in clients - self._waiting:
             self.served[client] = max(self.served.get(client, 0.0), floor)
         self._last = clients or self._last
 
     def _cost(self, client: Client, num_prompt_tokens: int, num_output_tokens: int) -> float:
+        """What these tokens add to the client's counter."""
         return (num_prompt_tokens + OUTPUT_COST * num_output_tokens) / self._weights.get(client, 1.0)
 
 

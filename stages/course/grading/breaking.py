@@ -73,8 +73,9 @@ def versions(workshop: Workshop, stage: Stage, seed: str) -> list[Version]:
         return Version(name, whole | {mutant.file: mutate(mutant, whole[mutant.file])}, wrong)
 
     dice = random.Random(f"{seed} {stage.number}")
+    core = [task.id for task in stage.core]
     known = [each for each in load_mutants(workshop.root, stage) if each.ties and not each.file.endswith(KERNELS)]
-    tasks = sorted({each.task for each in known})
+    tasks = sorted({each.task for each in known}.intersection(core))
     drawn = [dice.choice([each for each in known if each.task == task]) for task in dice.sample(tasks, min(WRONG, len(tasks)))]
     right = load_others(workshop.root, stage, RIGHT)
     return [

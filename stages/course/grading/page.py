@@ -42,7 +42,7 @@ def html(grade: Grade, guide: str, about: dict[str, str]) -> str:
     parts.append(section("Tasks", _tasks_table(grade.tasks, guide)))
     if grade.measures:
         parts.append(section("Performance", _measures(grade.measures)))
-    open_tasks = [item for item in grade.tasks if item.status != scoring.PASSED]
+    open_tasks = scoring.left(grade.tasks)
     if open_tasks:
         parts.append(section("What to do", "".join(_task(item, guide) for item in open_tasks)))
     parts.append(section("How points are given", f"<p>{escape(scoring.RULE)}</p>{facts(about)}"))
@@ -92,8 +92,8 @@ def table(caption: str, columns: list[str], rows: list[list[str]], numbers: int)
 def _tasks_table(tasks: list[TaskGrade], guide: str) -> str:
     rows = [
         [
-            _status(item.status), f'<a href="{escape(guide)}/{item.task.section}">{item.task.id}</a>', escape(item.task.title),
-            tests(item), f"{item.points}/{item.max_points}", f"{item.seconds:g}",
+            _status(item.status), f'<a href="{escape(guide)}/{item.task.section}">{item.task.id}</a>', escape(item.task.name),
+            tests(item), scoring.points_of(item), f"{item.seconds:g}",
         ]
         for item in tasks
     ]  # fmt: skip
@@ -120,7 +120,7 @@ def _median(values: list[float], unit: str) -> str:
 
 
 def _task(item: TaskGrade, guide: str) -> str:
-    parts = [f'<h3 id="{item.task.guide}">Task {item.task.id}: {escape(item.task.title)}</h3>']
+    parts = [f'<h3 id="{item.task.guide}">Task {item.task.id}: {escape(item.task.name)}</h3>']
     if item.reason:
         parts.append(f"<p>{_status(item.status)}: {escape(item.reason)}</p>")
     link = f'<a href="{escape(guide)}/{item.task.section}">section {item.task.id} of the guide</a>'

@@ -25,15 +25,15 @@ def markdown(grade: Grade, guide: str, about: dict[str, str]) -> str:
             lines += [f"## {title}", "", *(f"- {item}" for item in items), ""]
     lines += ["## Tasks", "", "| | task | | tests | points | seconds |", "|---|---|---|--:|--:|--:|"]
     lines += [
-        f"| {MARKS[i.status]} {i.status} | [{i.task.id}]({guide}/{i.task.section}) | {i.task.title} | {tests(i)} "
-        f"| {i.points}/{i.max_points} | {i.seconds:g} |"
+        f"| {MARKS[i.status]} {i.status} | [{i.task.id}]({guide}/{i.task.section}) | {i.task.name} | {tests(i)} "
+        f"| {scoring.points_of(i)} | {i.seconds:g} |"
         for i in grade.tasks
     ]
     if grade.measures:
         lines += ["", "## Performance", "", "| | | yours | reference | ratio | points |", "|---|---|--:|--:|--:|--:|"]
         lines += [_measure_row(item) for item in grade.measures]
         lines += ["", *(f"- **{i.title}**: {i.reason}" for i in grade.measures if i.reason)]
-    open_tasks = [item for item in grade.tasks if item.status != scoring.PASSED]
+    open_tasks = scoring.left(grade.tasks)
     if open_tasks:
         lines += ["", "## What to do"]
         for item in open_tasks:
@@ -66,7 +66,7 @@ def shown_failures(item: TaskGrade) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _task(item: TaskGrade, guide: str) -> list[str]:
-    lines = [f"### Task {item.task.id}: {item.task.title}", ""]
+    lines = [f"### Task {item.task.id}: {item.task.name}", ""]
     if item.reason:
         lines += [_quoted(item.reason), ""]
     lines += [f"{item.task.purpose} Read [the guide's section]({guide}/{item.task.section})."]

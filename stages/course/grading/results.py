@@ -41,7 +41,7 @@ def gradescope(grade: Grade, settings: dict[str, Any]) -> dict[str, Any]:
 def _task(item: TaskGrade) -> dict[str, Any]:
     parts = [item.reason, *(f"{failure.name}\n{failure.text}" for failure in item.failures)]
     return {
-        "name": f"Task {item.task.id}: {item.task.title}",
+        "name": f"Task {item.task.id}: {item.task.name}",
         "number": item.task.id,
         "score": item.points,
         "max_score": item.max_points,

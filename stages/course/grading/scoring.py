@@ -14,7 +14,7 @@ RULE = (
     "A task gives its points by the share of its tests that pass, rounded down to whole points, and none while one of its\n"
     "functions is still the placeholder. Its tests run with the reference's version of the other tasks and, if some fail,\n"
     "once more on the learner's own; the better run counts. A file that uses the reference or reaches for the tests gives\n"
-    "none to its tasks. Tests that cannot run on this machine are left out for everybody."
+    "none to its tasks. Tests that cannot run on this machine are left out for everybody. A starred task gives no points."
 )
 
 
@@ -49,6 +49,16 @@ class TaskGrade:
     flags: list[str] = field(default_factory=list)
     seconds: float = 0.0
     printed: str = ""
+
+
+def points_of(item: TaskGrade) -> str:
+    """Its points of those that can be had; a star where there are none to have."""
+    return "★" if item.task.starred else f"{item.points}/{item.max_points}"
+
+
+def left(tasks: list[TaskGrade]) -> list[TaskGrade]:
+    """What does not pass, without the starred tasks that nobody has begun."""
+    return [item for item in tasks if item.status != PASSED and not (item.task.starred and item.status == UNWRITTEN)]
 
 
 @dataclass(slots=True)

@@ -30,7 +30,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One exercise. `hints` go from a nudge to nearly the answer; `purpose` says what the code is for in the engine."""
+    """One exercise. `hints` go from a nudge to nearly the answer; `purpose` says what the code is for in the engine.
+
+    A `starred` task is an extra: no points, and its stage is done without it.
+    """
 
     id: str
     title: str
@@ -45,10 +48,16 @@ class Task:
     minutes: int
     purpose: str
     hints: tuple[str, ...]
+    starred: bool = False
 
     @property
     def stage(self) -> int:
         return int(self.id.split(".")[0])
+
+    @property
+    def name(self) -> str:
+        """Its title, with a star if it has one."""
+        return f"{self.title} ★" if self.starred else self.title
 
     @property
     def section(self) -> str:
@@ -94,6 +103,11 @@ class Stage:
         return list(dict.fromkeys(target.file for task in self.tasks for target in task.targets))
 
     @property
+    def core(self) -> tuple[Task, ...]:
+        """The tasks without a star: with them the stage is done."""
+        return tuple(task for task in self.tasks if not task.starred)
+
+    @property
     def points(self) -> int:
         return sum(task.points for task in self.tasks)
 
@@ -135,9 +149,11 @@ def _task(entry: dict, chapter: str, hints: list[str]) -> Task:
     for text in entry["targets"]:
         file, _, name = text.partition(":")
         targets.append(Target(file, name))
+    starred = entry.get("starred", False)
     return Task(
-        entry["id"], entry["title"], tuple(targets), entry["tests"], chapter, entry["guide"], entry["points"],
-        entry["minutes"], " ".join(entry["purpose"].split()), tuple(" ".join(hint.split()) for hint in hints),
+        entry["id"], entry["title"], tuple(targets), entry["tests"], chapter, entry["guide"],
+        0 if starred else entry["points"], entry["minutes"], " ".join(entry["purpose"].split()),
+        tuple(" ".join(hint.split()) for hint in hints), starred,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def show_hint(console: Console, stage: Stage, task: Task, level: int) -> None:
     if level < len(task.hints):
         rows.append(("", f"make hint TASK={task.id} LEVEL={level + 1}"))
     rows.append(("guide", task.section))
-    console.print(Panel(labelled(rows), title=f"task {task.id}, {task.title}", border_style="cyan", title_align="left"))
+    console.print(Panel(labelled(rows), title=f"task {task.id}, {task.name}", border_style="cyan", title_align="left"))
 
 
 def show_diff(console: Console, stage: Stage, task: Task, force: bool) -> None:

@@ -50,12 +50,14 @@ def print_stage(console: Console, result: StageResult, inspection: Inspection, w
     skipped = [item for item in result.tasks if item.state == SKIPPED]
     for item in skipped:
         console.print(f"[yellow]Task {item.task.id} cannot be tested on this machine: {escape(item.tests[0].text)}[/]")
-    still_open = next((item for item in result.tasks if item.state not in (PASSED, SKIPPED)), None)
-    if still_open is None:
-        count = len(result.tasks) - len(skipped)
-        console.print(f"[green]All {count} tasks{' that can be tested here' if skipped else ''} pass.[/]")
+    if result.left:
+        console.print(next_panel(result.stage, result.left[0], inspection))
     else:
-        console.print(next_panel(result.stage, still_open, inspection))
+        count = sum(item.state == PASSED for item in result.tasks)
+        console.print(f"[green]All {count} tasks{' that can be tested here' if skipped else ''} pass.[/]")
+        for item in result.tasks:
+            if item.state == TODO:
+                console.print(extra_line(item.task))
     if not any(item.tests for item in result.tasks):
         console.print(escape(result.output.strip()))
 
@@ -67,7 +69,8 @@ def task_table(result: StageResult, whose: str) -> Table:
         table.add_column(name, justify=justify)
     for item in result.tasks:
         tests = f"{item.num_passed}/{len(item.tests)}"
-        table.add_row(MARKS[item.state], item.task.id, item.task.title, tests, f"{item.points}/{item.task.points}")
+        points = "★" if item.task.starred else f"{item.points}/{item.task.points}"
+        table.add_row(MARKS[item.state], item.task.id, item.task.name, tests, points)
     table.add_section()
     points = sum(item.points for item in result.tasks)
     table.add_row("", "", "", "", f"{points}/{sum(item.task.points for item in result.tasks)}")
@@ -102,8 +105,13 @@ def next_panel(stage: Stage, item: TaskResult, inspection: Inspection) -> Panel:
         rows.append(("first", f"task {', '.join(sorted(missing))}, on which this one stands and which is not written yet"))
     rows += [("what", task.purpose), ("hint", task.hints[0]), ("", f"make hint TASK={task.id} LEVEL=2")]
     rows.append(("guide", task.section))
-    title = f"next: task {task.id}, {task.title} (about {task.minutes} minutes)"
+    title = f"next: task {task.id}, {task.name} (about {task.minutes} minutes)"
     return Panel(labelled(rows), title=title, border_style="cyan", title_align="left")
+
+
+def extra_line(task: Task) -> str:
+    """A starred task that is not written, and how to begin it."""
+    return f"[yellow]★[/] an extra if you like: task {task.id}, {task.title}: make test-stage-{task.stage} TASK={task.id}"
 
 
 def labelled(rows: list[tuple[str, str]]) -> Table:

@@ -7,9 +7,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from stages.course.tools.catalog import Stage
-from stages.course.tools.page import MARKS, places, run_with_bar
+from stages.course.tools.page import MARKS, extra_line, places, run_with_bar
 from stages.course.tools.preflight import inspect_stage
-from stages.course.tools.runner import PASSED, SKIPPED
+from stages.course.tools.runner import PASSED, SKIPPED, TODO
 from stages.course.tools.state import remember, remembered
 
 
@@ -18,23 +18,28 @@ def show_progress(console: Console, course: list[Stage]) -> None:
     table = Table(title="Your course", title_justify="left")
     for name in ("stage", "tasks", "", "points"):
         table.add_column(name)
-    next_task = None
+    next_task, extras = None, []
     for stage in course:
         states = remembered(stage)
         if not states:
             remember(run_with_bar(console, stage, list(stage.tasks), str(stage.number)))
             states = remembered(stage)
-        done = [task for task in stage.tasks if states[task.id]["state"] == PASSED]
-        marks = " ".join(f"{MARKS[states[task.id]['state']].split()[0]}[/] {task.id}" for task in stage.tasks)
-        bar = ProgressBar(total=len(stage.tasks), completed=len(done), width=20)
+        done = [task for task in stage.core if states[task.id]["state"] == PASSED]
+        marks = " ".join(
+            f"{MARKS[states[task.id]['state']].split()[0]}[/] {task.id}{'★' if task.starred else ''}" for task in stage.tasks
+        )
+        bar = ProgressBar(total=len(stage.core), completed=len(done), width=20)
         points = f"{sum(task.points for task in done)}/{stage.points}"
         table.add_row(f"{stage.number} {stage.title}", marks, bar, points)
-        left = [task for task in stage.tasks if states[task.id]["state"] not in (PASSED, SKIPPED)]
+        extras += [task for task in stage.tasks if task.starred and states[task.id]["state"] == TODO]
+        left = [task for task in stage.core if states[task.id]["state"] not in (PASSED, SKIPPED)]
         if next_task is None and left:
             next_task = stage, left[0]
     console.print(table)
     if next_task is None:
         console.print("[green]All stages pass.[/]")
+        for task in extras:
+            console.print(extra_line(task))
         return
     stage, task = next_task
     console.print(f"next: task {task.id}, {task.title}; open {places(stage, task, inspect_stage(stage))[0]}")

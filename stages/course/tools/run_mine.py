@@ -31,12 +31,12 @@ def check_ready(console: Console, chosen: list[Stage]) -> None:
             console.print(problem_panel(problem))
         if inspection.problems:
             raise CourseError(f"stage {stage.number} cannot run yet; see above")
-        for task in stage.tasks:
+        for task in stage.core:
             if inspection.open_targets(task):
                 place = places(stage, task, inspection)[0]
                 raise CourseError(
                     f"task {task.id}, {task.title}, is not done yet: {place}\nThe model can answer when all tasks of stage "
-                    f"{stage.number} are: make test-stage-{stage.number}"
+                    f"{stage.number} without a star are: make test-stage-{stage.number}"
                 )
 
 
