@@ -21,6 +21,7 @@ from tests.mutants.bank import killer
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("--stage", type=int, help="this stage only (default: all)")
+    parser.add_argument("--task", help="this task only, such as 5.1")
     parser.add_argument("--name", help="this mutant only")
     parser.add_argument("--fresh", action="store_true", help="those that were written without a look at the tests")
     args = parser.parse_args(argv)
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             stages = room.course if args.stage is None else [find_stage(room.course, args.stage)]
             load = partial(load_others, file=FRESH) if args.fresh else load_mutants
             jobs = [(stage, mutant) for stage in stages for mutant in load(room.root, stage)]
-            jobs = [job for job in jobs if args.name in (None, job[1].name)]
+            jobs = [job for job in jobs if args.name in (None, job[1].name) and args.task in (None, job[1].task)]
             for stage, mutant in track(jobs, "mutants", console=console, transient=True):
                 try:
                     test = killer(room, stage, mutant)

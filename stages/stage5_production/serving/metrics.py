@@ -113,9 +113,9 @@ class EngineMetrics(Collector):
         other from the one before, several of a step as one; one that has finished is entered and forgotten (`_end`).
 
         As vLLM counts, the size of a step is the prompt tokens that it computed, which is all that is scheduled of a sequence
-        without a token yet, and the tokens that it generated, a first one among them. What is computed again behind a
-        preemption is neither. All of it is entered under `_lock`, which a scrape takes too, and
-        equal waits as one, with their count.
+        without a token yet, and the tokens that it generated, a first one among them; a prompt that is pooled has none. What is
+        computed again behind a preemption is neither. All of it is entered under `_lock`, which a scrape takes too, and equal
+        waits as one, with their count.
         """
         raise NotImplementedError("Stage 5 · Task 5.8: EngineMetrics.on_step, see stages/stage5_production/GUIDE.md#task-5-8")
 

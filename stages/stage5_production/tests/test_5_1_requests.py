@@ -95,11 +95,12 @@ def test_a_stream_wants_deltas(stream: bool | None, kind: RequestOutputKind) -> 
 
 
 def test_the_tokens_of_a_bias_are_numbers() -> None:
-    """JSON's keys are texts, the engine's are token ids.
+    """JSON's keys are texts, the engine's are token ids. A bias of 0 is one, too.
 
-    Why: a bias for the token "50" is none for the token 50.
+    Why: a bias for the token "50" is none for the token 50. And what a client sent is what errors and logs show.
     """
-    check_equal(completion(logit_bias={"50": -1.5, "7": 3}).sampling_fields()["logit_bias"], {50: -1.5, 7: 3}, "logit_bias")
+    got = completion(logit_bias={"50": -1.5, "7": 3, "8": 0}).sampling_fields()["logit_bias"]
+    check_equal(got, {50: -1.5, 7: 3, 8: 0}, "logit_bias")
 
 
 @pytest.mark.parametrize(
@@ -118,12 +119,14 @@ def test_a_chat_has_two_names_for_its_limit_and_no_default(fields: dict[str, int
 
 @pytest.mark.parametrize(
     ("fields", "logprobs"),
-    [({}, None), ({"logprobs": False}, None), ({"logprobs": True}, 0), ({"logprobs": True, "top_logprobs": 3}, 3)],
-)
+    [({}, None), ({"logprobs": False}, None), ({"logprobs": False, "top_logprobs": 0}, None), ({"top_logprobs": 0}, None),
+     ({"logprobs": True}, 0), ({"logprobs": True, "top_logprobs": 0}, 0), ({"logprobs": True, "top_logprobs": 3}, 3)],
+)  # fmt: skip
 def test_a_chat_says_in_two_fields_how_many_log_probabilities(fields: dict[str, Any], logprobs: int | None) -> None:
     """logprobs: true wants that of the token, top_logprobs so many alternatives beside it; the engine has one number.
 
-    Why: True is 1 in Python, so a careless copy asks for one alternative that nobody wanted.
+    Why: True is 1 in Python, so a careless copy asks for one alternative that nobody wanted. And clients send both fields
+    always, with false and 0 for "none", where 0 alone would be the token's own.
     """
     value = chat(**fields).sampling_fields()["logprobs"]
     check_equal((value, type(value)), (logprobs, type(logprobs)), "logprobs and its type")
@@ -147,6 +150,8 @@ def problem(request: type[Any], body: Any) -> tuple[str, str | None]:
         ({"model": "m", "prompt": "x", "stream": True, "stream_options": {"body": 1}},
          "stream_options.body is not a field of this request", "stream_options.body"),
         ({"model": "m", "prompt": "x", "suffix": "y"}, "suffix is not supported by this server", "suffix"),
+        ({"model": "m", "prompt": "x", "stream_options": {}},
+         "stream_options: only allowed with stream: true", "stream_options"),
         ({"model": "m", "prompt": "x", "stop": [1]}, "stop[0]: Input should be a valid string", "stop[0]"),
         ({"model": "m", "prompt": "x", "stream": True, "stream_options": {"more": 1}},
          "stream_options.more is not a field of this request", "stream_options.more"),

@@ -29,6 +29,7 @@ from stages.serving.responses import ChatReply, CompletionReply, _event, server_
 
 class Chunk(BaseModel):
     says: str | None
+    more: str | None = None
 
 
 class PlainReply:
@@ -82,7 +83,7 @@ def says(event: str) -> str:
 
 
 def test_an_event_is_a_line_and_an_empty_line() -> None:
-    """``data: {"says":"hi"}`` and two line breaks; a field without a value is a null.
+    """``data: {"says":"hi","more":null}`` and two line breaks; a field without a value is a null, also where nobody set it.
 
     Why: at the empty line a client knows that the event is complete; without it, it waits for more. And clients read a field
     that they know, such as ``finish_reason``, without asking whether it is there.
@@ -90,7 +91,7 @@ def test_an_event_is_a_line_and_an_empty_line() -> None:
     for text in ("hi", None):
         event = _event(Chunk(says=text))
         check_equal((event[:6], event[-3:]), ("data: ", "}\n\n"), "beginning and end of the event")
-        check_equal(json.loads(event[6:]), {"says": text}, "JSON of the event")
+        check_equal(json.loads(event[6:]), {"says": text, "more": None}, "JSON of the event")
 
 
 def test_a_line_break_in_the_text_is_none_on_the_wire() -> None:
@@ -139,6 +140,19 @@ def test_an_answer_that_ends_at_once_opens_too() -> None:
     """
     check_equal(events(PlainReply(), output(piece("", finish="stop"))), ["open", "0:", "[DONE]"], "events of no text")
     check_equal(events(PlainReply(), output(piece("a", finish="stop"))), ["open", "0:a", "[DONE]"], "events of one token")
+
+
+def test_a_choice_may_end_without_a_text_while_others_go_on() -> None:
+    """The first of two choices ends with a piece without text, then the second, three outputs later.
+
+    Why: a choice ends when it ends, not with its request. A client that shows two answers side by side would wait for the
+    reason of one until the other is through, and then never learn it.
+    """
+    steps = [output(piece("a"), piece("b", 1)), output(piece("", 0, "stop")), output(piece("c", 1)), output(piece("", 1)),
+             output(piece("", 1, "length"))]  # fmt: skip
+    for step, ended in zip(steps, (False, False, False, False, True), strict=True):
+        step.finished = ended  # of the request, which has two choices
+    check_equal(events(PlainReply(), *steps), ["open", "0:a", "1:b", "0:", "1:c", "1:", "[DONE]"], "events")
 
 
 @pytest.mark.parametrize("wanted", [False, True])

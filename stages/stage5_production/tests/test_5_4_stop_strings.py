@@ -72,17 +72,21 @@ def test_capitals_are_other_letters() -> None:
 
 
 def test_what_was_held_back_is_given_out_once() -> None:
-    """A second `flush` gives nothing; nor does one behind a stop, where nothing is to come any more.
+    """A second `flush` gives nothing; nor does one behind a stop, whatever came behind it in its piece. The stop stays known.
 
-    Why: the end of an answer can be told twice, by a length and by a client that leaves.
+    Why: the end of an answer can be told twice, by a length and by a client that leaves. And what a piece has behind a stop was
+    never asked for.
     """
     reader = StopStrings(["STOP"])
     reader.push("ab")
     check_equal([reader.flush(), reader.flush()], ["ab", ""], "text at the end, asked for twice")
-    reader = StopStrings(["STOP"])
-    reader.push("STO")
-    reader.push("P")
-    check_equal(reader.flush(), "", "text behind a stop")
+    for include in (False, True):
+        for pieces in (["STO", "P"], ["STO", "P and more"], ["a STOP and more"]):
+            reader = StopStrings(["STOP"], include)
+            for piece in pieces:
+                reader.push(piece)
+            check_equal((reader.flush(), reader.flush()), ("", ""), f"text behind the stop in {pieces}")
+            check_equal(reader.matched, "STOP", "stop, after the end")
 
 
 def test_the_earliest_match_counts() -> None:

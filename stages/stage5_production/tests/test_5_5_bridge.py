@@ -113,9 +113,11 @@ async def rest(stream: OutputStream) -> list[tuple[str, str]]:
             return got
 
 
+@pytest.mark.parametrize("delta", [True, False])
 @pytest.mark.parametrize("names", ["ab", "ba"])
-def test_what_waits_is_read_in_the_order_of_requests(names: str) -> None:
+def test_what_waits_is_read_in_the_order_of_requests(names: str, delta: bool) -> None:
     """One, then the other, then the first again: both pieces of the first come first, as one, whatever the requests' names.
+    Where an output holds all so far, the newest of the first comes first, for it has waited since its first one.
 
     Why: at most one output a request waits, so a slow reader costs no more than the text that he has not read. And what has
     waited longest is read first, or a request with many pieces is never read, or keeps another from it.
@@ -123,7 +125,7 @@ def test_what_waits_is_read_in_the_order_of_requests(names: str) -> None:
     one, other = names
 
     async def main(*outputs: RequestOutput) -> list[tuple[str, str]]:
-        stream = stream_of("a", "b")
+        stream = stream_of("a", "b", delta=delta)
         for each in outputs:
             stream.put(each)
         first = seen(await asyncio.wait_for(stream.__anext__(), 10))
@@ -132,7 +134,8 @@ def test_what_waits_is_read_in_the_order_of_requests(names: str) -> None:
         return [first, *await rest(stream)]
 
     got = asyncio.run(main(output(one, "1"), output(other, "x"), output(one, "2")))
-    check_equal(got, [(one, "12"), (other, "xy"), (one, "3")], "outputs that are read")
+    expected = [(one, "12"), (other, "xy"), (one, "3")] if delta else [(one, "2"), (other, "y"), (one, "3")]
+    check_equal(got, expected, "outputs that are read")
 
 
 def test_a_request_of_one_token_ends_alone() -> None:
@@ -319,6 +322,24 @@ def test_no_step_is_made_while_none_may_be() -> None:
     bridge._commands = [lambda: engine.log.append("command")]
     bridge._run()
     check_equal(engine.log, ["command"], "what was done")
+
+
+def test_who_may_not_step_sleeps() -> None:
+    """There is work, `may_step` says no, and no command comes: the thread sleeps, and checks the engine's health.
+
+    Why: a bridge that wakes for work it may not do turns as fast as it can, beside whatever it was stopped for.
+    """
+    bridge, engine = AsyncEngine(Stepper()), Stepper([output("a", "1")])
+    bridge._stopping = True
+    check_equal(bridge._next_commands(), None, "commands when the thread has to end")
+
+    def check() -> None:
+        raise RuntimeError("it slept, and checked")
+
+    bridge, engine.check_health = AsyncEngine(engine), check
+    bridge.may_step = lambda: False
+    with pytest.raises(RuntimeError, match="it slept"):
+        bridge._next_commands()
 
 
 def test_nothing_is_begun_behind_the_end() -> None:

@@ -69,17 +69,34 @@ def test_who_leaves_with_something_to_read_is_aborted_too(waiting: list[str]) ->
     """Outputs wait unread for one, two or all of three requests, none of which has finished.
 
     Why: a client who leaves has mostly not read all there was. His blocks would stay taken until an answer that nobody reads is
-    complete.
+    complete. Whoever is told looks at the ids when he gets to it: by then they must still be there.
     """
 
     async def main() -> list[str]:
-        stream, aborted = stream_of("a", "b", "c")
+        told: list[list[str]] = []
+        stream = OutputStream(["a", "b", "c"], told.append)
         for name in waiting:
             stream.put(output(name, False))
         stream.close()
-        return sorted(aborted)
+        return sorted(name for names in told for name in names)
 
     check_equal(asyncio.run(main()), ["a", "b", "c"], "requests that were aborted")
+
+
+def test_an_error_that_waits_changes_nothing() -> None:
+    """The stream has failed, and nobody has read the error: the unfinished are aborted all the same.
+
+    Why: who closes cannot know whether they still run. To abort what is gone costs nothing; the other way round it does.
+    """
+
+    async def main() -> list[str]:
+        stream, aborted = stream_of("a", "b")
+        stream.accept()
+        stream.fail(RuntimeError("late"))
+        stream.close()
+        return sorted(aborted)
+
+    check_equal(asyncio.run(main()), ["a", "b"], "requests that were aborted")
 
 
 def test_a_stream_is_closed_once() -> None:
@@ -217,6 +234,27 @@ def test_only_a_disconnect_closes() -> None:
         return seen
 
     check_equal(asyncio.run(main()), [[], [], [], ["a"]], "aborted after each message")
+
+
+def test_who_no_longer_watches_closes_nothing() -> None:
+    """The watcher is cancelled while requests run.
+
+    Why: whoever takes the connection over, as a streaming response does, cancels it. The client is still there.
+    """
+
+    async def main() -> list[str]:
+        stream, aborted = stream_of("a")
+        messages = asyncio.Queue[dict[str, Any]]()
+        watch = asyncio.create_task(close_on_disconnect(SimpleNamespace(receive=messages.get), stream))
+        messages.put_nowait({"type": "http.request"})
+        await turns()
+        watch.cancel()
+        await asyncio.wait([watch], timeout=10)
+        before = list(aborted)
+        stream.put(output("a", True))
+        return [*before, *[one.request_id async for one in stream]]
+
+    check_equal(asyncio.run(main()), ["a"], "requests that were aborted, then those that were read")
 
 
 @pytest.mark.parametrize("leaves", [True, False])

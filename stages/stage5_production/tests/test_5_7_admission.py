@@ -146,6 +146,25 @@ def test_other_errors_are_no_rejections() -> None:
     check_equal((queue.taken, queue.aborted), (["r1"], ["r0"]), "taken and aborted")
 
 
+def test_a_failure_is_no_refusal() -> None:
+    """The engine breaks at the second of two prompts: that comes out, and the stream is not told that it was refused.
+
+    Why: what happened is not known, so the engine's thread has to end. Taken for a refusal, the engine would go on broken, and
+    clients would be told of its inside.
+    """
+    queue = Queue()
+    submit = queue.submit
+
+    def break_at_the_second(request: Any) -> None:
+        if queue.taken:
+            raise RuntimeError("a rank has died")
+        submit(request)
+
+    queue.submit = break_at_the_second
+    with pytest.raises(RuntimeError, match="a rank has died"):
+        accept(queue, [1, 2])
+
+
 def test_the_message_says_what_is_full() -> None:
     """Both numbers and what to do.
 

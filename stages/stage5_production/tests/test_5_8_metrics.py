@@ -178,6 +178,17 @@ def test_a_prompt_and_its_first_token_are_of_one_step() -> None:
     check_equal(entered(metrics.step_size), (3, 3.0 + 7.0), "tokens of three steps: count, sum")
 
 
+def test_a_pooled_prompt_generates_nothing() -> None:
+    """A prompt of 5 tokens whose sequence has no token when its step is over, beside one of 3 that has its first: 5 + 3 + 1.
+
+    Why: an embedding is sampled from nothing. A token counted for each would be tokens a second that nobody got.
+    """
+    metrics, pooled, other = make(), sequence(0, prompt=5), sequence(1, prompt=3)
+    other.tokens.append(7)
+    metrics.on_step(SchedulerOutput({pooled: 5, other: 3}, [pooled, other]), 1.0)
+    check_equal(entered(metrics.step_size), (1, 9.0), "tokens of steps: count, sum")
+
+
 def test_what_is_computed_again_is_not_counted_again() -> None:
     """A sequence with 3 + 2 tokens comes back after a preemption: all 5 are computed again, 2 and then 3 that bring the next.
 

@@ -359,6 +359,19 @@ def test_a_death_is_news_and_a_shutdown_is_not(stopping: bool) -> None:
     check_equal(order, [] if stopping else [0], "streams that were known at each call of on_death")
 
 
+def test_an_idle_engine_dies_too() -> None:
+    """Nobody has a stream when it fails: `on_death` is called.
+
+    Why: a rank that dies at night is found by the health check, when no client is there. A server that stays up is sent the
+    next one.
+    """
+    bridge = AsyncEngine(Idle())
+    calls: list[str] = []
+    bridge.on_death = lambda: calls.append("called")
+    bridge._fail("it broke")
+    check_equal(calls, ["called"], "calls of on_death")
+
+
 @pytest.mark.parametrize("number", range(3))
 def test_any_reason_is_told_as_it_is(number: int) -> None:
     """An engine that dies of a random reason, and of another one afterwards: every stream hears of the first.
