@@ -42,7 +42,7 @@ def check_size(loaded: Tensor, dim: int, size: int) -> None:
     Raises:
         ValueError: it has not.
     """
-    if loaded.shape[dim] != size:
+    if loaded.dim() <= dim or loaded.shape[dim] != size:
         expected = [*loaded.shape[:dim], size, *loaded.shape[dim + 1 :]]
         raise ValueError(f"expected shape {expected}, the checkpoint has {list(loaded.shape)}")
 
@@ -158,8 +158,8 @@ class ColumnParallelLinear(Linear):
         self.shard_ids: tuple[str, ...] = tuple(pieces)
 
     def weight_loader(self, param: nn.Parameter, loaded: Tensor, shard_id: str | None = None) -> None:
-        """Take this rank's rows of one piece's weight or bias; without `shard_id`, of all pieces in order (GPT-2 keeps QKV
-        so).
+        """Take this rank's rows of one piece's weight or bias into the memory that `param` has; without `shard_id`, of all
+        pieces in order (GPT-2 keeps QKV so).
 
         Raises:
             ValueError: the checkpoint's tensor has another shape, also where this rank has no row of it.

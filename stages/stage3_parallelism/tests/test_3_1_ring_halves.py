@@ -54,15 +54,29 @@ def test_reduce_scatter_of_unequal_chunks(size: int, length: int) -> None:
 
 @pytest.mark.parametrize("lengths", [(1, 5), (5, 1), (0, 3, 1), (2, 0, 0, 7), (1, 4, 2, 3, 6)])
 def test_chunks_of_any_lengths(lengths: tuple[int, ...]) -> None:
-    """The longest chunk may be any of them, and the first one empty.
+    """The longest chunk may be any of them, and the first one empty. In both halves a message is one chunk, as long as that is.
 
     Why: chunks that are cut evenly begin with the longest, others do not. A buffer as long as the first one, or as the average,
-    has no room for what comes.
+    has no room for what comes; and messages that are padded to the longest send what nobody asked for.
     """
     chunks = [torch.arange(1, length + 1, dtype=torch.float64) for length in lengths]
     share = sum(10**rank for rank in range(len(lengths)))
-    for rank, (got, _) in enumerate(on_threads(len(lengths), scatter_chunks, chunks)):
+    wires, size = Wires(len(lengths)), len(lengths)
+    for rank, (got, _) in enumerate(on_threads(size, scatter_chunks, chunks, wires=wires)):
         check_equal(got, chunks[rank] * share, f"the chunk of rank {rank}")
+        sent = [len(elements) for _, elements in wires.sent[rank]]
+        check_equal(sent, [lengths[(rank - 1 - turn) % size] for turn in range(size - 1)], f"lengths that rank {rank} sends")
+    wires = Wires(size)
+    for rank, (whole, _) in enumerate(on_threads(size, _gather_chunks, chunks, wires=wires)):
+        check_equal(torch.cat(whole), torch.cat(chunks), f"all chunks on rank {rank}")
+        sent = [len(elements) for _, elements in wires.sent[rank]]
+        check_equal(sent, [lengths[(rank - turn) % size] for turn in range(size - 1)], f"lengths that rank {rank} hands on")
+
+
+def _gather_chunks(comm: Communicator, chunks: list[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
+    """Gather chunks of which this rank has its own; the others are NaN beforehand."""
+    mine = [chunk.clone() if rank == comm.rank else torch.full_like(chunk, torch.nan) for rank, chunk in enumerate(chunks)]
+    return ring_all_gather(mine, comm), comm.rank
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.int64])

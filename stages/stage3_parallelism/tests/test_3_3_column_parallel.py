@@ -105,6 +105,19 @@ def test_each_rank_has_its_rows_of_each_piece(size: int) -> None:
         check_equal(layer.bias, torch.cat([parts(BIAS_A, size)[rank], parts(BIAS_B, size)[rank]]), f"bias of rank {rank}")
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_who_holds_the_parameter_sees_what_is_loaded(size: int) -> None:
+    """A view that was taken of the weight before has the checkpoint's rows afterwards.
+
+    Why: layers share weights, and kernels keep views of them. A parameter that gets new memory leaves all of these with what
+    was there before.
+    """
+    for rank, layer in enumerate(two_pieces(size, bias=False)):
+        view = layer.weight.data[:]
+        load(layer, weight__a=A, weight__b=B)
+        check_equal(view, torch.cat([parts(A, size)[rank], parts(B, size)[rank]]), f"view of the weight of rank {rank}")
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_pieces_come_in_any_order(size: int) -> None:
     """The second piece is loaded first, and its rows stand behind those of the first, where nothing has been touched yet.

@@ -31,14 +31,16 @@ def test_each_rank_has_its_columns(size: int) -> None:
 
 
 def test_a_square_weight_is_cut_by_columns_too() -> None:
-    """A weight [6, 6] of which both ranks take three columns.
+    """A weight [6, 6] of which both ranks take three columns; its bias [6] stays whole.
 
-    Why: the attention's output projection is square. Cut by rows it has as many elements, and every shape still fits later.
+    Why: the attention's output projection is square. Cut by rows it has as many elements, and every shape still fits later. And
+    its bias is as long as its inputs are many, without being one of them.
     """
-    weight = random(HIDDEN, HIDDEN)
+    weight, bias = random(HIDDEN, HIDDEN), random(HIDDEN, seed=1)
     for rank, parallel in enumerate(all_ranks(2)):
-        layer = load(empty(RowParallelLinear(parallel.share(HIDDEN), HIDDEN, False, parallel)), weight=weight)
+        layer = load(empty(RowParallelLinear(parallel.share(HIDDEN), HIDDEN, True, parallel)), weight=weight, bias=bias)
         check_equal(layer.weight, weight[:, 3 * rank : 3 * rank + 3], f"weight of rank {rank}")
+        check_equal(layer.bias, bias if rank == 0 else torch.zeros(HIDDEN), f"bias of rank {rank}")
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -53,16 +55,19 @@ def test_the_bias_is_on_one_rank(size: int) -> None:
         check_equal(layer.bias, bias if rank == 0 else torch.zeros(HIDDEN), f"bias of rank {rank}")
 
 
-@pytest.mark.parametrize("name", ["weight", "bias"])
-def test_a_checkpoint_of_another_shape_is_refused(name: str) -> None:
-    """A weight with the inputs of one rank instead of all, and a bias that is too long: a ValueError, on every rank.
+@pytest.mark.parametrize(
+    ("name", "shape"), [("weight", (HIDDEN, 4)), ("weight", (HIDDEN,)), ("bias", (HIDDEN + 1,)), ("bias", (HIDDEN, 8))]
+)
+def test_a_checkpoint_of_another_shape_is_refused(name: str, shape: tuple[int, ...]) -> None:
+    """A weight with the inputs of one rank instead of all, or of one dimension; a bias that is too long, or has two: a
+    ValueError, on every rank.
 
     Why: `copy_` would spread a short row over a long one, and zeros of the wrong length are as wrong as numbers.
     """
     for parallel in all_ranks(2):
         layer = RowParallelLinear(parallel.share(8), HIDDEN, True, parallel)
         with pytest.raises(ValueError, match="expected shape"):
-            load(layer, **{name: torch.zeros(HIDDEN, 4) if name == "weight" else torch.zeros(HIDDEN + 1)})
+            load(layer, **{name: torch.zeros(shape)})
 
 
 @pytest.mark.parametrize("bias", [False, True])

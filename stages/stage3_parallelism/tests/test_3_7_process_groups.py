@@ -174,6 +174,17 @@ def test_time_is_up_for_those_who_are_missing(monkeypatch: pytest.MonkeyPatch) -
     check_equal([rank for rank in range(5) if str(rank) in text], [1, 3], f"ranks named in {str(error.value)!r}")
 
 
+def test_the_time_is_that_of_all_together() -> None:
+    """Of 40 ranks one comes at each look, every 0.05 s, where all have half a second: time is up, and the last is named.
+
+    Why: a limit that begins again with each rank is none. A cluster that starts one rank in ten minutes would be waited for
+    all day.
+    """
+    doors = Doors(*({rank} for rank in range(1, 41)))
+    with pytest.raises(TimeoutError, match=r"\b40\b"):
+        wait_for_ranks(range(1, 41), doors, doors.look_for_the_dead, WAIT, pause=0.05)
+
+
 def test_it_rests_between_two_looks() -> None:
     """In half a second with pauses of 0.1 s there are at most 6 checks.
 

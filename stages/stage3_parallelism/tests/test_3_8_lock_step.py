@@ -179,6 +179,19 @@ def test_a_step_without_moves_and_logits() -> None:
     check_equal((str(step.logit_rows.dtype), str(step.logit_counts.dtype)), ("int64", "int64"), "their types")
 
 
+def test_a_step_without_logits_moves_blocks_all_the_same() -> None:
+    """A chunk in the middle of a prompt, with blocks that are swapped out, swapped in and copied beside it.
+
+    Why: what is moved belongs to somebody whose step this is not. A rank that moves blocks only where something is sampled
+    attends to old keys, and the sums are wrong on every rank.
+    """
+    step = step_arrays(flat({sequence(0, 9): 4}, swap_out=[(7, 0), (6, 1)], swap_in=[(1, 3)], copies=[(5, 6), (4, 2)]))
+    check_equal(step.swap_out, [[7, 0], [6, 1]], "swap_out")
+    check_equal(step.swap_in, [[1, 3]], "swap_in")
+    check_equal(step.copies, [[5, 6], [4, 2]], "copies")
+    check_equal(len(step.logit_counts), 0, "calls for logits")
+
+
 # What a rank does
 
 

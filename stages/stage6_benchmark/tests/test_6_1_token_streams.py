@@ -17,11 +17,13 @@ def rounded(value: float | None) -> float | None:
 
 
 def test_ttft_begins_when_the_request_was_due() -> None:
-    """Due at 10.0, first piece at 10.5: 0.5 seconds.
+    """Due at 10.0, first piece at 10.5: 0.5 seconds. After a fifth of a millisecond it is that, and not 0.
 
-    Why: the user has waited since then, whatever the client was doing.
+    Why: the user has waited since then, whatever the client was doing. And what is rounded here is rounded in every mean.
     """
     check_equal(Stream(10.0, [10.5, 10.6, 10.9], num_tokens=3).ttft, 0.5, "ttft")
+    short = Stream(0.0, [2**-12, 2**-11], num_tokens=2)
+    check_equal((short.ttft, short.tpot, short.itl), (2**-12, 2**-12, [2**-12]), "ttft, tpot and itl of a fast answer")
 
 
 def test_tpot_leaves_the_first_token_out() -> None:

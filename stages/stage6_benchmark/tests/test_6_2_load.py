@@ -254,6 +254,17 @@ def test_nobody_sends_after_the_time() -> None:
     check_equal(ends(streams), [2, 2, 4, 4, 6, 6], "when they were answered")
 
 
+def test_an_answer_may_take_longer_than_the_run() -> None:
+    """One user for 5 s: a request of 3 s, then one of 20 s, which is read to its end at 23 s; another is not sent.
+
+    Why: a limit on the run is none on an answer. Broken off when time is up, the slowest would be the ones that are missing.
+    """
+    server = Server()
+    streams = simulate(closed_loop(server.send, requests(3, 20, 1), 1, seconds=5.0))
+    check_equal([round(at, 9) for at, _ in server.sent], [0, 3], "when requests were sent")
+    check_equal(ends(streams), [3, 23], "when they were answered")
+
+
 def test_a_closed_loop_begins_now() -> None:
     """Called at 100 s for 5 s, with requests of 2 s without an end: one user sends at 100, 102 and 104.
 

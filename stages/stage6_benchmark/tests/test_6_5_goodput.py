@@ -16,6 +16,7 @@ def stream(ttft: float, tpot: float = 0.0, tokens: int = 5) -> Stream:
 
 
 REFUSED, BROKEN_OFF = Stream(0.0, error="429"), Stream(0.0, [0.1, 0.2], 2, error="the engine hangs")
+NO_TEXT = Stream(0.0, [0.1, 0.2], 2, error="")  # an exception that says nothing
 LIMITS = Limits(ttft=1.0, tpot=0.125)
 
 
@@ -24,14 +25,17 @@ LIMITS = Limits(ttft=1.0, tpot=0.125)
     [
         (stream(0.5, 0.0625), True), (stream(1.0, 0.125), True), (stream(1.5, 0.0625), False), (stream(0.5, 0.25), False),
         (stream(0.5, tokens=1), True), (stream(1.5, tokens=1), False), (REFUSED, False), (BROKEN_OFF, False),
-        (Stream(0.0, [0.5, 0.5, 0.75], 3), True), (Stream(0.0, [0.5, 0.625, 1.0], 3), False),
+        (Stream(0.0, [0.5, 0.5, 0.75], 3), True), (Stream(0.0, [0.5, 0.625, 1.0], 3), False), (NO_TEXT, False),
+        (Stream(0.0, [0.5, 1.0], 9), True), (Stream(0.0, [0.5, 1.5], 9), True), (Stream(0.0, [0.5, 1.75], 9), False),
+        (Stream(0.0, [0.5, 9.5]), True),
     ],
     ids=["both", "at both limits", "first too late", "then too slow", "one token", "one token too late", "refused",
-         "broken off", "one stall", "a mean too slow"],
+         "broken off", "one stall", "a mean too slow", "an error without a text", "nine tokens in two pieces",
+         "in two pieces at the limit", "in two pieces too slow", "tokens not counted"],
 )  # fmt: skip
 def test_both_limits_must_be_met(one: Stream, expected: bool) -> None:
-    """In time is at most 1 s to the first token and at most 0.125 s for each further one in the mean (TPOT); at a limit is in
-    time. What broke off with an error is no answer.
+    """In time is at most 1 s to the first token and at most 0.125 s for each further one in the mean (TPOT), however many came in
+    a piece; at a limit is in time. What broke off with an error is no answer, whatever the error says.
 
     Why: an engine that favours prompts has fine first tokens and stutters after them, and the other way around. With one limit
     each of them wins its own benchmark.
@@ -65,7 +69,7 @@ def test_attainment_is_a_share_of_all_that_asked() -> None:
 
     Why: as a share of what was answered, refusing everything but one request would be perfect.
     """
-    for other in (REFUSED, Stream(0.0, error="503 too busy"), BROKEN_OFF):
+    for other in (REFUSED, Stream(0.0, error="503 too busy"), BROKEN_OFF, NO_TEXT):
         check_equal(attainment([stream(0.5), stream(0.25), stream(3.0), other], LIMITS), 0.5, f"attainment with {other.error}")
     with pytest.raises(ValueError, match="no requests"):
         attainment([], LIMITS)

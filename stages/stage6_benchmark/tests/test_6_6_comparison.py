@@ -45,6 +45,7 @@ def test_systems_alternate_and_change_their_order() -> None:
     check_equal(told, expected, "name, repeat, and runs so far, when it was told")
     check_equal({name: len(runs) for name, runs in results.items()}, {"A": 3, "B": 3, "C": 3}, "runs of each")
     check_equal(list(results), ["B", "A", "C"], "order of the results")
+    check_equal(list(in_turns(names, 2)), ["B", "A", "C"], "order of the results, after a turn in the opposite order")
 
 
 def test_a_machine_that_tires_favours_nobody() -> None:
@@ -72,7 +73,7 @@ def test_results_keep_the_order_of_the_repeats() -> None:
 @pytest.mark.parametrize("other", [{"requests": 3}, {"prompt": 79}, {"output": 31}], ids=["requests", "prompt", "output"])
 def test_other_work_is_no_comparison(other: dict[str, int]) -> None:
     """A system with fewer requests, prompt tokens or output tokens than the first is a ValueError that says its name and its
-    numbers; also if it is the third system, and in a later turn.
+    numbers; also if it is the third system, and in a later turn; and if the first had none of it at all.
 
     Why: the easiest way to be faster is to do less, and a server that ends early does it by itself.
     """
@@ -82,6 +83,8 @@ def test_other_work_is_no_comparison(other: dict[str, int]) -> None:
     check_equal(str(less) in str(caught.value), True, f"the message, {str(caught.value)!r}, has the number {less}")
     with pytest.raises(ValueError, match="theirs"):
         in_turns({"ours": lambda: measurement(1.0), "theirs": lambda: measurement(0.5, **other)}, 1)
+    with pytest.raises(ValueError, match="theirs"):
+        check_same_work({"ours": [measurement(1.0, **dict.fromkeys(other, 0))], "theirs": [measurement(1.0)]})
     for turn in (1, 2):
         runs = iter([measurement(1.0)] * (turn - 1) + [measurement(0.5, **other)] * 2)
         systems = {"ours": lambda: measurement(1.0), "yours": lambda: measurement(1.0), "theirs": lambda runs=runs: next(runs)}
