@@ -63,11 +63,10 @@ class Measurement:
 
 
 def run_engine(llm: LLM, requests: Many[BenchRequest], show_progress: bool = False) -> Measurement:
-    """Generate all requests with the engine and count what came out.
+    """Generate all requests with the engine, timed by `time.perf_counter`, and count what came out.
 
     The prefix cache, if there is one, is emptied first: a second run over the same prompts would otherwise find all of them.
-    Requests are greedy and run to their length; all other parameters are the defaults, as users have them. The seconds are
-    those of `llm.generate` alone, by `time.perf_counter`.
+    Requests are greedy and run to their length; all other parameters are the defaults, as users have them.
 
     Args:
         show_progress: whether the engine draws a bar.

@@ -26,7 +26,7 @@ def hash_block(parent: bytes, token_ids: list[int], cache_salt: str | None = Non
     Args:
         parent: 32 bytes, the hash of the block before, or `ROOT_HASH`.
         token_ids: the tokens of one full block, each in ``0 .. 2**31 - 1``.
-        cache_salt: keeps those who do not know it from sharing the block.
+        cache_salt: keeps those who do not know it from sharing the block; an empty text is one, too.
     """
     digest = sha256(parent)
     digest.update(array("i", token_ids).tobytes())

@@ -51,14 +51,14 @@ def test_the_same_tokens_behind_others_are_another_block() -> None:
 
 
 def test_tenants_with_different_salts_share_nothing() -> None:
-    """Each salt, and none, gives another first hash, and with it another chain.
+    """Each salt, the empty one too, and none, gives another first hash, and with it another chain.
 
     Why: who finds out by the time to the first token that a prompt is cached reads what somebody else has asked
     (CVE-2025-46570).
     """
     cache = PrefixCache(2)
-    chains = [tuple(cache.block_hashes(make([5, 6, 7, 8], salt), 2)) for salt in (None, "a", "b", "ä", "ö")]
-    check_equal(len({value for one in chains for value in one}), 10, "different hashes of two blocks under five salts")
+    chains = [tuple(cache.block_hashes(make([5, 6, 7, 8], salt), 2)) for salt in (None, "", "a", "b", "ä", "ö")]
+    check_equal(len({value for one in chains for value in one}), 12, "different hashes of two blocks under six salts")
 
 
 def test_only_the_first_block_carries_the_salt() -> None:
@@ -101,7 +101,8 @@ def test_a_match_leaves_one_token_to_compute(length: int, expected: int) -> None
 
 
 def test_what_was_generated_is_looked_up_too() -> None:
-    """A prompt of 4 tokens with 9 generated behind it, all of it cached in blocks of 4: three blocks, each time it is asked.
+    """A prompt of 4 tokens with 9 generated behind it, all of it cached in blocks of 4: three blocks, each time it is asked,
+    and however much is computed.
 
     Why: a sequence that comes back after a preemption has its output to compute again, and finds it where nobody took it. And
     looking is not taking: the next who asks finds as much.
@@ -113,6 +114,9 @@ def test_what_was_generated_is_looked_up_too() -> None:
     seq = make(tokens[:4])
     seq.tokens += tokens[4:]
     check_equal([cache.match(seq), cache.match(seq)], [[10, 11, 12]] * 2, "blocks found, asked twice")
+    for computed in (4, 9, 12):
+        seq.num_computed_tokens = computed
+        check_equal(cache.match(seq), [10, 11, 12], f"blocks found of a sequence with {computed} tokens computed")
 
 
 def test_a_match_ends_at_the_first_miss() -> None:

@@ -30,6 +30,8 @@ from stages.quantization.layout.groups import (
         ([-1.0, 2.0], 8, False, 3 / 255, 85),
         ([-1.0, 2.0], 8, True, 2 / 127, 128),
         ([-1e-6, 0.0, 2e-6], 4, False, 2e-7, 5),
+        ([-1e-30, 0.0, 2e-30], 4, False, 2e-31, 5),
+        ([-1e-30, 0.0, 7e-30], 4, True, 1e-30, 8),
         ([0.0, 0.0], 4, False, 1.0, 0),
         ([0.0, 0.0], 4, True, 1.0, 8),
     ],
@@ -60,13 +62,17 @@ def test_zeros_that_need_not_be_whole_fit_the_range_exactly() -> None:
 def test_codes_are_the_nearest_and_never_out_of_range() -> None:
     """Each row has its scale and zero; what lies outside gets the first or the last code.
 
-    Why: a code of 16 does not fit 4 bits, and spills into its neighbour.
+    A zero that is no whole number is added before rounding.
+
+    Why: a code of 16 does not fit 4 bits, and spills into its neighbour. And what is no whole number fits none.
     """
     codes = quantize_columns(torch.tensor([[0.24, 0.26, -9.0, 9.0], [2.4, 2.6, -90.0, 90.0]]),
                              torch.tensor([0.1, 1.0]), torch.tensor([5.0, 5.0]), 4)  # fmt: skip
     check_equal(codes.tolist(), [[7, 8, 0, 15], [7, 8, 0, 15]], "codes")
     wide = quantize_columns(torch.tensor([[-9.0, 0.5, 20.0, 99.0]]), torch.tensor([0.1]), torch.tensor([5.0]), 8)
     check_equal(wide.tolist(), [[0, 10, 205, 255]], "codes of 8 bits")
+    between = quantize_columns(torch.tensor([[2.375, 0.5, -0.125]]), torch.ones(1), torch.tensor([0.25]), 4)
+    check_equal(between.tolist(), [[3, 1, 0]], "codes with a zero of a quarter")
 
 
 def test_dequantizing_undoes_groups_and_order() -> None:
@@ -135,6 +141,9 @@ def test_packing_works_along_the_last_dimension() -> None:
     check_equal(unpack_int32(packed, 4).tolist(), codes.tolist(), "codes again")
     across = pack_int32(codes.to(torch.uint8).transpose(0, 1).contiguous().transpose(0, 1), 4)
     check_equal(across.tolist(), packed.tolist(), "words of codes that lie in memory in another order")
+    matrix = codes[0].to(torch.uint8)
+    for columns in (matrix.t().contiguous().t(), matrix.repeat_interleave(2, dim=1)[:, ::2]):
+        check_equal(pack_int32(columns, 4).tolist(), packed[0].tolist(), "words of a matrix that lies in memory otherwise")
 
 
 def test_codes_that_do_not_fill_a_word_are_refused() -> None:

@@ -64,13 +64,14 @@ def test_the_best_of_the_grid_is_taken() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize(("bits", "size"), [(4, 16), (4, -1), (8, 16)])
-def test_rounding_is_that_of_the_recipe(bits: int, size: int, symmetric: bool) -> None:
-    """Bits, group size and symmetry are those that the weights will be rounded with.
+@pytest.mark.parametrize(("bits", "size", "outputs"), [(4, 16, 6), (4, -1, 48), (8, 16, 6), (4, 16, 48)])
+def test_rounding_is_that_of_the_recipe(bits: int, size: int, outputs: int, symmetric: bool) -> None:
+    """Bits, group size and symmetry are those that the weights will be rounded with; the matrix may be square.
 
-    Why: the best scale for groups of 16 is not the best for whole rows.
+    Why: the best scale for groups of 16 is not the best for whole rows. And a square matrix says nothing if its outputs are
+    scaled in place of its inputs.
     """
-    weight, x = random_weight(6, 48, seed=2), inputs(200, 48, seed=3)
+    weight, x = random_weight(outputs, 48, seed=2), inputs(200, 48, seed=3)
     magnitude, covariance = x.abs().mean(dim=0), x.T @ x / len(x)
     errors = []
     for step in range(20):

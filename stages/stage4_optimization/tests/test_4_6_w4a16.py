@@ -67,12 +67,15 @@ def test_every_input_meets_its_own_code() -> None:
     check_equal(got.long().tolist(), weight.codes.long().t().tolist(), "weights, [K, N]")
 
 
-def test_a_code_stands_for_a_number() -> None:
-    """(code - zero) * scale, each output with its own scale and zero, also where the number is negative.
+@pytest.mark.parametrize("zero", [None, 7.25, -3.5])
+def test_a_code_stands_for_a_number(zero: float | None) -> None:
+    """(code - zero) * scale, each output with its own scale and zero, also where the number is negative, and where the zero is
+    no whole number.
 
-    Why: without the zero all weights are positive, and every output is off by the sum of the inputs.
+    Why: without the zero all weights are positive, and every output is off by the sum of the inputs. Files whose 4 bits were no
+    code of ours have zeros between two codes.
     """
-    weight = quantized(64, 32, 32)
+    weight = quantized(64, 32, 32, zero=zero)
     got = product(weight, torch.eye(32, device=DEVICE))
     check_close(got, dense(weight).t().float().cpu(), "weights, [K, N]")
 
@@ -91,15 +94,16 @@ def test_every_group_has_its_own_scale(inputs: int, size: int) -> None:
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 65])
 @pytest.mark.parametrize(("outputs", "inputs"), [(64, 64), (63, 40), (65, 72), (8, 8)])
 def test_rows_outputs_and_inputs_end_where_they_like(rows: int, outputs: int, inputs: int) -> None:
-    """No size is a multiple of its tile; what lies behind x is NaN, and behind words, scales and zeros there is no memory.
+    """No size is a multiple of its tile; what lies beside a row of x is NaN, and behind its last one, as behind words, scales
+    and zeros, there is no memory.
 
     Why: a load without its mask brings in a stranger's numbers, and a store without its mask overwrites them. Behind the last
     tensor of a card's memory a load ends everything.
     """
     weight = quantized(outputs, inputs, inputs)
-    wide = torch.full((rows + 1, inputs + 40), torch.nan, device=DEVICE)
-    wide[:rows, :inputs] = random(rows, inputs)
-    x = wide[:rows, :inputs]
+    stride = inputs + 40
+    memory = guarded(torch.full(((rows - 1) * stride + inputs,), torch.nan, device=DEVICE))
+    x = memory.as_strided((rows, inputs), (stride, 1)).copy_(random(rows, inputs))
     check_close(product(weight, x), exact(weight, x), "outputs", 1e-4)
 
 
@@ -149,3 +153,29 @@ def test_small_products_count_beside_a_large_sum() -> None:
     x[0, ::64] = 1.0
     x[0, 0] = 1024.0
     check_equal(product(weight, x).tolist(), [[1088.0] * 16], "outputs")
+
+
+def test_a_small_product_counts_in_its_own_tile() -> None:
+    """256 and 1 in the first tile, -256 in the second: the sum is 1 in bfloat16 too, in which 257 is none.
+
+    Why: a tile's sum that is rounded to the inputs' type on its way loses what the next tile does not give back.
+    """
+    weight = quantized(16, 64, 64, scale=1.0, zero=0.0)
+    weight.codes.fill_(1)
+    x = torch.zeros(1, 64, dtype=torch.bfloat16, device=DEVICE)
+    x[0, 0], x[0, 1], x[0, 32] = 256.0, 1.0, -256.0
+    check_equal(product(weight, x).tolist(), [[1.0] * 16], "outputs")
+
+
+def test_rows_that_lie_further_apart_than_32_bits_count() -> None:
+    """Three rows in bfloat16, 2^30 numbers apart, of which nobody touches what lies between.
+
+    Why: a prompt of 70,000 tokens has more than 2^31 inputs in a wide layer. A place in 32 bits is then one before the
+    beginning.
+    """
+    weight = quantized(16, 64, 64)
+    memory = torch.empty(2 * 2**30 + 64, dtype=torch.bfloat16, device=DEVICE)
+    x = memory.as_strided((3, 64), (2**30, 1)).copy_(random(3, 64))
+    expected = exact(weight, x)
+    largest = expected.abs().max()
+    check_close(product(weight, x) / largest, expected / largest, "outputs, by the largest", 2e-2)

@@ -114,35 +114,50 @@ def test_the_block_table_ends_with_the_context() -> None:
 
 
 @triton.jit
-def visiting(query, vectors, table, out, BLOCK_SIZE: tl.constexpr, VALUE_KIND: tl.constexpr):
+def visiting(
+    query, vectors, scales, table, factors, out, right, cap,
+    BLOCK_SIZE: tl.constexpr, VALUE_KIND: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
     row = tl.arange(0, 16)
     at = row[:, None] * 16 + row[None, :]
-    factor = tl.full([16], 1, tl.float32)
     _, total, acc = visit_keys(
-        tl.load(query + at), vectors, vectors, None, None, table, 0, BLOCK_SIZE, row, 0, factor, 1.0, 1, 16, 16, BLOCK_SIZE, 0,
-        False, 16, 16, VALUE_KIND,
+        tl.load(query + at), vectors, vectors, scales, scales, table, 0, right, row, 0, tl.load(factors + row), cap, 1, 16, 16,
+        BLOCK_SIZE, 0, CAPPED, 16, 16, VALUE_KIND,
     )  # fmt: skip
     tl.store(out + at, acc / total[:, None])
 
 
-def visited(number: int, value_kind: tl.dtype) -> tuple[Tensor, Tensor]:
-    """Sixteen queries at the positions of block `number` of a cache of int8 without scales: what comes, and what should come,
-    [16, 16] each."""
+def visited(
+    number: int, value_kind: tl.dtype, *, right: int = 16, cap: float | None = None, scaled: bool = False, varied: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Sixteen queries at the positions of block `number` of a cache of int8: what comes, and what should come, [16, 16] each.
+
+    Args:
+        right: behind the last key. cap: of the scores. scaled: keys and values have scales. varied: each query has its factor.
+    """
     vectors = torch.empty((number + 1) * 16 * 16, dtype=torch.int8, device=DEVICE)  # what nobody touches takes no memory
     rng = torch.Generator().manual_seed(0)
     block = torch.randint(-3, 4, (16, 16), generator=rng, dtype=torch.int8)
     vectors[-256:] = block.flatten().to(DEVICE)
     query, table = torch.randn(16, 16, generator=rng).to(DEVICE), torch.tensor([number], dtype=torch.int32, device=DEVICE)
+    factors = torch.rand(16, generator=rng) + 0.1 if varied else torch.ones(16)
+    scale = (torch.rand(16, generator=rng) + 0.1).half() if scaled else torch.ones(16).half()
+    scales = torch.cat([torch.full((number * 16,), torch.nan).half(), scale]).to(DEVICE) if scaled else None
 
     def compute() -> Tensor:
         out = torch.full((16, 16), torch.nan, device=DEVICE)
-        visiting[(1,)](query, vectors, table, out, BLOCK_SIZE=16, VALUE_KIND=value_kind)
+        visiting[(1,)](
+            query, vectors, scales, table, factors.to(DEVICE), out, right, cap or 1.0, BLOCK_SIZE=16, VALUE_KIND=value_kind,
+            CAPPED=cap is not None,
+        )  # fmt: skip
         return out
 
-    scores = query.cpu() @ block.float().T * torch.log(torch.tensor(2.0))
+    scores = query.cpu() @ block.float().T * factors[:, None] * scale.float()
+    scores = scores if cap is None else cap * torch.tanh(scores / cap)
     hidden = torch.ones(16, 16).triu(1) > 0
-    weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=1)
-    return contained(compute, 16, 16, device=DEVICE), weights @ block.float()
+    hidden[:, right:] = True
+    weights = torch.softmax(scores.masked_fill(hidden, -torch.inf) * torch.log(torch.tensor(2.0)), dim=1)
+    return contained(compute, 16, 16, device=DEVICE), weights @ (block.float() * scale.float()[:, None])
 
 
 def test_a_cache_of_more_numbers_than_32_bits_count() -> None:
@@ -159,6 +174,26 @@ def test_weights_are_multiplied_in_the_type_of_the_values() -> None:
     Why: a tensor core multiplies two of a kind, and the compiler for a card refuses anything else.
     """
     check_close(*visited(2, tl.float16), "attention", 5e-3)
+
+
+@pytest.mark.parametrize("right", [1, 10, 15])
+def test_keys_end_where_they_are_said_to(right: int) -> None:
+    """Sixteen queries, the last of which stand behind the last key: they see the keys up to `right` and no more.
+
+    Why: a context that is cut in parts has keys behind each part's end. Seen by two parts, they count twice.
+    """
+    check_close(*visited(2, tl.float32, right=right), "attention")
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_cap_is_one_of_whole_scores(scaled: bool) -> None:
+    """Scores beyond a cap of 4, of keys with scales and without: the cap comes behind the scale, and behind the factor, which
+    each query has for itself.
+
+    Why: Gemma 2 with `--kv-cache-dtype int8`. A cap on numbers up to 127 flattens all of them. And queries of float8 caches
+    are divided by their own largest number.
+    """
+    check_close(*visited(2, tl.float32, cap=4.0, scaled=scaled, varied=True), "attention")
 
 
 def test_rows_that_see_nothing_in_a_tile() -> None:
@@ -236,8 +271,9 @@ def test_parts_are_merged_relative_to_the_largest() -> None:
     """
     got = merged([[4.0, 0.0, 4.0], [1.0, 1.0, 1.0]], [1.0, 3.0], [4.0, 1.0])
     check_close(got, torch.tensor([1.0, 0.5, 1.0]), "attention")
-    shifted = merged([[4.0, 0.0, 4.0], [1.0, 1.0, 1.0]], [5001.0, 5003.0], [4.0, 1.0])
-    check_close(shifted, torch.tensor([1.0, 0.5, 1.0]), "attention with both tops 5,000 higher")
+    for shift in (5000.0, -5000.0):
+        shifted = merged([[4.0, 0.0, 4.0], [1.0, 1.0, 1.0]], [1.0 + shift, 3.0 + shift], [4.0, 1.0])
+        check_close(shifted, torch.tensor([1.0, 0.5, 1.0]), f"attention with {shift:g} added to both tops")
 
 
 def test_empty_parts_count_nothing() -> None:

@@ -87,8 +87,8 @@ REQUESTS = make_requests(Workload("random", 4, 20, 8))
 def test_the_clock_runs_for_the_generation_only(clock: Clock) -> None:
     """Four requests take 5 s and give 32 tokens: 6.4 tokens a second, though emptying the cache took 50 s.
 
-    Why: what a benchmark does for itself is not the engine's time. And the clock on the wall is set while a benchmark runs, which
-    makes an engine faster than light.
+    Why: what a benchmark does for itself is not the engine's time. And the clock on the wall may be set while a benchmark runs,
+    which makes an engine faster than light.
     """
     found = run_engine(Engine(clock), REQUESTS)
     check_equal(found.seconds, 5.0, "seconds")

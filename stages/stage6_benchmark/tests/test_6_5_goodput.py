@@ -34,8 +34,8 @@ LIMITS = Limits(ttft=1.0, tpot=0.125)
          "in two pieces at the limit", "in two pieces too slow", "tokens not counted"],
 )  # fmt: skip
 def test_both_limits_must_be_met(one: Stream, expected: bool) -> None:
-    """In time is at most 1 s to the first token and at most 0.125 s for each further one in the mean (TPOT), however many came in
-    a piece; at a limit is in time. What broke off with an error is no answer, whatever the error says.
+    """In time is at most 1 s to the first token and at most 0.125 s for each further one in the mean (TPOT), however many came
+    in a piece; at a limit is in time. What broke off with an error is no answer, whatever the error says.
 
     Why: an engine that favours prompts has fine first tokens and stutters after them, and the other way around. With one limit
     each of them wins its own benchmark.
