@@ -189,7 +189,7 @@ def find_draft(config: EngineConfig, target: ModelConfig, limits: Limits) -> Fou
     if speculation.method == "ngram":
         return FoundDraft(speculation)
     assert speculation.model is not None  # `SpeculativeConfig` sees to it
-    source = resolve_model(speculation.model)
+    source = resolve_model(speculation.model, quantization=speculation.quantization)
     check_fits(source.config, target, limits.max_model_len)
     settings = replace(
         config, model=speculation.model, quantization=speculation.quantization, tensor_parallel_size=1,
