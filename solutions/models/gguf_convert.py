@@ -150,7 +150,7 @@ def _write_weights(weights: _Weights, folder: Path, progress: bool) -> None:
     weight_map: dict[str, str] = {}
     with LateBar("converting the model, once", total, progress) as bar:
         for file, shard in zip(files, shards, strict=True):
-            content = {}
+            content: dict[str, torch.Tensor] = {}
             for name in shard:
                 content |= weights.stored(name)
                 bar.advance(sizes[name])
@@ -202,7 +202,7 @@ class _Weights:
         if weight.codes.ndim == 3:  # of all experts
             before, _, matrix = layer.rpartition(".")
             matrices = {f"{before}.{number}.{matrix}": of for number, of in enumerate(zip(*parts, strict=True))}
-        content = {}
+        content: dict[str, torch.Tensor] = {}
         for layer, (codes, scales, zeros) in matrices.items():
             packed = form.pack(GroupQuantized(codes, scales, zeros, form.bits, form.group_size))
             content |= {f"{layer}.{part}": tensor for part, tensor in packed.items()}

@@ -148,7 +148,6 @@ def test_codes_in_groups(rows: int, columns: int, group: int, ordered: bool, bit
     generator = torch.Generator().manual_seed(rows)
     num_groups = math.ceil(columns / group)
     codes = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
-    codes[0, :2] = torch.tensor([0, 2**bits - 1])
     scales = (torch.rand(rows, num_groups, generator=generator) * 0.1 + 0.01).half().float()
     scales[1:3] *= torch.tensor([[-1.0], [0.0]])  # a GGUF file's may have any sign
     zeros = torch.randint(0, 2**bits, (rows, num_groups), generator=generator).float()

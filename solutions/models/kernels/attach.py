@@ -92,7 +92,7 @@ def _has_kernel(plan: Plan, quantized: GroupQuantized, dtype: torch.dtype) -> bo
         from ...quantization.kernels import w4a16_triton  # Triton takes its time and is not everywhere
 
         return w4a16_triton.supports(quantized)
-    return plan.kernels == "cpu" and linear_cpu.supports_groups(dtype, quantized.shape[1], quantized.group_size)
+    return plan.kernels == "cpu" and linear_cpu.supports_groups(dtype, quantized)
 
 
 # On a CPU

@@ -67,9 +67,12 @@ def supports(dtype: torch.dtype, in_features: int, quantization: str | None = No
     return dtype in _NAMES and in_features % (16 if quantization == "int8" else 2) == 0 and native.load() is not None
 
 
-def supports_groups(dtype: torch.dtype, in_features: int, group_size: int) -> bool:
-    """Whether a `GroupQuantized` matrix can be packed."""
-    return group_size % 2 == 0 and supports(dtype, in_features)
+def supports_groups(dtype: torch.dtype, weight: GroupQuantized) -> bool:
+    """Whether a quantized matrix can be packed. Scales and zeros become halves, which those of 8 bits have to be already: their
+    codes are finer than what halves would round away."""
+    if weight.bits == 8 and any(not torch.equal(x.half().float(), x) for x in (weight.scales, weight.zeros - 128)):
+        return False
+    return weight.group_size % 2 == 0 and supports(dtype, weight.shape[1])
 
 
 def supports_rows(dtype: torch.dtype, weight: GroupQuantized) -> bool:
@@ -133,6 +136,7 @@ class PackedLinear:
             self.scales = _padded(scales[rows])
             self.weight = pack_int8(codes[rows])
         else:
+            assert isinstance(weight, Tensor)
             kind = ""
             if operand is not self._dtype:
                 self._scratch = (self.num_columns, operand, 0)
