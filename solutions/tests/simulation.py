@@ -14,6 +14,7 @@ import torch
 
 from solutions.attention.block_manager import BlockManager
 from solutions.attention.hybrid_manager import HybridBlockManager
+from solutions.attention.radix_manager import RadixBlockManager
 from solutions.batching.continuous_batch import ContinuousBatch, FlatBatch
 from solutions.batching.grouped_batch import GroupedBatch
 from solutions.batching.sampling_params import SamplingParams
@@ -32,13 +33,15 @@ class Simulation:
         windows: of each group of layers, if they differ; then a `HybridBlockManager` is simulated.
         next_token: chooses the token that a sequence "samples"; with drafts, by its tokens alone.
         proposer: where tokens on trial come from.
+        radix: find prefixes of any length.
         ahead: decide and begin each step before the tokens of the one before are there; then this is the `Device`.
     """
 
     def __init__(
         self, num_blocks: int = 16, block_size: int = 4, num_host_blocks: int = 0, sliding_window: int | None = None,
         enable_prefix_caching: bool = True, watermark: float = 0.01, next_token: Callable[[Sequence], int] | None = None,
-        proposer: Proposer | None = None, windows: tuple[int | None, ...] = (), ahead: bool = False, **limits: object,
+        proposer: Proposer | None = None, windows: tuple[int | None, ...] = (), ahead: bool = False, radix: bool = False,
+        **limits: object,
     ) -> None:  # fmt: skip
         self.windows = windows or (sliding_window,)
         limits.setdefault("max_model_len", num_blocks * block_size)
@@ -46,6 +49,8 @@ class Simulation:
         settings = (num_blocks, block_size, num_host_blocks, watermark, enable_prefix_caching)
         if windows:
             self.manager = HybridBlockManager(*settings, windows, self.config.max_num_batched_tokens)
+        elif radix:
+            self.manager = RadixBlockManager(*settings[:4])
         else:
             self.manager = BlockManager(*settings, sliding_window)
         self.scheduler = Scheduler(self.config, self.manager)

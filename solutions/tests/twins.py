@@ -39,11 +39,12 @@ class Guesses(Proposer):
         return drafts
 
 
-def run_twins(rng: random.Random, drafts: bool = False, ahead: bool = False) -> None:
+def run_twins(rng: random.Random, drafts: bool = False, ahead: bool = False, radix: bool = False) -> None:
     """One life in the simulated cache, which compares every slot that a step reads with the sequence's own tokens.
 
     Args:
         drafts: put tokens on trial. ahead: begin each step before the one before has ended, and let some end by their tokens.
+        radix: find prefixes of any length.
 
     Raises:
         AssertionError: a sequence read or said something else, an invariant broke, or blocks were left over.
@@ -57,7 +58,7 @@ def run_twins(rng: random.Random, drafts: bool = False, ahead: bool = False) -> 
         num_blocks, size, rng.choice([0, 0, 3, 16]), rng.choice([None, None, None, size + 1]),
         watermark=rng.choice([0.0, 0.01, 0.2]), max_num_batched_tokens=rng.choice([7, 64, 512]),
         max_num_seqs=rng.choice([3, 8, 256]), policy=rng.choice(["fcfs", "priority", "lpm", "fair"]),
-        preemption_mode=rng.choice(["recompute", "swap"]), next_token=greedy,
+        preemption_mode=rng.choice(["recompute", "swap"]), next_token=greedy, radix=radix,
         proposer=proposer, ahead=ahead,
     )  # fmt: skip
     longest = min(num_blocks * size // 2, 3 * size)

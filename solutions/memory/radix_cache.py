@@ -1,0 +1,167 @@
+"""Which KV blocks hold which tokens, as a tree of texts, so that two prompts share all tokens up to the first that differs.
+
+A path from the root is a text, a node one block of it: the tokens that the block holds behind those of its parents. The last
+block of a text need not be full. The nodes below a node lie in the order of their tokens, so what a text shares with any of
+them in part is found by bisection. Nothing is hashed: a hit has compared the tokens themselves.
+Source: Zheng et al., "SGLang: Efficient Execution of Structured Language Model Programs", NeurIPS 2024, §3 (RadixAttention).
+There an edge is a run of tokens of any length and a slot of memory holds one token; here memory comes in blocks, and so do edges.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from itertools import count, takewhile
+
+from ..batching.sequence import Sequence
+from .prefix_cache import PrefixCache
+
+Tokens = tuple[int, ...]
+
+
+class Node:
+    """A block of a text.
+
+    Attributes:
+        tokens: what it holds, as many as a block, or fewer at the end of a text.
+        block: where that is; None: it was overwritten, and the node stands for the text that others go on from.
+        children: by their tokens; order: their keys, sorted.
+    """
+
+    __slots__ = ("block", "children", "key", "order", "parent", "tokens")
+
+    def __init__(self, parent: Node | None, tokens: Tokens, key: bytes) -> None:
+        self.parent, self.tokens, self.key = parent, tokens, key
+        self.block: int | None = None
+        self.children: dict[Tokens, Node] = {}
+        self.order: list[Tokens] = []
+
+
+class RadixCache(PrefixCache):
+    """A `PrefixCache` that knows tokens in the place of hashes. What it hands out as the hash of a block is its node's number.
+
+    Args:
+        block_size: tokens in a full block.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        super().__init__(block_size)
+        self._numbers = count()
+        self._roots: dict[str | None, Node] = {}
+        """Cache salt → the node above all first blocks."""
+        self._nodes: dict[bytes, Node] = {}
+
+    def block_hashes(self, seq: Sequence, num_blocks: int) -> list[bytes]:
+        """Numbers of the nodes of a sequence's first full blocks, which are made where there are none; see `insert`."""
+        keys, size = seq.block_hashes, self.block_size
+        if num_blocks and len(keys) >= num_blocks and keys[num_blocks - 1] not in self._nodes:
+            keys.clear()  # the node went while nobody held its block
+        node = self._nodes.get(keys[-1]) if keys else self._root(seq)
+        if node is None:
+            keys.clear()
+            node = self._root(seq)
+        for index in range(len(keys), num_blocks):
+            node = self._child(node, tuple(seq.tokens[index * size : (index + 1) * size]))
+            keys.append(node.key)
+        return keys
+
+    def match(self, seq: Sequence) -> list[int]:
+        """The longest run of full cached blocks that a sequence begins with; see `PrefixCache.match`."""
+        return [node.block for node in self._path(seq) if node.block is not None]
+
+    def match_part(self, seq: Sequence, num_blocks: int) -> tuple[int, int]:
+        """What the block behind the first `num_blocks`, which `match` has found, shares with one in the cache.
+
+        Returns:
+            That block and the number of tokens at its beginning, from 0 to one less than the sequence has left.
+        """
+        path, start, best = list(self._path(seq)), num_blocks * self.block_size, (0, 0)
+        node = path[-1] if path else self._roots.get(seq.cache_salt)
+        if node is None:
+            return best
+        wanted = tuple(seq.tokens[start : min(start + self.block_size, len(seq.tokens) - 1)])
+        place = bisect_left(node.order, wanted)
+        for neighbours in (range(place, len(node.order)), range(place - 1, -1, -1)):
+            for index in neighbours:  # each shares no more than the one before
+                tokens = node.order[index]
+                block, shared = node.children[tokens].block, shared_length(tokens, wanted)
+                if shared <= best[1]:
+                    break
+                if block is not None:
+                    best = block, shared
+                    break
+        return best
+
+    def insert_end(self, seq: Sequence, num_tokens: int, block: int) -> None:
+        """Record that `block` holds the last tokens of the first `num_tokens` of a sequence, which do not fill it."""
+        num_blocks = num_tokens // self.block_size
+        keys = self.block_hashes(seq, num_blocks)
+        node = self._nodes[keys[num_blocks - 1]] if num_blocks else self._root(seq)
+        end = self._child(node, tuple(seq.tokens[num_blocks * self.block_size : num_tokens]))
+        self.insert(end.key, block)
+        self._prune(end)
+
+    def insert(self, block_hash: bytes, block: int) -> None:
+        """Record what a block holds. The first block of a node stays."""
+        super().insert(block_hash, block)
+        if self._block_of.get(block_hash) == block:
+            self._nodes[block_hash].block = block
+
+    def forget(self, block: int) -> None:
+        """Drop a block's entry, if it has one. What goes on from it stays for as long as that is cached."""
+        key = self._hash_of.get(block)
+        super().forget(block)
+        if key is not None:
+            self._nodes[key].block = None
+            self._prune(self._nodes[key])
+
+    def clear(self) -> None:
+        super().clear()
+        self._roots.clear()
+        self._nodes.clear()
+
+    def check_invariants(self) -> None:
+        """As `PrefixCache.check_invariants`; each node is its parent's child, and has a block or children.
+
+        Raises:
+            AssertionError: names the node that breaks the rule.
+        """
+        super().check_invariants()
+        assert {key: node.block for key, node in self._nodes.items() if node.block is not None} == self._block_of
+        for node in (*self._nodes.values(), *self._roots.values()):
+            assert node.order == sorted(node.children), f"the order below node {node.key!r} is not that of its children"
+            for tokens, child in node.children.items():
+                assert (child.parent, child.tokens) == (node, tokens), f"node {child.key!r} lies below another node"
+
+    def _root(self, seq: Sequence) -> Node:
+        return self._roots.setdefault(seq.cache_salt, Node(None, (), b""))
+
+    def _child(self, node: Node, tokens: Tokens) -> Node:
+        child = node.children.get(tokens)
+        if child is None:
+            child = node.children[tokens] = Node(node, tokens, next(self._numbers).to_bytes(8, "big"))
+            insort(node.order, tokens)
+            self._nodes[child.key] = child
+        return child
+
+    def _path(self, seq: Sequence) -> Iterator[Node]:
+        """The nodes of the full cached blocks that a sequence begins with, but for its last token."""
+        node, size = self._roots.get(seq.cache_salt), self.block_size
+        for start in range(0, (len(seq.tokens) - 1) // size * size, size):
+            node = node and node.children.get(tuple(seq.tokens[start : start + size]))
+            if node is None or node.block is None:
+                return
+            yield node
+
+    def _prune(self, node: Node) -> None:
+        """Take a node that stands for nothing out of the tree, and those above it that stood for it alone."""
+        while node.block is None and not node.children and node.parent is not None:
+            parent = node.parent
+            del parent.children[node.tokens], self._nodes[node.key]
+            del parent.order[bisect_left(parent.order, node.tokens)]
+            node = parent
+
+
+def shared_length(first: Tokens, second: Tokens) -> int:
+    """How many tokens two texts begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
