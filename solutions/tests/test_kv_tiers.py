@@ -146,6 +146,29 @@ def test_what_the_prefix_cache_is_told_to_forget_still_comes_back_right(where: s
     engine.close()
 
 
+def test_a_prompt_that_is_read_whole_is_computed(where: str) -> None:
+    """Its log-probabilities need logits that blocks from elsewhere would spare."""
+    llm = LLM(str(folder("llama")), **SETTINGS, kv_offload=where, kv_offload_size=1 << 22)
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    prompts = [{"prompt_token_ids": [number] * 50} for number in range(10)]
+    for _ in range(2):
+        for output in llm.generate(prompts, params, use_tqdm=False):
+            assert output.num_cached_tokens == 0
+            assert len(output.prompt_logprobs) == 50
+    assert llm.llm_engine.stats().kv_offload.num_queries == 0
+    llm.llm_engine.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("settings", [{}, {"async_scheduling": True}, {"kv_cache_dtype": "int8"}], ids=str)
+def test_on_a_gpu_a_tier_changes_no_token(settings: dict[str, Any], where: str) -> None:
+    settings = settings | {"device": "cuda", "attention_backend": "triton"}
+    engine = make("llama", **settings, kv_offload=where, kv_offload_size=1 << 22)
+    assert serve(engine) == serve(make("llama", **settings))
+    assert engine.stats().kv_offload.num_hits > 0
+    engine.close()
+
+
 # Files
 
 

@@ -49,7 +49,7 @@ class FileTier:
         if limit < file_bytes(row_bytes):
             raise ValueError(f"--kv-offload-size {limit} holds no KV block, whose file has {file_bytes(row_bytes)} bytes")
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--kv-offload {root}: {error.strerror}; give a folder, or host for host memory") from None
         self.stats = TierStats(limit=limit)
