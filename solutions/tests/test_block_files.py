@@ -183,6 +183,16 @@ def test_the_limit_is_for_all_models_and_for_no_other_file(tmp_path: Path) -> No
     assert (tmp_path / "notes" / "deeper" / "mine.kv").exists()
 
 
+def test_several_that_write_exceed_the_limit_by_little(tmp_path: Path) -> None:
+    """Each by a sixteenth at most, whoever writes how much; none is told of the others."""
+    limit, rng = 64 * SIZE, random.Random(0)
+    folders = [BlockFolder(tmp_path, MINE, limit) for _ in range(3)]
+    for number in range(400):
+        folder = rng.choices(folders, [8, 2, 1])[0]
+        fill(folder, range(number, number + 1), time.time() - 1000)
+        assert sum(path.stat().st_size for path in tmp_path.rglob("*.kv")) <= limit + 3 * limit // SLACK
+
+
 def test_what_others_left_unfinished_is_removed_when_it_is_old(tmp_path: Path) -> None:
     folder = BlockFolder(tmp_path, MINE, 10 * SIZE)
     folder.write(name(0), memoryview(ROW))

@@ -396,6 +396,20 @@ def test_what_a_failed_step_was_to_fill_is_not_kept(tmp_path: Path, monkeypatch:
     assert list((tmp_path / "kv").rglob("*.kv")) == []
 
 
+def test_what_had_not_come_when_a_step_failed_is_not_kept(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prefix cache knows these blocks, but what they hold is somebody else's."""
+    engine, stored = restart(kept), []
+    monkeypatch.setattr(engine.batch, "build", lambda *_: 1 / 0)  # the step has moved nothing
+    engine.add_request("0", {"prompt_token_ids": traffic()[0]}, SamplingParams(temperature=0, max_tokens=4))
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    assert len(engine.block_manager._coming) == 6
+    monkeypatch.setattr(engine.tiers.tier, "wants", lambda _: True)
+    monkeypatch.setattr(engine.tiers.tier, "store", lambda hashes, *_: stored.extend(hashes))
+    engine.close()
+    assert stored == []
+
+
 def test_an_engine_that_is_dropped_keeps_its_blocks(tmp_path: Path) -> None:
     """`LLM` is rarely closed."""
     llm = LLM(str(folder("llama")), **SETTINGS, kv_offload=str(tmp_path / "kv"), kv_offload_size=1 << 22)

@@ -29,7 +29,8 @@ _UNFINISHED = re.compile(r"[0-9a-f]{64}\.[0-9a-f]{16}\.tmp")
 STALE_SECONDS = 3600.0
 """After so long an unfinished file is no process's any more."""
 SLACK = 16
-"""One part in so many of the limit is made free at once, so that the folder is not listed for every block."""
+"""One part in so many of the limit is made free at once, so that the folder is not listed for every block, and it is listed
+whenever as much has been written: others may have written, too."""
 
 
 class BadBlockError(ValueError):
@@ -110,6 +111,8 @@ class BlockFolder:
         self.root, self.identity, self.limit = root, identity, limit
         self.num_bytes = 0
         """Of all blocks, as of the last `scan`, and what this process has written since."""
+        self._unlisted = 0
+        """Bytes of the latter."""
         self._own = root / identity.hex()[:32]
 
     def path(self, block_hash: bytes) -> Path:
@@ -128,7 +131,7 @@ class BlockFolder:
                     found.append((stat.st_mtime_ns, stat.st_size, entry.path))
                 elif _UNFINISHED.fullmatch(entry.name) and time.time() - stat.st_mtime > STALE_SECONDS:
                     Path(entry.path).unlink()
-        self.num_bytes = sum(size for _, size, _ in found)
+        self.num_bytes, self._unlisted = sum(size for _, size, _ in found), 0
         return sorted(found)
 
     def _entries(self) -> Iterator[os.DirEntry[str]]:
@@ -144,11 +147,12 @@ class BlockFolder:
             Hashes of those of this identity that were removed.
         """
         removed: list[bytes] = []
-        if self.num_bytes + size <= self.limit:
+        if self.num_bytes + size <= self.limit and self._unlisted + size <= self.limit // SLACK:
             return removed
-        wanted = min(self.limit - size, self.limit - self.limit // SLACK)
-        for _, freed, name in self.scan():
-            if self.num_bytes <= wanted:
+        blocks = self.scan()
+        most = self.limit - max(size, self.limit // SLACK) if self.num_bytes + size > self.limit else self.limit
+        for _, freed, name in blocks:
+            if self.num_bytes <= most:
                 break
             path = Path(name)
             with suppress(FileNotFoundError):
@@ -172,6 +176,7 @@ class BlockFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_block(path, self.identity, block_hash, row, age)
         self.num_bytes += file_bytes(row.nbytes)
+        self._unlisted += file_bytes(row.nbytes)
 
     def read(self, block_hash: bytes, row: memoryview) -> None:
         """Read a block into `row`. Raises as `read_block` does; a bad file is removed, so that it is written anew."""
