@@ -36,7 +36,8 @@ class EngineConfig:
     """Settings of one engine. Each field is also a command-line flag (``max_num_seqs`` is ``--max-num-seqs``).
 
     Raises:
-        ValueError: `tensor_parallel_size` is less than 1, or more than the executor has room for; settings exclude each other.
+        ValueError: a setting is none of its choices; `tensor_parallel_size` is less than 1, or more than the executor has room
+            for; settings exclude each other.
     """
 
     model: str = _flag(DEFAULT_MODEL, "alias, folder in Hugging Face format, .gguf file, or hub id")
@@ -127,8 +128,9 @@ class EngineConfig:
     )
     quantization: str | None = _flag(
         None,
-        "on a CPU; int8: weights and activations in 8 bits; int4: weights in 4 bits, groups of 32, and activations in 8",
-        ("int8", "int4", "gptq", "awq", "compressed-tensors", "fp8"),
+        "on a CPU; int8: weights and activations in 8 bits; int4: weights in 4 bits, groups of 32, and activations in 8; gguf: "
+        "a GGUF file's own blocks, instead of 16 bits for each weight; the others say what a checkpoint is",
+        ("int8", "int4", "gguf", "gptq", "awq", "compressed-tensors", "fp8"),
     )
     batch_invariant: bool = _flag(
         False, "on a CPU: compute a token bit for bit the same alone and in any batch; attention is slower for it"
@@ -157,6 +159,7 @@ class EngineConfig:
     seed: int = _flag(0, "seeds the sampling of requests that bring no seed of their own")
 
     def __post_init__(self) -> None:
+        self._check_choices()
         if self.tensor_parallel_size < 1:
             raise ValueError(f"tensor_parallel_size must be at least 1, got {self.tensor_parallel_size}")
         if self.enable_expert_parallel and self.tensor_parallel_size == 1:
@@ -190,6 +193,13 @@ class EngineConfig:
             raise ValueError("--kv-offload keeps what leaves the prefix cache; leave --no-enable-prefix-caching out")
         if self.tensor_parallel_size > 1 or self.distributed_executor_backend in ("mp", "ray"):
             raise ValueError("--kv-offload: only with one rank in the engine's process; each rank has a part of every block")
+
+    def _check_choices(self) -> None:
+        for f in fields(self):
+            choices, value = f.metadata["choices"], getattr(self, f.name)
+            of_encoders = (f.name, value) == ("attention_backend", "full")  # which the start sets, and refuses elsewhere
+            if choices is not None and value is not None and value not in choices and not of_encoders:
+                raise ValueError(f"--{f.name.replace('_', '-')}: one of {', '.join(choices)}, not {value!r}")
 
     def _check_lora(self) -> None:
         if self.max_loras < 1:

@@ -235,7 +235,7 @@ def check_settings(config: EngineConfig, source: ModelSource, device: torch.devi
         raise ValueError(f"--enable-expert-parallel: {source.name} has no experts; leave the flag out")
     check_quantization(source, config.load_format, config.quantization)
     kernels = use_cpu_kernels(config, device)
-    if config.quantization in ("int8", "int4") and not kernels:
+    if config.quantization in ("int8", "int4", "gguf") and not kernels:
         switched_off, elsewhere = not config.enable_cpu_kernels, device.type != "cpu"
         reason = "they are switched off" if switched_off else "they run on a CPU" if elsewhere else native.why_not
         raise ValueError(f"--quantization {config.quantization} needs the CPU kernels: {reason}")

@@ -1,7 +1,8 @@
 """GGUF files (llama.cpp's format) as Hugging Face folders, converted once and cached.
 
 The folder holds the exact values of the file: quantized tensors in float32 (``d·q + m`` with 16-bit d and m needs more
-bits than bfloat16 has), 16-bit tensors as they are. Loading in any precision is then one pass over mapped memory.
+bits than bfloat16 has), 16-bit tensors as they are. Loading in any precision is then one pass over mapped memory. Or it holds
+the quantized matrices of layers as codes (see `gguf_blocks`), of which products are computed as they are.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import glob
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,11 @@ from safetensors.torch import save_file
 
 from ..core.platform.machine import cache_root
 from ..core.platform.progress import LateBar
+from ..quantization.layout.blocks import BlockFormat
+from ..quantization.layout.groups import GroupQuantized
 from .config.entries import Entries, ModelError
 from .config.model_config import ModelConfig
+from .gguf_blocks import TYPES, formats, read_groups
 from .gguf_config import EXACT_DTYPES, ROPE_TENSORS, GgufFamily, gguf_family, hf_config
 from .gguf_shards import check_shards, shards_of
 from .gguf_tokenizer import tokenizer_from_gguf
@@ -33,19 +39,22 @@ FORMAT_VERSION = 2
 MAX_SHARD_BYTES = 2 << 30
 
 
-def convert_gguf(path: Path, progress: bool = True) -> Path:
+def convert_gguf(path: Path, progress: bool = True, as_codes: bool = False) -> Path:
     """The Hugging Face folder of a GGUF file, or of several that one of them stands for; made now unless the cache has it.
+
+    With `as_codes` quantized matrices stay so, where their type is one of `gguf_blocks.TYPES`.
 
     Folders are named after the file's path, size and time of change, so a new file at the same path replaces the old
     folder. A folder appears in one rename when it is complete; a lock keeps two processes from making the same one.
 
     Raises:
-        ModelError: not a GGUF file, damaged, of an unsupported architecture, or no room on the disk.
+        ModelError: not a GGUF file, damaged, of an unsupported architecture, without a matrix to keep as codes, or no room on
+            the disk.
     """
     paths = shards_of(path.absolute())
     path = paths[0].resolve()
     changed = [number for part in paths for number in (part.stat().st_size, part.stat().st_mtime_ns)]
-    family = f"{path.stem}-{_digest(str(path))}"
+    family = f"{'codes-' if as_codes else ''}{path.stem}-{_digest(str(path))}"
     folder = cache_root() / "gguf" / f"{family}-{_digest(FORMAT_VERSION, *changed)}"
     if folder.is_dir():
         return folder
@@ -58,7 +67,7 @@ def convert_gguf(path: Path, progress: bool = True) -> Path:
         partial = folder.with_name(folder.name + ".partial")
         partial.mkdir()
         try:
-            _convert(paths, partial, progress)
+            _convert(paths, partial, progress, as_codes)
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -69,7 +78,7 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:10]
 
 
-def _convert(paths: list[Path], folder: Path, progress: bool) -> None:
+def _convert(paths: list[Path], folder: Path, progress: bool, as_codes: bool) -> None:
     path, readers = paths[0], []
     try:
         for path in paths:
@@ -87,13 +96,18 @@ def _convert(paths: list[Path], folder: Path, progress: bool) -> None:
         header = Entries(metadata, str(path))
         config, family = hf_config(header, tensors), gguf_family(header)
         ModelConfig.from_hf(config)  # refuse before the long part what the engine cannot run
+        kept = formats(tensors.values()) if as_codes else {}
+        if as_codes and not kept:
+            raise ModelError(f"{path} has no matrix in blocks of {', '.join(kind.name for kind in TYPES)}; leave the flag out")
+        config |= {"quantization_config": {"quant_method": "gguf"}} if kept else {}
         own = {key.removeprefix("tokenizer."): value for key, value in metadata.items() if key.startswith("tokenizer.")}
         tokenizer = tokenizer_from_gguf(Entries(own, str(path)), config["max_position_embeddings"])
         _write_json(folder / "config.json", config)
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
         _write_json(folder / "generation_config.json", ids)
         tokenizer.save_pretrained(folder)
-        _write_weights(tensors, config, family, folder, progress)
+        names = {name: family.hf_name(name) for name in tensors if name not in ROPE_TENSORS}
+        _write_weights(_Weights(tensors, names, config, family, kept), folder, progress)
     except (ModelError, OSError):
         raise
     except KeyError as missing:
@@ -116,12 +130,9 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _write_weights(
-    tensors: dict[str, gguf.ReaderTensor], config: dict[str, Any], family: GgufFamily, folder: Path, progress: bool
-) -> None:
-    """Dequantize into one safetensors file, or several of at most `MAX_SHARD_BYTES` so that memory stays small."""
-    names = {name: family.hf_name(name) for name in tensors if name not in ROPE_TENSORS}
-    sizes = {name: int(tensors[name].n_elements) * _stored_dtype(tensors[name]).itemsize for name in names}
+def _write_weights(weights: _Weights, folder: Path, progress: bool) -> None:
+    """Write one safetensors file, or several of about `MAX_SHARD_BYTES` so that memory stays small."""
+    sizes = {name: weights.size(name) for name in weights.names}
     total, free = sum(sizes.values()), shutil.disk_usage(folder).free
     if total > free:
         raise ModelError(
@@ -129,42 +140,82 @@ def _write_weights(
             f"make room, or set BYOV_CACHE to a folder on another disk"
         )
     shards: list[list[str]] = [[]]
-    for name in names:
+    for name in sizes:
         if shards[-1] and sum(sizes[other] for other in shards[-1]) + sizes[name] > MAX_SHARD_BYTES:
             shards.append([])
         shards[-1].append(name)
     files = ["model.safetensors"]
     if len(shards) > 1:
         files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        weight_map = {names[name]: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
+    weight_map: dict[str, str] = {}
     with LateBar("converting the model, once", total, progress) as bar:
         for file, shard in zip(files, shards, strict=True):
-            content = {}
+            content: dict[str, torch.Tensor] = {}
             for name in shard:
-                content[names[name]] = _hf_tensor(tensors[name], config, family)
+                content |= weights.stored(name)
                 bar.advance(sizes[name])
             save_file(content, folder / file, metadata={"format": "pt"})
             (folder / file).chmod(0o644)  # the library lets only its owner read it
+            weight_map |= dict.fromkeys(content, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _stored_dtype(tensor: gguf.ReaderTensor) -> torch.dtype:
-    return EXACT_DTYPES.get(tensor.tensor_type, torch.float32)
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """The tensors of a file, and what they are to be written as.
 
+    Attributes:
+        names: those in a checkpoint of Hugging Face. kept: tensors that stay codes, by name.
+    """
 
-def _hf_tensor(tensor: gguf.ReaderTensor, config: dict[str, Any], family: GgufFamily) -> torch.Tensor:
-    try:
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError:
-        raise ModelError(f"tensor type {tensor.tensor_type.name} in the GGUF file is not supported") from None
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    part = tensor.name.split(".")[-2]
-    if family.interleaved and part in heads:
-        values = _unpermute(values, heads[part])
-    if family.one_added and part.endswith("norm"):
-        values = values - 1
-    return torch.from_numpy(np.array(values)).to(_stored_dtype(tensor))  # a copy: the file's own memory is read-only
+    tensors: dict[str, gguf.ReaderTensor]
+    names: dict[str, str]
+    config: dict[str, Any]
+    family: GgufFamily
+    kept: dict[str, BlockFormat]
+
+    def size(self, name: str) -> int:
+        """Bytes of what is written of a tensor."""
+        count, form = int(self.tensors[name].n_elements), self.kept.get(name)
+        if form is None:
+            return count * self._dtype(name).itemsize
+        return count * form.bits // 8 + count // form.group_size * 4
+
+    def stored(self, name: str) -> dict[str, torch.Tensor]:
+        """What is written of a tensor, by name."""
+        tensor, form = self.tensors[name], self.kept.get(name)
+        if form is None:
+            try:
+                values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            except NotImplementedError:
+                raise ModelError(f"tensor type {tensor.tensor_type.name} in the GGUF file is not supported") from None
+            values = self._in_order(name, values)
+            if self.family.one_added and name.split(".")[-2].endswith("norm"):
+                values = values - 1
+            # a copy: the file's own memory is read-only
+            return {self.names[name]: torch.from_numpy(np.array(values)).to(self._dtype(name))}
+        weight, layer = read_groups(tensor, form), self.names[name].removesuffix(".weight")
+        parts = [torch.from_numpy(self._in_order(name, part.numpy())) for part in (weight.codes, weight.scales, weight.zeros)]
+        matrices: dict[str, Sequence[torch.Tensor]] = {layer: parts}
+        if weight.codes.ndim == 3:  # of all experts
+            before, _, matrix = layer.rpartition(".")
+            matrices = {f"{before}.{number}.{matrix}": of for number, of in enumerate(zip(*parts, strict=True))}
+        content: dict[str, torch.Tensor] = {}
+        for layer, (codes, scales, zeros) in matrices.items():
+            packed = form.pack(GroupQuantized(codes, scales, zeros, form.bits, form.group_size))
+            content |= {f"{layer}.{part}": tensor for part, tensor in packed.items()}
+        return content
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return EXACT_DTYPES.get(self.tensors[name].tensor_type, torch.float32)
+
+    def _in_order(self, name: str, values: np.ndarray) -> np.ndarray:
+        """A matrix, or what its rows have besides, in Hugging Face's order of rows."""
+        heads = {"attn_q": self.config["num_attention_heads"], "attn_k": self.config["num_key_value_heads"]}
+        part = name.split(".")[-2]
+        return _unpermute(values, heads[part]) if self.family.interleaved and part in heads else values
 
 
 def _unpermute(values: np.ndarray, heads: int) -> np.ndarray:

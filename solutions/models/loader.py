@@ -56,34 +56,35 @@ class ModelSource:
     tokenizer_path: Path | str | None
 
 
-def resolve_model(name: str, load_format: str = "auto", progress: bool = True) -> ModelSource:
+def resolve_model(name: str, load_format: str = "auto", quantization: str | None = None, progress: bool = True) -> ModelSource:
     """Find the model that `name` means: an alias, a folder, a ``.gguf`` file or a hub id, tried in that order.
 
-    A GGUF file is converted on first use, see `gguf_convert`. With `load_format` "dummy" no weights are looked for.
+    A GGUF file is converted on first use, see `gguf_convert`; with `quantization` "gguf" its blocks stay quantized. With
+    `load_format` "dummy" no weights are looked for.
 
     Raises:
         ModelError: it cannot be found or is of no use; the message says what to do.
     """
     if name in ALIASES:
-        return _from_alias(name, ALIASES[name], load_format, progress)
+        return _from_alias(name, ALIASES[name], load_format, quantization, progress)
     path = Path(name).expanduser()
     if path.is_dir():
         return _from_folder(name, path, load_format)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{name} is a file but no .gguf; {WAYS_OUT}")
-        return _from_gguf(name, path, progress)
+        return _from_gguf(name, path, quantization, progress)
     if _HUB_ID.fullmatch(name) and path.suffix != ".gguf":
         return _from_hub(name, name, load_format)
     raise ModelError(f"there is no model {name!r}: it is no alias ({', '.join(ALIASES)}), file or folder; {WAYS_OUT}")
 
 
-def _from_alias(name: str, alias: Alias, load_format: str, progress: bool) -> ModelSource:
+def _from_alias(name: str, alias: Alias, load_format: str, quantization: str | None, progress: bool) -> ModelSource:
     wheel = alias.wheel and importlib.util.find_spec(alias.wheel)  # finds a package without running it
     if wheel:
         for folder in wheel.submodule_search_locations or []:
             for file in Path(folder).glob("*.gguf"):
-                return _from_gguf(name, file, progress)
+                return _from_gguf(name, file, quantization, progress)
     if load_format == "dummy":
         return ModelSource(name, alias.config, None, None)
     if alias.wheel:
@@ -92,10 +93,10 @@ def _from_alias(name: str, alias: Alias, load_format: str, progress: bool) -> Mo
     return _from_hub(name, alias.hub_id, load_format)
 
 
-def _from_gguf(name: str, path: Path, progress: bool) -> ModelSource:
+def _from_gguf(name: str, path: Path, quantization: str | None, progress: bool) -> ModelSource:
     from .gguf_convert import convert_gguf  # only a first start needs the libraries behind it
 
-    return _from_folder(name, convert_gguf(path, progress), "auto")
+    return _from_folder(name, convert_gguf(path, progress, as_codes=quantization == "gguf"), "auto")
 
 
 def _from_hub(name: str, hub_id: str, load_format: str) -> ModelSource:
@@ -206,6 +207,8 @@ def check_quantization(source: ModelSource, load_format: str, wanted: str | None
         ModelError: they do not; the message says what to do.
     """
     form = source.config.quantization
+    if form is None and wanted == "gguf":
+        raise ModelError(f"--quantization gguf computes on the blocks of a GGUF file, and {source.name} is none")
     if form is None and wanted in METHODS:
         raise ModelError(
             f"--quantization {wanted}: {source.name} is no {wanted} checkpoint; make one with "

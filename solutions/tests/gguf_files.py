@@ -65,7 +65,8 @@ def _halves(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
 def write_gguf(
     path: Path, model: PreTrainedModel, kind: GGMLType = GGMLType.F32, drop: str = "", split: int = 0, **extra: Any
 ) -> Path:
-    """A GGUF file of a tiny model; matrices are stored as `kind`, `extra` are more tensors and keys (``a__b`` is a.b).
+    """A GGUF file of a tiny model; matrices are stored as `kind`, or as `others` says of a part of layers. `extra` are more
+    tensors and keys (``a__b`` is a.b).
 
     With `split` it is cut into files of so many tensors, called as llama.cpp calls them.
     """
@@ -101,7 +102,7 @@ def write_gguf_header(path: Path, model: PreTrainedModel) -> Path:
 def write_model(
     writer: gguf.GGUFWriter, model: PreTrainedModel, kind: GGMLType = GGMLType.F32, drop: str = "", **extra: Any
 ) -> None:
-    config = model.config
+    config, others = model.config, extra.pop("others", {})
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -158,11 +159,12 @@ def write_model(
         if values.ndim == 1 or kind == GGMLType.F32:
             writer.add_tensor(name, values)
         else:
+            own = others.get(name.split(".")[-2], kind)
             try:
-                stored = gguf.quants.quantize(values, kind)
+                stored = gguf.quants.quantize(values, own)
             except NotImplementedError:  # nothing here can write these: random bytes, which are as good as any
-                stored = random.integers(0, 256, gguf.quant_shape_to_byte_shape(values.shape, kind), dtype=np.uint8)
-            writer.add_tensor(name, stored, raw_dtype=kind)
+                stored = random.integers(0, 256, gguf.quant_shape_to_byte_shape(values.shape, own), dtype=np.uint8)
+            writer.add_tensor(name, stored, raw_dtype=own)
     for key, value in extra.items():
         key = key.replace("__", ".")
         if isinstance(value, str):

@@ -32,6 +32,7 @@ from solutions.quantization.kernels.linear_cpu import (
     unpack,
 )
 from solutions.quantization.layout.groups import GroupQuantized, quantize_groups
+from solutions.tests.slow_cases import slow_after
 from solutions.tests.tiny_models import make_tiny_llama, make_tiny_mistral
 
 HAVE_COMPILER = native.compiler() is not None
@@ -134,22 +135,25 @@ def test_int8(rows: int, columns: int, dtype: torch.dtype) -> None:
         assert error(packed(x), x.double() @ weight.double().T + bias.double()) < 3e-2
 
 
-@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "columns", "group"), [(32, 2, 2), (33, 64, 32), (31, 100, 32), (64, 62, 64), (576, 576, 128), (100, 1536, 64)]
+    ("rows", "columns", "group"),
+    slow_after(2, [(33, 64, 16), (31, 100, 32), (32, 2, 2), (64, 62, 64), (576, 576, 128), (100, 1536, 64)]),
 )
-def test_int4(rows: int, columns: int, group: int, ordered: bool, dtype: torch.dtype) -> None:
+def test_codes_in_groups(rows: int, columns: int, group: int, ordered: bool, bits: int, dtype: torch.dtype) -> None:
     """The products of what the codes stand for, whole groups and a short last one, in the columns' order and in another."""
     generator = torch.Generator().manual_seed(rows)
     num_groups = math.ceil(columns / group)
-    codes = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
     scales = (torch.rand(rows, num_groups, generator=generator) * 0.1 + 0.01).half().float()
-    zeros = torch.randint(0, 16, (rows, num_groups), generator=generator).float()
+    scales[1:3] *= torch.tensor([[-1.0], [0.0]])  # a GGUF file's may have any sign
+    zeros = torch.randint(0, 2**bits, (rows, num_groups), generator=generator).float()
     order = torch.randperm(columns, generator=generator) if ordered else None
-    packed = PackedLinear(GroupQuantized(codes, scales, zeros, 4, group, order), bias := random(rows, dtype=dtype), dtype=dtype)
+    quantized = GroupQuantized(codes, scales, zeros, bits, group, order)
+    packed = PackedLinear(quantized, bias := random(rows, dtype=dtype), dtype=dtype)
     weight = torch.empty(rows, columns, dtype=torch.float64)
     for row in range(0, rows, 7):
         for column in range(columns):
@@ -197,9 +201,10 @@ def test_int4_with_activations_of_8_bits(rows: int, columns: int, dtype: torch.d
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_int4_gate_and_up_in_one(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_of_gate_and_up_in_one(bits: int, dtype: torch.dtype) -> None:
     weight, bias = random(96, 64), random(96, dtype=dtype, seed=1)
-    quantized = quantize_groups(weight, 4, 32)
+    quantized = quantize_groups(weight, bits, 32)
     quantized.scales = quantized.scales.half().float()
     gated = PackedLinear(quantized, bias, gated=True, dtype=dtype)
     for batch in (1, 8, 21):
@@ -223,9 +228,9 @@ def test_int4_keeps_weights_that_came_in_four_bits() -> None:
 
 
 @needs_kernels
-def test_what_int4_cannot_pack_is_refused() -> None:
-    for columns, bits, group in [(7, 4, 2), (8, 4, 3), (8, 8, 4)]:
-        with pytest.raises(ValueError, match="int4 needs 4 bits and even numbers of columns"):
+def test_codes_that_cannot_be_packed_are_refused() -> None:
+    for columns, bits, group in [(7, 4, 2), (8, 4, 3), (7, 8, 2), (8, 8, 3)]:
+        with pytest.raises(ValueError, match="codes need even numbers of columns"):
             pack_groups(quantize_groups(random(4, columns), bits, group))
 
 

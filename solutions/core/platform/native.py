@@ -46,7 +46,7 @@ HEADERS = (
     "attention/paged_decode_cpu.h",
     "attention/paged_prefill_cpu.h",
     "quantization/kernels/linear_cpu.h",
-    "quantization/kernels/linear_int4_cpu.h",
+    "quantization/kernels/linear_groups_cpu.h",
 )
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-pthread", "-fPIC", "-shared", "-Wall", "-Wextra")
 

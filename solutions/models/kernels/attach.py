@@ -50,10 +50,10 @@ def attach(model: nn.Module, plan: Plan) -> None:
             quantized, rounding = None, plan.quantization
             is_grouped = plan.kernels == "triton" and ".experts." in name  # one of the matrices of a grouped product
             if isinstance(layer, QuantizedLinear):
-                rounding = "int8" if layer.rounds_inputs else None
-                quantized, layer = layer.take(), layer.layer
+                rounds, quantized, layer = layer.rounds_inputs, layer.take(), layer.layer
+                rounding = "int8" if rounds and plan.kernels == "cpu" and linear_cpu.supports_rows(dtype, quantized) else None
                 model.set_submodule(name, layer)
-                if is_grouped or not _has_kernel(plan, quantized, rounding, dtype):
+                if is_grouped or not _has_kernel(plan, quantized, dtype):
                     layer.weight = nn.Parameter(quantized.dequantize().to(dtype), requires_grad=False)
                     quantized = None
             if plan.kernels == "cpu":
@@ -86,16 +86,13 @@ def is_native(layer: nn.Module) -> bool:
     return isinstance(layer.forward, PackedLinear | NativeNorm | NativeHeadNorm)
 
 
-def _has_kernel(plan: Plan, quantized: GroupQuantized, rounding: str | None, dtype: torch.dtype) -> bool:
+def _has_kernel(plan: Plan, quantized: GroupQuantized, dtype: torch.dtype) -> bool:
     """Whether there is code for a quantized weight as it is; any other becomes a plain one."""
     if plan.kernels == "triton":
         from ...quantization.kernels import w4a16_triton  # Triton takes its time and is not everywhere
 
         return w4a16_triton.supports(quantized)
-    shape = quantized.shape[1], quantized.bits, quantized.group_size
-    if plan.kernels == "cpu" and rounding == "int8" and linear_cpu.supports_rows(dtype, quantized):
-        return True
-    return plan.kernels == "cpu" and linear_cpu.supports_groups(dtype, *shape)
+    return plan.kernels == "cpu" and linear_cpu.supports_groups(dtype, quantized)
 
 
 # On a CPU

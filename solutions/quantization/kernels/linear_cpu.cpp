@@ -3,7 +3,7 @@
 //
 // Every row is summed in the same order whatever rows stand beside it, so a token's result does not depend on its batch.
 #include "quantization/kernels/linear_cpu.h"
-#include "quantization/kernels/linear_int4_cpu.h"
+#include "quantization/kernels/linear_groups_cpu.h"
 
 using namespace native;
 
@@ -90,15 +90,15 @@ void linear_w4a8(const Linear& a) {
     multiply(weights, output<T>(a), a.m, a.n);
 }
 
-template <typename T>
-void linear_int4(const Linear& a) {
+template <typename T, typename Codes>
+void linear_groups(const Linear& a) {
     constexpr bool SAME = std::is_same_v<Operand<T>, T>;
     const T* x = static_cast<const T*>(a.x);
     auto* other = static_cast<Operand<T>*>(a.other_x);
     const bool moved = a.order || !SAME;
     const Operand<T>* from = other;
     if constexpr (SAME) from = moved ? other : x;
-    const Int4<Operand<T>> weights{from, moved ? a.k : a.ldx, a.k, a.group, static_cast<const uint8_t*>(a.w), a.of_groups};
+    const Groups<Operand<T>, Codes> weights{from, moved ? a.k : a.ldx, a.k, a.group, static_cast<const uint8_t*>(a.w), a.of_groups};
     parallel_for(a.m, ROWS, [&](int64_t row) {
         if (a.order)
             for (int64_t i = 0; i < a.k; ++i) widen(x + row * a.ldx + a.order[i], 1, other + row * a.k + i);
@@ -124,6 +124,8 @@ void linear_int8_f32(const Linear* a) { linear_int8<float>(*a); }
 void linear_int8_bf16(const Linear* a) { linear_int8<bf16>(*a); }
 void linear_w4a8_f32(const Linear* a) { linear_w4a8<float>(*a); }
 void linear_w4a8_bf16(const Linear* a) { linear_w4a8<bf16>(*a); }
-void linear_int4_f32(const Linear* a) { linear_int4<float>(*a); }
-void linear_int4_bf16(const Linear* a) { linear_int4<bf16>(*a); }
+void linear_int4_f32(const Linear* a) { linear_groups<float, uint8_t>(*a); }
+void linear_int4_bf16(const Linear* a) { linear_groups<bf16, uint8_t>(*a); }
+void linear_codes8_f32(const Linear* a) { linear_groups<float, int8_t>(*a); }
+void linear_codes8_bf16(const Linear* a) { linear_groups<bf16, int8_t>(*a); }
 }

@@ -140,10 +140,10 @@ void multiply(const Weights& w, const Output<Y>& out, int64_t m, int64_t n) {
 
 // The arguments of a product, as ctypes fills them in: x [m, k] with rows ldx apart, w in n/PANEL panels, y [m, n] with rows ldy apart
 // (half of n with SILU_MUL). bias is of the padded columns, or null. k is a multiple of 2 for bfloat16, of 16 for int8 and w4a8.
-// group: elements of x (int8), weights (int4), or both (w4a8, at most MOST_GROUP) that share a scale; then there is memory for a number,
+// group: elements of x (int8), weights (int4, codes8), or both (w4a8, at most MOST_GROUP) that share a scale; then there is memory for a number,
 // for two with w4a8, for each row and group.
 // other_x: memory for x [m, k] in the form that tiles read, where that is another one: see linear_layout.
-// For int8 only: scales of the padded columns. For int4 only: the columns' order [k], where it is another than that of x.
+// For int8 only: scales of the padded columns. For int4 and codes8 only: the columns' order [k], where it is another than that of x.
 extern "C" struct Linear {
     int64_t m;
     const void *x, *w;

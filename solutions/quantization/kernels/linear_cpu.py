@@ -5,8 +5,8 @@ they come (W8A8; Dettmers et al., "LLM.int8()", NeurIPS 2022, §2.1). A scale is
 a whole token would do for most, but a few channels are so large that the others would have hardly any steps left.
 
 int4 quantizes groups of `INT4_GROUP` weights to nearest, and the same groups of activations to int8 (W4A8; Lin et al.,
-"QServe", MLSys 2025). Weights that come in 4 bits from a checkpoint leave the activations as they are (W4A16), for which its
-quantizer chose them. Decoding waits for memory, which has less than a third of the bytes to deliver.
+"QServe", MLSys 2025). Weights that come in groups of 4 or 8 bits from a checkpoint leave the activations as they are (W4A16,
+W8A16), for which its quantizer chose them. Decoding waits for memory, which has less than a third of the bytes to deliver.
 """
 
 from __future__ import annotations
@@ -67,9 +67,12 @@ def supports(dtype: torch.dtype, in_features: int, quantization: str | None = No
     return dtype in _NAMES and in_features % (16 if quantization == "int8" else 2) == 0 and native.load() is not None
 
 
-def supports_groups(dtype: torch.dtype, in_features: int, bits: int, group_size: int) -> bool:
-    """Whether a `GroupQuantized` matrix can be packed."""
-    return bits == 4 and group_size % 2 == 0 and supports(dtype, in_features)
+def supports_groups(dtype: torch.dtype, weight: GroupQuantized) -> bool:
+    """Whether a quantized matrix can be packed. Scales and zeros become halves, which those of 8 bits have to be already: their
+    codes are finer than what halves would round away."""
+    if weight.bits == 8 and any(not torch.equal(x.half().float(), x) for x in (weight.scales, weight.zeros - 128)):
+        return False
+    return weight.group_size % 2 == 0 and supports(dtype, weight.shape[1])
 
 
 def supports_rows(dtype: torch.dtype, weight: GroupQuantized) -> bool:
@@ -82,10 +85,11 @@ class PackedLinear:
     """One matrix of [N, K], packed.
 
     Args:
-        weight: [N, K], float32 or bfloat16, or quantized to 4 bits in groups of an even number of columns, or to 8 bits as
-            `supports_rows` wants them. With `gated` the first half of the rows is the gate, the second is up.
+        weight: [N, K], float32 or bfloat16, or quantized in groups of an even number of columns. With `gated` the first half
+            of the rows is the gate, the second is up.
         bias: [N] or None.
-        quantization: None, "int8" or "int4"; of a quantized weight it says nothing.
+        quantization: None, "int8" or "int4". With a quantized weight "int8" says that activations become bytes, for which it
+            has to be as `supports_rows` wants it.
         gated: the product is followed by ``silu(gate) · up``, so the result has N / 2 columns.
         dtype: of the activations; default: that of `weight`.
 
@@ -119,19 +123,20 @@ class PackedLinear:
             kind, group = "w4a8_", INT4_GROUP
             self._scratch = (self.num_columns, layout().int8, 2 * weight.scales.shape[1])
             self.weight = pack_groups(weight, rows, 4)
-        elif isinstance(weight, GroupQuantized) and weight.bits == 4:
-            kind, group = "int4_", weight.group_size
+        elif isinstance(weight, GroupQuantized) and quantization != "int8":
+            kind, group = "int4_" if weight.bits == 4 else "codes8_", weight.group_size
             is_moved = weight.order is not None or operand is not self._dtype
             self._scratch = (self.num_columns if is_moved else 0, operand, weight.scales.shape[1])
             self.weight = pack_groups(weight, rows)
             self.order = None if weight.order is None else weight.order.to(torch.int32).contiguous()
-        elif quantization == "int8" or isinstance(weight, GroupQuantized):
+        elif quantization == "int8":
             kind, group = "int8_", INT8_GROUP
             self._scratch = (self.num_columns, layout().int8, -(-self.num_columns // INT8_GROUP))
             codes, scales = quantize_channels(weight)
             self.scales = _padded(scales[rows])
             self.weight = pack_int8(codes[rows])
         else:
+            assert isinstance(weight, Tensor)
             kind = ""
             if operand is not self._dtype:
                 self._scratch = (self.num_columns, operand, 0)
@@ -242,19 +247,17 @@ def _with_heads(heads: Tensor, body: Tensor, length: int) -> Tensor:
 
 
 def pack_groups(weight: GroupQuantized, rows: slice | Tensor = slice(None), together: int = 2) -> Tensor:
-    """4-bit codes with their scales and zeros, as ``linear_int4_cpu.h`` reads them: bytes [P, B] for panels of rows.
+    """Codes with their scales and zeros, as ``linear_groups_cpu.h`` reads them: bytes [P, B] for panels of rows.
 
     Args:
         rows: which, in which order. together: columns that lie side by side: 2, or 4 where activations are bytes.
 
     Raises:
-        ValueError: not 4 bits, or columns or groups are no even numbers.
+        ValueError: columns or groups are no even numbers.
     """
     columns, size = weight.shape[1], weight.group_size
-    if weight.bits != 4 or columns % 2 or size % 2:
-        raise ValueError(
-            f"int4 needs 4 bits and even numbers of columns, got {weight.bits} bits, {columns} in groups of {size}"
-        )
+    if columns % 2 or size % 2:
+        raise ValueError(f"codes need even numbers of columns, got {columns} in groups of {size}")
 
     panel = layout().panel
 
@@ -264,10 +267,13 @@ def pack_groups(weight: GroupQuantized, rows: slice | Tensor = slice(None), toge
         in_panels: Tensor = torch.cat((values, missing)).unflatten(0, (-1, panel))
         return in_panels
 
-    halves = panels(weight.codes).unflatten(1, (2, -1)).unflatten(3, (-1, together))  # [P, 2, panel / 2, K / t, t]
-    low, high = halves.transpose(2, 3).unbind(1)
-    codes = (low | high << 4).flatten(2)  # [P, K / t, panel / 2 * t]
-    head = torch.stack((panels(weight.scales), panels(weight.zeros - 8)), dim=1)  # [P, 2, panel, G]
+    in_panels = panels(weight.codes).unflatten(2, (-1, together)).transpose(1, 2)  # [P, K / t, panel, t]
+    if weight.bits == 4:
+        low, high = in_panels.chunk(2, dim=2)
+        codes = (low | high << 4).flatten(2)  # [P, K / t, panel / 2 * t]
+    else:
+        codes = (in_panels ^ 128).flatten(2)  # [P, K / t, panel * t]
+    head = torch.stack((panels(weight.scales), panels(weight.zeros - 2 ** (weight.bits - 1))), dim=1)  # [P, 2, panel, G]
     head = head.permute(0, 3, 1, 2).to(torch.float16).contiguous().view(torch.uint8).flatten(2)  # [P, G, 4 * panel]
     return _with_heads(head, codes, size // together)
 

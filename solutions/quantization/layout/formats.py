@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from .blocks import read_blocks
 from .checkpoint import QuantizedFormat
 from .compressed import FP8_METHODS, read_compressed, read_fp8
 from .groups import GroupQuantized
@@ -47,7 +48,7 @@ class Format(Protocol):
 
 
 READERS: dict[str, Callable[[dict[str, Any]], Format]] = {
-    "compressed-tensors": read_compressed, "mxfp4": read_mxfp4, **dict.fromkeys(FP8_METHODS, read_fp8)
+    "compressed-tensors": read_compressed, "gguf": read_blocks, "mxfp4": read_mxfp4, **dict.fromkeys(FP8_METHODS, read_fp8)
 }  # fmt: skip
 """Those of GPTQ and AWQ, and of whoever names no method, is `QuantizedFormat.parse`."""
 

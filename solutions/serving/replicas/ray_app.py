@@ -260,7 +260,7 @@ def app(args: dict[str, Any]) -> serve.Application:
         ValueError: a setting is wrong, or the model cannot be had.
     """
     settings, config = parse_settings(args)
-    resolve_model(config.model, config.load_format)  # now, rather than in a replica's log
+    resolve_model(config.model, config.load_format, config.quantization)  # now, rather than in a replica's log
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     share = available_cores() / settings.most_replicas
     cores = settings.cores_per_replica or max(1, int(share))

@@ -87,7 +87,8 @@ class LLMEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         clock = PhaseClock()
-        config, source = fit(config, with_tokenizer(resolve_model(config.model, config.load_format), config.tokenizer))
+        source = resolve_model(config.model, config.load_format, config.quantization)
+        config, source = fit(config, with_tokenizer(source, config.tokenizer))
         limits = resolve_limits(config, source)
         self.config = config = limits.settle(config)
         scheduler_config = make_scheduler_config(config, limits)
@@ -99,10 +100,8 @@ class LLMEngine:
         proposer = make_proposer(draft, limits)
         if proposer is not None:
             clock.lap("draft model")
-        self.limits = limits = with_blocks(
-            limits, config, local_model(model, config), self.executor.weight_bytes,
-            draft=None if proposer is None else proposer.model_config,
-        )  # fmt: skip
+        drafts = None if proposer is None else proposer.model_config
+        self.limits = limits = with_blocks(limits, config, local_model(model, config), self.executor.weight_bytes, draft=drafts)
         self.executor.create_cache(limits.num_blocks, config.block_size, limits.num_host_blocks)
         self.tokenizer = load_tokenizer(source)
         self.model_config = model = model.also_ends_at(self.tokenizer.eos_token_id if self.tokenizer is not None else None)

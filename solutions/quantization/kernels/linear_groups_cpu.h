@@ -1,6 +1,7 @@
-// 4-bit weights with a scale and a zero for each group of columns, so that memory delivers a quarter of the bytes. Activations are as
-// they are (W4A16): codes become bfloat16 or float in registers, and the rest runs as with whole weights. Or they are bytes, with a
-// scale for each of the same groups (W4A8): codes become bytes, and scales and zeros are applied to a group's sums.
+// Weights of 4 or 8 bits with a scale and a zero for each group of columns, so that memory delivers a quarter or half of the bytes.
+// Activations are as they are (W4A16, W8A16): codes become bfloat16 or float in registers, and the rest runs as with whole weights. Or
+// those of 4 bits meet bytes with a scale for each of the same groups (W4A8): codes become bytes, and scales and zeros are applied to a
+// group's sums.
 #pragma once
 
 #include "quantization/kernels/linear_cpu.h"
@@ -44,8 +45,18 @@ inline void codes_as_pairs(const uint8_t* at, Bits (&pairs)[2]) {
 }
 #endif
 
-template <int M>
-inline void add_codes(const float* x, int64_t ldx, const uint8_t* at, Floats (&c)[M][2]) {
+// What 2 * PANEL bytes say: for each column of a panel, two neighbouring inputs' codes, 128 less than written, as pairs of bfloat16,
+// which holds 8 bits exactly.
+inline void codes_as_pairs(const int8_t* at, Bits (&pairs)[2]) {
+    for (int h = 0; h < 2; ++h) {
+        const Ints both = __builtin_convertvector(load_as<Shorts>(at + h * PANEL), Ints);
+        const Floats even = __builtin_convertvector(both << 24 >> 24, Floats), odd = __builtin_convertvector(both >> 8, Floats);
+        pairs[h] = (Bits)even >> 16 | (Bits)odd;
+    }
+}
+
+template <int M, typename Codes>
+inline void add_codes(const float* x, int64_t ldx, const Codes* at, Floats (&c)[M][2]) {
     Bits pairs[2];
     codes_as_pairs(at, pairs);
     for (int h = 0; h < 2; ++h) {
@@ -57,8 +68,8 @@ inline void add_codes(const float* x, int64_t ldx, const uint8_t* at, Floats (&c
     }
 }
 #ifdef __AVX512BF16__
-template <int M>
-inline void add_codes(const bf16* x, int64_t ldx, const uint8_t* at, Floats (&c)[M][2]) {
+template <int M, typename Codes>
+inline void add_codes(const bf16* x, int64_t ldx, const Codes* at, Floats (&c)[M][2]) {
     Bits pairs[2];
     codes_as_pairs(at, pairs);
     for (int m = 0; m < M; ++m)
@@ -66,9 +77,11 @@ inline void add_codes(const bf16* x, int64_t ldx, const uint8_t* at, Floats (&c)
 }
 #endif
 
-// A panel holds for each group PANEL scales and as many zeros, less 8, as halves, then PANEL bytes of codes for every two inputs.
-template <typename T>
-struct Int4 {
+// A panel holds for each group PANEL scales and as many zeros, less 8 or 128, as halves, then the codes: of 4 bits, in uint8_t, PANEL
+// bytes for every two inputs, of 8 bits, in int8_t, twice as many.
+template <typename T, typename Codes>
+struct Groups {
+    static constexpr int64_t BYTES = std::is_signed_v<Codes> ? 2 * PANEL : PANEL;  // of two inputs
     static constexpr int ROWS = TILE_ROWS;
     static constexpr int64_t HEAD = 4 * PANEL;
     const T* x;
@@ -77,7 +90,7 @@ struct Int4 {
     const float* sums;  // of x in each group, [m, groups]
 
     int64_t groups() const { return (k + group - 1) / group; }
-    int64_t panel_bytes() const { return groups() * HEAD + k * PANEL / 2; }
+    int64_t panel_bytes() const { return groups() * HEAD + k / 2 * BYTES; }
     int64_t bytes_a_step() const { return (4 * panel_bytes() + k - 1) / k; }
 
     void sum_groups(int64_t row, float* to) const {
@@ -97,9 +110,9 @@ struct Int4 {
             const int64_t begin = g * group, count = std::min(group, k - begin);
             Floats part[M][2] = {};
             at += HEAD;
-            for (int64_t i = 0; i < count; i += 2, at += PANEL) {
+            for (int64_t i = 0; i < count; i += 2, at += BYTES) {
                 if (i % 4 == 0) ahead.step();
-                add_codes<M>(x + row * ldx + begin + i, ldx, at, part);
+                add_codes<M>(x + row * ldx + begin + i, ldx, reinterpret_cast<const Codes*>(at), part);
             }
             for (int h = 0; h < 2; ++h) {
                 const Floats scale = load_half(head + h * LANES), zero = load_half(head + PANEL + h * LANES);
