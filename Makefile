@@ -193,7 +193,8 @@ test-cpu-kernels: $(STAMP) ## Test the C++ kernels (CXX=clang++: built by it; SA
 test-gpu: $(STAMP) ## Test what runs on a GPU; says so where there is none
 	@if $(RUN) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
 	then $(RUN) -m pytest solutions/tests/test_gpu.py solutions/tests/test_triton_kernels.py \
-	  solutions/tests/test_w4a16_triton.py solutions/tests/test_lora_triton.py solutions/tests/test_cuda_kernel.py $(ARGS); \
+	  solutions/tests/test_w4a16_triton.py solutions/tests/test_lora_triton.py solutions/tests/test_cuda_kernel.py \
+	  solutions/tests/test_kv_tiers.py $(ARGS); \
 	else echo "no GPU here: the same kernels run on the CPU in make test"; fi
 
 test-cuda-on-cpu: $(STAMP) ## Test the CUDA kernel on this CPU (SANITIZE=address: watched for bad addresses; thread: for races)
@@ -262,7 +263,7 @@ bench-scaling: $(STAMP) ## One model on 1, 2, 4 and 8 GPUs, or on as many cores,
 bench-speculative: $(STAMP) ## Speculative decoding against plain decoding, by kind of text and batch size
 	@$(RUN) -m solutions.benchmarks.speculative --model $(MODEL) $(ARGS)
 
-bench-prefix: $(STAMP) ## What the prefix cache gains on a common beginning and a chat, and costs without hits
+bench-prefix: $(STAMP) ## What the prefix cache gains on a common beginning, and costs without hits
 	@$(RUN) -m solutions.benchmarks.prefix_cache --model $(MODEL) $(ARGS)
 
 bench-quality: $(STAMP) ## Perplexity in 16 bits, int8, int4, and 4 bits by RTN, GPTQ and AWQ; takes half an hour

@@ -192,6 +192,15 @@ def prefix_cache() -> Table:
     return table("what | measured", rows)
 
 
+def tiers() -> Table:
+    columns = ("computed", "host memory", "files in memory", "files on disk", "computed and written")
+    rows = [
+        [f"{int(length):,}", *(milliseconds(times[name]["median"]) for name in columns)]
+        for length, times in record(f"{CPU}_kv_tiers").items()
+    ]
+    return table(f"tokens of the prompt | {' | '.join(columns)}", rows)
+
+
 def overhead() -> Table:
     costs = record(f"{CPU}_overhead")["microseconds_per_sequence_and_step"]
     kinds = {"DELTA": "text streamed", "FINAL_ONLY": "text at the end"}
@@ -323,7 +332,7 @@ DOCUMENTS = {
     "README.md": (headline_workloads, headlines),
     "benchmarks/README.md": (
         against_vllm, against_transformers, throughput, with_amx, fewer_bits_with_amx, weights, quality_plain, quality_groups,
-        speculation, memory, prefix_cache, overhead, ranks, sums, serving, page, replicas,
+        speculation, memory, prefix_cache, tiers, overhead, ranks, sums, serving, page, replicas,
         gpu_throughput, gpu_caches, gpu_steps, gpu_prompts, gpu_attention, gpu_latency,
     ),
 }  # fmt: skip

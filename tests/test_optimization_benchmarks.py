@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from solutions.benchmarks import lora as lora_command
 from solutions.benchmarks import prefix_cache as prefix_command
 from solutions.benchmarks import quality as quality_command
 from solutions.benchmarks import speculative as speculative_command
-from solutions.benchmarks.prefix_cache import chat, hits_by_policy
+from solutions.benchmarks.datasets import BenchRequest, token_ids
+from solutions.benchmarks.prefix_cache import TIERS, make_engine, seconds
 from solutions.benchmarks.quality import cut_text, perplexity, python_topics
 from solutions.benchmarks.speculative import PLAIN, Row
 from solutions.core.engine import LLM
@@ -20,22 +22,63 @@ from solutions.models.lora.products import AdaptersOfStep
 from solutions.tests.tiny_models import make_tiny_llama
 
 
+def chat(num_turns, message_len, answer_len):
+    """Hold a conversation: each turn's prompt is all that was said before and a new message. (prompt, cached) of each, in
+    tokens."""
+    rng, llm, said, turns = random.Random(1), make_engine("smollm2-135m"), [], []
+    for _ in range(num_turns):
+        request = BenchRequest(said + token_ids(rng, message_len), answer_len)
+        (output,) = llm.generate(request.prompt, request.params(), use_tqdm=False)
+        said = request.prompt_token_ids + output.outputs[0].token_ids
+        turns.append((len(request.prompt_token_ids), output.num_cached_tokens))
+    return turns
+
+
 @pytest.mark.slow
 def test_a_chat_computes_its_new_turn_and_no_more_than_a_block_beside_it():
     """All that was said but its last token has keys and values; of these whole blocks of 16 are found again."""
     said = 0
-    for turn in chat("smollm2-135m", 4, message_len=21, answer_len=9, seed=1):
+    for prompt, cached in chat(4, message_len=21, answer_len=9):
         expected = (said - 1) // 16 * 16 if said else 0
-        assert (turn["prompt"], turn["cached"]) == (said + 21, expected)
-        assert turn["prompt"] - turn["cached"] <= turn["new"] + 16
-        said = turn["prompt"] + 9
+        assert (prompt, cached) == (said + 21, expected)
+        assert prompt - cached <= 21 + 16
+        said = prompt + 9
 
 
 @pytest.mark.slow
 def test_longest_prefix_match_finds_more_where_groups_come_in_turns():
-    shares = hits_by_policy("smollm2-135m", num_groups=4, group_size=3, prefix_len=64, own_len=8, seed=0)
+    """Four beginnings in turns, in a cache that holds one of them beside what runs."""
+    rng, shares = random.Random(0), {}
+    beginnings = [token_ids(rng, 64) for _ in range(4)]
+    requests = [BenchRequest(beginning + token_ids(rng, 8), 1) for beginning in beginnings * 3]
+    for policy in ("fcfs", "lpm"):
+        settings = {"max_model_len": 74, "num_gpu_blocks_override": 6, "max_num_seqs": 2, "scheduling_policy": policy}
+        llm = LLM("smollm2-135m", **settings)
+        seconds(llm, requests)
+        stats = llm.llm_engine.stats()
+        shares[policy] = stats.prefix_cache_hits / stats.prefix_cache_queries
     assert shares["fcfs"] < 0.2
     assert shares["lpm"] > 0.4
+
+
+def test_prompts_are_where_the_measurement_of_tiers_says(tmp_path, monkeypatch, capsys):
+    """As many tokens of them are cached as their blocks hold, or none."""
+    make_tiny_llama(tmp_path, vocab_size=49152)
+    cached, generate = [], LLM.generate
+
+    def watched(llm, *args, **settings):
+        outputs = generate(llm, *args, **settings)
+        cached.append([output.num_cached_tokens for output in outputs])
+        return outputs
+
+    monkeypatch.setattr(LLM, "generate", watched)
+    flags = ["--model", str(tmp_path), "--tier-lens", "60", "33", "--repeats", "2", "--output-json", str(tmp_path / "a.json")]
+    prefix_command.main(flags)
+    none, every = [[0], [0], [0], [0], [0]], [[0], [32], [32], [48], [48]]
+    assert cached == [*none, [0, 0], [0, 0], *every, *none, *every, *every]
+    results = json.loads((tmp_path / "a.json").read_text())["results"]
+    assert {length: list(times) for length, times in results.items()} == {"33": list(TIERS), "60": list(TIERS)}
+    assert "first token" in capsys.readouterr().out
 
 
 def test_perplexity_is_that_of_transformers(tmp_path):

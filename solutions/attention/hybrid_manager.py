@@ -20,6 +20,7 @@ from ..batching.scheduler_output import BlockPairs
 from ..batching.sequence import Sequence
 from ..memory.prefix_cache import PrefixCache
 from .block_manager import NULL_BLOCK, BlockManager
+from .radix_manager import RadixBlockManager
 
 
 def blocks_of_one(windows: tuple[int | None, ...], num_tokens: int, block_size: int, chunk: int) -> int:
@@ -40,10 +41,14 @@ def longest_of_one(windows: tuple[int | None, ...], num_blocks: int, block_size:
 
 
 def make_block_manager(
-    windows: tuple[int | None, ...], num_blocks: int, block_size: int, num_host_blocks: int, caches: bool, chunk: int
-) -> BlockManager:
-    """The block manager of a model with these windows of its groups of layers; the rest as in `HybridBlockManager`."""
+    windows: tuple[int | None, ...], num_blocks: int, block_size: int, num_host_blocks: int, caches: bool, chunk: int,
+    radix: bool = False,
+) -> BlockManager:  # fmt: skip
+    """The block manager of a model with these windows of its groups of layers, or of one without and a `RadixCache`; the rest as
+    in `HybridBlockManager`."""
     sizes = num_blocks, block_size, num_host_blocks
+    if radix:
+        return RadixBlockManager(*sizes)
     if len(windows) == 1:
         return BlockManager(*sizes, enable_prefix_caching=caches, sliding_window=windows[0])
     return HybridBlockManager(*sizes, enable_prefix_caching=caches, windows=windows, chunk=chunk)

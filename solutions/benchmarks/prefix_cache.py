@@ -1,20 +1,28 @@
-"""What the prefix cache gains on a common beginning and a chat, what it costs where nothing is shared, and who goes first.
+"""What the prefix cache gains on a common beginning, what it costs where nothing is shared, and what comes back from a tier
+below it.
 
-Four small measurements, with and without the cache (--no-enable-prefix-caching) where time is compared.
+With --tier-lens only the tier is measured: prompts that are computed, that come back from host memory, and from files after a
+restart. Without, the cache against none (--no-enable-prefix-caching).
 """
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 import time
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..core.config import DEFAULT_MODEL
 from ..core.engine import LLM
 from .datasets import BenchRequest, Workload, make_requests, token_ids
 from .report import Flags, Parser, finish, one_line_errors, show_table, spread
+
+TIERS = ("computed", "host memory", "computed and written", "files on disk", "files in memory")
+"""Where keys and values are, in the order of the measurements: each leaves for the next what that needs."""
 
 
 def make_engine(model: str, **settings: object) -> LLM:
@@ -45,19 +53,6 @@ def shared_prefix(model: str, num_requests: int, prefix_len: int, own_len: int, 
     return {"first": first, "others": statistics.median(others), "without": statistics.median(plain)}
 
 
-def chat(model: str, num_turns: int, message_len: int, answer_len: int, seed: int) -> list[dict[str, int]]:
-    """Hold a conversation: each turn's prompt is all that was said before and a new message. Tokens of each turn: its "prompt",
-    what of it was "cached", and its "new" message."""
-    rng = random.Random(seed)
-    llm, said, turns = make_engine(model), [], []
-    for _ in range(num_turns):
-        request = BenchRequest(said + token_ids(rng, message_len), answer_len)
-        (output,) = llm.generate(request.prompt, request.params(), use_tqdm=False)
-        said = request.prompt_token_ids + output.outputs[0].token_ids
-        turns.append({"prompt": len(request.prompt_token_ids), "cached": output.num_cached_tokens, "new": message_len})
-    return turns
-
-
 def cost_without_hits(model: str, num_requests: int, input_len: int, output_len: int, repeats: int, seed: int) -> list[float]:
     """Throughput with the cache over that without it, on prompts that share nothing, a ratio for each pair of runs."""
     engines = {caching: make_engine(model, enable_prefix_caching=caching) for caching in (False, True)}
@@ -69,20 +64,26 @@ def cost_without_hits(model: str, num_requests: int, input_len: int, output_len:
     return ratios[1:]  # the first is a warm-up
 
 
-def hits_by_policy(model: str, num_groups: int, group_size: int, prefix_len: int, own_len: int, seed: int) -> dict[str, float]:
-    """Share of the prompts' tokens that the cache has when groups with a common beginning arrive in turns, in a cache that
-    holds a third of these beginnings; by scheduling policy."""
-    rng, longest = random.Random(seed), prefix_len + own_len + 2
-    prefixes = [token_ids(rng, prefix_len) for _ in range(num_groups)]
-    requests = [BenchRequest(prefix + token_ids(rng, own_len), 1) for prefix in prefixes * group_size]
-    blocks = max(longest // 16 + 2, num_groups * prefix_len // 16 // 3)
-    shares = {}
-    for policy in ("fcfs", "lpm"):
-        llm = LLM(model, max_model_len=longest, num_gpu_blocks_override=blocks, max_num_seqs=2, scheduling_policy=policy)
-        seconds(llm, requests)
-        stats = llm.llm_engine.stats()
-        shares[policy] = stats.prefix_cache_hits / stats.prefix_cache_queries
-    return shares
+def tiers(model: str, lengths: list[int], repeats: int, seed: int) -> dict[int, dict[str, Any]]:
+    """Seconds to the first token of prompts of each length, by where their keys and values are (`TIERS`), in engines that have
+    memory for one of the longest prompts. Before "files on disk" the system writes what it holds of them, and forgets it."""
+    rng, longest, found = random.Random(seed), max(lengths), {length: {} for length in lengths}
+    prompts = {length: [BenchRequest(token_ids(rng, length), 1) for _ in range(repeats)] for length in lengths}
+    with TemporaryDirectory() as folder:
+        for where in TIERS:
+            for path in Path(folder).rglob("*.kv") if where == "files on disk" else ():
+                with path.open("rb") as file:
+                    os.fsync(file)
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            tier = {"computed": None, "host memory": "host"}.get(where, folder)
+            llm = LLM(model, max_model_len=longest + 16, num_gpu_blocks_override=longest // 16 + 4, kv_offload=tier)
+            for requests in prompts.values() if where == "host memory" else ():
+                seconds(llm, requests)
+            seconds(llm, [BenchRequest(token_ids(rng, longest), 1)])  # a warm-up, and the prefix cache has nothing else then
+            for length in lengths:
+                found[length][where] = spread(seconds(llm, [request]) for request in prompts[length])
+            llm.llm_engine.close()
+    return found
 
 
 def show(args: Flags, results: dict[str, Any]) -> None:
@@ -93,13 +94,9 @@ def show(args: Flags, results: dict[str, Any]) -> None:
     rows[0][2] = ""
     title = f"{args.num_requests} requests with {args.prefix_len} common tokens and {args.own_len} of their own, one by one"
     show_table(title, ["time to first token", "ms", "faster than the first"], rows)
-    rows = [[i, t["prompt"], t["cached"], t["prompt"] - t["cached"], t["new"]] for i, t in enumerate(results["chat"], 1)]
-    show_table("A chat", ["turn", "tokens so far", "cached", "computed", "of them new"], rows, "answers have 32 tokens")
     ratios = results["ratios_without_hits"]
     rows = [[f"{ratios['median']:.3f}", f"{ratios['min']:.3f} to {ratios['max']:.3f}"]]
     show_table("Throughput with the cache over that without, nothing shared", ["median of pairs", "range"], rows)
-    rows = [[name, f"{share:.0%}"] for name, share in results["cached_by_policy"].items()]
-    show_table("Prompt tokens cached when 6 groups come in turns and 2 beginnings fit", ["policy", "cached"], rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -108,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_flag("--num-requests", 32, "requests with a common beginning, and as many without")
     parser.add_flag("--prefix-len", 512, "tokens of the common beginning")
     parser.add_flag("--own-len", 16, "tokens after the common beginning")
-    parser.add_flag("--turns", 6, "turns of the chat")
+    parser.add_argument("--tier-lens", type=int, nargs="+", help="measure --kv-offload on prompts of so many tokens")
     parser.add_flag("--repeats", 7, "pairs of runs on prompts that share nothing")
     parser.add_argument("--data-seed", type=int, default=0, help="seed of the prompts (default: 0)")
     args = parser.parse_args(argv)
@@ -117,14 +114,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.prefix_len + args.own_len > 1000:
         parser.error("--prefix-len and --own-len may be 1,000 tokens together at most")
     with one_line_errors():
-        ratios = cost_without_hits(args.model, args.num_requests, 128, 32, args.repeats, args.data_seed)
-        results = {
-            "shared_prefix": shared_prefix(args.model, args.num_requests, args.prefix_len, args.own_len, args.data_seed),
-            "chat": chat(args.model, args.turns, 48, 32, args.data_seed),
-            "ratios_without_hits": spread(ratios),
-            "cached_by_policy": hits_by_policy(args.model, 6, 4, args.prefix_len, args.own_len, args.data_seed),
-        }
-    show(args, results)
+        if args.tier_lens:
+            results = tiers(args.model, sorted(args.tier_lens), args.repeats, args.data_seed)
+            rows = [[length, *(f"{t['median'] * 1e3:.1f}" for t in times.values())] for length, times in results.items()]
+            show_table("Milliseconds to the first token of a prompt", ["tokens", *TIERS], rows)
+        else:
+            ratios = cost_without_hits(args.model, args.num_requests, 128, 32, args.repeats, args.data_seed)
+            times = shared_prefix(args.model, args.num_requests, args.prefix_len, args.own_len, args.data_seed)
+            show(args, results := {"shared_prefix": times, "ratios_without_hits": spread(ratios)})
     finish(args, "prefix_cache", results)
 
 

@@ -1,4 +1,5 @@
-"""The engine on the command line. It completes prompts from flags, a file or a pipe, or chats in a terminal."""
+"""The engine on the command line: it completes prompts from flags, a file or a pipe, or chats in a terminal, and says what it
+has started with."""
 
 from __future__ import annotations
 
@@ -9,10 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..attention.hybrid_manager import blocks_of_one
 from ..batching.sampling_params import SamplingParams
-from .config import add_engine_flags, config_from_flags
+from ..models.config.model_config import ModelConfig
+from .config import EngineConfig, add_engine_flags, config_from_flags
 from .input import Prompt
 from .output import RequestOutput
+from .platform.machine import format_bytes
+from .startup import Limits
 from .text.chat_template import render_chat
 
 EPILOG = """examples:
@@ -167,3 +174,28 @@ def _statistics(engine: Any, outputs: list[RequestOutput], seconds: float) -> st
         f"{num_tokens / seconds:.1f} tok/s, KV peak {100 * stats.peak_kv_cache_usage:.1f} %, prefix hits "
         f"{stats.prefix_cache_hits} of {stats.prefix_cache_queries} tokens, {stats.num_preemptions} preemptions"
     )
+
+
+def startup_report(config: EngineConfig, model: ModelConfig, limits: Limits, seconds: dict[str, float]) -> list[str]:
+    """A few lines for the terminal: what runs where, what fits, how long each phase took."""
+    device, attention = limits.device, limits.attention_backend
+    where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    precision = str(limits.dtype).removeprefix("torch.")
+    tokens = limits.num_blocks * config.block_size // len(model.windows)
+    one = blocks_of_one(model.windows, limits.max_model_len, config.block_size, limits.max_num_batched_tokens)
+    blocks = f"{limits.num_blocks} blocks of {config.block_size} tokens in {format_bytes(limits.kv_bytes)}"
+    prefix_cache = "on" if config.enable_prefix_caching else "off"
+    kernels = "PyTorch's and Triton's" if attention == "triton" else limits.choice.why
+    step = f"{config.max_num_seqs} sequences and {limits.max_num_batched_tokens} tokens a step"
+    return [
+        f"model     {config.model}, {precision}, {format_bytes(limits.weight_bytes)} of weights, {where}",
+        f"kernels   {kernels}; attention by the {attention} backend",
+        "KV cache  none: an encoder reads a text in one step"
+        if limits.kv_bytes == 0
+        else f"KV cache  {blocks}: {tokens} tokens, {limits.num_blocks / one:.1f} sequences of {limits.max_model_len}",
+        f"limits    {step}; prefix cache {prefix_cache}, {config.scheduling_policy}, preemption by {config.preemption_mode}",
+        *([f"tier      {config.kv_offload}, {format_bytes(config.kv_offload_size)}"] if config.kv_offload else []),
+        *([f"drafts    {config.speculative_config}"] if config.speculative_config else []),
+        *(["defaults  " + ", ".join(f"{name} {value}" for name, value in model.sampling.items())] if model.sampling else []),
+        "start     " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),
+    ]

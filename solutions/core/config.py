@@ -83,6 +83,14 @@ class EngineConfig:
     swap_space: int = _flag(
         1 << 30, "host memory for swapped-out KV blocks, used with --preemption-mode swap", kind=parse_bytes
     )
+    kv_offload: str | None = _flag(
+        None,
+        "where KV blocks go that leave the prefix cache, to come back instead of being computed; host: host memory; else a "
+        "folder, which a restarted server finds again and several may share (./host for one of that name); default: nowhere",
+    )
+    kv_offload_size: int = _flag(
+        4 << 30, "most bytes there, with --kv-offload, such as 20GiB; the least recently used go first", kind=parse_bytes
+    )
     max_num_seqs: int = _flag(256, "most sequences running at once")
     max_num_batched_tokens: int | None = _flag(
         None,
@@ -90,6 +98,10 @@ class EngineConfig:
         kind=int,
     )
     enable_prefix_caching: bool = _flag(True, "reuse the KV blocks of a prompt's beginning that was seen before")
+    prefix_cache: str = _flag(
+        "hash", "how they are found; hash: whole blocks, by their hashes; radix: tokens up to the first that differs, in a tree",
+        ("hash", "radix"),
+    )
     enable_chunked_prefill: bool = _flag(True, "split long prompts over several steps")
     long_prefill_token_threshold: int = _flag(0, "most tokens of one prompt in one step; 0: no limit but the budget")
     scheduling_policy: str = _flag(
@@ -165,6 +177,11 @@ class EngineConfig:
             raise ValueError("--scheduling-policy lpm goes by what is cached; leave --no-enable-prefix-caching out")
         if self.client_weights is not None and self.scheduling_policy != "fair":
             raise ValueError("--client-weights needs --scheduling-policy fair")
+        if self.prefix_cache == "radix" and (self.kv_offload is not None or not self.enable_prefix_caching):
+            flag = "--kv-offload, which goes by hashes" if self.kv_offload is not None else "--no-enable-prefix-caching"
+            raise ValueError(f"--prefix-cache radix: not with {flag}")
+        if self.kv_offload is not None:
+            self._check_offload()
         if self.lora_modules and not self.enable_lora:
             raise ValueError("--lora-modules needs --enable-lora")
         if self.enable_lora:
@@ -175,6 +192,14 @@ class EngineConfig:
             )
         if self.async_scheduling and (self.tensor_parallel_size > 1 or self.distributed_executor_backend in ("mp", "ray")):
             raise ValueError("--async-scheduling: only with one rank in the engine's process; other ranks are told each token")
+
+    def _check_offload(self) -> None:
+        if not self.kv_offload:
+            raise ValueError("--kv-offload takes a folder, or host")
+        if not self.enable_prefix_caching:
+            raise ValueError("--kv-offload keeps what leaves the prefix cache; leave --no-enable-prefix-caching out")
+        if self.tensor_parallel_size > 1 or self.distributed_executor_backend in ("mp", "ray"):
+            raise ValueError("--kv-offload: only with one rank in the engine's process; each rank has a part of every block")
 
     def _check_choices(self) -> None:
         for f in fields(self):

@@ -1,5 +1,5 @@
 """What an engine starts with: settings checked and limits resolved before anything is loaded, then KV blocks that fit the
-memory, and a report of both.
+memory.
 
 Settings that exclude each other, the model or the device are refused here and nowhere else. Only what no file says before it is
 read comes later: damaged weights, layers without a kernel, a KV cache that is too small.
@@ -7,18 +7,26 @@ read comes later: damaged weights, layers without a kernel, a KV cache that is t
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 
 from ..attention.backends import make_backend
-from ..attention.hybrid_manager import blocks_of_one, longest_of_one
+from ..attention.block_manager import BlockManager
+from ..attention.hybrid_manager import blocks_of_one, longest_of_one, make_block_manager
+from ..attention.tiered_manager import TieredBlockManager
 from ..batching.pooling import ASSUMED, Pooling
 from ..batching.queue_order import parse_weights
 from ..batching.scheduler_config import SchedulerConfig
-from ..memory.cache_engine import block_bytes, element_type, num_blocks_for_budget, scale_bytes
+from ..memory.cache_engine import element_type, num_blocks_for_budget
+from ..memory.tiers.block_rows import BlockRows
+from ..memory.tiers.choice import make_tier
 from ..models.config.model_config import ModelConfig
+from ..models.costs import memory as costs
 from ..models.generation_files import with_sampling
+from ..models.identity import kv_identity
 from ..models.kernels.choice import Choice, Way, choose, is_worth_measuring
 from ..models.loader import ModelSource, check_quantization
 from ..parallelism.tensor_parallel import TensorParallel
@@ -28,13 +36,13 @@ from .lora.registry import AdapterRegistry
 from .platform import native
 from .platform.machine import available_memory, cpu_has_bf16, format_bytes, pick_threads
 from .scheduler import Scheduler
-from .worker import NEEDS_CPU_KERNELS, pick_device, pick_dtype, use_cpu_kernels
+from .worker import NEEDS_CPU_KERNELS, Worker, pick_device, pick_dtype, use_cpu_kernels
 
 CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET = 512, 8192
 """Tokens in a step unless the user says otherwise: on a CPU a larger step gains nothing and delays everyone's next token."""
 NOT_FOR_ENCODERS = (
     "kv_cache_memory_bytes", "kv_cache_dtype", "touch_kv_cache", "num_gpu_blocks_override", "preemption_mode",
-    "long_prefill_token_threshold", "attention_backend", "batch_invariant", "speculative_config", "enable_lora",
+    "long_prefill_token_threshold", "attention_backend", "batch_invariant", "speculative_config", "enable_lora", "kv_offload",
 )  # fmt: skip
 """Settings of the KV cache, of prompts in parts, of causal attention and of adapters."""
 CPU_KV_SHARE, CPU_KV_MAX = 0.25, 4 << 30
@@ -113,6 +121,29 @@ def make_executor(config: EngineConfig, source: ModelSource, device: torch.devic
         return RayExecutor(config, source, device, dtype)
     kind = UniProcExecutor if backend == "uni" else MultiProcExecutor
     return kind(config, source, device, dtype)
+
+
+def make_memory(
+    config: EngineConfig, limits: Limits, source: ModelSource, worker: Worker
+) -> tuple[BlockManager, TieredBlockManager | None]:
+    """The block manager, and once more if it has a tier below its prefix cache.
+
+    Raises:
+        ValueError: there can be no such tier as ``config.kv_offload`` says; see `make_tier`.
+    """
+    windows, sizes = source.config.windows, (limits.num_blocks, config.block_size, limits.num_host_blocks)
+    if config.kv_offload is None:
+        budget, radix = limits.max_num_batched_tokens, config.prefix_cache == "radix"
+        return make_block_manager(windows, *sizes, config.enable_prefix_caching, budget, radix), None
+    rows = BlockRows([*worker.cache.kv_caches, *worker.cache.kv_scales])
+    identity = partial(
+        kv_identity, source, config.load_format == "dummy", config.seed, limits.max_model_len, rows.layout, limits.dtype,
+        limits.choice.way, limits.attention_backend, config.quantization, config.batch_invariant,
+    )  # fmt: skip
+    tier = make_tier(config.kv_offload, config.kv_offload_size, rows.num_bytes, limits.device.type == "cuda", identity)
+    worker.tiers = manager = TieredBlockManager(*sizes, windows[0], tier, rows)
+    weakref.finalize(worker, manager.close)
+    return manager, manager
 
 
 def make_adapters(config: EngineConfig, executor: Executor, scheduler: Scheduler) -> AdapterRegistry:
@@ -209,6 +240,10 @@ def check_settings(config: EngineConfig, source: ModelSource, device: torch.devi
         switched_off, elsewhere = not config.enable_cpu_kernels, device.type != "cpu"
         reason = "they are switched off" if switched_off else "they run on a CPU" if elsewhere else native.why_not
         raise ValueError(f"--quantization {config.quantization} needs the CPU kernels: {reason}")
+    if config.kv_offload is not None and len(source.config.windows) > 1:
+        raise ValueError(f"--kv-offload: not with {source.name}, whose layers differ in their window, and so do their blocks")
+    if config.prefix_cache == "radix" and source.config.windows != (None,):
+        raise ValueError(f"--prefix-cache radix: not with {source.name}, which has a sliding window that blocks leave; use hash")
     attention = make_backend(
         source.config.attention_by(config.attention_backend), device, dtype, source.config.head_dim, config.block_size, kernels,
         config.batch_invariant,
@@ -262,12 +297,12 @@ def with_blocks(
             largest `max_model_len` that fits.
     """
     device = limits.device
-    bytes_per_block = kv_bytes_per_block(config.block_size, model, limits.cache_dtype)
+    bytes_per_block = costs.kv_bytes_per_block(config.block_size, model, limits.cache_dtype)
     if draft is not None:
-        bytes_per_block += kv_bytes_per_block(config.block_size, draft, limits.cache_dtype)
-    activation_bytes = _activation_bytes(model, limits.max_num_batched_tokens, config.max_num_seqs, limits.dtype)
+        bytes_per_block += costs.kv_bytes_per_block(config.block_size, draft, limits.cache_dtype)
+    activation_bytes = costs.activation_bytes(model, limits.max_num_batched_tokens, config.max_num_seqs, limits.dtype)
     if config.enable_lora:
-        activation_bytes += _adapter_bytes(model, config.max_loras * config.max_lora_rank, limits.dtype)
+        activation_bytes += costs.adapter_bytes(model, config.max_loras * config.max_lora_rank, limits.dtype)
     free_bytes = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     num_blocks = config.num_gpu_blocks_override
     if num_blocks is None:
@@ -284,12 +319,6 @@ def with_blocks(
     return limits
 
 
-def kv_bytes_per_block(block_size: int, model: ModelConfig, cache_dtype: torch.dtype) -> int:
-    """Bytes of one block in all layers of a model, scales included."""
-    sizes = model.num_cached_layers, block_size, model.num_kv_heads
-    return block_bytes(*sizes, model.head_dim, cache_dtype) + scale_bytes(*sizes, cache_dtype)
-
-
 def _kv_budget(config: EngineConfig, device: torch.device, free_bytes: int, activation_bytes: int) -> int:
     """Bytes for KV blocks; negative where weights and activations take more than there is."""
     if config.kv_cache_memory_bytes is not None:
@@ -298,19 +327,6 @@ def _kv_budget(config: EngineConfig, device: torch.device, free_bytes: int, acti
         return min(CPU_KV_MAX, int(CPU_KV_SHARE * free_bytes)) // config.tensor_parallel_size  # the ranks share the memory
     total = torch.cuda.mem_get_info(device)[1]
     return int(free_bytes - (1 - config.gpu_memory_utilization) * total) - activation_bytes
-
-
-def _activation_bytes(model: ModelConfig, num_tokens: int, num_seqs: int, dtype: torch.dtype) -> int:
-    """What a step needs beside weights and cache: the widest layer's tensors, and logits in the dtype and in float32."""
-    widest = 3 * model.hidden_size + max(model.mlp_elements, 2 * (model.num_heads + 2 * model.num_kv_heads) * model.head_dim)
-    return num_tokens * widest * dtype.itemsize + min(num_seqs, num_tokens) * model.vocab_size * (dtype.itemsize + 4)
-
-
-def _adapter_bytes(model: ModelConfig, ranks: int, dtype: torch.dtype) -> int:
-    """What adapters take that have so many ranks together: A and B of four products a layer, those merged of three and two."""
-    hidden, inner, heads = model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim
-    qkv = 3 * hidden + heads + 2 * model.num_kv_heads * model.head_dim
-    return model.num_layers * ranks * (qkv + (heads + hidden) + (2 * hidden + 2 * inner) + (inner + hidden)) * dtype.itemsize
 
 
 def _too_small(limits: Limits, block_size: int, bytes_per_block: int, needed: int, windows: tuple[int | None, ...]) -> str:
@@ -323,27 +339,3 @@ def _too_small(limits: Limits, block_size: int, bytes_per_block: int, needed: in
         f"{format_bytes(limits.kv_bytes)}, with {format_bytes(limits.free_bytes)} free, leave room for {fits} tokens; {advice}"
         f"give at least --kv-cache-memory-bytes {-(-needed * bytes_per_block // 2**20)}MiB"
     )
-
-
-def startup_report(config: EngineConfig, model: ModelConfig, limits: Limits, seconds: dict[str, float]) -> list[str]:
-    """A few lines for the terminal: what runs where, what fits, how long each phase took."""
-    device, attention = limits.device, limits.attention_backend
-    where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    precision = str(limits.dtype).removeprefix("torch.")
-    tokens = limits.num_blocks * config.block_size // len(model.windows)
-    one = blocks_of_one(model.windows, limits.max_model_len, config.block_size, limits.max_num_batched_tokens)
-    blocks = f"{limits.num_blocks} blocks of {config.block_size} tokens in {format_bytes(limits.kv_bytes)}"
-    prefix_cache = "on" if config.enable_prefix_caching else "off"
-    kernels = "PyTorch's and Triton's" if attention == "triton" else limits.choice.why
-    step = f"{config.max_num_seqs} sequences and {limits.max_num_batched_tokens} tokens a step"
-    return [
-        f"model     {config.model}, {precision}, {format_bytes(limits.weight_bytes)} of weights, {where}",
-        f"kernels   {kernels}; attention by the {attention} backend",
-        "KV cache  none: an encoder reads a text in one step"
-        if limits.kv_bytes == 0
-        else f"KV cache  {blocks}: {tokens} tokens, {limits.num_blocks / one:.1f} sequences of {limits.max_model_len}",
-        f"limits    {step}; prefix cache {prefix_cache}, {config.scheduling_policy}, preemption by {config.preemption_mode}",
-        *([f"drafts    {config.speculative_config}"] if config.speculative_config else []),
-        *(["defaults  " + ", ".join(f"{name} {value}" for name, value in model.sampling.items())] if model.sampling else []),
-        "start     " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),
-    ]

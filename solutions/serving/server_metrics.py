@@ -14,6 +14,7 @@ from prometheus_client.metrics_core import Metric
 from ..batching.scheduler_output import SchedulerOutput
 from ..batching.sequence import Sequence
 from .metrics import REQUEST, EngineMetrics, Histogram, one_two_five
+from .tier_metrics import tier_families
 
 if TYPE_CHECKING:
     from ..core.engine import LLMEngine
@@ -112,8 +113,12 @@ class ServerMetrics(EngineMetrics):
             "vllm:prompt_tokens_by_source", "Prompt tokens by where their keys and values came from.", labels=[*names, "source"]
         )
         sources.add_metric([*values, "local_compute"], prompts - found)
-        sources.add_metric([*values, "local_cache_hit"], found)
+        from_tier = min(found, stats.kv_offload.num_hits) if stats.kv_offload is not None else 0
+        sources.add_metric([*values, "local_cache_hit"], found - from_tier)
+        sources.add_metric([*values, "external_kv_transfer"], from_tier)
         yield sources
+        if stats.kv_offload is not None:
+            yield from tier_families(stats.kv_offload, self.labels)
         from ..models.moe import expert_load  # imports torch, which has to wait until the port is ours
 
         if loads := expert_load(self._model):

@@ -127,14 +127,19 @@ def draw_settings(rng: random.Random, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_engine_twins(rng: random.Random) -> None:
-    """One life of twins in the engine, some of them ended before their time.
+def run_engine_twins(rng: random.Random, kv_offload: str | None = None) -> None:
+    """One life of twins in the engine, some of them ended before their time; with a tier where the engine can have one.
 
     Raises:
         AssertionError: a token is not the likeliest one, an invariant broke, an answer is short, or blocks were left over.
     """
     name = rng.choice(list(FAMILIES))
     settings = draw_settings(rng, name)
+    has_groups, drafts = "gemma" in name or name == "gpt_oss", settings["speculative_config"]
+    if kv_offload is not None and not has_groups and settings["enable_prefix_caching"]:
+        settings |= {"kv_offload": kv_offload, "kv_offload_size": 1 << 18}
+        if drafts is not None and drafts["method"] == "draft_model":
+            settings["speculative_config"] = None
     engine = LLMEngine(EngineConfig(model=str(folder(name)), **settings))
     longest = settings["max_model_len"] // 2
     beginning = [rng.randrange(VOCAB_SIZE) for _ in range(rng.choice([0, settings["block_size"], 20]))]

@@ -14,7 +14,11 @@ import torch
 
 from solutions.attention.block_manager import BlockManager
 from solutions.attention.hybrid_manager import HybridBlockManager
+<<<<<<< HEAD
 from solutions.attention.radix_manager import RadixBlockManager
+=======
+from solutions.attention.tiered_manager import TieredBlockManager
+>>>>>>> tiers
 from solutions.batching.continuous_batch import ContinuousBatch, FlatBatch
 from solutions.batching.grouped_batch import GroupedBatch
 from solutions.batching.sampling_params import SamplingParams
@@ -24,6 +28,7 @@ from solutions.batching.sequence import Sequence
 from solutions.core.overlap.lookahead import Lookahead, Meanwhile, known_ids
 from solutions.core.scheduler import Scheduler
 from solutions.core.speculative import Drafter, NoDrafter, Proposer
+from solutions.tests.simulated_tiers import make_tiered
 
 
 class Simulation:
@@ -35,22 +40,36 @@ class Simulation:
         proposer: where tokens on trial come from.
         radix: find prefixes of any length.
         ahead: decide and begin each step before the tokens of the one before are there; then this is the `Device`.
+        tier: blocks that a tier below the prefix cache keeps, which takes `delay` steps to send any; 0: there is no tier.
     """
 
     def __init__(
         self, num_blocks: int = 16, block_size: int = 4, num_host_blocks: int = 0, sliding_window: int | None = None,
         enable_prefix_caching: bool = True, watermark: float = 0.01, next_token: Callable[[Sequence], int] | None = None,
+<<<<<<< HEAD
         proposer: Proposer | None = None, windows: tuple[int | None, ...] = (), ahead: bool = False, radix: bool = False,
         **limits: object,
+=======
+        proposer: Proposer | None = None, windows: tuple[int | None, ...] = (), ahead: bool = False,
+        tier: int = 0, delay: int = 0, **limits: object,
+>>>>>>> tiers
     ) -> None:  # fmt: skip
         self.windows = windows or (sliding_window,)
         limits.setdefault("max_model_len", num_blocks * block_size)
         self.config = SchedulerConfig(**limits)
+        self.device: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self.host: dict[int, tuple[int, tuple[int, ...]]] = {}
+        """slot → the group whose layers it serves, and the prefix that it stands for."""
         settings = (num_blocks, block_size, num_host_blocks, watermark, enable_prefix_caching)
         if windows:
             self.manager = HybridBlockManager(*settings, windows, self.config.max_num_batched_tokens)
+<<<<<<< HEAD
         elif radix:
             self.manager = RadixBlockManager(*settings[:4])
+=======
+        elif tier and enable_prefix_caching:
+            self.manager = make_tiered(self.device, settings[:3], watermark, sliding_window, tier, delay)
+>>>>>>> tiers
         else:
             self.manager = BlockManager(*settings, sliding_window)
         self.scheduler = Scheduler(self.config, self.manager)
@@ -60,9 +79,6 @@ class Simulation:
         self.batch = GroupedBatch(*sizes, len(windows)) if windows else ContinuousBatch(*sizes)
         self.ahead = Lookahead(self.scheduler, self.batch, self) if ahead else None
         self.next_token = next_token or (lambda seq: (seq.seq_id * 7 + len(seq.tokens)) % 5)
-        self.device: dict[int, tuple[int, tuple[int, ...]]] = {}
-        self.host: dict[int, tuple[int, tuple[int, ...]]] = {}
-        """slot → the group whose layers it serves, and the prefix that it stands for."""
         self.next_id = 0
         self.sequences: list[Sequence] = []
 
@@ -157,6 +173,8 @@ class Simulation:
                 for i, prefix in enumerate(content):
                     target[dst * size + i] = prefix
 
+        if isinstance(self.manager, TieredBlockManager):
+            self.manager.move_tiers()
         move(self.device, self.host, decision.swap_out)
         move(self.host, self.device, decision.swap_in)
         move(self.device, self.device, decision.copies)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from solutions.core import startup, worker
+from solutions.core import cli, startup, worker
 from solutions.core.config import EngineConfig
 from solutions.core.platform import native
 from solutions.models.kernels import choice
@@ -99,7 +99,7 @@ def test_an_engine_falls_back_to_what_is_faster_and_says_so(monkeypatch: pytest.
     assert asked == [[NARROW, WIDE, TORCH]]
     assert (found.attention_backend, found.dtype) == ("torch", torch.float32)
     assert not found.settle(EngineConfig()).enable_cpu_kernels
-    report = startup.startup_report(EngineConfig(), model().config, found, {})
+    report = cli.startup_report(EngineConfig(), model().config, found, {})
     assert report[1] == "kernels   as a test says; attention by the torch backend"
 
     found, asked = limits(monkeypatch, WIDE, dtype="float32")

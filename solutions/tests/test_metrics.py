@@ -45,6 +45,13 @@ MORE_NAMES = {
 }  # fmt: skip
 
 
+TIER_NAMES = {
+    "vllm:external_prefix_cache_queries", "vllm:external_prefix_cache_hits", "vllm:kv_offload_load_bytes",
+    "vllm:kv_offload_store_bytes", "vllm:kv_offload_stores_skipped", "byov:kv_offload_bad_blocks",
+    "byov:kv_offload_failures", "byov:kv_offload_usage_perc",
+}  # fmt: skip
+
+
 def make() -> EngineMetrics:
     return EngineMetrics("m", lambda: STATS, 4096)
 
@@ -305,6 +312,29 @@ def test_prompt_tokens_that_the_cache_had_are_not_computed(tmp_path) -> None:
     assert found["vllm:prompt_tokens_by_source_total", "local_cache_hit"] == found["vllm:prompt_tokens_cached_total", ""] == 20
     assert found["vllm:request_params_max_tokens_count", ""] == 0
     assert found["vllm:request_params_n_bucket", "5.0"] - found["vllm:request_params_n_bucket", "2.0"] == 2
+
+
+def test_a_tier_has_metrics_of_its_own_and_its_tokens_have_a_source(tmp_path) -> None:
+    """By arithmetic: a prompt of 21 tokens comes back when another of 24 has taken the device's 8 blocks of 4."""
+    make_tiny_llama(tmp_path)
+    settings = {"dtype": "float32", "max_model_len": 32, "num_gpu_blocks_override": 8, "block_size": 4}
+    llm = LLM(str(tmp_path), **settings, kv_offload="host", kv_offload_size=1 << 16)
+    metrics = ServerMetrics("m", llm.llm_engine)
+    llm.llm_engine.observers.append(metrics)
+    for start, count in ((0, 21), (100, 30), (0, 21)):
+        prompt = {"prompt_token_ids": [*range(start, start + count)]}
+        llm.generate(prompt, SamplingParams(max_tokens=1), use_tqdm=False)
+    found = samples(metrics)
+    block = 2 * 3 * 4 * 2 * 12 * 4  # keys and values, layers, tokens, heads, elements, bytes
+    assert {name.removesuffix("_total") for name, _ in found if name.removesuffix("_total") in TIER_NAMES} == TIER_NAMES
+    assert found["vllm:external_prefix_cache_queries_total", ""] == 21 + 30 + 21 - found["vllm:prefix_cache_hits_total", ""]
+    assert found["vllm:external_prefix_cache_hits_total", ""] == 20
+    assert found["vllm:prompt_tokens_by_source_total", "external_kv_transfer"] == 20
+    assert found["vllm:prompt_tokens_by_source_total", "local_cache_hit"] == 0
+    assert found["vllm:prompt_tokens_by_source_total", "local_compute"] == 21 + 30 + 1
+    assert found["vllm:kv_offload_load_bytes_total", ""] == 5 * block
+    assert found["vllm:kv_offload_store_bytes_total", ""] == (5 + 5) * block
+    assert found["byov:kv_offload_usage_perc", ""] == pytest.approx(10 * block / ((1 << 16) // block * block))
 
 
 def test_who_waits_is_told_apart_by_what_for() -> None:

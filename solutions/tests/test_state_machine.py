@@ -28,6 +28,8 @@ SETTINGS = st.fixed_dictionaries(
         "preemption_mode": st.sampled_from(["recompute", "swap"]),
         "long_prefill_token_threshold": st.sampled_from([0, 0, 2]),
         "ahead": st.booleans(),
+        "tier": st.sampled_from([0, 1, 4, 50]),
+        "delay": st.sampled_from([0, 0, 1, 3]),
     }
 )
 
@@ -122,6 +124,23 @@ def test_twins_whose_steps_are_begun_ahead_say_what_they_say_alone(first):
     run_lives(first, 100, ahead=True)
 
 
+@pytest.mark.parametrize(("ahead", "delay"), slow_after(1, [(True, 2), (False, 0), (False, 2), (True, 0)]))
+def test_twins_whose_blocks_come_back_from_a_tier_say_what_they_say_alone(ahead, delay):
+    for tier in (1, 4, 100):
+        run_lives(0, 40, ahead=ahead, tier=tier, delay=delay)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0, 3])
+def test_twins_with_tokens_on_trial_and_a_tier_say_what_they_say_alone(delay):
+    run_lives(0, 200, drafts=True, tier=6, delay=delay)
+
+
 @pytest.mark.parametrize("seed", slow_after(4, range(16)))
 def test_twins_in_the_engine_say_what_transformers_says(seed):
     run_engine_twins(random.Random(seed))
+
+
+@pytest.mark.parametrize(("where", "seed"), slow_after(3, [(where, seed) for seed in range(12) for where in ("host", "files")]))
+def test_twins_in_an_engine_with_a_tier_say_what_transformers_says(where, seed, tmp_path):
+    run_engine_twins(random.Random(seed), "host" if where == "host" else str(tmp_path))

@@ -39,12 +39,14 @@ class Guesses(Proposer):
         return drafts
 
 
-def run_twins(rng: random.Random, drafts: bool = False, ahead: bool = False, radix: bool = False) -> None:
+def run_twins(
+    rng: random.Random, drafts: bool = False, ahead: bool = False, radix: bool = False, tier: int = 0, delay: int = 0
+) -> None:
     """One life in the simulated cache, which compares every slot that a step reads with the sequence's own tokens.
 
     Args:
         drafts: put tokens on trial. ahead: begin each step before the one before has ended, and let some end by their tokens.
-        radix: find prefixes of any length.
+        radix, tier, delay: see `Simulation`.
 
     Raises:
         AssertionError: a sequence read or said something else, an invariant broke, or blocks were left over.
@@ -59,7 +61,7 @@ def run_twins(rng: random.Random, drafts: bool = False, ahead: bool = False, rad
         watermark=rng.choice([0.0, 0.01, 0.2]), max_num_batched_tokens=rng.choice([7, 64, 512]),
         max_num_seqs=rng.choice([3, 8, 256]), policy=rng.choice(["fcfs", "priority", "lpm", "fair"]),
         preemption_mode=rng.choice(["recompute", "swap"]), next_token=greedy, radix=radix,
-        proposer=proposer, ahead=ahead,
+        proposer=proposer, ahead=ahead, tier=tier, delay=delay,
     )  # fmt: skip
     longest = min(num_blocks * size // 2, 3 * size)
     prompts = [[100 * k + i for i in range(rng.randint(1, longest))] for k in range(rng.randint(1, 3))]

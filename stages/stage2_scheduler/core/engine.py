@@ -11,15 +11,15 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from ..attention.hybrid_manager import make_block_manager
 from ..batching.grouped_batch import make_batch
 from ..batching.pooling import EmbeddingRequestOutput, PoolingParams, embedding_output
 from ..batching.sampling_params import RequestOutputKind, SamplingParams
 from ..batching.scheduler_output import SchedulerOutput
 from ..batching.sequence import Sequence
+from ..memory.tiers.tier import TierStats
 from ..models.loader import load_tokenizer, resolve_model, with_tokenizer
 from .beams.beam_search import BeamSearchOutput, BeamSearchParams, search_all
-from .cli import main
+from .cli import main, startup_report
 from .config import DEFAULT_MODEL, EngineConfig
 from .draft_model import find_draft, make_proposer
 from .executor import local_model
@@ -29,7 +29,7 @@ from .overlap.lookahead import Lookahead
 from .platform.progress import GenerationProgress, PhaseClock
 from .scheduler import Scheduler
 from .speculative import Drafter, NoDrafter
-from .startup import fit, make_adapters, make_executor, make_scheduler_config, resolve_limits, startup_report, with_blocks
+from .startup import fit, make_adapters, make_executor, make_memory, make_scheduler_config, resolve_limits, with_blocks
 from .text.chat_template import render_chat
 
 
@@ -59,6 +59,7 @@ class EngineStats:
     num_steps_ahead: int = 0
     num_in_vain: int = 0
     """With `async_scheduling`: steps begun before the one before had ended; sequences in them that ended with that one."""
+    kv_offload: TierStats | None = None
 
 
 class EngineObserver(Protocol):
@@ -105,10 +106,7 @@ class LLMEngine:
         self.tokenizer = load_tokenizer(source)
         self.model_config = model = model.also_ends_at(self.tokenizer.eos_token_id if self.tokenizer is not None else None)
         clock.lap("tokenizer")
-        self.block_manager = make_block_manager(
-            model.windows, limits.num_blocks, config.block_size, limits.num_host_blocks, config.enable_prefix_caching,
-            limits.max_num_batched_tokens,
-        )  # fmt: skip
+        self.block_manager, self.tiers = make_memory(config, limits, source, self.executor.worker)
         self.scheduler = Scheduler(scheduler_config, self.block_manager)
         self.adapters = make_adapters(config, self.executor, self.scheduler)
         self.drafter: Drafter | NoDrafter = NoDrafter()
@@ -205,6 +203,7 @@ class LLMEngine:
             spec_decode_num_accepted_tokens=scheduler.num_accepted_tokens, spec_decode_accepted=scheduler.accepted.copy(),
             served={client or "": round(count) for client, count in scheduler.order.served.items()},
             num_steps_ahead=self.ahead.num_steps if self.ahead else 0, num_in_vain=self.ahead.num_in_vain if self.ahead else 0,
+            kv_offload=self.tiers.stats() if self.tiers else None,
         )  # fmt: skip
 
     def check_health(self) -> None:

@@ -93,6 +93,10 @@ class UniProcExecutor(Executor):
     def execute(self, batch: FlatBatch) -> StepResult:
         return self.worker.execute(batch)
 
+    def close(self) -> None:
+        if self.worker.tiers is not None:
+            self.worker.tiers.close()
+
 
 class LockstepExecutor(Executor):
     """Tensor parallelism: rank 0 here, the others elsewhere, all in lock step. Subclasses say where, and how they are told.

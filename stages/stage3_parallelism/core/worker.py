@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..attention.backends import make_backend
 from ..attention.paged_attention import attention_metadata
+from ..attention.tiered_manager import TieredBlockManager
 from ..batching.continuous_batch import FlatBatch
 from ..batching.scheduler_output import BlockPairs
 from ..batching.sequence import Sequence
@@ -105,6 +106,7 @@ class Worker:
 
     Attributes:
         ahead: begins steps before they are executed; None: nothing does.
+        tiers: moves blocks to and from the tier below the prefix cache; None: there is none.
     """
 
     def __init__(
@@ -143,6 +145,7 @@ class Worker:
         self.cache: CacheEngine  # from `create_cache` on
         self.graphs: DecodeGraphs | None = None
         self.ahead: Lookahead[Tensor, StepResult] | None = None
+        self.tiers: TieredBlockManager | None = None
 
     def _check_batch_invariance(self) -> None:
         """See that every layer, as it was loaded, has the kernels that compute a token the same whatever else is in the step.
@@ -231,6 +234,8 @@ class Worker:
     def move_blocks(self, swap_out: BlockPairs, swap_in: BlockPairs, copies: BlockPairs) -> None:
         """Copy KV blocks as the scheduler has decided, before a step runs."""
         # A block given up by one move may be the target of the next, so the order matters.
+        if self.tiers is not None:
+            self.tiers.move_tiers()
         self.cache.swap_out(swap_out)
         self.cache.swap_in(swap_in)
         self.cache.copy_blocks(copies)

@@ -61,6 +61,12 @@ function numbers() {
     ["tokens a second", model.rate().toFixed(0)],
     ["KV blocks in use", share(stats.kv_cache_usage, 1)],
     ["prompt tokens cached", share(stats.prefix_cache_hits, stats.prefix_cache_queries)],
+    ...(stats.kv_offload
+      ? [
+          ["prompt tokens from the tier", share(stats.kv_offload.num_hits, stats.prefix_cache_queries)],
+          ["the tier's bytes in use", share(stats.kv_offload.num_bytes, stats.kv_offload.limit)],
+        ]
+      : []),
     ["preemptions", stats.num_preemptions],
     ["drafts accepted", share(stats.spec_decode_num_accepted_tokens, stats.spec_decode_num_draft_tokens)],
     ...(stats.num_steps_ahead ? [["steps begun ahead", share(stats.num_steps_ahead, stats.num_steps)]] : []),
