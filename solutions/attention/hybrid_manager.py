@@ -44,8 +44,8 @@ def make_block_manager(
     windows: tuple[int | None, ...], num_blocks: int, block_size: int, num_host_blocks: int, caches: bool, chunk: int,
     radix: bool = False,
 ) -> BlockManager:  # fmt: skip
-    """The block manager of a model with these windows of its groups of layers, or of one without and a `RadixCache`; the rest as
-    in `HybridBlockManager`."""
+    """The block manager of a model with these windows of its groups of layers, or of one without any and a `RadixCache`; the
+    rest as in `HybridBlockManager`."""
     sizes = num_blocks, block_size, num_host_blocks
     if radix:
         return RadixBlockManager(*sizes)

@@ -9,8 +9,8 @@ from .block_manager import BlockManager
 
 
 class RadixBlockManager(BlockManager):
-    """A `BlockManager` whose prefix cache finds prefixes of any length, not only whole blocks. The arguments are the same, without
-    windows."""
+    """A `BlockManager` whose prefix cache finds prefixes of any length, not only whole blocks. It knows no windows; otherwise
+    its arguments are the same."""
 
     prefix_cache: RadixCache
 

@@ -99,7 +99,8 @@ class EngineConfig:
     )
     enable_prefix_caching: bool = _flag(True, "reuse the KV blocks of a prompt's beginning that was seen before")
     prefix_cache: str = _flag(
-        "hash", "how they are found; hash: whole blocks, by their hashes; radix: tokens up to the first that differs, in a tree",
+        "hash",
+        "how they are found; hash: whole blocks, by their hashes; radix: tokens up to the first that differs, in a tree",
         ("hash", "radix"),
     )
     enable_chunked_prefill: bool = _flag(True, "split long prompts over several steps")

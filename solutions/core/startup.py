@@ -243,7 +243,9 @@ def check_settings(config: EngineConfig, source: ModelSource, device: torch.devi
     if config.kv_offload is not None and len(source.config.windows) > 1:
         raise ValueError(f"--kv-offload: not with {source.name}, whose layers differ in their window, and so do their blocks")
     if config.prefix_cache == "radix" and source.config.windows != (None,):
-        raise ValueError(f"--prefix-cache radix: not with {source.name}, which has a sliding window that blocks leave; use hash")
+        raise ValueError(
+            f"--prefix-cache radix: not with {source.name}, which has a sliding window that blocks leave; use hash"
+        )
     attention = make_backend(
         source.config.attention_by(config.attention_backend), device, dtype, source.config.head_dim, config.block_size, kernels,
         config.batch_invariant,

@@ -4,7 +4,8 @@ A path from the root is a text, a node one block of it: the tokens that the bloc
 block of a text need not be full. The nodes below a node lie in the order of their tokens, so what a text shares with any of
 them in part is found by bisection. Nothing is hashed: a hit has compared the tokens themselves.
 Source: Zheng et al., "SGLang: Efficient Execution of Structured Language Model Programs", NeurIPS 2024, §3 (RadixAttention).
-There an edge is a run of tokens of any length and a slot of memory holds one token; here memory comes in blocks, and so do edges.
+There an edge is a run of tokens of any length, and a slot of memory holds one token. Here memory comes in blocks, and so do
+edges.
 """
 
 from __future__ import annotations

@@ -14,11 +14,8 @@ import torch
 
 from solutions.attention.block_manager import BlockManager
 from solutions.attention.hybrid_manager import HybridBlockManager
-<<<<<<< HEAD
 from solutions.attention.radix_manager import RadixBlockManager
-=======
 from solutions.attention.tiered_manager import TieredBlockManager
->>>>>>> tiers
 from solutions.batching.continuous_batch import ContinuousBatch, FlatBatch
 from solutions.batching.grouped_batch import GroupedBatch
 from solutions.batching.sampling_params import SamplingParams
@@ -46,13 +43,8 @@ class Simulation:
     def __init__(
         self, num_blocks: int = 16, block_size: int = 4, num_host_blocks: int = 0, sliding_window: int | None = None,
         enable_prefix_caching: bool = True, watermark: float = 0.01, next_token: Callable[[Sequence], int] | None = None,
-<<<<<<< HEAD
         proposer: Proposer | None = None, windows: tuple[int | None, ...] = (), ahead: bool = False, radix: bool = False,
-        **limits: object,
-=======
-        proposer: Proposer | None = None, windows: tuple[int | None, ...] = (), ahead: bool = False,
         tier: int = 0, delay: int = 0, **limits: object,
->>>>>>> tiers
     ) -> None:  # fmt: skip
         self.windows = windows or (sliding_window,)
         limits.setdefault("max_model_len", num_blocks * block_size)
@@ -63,13 +55,10 @@ class Simulation:
         settings = (num_blocks, block_size, num_host_blocks, watermark, enable_prefix_caching)
         if windows:
             self.manager = HybridBlockManager(*settings, windows, self.config.max_num_batched_tokens)
-<<<<<<< HEAD
         elif radix:
             self.manager = RadixBlockManager(*settings[:4])
-=======
         elif tier and enable_prefix_caching:
             self.manager = make_tiered(self.device, settings[:3], watermark, sliding_window, tier, delay)
->>>>>>> tiers
         else:
             self.manager = BlockManager(*settings, sliding_window)
         self.scheduler = Scheduler(self.config, self.manager)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -10,10 +11,12 @@ from hypothesis.stateful import initialize
 
 from solutions.batching.sampling_params import SamplingParams
 from solutions.batching.sequence import Sequence
+from solutions.core.engine import LLM
 from solutions.memory.radix_cache import RadixCache
 from solutions.tests.simulation import Simulation
 from solutions.tests.slow_cases import slow_after
 from solutions.tests.test_state_machine import SETTINGS, EngineMachine
+from solutions.tests.tiny_models import make_tiny_llama, make_tiny_mistral
 from solutions.tests.twins import run_twins
 
 SIZE = 4
@@ -80,7 +83,7 @@ def test_the_longest_prefix_is_found(seed: int) -> None:
         assert len(hits) * SIZE + shared == longest(known, tokens, salt)
         assert not shared or block in {each for table in held.values() for each in table}
         table = []
-        for index, key in enumerate(list(cache.block_hashes(seq, len(tokens) // SIZE))):
+        for key in list(cache.block_hashes(seq, len(tokens) // SIZE)):
             table.append(blocks)
             cache.insert(key, blocks)
             blocks += 1
@@ -147,3 +150,40 @@ def test_a_block_that_a_child_goes_on_writing_is_not_entered_as_its_parents() ->
     sim.add([1, 2, 3, 4, 5, 6, 50, 50], max_tokens=1)
     sim.run()
     assert child.finished
+
+
+def answers(path: Path, **settings: object) -> tuple[list[list[int]], int]:
+    """Greedy tokens of a chat of three turns beside two others that begin alike; and how many prompt tokens were found."""
+    llm = LLM(str(path), device="cpu", dtype="float32", num_gpu_blocks_override=40, **settings)
+    params = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
+    said, found, text = [], 0, list(range(5, 26))
+    for turn in range(3):
+        prompts = [text, [*text, 60 + turn], [*text[:-1], 70 + turn, 71]]
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        said += [output.outputs[0].token_ids for output in outputs]
+        found += sum(output.num_cached_tokens for output in outputs)
+        text += [*said[-3], 80 + turn]
+    llm.llm_engine.scheduler.check_invariants()
+    return said, found
+
+
+@pytest.mark.parametrize(
+    "settings", slow_after(2, [{}, {"kv_cache_dtype": "int8"}, {"tensor_parallel_size": 2}, {"async_scheduling": True},
+                               {"speculative_config": '{"method": "ngram"}'}]), ids=str,
+)  # fmt: skip
+def test_the_engine_says_the_same_and_computes_less(tmp_path: Path, settings: dict[str, object]) -> None:
+    make_tiny_llama(tmp_path)
+    by_hash, by_tree = (answers(tmp_path, prefix_cache=way, **settings) for way in ("hash", "radix"))
+    assert by_tree[0] == by_hash[0]
+    assert by_tree[1] > by_hash[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"enable_prefix_caching": False}, "not with --no-enable-prefix-caching"),
+     ({"kv_offload": "host"}, "not with --kv-offload, which goes by hashes"), ({}, "which has a sliding window")],
+)  # fmt: skip
+def test_what_it_cannot_go_with_is_refused(tmp_path: Path, settings: dict[str, object], message: str) -> None:
+    make_tiny_mistral(tmp_path)
+    with pytest.raises(ValueError, match=f"--prefix-cache radix: .*{message}"):
+        LLM(str(tmp_path), device="cpu", prefix_cache="radix", **settings)

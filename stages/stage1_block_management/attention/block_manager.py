@@ -274,6 +274,10 @@ class BlockManager:
 
     # For the step that runs
 
+    def take_copies(self) -> BlockPairs:
+        """(source, destination) blocks to copy for what the step admits: none where only whole blocks are shared."""
+        return []
+
     def take_changed(self) -> set[int]:
         """Sequences whose block table changed since the last call; who mirrors the tables copies only these."""
         changed, self._changed = self._changed, set()

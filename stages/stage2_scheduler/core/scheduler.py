@@ -87,6 +87,7 @@ class Scheduler:
         # A sequence that is alone always fits, so a step that preempts has something to run.
         assert output.scheduled or not output.preempted, "the KV cache holds less than max_model_len tokens"
         if output.scheduled:
+            output.copies += self.block_manager.take_copies()
             output.changed_tables = self.block_manager.take_changed()
             output.removed, self._removed = self._removed, []
             self.order.after_decision(output, self.waiting, self.running)
