@@ -30,10 +30,12 @@ class RadixBlockManager(BlockManager):
             return num_hits
         first = num_hits // self.block_size
         source, num_shared = self.prefix_cache.match_part(seq, first)
+        target = self.tables[seq.seq_id][first]
         if not num_shared or source in self.filling:
             return num_hits
         self.allocator.share(source)  # until all blocks of the step are given out
-        self._copies.append((source, self.tables[seq.seq_id][first]))
+        self._copies.append((source, target))
+        self.filling.add(target)  # who is admitted in this step cannot copy it yet
         if seq.num_preemptions == 0:
             self.prefix_cache.record(0, num_shared)
         return num_hits + num_shared
