@@ -16,7 +16,7 @@ INSTEAD = {
     "test_tool_calls": "test_tool_parsers", "test_packaged_models": "test_embeddings",
     "test_real_gemma": "test_families",
     "test_real_faults": "test_server_limits", "test_side_by_side": "test_quick_suite",
-    "test_streaming": "test_api_server",
+    "test_streaming": "test_api_server", "test_kv_tier_servers": "test_kv_tiers",
 }  # fmt: skip
 """Files all of whose tests are slow, and another one that looks at the same code quickly."""
 
