@@ -25,6 +25,8 @@ DEEPEST = 6
 MOST = 4000
 """Things of one call that are looked at."""
 TIME_OF_DAY, HOUR = 1_500_000_000, 3600
+RACES = ("wires", "traffic", "descriptor")
+"""Attributes that tell what other ranks have said so far, which depends on who was quicker, or what a system numbers."""
 BUSY = ("asyncio", "_asyncio", "concurrent", "threading", "_thread", "socket", "logging", "uvicorn", "starlette")
 """Modules whose objects are never twice the same."""
 LEARN, RECITE = "learn", "recite"
@@ -80,7 +82,7 @@ class Look:
             for each in value:
                 self.at(each, depth, kept)
         elif not isinstance(value, (type, ModuleType, MethodType, GeneratorType, Path)) and not callable(value):
-            for name in sorted(fields_of(value)):
+            for name in sorted({*fields_of(value)}.difference(RACES)):
                 self._say(name)
                 self.at(getattr(value, name, None), depth, True)
 

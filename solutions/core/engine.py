@@ -175,13 +175,13 @@ class LLMEngine:
         return sum(seq.num_uncomputed_tokens for seq in self.scheduler.waiting)
 
     def step(self) -> list[RequestOutput]:
-        """Run one iteration: schedule, draft, build, execute, update, emit.
+        """Run one iteration: one decision of `scheduler` is computed, and what came of it told.
 
-        `scheduler` decides, `drafter` puts tokens on trial, `batch` lays the step out, `executor` runs it. The result's
-        log-probabilities go to `outputs` (`add_logprobs`) before `scheduler` appends the new tokens, as stop strings are looked
-        for there, in text that is read together with them. Then `outputs` emits. Last, each of `observers` is told of the
-        decision, by `on_step`, with the time that `outputs` was given: that of `time.monotonic` when the step has run. Without
-        anything to run, `schedule` is all; a step that samples nobody is a step.
+        Nothing is asked for twice. The batch holds the tokens that `drafter` puts on trial. When `scheduler` takes the new
+        tokens in, `outputs` has their log-probabilities (`add_logprobs`): stop strings are looked for there, in text that is
+        read together with them. Outputs are of sequences that know whether they have ended. A step has one time,
+        `time.monotonic` when it has run, for `outputs` and for each of `observers`, who hear of the decision last (`on_step`).
+        If nothing is scheduled, nobody else is asked; a step that samples nobody is a step.
 
         Returns:
             Outputs of the requests that advanced, as their ``output_kind`` asks.

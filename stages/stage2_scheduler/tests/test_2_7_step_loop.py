@@ -489,6 +489,36 @@ def test_logprobs_are_collected_while_nobody_reads() -> None:
     check_equal(values, [-1.0, -2.0, -3.0], "logprobs")
 
 
+@pytest.mark.parametrize("number", range(3))
+def test_any_steps_tell_each_request_its_own(number: int) -> None:
+    """Two requests of random kinds with one to three answers each, whose sequences get random letters in random steps: after
+    each, one output for each request with news, with the texts that its kind asks for, and `finished` with its last.
+
+    Why: users are never in step, and neither are the answers of one of them.
+    """
+    dice = random.Random(271 + number)
+    for _ in range(3):
+        kinds = {name: dice.choice([CUMULATIVE, DELTA, FINAL_ONLY]) for name in "rs"}
+        stream = Stream(n=dice.randrange(1, 4), output_kind=kinds["r"])
+        stream.add("s", dice.randrange(1, 4), output_kind=kinds["s"])
+        numbers = {name: [i for i, seq in enumerate(stream.sequences) if seq.request_id == name] for name in "rs"}
+        left = {i: dice.choices("abcdefgh", k=dice.randrange(1, 6)) for i in range(len(stream.sequences))}
+        said = dict.fromkeys(left, "")
+        while any(left.values()):
+            new = {i: left[i].pop(0) for i in left if left[i] and dice.random() < 0.6}
+            said |= {i: said[i] + letter for i, letter in new.items()}
+            tokens, ends, got = {i: letters(letter)[0] for i, letter in new.items()}, tuple(i for i in new if not left[i]), {}
+            for output in stream.emit(tokens, ends):
+                got[output.request_id] = {one.index: one.text for one in output.outputs}, output.finished
+            expected = {}
+            for name, mine in numbers.items():
+                done = not any(left[i] for i in mine)
+                if any(i in new for i in mine) and (done or kinds[name] is not FINAL_ONLY):
+                    told = new if kinds[name] is DELTA else said
+                    expected[name] = {i - mine[0]: told[i] for i in mine if i in told}, done
+            check_equal(got, expected, f"texts and ends of the requests with {kinds}")
+
+
 def test_any_prompts_are_answered_as_by_transformers(engine: LLMEngine, model: tuple[Path, Any]) -> None:
     """Four random prompts of random lengths run together, and each gets what transformers generates for it alone.
 

@@ -65,7 +65,7 @@ def test_a_checkpoint_of_another_shape_is_refused(name: str, shape: tuple[int, .
     Why: `copy_` would spread a short row over a long one, and zeros of the wrong length are as wrong as numbers.
     """
     for parallel in all_ranks(2):
-        layer = RowParallelLinear(parallel.share(8), HIDDEN, True, parallel)
+        layer = empty(RowParallelLinear(parallel.share(8), HIDDEN, True, parallel))
         with pytest.raises(ValueError, match="expected shape"):
             load(layer, **{name: torch.zeros(shape)})
 

@@ -163,3 +163,33 @@ def test_attention_of_all_ranks_is_the_whole_attention(num_kv_heads: int, size: 
         behind = RowParallelLinear(heads.times(config.head_dim), HIDDEN, False, parallel)
         total += load(empty(behind), weight=out)(attend(q, k, v))
     check_close(total, expected, "the sum over all ranks", tolerance=1e-4)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_any_heads_are_dealt_out(number: int) -> None:
+    """Random models on random numbers of ranks: KV heads as evenly as can be and their query heads with them, or several ranks
+    to a KV head; the projection has as many rows as the rank's heads are wide.
+
+    Why: models come with 1 to 128 heads. Whoever has dealt out nine over three has not dealt out the next.
+    """
+    dice = torch.Generator().manual_seed(350 + number)
+    for _ in range(6):
+        num_kv_heads, group, head_dim, times = torch.randint(1, 7, (4,), generator=dice).tolist()
+        config = sizes(num_heads=num_kv_heads * group, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        for size in {*range(1, num_kv_heads + 1), num_kv_heads * times}:
+            if size <= num_kv_heads:
+                kv_heads = torch.arange(num_kv_heads).tensor_split(size)
+                heads = [torch.arange(group) + group * part[:, None] for part in kv_heads]
+            elif group % times == 0:
+                kv_heads = torch.arange(num_kv_heads).repeat_interleave(times).tensor_split(size)
+                heads = torch.arange(num_kv_heads * group).tensor_split(size)
+            else:
+                with pytest.raises(ValueError, match="cannot be cut"):
+                    dealt(config, size)
+                continue
+            ends = [[(int(part.min()), int(part.max()) + 1) for part in parts] for parts in (heads, kv_heads)]
+            expected = [(*of_heads, *of_kv) for of_heads, of_kv in zip(*ends, strict=True)]
+            check_equal(dealt(config, size), expected, f"{num_kv_heads * group} heads over {num_kv_heads} on {size} ranks")
+            for (first, last, kv_first, kv_last), parallel in zip(expected, all_ranks(size), strict=True):
+                rows = (last - first + 2 * (kv_last - kv_first)) * head_dim
+                check_equal(len(QKVParallelLinear(config, parallel).weight), rows, f"rows of rank {parallel.rank} of {size}")

@@ -127,6 +127,20 @@ def test_all_are_waited_for() -> None:
     check_equal(doors.checks, 3, "calls of check")
 
 
+@pytest.mark.parametrize("number", range(3))
+def test_ranks_come_when_they_like(number: int) -> None:
+    """Random ranks, each of which is there from a random look on: as many checks as the last one lets the others wait.
+
+    Why: in a cluster nobody knows who comes first.
+    """
+    dice = random.Random(373 + number)
+    for _ in range(4):
+        looks = {rank: dice.randrange(6) for rank in dice.sample(range(1, 60), dice.randrange(1, 7))}
+        doors = Doors(*({rank for rank, look in looks.items() if look == turn} for turn in range(6)))
+        wait_for_ranks(list(looks), doors, doors.look_for_the_dead, ENOUGH, pause=0.001)
+        check_equal(doors.checks, max(looks.values()), f"calls of check while waiting for {sorted(looks)}")
+
+
 def test_a_death_ends_the_waiting() -> None:
     """What `check` raises comes out, and long before time is up.
 

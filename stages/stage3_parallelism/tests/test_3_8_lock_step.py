@@ -476,3 +476,31 @@ def test_any_steps_can_be_read(number: int) -> None:
     for _ in range(6):
         step = step_of(dice.randrange(1, 5000), dice.randrange(10_000))
         check_step(reader.read(writer.write(step)), step, f"a step of {len(step.input_ids)}")
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_any_decision_is_told(number: int) -> None:
+    """Random sequences with random chunks, and random blocks that are moved: tokens, moves, and the rows of those whose chunk
+    is their last.
+
+    Why: what the others are told of a step is all that they know of it, whatever the step is.
+    """
+    dice = random.Random(383 + number)
+    for _ in range(4):
+        moves = {
+            name: [(dice.randrange(99), dice.randrange(99)) for _ in range(dice.randrange(4))]
+            for name in ("swap_out", "swap_in", "copies")
+        }
+        counts, tokens, rows = {}, [], []
+        for seq_id in range(dice.randrange(1, 5)):
+            computed, left = dice.randrange(6), dice.randrange(1, 8)
+            count, seq = dice.randrange(1, left + 1), sequence(seq_id, computed + left, computed)
+            counts[seq] = count
+            tokens += seq.tokens[computed : computed + count]
+            rows += [len(tokens) - 1] * (count == left)
+        step = step_arrays(flat(counts, **moves))
+        check_equal(step.input_ids, tokens, "input_ids")
+        for name, pairs in moves.items():
+            check_equal(getattr(step, name).tolist(), [list(pair) for pair in pairs], name)
+        check_equal(step.logit_rows, rows, "logit_rows")
+        check_equal(step.logit_counts, [len(rows)] if rows else [], "logit_counts")

@@ -156,6 +156,18 @@ def _running_by_brute_force(lengths: list[tuple[int, int]], capacity: int) -> li
     return counted
 
 
+def test_long_sequences_end_too() -> None:
+    """Twenty requests of 600 and 2 tokens, one at a time in a memory of 700: each holds 600 tokens, then 601, of 602 slots.
+
+    Why: whole numbers above 256 are not the same object in Python when they are equal. A sequence that is compared so never
+    ends.
+    """
+    found = simulate_contiguous("exact", 700, [(600, 2)] * 20, reserve_exactly, FirstFit(700))
+    check_equal(found.steps, 34, "steps, of the third to the nineteenth")
+    shares = [round(share * 700, 9) for share in (found.tokens, found.later, found.never, found.free)]
+    check_equal(shares, [600.5, 0.5, 1.0, 98.0], "slots with a token, with one later, never with one, and free")
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_random_requests_against_a_memory_of_single_slots(seed: int) -> None:
     """200 requests of random lengths, against an oracle that colours slot by slot.

@@ -45,7 +45,9 @@ def test_systems_alternate_and_change_their_order() -> None:
     check_equal(told, expected, "name, repeat, and runs so far, when it was told")
     check_equal({name: len(runs) for name, runs in results.items()}, {"A": 3, "B": 3, "C": 3}, "runs of each")
     check_equal(list(results), ["B", "A", "C"], "order of the results")
-    check_equal(list(in_turns(names, 2)), ["B", "A", "C"], "order of the results, after a turn in the opposite order")
+    machine.runs.clear()
+    check_equal(list(in_turns(names, 4)), ["B", "A", "C"], "order of the results, after a turn in the opposite order")
+    check_equal("".join(machine.runs), "BACCABBACCAB", "order of the runs of four repeats")
 
 
 def test_a_machine_that_tires_favours_nobody() -> None:
@@ -132,14 +134,15 @@ def test_twice_and_half_cancel_out() -> None:
 
 
 def test_the_interval_by_hand() -> None:
-    """Pairs of 1, e and e²: logarithms 0, 1, 2, mean 1, deviation 1, so e^(1 ± 4.303/√3).
+    """Pairs of 1, e and e²: logarithms 0, 1, 2, mean 1, deviation 1, so e^(1 ± 4.303/√3). Of 1 and e² it is e^(1 ± 12.706),
+    for the deviation is √2; and so for four pairs.
 
-    Why: three runs tell little, and an interval must say so: 4.3 standard errors, not 2.
+    Why: three runs tell little, and an interval must say so: 4.3 standard errors, not 2. Two runs tell less.
     """
-    found = ratio([1.0, math.e, math.e**2], [1.0, 1.0, 1.0])
-    half = 4.303 / math.sqrt(3)
-    expected = [round(math.exp(x), 6) for x in (1.0, 1.0 - half, 1.0 + half)]
-    check_equal([round(value, 6) for value in (found.mean, found.low, found.high)], expected, "mean, low, high")
+    for logs, half in (((0, 1, 2), 4.303 / math.sqrt(3)), ((0, 2), 12.706), ((0, 2, 0, 2), 3.182 / math.sqrt(3))):
+        found = ratio([math.e**x for x in logs], [1.0] * len(logs))
+        got = [math.log(value) for value in (found.mean, found.low, found.high)]
+        check_equal([round(x, 2) for x in got], [round(x, 2) for x in (1.0, 1.0 - half, 1.0 + half)], f"logarithms of {logs}")
 
 
 def test_one_pair_has_no_interval() -> None:
@@ -155,9 +158,12 @@ def test_one_pair_has_no_interval() -> None:
 def test_pairs_must_be_pairs() -> None:
     """Different numbers of runs, or none, are a ValueError.
 
+    Three hundred pairs are as good as three.
+
     Why: cut to the shorter list, runs would be compared that were never neighbours.
     """
-    for ours, theirs in (([1.0], [1.0, 2.0]), ([], [])):
+    check_equal(round(ratio([2.0] * 300, [1.0] * 300).mean, 9), 2.0, "mean of three hundred pairs")
+    for ours, theirs in (([1.0], [1.0, 2.0]), ([1.0, 2.0], [1.0]), ([], []), ([1.0], []), ([], [1.0])):
         with pytest.raises(ValueError, match="needs pairs of runs"):
             ratio(ours, theirs)
 
