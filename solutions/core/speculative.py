@@ -139,6 +139,9 @@ class NgramProposer(Proposer):
                 drafts[seq] = Draft(token_ids)
         return drafts
 
+    def num_missed(self, seq: Sequence) -> int:
+        return 0 if seq.seq_id in self._indices else len(seq.tokens)
+
     def update_states(self, output: SchedulerOutput) -> None:
         for seq_id in output.removed:
             self._indices.pop(seq_id, None)
@@ -206,7 +209,7 @@ class Drafter:
             counts = lengths.choose([seq.seq_id for seq in sampled], room, [proposer.num_missed(seq) for seq in sampled])
             wanted = self._find_room(output, dict(zip(sampled, counts, strict=True)))
         self._take_note(output)
-        if wanted or (lengths.pays and not decodes):
+        if wanted or (lengths.pays and not decodes and proposer.config.most(len(output.scheduled))):
             missed = [proposer.num_missed(seq) for seq in wanted]
             begin = self._clock()
             drafts = proposer.propose(output, wanted)

@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 from .step_costs import Average, StepCosts
 
 ALLOWANCE = 0.01
-FOR_LOOKS = 0.005
-"""The share of the time that drafts may take of which nothing is put on trial."""
+FOR_LOOKS, MOST_LOOKED = 0.005, 0.2
+"""The share of the time that drafts may take of which nothing is put on trial, and what may be saved or owed of it, in steps: a
+first look reads the whole prompt, and must not be the last for long."""
 AT_FIRST, MOST_SAVED, MOST_OWED = 1.0, 2.0, 1.0
 """What the account holds at the start, at most and at least, in steps without drafts. It falls below 0 if a step took longer
 than anything that was measured before."""
@@ -203,7 +204,7 @@ class DraftLengths:
         won = plain * num_new / num_seqs - seconds if num_drafted else 0.0
         account = self.account + won + self._lent - overhead + ALLOWANCE * (seconds + overhead)
         self.account = min(max(account, -MOST_OWED * plain), MOST_SAVED * plain)
-        self._for_looks = min(self._for_looks + FOR_LOOKS * seconds, plain)
+        self._for_looks = min(max(self._for_looks, -MOST_LOOKED * plain) + FOR_LOOKS * seconds, MOST_LOOKED * plain)
 
     def forget(self, seq_ids: Many[int]) -> None:
         """These sequences have left."""
