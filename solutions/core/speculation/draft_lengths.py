@@ -35,6 +35,8 @@ first look reads the whole prompt, and must not be the last for long."""
 AT_FIRST, MOST_SAVED, MOST_OWED = 1.0, 2.0, 1.0
 """What the account holds at the start, at most and at least, in steps without drafts. It falls below 0 if a step took longer
 than anything that was measured before."""
+FOR_A_MODEL = 4.0
+"""The same for a model that drafts, at the start and at most: its first steps are slow, and each token of a draft is one."""
 LEAST_GAIN = 1.02
 """Drafts are made where they bring this much more than none."""
 REST = 3
@@ -86,6 +88,7 @@ class DraftLengths:
         self.mean_length = 0.0
         self.pays = True
         self._foretold = foretold
+        self._most_saved = MOST_SAVED if foretold else FOR_A_MODEL
         self._chances: dict[int, Chance] = {}
         self._all = Chance(UNSEEN, 1.0)
         self._drafting: Average = Average()
@@ -116,7 +119,7 @@ class DraftLengths:
             return counts
         self._rest = REST
         if self.account is None:
-            self.account = AT_FIRST * plain
+            self.account = (AT_FIRST if self._foretold else FOR_A_MODEL) * plain
         if self.account <= 0:
             self.mean_length, self.pays = 0.0, False
             return counts
@@ -203,7 +206,7 @@ class DraftLengths:
             return
         won = plain * num_new / num_seqs - seconds if num_drafted else 0.0
         account = self.account + won + self._lent - overhead + ALLOWANCE * (seconds + overhead)
-        self.account = min(max(account, -MOST_OWED * plain), MOST_SAVED * plain)
+        self.account = min(max(account, -MOST_OWED * plain), self._most_saved * plain)
         self._for_looks = min(max(self._for_looks, -MOST_LOOKED * plain) + FOR_LOOKS * seconds, MOST_LOOKED * plain)
 
     def forget(self, seq_ids: Many[int]) -> None:
