@@ -120,12 +120,12 @@ def test_speculation_is_measured_and_kept(tmp_path: Path, capsys, monkeypatch):
     flags = ["--model", str(folder), "--batches", "1", "2", "--repeats", "1", "--output-len", "12", "--dtype", "float32"]
     speculative_command.main([*flags, "--draft-quantization", "none", "--output-json", str(out)])
     cases = json.loads(out.read_text())["results"]["cases"]
-    assert len(cases) == 2 * 2 * 3
+    assert len(cases) == 2 * 2 * 4
     for case in cases:
         if case["method"] == PLAIN:
             assert (case["tokens_per_step"], case["acceptance"]) == (1.0, None)
         if case["method"] == "draft model" and case["text"] == "repetitive":
-            assert case["acceptance"] == 1.0  # the model itself
+            assert case["acceptance"] in (1.0, None)  # the model itself, if it pays
     assert "as fast as plain" in capsys.readouterr().out
 
 

@@ -20,7 +20,8 @@ from ..models.config.model_config import ModelConfig
 from ..models.loader import ModelSource, resolve_model
 from .config import EngineConfig
 from .sampling.rejection_sampler import Prefix, draw_one
-from .speculative import NgramProposer, Proposer, SpeculativeConfig
+from .speculation.settings import SpeculativeConfig
+from .speculative import NgramProposer, Proposer
 from .startup import Limits, check_settings
 from .worker import Worker
 
@@ -69,6 +70,9 @@ class DraftModelProposer(Proposer):
     def create_cache(self, limits: Limits, tables: dict[int, list[int]]) -> None:
         self.worker.create_cache(limits.num_blocks, self._block_size, limits.num_host_blocks)
         self.tables, self._limits = tables, limits
+
+    def num_missed(self, seq: Sequence) -> int:
+        return max(0, seq.num_computed_tokens - self._num_computed.get(seq.seq_id, seq.num_computed_tokens))
 
     def update_states(self, output: SchedulerOutput) -> None:
         for seq_id in output.removed:

@@ -8,85 +8,22 @@ Inference from Transformers via Speculative Decoding", ICML 2023, §2; drafts fr
 Decoding", 2023.
 
 It pays while the model waits for memory. With many sequences in a step the model computes all the time, and a rejected token
-costs as much as an accepted one: above `disable_by_batch_size` sequences nothing is drafted.
+costs as much as an accepted one. So how much is drafted follows what is measured (`speculation/draft_lengths.py`).
 """
 
 from __future__ import annotations
 
 import abc
-import json
-from dataclasses import dataclass, fields
-from typing import Any
+import time
+from collections.abc import Callable
 
 from ..attention.block_manager import BlockManager
 from ..batching.scheduler_output import Draft, SchedulerOutput
 from ..batching.sequence import Sequence
 from ..models.config.model_config import ModelConfig
+from .speculation.draft_lengths import DraftLengths
+from .speculation.settings import SpeculativeConfig
 from .startup import Limits
-
-METHODS = ("ngram", "draft_model")
-
-
-@dataclass(frozen=True, slots=True)
-class SpeculativeConfig:
-    """How tokens are drafted; the keys of ``--speculative-config``. Names are vLLM's.
-
-    Attributes:
-        method: "ngram": what followed when the text last said the same; "draft_model": a smaller model.
-        num_speculative_tokens: most tokens drafted for a sequence in a step.
-        prompt_lookup_min, prompt_lookup_max: of "ngram", how many last tokens must have occurred before; the longest counts.
-        model, quantization: of "draft_model"; the model's vocabulary must be the target's. A quantized copy of the target
-            will do.
-        disable_by_batch_size: with more sequences in a step nothing is drafted.
-
-    Raises:
-        ValueError: a value is out of range, or does not belong to the method.
-    """
-
-    method: str
-    num_speculative_tokens: int = 4
-    prompt_lookup_min: int = 2
-    prompt_lookup_max: int = 4
-    model: str | None = None
-    quantization: str | None = None
-    disable_by_batch_size: int = 4
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"--speculative-config: method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max", "disable_by_batch_size"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"--speculative-config: {name} must be an integer of at least 1, got {value!r}")
-        if self.prompt_lookup_min > self.prompt_lookup_max:
-            raise ValueError("--speculative-config: prompt_lookup_min must not exceed prompt_lookup_max")
-        for name in ("model", "quantization"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise ValueError(f"--speculative-config: {name} must be a string, got {value!r}")
-            if value is not None and self.method == "ngram":
-                raise ValueError(f"--speculative-config: method ngram takes no {name}; it drafts from the text itself")
-        if self.method == "draft_model" and self.model is None:
-            raise ValueError("--speculative-config: method draft_model needs a model, such as the target's own name")
-
-    @classmethod
-    def parse(cls, given: str | dict[str, Any]) -> SpeculativeConfig:
-        """From the JSON of ``--speculative-config``, or the same as a dictionary.
-
-        Raises:
-            ValueError: it is not a JSON object of known keys with good values; the message says what is wrong.
-        """
-        example = '{"method": "ngram", "num_speculative_tokens": 4}'
-        try:
-            values = json.loads(given) if isinstance(given, str) else given
-        except ValueError as error:
-            raise ValueError(f"--speculative-config is not valid JSON ({error}); write for example '{example}'") from None
-        if not isinstance(values, dict) or "method" not in values:
-            raise ValueError(f"--speculative-config must be a JSON object with a method, such as '{example}'")
-        known = [field.name for field in fields(cls)]
-        if unknown := [key for key in values if key not in known]:
-            raise ValueError(f"--speculative-config: there is no {unknown[0]!r}; the keys are {', '.join(known)}")
-        return cls(**values)
 
 
 class Proposer(abc.ABC):
@@ -97,9 +34,11 @@ class Proposer(abc.ABC):
 
     Attributes:
         model_config: of the model that drafts, whose KV cache has blocks like the target's; None: there is no such model.
+        foretells: what it drafts follows from the text alone and costs little, so it may be asked only to see if it is right.
     """
 
     model_config: ModelConfig | None = None
+    foretells = False
 
     def __init__(self, config: SpeculativeConfig) -> None:
         self.config = config
@@ -117,6 +56,10 @@ class Proposer(abc.ABC):
             wanted: some of ``output.sampled``; all their tokens, and as many slots more, have a place in their block tables.
         """
         ...
+
+    def num_missed(self, seq: Sequence) -> int:
+        """Tokens of a sequence that have to be computed before anything is drafted for it."""
+        return 0
 
     def update_states(self, output: SchedulerOutput) -> None:
         """Take note of a step, before `propose` or in its stead: blocks that move, sequences that have left."""
@@ -178,6 +121,8 @@ class NgramIndex:
 class NgramProposer(Proposer):
     """Drafts from each sequence's own text."""
 
+    foretells = True
+
     def __init__(self, config: SpeculativeConfig) -> None:
         super().__init__(config)
         self._indices: dict[int, NgramIndex] = {}
@@ -194,6 +139,9 @@ class NgramProposer(Proposer):
                 drafts[seq] = Draft(token_ids)
         return drafts
 
+    def num_missed(self, seq: Sequence) -> int:
+        return 0 if seq.seq_id in self._indices else len(seq.tokens)
+
     def update_states(self, output: SchedulerOutput) -> None:
         for seq_id in output.removed:
             self._indices.pop(seq_id, None)
@@ -209,41 +157,138 @@ class Drafter:
         proposer: makes the drafts.
         block_manager: gives them their slots.
         max_num_batched_tokens: the budget of a step.
+        lengths: decides how many tokens are drafted, and learns by `on_step`; None: as many as the settings say.
+        clock: the time in seconds, as `on_step` is told it.
+
+    Attributes:
+        observer: what has to be told of every step, if anything has.
     """
 
-    def __init__(self, proposer: Proposer, block_manager: BlockManager, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, proposer: Proposer, block_manager: BlockManager, max_num_batched_tokens: int, lengths: DraftLengths | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
         self.proposer = proposer
         self.block_manager = block_manager
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.lengths = lengths
+        self.observer = self if lengths is not None else None
+        self._clock = clock
+        self._guesses: list[tuple[Sequence, int, list[int]]] = []
+        """Sequence, its length before the step, what was drafted for it, on trial or not."""
+        self._begin, self._overhead = 0.0, 0.0
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens that are drafted for a sequence in a step, on average, as it was last decided."""
+        return 0.0 if self.lengths is None else self.lengths.mean_length
 
     def draft(self, output: SchedulerOutput) -> None:
         """Add drafts to a step, behind the tokens of those who get a new one; none if it holds too many sequences."""
-        active = len(output.scheduled) <= self.proposer.config.disable_by_batch_size
-        wanted = self._find_room(output) if active else {}
-        output.changed_tables |= self.block_manager.take_changed()
-        self.proposer.update_states(output)
-        if active:
-            output.drafts = self.proposer.propose(output, wanted)
-        for seq, draft in output.drafts.items():
-            seq.tokens += draft.token_ids
-            output.scheduled[seq] += len(draft.token_ids)
+        if self.lengths is not None:
+            self._draft_what_pays(output, self.lengths)
+            return
+        most = self.proposer.config.most(len(output.scheduled))
+        wanted = self._find_room(output, dict.fromkeys(output.sampled, most))
+        self._take_note(output)
+        if most:
+            self._put_on_trial(output, self.proposer.propose(output, wanted))
 
-    def _find_room(self, output: SchedulerOutput) -> dict[Sequence, int]:
-        """How many tokens may be drafted for each sampled sequence; there are slots for them."""
+    def _draft_what_pays(self, output: SchedulerOutput, lengths: DraftLengths) -> None:
+        """`draft`, with as many tokens as pay. A step that holds parts of prompts computes all the time: it gets no drafts, but
+        a draft model reads the prompt along."""
+        start = self._clock()
+        lengths.forget(output.removed)
+        sampled, proposer = output.sampled, self.proposer
+        self._guesses = []
+        decodes = len(sampled) == len(output.scheduled) == sum(output.scheduled.values())
+        most = proposer.config.most(len(sampled)) if decodes else 0
+        wanted: dict[Sequence, int] = {}
+        if most:
+            room = [min(most, seq.max_len - len(seq.tokens) - 1) for seq in sampled]
+            counts = lengths.choose([seq.seq_id for seq in sampled], room, [proposer.num_missed(seq) for seq in sampled])
+            wanted = self._find_room(output, dict(zip(sampled, counts, strict=True)))
+        self._take_note(output)
+        if wanted or (lengths.pays and not decodes and proposer.config.most(len(output.scheduled))):
+            missed = [proposer.num_missed(seq) for seq in wanted]
+            begin = self._clock()
+            drafts = proposer.propose(output, wanted)
+            if wanted:
+                lengths.drafted(self._clock() - begin, max(wanted.values()), missed)
+            self._guesses = [(seq, len(seq.tokens), draft.token_ids) for seq, draft in drafts.items()]
+            self._put_on_trial(output, drafts)
+        self._overhead += self._clock() - start
+        others = {seq: 1 for seq in sampled if seq not in wanted} if decodes and lengths.may_look() else {}
+        if others:
+            self._look(output, others, lengths)
+        self._begin = self._clock()
+
+    def _look(self, output: SchedulerOutput, others: dict[Sequence, int], lengths: DraftLengths) -> None:
+        """Draft a token for each of the other sequences, only to see later if it is the one that comes."""
+        start = self._clock()
+        drafts = self.proposer.propose(output, others)
+        self._guesses += [(seq, len(seq.tokens), draft.token_ids) for seq, draft in drafts.items()]
+        lengths.looked(self._clock() - start)
+
+    def on_step(self, decision: SchedulerOutput, now: float) -> None:
+        """See which drafts were right, and what the step took."""
+        assert self.lengths is not None  # or nobody would be told
+        start = self._clock()
+        num_new = len(decision.sampled)
+        for seq, length, draft in self._guesses:
+            came = seq.tokens[length : length + len(draft)]
+            wrong = (place for place, token in enumerate(came) if token != draft[place])
+            num_right = next(wrong, len(came))
+            self.lengths.judge(seq.seq_id, num_right, len(draft) if num_right < len(came) else len(came))
+            if seq in decision.drafts:
+                num_new += len(seq.tokens) - length - 1
+        num_drafted = sum(len(draft.token_ids) for draft in decision.drafts.values())
+        if sum(decision.scheduled.values()) == num_new and len(decision.scheduled) == len(decision.sampled):
+            self.lengths.ran(len(decision.sampled), num_drafted, num_new, now - self._begin, self._overhead)
+        self._overhead = self._clock() - start
+
+    def on_abort(self, sequences: list[Sequence], now: float) -> None:
+        """Nothing: what is known of a sequence is forgotten with the next step."""
+
+    def _find_room(self, output: SchedulerOutput, counts: dict[Sequence, int]) -> dict[Sequence, int]:
+        """How many of these tokens may be drafted for each sampled sequence; there are slots for them."""
         wanted = {}
         budget = self.max_num_batched_tokens - sum(output.scheduled.values())
-        for seq in output.sampled:
+        for seq, most in counts.items():
             # A step gives at least one token beside the accepted ones, and max_len ends the sequence.
-            count = min(self.proposer.config.num_speculative_tokens, budget, seq.max_len - len(seq.tokens) - 1)
+            count = min(most, budget, seq.max_len - len(seq.tokens) - 1)
             if count > 0 and self.block_manager.extend(seq, count):
                 wanted[seq] = count
                 budget -= count
         return wanted
 
+    def _take_note(self, output: SchedulerOutput) -> None:
+        output.changed_tables |= self.block_manager.take_changed()
+        self.proposer.update_states(output)
+
+    @staticmethod
+    def _put_on_trial(output: SchedulerOutput, drafts: dict[Sequence, Draft]) -> None:
+        output.drafts = drafts
+        for seq, draft in drafts.items():
+            seq.tokens += draft.token_ids
+            output.scheduled[seq] += len(draft.token_ids)
+
 
 class NoDrafter:
     """In the place of a `Drafter` where nothing is drafted."""
 
+    observer = None
+    mean_length = 0.0
+
     def draft(self, output: SchedulerOutput) -> None:
         """Leave a step as it is."""
         return
+
+
+def make_drafter(proposer: Proposer | None, block_manager: BlockManager, limits: Limits) -> Drafter | NoDrafter:
+    """What drafts by this proposer, whose KV cache is made; None: nothing does."""
+    if proposer is None:
+        return NoDrafter()
+    proposer.create_cache(limits, block_manager.tables)
+    lengths = DraftLengths(proposer.foretells) if proposer.config.adaptive else None
+    return Drafter(proposer, block_manager, limits.max_num_batched_tokens, lengths)

@@ -137,6 +137,12 @@ class ServerMetrics(EngineMetrics):
             count = sum(drafts for length, drafts in stats.spec_decode_accepted.items() if length > position)
             accepted.add_metric([*values, str(position)], count)
         yield accepted
+        length = GaugeMetricFamily(
+            "byov:spec_decode_mean_length", "Tokens drafted for a sequence in a step, as it was last decided; 0: none pay.",
+            labels=names,
+        )  # fmt: skip
+        length.add_metric(values, stats.spec_decode_mean_length)
+        yield length
         served = GaugeMetricFamily(
             "vllm:client_served_tokens", "With --scheduling-policy fair: tokens computed for a client, over its weight.",
             labels=[*names, "client"],

@@ -104,6 +104,7 @@ def draw_settings(rng: random.Random, name: str) -> dict[str, Any]:
     draft = rng.choice(drafts)
     if draft is not None:
         draft = draft | {"num_speculative_tokens": rng.randint(1, 5), "disable_by_batch_size": rng.choice([2, 4, 64])}
+        draft = draft | {"adaptive": rng.random() < 0.3}
     chunked = rng.random() < 0.8
     backend = "torch" if native.compiler() is None else rng.choice(["torch", "cpu", "cpu"])
     kv = rng.choice(["auto", "auto", "int8"])

@@ -7,6 +7,7 @@ finds stale prefix hashes, missed copies, wrong slots, lost swaps and double fre
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from copy import copy
 
@@ -24,6 +25,7 @@ from solutions.batching.scheduler_output import SchedulerOutput
 from solutions.batching.sequence import Sequence
 from solutions.core.overlap.lookahead import Lookahead, Meanwhile, known_ids
 from solutions.core.scheduler import Scheduler
+from solutions.core.speculation.draft_lengths import DraftLengths
 from solutions.core.speculative import Drafter, NoDrafter, Proposer
 from solutions.tests.simulated_tiers import make_tiered
 
@@ -36,6 +38,7 @@ class Simulation:
         next_token: chooses the token that a sequence "samples"; with drafts, by its tokens alone.
         proposer: where tokens on trial come from.
         radix: find prefixes of any length.
+        clock: says how long steps take, and as many tokens are drafted as pay by it; None: as many as the settings say.
         ahead: decide and begin each step before the tokens of the one before are there; then this is the `Device`.
         tier: blocks that a tier below the prefix cache keeps, which takes `delay` steps to send any; 0: there is no tier.
     """
@@ -44,7 +47,7 @@ class Simulation:
         self, num_blocks: int = 16, block_size: int = 4, num_host_blocks: int = 0, sliding_window: int | None = None,
         enable_prefix_caching: bool = True, watermark: float = 0.01, next_token: Callable[[Sequence], int] | None = None,
         proposer: Proposer | None = None, windows: tuple[int | None, ...] = (), ahead: bool = False, radix: bool = False,
-        tier: int = 0, delay: int = 0, **limits: object,
+        tier: int = 0, delay: int = 0, clock: Callable[[], float] | None = None, **limits: object,
     ) -> None:  # fmt: skip
         self.windows = windows or (sliding_window,)
         limits.setdefault("max_model_len", num_blocks * block_size)
@@ -63,7 +66,9 @@ class Simulation:
             self.manager = BlockManager(*settings, sliding_window)
         self.scheduler = Scheduler(self.config, self.manager)
         budget = self.config.max_num_batched_tokens
-        self.drafter = NoDrafter() if proposer is None else Drafter(proposer, self.manager, budget)
+        lengths = None if clock is None or proposer is None else DraftLengths(proposer.foretells)
+        self.clock = clock or time.monotonic
+        self.drafter = NoDrafter() if proposer is None else Drafter(proposer, self.manager, budget, lengths, self.clock)
         sizes = (self.config.max_num_seqs, self.config.max_model_len, block_size)
         self.batch = GroupedBatch(*sizes, len(windows)) if windows else ContinuousBatch(*sizes)
         self.ahead = Lookahead(self.scheduler, self.batch, self) if ahead else None
@@ -103,8 +108,9 @@ class Simulation:
         assert sum(decision.scheduled.values()) <= self.config.max_num_batched_tokens
         batch = (self.ahead or self.batch).build(decision, self.manager.tables)
         self.scheduler.update(decision, self.ahead.execute(batch) if self.ahead else self.finish(batch, self.begin(batch)))
-        if self.ahead:
-            self.ahead.on_step(decision, 0.0)
+        for observer in (self.ahead, self.drafter.observer):
+            if observer is not None:
+                observer.on_step(decision, self.clock())
         self.scheduler.check_invariants()
         return decision
 

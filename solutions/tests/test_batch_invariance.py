@@ -69,7 +69,7 @@ def test_speculation_changes_no_bit(folder):
     settings = SETTINGS | {"dtype": "bfloat16", "batch_invariant": True}
     params = dataclasses.replace(PARAMS, max_tokens=60)
     plain = LLM(folder, **settings).generate(PROMPTS, params, use_tqdm=False)
-    drafts = {"method": "ngram", "prompt_lookup_min": 1, "disable_by_batch_size": 64}
+    drafts = {"method": "ngram", "prompt_lookup_min": 1, "adaptive": False}
     llm = LLM(folder, **settings, speculative_config=drafts)
     outputs = llm.generate(PROMPTS, params, use_tqdm=False)
     assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in plain]

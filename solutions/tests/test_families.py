@@ -110,13 +110,13 @@ def int8_kv(family: str, path: Path) -> None:
 
 
 def ngram_drafts(family: str, path: Path) -> None:
-    answers(family, speculative_config={"method": "ngram", "prompt_lookup_min": 1, "disable_by_batch_size": 64})
+    answers(family, speculative_config={"method": "ngram", "prompt_lookup_min": 1, "adaptive": False})
 
 
 def draft_model(family: str, path: Path) -> None:
     """The family drafts for itself: all drafts are right, and LLaMA's are wrong, which reads no blocks behind a window."""
     for drafter in (family,) if family == "mistral" else (family, "llama"):
-        draft = {"method": "draft_model", "model": str(folder(drafter)), "disable_by_batch_size": 64}
+        draft = {"method": "draft_model", "model": str(folder(drafter)), "adaptive": False}
         stats = answers(family, speculative_config=draft).llm_engine.stats()
         share = stats.spec_decode_num_accepted_tokens / stats.spec_decode_num_draft_tokens
         assert share > 0.9 if drafter == family else share < 1
@@ -332,5 +332,5 @@ def test_a_crowded_engine(family: str) -> None:
     blocks = 22 * len(resolve_model(str(folder(family))).config.windows)
     answers(
         family, num_gpu_blocks_override=blocks, max_num_batched_tokens=24, preemption_mode="swap", swap_space=1 << 24,
-        speculative_config={"method": "ngram", "prompt_lookup_min": 1, "disable_by_batch_size": 64},
+        speculative_config={"method": "ngram", "prompt_lookup_min": 1, "adaptive": False},
     )  # fmt: skip

@@ -139,7 +139,7 @@ def test_preemption_cached_prefixes_and_branches_change_nothing(folder, mode, se
     "settings",
     [
         {"tensor_parallel_size": 2},
-        {"speculative_config": {"method": "ngram", "prompt_lookup_min": 1, "disable_by_batch_size": 64}},
+        {"speculative_config": {"method": "ngram", "prompt_lookup_min": 1, "adaptive": False}},
         {"max_num_batched_tokens": 7},
     ],
     ids=str,

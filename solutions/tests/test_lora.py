@@ -119,7 +119,7 @@ def test_preemption_and_chunks_change_nothing(settings: dict[str, Any], family: 
         {"enable_cpu_kernels": False},
         {"enforce_eager": True},
         {"attention_backend": "naive", "enable_prefix_caching": False},
-        {"speculative_config": '{"method": "ngram", "num_speculative_tokens": 3, "disable_by_batch_size": 64}'},
+        {"speculative_config": '{"method": "ngram", "num_speculative_tokens": 3, "adaptive": false}'},
         {"tensor_parallel_size": 2},
         {"tensor_parallel_size": 2, "collective_backend": "ring"},
     ],
@@ -134,7 +134,7 @@ def test_other_engines_say_the_same(name: str, settings: dict[str, Any], family:
 @pytest.mark.slow
 def test_a_draft_model_knows_no_adapters_and_changes_no_answer(family: Callable[[str], Family]) -> None:
     model = family("llama")
-    draft = {"method": "draft_model", "model": str(model.path), "num_speculative_tokens": 3, "disable_by_batch_size": 64}
+    draft = {"method": "draft_model", "model": str(model.path), "num_speculative_tokens": 3, "adaptive": False}
     llm = model.check(speculative_config=json.dumps(draft))
     assert llm.llm_engine.stats().spec_decode_num_accepted_tokens > 0
 

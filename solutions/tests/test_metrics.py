@@ -24,6 +24,7 @@ from solutions.serving.metrics import EngineMetrics, Histogram, one_two_five
 from solutions.serving.server_metrics import ServerMetrics
 from solutions.tests.tiny_models import make_tiny_llama
 
+NGRAM = {"method": "ngram", "adaptive": False}
 STATS = EngineStats(2, 3, 0.25, 0.5, 40, 30, 1, 50, 60, 7, 8, 32, 24)
 NAMES = {
     "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "vllm:prefix_cache_queries",
@@ -41,7 +42,7 @@ MORE_NAMES = {
     "vllm:request_inference_time_seconds", "vllm:request_num_preemptions", "vllm:request_prefill_kv_computed_tokens",
     "vllm:cache_config_info", "vllm:num_requests_waiting_by_reason", "vllm:spec_decode_num_accepted_tokens_per_pos",
     "vllm:prompt_tokens_cached", "vllm:prompt_tokens_by_source", "vllm:client_served_tokens",
-    "byov:steps_ahead", "byov:rows_in_vain",
+    "byov:steps_ahead", "byov:rows_in_vain", "byov:spec_decode_mean_length",
 }  # fmt: skip
 
 
@@ -194,7 +195,7 @@ def test_the_text_has_every_name_once_and_the_engines_numbers() -> None:
     assert found["vllm:time_to_first_token_seconds_bucket", "1.0"] == 1
 
 
-@pytest.mark.parametrize("settings", [{}, {"speculative_config": {"method": "ngram"}}], ids=["plain", "ngram"])
+@pytest.mark.parametrize("settings", [{}, {"speculative_config": NGRAM}], ids=["plain", "ngram"])
 def test_counts_of_a_real_engine_are_the_truth(tmp_path, settings) -> None:
     """With a queue, preemptions, several samples, cached prefixes and an abort."""
     make_tiny_llama(tmp_path)
@@ -257,7 +258,7 @@ def test_counts_of_a_real_engine_are_the_truth(tmp_path, settings) -> None:
     assert wanted.items() <= info.labels.items()
 
 
-@pytest.mark.parametrize("settings", [{}, {"speculative_config": {"method": "ngram"}}], ids=["plain", "ngram"])
+@pytest.mark.parametrize("settings", [{}, {"speculative_config": NGRAM}], ids=["plain", "ngram"])
 def test_tokens_are_counted_when_they_are_computed_as_in_vllm(tmp_path, settings) -> None:
     """By arithmetic: prompts in chunks and at once, one that looks nothing up, one that leaves before it runs."""
     make_tiny_llama(tmp_path)
@@ -339,7 +340,8 @@ def test_a_tier_has_metrics_of_its_own_and_its_tokens_have_a_source(tmp_path) ->
 
 def test_who_waits_is_told_apart_by_what_for() -> None:
     engine = SimpleNamespace(
-        stats=lambda: replace(STATS, num_deferred=4, spec_decode_accepted={0: 5, 1: 3, 3: 2}), config=EngineConfig(),
+        stats=lambda: replace(STATS, num_deferred=4, spec_decode_accepted={0: 5, 1: 3, 3: 2}, spec_decode_mean_length=1.5),
+        config=EngineConfig(),
         limits=SimpleNamespace(max_model_len=64, num_blocks=8, num_host_blocks=0, kv_bytes=0),
         executor=SimpleNamespace(worker=SimpleNamespace(model=torch.nn.Identity())),
     )  # fmt: skip
@@ -349,6 +351,7 @@ def test_who_waits_is_told_apart_by_what_for() -> None:
     assert by_reason == {"capacity": 3, "deferred": 4}
     places = [found["vllm:spec_decode_num_accepted_tokens_per_pos_total", place] for place in "012"]
     assert places == [5, 2, 2]
+    assert found["byov:spec_decode_mean_length", ""] == 1.5
 
 
 def test_the_dashboard_and_the_configuration_fit() -> None:

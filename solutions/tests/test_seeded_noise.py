@@ -59,7 +59,7 @@ def boundaries(logits: np.ndarray, params: dict) -> np.ndarray:
 )
 def test_answers_part_only_where_rounding_moves_a_boundary_over_the_number(tmp_path, monkeypatch, dtype, params):
     make_tiny_llama(tmp_path)
-    draft = {"method": "draft_model", "model": str(tmp_path), "num_speculative_tokens": 3, "disable_by_batch_size": 64}
+    draft = {"method": "draft_model", "model": str(tmp_path), "num_speculative_tokens": 3, "adaptive": False}
     plain, plain_rows, _ = answers(str(tmp_path), monkeypatch, params, dtype=dtype)
     drafted, drafted_rows, stats = answers(str(tmp_path), monkeypatch, params, dtype=dtype, speculative_config=draft)
     assert stats.spec_decode_num_accepted_tokens > SEEDS

@@ -13,14 +13,15 @@ from solutions.batching.scheduler_output import Draft, SchedulerOutput
 from solutions.batching.sequence import Sequence
 from solutions.core.engine import LLM
 from solutions.core.scheduler import Scheduler
-from solutions.core.speculative import Drafter, Proposer, SpeculativeConfig
+from solutions.core.speculation.settings import SpeculativeConfig
+from solutions.core.speculative import Drafter, Proposer
 from solutions.tests.slow_cases import slow_after
 from solutions.tests.tiny_models import VOCAB_SIZE, make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 SETTINGS = {"dtype": "float32", "max_model_len": 256, "block_size": 4, "num_gpu_blocks_override": 256}
 MAKERS = {"llama": make_tiny_llama, "mistral": make_tiny_mistral, "gpt2": make_tiny_gpt2}
-NGRAM = {"method": "ngram", "prompt_lookup_min": 1, "disable_by_batch_size": 64}
+NGRAM = {"method": "ngram", "prompt_lookup_min": 1, "adaptive": False}
 PROMPTS = [{"prompt_token_ids": [(i * j + i) % 200 for j in range(3 + 5 * i)]} for i in range(1, 9)]
 
 
@@ -33,14 +34,14 @@ def folders(tmp_path_factory) -> dict[str, str]:
 
 
 def draft_model(folder: str) -> dict:
-    return {"method": "draft_model", "model": folder, "num_speculative_tokens": 3, "disable_by_batch_size": 64}
+    return {"method": "draft_model", "model": folder, "num_speculative_tokens": 3, "adaptive": False}
 
 
 class Hindsight(Proposer):
     """Drafts what plain decoding is known to give, but for some tokens, at random, that are wrong."""
 
     def __init__(self, expected: dict[tuple[int, ...], list[int]], seed: int, error_rate: float, **config) -> None:
-        super().__init__(SpeculativeConfig("ngram", disable_by_batch_size=64, **config))
+        super().__init__(SpeculativeConfig("ngram", adaptive=False, **config))
         self.expected, self.random, self.error_rate = expected, random.Random(seed), error_rate
 
     def propose(self, output: SchedulerOutput, wanted: dict[Sequence, int]) -> dict[Sequence, Draft]:
@@ -292,6 +293,11 @@ def test_drafts_take_nobodys_tokens_or_blocks(folders):
         ('{"method": "ngram", "num_speculative_tokens": true}', "must be an integer of at least 1, got True"),
         ('{"method": "ngram", "prompt_lookup_min": 5}', "prompt_lookup_min must not exceed prompt_lookup_max"),
         ('{"method": "ngram", "model": "x"}', "method ngram takes no model"),
+        ('{"method": "ngram", "adaptive": 1}', "adaptive must be true or false, got 1"),
+        ('{"method": "ngram", "disable_by_batch_size": 0}', "disable_by_batch_size must be an integer of at least 1, got 0"),
+        ('{"method": "ngram", "num_speculative_tokens_per_batch_size": [3]}', 'an object such as {"1-8": 4, "9-32": 2}'),
+        ('{"method": "ngram", "num_speculative_tokens_per_batch_size": {"4": 3}}', "got {'4': 3}"),
+        ('{"method": "ngram", "num_speculative_tokens_per_batch_size": {"1-4": -1}}', "got {'1-4': -1}"),
         ('{"method": "draft_model"}', "method draft_model needs a model"),
         ('{"method": "draft_model", "model": 3}', "model must be a string, got 3"),
     ],
@@ -300,6 +306,14 @@ def test_a_wrong_setting_is_one_clear_error(config, message):
     with pytest.raises(ValueError, match="--speculative-config") as error:
         SpeculativeConfig.parse(config)
     assert message in str(error.value)
+
+
+def test_most_drafted_tokens_by_batch_size():
+    schedule = {"2-4": 7, "5-8": 2, "16-32": 0}
+    config = SpeculativeConfig("ngram", 5, disable_by_batch_size=40, num_speculative_tokens_per_batch_size=schedule)
+    expected = {1: 5, 2: 5, 4: 5, 5: 2, 8: 2, 9: 2, 15: 2, 16: 0, 33: 0, 41: 0}
+    assert {num_seqs: config.most(num_seqs) for num_seqs in expected} == expected
+    assert SpeculativeConfig("ngram", 5).most(10**6) == 5
 
 
 def test_models_that_do_not_fit(folders, tmp_path: Path):

@@ -104,8 +104,8 @@ def test_streams_and_log_probabilities(llm: LLM) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [
-    {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}},
-    {"speculative_config": {"method": "draft_model", "model": MODEL, "num_speculative_tokens": 3}},
+    {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "adaptive": False}},
+    {"speculative_config": {"method": "draft_model", "model": MODEL, "num_speculative_tokens": 3, "adaptive": False}},
     {"num_gpu_blocks_override": 17, "max_num_seqs": 8},
     {"tensor_parallel_size": 2},
 ], ids=["ngram", "draft model", "preempted", "two ranks"])  # fmt: skip
@@ -128,7 +128,7 @@ def test_what_changes_no_other_answer_changes_none_of_these(llm: LLM, settings: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}}])
+@pytest.mark.parametrize("settings", [{}, {"speculative_config": {"method": "ngram", "adaptive": False}}])
 def test_an_answer_that_holds_up_the_others_is_cut_off(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(structured_output, "TOKEN_SECONDS", 0.0)
     monkeypatch.setattr(structured_output, "SLACK_SECONDS", 0.0)  # so that any automaton is too slow

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import random
 from copy import copy
+from functools import partial
+from itertools import accumulate
 
 from solutions.batching.scheduler_output import Draft, SchedulerOutput
 from solutions.batching.sequence import Sequence
-from solutions.core.speculative import Proposer, SpeculativeConfig
+from solutions.core.speculation.settings import SpeculativeConfig
+from solutions.core.speculative import Proposer
 from solutions.tests.simulation import Simulation
 
 
@@ -56,12 +59,14 @@ def run_twins(
     if drafts:
         config = SpeculativeConfig("ngram", num_speculative_tokens=rng.randint(1, 5), disable_by_batch_size=rng.choice([2, 64]))
         proposer = Guesses(config, rng)
+        proposer.foretells = rng.random() < 0.5
     simulation = Simulation(
         num_blocks, size, rng.choice([0, 0, 3, 16]), rng.choice([None, None, None, size + 1]),
         watermark=rng.choice([0.0, 0.01, 0.2]), max_num_batched_tokens=rng.choice([7, 64, 512]),
         max_num_seqs=rng.choice([3, 8, 256]), policy=rng.choice(["fcfs", "priority", "lpm", "fair"]),
         preemption_mode=rng.choice(["recompute", "swap"]), next_token=greedy, radix=radix,
         proposer=proposer, ahead=ahead, tier=tier, delay=delay,
+        clock=partial(next, accumulate(iter(rng.random, None))) if rng.random() < 0.5 else None,
     )  # fmt: skip
     longest = min(num_blocks * size // 2, 3 * size)
     prompts = [[100 * k + i for i in range(rng.randint(1, longest))] for k in range(rng.randint(1, 3))]

@@ -28,7 +28,7 @@ from .output import OutputProcessor, RequestOutput
 from .overlap.lookahead import Lookahead
 from .platform.progress import GenerationProgress, PhaseClock
 from .scheduler import Scheduler
-from .speculative import Drafter, NoDrafter
+from .speculative import make_drafter
 from .startup import fit, make_adapters, make_executor, make_memory, make_scheduler_config, resolve_limits, with_blocks
 from .text.chat_template import render_chat
 
@@ -52,6 +52,8 @@ class EngineStats:
     spec_decode_num_accepted_tokens: int = 0
     spec_decode_accepted: Mapping[int, int] = field(default_factory=dict)
     """Number of accepted tokens → drafts that had so many."""
+    spec_decode_mean_length: float = 0.0
+    """Tokens drafted for a sequence in a step, on average, where that adapts; 0: drafts do not pay at the moment."""
     num_deferred: int = 0
     """Requests beside the waiting ones whose form of answer is being compiled."""
     served: Mapping[str, int] = field(default_factory=dict)
@@ -109,10 +111,7 @@ class LLMEngine:
         self.block_manager, self.tiers = make_memory(config, limits, source, self.executor.worker)
         self.scheduler = Scheduler(scheduler_config, self.block_manager)
         self.adapters = make_adapters(config, self.executor, self.scheduler)
-        self.drafter: Drafter | NoDrafter = NoDrafter()
-        if proposer is not None:
-            proposer.create_cache(limits, self.block_manager.tables)
-            self.drafter = Drafter(proposer, self.block_manager, limits.max_num_batched_tokens)
+        self.drafter = make_drafter(proposer, self.block_manager, limits)
         clock.lap("KV cache")
         batch = make_batch(len(model.windows), config.enable_lora, config.max_num_seqs, limits.max_model_len, config.block_size)
         self.ahead = Lookahead(self.scheduler, batch, self.executor.worker) if config.async_scheduling else None
@@ -120,7 +119,7 @@ class LLMEngine:
         no_structure = "not with ranks that are Ray actors" if config.distributed_executor_backend == "ray" else None
         self.input = InputProcessor(self.tokenizer, model, limits.max_model_len, config.max_num_seqs, no_structure)
         self.outputs = OutputProcessor(self.tokenizer)
-        self.observers: list[EngineObserver] = [self.ahead] if self.ahead else []
+        self.observers: list[EngineObserver] = [each for each in (self.ahead, self.drafter.observer) if each is not None]
         self._next_seq_id = 0
         self._report = startup_report(config, model, limits, clock.laps)
 
@@ -202,6 +201,7 @@ class LLMEngine:
             num_generation_tokens=scheduler.num_generation_tokens - self.outputs.num_pooled, num_steps=scheduler.num_steps,
             spec_decode_num_drafts=scheduler.num_drafts, spec_decode_num_draft_tokens=scheduler.num_draft_tokens,
             spec_decode_num_accepted_tokens=scheduler.num_accepted_tokens, spec_decode_accepted=scheduler.accepted.copy(),
+            spec_decode_mean_length=self.drafter.mean_length,
             served={client or "": round(count) for client, count in scheduler.order.served.items()},
             num_steps_ahead=self.ahead.num_steps if self.ahead else 0, num_in_vain=self.ahead.num_in_vain if self.ahead else 0,
             kv_offload=self.tiers.stats() if self.tiers else None,

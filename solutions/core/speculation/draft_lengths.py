@@ -1,0 +1,220 @@
+"""How many tokens are drafted for each sequence of a step: as many as pay, or none.
+
+With S sequences and the chance a that a drafted token is right, k drafted tokens bring a + a² + … + aᵏ more (Leviathan et al.,
+2023, §3.1). The sum of new tokens over the batch, by the seconds that the step and its drafts take, is the rate to be made
+large. Tokens are put in the order of their chances, over all sequences, so a sequence whose text repeats itself gets many and
+its neighbour none; how many of them are drafted is where the rate is highest. To measure by goodput is the idea of Liu et al.,
+"Optimizing Speculative Decoding for Serving Large Language Models Using Goodput", 2024.
+
+*What is known.* Costs are measured (`step_costs.py`). Chances are counted: for each sequence, its last drafts count most. Where
+drafts follow from the text alone, as n-grams do, they are also made for sequences for which nothing is put on trial: whether
+the first token of such a draft is the one that then comes is seen without the model.
+
+*What it may cost.* All that is tried for the sake of knowledge, and all that turns out wrong, is paid from an account. A share
+`ALLOWANCE` of the time that passes is paid in, and so is what drafts win, up to `MOST_SAVED` steps. A step may draft only what
+the account could pay if all of it were rejected. So speculation loses at most `ALLOWANCE` of the time and `MOST_SAVED` steps,
+whatever the text does, and `FOR_LOOKS` for drafts that are only looked at. One thing is lent and not paid: what a draft model
+computes of a text that it has missed, where drafts pay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .step_costs import Average, StepCosts
+
+ALLOWANCE = 0.01
+FOR_LOOKS, MOST_LOOKED = 0.005, 0.2
+"""The share of the time that drafts may take of which nothing is put on trial, and what may be saved or owed of it, in steps: a
+first look reads the whole prompt, and must not be the last for long."""
+AT_FIRST, MOST_SAVED, MOST_OWED = 1.0, 2.0, 1.0
+"""What the account holds at the start, at most and at least, in steps without drafts. It falls below 0 if a step took longer
+than anything that was measured before."""
+FOR_A_MODEL = 4.0
+"""The same for a model that drafts, at the start and at most: its first steps are slow, and each token of a draft is one."""
+LEAST_GAIN = 1.02
+"""Drafts are made where they bring this much more than none."""
+REST = 3
+"""Steps after one for which nothing was drafted in which nothing is decided anew."""
+MEMORY = 0.9
+"""Weight of what was counted before, against the newest draft of a sequence."""
+DOUBT = 2.0
+"""What is known of all sequences counts for a new one like so many tokens of its own."""
+UNSEEN = 0.5
+"""The chance of a token at the start; where chances can be seen without a trial, also the most that a new sequence gets."""
+MISSED_AT_ONCE = 8
+"""Tokens of a sequence that a draft model may have missed and computes beside a new one in about the same time."""
+HORIZON = 32
+"""Steps over which a draft model may earn back what it has to compute before it drafts."""
+
+
+@dataclass(slots=True)
+class Chance:
+    """How often drafted tokens were right lately: `hits` of `tries`."""
+
+    hits: float = 0.0
+    tries: float = 0.0
+
+    def add(self, num_right: int, num_drafted: int, memory: float) -> None:
+        """A draft was compared: its first `num_right` tokens were right, and those behind the first wrong one say nothing."""
+        self.hits = memory * self.hits + num_right
+        self.tries = memory * self.tries + min(num_right + 1, num_drafted)
+
+    def value(self, expected: float) -> float:
+        """The chance of the next token, with `expected` in the place of what is not known."""
+        return (self.hits + DOUBT * expected) / (self.tries + DOUBT)
+
+
+class DraftLengths:
+    """Decides how many tokens are drafted, and learns from what becomes of them. Times are in seconds.
+
+    Args:
+        foretold: whether drafts follow from the text alone, so that they can be judged without a trial.
+
+    Attributes:
+        account: seconds that may be lost.
+        mean_length: tokens for each sequence, on average, as it was last decided; 0: drafts do not pay at the moment.
+        pays: whether drafts do; also true before the first decision.
+    """
+
+    def __init__(self, foretold: bool = False) -> None:
+        self.costs = StepCosts()
+        self.account: float | None = None
+        self.mean_length = 0.0
+        self.pays = True
+        self._foretold = foretold
+        self._most_saved = MOST_SAVED if foretold else FOR_A_MODEL
+        self._chances: dict[int, Chance] = {}
+        self._all = Chance(UNSEEN, 1.0)
+        self._drafting: Average = Average()
+        """Seconds that the proposer takes for one token of each of some sequences."""
+        self._reading: Average = Average()
+        """Seconds that it takes for a token that it has missed."""
+        self._turn = self._rest = 0
+        self._for_looks = 0.0
+        self._lent = 0.0
+        """Seconds of this step that drafts are expected to earn back."""
+
+    def choose(self, seq_ids: Many[int], most: Many[int], missed: Many[int]) -> list[int]:
+        """Tokens to draft for each sequence of a step in which each gets one token.
+
+        Args:
+            seq_ids: the sequences. most: tokens that may be drafted for each. missed: tokens of each that the proposer must
+                compute before it drafts.
+
+        Returns:
+            As many as pay, or as are worth knowing about; 0 for all where nothing is.
+        """
+        num_seqs = len(seq_ids)
+        counts, plain = [0] * num_seqs, self.costs.plain(num_seqs)
+        longest = max(most, default=0)
+        self._lent = 0.0
+        if self._rest or plain is None or longest == 0:
+            self._rest = max(0, self._rest - 1)
+            return counts
+        self._rest = REST
+        if self.account is None:
+            self.account = (AT_FIRST if self._foretold else FOR_A_MODEL) * plain
+        if self.account <= 0:
+            self.mean_length, self.pays = 0.0, False
+            return counts
+        chances = [self._chance(seq_id) for seq_id in seq_ids]
+        if self._foretold and sum(chances) < (LEAST_GAIN - 1) * (1 - max(chances)) * num_seqs:  # not even if they cost nothing
+            self.mean_length, self.pays = 0.0, False
+            return counts
+        powers: NDArray[np.float64] = np.array(chances, np.float64)[:, None] ** np.arange(1, longest + 1)  # [S, longest]
+        powers[np.arange(longest) >= np.array(most)[:, None]] = -1.0  # there is no room for these
+        order = np.argsort(-powers, axis=None, kind="stable")[: sum(most)]
+        rows, depths = np.divmod(order, longest)
+        gains, behind = powers.flat[order], np.where(depths == 0, np.array(missed)[rows], 0)
+        # where drafts cost a pass of a model for each place, a shorter one of all may be better than the best tokens
+        best, is_dear = (LEAST_GAIN * num_seqs / plain, 0, longest), (self._drafting.value or 0.0) > 0.01 * plain
+        for depth in range(1 if is_dear else longest, longest + 1):
+            taken = depths < depth
+            best = max(best, (*self._best(plain, num_seqs, gains[taken], depths[taken], behind[taken]), depth))
+        _, chosen, depth = best
+        for row in rows[depths < depth][:chosen]:
+            counts[row] += 1
+        self.mean_length, self.pays = chosen / num_seqs, chosen > 0
+        self._rest = 0 if chosen else REST
+        return counts if chosen or self._foretold else self._probe(plain, most, missed)
+
+    def _best(
+        self, plain: float, num_seqs: int, gains: NDArray[np.float64], depths: NDArray[np.integer[Any]],
+        missed: NDArray[np.int64],
+    ) -> tuple[float, int]:  # fmt: skip
+        """The best rate, and how many of the tokens to draft for it; 0 and 0 where nothing can be paid. All are [N], in the
+        order in which tokens are taken: the chance of each, how many are before it in its draft, what it must read first."""
+        assert self.account is not None  # `choose` sees to it
+        least, greatest = self.costs.ratios(num_seqs, len(gains))
+        drafting = (self._drafting.value or 0.0) * (1 + np.maximum.accumulate(depths))
+        reading = (self._reading.value or 0.0) * np.cumsum(missed) / HORIZON
+        tokens = num_seqs + np.cumsum(gains)
+        affordable = plain * (greatest - 1) + drafting <= self.account
+        for ratio in (least, greatest):  # as good as it may be, where that can be paid for; else as bad as it may be
+            rates = np.where(affordable, tokens / (plain * ratio + drafting + reading), 0.0)
+            place = int(rates.argmax())
+            if rates[place] > LEAST_GAIN * num_seqs / plain:
+                return float(rates[place]), place + 1
+        return 0.0, 0
+
+    def _probe(self, plain: float, most: Many[int], missed: Many[int]) -> list[int]:
+        """One token for one sequence, where the account can pay for it; they take turns."""
+        counts = [0] * len(most)
+        self._turn += 1
+        row = min((row for row, room in enumerate(most) if room), key=lambda row: (missed[row], (row + self._turn) % len(most)))
+        ratio = self.costs.ratios(len(most), 1)[1][0] - 1
+        cost = plain * ratio + (self._drafting.value or 0.0) + missed[row] * (self._reading.value or 0.0)
+        if self.account is not None and cost <= self.account:
+            counts[row] = 1
+        return counts
+
+    def may_look(self) -> bool:
+        """Whether to draft for no trial, only to see what would have been right."""
+        return self._foretold and self._for_looks > 0
+
+    def looked(self, seconds: float) -> None:
+        """Drafts that are on no trial took so long."""
+        self._for_looks -= seconds
+
+    def drafted(self, seconds: float, depth: int, missed: Many[int]) -> None:
+        """The proposer has taken so long for drafts of up to `depth` tokens, and for what it had `missed` of each sequence."""
+        if max(missed) <= MISSED_AT_ONCE:
+            self._drafting.add(seconds / depth)
+            return
+        reading = max(0.0, seconds - depth * (self._drafting.value or 0.0))
+        self._lent = reading if self.pays else 0.0
+        if self._drafting.value is not None:
+            self._reading.add(reading / sum(missed))
+
+    def judge(self, seq_id: int, num_right: int, num_drafted: int) -> None:
+        """A sequence's draft, on trial or not, began with so many right tokens."""
+        self._chances.setdefault(seq_id, Chance()).add(num_right, num_drafted, MEMORY)
+        self._all.add(num_right, num_drafted, MEMORY ** (1 / 8))
+
+    def ran(self, num_seqs: int, num_drafted: int, num_new: int, seconds: float, overhead: float) -> None:
+        """A step has ended in which each sequence was to get one token: they got `num_new` together, in `seconds`, after
+        `overhead` seconds for all that concerns drafts."""
+        plain = self.costs.plain(num_seqs)
+        self.costs.add(num_seqs, num_drafted, seconds)
+        if plain is None or self.account is None:
+            return
+        won = plain * num_new / num_seqs - seconds if num_drafted else 0.0
+        account = self.account + won + self._lent - overhead + ALLOWANCE * (seconds + overhead)
+        self.account = min(max(account, -MOST_OWED * plain), self._most_saved * plain)
+        self._for_looks = min(max(self._for_looks, -MOST_LOOKED * plain) + FOR_LOOKS * seconds, MOST_LOOKED * plain)
+
+    def forget(self, seq_ids: Many[int]) -> None:
+        """These sequences have left."""
+        for seq_id in seq_ids:
+            self._chances.pop(seq_id, None)
+
+    def _chance(self, seq_id: int) -> float:
+        expected = self._all.value(UNSEEN)
+        known = self._chances.get(seq_id)
+        return (known or Chance()).value(min(expected, UNSEEN) if self._foretold else expected)

@@ -1,0 +1,110 @@
+"""What a step of decoding takes, and how much longer it takes with tokens on trial: measured while the engine runs.
+
+Nothing here comes from a table of machines. A step of S sequences without drafts takes p(S) seconds. One with N drafted tokens
+takes q(S, N) times as long, and q is what tells whether drafts pay: near 1 while the model waits for memory, near (S + N) / S
+where it computes all the time. Both are averages of what was measured, the latest steps counting most. Where nothing was
+measured yet, q lies between two limits: it does not fall with N, and a token on trial costs no more than one in a step without.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+
+import numpy as np
+from numpy.typing import NDArray
+
+NEWEST = 0.2
+"""Weight of the newest measurement in an average that has enough of them."""
+MOST_OFF = 1.25
+"""A measurement counts as at most this many times the average, or one part in so many of it: now and then a machine is busy
+with something else, and one such step must not decide what the next hundred do."""
+DOUBTED = 128
+"""Steps after which a ratio has to be measured once more, so that one that was measured too high is not believed for ever."""
+FRESH = 32
+"""Steps of S sequences with drafts after which one without is due: p(S) grows with the context."""
+ENOUGH = 2
+"""The first measurements, of which the least counts, as the first step of a kind is often slow; after them p(S) is known."""
+
+
+class Average:
+    """An average that follows what it measures.
+
+    Attributes:
+        value: None before the first measurement. count: how many there were.
+    """
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+        self.count = 0
+
+    def add(self, measured: float) -> None:
+        """Take in a measurement, at least 0."""
+        self.count += 1
+        if self.value is None or self.count <= ENOUGH:
+            self.value = measured if self.value is None else min(measured, self.value)
+            return
+        measured = min(max(measured, self.value / MOST_OFF), self.value * MOST_OFF)
+        self.value += max(NEWEST, 1 / self.count) * (measured - self.value)
+
+
+def size_class(count: int) -> int:
+    """Counts that are measured together have the same class: each alone up to 8, and then in steps of an eighth."""
+    step = 1 << max(0, count.bit_length() - 4)
+    return -(-count // step) * step
+
+
+class StepCosts:
+    """p(S) and q(S, N), by classes of S and N."""
+
+    def __init__(self) -> None:
+        self._plain: dict[int, Average] = defaultdict(Average)
+        self._ratios: dict[int, dict[int, Average]] = defaultdict(lambda: defaultdict(Average))
+        self._limits: dict[tuple[int, int], tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+        self._num_steps: dict[int, int] = defaultdict(int)
+        self._num_since_plain: dict[int, int] = defaultdict(int)
+
+    def plain(self, num_seqs: int) -> float | None:
+        """Seconds of a step of so many sequences without drafts; None where that is not known, or was not measured lately."""
+        average, size = self._plain.get(size_class(num_seqs)), size_class(num_seqs)
+        if average is None or average.count < ENOUGH or self._num_since_plain[size] >= FRESH:
+            return None
+        return average.value
+
+    def add(self, num_seqs: int, num_drafted: int, seconds: float) -> None:
+        """A step has run: so many sequences, so many tokens on trial."""
+        size = size_class(num_seqs)
+        self._num_steps[size] += 1
+        if self._num_steps[size] % DOUBTED == 0:
+            for average in self._ratios[size].values():
+                average.count = min(average.count, ENOUGH - 1)
+            self._limits = {}
+        if num_drafted == 0:
+            self._plain[size].add(seconds)
+            self._num_since_plain[size] = 0
+            return
+        self._num_since_plain[size] += 1
+        if plain := self._plain[size].value:
+            self._ratios[size][size_class(num_drafted)].add(max(1.0, seconds / plain))
+            self._limits = {key: limits for key, limits in self._limits.items() if key[0] != size}
+
+    def ratios(self, num_seqs: int, most: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The least and the most that q(S, N) may be, for N from 1 to `most`: [N] each, equal where it was measured."""
+        key = size_class(num_seqs), most
+        if key not in self._limits:
+            self._limits[key] = self._work_out(*key)
+        return self._limits[key]
+
+    def _work_out(self, size: int, most: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        known = sorted((count, average) for count, average in self._ratios[size].items())
+        counts = [0, *(count for count, _ in known)]
+        found = [1.0, *(average.value or 1.0 for _, average in known)]
+        values = np.minimum.accumulate(found[::-1])[::-1]  # where more tokens were quicker, fewer are no slower
+        least, greatest = np.empty(most), np.empty(most)
+        for num_drafted in range(1, most + 1):
+            place = bisect_left(counts, size_class(num_drafted))
+            is_known = place < len(counts) and counts[place] == size_class(num_drafted)
+            below, above = values[place - 1], values[place] if place < len(counts) else np.inf
+            least[num_drafted - 1] = above if is_known and known[place - 1][1].count >= ENOUGH else below
+            greatest[num_drafted - 1] = min(above, below + (num_drafted - counts[place - 1]) / size)
+        return least, np.maximum(least, greatest)

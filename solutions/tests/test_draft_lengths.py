@@ -1,0 +1,317 @@
+"""How many tokens are drafted: on devices and texts whose costs and chances are known, with a clock that a test sets.
+
+The oracle is the same simulated time with a fixed number of drafts: 0, which may not be beaten by more than 3 %, and the best.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+
+from solutions.batching.scheduler_output import Draft, SchedulerOutput
+from solutions.batching.sequence import Sequence
+from solutions.core.speculation.draft_lengths import ALLOWANCE, AT_FIRST, FOR_A_MODEL, MOST_SAVED, DraftLengths
+from solutions.core.speculation.settings import SpeculativeConfig
+from solutions.core.speculation.step_costs import DOUBTED, ENOUGH, FRESH, StepCosts, size_class
+from solutions.core.speculative import Proposer
+from solutions.tests.simulation import Simulation
+from solutions.tests.slow_cases import slow_after
+from solutions.tests.twins import greedy
+
+Cost = Callable[[int], float]
+Chances = Callable[[int, int], float]
+COSTS: dict[str, Cost] = {
+    "waits for memory": lambda rows: 10 + 0.02 * rows,
+    "first memory, then arithmetic": lambda rows: max(9 + 0.1 * rows, 1.2 * rows),
+    "arithmetic": lambda rows: 1 + rows,
+    "tiles of 16 rows": lambda rows: 10 * -(-rows // 16),
+}
+"""Rows of a step → the time that it takes."""
+TEXTS: dict[str, Chances] = {
+    "repetitive": lambda seq, position: 0.95,
+    "ordinary": lambda seq, position: 0.4,
+    "random": lambda seq, position: 0.02,
+    "half of them repetitive": lambda seq, position: 0.95 if seq % 2 else 0.02,
+    "repetitive now and then": lambda seq, position: 0.95 if position // 60 % 2 else 0.02,
+}
+"""Sequence, its length → the chance that a drafted token is right."""
+MOST = 5
+MOST_LOST = max(AT_FIRST, MOST_SAVED, FOR_A_MODEL)
+"""In steps, beside the allowance: all that an account can hold."""
+
+
+class Run:
+    """Decoding of some sequences in simulated time.
+
+    Args:
+        fixed: tokens that are always drafted; None: as many as pay.
+        drafting: time that the proposer takes a token of each sequence; 0: drafts follow from the text and cost nothing.
+        noise: how much longer than they should steps take, on average, as a share; one in a hundred takes five times as long.
+
+    Attributes:
+        time: what the steps should have taken. drafted: tokens on trial in each step.
+    """
+
+    def __init__(
+        self, cost: Cost, chances: Chances, num_seqs: int, fixed: int | None = None, drafting: float = 0.0, noise: float = 0.0,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.cost, self.chances, self.fixed, self.drafting, self.noise = cost, chances, fixed, drafting, noise
+        self.lengths = DraftLengths(foretold=drafting == 0)
+        self.positions = [0] * num_seqs
+        self.random = random.Random(seed)
+        self.time, self.drafted = 0.0, list[int]()
+
+    def step(self) -> None:
+        lengths, num_seqs = self.lengths, len(self.positions)
+        counts = [self.fixed or 0] * num_seqs
+        if self.fixed is None:
+            counts = lengths.choose(range(num_seqs), [MOST] * num_seqs, [0] * num_seqs)
+        overhead = self.drafting * max(counts)
+        if max(counts):
+            lengths.drafted(overhead, max(counts), [0])
+        num_new, looks = num_seqs, lengths.may_look()
+        for seq, count in enumerate(counts):
+            looked = count or int(looks)
+            chance, num_right = self.chances(seq, self.positions[seq]), 0
+            while num_right < looked and self.random.random() < chance:
+                num_right += 1
+            if looked:
+                lengths.judge(seq, num_right, looked)
+            num_new += num_right if count else 0
+            self.positions[seq] += 1 + (num_right if count else 0)
+        seconds = self.cost(num_seqs + sum(counts))
+        self.time += seconds + overhead
+        self.drafted.append(sum(counts))
+        measured = seconds * (1 + self.noise * abs(self.random.gauss(0, 1)))
+        if self.noise and self.random.random() < 0.01:
+            measured *= 5
+        lengths.ran(num_seqs, sum(counts), num_new, measured, overhead)
+
+    def rate(self, num_tokens: int) -> float:
+        """Tokens by time, once so many are there."""
+        while sum(self.positions) < num_tokens:
+            self.step()
+        return sum(self.positions) / self.time
+
+
+@pytest.mark.parametrize("drafting", [0.0, 2.0], ids=["n-grams", "a model"])
+@pytest.mark.parametrize("num_seqs", slow_after(2, [1, 16, 4, 32]))
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("cost", COSTS)
+def test_it_never_loses_three_percent_and_wins_most_of_what_can_be_won(cost, text, num_seqs, drafting) -> None:
+    def rate(fixed: int | None) -> float:
+        return Run(COSTS[cost], TEXTS[text], num_seqs, fixed, drafting).rate(250 * num_seqs)
+
+    adapted, plain = rate(None), rate(0)
+    assert adapted >= 0.97 * plain
+    best = max(rate(fixed) for fixed in range(MOST + 1))
+    assert adapted >= (0.75 if cost == "tiles of 16 rows" else 0.83) * best
+
+
+def test_on_average_it_is_near_the_best_fixed_number() -> None:
+    """Which is known only afterwards. Where sequences differ, no fixed number is as good."""
+    ratios = {}
+    for cost in COSTS:
+        for text in TEXTS:
+            best = max(Run(COSTS[cost], TEXTS[text], 4, fixed).rate(1600) for fixed in range(MOST + 1))
+            ratios[cost, text] = Run(COSTS[cost], TEXTS[text], 4).rate(1600) / best
+    assert math.prod(ratios.values()) ** (1 / len(ratios)) > 0.97
+    assert ratios["first memory, then arithmetic", "half of them repetitive"] > 1.1
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_loss_is_bounded_whatever_text_and_machine_do(seed: int) -> None:
+    """Steps of any growing cost, and texts that change between hopeless and certain at any moment."""
+    rng = random.Random(seed)
+    base, slope, tile, jump = rng.uniform(0, 20), rng.uniform(0, 2), rng.choice([1, 8, 16]), rng.uniform(0, 5)
+    turns = [rng.choice([0.0, 0.02, 0.5, 0.97]) for _ in range(400)]
+    width = rng.randint(1, 80)
+
+    def cost(rows: int) -> float:
+        return 0.1 + base + slope * rows + jump * (rows // tile)
+
+    def chances(seq: int, position: int) -> float:
+        return turns[(position // width + seq) % len(turns)]
+
+    num_seqs, drafting = rng.choice([1, 2, 5, 16, 40]), rng.choice([0.0, 0.0, 0.3, 5.0])
+    run, plain = Run(cost, chances, num_seqs, None, drafting, seed=seed), cost(num_seqs)
+    for count in range(1, 401):
+        run.step()
+        lost = run.time - plain * sum(run.positions) / num_seqs
+        # the last two: what one step may cost more than was ever measured, and a plain step's share for it
+        assert lost <= ALLOWANCE * run.time + MOST_LOST * plain + jump * (1 + 5 * num_seqs // tile) + 1e-6, count
+    rate = sum(run.positions) / run.time
+    assert rate >= 0.96 * num_seqs / plain
+
+
+@pytest.mark.parametrize("num_seqs", [1, 16])
+def test_noise_costs_little(num_seqs: int) -> None:
+    for cost in COSTS.values():
+        for text in TEXTS.values():
+            noisy = Run(cost, text, num_seqs, noise=0.1, seed=3).rate(400 * num_seqs)
+            assert noisy >= 0.96 * num_seqs / cost(num_seqs)
+
+
+def test_it_comes_back_when_the_text_begins_to_repeat_itself() -> None:
+    """Sixteen sequences, for which drafts pay if nearly all are right."""
+    run = Run(COSTS["waits for memory"], lambda seq, position: 0.97 if position >= 500 else 0.0, 16)
+    while min(run.positions) < 500:
+        run.step()
+    assert sum(run.drafted[-300:]) == 0  # looked at, never tried
+    for _ in range(20):
+        run.step()
+    assert max(run.drafted[-5:]) >= 3 * 16
+
+
+def test_a_model_is_tried_again_at_a_bounded_cost() -> None:
+    run = Run(COSTS["waits for memory"], lambda seq, position: 0.97 if position >= 600 else 0.0, 1, drafting=2.0)
+    while run.positions[0] < 600:
+        run.step()
+    assert 0 < sum(run.drafted[-400:]) < 30
+    for _ in range(400):
+        run.step()
+    assert sum(run.drafted[-20:]) > 40
+
+
+def test_a_model_whose_first_passes_are_slow_is_used_all_the_same() -> None:
+    """Steps of 10 without drafts; 5 for a drafted token, but 27 at first."""
+    run = Run(COSTS["waits for memory"], TEXTS["repetitive"], 1, drafting=27.0)
+    while sum(run.drafted) < 2:
+        run.step()
+    run.drafting = 5.0
+    for _ in range(100):
+        run.step()
+    assert sum(run.drafted[-20:]) > 20
+
+
+def test_one_slow_step_is_not_believed_for_ever() -> None:
+    run = Run(COSTS["waits for memory"], TEXTS["repetitive"], 1)
+    while not run.drafted or not run.drafted[-1]:
+        run.step()
+    lengths = run.lengths
+    for num_drafted in range(1, MOST + 1):
+        lengths.costs.add(1, num_drafted, 200.0)  # twenty times what it should be
+    for _ in range(2 * DOUBTED):
+        run.step()
+    assert sum(run.drafted[-20:]) > 60
+
+
+def test_what_a_draft_model_has_missed_is_computed_where_it_pays_back() -> None:
+    """A step of 10 in which a drafted token costs nothing; 0.5 for each token that was missed."""
+    lengths = DraftLengths()
+    for _ in range(10):
+        lengths.ran(1, 0, 1, 10.0, 0.0)
+        lengths.choose([0], [4], [0])
+    lengths.drafted(1.0, 1, [0])
+    lengths.drafted(51.0, 1, [100])
+    for _ in range(30):
+        lengths.judge(0, 4, 4)
+        lengths.ran(1, 4, 5, 10.0, 0.0)
+        lengths.ran(1, 0, 1, 10.0, 0.0)
+    assert sum(lengths.choose([0], [4], [0])) == 4
+    assert sum(lengths.choose([0], [4], [100])) == 4  # 50 lost once, over 32 steps
+    lengths.drafted(51.0, 4, [100])
+    before = lengths.account
+    lengths.ran(1, 4, 5, 10.0, 51.0)
+    assert lengths.account >= before
+    assert sum(lengths.choose([0], [4], [10_000])) == 0
+
+
+def test_sizes_are_measured_together_in_steps_of_an_eighth() -> None:
+    assert [size_class(count) for count in range(1, 20)] == [*range(1, 17), 18, 18, 20]
+    assert [size_class(count) for count in (32, 33, 36, 37, 200, 256, 257)] == [32, 36, 36, 40, 208, 256, 288]
+
+
+def test_what_was_not_measured_lies_between_limits() -> None:
+    costs = StepCosts()
+    assert costs.plain(4) is None
+    for _ in range(ENOUGH):
+        costs.add(4, 0, 10.0)
+        costs.add(4, 4, 12.0)
+    assert costs.plain(4) == 10.0
+    least, greatest = costs.ratios(4, 10)
+    assert least.tolist() == pytest.approx([1, 1, 1, 1.2, 1.2, 1.2, 1.2, 1.2, 1.2, 1.2])
+    # a token on trial costs no more than one in a plain step, 1/4, and no more than four of them together
+    assert greatest.tolist() == pytest.approx([1.2, 1.2, 1.2, 1.2, 1.45, 1.7, 1.95, 2.2, 2.45, 2.7])
+    costs.add(4, 8, 11.0)
+    costs.add(4, 8, 11.0)
+    assert costs.ratios(4, 10)[0].tolist() == pytest.approx([1, 1, 1, 1.1, 1.1, 1.1, 1.1, 1.1, 1.1, 1.1])
+
+
+def test_a_step_without_drafts_is_due_now_and_then() -> None:
+    costs = StepCosts()
+    for _ in range(ENOUGH):
+        costs.add(2, 0, 10.0)
+    for _ in range(FRESH):
+        assert costs.plain(2) == 10.0
+        costs.add(2, 2, 12.0)
+    assert costs.plain(2) is None
+    costs.add(2, 0, 10.0)
+    assert costs.plain(2) == 10.0
+
+
+class Foreseen(Proposer):
+    """Drafts what a greedy model would say."""
+
+    foretells = True
+
+    def propose(self, output: SchedulerOutput, wanted: dict[Sequence, int]) -> dict[Sequence, Draft]:
+        drafts = {}
+        for seq, count in wanted.items():
+            tokens = seq.tokens.copy()
+            for _ in range(count):
+                seq.tokens.append(greedy(seq))
+            drafts[seq] = Draft(seq.tokens[len(tokens) :])
+            seq.tokens = tokens
+        return drafts
+
+
+@pytest.mark.parametrize(("per_row", "drafts"), [(0.0, True), (1.0, False)])
+def test_through_the_scheduler(per_row: float, drafts: bool) -> None:
+    """Drafts that are always right, on a device that waits and on one that computes: 1 for a step and `per_row` a row."""
+    now = [0.0]
+    proposer = Foreseen(SpeculativeConfig("ngram", 4))
+    simulation = Simulation(256, proposer=proposer, next_token=greedy, clock=lambda: now[0], max_num_batched_tokens=512)
+    begin = simulation.begin
+
+    def timed(batch, tokens=None) -> None:
+        now[0] += (0.01 if per_row else 1.0) + per_row * len(batch.input_ids)
+        begin(batch, tokens)
+
+    simulation.begin = timed
+    for number in range(4):
+        simulation.add([number] * 5, max_tokens=100)
+    simulation.run()
+    share = simulation.scheduler.num_accepted_tokens / simulation.scheduler.num_generation_tokens
+    assert simulation.scheduler.num_accepted_tokens == simulation.scheduler.num_draft_tokens
+    assert (share > 0.6) == drafts
+    assert share < 0.4 or drafts  # which cost nothing while they are right, but bring nothing either
+    assert simulation.drafter.mean_length > 0 or not drafts
+
+
+def test_no_drafts_beside_prompts() -> None:
+    """A step with a part of a prompt computes all the time, so each token on trial in it costs."""
+    now = [0.0]
+    proposer = Foreseen(SpeculativeConfig("ngram", 4))
+    simulation = Simulation(256, proposer=proposer, next_token=greedy, clock=lambda: now[0], max_num_batched_tokens=16)
+    begin = simulation.begin
+
+    def timed(batch, tokens=None) -> None:
+        now[0] += 1.0
+        begin(batch, tokens)
+
+    simulation.begin = timed
+    simulation.add([1, 2, 3], max_tokens=200)
+    seen = []
+    for number in range(60):
+        if number % 10 == 9:
+            simulation.add([number] * 40, max_tokens=1)
+        decision = simulation.step()
+        is_prompt = any(seq.num_output_tokens == 0 for seq in decision.scheduled) or len(decision.scheduled) > 1
+        seen.append((is_prompt, bool(decision.drafts)))
+    assert (True, True) not in seen
+    assert (False, True) in seen
