@@ -73,8 +73,13 @@ class RadixCache(PrefixCache):
     def match_part(self, seq: Sequence, num_blocks: int) -> tuple[int, int]:
         """What the block behind the first `num_blocks`, which `match` has found, shares with one in the cache.
 
+        The node that `match` ended at has the candidates below it. Their tokens are sorted, so those that share most with the
+        sequence stand next to the place where its own would be, and further away none shares more. One that was overwritten
+        has nothing to copy from.
+
         Returns:
-            That block and the number of tokens at its beginning, from 0 to one less than the sequence has left.
+            The block that shares most, any of those that share as much, and how many tokens. The sequence's last token is not
+            among them: it must be computed. (0, 0) if none shares any.
         """
         path, start, best = list(self._path(seq)), num_blocks * self.block_size, (0, 0)
         node = path[-1] if path else self._roots.get(seq.cache_salt)
@@ -146,7 +151,11 @@ class RadixCache(PrefixCache):
         return child
 
     def _path(self, seq: Sequence) -> Iterator[Node]:
-        """The nodes of the full cached blocks that a sequence begins with, but for its last token."""
+        """The nodes of the full cached blocks that a sequence begins with, from the first block on.
+
+        They end where a node is missing or was overwritten, or its block would hold the sequence's last token, which must be
+        computed. Nothing is made.
+        """
         node, size = self._roots.get(seq.cache_salt), self.block_size
         for start in range(0, (len(seq.tokens) - 1) // size * size, size):
             node = node and node.children.get(tuple(seq.tokens[start : start + size]))
@@ -155,7 +164,10 @@ class RadixCache(PrefixCache):
             yield node
 
     def _prune(self, node: Node) -> None:
-        """Take a node that stands for nothing out of the tree, and those above it that stood for it alone."""
+        """Take a node that has neither a block nor children out of the tree, with those above it that are left with neither.
+
+        Its parent's `children` and `order`, and `_nodes`, know it no longer. A root stays.
+        """
         while node.block is None and not node.children and node.parent is not None:
             parent = node.parent
             del parent.children[node.tokens], self._nodes[node.key]

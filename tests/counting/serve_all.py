@@ -64,6 +64,7 @@ def small_models(folder: Path) -> None:
     crowd = [{"prompt_token_ids": [i] * 40} for i in range(5)]
     long = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
     answer(crowd, long, model=tiny, num_gpu_blocks_override=12, preemption_mode="swap")
+    answer([*crowd, *crowd], long, model=tiny, max_num_seqs=2, scheduling_policy="fair", prefix_cache="radix")
     drafts = json.dumps({"method": "draft_model", "model": tiny, "adaptive": False})
     answer(crowd[:1], SamplingParams(max_tokens=8, ignore_eos=True), model=tiny, speculative_config=drafts)
     recipe = ["--model", tiny, "--group-size", "32", "--num-samples", "2", "--sequence-length", "16"]
