@@ -65,6 +65,8 @@ def small_models(folder: Path) -> None:
     long = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
     answer(crowd, long, model=tiny, num_gpu_blocks_override=12, preemption_mode="swap")
     answer([*crowd, *crowd], long, model=tiny, max_num_seqs=2, scheduling_policy="fair", prefix_cache="radix")
+    for _ in range(2):  # the second one reads what the first has written
+        answer(crowd[:1], long, model=tiny, kv_offload=str(folder / "kv"))
     drafts = json.dumps({"method": "draft_model", "model": tiny, "adaptive": False})
     answer(crowd[:1], SamplingParams(max_tokens=8, ignore_eos=True), model=tiny, speculative_config=drafts)
     recipe = ["--model", tiny, "--group-size", "32", "--num-samples", "2", "--sequence-length", "16"]

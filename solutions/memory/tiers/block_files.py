@@ -43,6 +43,7 @@ def file_bytes(row_bytes: int) -> int:
 
 
 def _header(identity: bytes, block_hash: bytes, row: memoryview) -> bytes:
+    """What stands before a row in its file, the checksum of both included."""
     head = MAGIC, row.nbytes, identity, block_hash
     digest = sha256(_HEADER.pack(*head, bytes(32)))
     digest.update(row)
@@ -50,13 +51,17 @@ def _header(identity: bytes, block_hash: bytes, row: memoryview) -> bytes:
 
 
 def write_block(path: Path, identity: bytes, block_hash: bytes, row: memoryview, age: float = 0.0) -> None:
-    """Write a block's file, or none at all.
+    """Write a block's file, or none at all: `_header`, then the row.
+
+    Until all is written the file has a name of its own, one that `_UNFINISHED` matches and that no other process or thread
+    takes at the same time; then it takes the place of what was at `path`. A file system may write less than it is given and
+    say so without an error.
 
     Args:
-        age: it counts as last used so many seconds ago.
+        path: named after the hash, in a folder that is there. age: it counts as last used so many seconds ago.
 
     Raises:
-        OSError: the file system refuses, say because it is full.
+        OSError: the file system refuses, say because it is full. What was at `path` is still there, and nothing else.
     """
     unfinished = path.with_name(f"{path.stem}.{token_hex(8)}.tmp")  # processes in containers may have one number
     try:
@@ -78,7 +83,7 @@ def read_block(path: Path, identity: bytes, block_hash: bytes, row: memoryview) 
     """Read a block's file into `row`, whose content is undefined after an error.
 
     Raises:
-        BadBlockError: it is not the block that was asked for, whole and undamaged.
+        BadBlockError: it is not the block that was asked for, whole and undamaged and as long as `row`, or there is more in it.
         OSError: it cannot be read; FileNotFoundError: there is none.
     """
     with path.open("rb", buffering=0) as file:

@@ -1,0 +1,199 @@
+"""Task 4.12 ★: files of blocks, and whatever may happen to them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from stages.course.fixtures.checks import check_equal
+from stages.memory.tiers.block_files import MAGIC, BadBlockError, file_bytes, read_block, write_block
+
+MODEL, KEY = bytes(range(32)), bytes(range(100, 132))
+HEADER = file_bytes(0)
+FULL = os.strerror(errno.EFBIG)
+
+
+def some_row(size: int, first: int = 0) -> bytes:
+    return bytes((first + 7 * i) % 251 for i in range(size))
+
+
+def where(folder: Path) -> Path:
+    return folder / f"{KEY.hex()}.kv"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def read(path: Path, size: int, identity: bytes = MODEL, key: bytes = KEY) -> bytes:
+    row = bytearray(size)
+    read_block(path, identity, key, memoryview(row))
+    return bytes(row)
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The system writes no file beyond so many bytes, as on a full disk: a part of a write first, then an error."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("size", [1, 15, 4096, 1 << 20])
+def test_what_was_written_is_read(tmp_path: Path, size: int) -> None:
+    """A row of `size` bytes comes back; the file begins with the magic, is as long as header and row, and is alone.
+
+    Why: other processes know a block by its file's name and its header; an unfinished file beside it is counted by nobody.
+    """
+    path, row = where(tmp_path), some_row(size)
+    write_block(path, MODEL, KEY, memoryview(row))
+    check_equal(read(path, size), row, "the row")
+    content = path.read_bytes()
+    check_equal((content[: len(MAGIC)], len(content)), (MAGIC, HEADER + size), "magic and length")
+    check_equal(content[HEADER:], row, "what stands behind the header")
+    check_equal(names(tmp_path), [path.name], "what is in the folder")
+
+
+@pytest.mark.parametrize("place", ["magic", "size", "identity", "hash", "checksum", "row's first byte", "row's last byte"])
+def test_a_bit_that_flips_is_noticed(tmp_path: Path, place: str) -> None:
+    """One bit of a file is another, wherever it stands.
+
+    Why: the model would go on from a wrong key, and say something else without a complaint.
+    """
+    path, size = where(tmp_path), 300
+    write_block(path, MODEL, KEY, memoryview(some_row(size)))
+    content = bytearray(path.read_bytes())
+    offsets = {"magic": 3, "size": 8, "identity": 20, "hash": 60, "checksum": 90, "row's first byte": HEADER}
+    content[offsets.get(place, -1)] ^= 16
+    path.write_bytes(content)
+    with pytest.raises(BadBlockError):
+        read(path, size)
+
+
+@pytest.mark.parametrize("length", [0, 7, HEADER - 1, HEADER, HEADER + 1, HEADER + 299, HEADER + 301])
+def test_a_file_of_another_length_is_noticed(tmp_path: Path, length: int) -> None:
+    """A file of 300 bytes and a header is cut at `length`, or has a byte more.
+
+    Why: that is what a kill, a loss of power or a full disk leaves, whoever wrote it.
+    """
+    path = where(tmp_path)
+    write_block(path, MODEL, KEY, memoryview(some_row(300)))
+    path.write_bytes((path.read_bytes() + b"x")[:length])
+    with pytest.raises(BadBlockError):
+        read(path, 300)
+
+
+@pytest.mark.parametrize("size", [299, 301])
+def test_a_row_of_another_size_is_not_filled(tmp_path: Path, size: int) -> None:
+    """The file is whole, but what is asked for has `size` bytes instead of 300.
+
+    Why: another precision or layout has other rows; a part of one is no block.
+    """
+    path = where(tmp_path)
+    write_block(path, MODEL, KEY, memoryview(some_row(300)))
+    with pytest.raises(BadBlockError):
+        read(path, size)
+
+
+def test_another_block_or_model_is_noticed(tmp_path: Path) -> None:
+    """A good file under the name of another block, or in the folder of another model. One that is not there is not found.
+
+    Why: somebody copies a folder, or a name is wrong; the row is sound, and not the one that was asked for.
+    """
+    path = where(tmp_path)
+    write_block(path, MODEL, KEY, memoryview(some_row(64)))
+    for identity, key in ((KEY, KEY), (MODEL, MODEL)):
+        with pytest.raises(BadBlockError):
+            read(path, 64, identity, key)
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "none.kv", 64)
+
+
+@pytest.mark.parametrize("limit", [HEADER // 2, HEADER + 5000])
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, limit: int) -> None:
+    """The system takes `limit` bytes of a file and then refuses: with nothing at the path, and with an older file there.
+
+    Why: the first write reports a part and no error. Half a file must not take the place of a whole one, nor lie beside it.
+    """
+    path, row = where(tmp_path), some_row(100_000)
+    with files_of_at_most(limit), pytest.raises(OSError, match=FULL):
+        write_block(path, MODEL, KEY, memoryview(row))
+    check_equal(names(tmp_path), [], "what is in the folder")
+    write_block(path, MODEL, KEY, memoryview(row))
+    with files_of_at_most(limit), pytest.raises(OSError, match=FULL):
+        write_block(path, MODEL, KEY, memoryview(some_row(100_000, 9)))
+    check_equal(names(tmp_path), [path.name], "what is in the folder then")
+    assert read(path, len(row)) == row, "the older file is not what it was"
+
+
+def test_nobody_meets_half_of_a_file(tmp_path: Path) -> None:
+    """While a file of 64 MiB is written, whoever looks at its path finds none, or all of it.
+
+    Why: another server that shares the folder may look at any moment. It would find a bad file, and remove it.
+    """
+    path, row, seen, done = where(tmp_path), bytes(64 << 20), set(), threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            seen.add(path.stat().st_size if path.exists() else None)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        write_block(path, MODEL, KEY, memoryview(row))
+    finally:
+        done.set()
+        thread.join()
+    assert seen <= {None, HEADER + len(row)}, f"sizes that were seen: {seen}"
+
+
+def test_several_may_write_one_block(tmp_path: Path) -> None:
+    """Eight threads write the same block at once, again and again; in the end one of their files is there, whole and alone.
+
+    Why: servers that share a folder compute the same system prompt, and keep it in the same second.
+    """
+    path, errors, start = where(tmp_path), [], threading.Barrier(8)
+
+    def write(number: int) -> None:
+        try:
+            for _ in range(20):
+                start.wait(60)
+                write_block(path, MODEL, KEY, memoryview(bytes([number]) * 50_000))
+        except Exception as error:
+            errors.append(error)
+            start.abort()
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    check_equal(errors, [], "errors of the threads")
+    assert len(set(read(path, 50_000))) == 1, "the file is of several"
+    check_equal(names(tmp_path), [path.name], "what is in the folder")
+
+
+def test_a_block_can_be_older_than_its_file(tmp_path: Path) -> None:
+    """With an age of 1,000 seconds the file's time is so long ago; without one it is now.
+
+    Why: what is kept at the end of a server was used at different times, and the least recently used goes first.
+    """
+    for age in (0.0, 1000.0):
+        before = time.time()
+        write_block(where(tmp_path), MODEL, KEY, memoryview(some_row(9)), age)
+        changed = where(tmp_path).stat().st_mtime
+        assert before - age - 2 <= changed <= time.time() - age + 2, f"age {age}: {time.time() - changed} s ago"
