@@ -93,6 +93,7 @@ class DraftLengths:
         self._all = Chance(UNSEEN, 1.0)
         self._drafting: Average = Average()
         """Seconds that the proposer takes for one token of each of some sequences."""
+        self._is_first = True
         self._reading: Average = Average()
         """Seconds that it takes for a token that it has missed."""
         self._turn = self._rest = 0
@@ -112,6 +113,8 @@ class DraftLengths:
         """
         num_seqs = len(seq_ids)
         counts, plain = [0] * num_seqs, self.costs.plain(num_seqs)
+        if self._drafting.value is None and not self._foretold:  # what a token takes is to be known before there are many
+            most = [min(room, 1) for room in most]
         longest = max(most, default=0)
         self._lent = 0.0
         if self._rest or plain is None or longest == 0:
@@ -184,6 +187,9 @@ class DraftLengths:
 
     def drafted(self, seconds: float, depth: int, missed: Many[int]) -> None:
         """The proposer has taken so long for drafts of up to `depth` tokens, and for what it had `missed` of each sequence."""
+        if self._is_first:  # which is slower than those that follow, and is paid, but no measure
+            self._is_first = False
+            return
         if max(missed) <= MISSED_AT_ONCE:
             self._drafting.add(seconds / depth)
             return
