@@ -216,10 +216,31 @@ def test_what_a_draft_model_has_missed_is_computed_where_it_pays_back() -> None:
     assert sum(lengths.choose([0], [4], [0])) == 4
     assert sum(lengths.choose([0], [4], [100])) == 4  # 50 lost once, over 32 steps
     lengths.drafted(51.0, 4, [100])
-    before = lengths.account
+    before = lengths.accounts[1]
     lengths.ran(1, 4, 5, 10.0, 51.0)
-    assert lengths.account >= before
+    assert lengths.accounts[1] >= before
     assert sum(lengths.choose([0], [4], [10_000])) == 0
+
+
+def test_what_many_have_lost_holds_nobody_up_who_is_alone() -> None:
+    """Sixteen sequences whose drafts are dear and wrong, and then one whose drafts are right."""
+    lengths = DraftLengths()
+    for _ in range(50):
+        counts = lengths.choose(range(16), [4] * 16, [0] * 16)
+        if max(counts):
+            lengths.drafted(100.0, max(counts), [0])
+            lengths.judge(0, 0, 1)
+        lengths.ran(16, sum(counts), 16, 50.0 + 10 * sum(counts), 100.0 * max(counts))
+    assert lengths.accounts[16] < 0
+    drafted = 0
+    for _ in range(60):
+        (count,) = lengths.choose([99], [4], [0])
+        if count:
+            lengths.drafted(0.5 * count, count, [0])
+            lengths.judge(99, count, count)
+        lengths.ran(1, count, 1 + count, 10.0, 0.5 * count)
+        drafted += count
+    assert drafted > 60
 
 
 def test_sizes_are_measured_together_in_steps_of_an_eighth() -> None:

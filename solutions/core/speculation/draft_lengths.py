@@ -13,8 +13,9 @@ the first token of such a draft is the one that then comes is seen without the m
 *What it may cost.* All that is tried for the sake of knowledge, and all that turns out wrong, is paid from an account. A share
 `ALLOWANCE` of the time that passes is paid in, and so is what drafts win, up to `MOST_SAVED` steps. A step may draft only what
 the account could pay if all of it were rejected. So speculation loses at most `ALLOWANCE` of the time and `MOST_SAVED` steps,
-whatever the text does, and `FOR_LOOKS` for drafts that are only looked at. One thing is lent and not paid: what a draft model
-computes of a text that it has missed, where drafts pay.
+whatever the text does, and `FOR_LOOKS` for drafts that are only looked at. Each number of sequences has an account of its own,
+so that what 32 have lost holds nobody up who is alone. One thing is lent and not paid: what a draft model computes of a text
+that it has missed, where drafts pay.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .step_costs import Average, StepCosts
+from .step_costs import Average, StepCosts, size_class
 
 ALLOWANCE = 0.01
 FOR_LOOKS, MOST_LOOKED = 0.005, 0.2
@@ -77,14 +78,14 @@ class DraftLengths:
         foretold: whether drafts follow from the text alone, so that they can be judged without a trial.
 
     Attributes:
-        account: seconds that may be lost.
+        accounts: class of the number of sequences (`size_class`) → seconds that may be lost.
         mean_length: tokens for each sequence, on average, as it was last decided; 0: drafts do not pay at the moment.
         pays: whether drafts do; also true before the first decision.
     """
 
     def __init__(self, foretold: bool = False) -> None:
         self.costs = StepCosts()
-        self.account: float | None = None
+        self.accounts: dict[int, float] = {}
         self.mean_length = 0.0
         self.pays = True
         self._foretold = foretold
@@ -121,9 +122,8 @@ class DraftLengths:
             self._rest = max(0, self._rest - 1)
             return counts
         self._rest = REST
-        if self.account is None:
-            self.account = (AT_FIRST if self._foretold else FOR_A_MODEL) * plain
-        if self.account <= 0:
+        account = self.accounts.setdefault(size_class(num_seqs), (AT_FIRST if self._foretold else FOR_A_MODEL) * plain)
+        if account <= 0:
             self.mean_length, self.pays = 0.0, False
             return counts
         chances = [self._chance(seq_id) for seq_id in seq_ids]
@@ -139,26 +139,25 @@ class DraftLengths:
         best, is_dear = (LEAST_GAIN * num_seqs / plain, 0, longest), (self._drafting.value or 0.0) > 0.01 * plain
         for depth in range(1 if is_dear else longest, longest + 1):
             taken = depths < depth
-            best = max(best, (*self._best(plain, num_seqs, gains[taken], depths[taken], behind[taken]), depth))
+            best = max(best, (*self._best(account, plain, num_seqs, gains[taken], depths[taken], behind[taken]), depth))
         _, chosen, depth = best
         for row in rows[depths < depth][:chosen]:
             counts[row] += 1
         self.mean_length, self.pays = chosen / num_seqs, chosen > 0
         self._rest = 0 if chosen else REST
-        return counts if chosen or self._foretold else self._probe(plain, most, missed)
+        return counts if chosen or self._foretold else self._probe(account, plain, most, missed)
 
     def _best(
-        self, plain: float, num_seqs: int, gains: NDArray[np.float64], depths: NDArray[np.integer[Any]],
+        self, account: float, plain: float, num_seqs: int, gains: NDArray[np.float64], depths: NDArray[np.integer[Any]],
         missed: NDArray[np.int64],
     ) -> tuple[float, int]:  # fmt: skip
         """The best rate, and how many of the tokens to draft for it; 0 and 0 where nothing can be paid. All are [N], in the
         order in which tokens are taken: the chance of each, how many are before it in its draft, what it must read first."""
-        assert self.account is not None  # `choose` sees to it
         least, greatest = self.costs.ratios(num_seqs, len(gains))
         drafting = (self._drafting.value or 0.0) * (1 + np.maximum.accumulate(depths))
         reading = (self._reading.value or 0.0) * np.cumsum(missed) / HORIZON
         tokens = num_seqs + np.cumsum(gains)
-        affordable = plain * (greatest - 1) + drafting <= self.account
+        affordable = plain * (greatest - 1) + drafting <= account
         for ratio in (least, greatest):  # as good as it may be, where that can be paid for; else as bad as it may be
             rates = np.where(affordable, tokens / (plain * ratio + drafting + reading), 0.0)
             place = int(rates.argmax())
@@ -166,14 +165,14 @@ class DraftLengths:
                 return float(rates[place]), place + 1
         return 0.0, 0
 
-    def _probe(self, plain: float, most: Many[int], missed: Many[int]) -> list[int]:
+    def _probe(self, account: float, plain: float, most: Many[int], missed: Many[int]) -> list[int]:
         """One token for one sequence, where the account can pay for it; they take turns."""
         counts = [0] * len(most)
         self._turn += 1
         row = min((row for row, room in enumerate(most) if room), key=lambda row: (missed[row], (row + self._turn) % len(most)))
         ratio = self.costs.ratios(len(most), 1)[1][0] - 1
         cost = plain * ratio + (self._drafting.value or 0.0) + missed[row] * (self._reading.value or 0.0)
-        if self.account is not None and cost <= self.account:
+        if cost <= account:
             counts[row] = 1
         return counts
 
@@ -208,11 +207,12 @@ class DraftLengths:
         `overhead` seconds for all that concerns drafts."""
         plain = self.costs.plain(num_seqs)
         self.costs.add(num_seqs, num_drafted, seconds)
-        if plain is None or self.account is None:
+        size = size_class(num_seqs)
+        if plain is None or size not in self.accounts:
             return
         won = plain * num_new / num_seqs - seconds if num_drafted else 0.0
-        account = self.account + won + self._lent - overhead + ALLOWANCE * (seconds + overhead)
-        self.account = min(max(account, -MOST_OWED * plain), self._most_saved * plain)
+        account = self.accounts[size] + won + self._lent - overhead + ALLOWANCE * (seconds + overhead)
+        self.accounts[size] = min(max(account, -MOST_OWED * plain), self._most_saved * plain)
         self._for_looks = min(max(self._for_looks, -MOST_LOOKED * plain) + FOR_LOOKS * seconds, MOST_LOOKED * plain)
 
     def forget(self, seq_ids: Many[int]) -> None:
