@@ -124,7 +124,7 @@ def test_every_task_has_an_example() -> None:
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.id)
 def test_the_example_of_a_task_needs_that_task_and_no_later_one(tmp_path: Path, task: Task) -> None:
     stage = next(stage for stage in COURSE if stage.number == task.stage)
-    code = EXAMPLES[f"Task {task.id} · {task.title}"]
+    code = EXAMPLES[f"Task {task.id} · {task.name}"]
     at = stage.tasks.index(task)
     for first, todo in ((at + 1, "later"), (at, "its own")):
         with unfinished_engine(tmp_path / todo, stage, stage.tasks[first:]) as engine:
