@@ -124,8 +124,8 @@ def test_speculation_is_measured_and_kept(tmp_path: Path, capsys, monkeypatch):
     for case in cases:
         if case["method"] == PLAIN:
             assert (case["tokens_per_step"], case["acceptance"]) == (1.0, None)
-        if case["method"] == "draft model" and case["text"] == "repetitive":
-            assert case["acceptance"] in (1.0, None)  # the model itself, if it pays
+        if case["method"] == "draft model" and case["acceptance"] is not None:  # it drafts where it pays, which is not foreseen
+            assert 0 <= case["acceptance"] <= 1
     assert "as fast as plain" in capsys.readouterr().out
 
 
