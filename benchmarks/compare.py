@@ -61,6 +61,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bf16": {"dtype": "auto"},
     "int8": {"quantization": "int8"},
     "int4": {"quantization": "int4"},
+    "gguf": {"quantization": "gguf"},
     "int8-kv": {"kv_cache_dtype": "int8"},
     "invariant": {"batch_invariant": True},
     "eager": {"enforce_eager": True},
