@@ -134,8 +134,8 @@ def throughput() -> Table:
 def weights() -> Table:
     runs = record(f"{CPU}_quantization")
     names = {
-        "bf16": "bfloat16", "int8": "int8 weights", "int4": "int4 weights", "int8-kv": "int8 KV cache",
-        "invariant": "`--batch-invariant`",
+        "bf16": "bfloat16", "int8": "int8 weights", "int4": "int4 weights",
+        "gguf": "the GGUF file's own blocks, of 4 bits", "int8-kv": "int8 KV cache", "invariant": "`--batch-invariant`",
     }  # fmt: skip
     rows = [[text, *(rate(runs[workload][name]) for workload in ("W1", "W2"))] for name, text in names.items()]
     return table("output tokens a second | one request | 32 at once", rows)
