@@ -3,18 +3,22 @@
 Its KV cache has the same blocks as the target's: one block table serves both, so whatever becomes of a sequence's blocks,
 shared, copied, swapped or found in the prefix cache, holds for both. The draft model first computes what the target's step is
 about to compute, a prompt's chunk or a single token, which gives the first drafted token, and then one token after the other.
+
+While nothing is drafted it computes nothing, and blocks that are filled meanwhile hold nothing of it. So it notes which blocks
+it has filled: of what the prefix cache finds for a sequence, the others are missing here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
 from ..attention.block_manager import NULL_BLOCK
 from ..batching.continuous_batch import ContinuousBatch
-from ..batching.scheduler_output import Draft, SchedulerOutput
+from ..batching.scheduler_output import BlockPairs, Draft, SchedulerOutput
 from ..batching.sequence import Sequence
 from ..models.config.model_config import ModelConfig
 from ..models.loader import ModelSource, resolve_model
@@ -65,7 +69,10 @@ class DraftModelProposer(Proposer):
         self._block_size = draft.settings.block_size
         self._limits: Limits
         self._num_computed: dict[int, int] = {}
-        """seq_id → tokens of it that have keys and values here; what the target has is assumed of a sequence not listed."""
+        """seq_id → tokens of it that have keys and values here."""
+        self._filled: set[int] = set()
+        self._filled_on_host: set[int] = set()
+        """Blocks whose keys and values here are of the tokens that the target's are of."""
 
     def create_cache(self, limits: Limits, tables: dict[int, list[int]]) -> None:
         self.worker.create_cache(limits.num_blocks, self._block_size, limits.num_host_blocks)
@@ -77,15 +84,36 @@ class DraftModelProposer(Proposer):
     def update_states(self, output: SchedulerOutput) -> None:
         for seq_id in output.removed:
             self._num_computed.pop(seq_id, None)
+        self._follow(output.swap_out, self._filled, self._filled_on_host)
+        self._follow(output.swap_in, self._filled_on_host, self._filled)
+        self._follow(output.copies, self._filled, self._filled)
+        for seq, num_tokens in output.scheduled.items():  # the target fills these blocks now
+            self._filled.difference_update(self._blocks(seq, seq.num_computed_tokens, seq.num_computed_tokens + num_tokens))
         for seq in output.scheduled:  # what the target rejected, or lost when the sequence was preempted, is worth nothing here
-            num_computed = self._num_computed.get(seq.seq_id, seq.num_computed_tokens)
+            num_computed = self._num_computed.get(seq.seq_id)
+            if num_computed is None:
+                found = takewhile(self._filled.__contains__, self._blocks(seq, 0, seq.num_computed_tokens))
+                num_computed = sum(1 for _ in found) * self._block_size
             self._num_computed[seq.seq_id] = min(num_computed, seq.num_computed_tokens)
         self.worker.move_blocks(output.swap_out, output.swap_in, output.copies)
+
+    @staticmethod
+    def _follow(pairs: BlockPairs, source: set[int], target: set[int]) -> None:
+        """Blocks are copied: what is known of the first of each pair is known of the second from now on."""
+        filled = [block for origin, block in pairs if origin in source]
+        target.difference_update(block for _, block in pairs)
+        target.update(filled)
+
+    def _blocks(self, seq: Sequence, start: int, end: int) -> list[int]:
+        """The blocks of a sequence that hold its positions from `start` on, and before `end`."""
+        return self.tables[seq.seq_id][start // self._block_size : -(-end // self._block_size)]
 
     @torch.inference_mode()
     def propose(self, output: SchedulerOutput, wanted: dict[Sequence, int]) -> dict[Sequence, Draft]:
         """Compute what the step computes, and what was missed while nothing was drafted; then draft."""
         drafts: dict[Sequence, Draft] = {}
+        for seq, count in wanted.items():
+            self._filled.difference_update(self._blocks(seq, seq.num_computed_tokens, len(seq.tokens) + count))
         logits, drafting = self._catch_up(output, wanted)
         probs: dict[Sequence, list[Tensor]] = {seq: [] for seq in drafting}
         lengths = {seq: len(seq.tokens) for seq in drafting}
@@ -131,7 +159,9 @@ class DraftModelProposer(Proposer):
         batch = layout.build(decision, self.tables, self._num_computed)
         hidden = self.worker.forward(batch)
         for seq, count in counts.items():
-            self._num_computed[seq.seq_id] += count
+            start = self._num_computed[seq.seq_id]
+            self._num_computed[seq.seq_id] = end = start + count
+            self._filled.update(self._blocks(seq, start, end // self._block_size * self._block_size))
         if not sampled:
             return hidden[:0]
         return self.worker.model.compute_logits(hidden[torch.from_numpy(batch.logits_indices).to(hidden.device)])

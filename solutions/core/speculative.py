@@ -209,7 +209,7 @@ class Drafter:
             counts = lengths.choose([seq.seq_id for seq in sampled], room, [proposer.num_missed(seq) for seq in sampled])
             wanted = self._find_room(output, dict(zip(sampled, counts, strict=True)))
         self._take_note(output)
-        if wanted or (lengths.pays and not decodes and proposer.config.most(len(output.scheduled))):
+        if wanted or (lengths.pays(len(output.scheduled)) and not decodes and proposer.config.most(len(output.scheduled))):
             missed = [proposer.num_missed(seq) for seq in wanted]
             begin = self._clock()
             drafts = proposer.propose(output, wanted)

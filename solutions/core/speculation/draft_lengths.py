@@ -80,14 +80,16 @@ class DraftLengths:
     Attributes:
         accounts: class of the number of sequences (`size_class`) → seconds that may be lost.
         mean_length: tokens for each sequence, on average, as it was last decided; 0: drafts do not pay at the moment.
-        pays: whether drafts do; also true before the first decision.
     """
 
     def __init__(self, foretold: bool = False) -> None:
         self.costs = StepCosts()
         self.accounts: dict[int, float] = {}
         self.mean_length = 0.0
-        self.pays = True
+        self._paying: dict[int, bool] = {}
+        """Class of the number of sequences → whether drafts paid when it was last decided."""
+        self._size = 0
+        """The class for which it was decided last."""
         self._foretold = foretold
         self._most_saved = MOST_SAVED if foretold else FOR_A_MODEL
         self._chances: dict[int, Chance] = {}
@@ -121,14 +123,14 @@ class DraftLengths:
         if self._rest or plain is None or longest == 0:
             self._rest = max(0, self._rest - 1)
             return counts
-        self._rest = REST
-        account = self.accounts.setdefault(size_class(num_seqs), (AT_FIRST if self._foretold else FOR_A_MODEL) * plain)
+        self._rest, self._size = REST, size_class(num_seqs)
+        account = self.accounts.setdefault(self._size, (AT_FIRST if self._foretold else FOR_A_MODEL) * plain)
         if account <= 0:
-            self.mean_length, self.pays = 0.0, False
+            self.mean_length, self._paying[self._size] = 0.0, False
             return counts
         chances = [self._chance(seq_id) for seq_id in seq_ids]
         if self._foretold and sum(chances) < (LEAST_GAIN - 1) * (1 - max(chances)) * num_seqs:  # not even if they cost nothing
-            self.mean_length, self.pays = 0.0, False
+            self.mean_length, self._paying[self._size] = 0.0, False
             return counts
         powers: NDArray[np.float64] = np.array(chances, np.float64)[:, None] ** np.arange(1, longest + 1)  # [S, longest]
         powers[np.arange(longest) >= np.array(most)[:, None]] = -1.0  # there is no room for these
@@ -143,7 +145,7 @@ class DraftLengths:
         _, chosen, depth = best
         for row in rows[depths < depth][:chosen]:
             counts[row] += 1
-        self.mean_length, self.pays = chosen / num_seqs, chosen > 0
+        self.mean_length, self._paying[self._size] = chosen / num_seqs, chosen > 0
         self._rest = 0 if chosen else REST
         return counts if chosen or self._foretold else self._probe(account, plain, most, missed)
 
@@ -176,6 +178,10 @@ class DraftLengths:
             counts[row] = 1
         return counts
 
+    def pays(self, num_seqs: int) -> bool:
+        """Whether drafts have paid with so many sequences; also true before the first decision."""
+        return self._paying.get(size_class(num_seqs), True)
+
     def may_look(self) -> bool:
         """Whether to draft for no trial, only to see what would have been right."""
         return self._foretold and self._for_looks > 0
@@ -193,7 +199,7 @@ class DraftLengths:
             self._drafting.add(seconds / depth)
             return
         reading = max(0.0, seconds - depth * (self._drafting.value or 0.0))
-        self._lent = reading if self.pays else 0.0
+        self._lent = reading if self._paying.get(self._size, True) else 0.0
         if self._drafting.value is not None:
             self._reading.add(reading / sum(missed))
 
