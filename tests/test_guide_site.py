@@ -58,7 +58,7 @@ def test_the_table_of_tasks_leads_to_the_pages(site: Path) -> None:
 def test_the_search_knows_every_task(site: Path) -> None:
     entries = json.loads((site / "search/search_index.json").read_text(encoding="utf-8"))["docs"]
     titles = {entry["title"] for entry in entries}
-    assert [task.id for task in TASKS if f"Task {task.id} · {task.title}" not in titles] == []
+    assert [task.id for task in TASKS if f"Task {task.id} · {task.name}" not in titles] == []
 
 
 @pytest.mark.parametrize("file", PAGES)

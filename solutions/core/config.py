@@ -206,8 +206,8 @@ class EngineConfig:
     def _check_choices(self) -> None:
         for f in fields(self):
             choices, value = f.metadata["choices"], getattr(self, f.name)
-            of_encoders = (f.name, value) == ("attention_backend", "full")  # which the start sets, and refuses elsewhere
-            if choices is not None and value is not None and value not in choices and not of_encoders:
+            of_a_kind = f.name == "attention_backend" and value in ("full", "latent")  # which models of other kinds refuse
+            if choices is not None and value is not None and value not in choices and not of_a_kind:
                 raise ValueError(f"--{f.name.replace('_', '-')}: one of {', '.join(choices)}, not {value!r}")
 
     def _check_lora(self) -> None:

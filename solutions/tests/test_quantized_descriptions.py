@@ -303,7 +303,7 @@ REFUSED = {
     "dynamic no settings": (GPTQ | {"dynamic": {".*": 8}}, "no object but 8"),
     **{
         name: ({"quant_method": name}, f"quantized with {name} are not supported, gptq, awq, .* are; use the unquantized model")
-        for name in ("bitsandbytes", "hqq", "marlin", "nvfp4", "auto-round", "qqq", "gguf")
+        for name in ("bitsandbytes", "hqq", "marlin", "nvfp4", "auto-round", "qqq", "quanto")
     },
 }  # fmt: skip
 

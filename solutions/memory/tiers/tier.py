@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:  # a server names its flags and asks for its port before torch is imported
+    from torch import Tensor
 
 
 @dataclass(slots=True)
