@@ -185,9 +185,8 @@ class LLMEngine:
         Returns:
             Outputs of the requests that advanced, as their ``output_kind`` asks.
         """
-        # Hint: step has no loop but the one over the observers: it asks for each thing once, and every part needs
-        # something that another one made. Draw an arrow for each need, and the order is left. emit goes through
-        # `sequences` once; `_states` knows each by its seq_id.
+        # Hint: step calls each part once, and every part needs something that another one made: draw an arrow for each
+        # need. emit goes through `sequences` once; `_states` knows each by its seq_id.
         raise NotImplementedError("Stage 2 · Task 2.7: LLMEngine.step, see stages/stage2_scheduler/GUIDE.md#task-2-7")
 
     def stats(self) -> EngineStats:

@@ -285,9 +285,8 @@ class OutputProcessor:
                 are FINISHED.
             now: the time, from `time.monotonic`.
         """
-        # Hint: step has no loop but the one over the observers: it asks for each thing once, and every part needs
-        # something that another one made. Draw an arrow for each need, and the order is left. emit goes through
-        # `sequences` once; `_states` knows each by its seq_id.
+        # Hint: step calls each part once, and every part needs something that another one made: draw an arrow for each
+        # need. emit goes through `sequences` once; `_states` knows each by its seq_id.
         raise NotImplementedError("Stage 2 · Task 2.7: OutputProcessor.emit, see stages/stage2_scheduler/GUIDE.md#task-2-7")
 
     def abort(self, request_id: str) -> RequestOutput | None:

@@ -165,7 +165,7 @@ def test_many_children_are_not_compared_one_by_one(monkeypatch: pytest.MonkeyPat
     assert len(compared) <= 4, f"{len(compared)} blocks were compared"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, report_multiple_bugs=False)
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=14), min_size=1, max_size=8), st.data())
 def test_as_much_is_found_as_by_comparing_with_all(texts: list[list[int]], data: st.DataObject) -> None:
     """For any texts and any that is asked for: whole blocks and part together are the longest beginning that one of them has.

@@ -198,6 +198,7 @@ def test_several_may_write_one_block(tmp_path: Path) -> None:
             errors.append(error)
             start.abort()
 
+    write_block(path, MODEL, KEY, memoryview(b"first"))
     threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()

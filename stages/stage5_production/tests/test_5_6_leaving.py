@@ -250,6 +250,8 @@ def test_who_no_longer_watches_closes_nothing() -> None:
         await turns()
         watch.cancel()
         await asyncio.wait([watch], timeout=10)
+        if not watch.cancelled():
+            watch.result()
         before = list(aborted)
         stream.put(output("a", True))
         return [*before, *[one.request_id async for one in stream]]

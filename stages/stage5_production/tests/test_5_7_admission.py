@@ -146,6 +146,10 @@ def test_other_errors_are_no_rejections() -> None:
     check_equal((queue.taken, queue.aborted), (["r1"], ["r0"]), "taken and aborted")
 
 
+class RankDiedError(RuntimeError):
+    """What breaks an engine."""
+
+
 def test_a_failure_is_no_refusal() -> None:
     """The engine breaks at the second of two prompts: that comes out, and the stream is not told that it was refused.
 
@@ -157,11 +161,11 @@ def test_a_failure_is_no_refusal() -> None:
 
     def break_at_the_second(request: Any) -> None:
         if queue.taken:
-            raise RuntimeError("a rank has died")
+            raise RankDiedError
         submit(request)
 
     queue.submit = break_at_the_second
-    with pytest.raises(RuntimeError, match="a rank has died"):
+    with pytest.raises(RankDiedError):
         accept(queue, [1, 2])
 
 
