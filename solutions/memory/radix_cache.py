@@ -48,8 +48,8 @@ class RadixCache(PrefixCache):
     def __init__(self, block_size: int) -> None:
         super().__init__(block_size)
         self._numbers = count()
-        self._roots: dict[str | None, Node] = {}
-        """Cache salt → the node above all first blocks."""
+        self._top = Node(None, (), b"")
+        """Its children are the roots, one for each cache salt; see `salt_tokens`."""
         self._nodes: dict[bytes, Node] = {}
 
     def block_hashes(self, seq: Sequence, num_blocks: int) -> list[bytes]:
@@ -82,7 +82,7 @@ class RadixCache(PrefixCache):
             among them: it must be computed. (0, 0) if none shares any.
         """
         path, start, best = list(self._path(seq)), num_blocks * self.block_size, (0, 0)
-        node = path[-1] if path else self._roots.get(seq.cache_salt)
+        node = path[-1] if path else self._top.children.get(salt_tokens(seq))
         if node is None:
             return best
         wanted = tuple(seq.tokens[start : min(start + self.block_size, len(seq.tokens) - 1)])
@@ -123,7 +123,7 @@ class RadixCache(PrefixCache):
 
     def clear(self) -> None:
         super().clear()
-        self._roots.clear()
+        self._top = Node(None, (), b"")
         self._nodes.clear()
 
     def check_invariants(self) -> None:
@@ -134,13 +134,14 @@ class RadixCache(PrefixCache):
         """
         super().check_invariants()
         assert {key: node.block for key, node in self._nodes.items() if node.block is not None} == self._block_of
-        for node in (*self._nodes.values(), *self._roots.values()):
+        for node in (*self._nodes.values(), self._top):
+            assert node is self._top or node.block is not None or node.children, f"node {node.key!r} stands for nothing"
             assert node.order == sorted(node.children), f"the order below node {node.key!r} is not that of its children"
             for tokens, child in node.children.items():
                 assert (child.parent, child.tokens) == (node, tokens), f"node {child.key!r} lies below another node"
 
     def _root(self, seq: Sequence) -> Node:
-        return self._roots.setdefault(seq.cache_salt, Node(None, (), b""))
+        return self._child(self._top, salt_tokens(seq))
 
     def _child(self, node: Node, tokens: Tokens) -> Node:
         child = node.children.get(tokens)
@@ -156,7 +157,7 @@ class RadixCache(PrefixCache):
         They end where a node is missing or was overwritten, or its block would hold the sequence's last token, which must be
         computed. Nothing is made.
         """
-        node, size = self._roots.get(seq.cache_salt), self.block_size
+        node, size = self._top.children.get(salt_tokens(seq)), self.block_size
         for start in range(0, (len(seq.tokens) - 1) // size * size, size):
             node = node and node.children.get(tuple(seq.tokens[start : start + size]))
             if node is None or node.block is None:
@@ -166,13 +167,18 @@ class RadixCache(PrefixCache):
     def _prune(self, node: Node) -> None:
         """Take a node that has neither a block nor children out of the tree, with those above it that are left with neither.
 
-        Its parent's `children` and `order`, and `_nodes`, know it no longer. A root stays.
+        Its parent's `children` and `order`, and `_nodes`, know it no longer. The node above all, which has no parent, stays.
         """
         while node.block is None and not node.children and node.parent is not None:
             parent = node.parent
             del parent.children[node.tokens], self._nodes[node.key]
             del parent.order[bisect_left(parent.order, node.tokens)]
             node = parent
+
+
+def salt_tokens(seq: Sequence) -> Tokens:
+    """What stands for a sequence's cache salt in the tree."""
+    return (-1,) if seq.cache_salt is None else tuple(seq.cache_salt.encode())
 
 
 def shared_length(first: Tokens, second: Tokens) -> int:

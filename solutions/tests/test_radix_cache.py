@@ -113,6 +113,17 @@ def test_the_longest_prefix_is_found(seed: int) -> None:
     assert not cache._nodes, "nothing is left of texts whose blocks are gone"
 
 
+def test_a_spray_of_salts_is_forgotten() -> None:
+    """Each request brings a salt of its own, as clients may; the tree is no larger than what its blocks hold."""
+    sim = Simulation(num_blocks=8, block_size=SIZE, radix=True)
+    for number in range(200):
+        sim.add([1] * 6, max_tokens=2, salt=f"client {number}")
+        sim.run()
+        assert len(sim.manager.prefix_cache._top.children) <= 8
+    sim.manager.prefix_cache.clear()
+    sim.manager.prefix_cache.check_invariants()
+
+
 def test_a_prompt_shares_all_tokens_up_to_the_first_that_differs() -> None:
     """Of 11 tokens alike, with blocks of 4: the hash cache shares 8, the tree 11."""
     for radix, cached in ((False, 8), (True, 11)):

@@ -48,8 +48,8 @@ class RadixCache(PrefixCache):
     def __init__(self, block_size: int) -> None:
         super().__init__(block_size)
         self._numbers = count()
-        self._roots: dict[str | None, Node] = {}
-        """Cache salt → the node above all first blocks."""
+        self._top = Node(None, (), b"")
+        """Its children are the roots, one for each cache salt; see `salt_tokens`."""
         self._nodes: dict[bytes, Node] = {}
 
     def block_hashes(self, seq: Sequence, num_blocks: int) -> list[bytes]:
@@ -110,7 +110,7 @@ class RadixCache(PrefixCache):
 
     def clear(self) -> None:
         super().clear()
-        self._roots.clear()
+        self._top = Node(None, (), b"")
         self._nodes.clear()
 
     def check_invariants(self) -> None:
@@ -121,13 +121,14 @@ class RadixCache(PrefixCache):
         """
         super().check_invariants()
         assert {key: node.block for key, node in self._nodes.items() if node.block is not None} == self._block_of
-        for node in (*self._nodes.values(), *self._roots.values()):
+        for node in (*self._nodes.values(), self._top):
+            assert node is self._top or node.block is not None or node.children, f"node {node.key!r} stands for nothing"
             assert node.order == sorted(node.children), f"the order below node {node.key!r} is not that of its children"
             for tokens, child in node.children.items():
                 assert (child.parent, child.tokens) == (node, tokens), f"node {child.key!r} lies below another node"
 
     def _root(self, seq: Sequence) -> Node:
-        return self._roots.setdefault(seq.cache_salt, Node(None, (), b""))
+        return self._child(self._top, salt_tokens(seq))
 
     def _child(self, node: Node, tokens: Tokens) -> Node:
         child = node.children.get(tokens)
@@ -150,9 +151,14 @@ class RadixCache(PrefixCache):
     def _prune(self, node: Node) -> None:
         """Take a node that has neither a block nor children out of the tree, with those above it that are left with neither.
 
-        Its parent's `children` and `order`, and `_nodes`, know it no longer. A root stays.
+        Its parent's `children` and `order`, and `_nodes`, know it no longer. The node above all, which has no parent, stays.
         """
         raise NotImplementedError("Stage 4 · Task 4.11: RadixCache._prune, see stages/stage4_optimization/GUIDE.md#task-4-11")
+
+
+def salt_tokens(seq: Sequence) -> Tokens:
+    """What stands for a sequence's cache salt in the tree."""
+    return (-1,) if seq.cache_salt is None else tuple(seq.cache_salt.encode())
 
 
 def shared_length(first: Tokens, second: Tokens) -> int:

@@ -136,8 +136,8 @@ def test_a_leaf_takes_what_stood_for_it_alone() -> None:
     cache = RadixCache(SIZE)
     enter(cache, [0] * 8 + [1] * 4, 10)
     enter(cache, [0] * 8 + [2] * 6, 20)
-    check_equal(len(cache._nodes), 5, "nodes of two texts with 8 tokens in common")
-    for block, left in ((10, 5), (11, 5), (12, 4), (22, 4), (23, 0)):
+    check_equal(len(cache._nodes), 6, "nodes of two texts with 8 tokens in common, and their root")
+    for block, left in ((10, 6), (11, 6), (12, 5), (22, 5), (23, 0)):
         cache.forget(block)
         cache.check_invariants()
         check_equal(len(cache._nodes), left, f"nodes after block {block}")
