@@ -16,6 +16,8 @@ REFUSED_FLAGS = {
     "--trust-remote-code": "no code from a model's folder is run; leave it out, and use a model of transformers' own classes",
 }
 """Flags of vLLM's, and what to do instead."""
+KINDS = {"int": int, "bool": bool}
+"""Types whose values are checked; the others are read by whoever uses them."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -36,8 +38,8 @@ class EngineConfig:
     """Settings of one engine. Each field is also a command-line flag (``max_num_seqs`` is ``--max-num-seqs``).
 
     Raises:
-        ValueError: a setting is none of its choices; `tensor_parallel_size` is less than 1, or more than the executor has room
-            for; settings exclude each other.
+        ValueError: a setting is none of its choices, or of another type; `tensor_parallel_size` is less than 1, or more than the
+            executor has room for; settings exclude each other.
     """
 
     model: str = _flag(DEFAULT_MODEL, "alias, folder in Hugging Face format, .gguf file, or hub id")
@@ -165,7 +167,7 @@ class EngineConfig:
     seed: int = _flag(0, "seeds the sampling of requests that bring no seed of their own")
 
     def __post_init__(self) -> None:
-        self._check_choices()
+        self._check_values()
         if self.tensor_parallel_size < 1:
             raise ValueError(f"tensor_parallel_size must be at least 1, got {self.tensor_parallel_size}")
         if self.enable_expert_parallel and self.tensor_parallel_size == 1:
@@ -203,9 +205,12 @@ class EngineConfig:
         if self.tensor_parallel_size > 1 or self.distributed_executor_backend in ("mp", "ray"):
             raise ValueError("--kv-offload: only with one rank in the engine's process; each rank has a part of every block")
 
-    def _check_choices(self) -> None:
+    def _check_values(self) -> None:
         for f in fields(self):
             choices, value = f.metadata["choices"], getattr(self, f.name)
+            kind = KINDS.get(str(f.type).removesuffix(" | None"))
+            if kind is not None and type(value) is not kind and (value is not None or f.default is not None):
+                raise ValueError(f"{f.name}: {'a whole number' if kind is int else 'True or False'}, not {value!r}")
             of_a_kind = f.name == "attention_backend" and value in ("full", "latent")  # which models of other kinds refuse
             if choices is not None and value is not None and value not in choices and not of_a_kind:
                 raise ValueError(f"--{f.name.replace('_', '-')}: one of {', '.join(choices)}, not {value!r}")

@@ -204,6 +204,18 @@ def test_other_models_and_devices_refuse_it(tmp_path: Path, cache: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "kind"),
+    [("max_num_seqs", "8", "a whole number"), ("max_num_seqs", True, "a whole number"), ("block_size", 16.0, "a whole number"),
+     ("seed", None, "a whole number"), ("kv_offload_size", "4G", "a whole number"), ("max_model_len", "1k", "a whole number"),
+     ("enable_prefix_caching", "no", "True or False"), ("enforce_eager", 1, "True or False")],
+)  # fmt: skip
+def test_a_setting_of_another_type_is_refused(field: str, value: object, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"{field}: {kind}, not {value!r}"):
+        EngineConfig(**{field: value})
+    assert EngineConfig(max_model_len=None).max_model_len is None
+
+
+@pytest.mark.parametrize(
     ("field", "value"),
     [("quantization", "foo"), ("attention_backend", "flash"), ("kv_cache_dtype", "int4"), ("dtype", "int3"), ("device", "tpu"),
      ("preemption_mode", "x"), ("scheduling_policy", "x"), ("load_format", "x"), ("collective_backend", "x")],

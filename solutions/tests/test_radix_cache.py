@@ -198,3 +198,14 @@ def test_what_it_cannot_go_with_is_refused(tmp_path: Path, settings: dict[str, o
     make_tiny_mistral(tmp_path)
     with pytest.raises(ValueError, match=f"--prefix-cache radix: .*{message}"):
         LLM(str(tmp_path), device="cpu", prefix_cache="radix", **settings)
+
+
+@pytest.mark.parametrize("way", ["hash", "radix"])
+def test_what_was_looked_up_is_counted_while_nothing_is_cached(tmp_path: Path, way: str) -> None:
+    """A counter that falls back to 0 when the cache is empty would look like a restart to whoever draws it."""
+    make_tiny_llama(tmp_path)
+    llm = LLM(str(tmp_path), device="cpu", num_gpu_blocks_override=40, prefix_cache=way)
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    llm.generate([{"prompt_token_ids": [5, 6, 7]}, {"prompt_token_ids": list(range(40))}], params, use_tqdm=False)
+    llm.llm_engine.block_manager.prefix_cache.clear()
+    assert llm.llm_engine.stats().prefix_cache_queries == 43

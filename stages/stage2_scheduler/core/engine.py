@@ -195,8 +195,8 @@ class LLMEngine:
         return EngineStats(
             num_running=len(scheduler.running), num_waiting=len(scheduler.waiting), num_deferred=self.input.num_compiling,
             kv_cache_usage=self.block_manager.usage, peak_kv_cache_usage=scheduler.peak_usage,
-            prefix_cache_queries=cache.num_queries if cache else 0, prefix_cache_hits=cache.num_hits if cache else 0,
-            num_preemptions=scheduler.num_preemptions, num_prompt_tokens=self.outputs.num_prompt_tokens,
+            prefix_cache_queries=0 if cache is None else cache.num_queries, num_preemptions=scheduler.num_preemptions,
+            prefix_cache_hits=0 if cache is None else cache.num_hits, num_prompt_tokens=self.outputs.num_prompt_tokens,
             num_generation_tokens=scheduler.num_generation_tokens - self.outputs.num_pooled, num_steps=scheduler.num_steps,
             spec_decode_num_drafts=scheduler.num_drafts, spec_decode_num_draft_tokens=scheduler.num_draft_tokens,
             spec_decode_num_accepted_tokens=scheduler.num_accepted_tokens, spec_decode_accepted=scheduler.accepted.copy(),
