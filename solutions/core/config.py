@@ -38,8 +38,8 @@ class EngineConfig:
     """Settings of one engine. Each field is also a command-line flag (``max_num_seqs`` is ``--max-num-seqs``).
 
     Raises:
-        ValueError: a setting is none of its choices, or of another type; `tensor_parallel_size` is less than 1, or more than the
-            executor has room for; settings exclude each other.
+        ValueError: a setting is none of its choices, or of another type; `tensor_parallel_size` is less than 1, or more than
+            the executor has room for; settings exclude each other.
     """
 
     model: str = _flag(DEFAULT_MODEL, "alias, folder in Hugging Face format, .gguf file, or hub id")
