@@ -86,8 +86,10 @@ class DraftModelProposer(Proposer):
             self._num_computed.pop(seq_id, None)
         self._follow(output.swap_out, self._filled, self._filled_on_host)
         self._follow(output.swap_in, self._filled_on_host, self._filled)
-        self._follow(output.copies, self._filled, self._filled)
-        for seq, num_tokens in output.scheduled.items():  # the target fills these blocks now
+        for (
+            seq,
+            num_tokens,
+        ) in output.scheduled.items():  # the target fills these blocks now, those that are copied to among them
             self._filled.difference_update(self._blocks(seq, seq.num_computed_tokens, seq.num_computed_tokens + num_tokens))
         for seq in output.scheduled:  # what the target rejected, or lost when the sequence was preempted, is worth nothing here
             num_computed = self._num_computed.get(seq.seq_id)
@@ -112,8 +114,6 @@ class DraftModelProposer(Proposer):
     def propose(self, output: SchedulerOutput, wanted: dict[Sequence, int]) -> dict[Sequence, Draft]:
         """Compute what the step computes, and what was missed while nothing was drafted; then draft."""
         drafts: dict[Sequence, Draft] = {}
-        for seq, count in wanted.items():
-            self._filled.difference_update(self._blocks(seq, seq.num_computed_tokens, len(seq.tokens) + count))
         logits, drafting = self._catch_up(output, wanted)
         probs: dict[Sequence, list[Tensor]] = {seq: [] for seq in drafting}
         lengths = {seq: len(seq.tokens) for seq in drafting}

@@ -55,10 +55,8 @@ class RadixCache(PrefixCache):
     def block_hashes(self, seq: Sequence, num_blocks: int) -> list[bytes]:
         """Numbers of the nodes of a sequence's first full blocks, which are made where there are none; see `insert`."""
         keys, size = seq.block_hashes, self.block_size
-        if num_blocks and len(keys) >= num_blocks and keys[num_blocks - 1] not in self._nodes:
-            keys.clear()  # the node went while nobody held its block
-        node = self._nodes.get(keys[-1]) if keys else self._root(seq)
-        if node is None:
+        node = self._nodes.get(keys[-1]) if keys else None
+        if node is None:  # none was made, or the last one went while nobody held its block
             keys.clear()
             node = self._root(seq)
         for index in range(len(keys), num_blocks):

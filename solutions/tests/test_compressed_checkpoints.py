@@ -51,10 +51,11 @@ def packed(bits: int = 4, size: int = 16, asymmetric: bool = False, sort: bool =
     return write
 
 
-def int8(one: bool = False, asymmetric: bool = False, top: int = 128) -> Write:
+def int8(one: bool = False, asymmetric: bool = False, top: int = 128, halves: bool = False) -> Write:
     def write(numbers: np.random.Generator, rows: int, columns: int) -> Written:
         codes = numbers.integers(-top, top, (rows, columns)).astype(np.int8)
         scales = ((0.5 + numbers.random((1 if one else rows, 1))) / 256).astype(np.float32)
+        scales = scales.astype(np.float16).astype(np.float32) if halves else scales
         zeros = numbers.integers(-9, 9, scales.shape).astype(np.int8) if asymmetric else np.zeros_like(scales, np.int8)
         parts: dict[str, Any] = {"weight": codes, "weight_scale": scales[0] if one else scales}
         if asymmetric:
@@ -150,6 +151,17 @@ def test_a_checkpoint_says_what_its_plain_weights_say(case: str, tmp_path: Path)
 def test_ranks_take_their_parts(case: str, tmp_path: Path) -> None:
     paths = make(tmp_path, *CASES[case], hidden_size=96, intermediate_size=96, num_attention_heads=6, num_key_value_heads=3)
     check_against_transformers(*paths, tensor_parallel_size=2)
+
+
+@pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler here")
+def test_activations_are_not_rounded_where_no_kernel_can(tmp_path: Path) -> None:
+    """W8A8 whose zeros are not in the middle: the codes have a kernel, but only for whole activations."""
+    plain, target = make(
+        tmp_path, described(8, layout="int-quantized", inputs=True, symmetric=False), int8(asymmetric=True, halves=True)
+    )
+    check_against_transformers(plain, target)
+    layer = LLM(str(target), **SETTINGS).llm_engine.executor.worker.model.model.layers[0].self_attn.qkv_proj
+    assert layer.multiply._kernel.function.__name__.startswith("linear_codes8_")
 
 
 @pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler here")

@@ -337,3 +337,18 @@ def test_no_drafts_beside_prompts() -> None:
         seen.append((is_prompt, bool(decision.drafts)))
     assert (True, True) not in seen
     assert (False, True) in seen
+
+
+def test_what_does_not_pay_for_many_says_nothing_of_one() -> None:
+    """A draft model reads a prompt along where drafts have paid with as many sequences, whatever they cost others."""
+    lengths = DraftLengths()
+    for _ in range(60):
+        lengths.ran(1, 0, 1, 0.01, 0.0)
+        lengths.ran(32, 0, 32, 0.05, 0.0)
+    lengths.choose(list(range(32)), [0] * 32, [0] * 32)
+    for _ in range(200):
+        if counts := [n for n in lengths.choose(list(range(32)), [3] * 32, [0] * 32) if n]:
+            lengths.drafted(0.5, max(counts), [0])
+            lengths.ran(32, sum(counts), 32, 0.6, 0.0)
+    assert not lengths.pays(32)
+    assert lengths.pays(1)

@@ -237,27 +237,32 @@ def test_prompt_logprobs_beside_drafts(folders):
         ]
 
 
-@pytest.mark.slow
+TIGHT = {"num_gpu_blocks_override": 40, "max_model_len": 120}
+
+
 @pytest.mark.parametrize(
-    "settings", [{}, {"prefix_cache": "radix"}, {"num_gpu_blocks_override": 30, "max_model_len": 100}], ids=str
+    "settings", [{}, {"prefix_cache": "radix"}, TIGHT, TIGHT | {"preemption_mode": "swap", "swap_space": 1 << 20}], ids=str
 )
 def test_a_draft_model_knows_which_blocks_it_has_not_filled(folders, settings):
     """Blocks that were filled while nothing was drafted hold nothing of the draft model, and the prefix cache finds them later.
     The target drafts for itself, so every draft is right if it has computed what it reads."""
     llm = LLM(folders["llama"], **SETTINGS | settings, speculative_config=draft_model(folders["llama"]))
-    config, engine, expected = llm.llm_engine.drafter.proposer.config, llm.llm_engine, []
-    for most in (0, 3, 0, 3, 3):
+    config, engine, expected = llm.llm_engine.drafter.proposer.config, llm.llm_engine, {}
+    texts = [[{"prompt_token_ids": [number + 1, *each["prompt_token_ids"]]} for each in PROMPTS[:5]] for number in range(3)]
+    # what others have filled before, in the same blocks, tells nothing
+    for number, most in [(0, 3), (1, 0), (1, 3), (2, 0), (0, 0), (0, 3), (2, 3), (1, 3)]:
         config.num_speculative_tokens_per_batch_size["1-64"] = most
         before = engine.stats()
-        said = [output.outputs[0].token_ids for output in llm.generate(PROMPTS[:4], GREEDY, use_tqdm=False)]
-        expected = expected or said
-        assert said == expected
+        said = [output.outputs[0].token_ids for output in llm.generate(texts[number], GREEDY, use_tqdm=False)]
+        assert said == expected.setdefault(number, said)
         after = engine.stats()
         drafted = after.spec_decode_num_draft_tokens - before.spec_decode_num_draft_tokens
         assert after.spec_decode_num_accepted_tokens - before.spec_decode_num_accepted_tokens == drafted
         assert (drafted > 0) == (most > 0)
+    assert (after.num_preemptions > 0) == (settings.keys() >= TIGHT.keys())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ngram", "draft_model"])
 def test_on_two_ranks(folders, method):
     config = NGRAM if method == "ngram" else draft_model(folders["llama"])
