@@ -162,24 +162,24 @@ def test_linear_scaling_and_the_context_it_gives(
 @pytest.mark.parametrize(
     ("names", "keys", "expected"),
     [
-        (["<|im_end|>"], {}, {257, 0}),
-        (["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"], {}, {257, 0, 1, 2}),
-        (["<end_of_turn>", "<|endoftext|>", "<|end|>"], {"eot": 0}, {257, 0, 1, 2}),
-        (["<|end|>", "<|return|>", "<|call|>"], {}, {257, 1, 2}),
-        (["<|im_start|>", "<|eot|>"], {"eom": 9}, {257, 9}),
-        ([], {"eot": 7}, {257, 7}),
-        ([], {"eot": 2**32 - 1, "eom": 5000}, {257}),
-        ([], {"eos": 5000}, {257}),  # </s> by its name
+        (["<|im_end|>"], {}, [257, 0]),
+        (["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"], {}, [257, 0, 1, 2]),
+        (["<end_of_turn>", "<|endoftext|>", "<|end|>"], {"eot": 0}, [257, 0, 1, 2]),
+        (["<|end|>", "<|return|>", "<|call|>"], {}, [257, 1, 2]),
+        (["<|im_start|>", "<|eot|>"], {"eom": 9}, [257, 9]),
+        ([], {"eot": 7}, [257, 7]),
+        ([], {"eot": 2**32 - 1, "eom": 5000}, [257]),
+        ([], {"eos": 5000}, [257]),  # </s> by its name
     ],
     ids=str,
 )  # fmt: skip
 def test_ends_of_texts_are_known_by_name(
-    tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM, names: list[str], keys: dict[str, int], expected: set[int]
+    tmp_path: Path, cache: Path, tiny_model: LlamaForCausalLM, names: list[str], keys: dict[str, int], expected: list[int]
 ) -> None:
     """The names are at ids from 0 on in place of characters, as normal tokens: llama.cpp makes them special all the same."""
     ids = {f"tokenizer__ggml__{key}_token_id": value for key, value in keys.items()}
     source = resolve_model(str(write_gguf(tmp_path / "a.gguf", tiny_model, names=names, **ids)))
-    assert set(source.config.eos_token_ids) == expected
+    assert set(source.config.eos_token_ids) == set(expected)
     tokenizer = load_tokenizer(source)
     for index, name in enumerate(names):
         if name != "<|im_start|>" and name != "<|eot|>":
