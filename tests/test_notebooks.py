@@ -6,6 +6,8 @@ That they still run is the business of ``make notebooks``.
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import json
 import os
 import re
@@ -106,6 +108,36 @@ def test_imports_stages_and_never_the_reference(path: Path) -> None:
     names = set().union(*(imported(source(cell)) for cell in cells(path, "code")))
     assert "stages" in names
     assert names - LIBRARIES == set()
+
+
+def calls_of_the_engine(path: Path) -> list[tuple[str, ast.Call]]:
+    """A notebook's calls of what it imports from `stages`, each with the full name of what is called."""
+    trees = [ast.parse(source(cell)) for cell in cells(path, "code")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = {
+        alias.asname or alias.name: f"{node.module}:{alias.name}"
+        for node in nodes if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("stages.")
+        for alias in node.names
+    }  # fmt: skip
+    calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    return [(names[call.func.id], call) for call in calls if isinstance(call.func, ast.Name) and call.func.id in names]
+
+
+@each_notebook
+def test_what_is_called_takes_such_arguments(path: Path) -> None:
+    """A notebook takes minutes to run, so only ``make notebooks`` does. Here the calls are held against the signatures."""
+    calls = calls_of_the_engine(path)
+    assert calls
+    for name, call in calls:
+        module, _, attribute = name.partition(":")
+        found = getattr(importlib.import_module(module), attribute)
+        is_open = any(isinstance(each, ast.Starred) for each in call.args) or any(each.arg is None for each in call.keywords)
+        bind = inspect.signature(found).bind_partial if is_open else inspect.signature(found).bind
+        args = [each for each in call.args if not isinstance(each, ast.Starred)]
+        try:
+            bind(*args, **{each.arg: each for each in call.keywords if each.arg is not None})
+        except TypeError as error:
+            pytest.fail(f"{ast.unparse(call)}: {error}")
 
 
 @each_notebook

@@ -93,9 +93,11 @@ def token_ids(rng: random.Random, count: int) -> list[int]:
     return [rng.randint(*TOKEN_IDS) for _ in range(count)]
 
 
-def draw_lengths(count: int, rng: random.Random) -> list[tuple[int, int]]:
-    """(input length, output length) of `count` requests, uniform over `MIXED_INPUT` and `MIXED_OUTPUT`, ends included."""
-    return [(rng.randint(*MIXED_INPUT), rng.randint(*MIXED_OUTPUT)) for _ in range(count)]
+def draw_lengths(
+    count: int, rng: random.Random, inputs: tuple[int, int] = MIXED_INPUT, outputs: tuple[int, int] = MIXED_OUTPUT
+) -> list[tuple[int, int]]:
+    """(input length, output length) of `count` requests, uniform over `inputs` and `outputs`, ends included."""
+    return [(rng.randint(*inputs), rng.randint(*outputs)) for _ in range(count)]
 
 
 def make_requests(
