@@ -87,12 +87,16 @@ class Experts(WeightLayer):
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's experts and their weights.
 
+        A token's scores are the softmax of its logits over all routed experts, in float32 whatever the logits are. It chooses
+        the `mixture.chosen` experts with the highest scores, and these are their weights; with `mixture.renormalise` divided by
+        their sum. A shared expert (`mixture.shared_size` is not 0) is chosen by every token as well; its weight is the sigmoid
+        of its own logit, which no softmax sees.
+
         Args:
-            logits: [T, E], the router's.
+            logits: [T, E], the router's; a shared expert's column is the last, number ``mixture.count``.
 
         Returns:
-            Weights [T, k] float32, and numbers of experts [T, k] int64; the shared one, whose weight is a sigmoid, is a token's
-            last.
+            Weights [T, k] float32, and numbers of experts [T, k] int64; the shared one is a token's last.
         """
         mixture = self.mixture
         scores = logits[:, : mixture.count].softmax(dim=-1, dtype=torch.float32)
@@ -107,8 +111,16 @@ class Experts(WeightLayer):
     def forward(self, x: Tensor, logits: Tensor, add_to: Tensor | None = None) -> Tensor:
         """What this rank's experts say of each token, weighted and summed: [T, hidden], added to `add_to` if that is given.
 
+        Each token makes a pair with each expert that it chose (`choose`). `multiply` is called once, with all pairs sorted by
+        expert, so that an expert's rows are neighbours. What it gives goes back to the tokens: each token's rows by their
+        weights, summed in float32, and rounded to the type of `x` once. `load` grows by the pairs of each expert, those of
+        other ranks' experts too.
+
         Args:
-            x: [T, hidden]. logits: [T, E].
+            x: [T, hidden]; it stays as it is. logits: [T, E].
+
+        Returns:
+            `add_to` itself, with the sums added in place; without it a new tensor.
         """
         weights, chosen = self.choose(logits)
         pairs = chosen.flatten()  # [T·k]

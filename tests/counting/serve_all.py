@@ -23,7 +23,7 @@ from solutions.benchmarks.servers import as_flags, running_server
 from solutions.core.engine import LLM
 from solutions.quantization import awq, gptq
 from solutions.quantization.kernels import w4a16_triton
-from solutions.tests.tiny_models import make_tiny_llama
+from solutions.tests.tiny_models import make_tiny, make_tiny_llama
 from stages.course.tools.catalog import load_course
 
 MODEL = "smollm2-135m"
@@ -67,6 +67,8 @@ def small_models(folder: Path) -> None:
     answer([*crowd, *crowd], long, model=tiny, max_num_seqs=2, scheduling_policy="fair", prefix_cache="radix")
     for _ in range(2):  # the second one reads what the first has written
         answer(crowd[:1], long, model=tiny, kv_offload=str(folder / "kv"))
+    make_tiny("mixtral", folder / "experts")
+    answer(crowd[:1], long, model=str(folder / "experts"), enable_cpu_kernels=False)
     drafts = json.dumps({"method": "draft_model", "model": tiny, "adaptive": False})
     answer(crowd[:1], SamplingParams(max_tokens=8, ignore_eos=True), model=tiny, speculative_config=drafts)
     recipe = ["--model", tiny, "--group-size", "32", "--num-samples", "2", "--sequence-length", "16"]
