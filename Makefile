@@ -20,6 +20,8 @@ FORCE    :=
 # for make grade: what is graded, where the grades go; STAGE=2 on the command line grades this stage alone
 SUBMISSION := .
 OUTPUT   := grades
+NAME     :=
+CLASS    :=
 SALT     :=
 # for make test: processes at once; 0 is this one alone, with its output as it comes and --pdb
 JOBS     := 2
@@ -120,6 +122,10 @@ watch: $(STAMP) ## Test STAGE=1 again each time you save (TASK, WITH)
 
 break-it: $(STAMP) ## Try your own tests of STAGE=1 (its break_it.py) on wrong versions (LEVEL=1 and 2 say more of those that live)
 	@$(COURSE) break-it --stage $(STAGE) --level $(if $(filter command line,$(origin LEVEL)),$(LEVEL),0)
+
+scoreboard: $(STAMP) ## Judge your open tasks beside what the engine has (NAME=you; CLASS=DIR: a class's; SEED=word, OUTPUT=file)
+	@$(COURSE) scoreboard --name "$(NAME)" --class "$(CLASS)" --seed "$(if $(filter command line,$(origin SEED)),$(SEED))" \
+	  --output "$(if $(filter command line,$(origin OUTPUT)),$(OUTPUT),scoreboard.json)"
 
 run-mine: $(STAMP) ## The real model answers through your code: STAGES=1 (all without it), PROMPT="..."
 	@$(COURSE) run-mine --model "$(MODEL)" --prompt "$(PROMPT)"
@@ -274,7 +280,7 @@ clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: guide fuzz test-slow test-all bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-serving bench-page bench-scaling bench-gpu test-gpu bench-compare bench-latency bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 test-stage-6 progress hint diff watch break-it run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 reset-stage-6 lab notebooks test test-parity test-api test-clients check-course mutation grade starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: guide fuzz test-slow test-all bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-serving bench-page bench-scaling bench-gpu test-gpu bench-compare bench-latency bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 test-stage-6 progress hint diff watch break-it scoreboard run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 reset-stage-6 lab notebooks test test-parity test-api test-clients check-course mutation grade starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from rich.console import Console
 
@@ -78,6 +79,16 @@ def reset(console: Console, course: list[Stage], args: argparse.Namespace) -> in
     return 0
 
 
+def scoreboard(console: Console, course: list[Stage], args: argparse.Namespace) -> int:
+    """Judge the open tasks of the learner or of a class."""
+    from stages.course.contest.scoreboard import SEED, class_scoreboard, own_scoreboard  # imports the engine
+
+    seed = args.seed or SEED
+    if args.folder:
+        return class_scoreboard(console, course, Path(args.folder), seed, Path(args.output))
+    return own_scoreboard(console, course, args.name, seed)
+
+
 def _numbers(text: str, variable: str) -> list[int]:
     try:
         return parse_stages(text)
@@ -119,6 +130,11 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("break-it", help="your own tests on wrong versions that you have not seen")
     command.add_argument("--stage", type=int, required=True)
     command.add_argument("--level", type=int, default=0, help="of a wrong version that lives say 1: its task, 2: what is wrong")
+    command = commands.add_parser("scoreboard", help="judge what is handed in for the open tasks, beside what the engine has")
+    command.add_argument("--name", default="", help="how your rows are called (default: you)")
+    command.add_argument("--class", dest="folder", default="", help="a folder of checkouts, to be judged in one table")
+    command.add_argument("--output", default="scoreboard.json", help="where a class's table goes, as JSON")
+    command.add_argument("--seed", default="", help="a word from which the workloads are drawn; a class's may be secret")
     command = commands.add_parser("run-mine", help="the real model answers through the stages that STAGES names")
     command.add_argument("--prompt", default="What is the capital of France?")
     command.add_argument("--model", default="smollm2-135m")
@@ -145,6 +161,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if args.command == "break-it":
             return break_it(console, Workshop(ROOT), find_stage(course, args.stage), args.level)
+        if args.command == "scoreboard":
+            return scoreboard(console, course, args)
         if args.command == "reset":
             if not args.task and args.stage is None:
                 raise CourseError("say what to reset, for example: make reset TASK=1.1, or make reset-stage-1")

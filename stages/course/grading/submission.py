@@ -6,7 +6,7 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stages.course.tools.catalog import BREAK_IT, CourseError, Stage
+from stages.course.tools.catalog import BREAK_IT, OPEN, CourseError, Stage
 
 LARGEST = 1 << 20
 """Bytes of a learner's file; the largest starter has a fiftieth of that."""
@@ -76,6 +76,7 @@ def read_submission(folder: Path, root: Path, course: list[Stage], stages: list[
         if tests is not None and tests != given:
             submission.breaking[stage.number] = tests
     own = {f"stages/{stage.folder}/{file}" for stage in course for file in (*stage.files, BREAK_IT)}
+    own |= {path.relative_to(root).as_posix() for path in root.glob(f"stages/*/{OPEN}")}
     submission.notes += _changes(submission.root, root.resolve(), own)
     return submission
 

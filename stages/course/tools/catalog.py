@@ -13,6 +13,8 @@ GUIDE = "IMPLEMENTATION_GUIDE.md"
 CHAPTER, HINTS = "GUIDE.md", "hints.toml"
 BREAK_IT = "break_it.py"
 """In a stage's folder: the learner's own tests, see `grading/breaking.py`."""
+OPEN = "open_*.py"
+"""In a stage's folder: what is handed in for an open task, see `contest/contests.py`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 from rich.console import Console
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from stages.course.tools.catalog import Stage
+from stages.course.tools.catalog import OPEN, ROOT, Stage
 from stages.course.tools.page import MARKS, extra_line, places, run_with_bar
 from stages.course.tools.preflight import inspect_stage
 from stages.course.tools.runner import PASSED, SKIPPED, TODO
-from stages.course.tools.state import remember, remembered
+from stages.course.tools.state import SCOREBOARD, remember, remembered
 
 
 def show_progress(console: Console, course: list[Stage]) -> None:
@@ -36,6 +38,9 @@ def show_progress(console: Console, course: list[Stage]) -> None:
         if next_task is None and left:
             next_task = stage, left[0]
     console.print(table)
+    if files := [path.relative_to(ROOT).as_posix() for stage in course for path in sorted(stage.path.glob(OPEN))]:
+        rows = json.loads(SCOREBOARD.read_text(encoding="utf-8")) if SCOREBOARD.exists() else []
+        console.print(f"open tasks, without points, in {' and '.join(files)}; rows in your table: {len(rows)}; make scoreboard")
     if next_task is None:
         console.print("[green]All stages pass.[/]")
         for task in extras:

@@ -12,7 +12,7 @@ from stages.course.tools.catalog import ROOT, Stage
 from stages.course.tools.runner import StageResult
 
 FOLDER = ROOT / ".course"
-RESULTS = FOLDER / "results.json"
+RESULTS, SCOREBOARD = FOLDER / "results.json", FOLDER / "scoreboard.json"
 CODE = (".py", ".cu", ".cpp", ".h")
 
 

@@ -1,0 +1,1 @@
+"""Open tasks: what learners think up themselves, judged by measures and ranked on a scoreboard."""
