@@ -36,6 +36,10 @@ def draft(**keys: Any) -> str:
     return json.dumps({"method": "draft_model", **keys})
 
 
+def transfer() -> str:
+    return json.dumps({"kv_connector": "tcp", "kv_role": "kv_producer", "kv_addresses": ["127.0.0.1:0"]})
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_model_len": 1}, "max_model_len must be between"),
     ({"max_model_len": 1 << 20}, "max_model_len must be between"),
@@ -61,11 +65,20 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tensor_parallel_size": 7}, "cannot be cut for 7 ranks"),
     ({"scheduling_policy": "lpm", "enable_prefix_caching": False}, "--scheduling-policy lpm"),
     ({"kv_offload": ""}, "--kv-offload takes a folder, or host"),
-    ({"kv_offload": "host", "enable_prefix_caching": False}, "--kv-offload keeps what leaves the prefix cache"),
+    ({"kv_offload": "host", "enable_prefix_caching": False}, "--kv-offload goes by what the prefix cache knows"),
     ({"kv_offload": "host", "tensor_parallel_size": 3}, "--kv-offload: only with one rank"),
     ({"kv_offload": "host", "distributed_executor_backend": "ray"}, "--kv-offload: only with one rank"),
     ({"kv_offload": "host", "model": "gemma-3-270m"}, "--kv-offload: not with gemma-3-270m, whose layers differ"),
     ({"kv_offload": "host", "speculative_config": draft(model=MODEL)}, "--kv-offload: not with a draft model"),
+    ({"kv_transfer_config": "{"}, "--kv-transfer-config: not valid JSON"),
+    ({"kv_transfer_config": transfer(), "kv_offload": "host"}, "--kv-transfer-config: not with --kv-offload"),
+    ({"kv_transfer_config": transfer(), "enable_lora": True}, "--kv-transfer-config: not with --enable-lora"),
+    ({"kv_transfer_config": transfer(), "async_scheduling": True}, "a kv_producer not with --async-scheduling"),
+    ({"kv_transfer_config": transfer(), "enable_prefix_caching": False}, "--kv-transfer-config goes by what the prefix cache"),
+    ({"kv_transfer_config": transfer(), "tensor_parallel_size": 3}, "--kv-transfer-config: only with one rank"),
+    ({"kv_transfer_config": transfer(), "prefix_cache": "radix"}, "radix: not with --kv-transfer-config"),
+    ({"kv_transfer_config": transfer(), "model": "gemma-3-270m"}, "--kv-transfer-config: not with gemma-3-270m, whose layers"),
+    ({"kv_transfer_config": transfer(), "speculative_config": draft(model=MODEL)}, "--kv-transfer-config: not with a draft"),
     ({"speculative_config": "{"}, "--speculative-config is not valid JSON"),
     ({"model": WINDOWED, "speculative_config": draft(model=MODEL)}, "the draft model has a vocabulary of"),
     ({"speculative_config": draft(model=MODEL, quantization="gptq")}, "is no gptq checkpoint"),

@@ -20,6 +20,7 @@ RECORDS = (
     "EngineConfig",
     "SchedulerConfig",
     "SpeculativeConfig",
+    "TransferConfig",
     "SamplingParams",
     "StructuredOutput",
     "ReplicaSettings",

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ..batching.engine_observer import EngineObserver
 from ..batching.sequence import Sequence
 from ..memory.prefix_cache import PrefixCache
 from ..memory.tiers.block_rows import BlockRows
@@ -49,6 +50,10 @@ class LeavingBlocks(PrefixCache):
             self.left.append((block, block_hash))
         super().forget(block)
 
+    def block_of(self, block_hash: bytes) -> int | None:
+        """The block that holds what has this hash, if one does."""
+        return self._block_of.get(block_hash)
+
     def hash_of(self, block: int) -> bytes | None:
         """Of what a block holds, if that is known."""
         return self._hash_of.get(block)
@@ -59,6 +64,9 @@ class TieredBlockManager(BlockManager):
 
     Args:
         tier: keeps what leaves. rows: reads and writes the cache's blocks. The rest: as of `BlockManager`.
+
+    Attributes:
+        observer: of the engine's steps, if the tier needs one.
     """
 
     prefix_cache: LeavingBlocks
@@ -74,6 +82,7 @@ class TieredBlockManager(BlockManager):
         self._coming: list[tuple[int, Tensor]] = []
         """(block, row) of what the next step reads."""
         self._is_closed = False
+        self.observer: EngineObserver | None = None
 
     def can_allocate(self, seq: Sequence, keep_watermark: bool = True) -> bool:
         """Whether a waiting sequence fits, and what the tier has of it has come."""

@@ -195,6 +195,7 @@ def startup_report(config: EngineConfig, model: ModelConfig, limits: Limits, sec
         else f"KV cache  {blocks}: {tokens} tokens, {limits.num_blocks / one:.1f} sequences of {limits.max_model_len}",
         f"limits    {step}; prefix cache {prefix_cache}, {config.scheduling_policy}, preemption by {config.preemption_mode}",
         *([f"tier      {config.kv_offload}, {format_bytes(config.kv_offload_size)}"] if config.kv_offload else []),
+        *([f"transfer  {config.kv_transfer_config}"] if config.kv_transfer_config else []),
         *([f"drafts    {config.speculative_config}"] if config.speculative_config else []),
         *(["defaults  " + ", ".join(f"{name} {value}" for name, value in model.sampling.items())] if model.sampling else []),
         "start     " + ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()),

@@ -7,6 +7,8 @@ import re
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from ..memory.transfer.transfer_config import TransferConfig
+
 DEFAULT_MODEL = "smollm2-135m"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _FETCH = "fetch that revision with hf download NAME --revision REVISION --local-dir FOLDER, and give the folder as"
@@ -92,6 +94,13 @@ class EngineConfig:
     )
     kv_offload_size: int = _flag(
         4 << 30, "most bytes there, with --kv-offload, such as 20GiB; the least recently used go first", kind=parse_bytes
+    )
+    kv_transfer_config: str | None = _flag(
+        None,
+        "hand the KV blocks of prompts from one engine to another, as JSON: "
+        '{"kv_connector": "tcp", "kv_role": "kv_producer", "kv_addresses": ["10.0.0.5:14579"]} computes prompts for others, '
+        '"kv_consumer" with the same addresses fetches them and writes the answers; connector shm, for one machine, takes '
+        "paths of Unix sockets; more keys: kv_buffer_size, kv_lease_seconds",
     )
     max_num_seqs: int = _flag(256, "most sequences running at once")
     max_num_batched_tokens: int | None = _flag(
@@ -181,11 +190,11 @@ class EngineConfig:
             raise ValueError("--scheduling-policy lpm goes by what is cached; leave --no-enable-prefix-caching out")
         if self.client_weights is not None and self.scheduling_policy != "fair":
             raise ValueError("--client-weights needs --scheduling-policy fair")
-        if self.prefix_cache == "radix" and (self.kv_offload is not None or not self.enable_prefix_caching):
-            flag = "--kv-offload, which goes by hashes" if self.kv_offload is not None else "--no-enable-prefix-caching"
+        if self.prefix_cache == "radix" and (self.tier_flag is not None or not self.enable_prefix_caching):
+            flag = "--no-enable-prefix-caching" if self.tier_flag is None else f"{self.tier_flag}, which goes by hashes"
             raise ValueError(f"--prefix-cache radix: not with {flag}")
-        if self.kv_offload is not None:
-            self._check_offload()
+        if self.tier_flag is not None:
+            self._check_tier(self.tier_flag)
         if self.lora_modules and not self.enable_lora:
             raise ValueError("--lora-modules needs --enable-lora")
         if self.enable_lora:
@@ -197,13 +206,31 @@ class EngineConfig:
         if self.async_scheduling and (self.tensor_parallel_size > 1 or self.distributed_executor_backend in ("mp", "ray")):
             raise ValueError("--async-scheduling: only with one rank in the engine's process; other ranks are told each token")
 
-    def _check_offload(self) -> None:
-        if not self.kv_offload:
+    @property
+    def tier_flag(self) -> str | None:
+        """The flag that puts a tier below the prefix cache, if one does."""
+        if self.kv_transfer_config is not None:
+            return "--kv-transfer-config"
+        return None if self.kv_offload is None else "--kv-offload"
+
+    def _check_tier(self, flag: str) -> None:
+        if self.kv_offload is not None and not self.kv_offload:
             raise ValueError("--kv-offload takes a folder, or host")
         if not self.enable_prefix_caching:
-            raise ValueError("--kv-offload keeps what leaves the prefix cache; leave --no-enable-prefix-caching out")
+            raise ValueError(f"{flag} goes by what the prefix cache knows; leave --no-enable-prefix-caching out")
         if self.tensor_parallel_size > 1 or self.distributed_executor_backend in ("mp", "ray"):
-            raise ValueError("--kv-offload: only with one rank in the engine's process; each rank has a part of every block")
+            raise ValueError(f"{flag}: only with one rank in the engine's process; each rank has a part of every block")
+        if self.kv_transfer_config is None:
+            return
+        transfer = TransferConfig.parse(self.kv_transfer_config)
+        if self.kv_offload is not None:
+            raise ValueError("--kv-transfer-config: not with --kv-offload; an engine has one tier")
+        if self.enable_lora:
+            raise ValueError("--kv-transfer-config: not with --enable-lora; each engine has salts of its own for its adapters")
+        if self.async_scheduling and transfer.is_producer:
+            raise ValueError(
+                "--kv-transfer-config: a kv_producer not with --async-scheduling, which gives blocks away before they are read"
+            )
 
     def _check_values(self) -> None:
         for f in fields(self):

@@ -222,8 +222,8 @@ def find_draft(config: EngineConfig, target: ModelConfig, limits: Limits) -> Fou
     speculation = SpeculativeConfig.parse(config.speculative_config)
     if speculation.method == "ngram":
         return FoundDraft(speculation)
-    if config.kv_offload is not None:
-        raise ValueError("--kv-offload: not with a draft model, whose keys and values would not come along; use method ngram")
+    if (flag := config.tier_flag) is not None:
+        raise ValueError(f"{flag}: not with a draft model, whose keys and values would not come along; use method ngram")
     assert speculation.model is not None  # `SpeculativeConfig` sees to it
     source = resolve_model(speculation.model, quantization=speculation.quantization)
     check_fits(source.config, target, limits.max_model_len)

@@ -15,6 +15,7 @@ import torch
 
 from ..attention.backends import make_backend
 from ..attention.block_manager import BlockManager
+from ..attention.handover import handover_of
 from ..attention.hybrid_manager import blocks_of_one, longest_of_one, make_block_manager
 from ..attention.tiered_manager import TieredBlockManager
 from ..batching.pooling import ASSUMED, Pooling
@@ -22,7 +23,7 @@ from ..batching.queue_order import parse_weights
 from ..batching.scheduler_config import SchedulerConfig
 from ..memory.cache_engine import element_type, num_blocks_for_budget
 from ..memory.tiers.block_rows import BlockRows
-from ..memory.tiers.choice import make_tier
+from ..memory.transfer.choice import make_any_tier
 from ..models.config.model_config import ModelConfig
 from ..models.costs import memory as costs
 from ..models.generation_files import with_sampling
@@ -43,6 +44,7 @@ CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET = 512, 8192
 NOT_FOR_ENCODERS = (
     "kv_cache_memory_bytes", "kv_cache_dtype", "touch_kv_cache", "num_gpu_blocks_override", "preemption_mode",
     "long_prefill_token_threshold", "attention_backend", "batch_invariant", "speculative_config", "enable_lora", "kv_offload",
+    "kv_transfer_config",
 )  # fmt: skip
 """Settings of the KV cache, of prompts in parts, of causal attention and of adapters."""
 CPU_KV_SHARE, CPU_KV_MAX = 0.25, 4 << 30
@@ -129,10 +131,10 @@ def make_memory(
     """The block manager, and once more if it has a tier below its prefix cache.
 
     Raises:
-        ValueError: there can be no such tier as ``config.kv_offload`` says; see `make_tier`.
+        ValueError: there can be no such tier; see `make_any_tier`.
     """
     windows, sizes = source.config.windows, (limits.num_blocks, config.block_size, limits.num_host_blocks)
-    if config.kv_offload is None:
+    if config.kv_offload is None and config.kv_transfer_config is None:
         budget, radix = limits.max_num_batched_tokens, config.prefix_cache == "radix"
         return make_block_manager(windows, *sizes, config.enable_prefix_caching, budget, radix), None
     rows = BlockRows([*worker.cache.kv_caches, *worker.cache.kv_scales])
@@ -140,8 +142,10 @@ def make_memory(
         kv_identity, source, config.load_format == "dummy", config.seed, limits.max_model_len, rows.layout, limits.dtype,
         limits.choice.way, limits.attention_backend, config.quantization, config.batch_invariant,
     )  # fmt: skip
-    tier = make_tier(config.kv_offload, config.kv_offload_size, rows.num_bytes, limits.device.type == "cuda", identity)
+    facts = rows.num_bytes, limits.device.type == "cuda", identity
+    tier = make_any_tier(config.kv_offload, config.kv_offload_size, config.kv_transfer_config, *facts)
     worker.tiers = manager = TieredBlockManager(*sizes, windows[0], tier, rows)
+    manager.observer = handover_of(manager)
     weakref.finalize(worker, manager.close)
     return manager, manager
 
@@ -240,8 +244,8 @@ def check_settings(config: EngineConfig, source: ModelSource, device: torch.devi
         switched_off, elsewhere = not config.enable_cpu_kernels, device.type != "cpu"
         reason = "they are switched off" if switched_off else "they run on a CPU" if elsewhere else native.why_not
         raise ValueError(f"--quantization {config.quantization} needs the CPU kernels: {reason}")
-    if config.kv_offload is not None and len(source.config.windows) > 1:
-        raise ValueError(f"--kv-offload: not with {source.name}, whose layers differ in their window, and so do their blocks")
+    if (flag := config.tier_flag) is not None and len(source.config.windows) > 1:
+        raise ValueError(f"{flag}: not with {source.name}, whose layers differ in their window, and so do their blocks")
     if config.prefix_cache == "radix" and source.config.windows != (None,):
         raise ValueError(
             f"--prefix-cache radix: not with {source.name}, which has a sliding window that blocks leave; use hash"

@@ -338,6 +338,30 @@ def test_a_tier_has_metrics_of_its_own_and_its_tokens_have_a_source(tmp_path) ->
     assert found["byov:kv_offload_usage_perc", ""] == pytest.approx(10 * block / ((1 << 16) // block * block))
 
 
+def test_engines_that_hand_blocks_over_count_what_travels(tmp_path) -> None:
+    """By arithmetic: 5 full blocks of a prompt of 21 tokens, and none of one that is shorter than a block."""
+    make_tiny_llama(tmp_path)
+    settings = {"dtype": "float32", "max_model_len": 32, "num_gpu_blocks_override": 8, "block_size": 4}
+    keys = {"kv_connector": "shm", "kv_addresses": [str(tmp_path / "kv.sock")]}
+    found = []
+    for role in ("kv_producer", "kv_consumer"):
+        llm = LLM(str(tmp_path), **settings, kv_transfer_config=json.dumps({"kv_role": role, **keys}))
+        for count in (21, 3):
+            llm.generate({"prompt_token_ids": [*range(count)]}, SamplingParams(max_tokens=1), use_tqdm=False)
+        found.append((llm, ServerMetrics("m", llm.llm_engine)))
+    sent, got = (samples(metrics) for _, metrics in found)
+    block = 2 * 3 * 4 * 2 * 12 * 4  # keys and values, layers, tokens, heads, elements, bytes
+    assert got["byov:kv_transfer_received_blocks_total", ""] == 5
+    assert got["byov:kv_transfer_received_bytes_total", ""] == 5 * block
+    assert got["vllm:prompt_tokens_by_source_total", "external_kv_transfer"] == 0  # nobody has told these metrics of requests
+    assert got["vllm:external_prefix_cache_hits_total", ""] == 20
+    for name in ("failures", "bad_blocks", "skipped_blocks", "expired_blocks"):
+        assert sent[f"byov:kv_transfer_{name}_total", ""] == got[f"byov:kv_transfer_{name}_total", ""] == 0
+    assert not any(name.startswith("byov:kv_offload") for name, _ in (*sent, *got))
+    for llm, _ in found:
+        llm.llm_engine.tiers.close()
+
+
 def test_who_waits_is_told_apart_by_what_for() -> None:
     engine = SimpleNamespace(
         stats=lambda: replace(STATS, num_deferred=4, spec_decode_accepted={0: 5, 1: 3, 3: 2}, spec_decode_mean_length=1.5),

@@ -65,8 +65,10 @@ class Tier(Protocol):
         outlives: what it keeps is there when the process has ended. most_rows: so many it will take at once.
     """
 
-    stats: TierStats
     outlives: bool
+
+    @property
+    def stats(self) -> TierStats: ...
 
     @property
     def most_rows(self) -> int: ...

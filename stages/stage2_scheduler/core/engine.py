@@ -9,13 +9,12 @@ import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
+from ..batching.engine_observer import EngineObserver
 from ..batching.grouped_batch import make_batch
 from ..batching.pooling import EmbeddingRequestOutput, PoolingParams, embedding_output
 from ..batching.sampling_params import RequestOutputKind, SamplingParams
-from ..batching.scheduler_output import SchedulerOutput
-from ..batching.sequence import Sequence
 from ..memory.tiers.tier import TierStats
 from ..models.loader import load_tokenizer, resolve_model, with_tokenizer
 from .beams.beam_search import BeamSearchOutput, BeamSearchParams, search_all
@@ -64,16 +63,6 @@ class EngineStats:
     kv_offload: TierStats | None = None
 
 
-class EngineObserver(Protocol):
-    """Is told what the engine does, on the thread that steps it. Times are from `time.monotonic`."""
-
-    def on_step(self, decision: SchedulerOutput, now: float) -> None:
-        """A step has ended, and at `now` the sequences of ``decision.sampled`` got their tokens."""
-
-    def on_abort(self, sequences: list[Sequence], now: float) -> None:
-        """A request was aborted; those of its sequences that had not finished have the reason "abort"."""
-
-
 class LLMEngine:
     """Continuous batching over one model.
 
@@ -119,7 +108,8 @@ class LLMEngine:
         no_structure = "not with ranks that are Ray actors" if config.distributed_executor_backend == "ray" else None
         self.input = InputProcessor(self.tokenizer, model, limits.max_model_len, config.max_num_seqs, no_structure)
         self.outputs = OutputProcessor(self.tokenizer)
-        self.observers: list[EngineObserver] = [each for each in (self.ahead, self.drafter.observer) if each is not None]
+        observers = self.ahead, self.drafter.observer, self.tiers.observer if self.tiers else None
+        self.observers: list[EngineObserver] = [each for each in observers if each is not None]
         self._next_seq_id = 0
         self._report = startup_report(config, model, limits, clock.laps)
 

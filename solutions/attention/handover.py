@@ -1,0 +1,57 @@
+"""Hands the blocks of prompts over to other engines: after each step, what it has filled of them goes to an outbox.
+
+Whatever a prompt finds in the prefix cache is handed over with it. The blocks themselves stay the engine's own, which frees and
+reuses them as ever. Source of the idea: Zhong et al., "DistServe", OSDI 2024, §4.3; Patel et al., "Splitwise", ISCA 2024, §4.2.
+"""
+
+from __future__ import annotations
+
+from ..batching.scheduler_output import SchedulerOutput
+from ..batching.sequence import Sequence
+from ..memory.transfer.outbox import Outbox
+from .tiered_manager import TieredBlockManager
+
+
+class Handover:
+    """An observer of an engine that computes prompts for others.
+
+    Args:
+        manager: the engine's. outbox: its tier.
+    """
+
+    def __init__(self, manager: TieredBlockManager, outbox: Outbox) -> None:
+        self._manager, self._outbox = manager, outbox
+
+    def on_step(self, decision: SchedulerOutput, now: float) -> None:
+        """Put into the outbox what a step has filled, before anybody hears that it has run. Blocks of sequences that ended with
+        it are free, but nothing has been written into them since."""
+        for seq, num_tokens in decision.scheduled.items():
+            self._hand_over(seq, seq.num_computed_tokens - num_tokens)
+
+    def on_abort(self, sequences: list[Sequence], now: float) -> None:
+        """What a request that was aborted has handed over stays for the length of its lease."""
+
+    def _hand_over(self, seq: Sequence, before: int) -> None:
+        """Give a prompt's full blocks away as far as they are computed, but for those that an earlier step has; `before` counts
+        tokens that were computed when this one began."""
+        cache, size = self._manager.prefix_cache, self._manager.block_size
+        first = 0 if before == seq.num_cached_tokens else before // size
+        last = min(seq.num_computed_tokens, seq.num_prompt_tokens - 1) // size  # the last token is computed again
+        if first >= last or seq.params.reads_prompt:
+            return
+        new = []
+        for block_hash in cache.block_hashes(seq, last)[first:last]:
+            if self._outbox.lease(block_hash):
+                continue
+            if (block := cache.block_of(block_hash)) is None:
+                break
+            new.append((block_hash, block))
+        kept = new[: self._outbox.most_rows]
+        self._outbox.stats.num_skipped += len(new) - len(kept)
+        if kept:
+            self._outbox.store([block_hash for block_hash, _ in kept], self._manager.rows.read([block for _, block in kept]))
+
+
+def handover_of(manager: TieredBlockManager) -> Handover | None:
+    """What an engine with such blocks needs as an observer, if it computes prompts for others."""
+    return Handover(manager, manager.tier) if isinstance(manager.tier, Outbox) else None
