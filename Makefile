@@ -90,6 +90,12 @@ doctor: $(STAMP) ## Say what this machine has and what the engine will use
 	@$(BYOV) doctor $(ARGS)
 
 ##@ Learn
+test-stage-0: $(STAMP) ## Test your warm-up, for those who have not seen yet how a model writes
+	@$(RUN) -m pytest -q -x -p no:cacheprovider stages/stage0_warm_up/tests $(ARGS)
+
+warm-up: $(STAMP) ## What the warm-up's four ideas cost on this machine, by your code
+	@$(RUN) -m stages.stage0_warm_up.measure
+
 test-stage-1: $(STAMP) ## Test your stage 1, block management (TASK=1.3, WITH=1,2, IMPL=solutions)
 	@$(COURSE) test --stage 1 $(TEST_STAGE)
 
@@ -280,7 +286,7 @@ clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: guide fuzz test-slow test-all bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-serving bench-page bench-scaling bench-gpu test-gpu bench-compare bench-latency bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 test-stage-6 progress hint diff watch break-it scoreboard run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 reset-stage-6 lab notebooks test test-parity test-api test-clients check-course mutation grade starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: guide fuzz test-slow test-all bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-serving bench-page bench-scaling bench-gpu test-gpu bench-compare bench-latency bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-0 warm-up test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 test-stage-6 progress hint diff watch break-it scoreboard run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 reset-stage-6 lab notebooks test test-parity test-api test-clients check-course mutation grade starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"

@@ -76,7 +76,8 @@ def read_submission(folder: Path, root: Path, course: list[Stage], stages: list[
         if tests is not None and tests != given:
             submission.breaking[stage.number] = tests
     own = {f"stages/{stage.folder}/{file}" for stage in course for file in (*stage.files, BREAK_IT)}
-    own |= {path.relative_to(root).as_posix() for path in root.glob(f"stages/*/{OPEN}")}
+    ungraded = (f"stages/*/{OPEN}", "stages/stage0_*/*.py")
+    own |= {path.relative_to(root).as_posix() for pattern in ungraded for path in root.glob(pattern)}
     submission.notes += _changes(submission.root, root.resolve(), own)
     return submission
 
