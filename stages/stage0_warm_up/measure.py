@@ -15,8 +15,8 @@ from stages.stage0_warm_up.warm_up import attend, floor_seconds, generate, stati
 WIDTH, VOCABULARY, PROMPT = 256, 512, 64
 LENGTHS = (16, 64, 256)
 """New tokens."""
-SIDE = 1024
-"""Of the square matrix that stands for a model's weights."""
+SIDE, SQUARE = 5120, 1024
+"""Of the matrix that stands for a model's weights, larger than most processors' caches, and of one for the rate alone."""
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -78,19 +78,18 @@ def loops() -> None:
 
 def roofline() -> None:
     """This machine's two limits, and a layer of weights at several batch sizes beside them."""
-    block = torch.ones(64 << 20 >> 2)
-    weights = torch.randn(SIDE, SIDE)
-    bandwidth = block.nbytes / seconds(block.sum)
-    square = torch.randn(SIDE, SIDE)
-    rate = 2 * SIDE**3 / seconds(lambda: square @ weights)
+    weights, square = torch.randn(SIDE, SIDE), torch.randn(SQUARE, SQUARE)
+    flat = weights.flatten()
+    bandwidth = flat.nbytes / seconds(lambda: torch.dot(flat, flat))
+    rate = 2 * SQUARE**3 / seconds(lambda: square @ square)
     print(f"3. This machine reads {bandwidth / 1e9:.1f} GB/s and multiplies {rate / 1e9:.0f} GFLOP/s (float32, {threads()})")
-    print(f"   A product with {weights.nbytes / 1e6:.1f} MB of weights; small enough matrices stay in the processor's cache")
-    print(f"{'batch':>12}{'floor µs':>12}{'measured µs':>13}{'µs a row':>10}")
+    print(f"   Some rows times {weights.nbytes / 1e6:.0f} MB of weights:")
+    print(f"{'batch':>12}{'floor ms':>12}{'measured ms':>13}{'ms a row':>10}")
     for batch in BATCHES:
         rows = torch.randn(batch, SIDE)
         floor = floor_seconds(weights.nbytes, 2 * batch * SIDE * SIDE, bandwidth, rate)
-        taken = seconds(lambda rows=rows: rows @ weights, 20)
-        print(f"{batch:>12}{1e6 * floor:>12.0f}{1e6 * taken:>13.0f}{1e6 * taken / batch:>10.1f}")
+        taken = seconds(lambda rows=rows: torch.nn.functional.linear(rows, weights))
+        print(f"{batch:>12}{1e3 * floor:>12.1f}{1e3 * taken:>13.1f}{1e3 * taken / batch:>10.2f}")
     print(f"Reading and computing take the same time at a batch of {rate * weights.element_size() / (2 * bandwidth):.0f}.\n")
 
 
