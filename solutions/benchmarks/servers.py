@@ -34,10 +34,10 @@ MAX_SEQUENCES = 64
 
 
 @contextmanager
-def running_server(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def running_server(*flags: str, module: str = "serving.api_server") -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The server as a process of its own on a free port, and its address with ``/v1``; it is killed if it still runs then.
     Raises RuntimeError with what it printed if it does not start."""
-    command = [sys.executable, "-m", f"{PACKAGE}.serving.api_server", "--host", "127.0.0.1", "--port", "0", *flags]
+    command = [sys.executable, "-m", f"{PACKAGE}.{module}", "--host", "127.0.0.1", "--port", "0", *flags]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     output = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command, cwd=ROOT, env=environment, **output) as server:

@@ -106,6 +106,6 @@ def _check(settings: ReplicaSettings, config: EngineConfig) -> None:
         raise ValueError(f"tensor_parallel_size is {config.tensor_parallel_size}; on CPUs a replica has one rank, so use more "
                          "replicas, or one engine: python -m solutions.serving.api_server")  # fmt: skip
     if config.kv_transfer_config is not None:
-        raise ValueError("kv_transfer_config: replicas would share one address; start servers, each with its own")
+        raise ValueError("kv_transfer_config: replicas would share one address; start servers behind two_phase_proxy.py")
     if config.distributed_executor_backend == "ray":
         raise ValueError("distributed_executor_backend: a replica's ranks are processes on its own node, so use mp")
