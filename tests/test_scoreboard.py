@@ -133,6 +133,11 @@ def test_a_policy_that_lets_one_wait_for_ever_is_named() -> None:
         simulate(workload, Unkind(), patience=3.0)
 
 
+def test_one_that_gets_its_tokens_does_not_starve_however_long_it_takes() -> None:
+    outcome = simulate(Workload("long", (Job(0.0, "a", 1, (1, 2), 200),), 32), Fcfs(), patience=1.0)
+    assert outcome.streams[0].latency > 2.0
+
+
 def test_the_index_of_fairness_is_jains() -> None:
     """Two clients, one served as fast as alone and one at a third of that: (1 + 1/3)² / (2 (1 + 1/9)) = 0.8."""
     job = Job(0.0, "a", 1, (1, 2), 2)
