@@ -333,10 +333,11 @@ def test_a_consumer_asks_all_producers_and_takes_from_the_one_that_has_most(tmp_
     )  # fmt: skip
     (prompt,) = prompts((41,))
     prefill(firsts[0], [prompt[:21]])
-    prefill(firsts[1], [prompt])
+    prefill(firsts[1], [prompt[:33]])
+    prefill(firsts[2], [prompt[:13]])
     run(second, [prompt])
-    assert [settled(first).num_sent for first in firsts] == [0, 10, 0]
-    assert stats(second).num_received == 10
+    assert [settled(first).num_sent for first in firsts] == [0, 8, 0]
+    assert stats(second).num_received == 8
     for engine in (*firsts, second):
         engine.tiers.close()
 

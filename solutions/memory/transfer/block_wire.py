@@ -3,7 +3,7 @@
     consumer → producer    the engine's identity, hashes of blocks in their order
     producer → consumer    how many of the first of them it has
     consumer → producer    how many of those it takes
-    producer → consumer    shm: a file descriptor of memory with all rows; for each block hash, checksum, and tcp: its row
+    producer → consumer    shm: a file descriptor of memory with all rows; for each block its checksum, and tcp: its row
     consumer → producer    how many have arrived: all, or the connection ends
 
 A consumer that wants nothing of what there is closes the connection.
@@ -33,7 +33,7 @@ MOST_BLOCKS = 1 << 16
 """Of one request; who asks for more is no engine."""
 FOREIGN = 0
 """Stands for the bytes of a row where the two engines compute other keys and values."""
-_ASK, _OFFER, _COUNT, _BLOCK = Struct("<8s32sQ"), Struct("<8sQQ"), Struct("<Q"), Struct("<32s32s")
+_ASK, _OFFER, _COUNT, _BLOCK = Struct("<8s32sQ"), Struct("<8sQQ"), Struct("<Q"), Struct("<32s")
 CHUNK = 1 << 16
 """Bytes after which a receiver asks whether it is still wanted."""
 
@@ -106,7 +106,7 @@ def send_rows(sock: socket.socket, identity: bytes, blocks: list[tuple[bytes, Te
                     written += file.write(row[written:])
             socket.send_fds(sock, [b"m"], [file.fileno()])
     for (block_hash, _), row in zip(blocks, rows, strict=True):
-        sock.sendall(_BLOCK.pack(block_hash, checksum(identity, block_hash, row)))
+        sock.sendall(_BLOCK.pack(checksum(identity, block_hash, row)))
         if not shared:
             sock.sendall(row)
     return min(len(blocks), int(_receive(sock, _COUNT)[0]))
@@ -147,13 +147,13 @@ def take(
     sock.sendall(_COUNT.pack(len(hashes)))
     rows = _shared_rows(sock, row_bytes, len(hashes)) if shared else None
     for number, expected in enumerate(hashes):
-        block_hash, digest = _receive(sock, _BLOCK, is_wanted)
+        (digest,) = _receive(sock, _BLOCK, is_wanted)
         if rows is None:
             row = torch.empty(row_bytes, dtype=torch.uint8, pin_memory=pinned)
             receive(sock, row.numpy().data, is_wanted)
         else:
             row = rows[number]
-        if block_hash != expected or digest != checksum(identity, expected, row.numpy().data):
+        if digest != checksum(identity, expected, row.numpy().data):
             raise BadRowError("a block came damaged, or it was another one")
         keep(expected, row)
     sock.sendall(_COUNT.pack(len(hashes)))
