@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,12 +17,20 @@ from solutions.batching import queue_order
 from solutions.batching.queue_order import PrefixOrder, QueueOrder
 from solutions.batching.scheduler_config import POLICIES
 from solutions.benchmarks.latency import Stream
-from stages.course.contest import contests, scoreboard, simulator
-from stages.course.contest.baselines import BASELINES, Fcfs, LongestPrefix, Priority
-from stages.course.contest.contests import CONTESTS, GOODPUT, POLICY, fairness, judge_policy, judge_settings, parse_settings
-from stages.course.contest.player import Request
-from stages.course.contest.scoreboard import Entry, class_scoreboard, handed_in, own_scoreboard, places, ranks
-from stages.course.contest.simulator import CONTEXT, STEP, TOKEN, Foul, Job, Outcome, Workload, alone, draw, simulate
+from stages.course.grading.contest import contests, scoreboard, simulator
+from stages.course.grading.contest.baselines import BASELINES, Fcfs, LongestPrefix, Priority
+from stages.course.grading.contest.contests import (
+    CONTESTS,
+    GOODPUT,
+    POLICY,
+    fairness,
+    judge_policy,
+    judge_settings,
+    parse_settings,
+)
+from stages.course.grading.contest.player import Request
+from stages.course.grading.contest.scoreboard import Entry, class_scoreboard, handed_in, own_scoreboard, places, ranks
+from stages.course.grading.contest.simulator import CONTEXT, STEP, TOKEN, Foul, Job, Outcome, Workload, alone, draw, simulate
 from stages.course.tools.catalog import OPEN, ROOT, load_course
 from stages.make_starters import digest
 
@@ -282,3 +291,18 @@ def test_a_learners_table_keeps_each_new_result_once(small: None, tmp_path: Path
     (root / FILES["2.O"]).write_text(POLICY_OF.format("return []", "return []"))
     own_scoreboard(console(), COURSE, "zoe", "s", path, root)
     assert [(row["name"], bool(row["foul"])) for row in json.loads(path.read_text())] == [("you", False), ("zoe", True)]
+
+
+def test_a_seed_that_is_too_hard_for_a_rival_leaves_a_table() -> None:
+    def judge(name: str, seed: str) -> dict[str, float]:
+        if name == "lpm":
+            raise Foul("request 3 waited for 60 s")
+        return {each.name: 1.0 for each in POLICY.measures}
+
+    rows = scoreboard.rivals(replace(POLICY, judge_rival=judge), "hard")
+    assert [(row.name, row.foul, len(row.measures)) for row in rows] == [
+        ("fcfs", "", 4), ("priority", "", 4), ("lpm", "request 3 waited for 60 s", 0)
+    ]  # fmt: skip
+    where = console()
+    scoreboard.show(where, POLICY, rows)
+    assert "lpm is disqualified: request 3 waited" in printed(where)

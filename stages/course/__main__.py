@@ -81,7 +81,7 @@ def reset(console: Console, course: list[Stage], args: argparse.Namespace) -> in
 
 def scoreboard(console: Console, course: list[Stage], args: argparse.Namespace) -> int:
     """Judge the open tasks of the learner or of a class."""
-    from stages.course.contest.scoreboard import SEED, class_scoreboard, own_scoreboard  # imports the engine
+    from stages.course.grading.contest.scoreboard import SEED, class_scoreboard, own_scoreboard  # imports the engine
 
     seed = args.seed or SEED
     if args.folder:

@@ -13,9 +13,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from stages.course.contest import player
-from stages.course.contest.player import Request
-from stages.course.contest.simulator import Foul
+from stages.course.grading.contest import player
+from stages.course.grading.contest.player import Request
+from stages.course.grading.contest.simulator import Foul
 from stages.course.grading.sandbox import Ended, Limits, Sandbox, room
 
 ANSWER_SECONDS, GAME_SECONDS = 5.0, 180.0

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from stages.course.contest.contests import CONTESTS, Contest, Measure
-from stages.course.contest.referee import read_text
-from stages.course.contest.simulator import Foul
+from stages.course.grading.contest.contests import CONTESTS, Contest, Measure
+from stages.course.grading.contest.referee import read_text
+from stages.course.grading.contest.simulator import Foul
 from stages.course.grading.submission import find_submissions
 from stages.course.tools.catalog import ROOT, Stage, find_stage
 from stages.course.tools.state import SCOREBOARD
@@ -62,8 +62,15 @@ def judge(contest: Contest, name: str, text: str, seed: str, commit: str = "") -
 
 
 def rivals(contest: Contest, seed: str) -> list[Entry]:
-    """The rows that everybody is compared with."""
-    return [Entry(contest.id, name, "", "", seed, contest.judge_rival(name, seed), rival=True) for name in contest.rivals]
+    """The rows that everybody is compared with. A seed may be too hard for one of them, too."""
+    return [_rival(contest, name, seed) for name in contest.rivals]
+
+
+def _rival(contest: Contest, name: str, seed: str) -> Entry:
+    try:
+        return Entry(contest.id, name, "", "", seed, contest.judge_rival(name, seed), rival=True)
+    except Foul as foul:
+        return Entry(contest.id, name, "", "", seed, foul=str(foul), rival=True)
 
 
 def handed_in(contest: Contest, course: list[Stage], root: Path) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from stages.course.contest.player import Request
+from stages.course.grading.contest.player import Request
 
 PATIENCE = 10.0
 """Seconds after which nobody overtakes a waiting request any more by what is cached, as in the engine's "lpm"."""

@@ -10,9 +10,9 @@ from statistics import fmean
 
 from solutions.batching.scheduler_config import PREEMPTION_MODES
 from solutions.benchmarks.latency import Limits, attainment, percentile, sustained_rate
-from stages.course.contest.baselines import BASELINES
-from stages.course.contest.referee import playing
-from stages.course.contest.simulator import Foul, Outcome, Settings, Workload, alone, draw, simulate
+from stages.course.grading.contest.baselines import BASELINES
+from stages.course.grading.contest.referee import playing
+from stages.course.grading.contest.simulator import Foul, Outcome, Settings, Workload, alone, draw, simulate
 from stages.course.grading.sandbox import Sandbox
 
 Measures = dict[str, float]

@@ -14,8 +14,8 @@ from solutions.batching.scheduler_output import SchedulerOutput
 from solutions.batching.sequence import Sequence
 from solutions.benchmarks.latency import Stream
 from solutions.core.scheduler import Scheduler
-from stages.course.contest.baselines import Policy
-from stages.course.contest.player import Request
+from stages.course.grading.contest.baselines import Policy
+from stages.course.grading.contest.player import Request
 
 BLOCK = 16
 STEP, TOKEN, CONTEXT = 12e-3, 40e-6, 0.25e-6
