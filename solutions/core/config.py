@@ -155,7 +155,7 @@ class EngineConfig:
         None,
         'speculative decoding, as JSON: {"method": "ngram", "num_speculative_tokens": 4} drafts from the text itself, '
         '{"method": "draft_model", "model": ..., "quantization": ...} with a smaller model, {"method": "eagle", "model": '
-        "FOLDER} with a small head that was trained to go on from this model's hidden states; as many as pay, by what is "
+        "FOLDER} with a head that python -m solutions.core.eagle.train has trained for this model; as many as pay, by what is "
         'measured, unless "adaptive": false; more keys: disable_by_batch_size, num_speculative_tokens_per_batch_size, '
         "prompt_lookup_min, prompt_lookup_max",
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
@@ -70,20 +71,29 @@ class Oracle:
         self.norm.load_state_dict({"weight": self.weights["norm.weight"]})
 
     @torch.no_grad()
-    def draft(self, text: list[int], count: int, first: int = 0) -> list[int]:
-        """So many tokens behind a text, with a context that begins at position `first`."""
+    def outputs(self, text: list[int], given: list[int], first: int = 0) -> list[Tensor]:
+        """The head's output [hidden] behind a text, and behind each of the tokens that are `given` after it, as in a draft; its
+        context begins at position `first`."""
         body = self.model.model
         features = body(torch.tensor([text[:-1]])).last_hidden_state[0, first:]
-        behind, drafted = text[first + 1 :], []
-        for _ in range(count):
+        behind, outputs = text[first + 1 :], []
+        for token in [*given, -1]:
             positions = torch.arange(first, first + len(behind))[None]
             joined = torch.cat((body.embed_tokens(torch.tensor(behind)), features), dim=1)[None]
-            x = joined @ self.weights["fc.weight"].T
             mask = torch.full((len(behind), len(behind)), float("-inf")).triu(1)[None, None]
+            x = joined @ self.weights["fc.weight"].T
             x = self.layer(x, attention_mask=mask, position_embeddings=body.rotary_emb(x, positions))
             out = self.norm(x[0] if isinstance(x, tuple) else x).reshape(len(behind), -1)
-            drafted.append(int(self.token_ids[(out[-1] @ self.weights["lm_head.weight"].T).argmax()]))
-            behind, features = [*behind, drafted[-1]], torch.cat((features, out[-1:]))
+            outputs.append(out[-1])
+            behind, features = [*behind, token], torch.cat((features, out[-1:]))
+        return outputs
+
+    def draft(self, text: list[int], count: int, first: int = 0) -> list[int]:
+        """So many tokens behind a text, each the likeliest."""
+        drafted: list[int] = []
+        for _ in range(count):
+            out = self.outputs(text, drafted, first)[-1]
+            drafted.append(int(self.token_ids[(out @ self.weights["lm_head.weight"].T).argmax()]))
         return drafted
 
 
