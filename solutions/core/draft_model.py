@@ -209,7 +209,9 @@ class EagleProposer(Proposer):
         body = model.model
         head = load_head(files, config, body.embed_tokens.weight, limits.dtype)
         kernels = use_cpu_kernels(worker.config, limits.device)
-        attach(head, Plan("cpu" if kernels else None, speculation.quantization))
+        for part in (head.fc, head.layer, head.norm, head.lm_head):
+            # embeddings are much smaller than features, so their weights in `fc` are larger and leave the others no steps
+            attach(part, Plan("cpu" if kernels else None, None if part is head.fc else speculation.quantization))
         if kernels and worker.backend.name == "cpu" and not worker.config.enforce_eager:
             replay(head, head.run_layers, [*head.layer.modules(), head.norm], config.hidden_size, limits.dtype)
         self.drafts = HeadDrafts(

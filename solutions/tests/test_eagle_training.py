@@ -16,7 +16,9 @@ from solutions.core.eagle.learner import Learner, Plan, frequent_tokens, make_ba
 from solutions.core.eagle.questions import FORMS, SUBJECTS, make_questions
 from solutions.core.eagle.unrolled import UnrolledHead
 from solutions.core.engine import LLM
+from solutions.core.platform import native
 from solutions.models.heads.eagle import save_head
+from solutions.models.kernels.attach import packed_of
 from solutions.models.loader import load_model, resolve_model
 from solutions.tests.eagle_heads import make_random_head
 from solutions.tests.test_eagle import GREEDY, PROMPTS, SETTINGS, Oracle, eagle, tokens
@@ -144,13 +146,19 @@ def trained(target, model, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_trained_head_drafts_what_comes(target, trained):
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_trained_head_drafts_what_comes(target, trained, quantization):
+    if quantization is not None and native.load() is None:
+        pytest.skip("no C++ kernels")
     params = dataclasses.replace(GREEDY, max_tokens=30)
     plain = LLM(target, **SETTINGS).generate(PROMPTS, params, use_tqdm=False)
-    llm = LLM(target, **SETTINGS, speculative_config=eagle(trained))
+    llm = LLM(target, **SETTINGS, speculative_config=eagle(trained, quantization=quantization))
     assert tokens(llm.generate(PROMPTS, params, use_tqdm=False)) == tokens(plain)
     stats = llm.llm_engine.stats()
     assert stats.spec_decode_num_accepted_tokens > 0.3 * stats.spec_decode_num_draft_tokens
+    if quantization is not None:  # but for the matrix that joins small embeddings and large features
+        head = llm.llm_engine.drafter.proposer.drafts.head
+        assert (packed_of(head.fc).scales is None, packed_of(head.lm_head).scales is None) == (True, False)
 
 
 def test_the_command_trains_a_head_that_the_engine_takes(target, tmp_path, capsys):

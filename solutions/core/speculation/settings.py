@@ -20,7 +20,7 @@ class SpeculativeConfig:
         num_speculative_tokens: most tokens drafted for a sequence in a step.
         prompt_lookup_min, prompt_lookup_max: of "ngram", how many last tokens must have occurred before; the longest counts.
         model, quantization: of "draft_model"; the model's vocabulary must be the target's. A quantized copy of the target
-            will do. Of "eagle" the head's folder, and "int8" or "int4" for its matrices.
+            will do. Of "eagle" the head's folder, and "int8" or "int4" for all its matrices but the first.
         adaptive: draft as many tokens as pay, by what steps cost and how many drafts were right, and none where none do; false:
             always as many as the other fields say.
         disable_by_batch_size: with more sequences in a step nothing is drafted; None: however many there are.
