@@ -40,6 +40,7 @@ def transfer() -> str:
     return json.dumps({"kv_connector": "tcp", "kv_role": "kv_producer", "kv_addresses": ["127.0.0.1:0"]})
 
 
+HEAD = {"method": "eagle", "model": "no-such-head"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_model_len": 1}, "max_model_len must be between"),
     ({"max_model_len": 1 << 20}, "max_model_len must be between"),
@@ -83,6 +84,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model": WINDOWED, "speculative_config": draft(model=MODEL)}, "the draft model has a vocabulary of"),
     ({"speculative_config": draft(model=MODEL, quantization="gptq")}, "is no gptq checkpoint"),
     ({"speculative_config": draft(model=MODEL, quantization="int8"), "enable_cpu_kernels": False}, "needs the CPU kernels"),
+    ({"speculative_config": HEAD, "model": "gemma-3-270m"}, "method eagle: only for models of the LLaMA family"),
+    ({"speculative_config": HEAD, "tensor_parallel_size": 3}, "method eagle: only with one rank"),
+    ({"speculative_config": HEAD, "distributed_executor_backend": "ray"}, "method eagle: only with one rank"),
+    ({"speculative_config": HEAD, "async_scheduling": True}, "--async-scheduling: not with --speculative-config"),
+    ({"speculative_config": HEAD | {"quantization": "int8"}, "enable_cpu_kernels": False}, "needs the CPU kernels"),
+    ({"speculative_config": HEAD}, "method eagle: there is no drafting head in no-such-head"),
 ]  # fmt: skip
 
 

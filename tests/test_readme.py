@@ -17,9 +17,9 @@ from .test_floors import name
 ROOT = Path(__file__).parents[1]
 PROGRAM_FLAGS = {
     "--host", "--port", "--prompt", "--prompts-file", "--api-key", "--api-key-file", "--served-model-name",
-    "--max-waiting-tokens", "--prefill", "--decode",
+    "--max-waiting-tokens", "--prefill", "--decode", "--output",
 }  # fmt: skip
-"""Flags of the command line, of the server and of the proxy besides those of the engine."""
+"""Flags of the command line, of the server, of the proxy and of the training of heads besides those of the engine."""
 DOCUMENTS = [
     "README.md",
     "benchmarks/README.md",

@@ -1,7 +1,7 @@
 """Speculative decoding against plain decoding, on text that repeats itself, ordinary text and random text.
 
-Tokens a step and speed with drafts from the text itself (n-grams) and from a smaller model, against plain decoding of the same
-prompts, in turns: as many drafts as pay, and of n-grams also always as many, which shows where speculation loses.
+Tokens a step and speed with drafts from the text itself (n-grams), a smaller model or a trained head, against plain decoding of
+the same prompts, in turns: as many drafts as pay, and of n-grams also always as many, which shows where speculation loses.
 """
 
 from __future__ import annotations
@@ -106,10 +106,9 @@ def summarize(rows: list[Row]) -> list[dict[str, Any]]:
 def show(model: str, summary: list[dict[str, Any]]) -> None:
     rows = []
     for case in summary:
-        low, high = case["speedup_range"]
         accepted = "" if case["acceptance"] is None else f"{case['acceptance']:.0%}"
         numbers = [f"{case['tokens_per_second']:.0f}", f"{case['tokens_per_step']:.2f}", accepted]
-        gain = "" if case["method"] == PLAIN else f"{case['speedup']:.2f}x ({low:.2f}-{high:.2f})"
+        gain = "" if case["method"] == PLAIN else "{:.2f}x ({:.2f}-{:.2f})".format(case["speedup"], *case["speedup_range"])
         rows.append([f"{case['text']}, batch {case['batch']}", case["method"], *numbers, gain])
     columns = ["text", "method", "tokens/s", "tokens a step", "accepted", "as fast as plain"]
     show_table(f"Speculative decoding, {model}", columns, rows)
@@ -118,15 +117,14 @@ def show(model: str, summary: list[dict[str, Any]]) -> None:
 def draw(summary: list[dict[str, Any]], path: Path) -> None:
     """Speed-up by batch size, a panel for each kind of text."""
     batches = sorted({case["batch"] for case in summary})
-    blue = "#0072B2"
-    lines = [(PLAIN, "#999999", "o-"), ("ngram", blue, "o-"), ("ngram, always", blue, "x:"), ("draft model", "#E69F00", "o-")]
+    lines = [(PLAIN, "#999999", "o-"), ("ngram", "#0072B2", "o-"), ("ngram, always", "#0072B2", "x:")]
+    lines += [("draft model", "#E69F00", "o-")] + [("eagle", "#009E73", "o-")] * any(c["method"] == "eagle" for c in summary)
     with drawing(path, len(TEXTS), figsize=(9, 3.2), sharey=True) as panels:
         for axes, text in zip(panels, TEXTS, strict=True):
             for method, colour, line in lines:
                 points = [case["speedup"] for case in summary if case["text"] == text and case["method"] == method]
                 axes.plot(range(len(points)), points, line, color=colour, label=method)
-            axes.set_xticks(range(len(batches)), batches)
-            axes.set(title=f"{text} text", xlabel="requests at once")
+            axes.set(xticks=range(len(batches)), xticklabels=batches, title=f"{text} text", xlabel="requests at once")
             axes.grid(alpha=0.3)
         panels[0].set_ylabel("as fast as plain decoding")
         panels[0].legend()
@@ -136,8 +134,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("speculative", __doc__, "the speed-up")
     parser.add_flag("--model", DEFAULT_MODEL, "alias or folder")
     parser.add_argument("--draft-model", help="alias or folder (default: the model itself, quantized)")
-    parser.add_flag("--draft-quantization", "int8", "quantization of the draft model; none: its own precision")
-    parser.add_flag("--draft-tokens", 3, "tokens that the draft model drafts in a step")
+    parser.add_flag("--draft-quantization", "int8", "quantization of the draft model and of the head; none: its own precision")
+    parser.add_argument("--eagle-head", help="folder of a head that was trained for the model; drafts by it are measured, too")
+    parser.add_flag("--draft-tokens", 3, "tokens that the draft model or the head drafts in a step")
     parser.add_flag("--ngram-tokens", 5, "tokens that n-grams draft in a step")
     parser.add_flag("--batches", [1, 4, 16, 32], "requests at once")
     parser.add_flag("--output-len", 96, "tokens of each answer")
@@ -145,10 +144,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_flag("--dtype", "auto", "the engine's --dtype")
     args = parser.parse_args(argv)
     quantization = None if args.draft_quantization == "none" else args.draft_quantization
-    draft = {"method": "draft_model", "model": args.draft_model or args.model, "quantization": quantization}
+    draft = {"num_speculative_tokens": args.draft_tokens, "quantization": quantization}
     ngram = {"method": "ngram", "num_speculative_tokens": args.ngram_tokens}
-    draft |= {"num_speculative_tokens": args.draft_tokens}
-    settings = {"ngram": ngram, "ngram, always": ngram | ALWAYS, "draft model": draft}
+    settings = {"ngram": ngram, "ngram, always": ngram | ALWAYS}
+    settings["draft model"] = draft | {"method": "draft_model", "model": args.draft_model or args.model}
+    settings |= {"eagle": draft | {"method": "eagle", "model": args.eagle_head}} if args.eagle_head else {}
     total = args.repeats * len(TEXTS) * len(args.batches) * (1 + len(settings))
     with one_line_errors():
         runs = measure(

@@ -24,7 +24,7 @@ from functools import partial
 from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention.paged_attention import AttentionBackend, AttentionMetadata, attention_metadata
 from ..attention.paged_attention_cpu import Plan, new_step
@@ -245,13 +245,18 @@ class LayerReplay(Capture[LayerInputs]):
 
 def replay_layers(model: CausalLM, parallel: TensorParallel) -> None:
     """Let a model's layers be recorded and replayed, if all their operations, sums over the ranks too, are native kernels."""
-    if not isinstance(model, LlamaForCausalLM) or len(model.config.windows) > 1 or not parallel.is_native:
-        return
-    layers = [*model.model.layers.modules(), model.model.norm]
+    if isinstance(model, LlamaForCausalLM) and len(model.config.windows) == 1 and parallel.is_native:
+        layers = [*model.model.layers.modules(), model.model.norm]
+        replay(model.model, model.model.run_layers, layers, model.config.hidden_size, model.model.embed_tokens.weight.dtype)
+
+
+def replay(
+    owner: nn.Module, run_layers: Callable[..., Tensor], layers: Many[nn.Module], hidden_size: int, dtype: torch.dtype
+) -> None:
+    """Let the method `run_layers` of `owner`, which runs these layers, be recorded and replayed, if all of them are native."""
     if all(is_native(layer) for layer in layers if isinstance(layer, WeightLayer | Attention)):
         attention = next(layer for layer in layers if isinstance(layer, Attention))
-        dtype = model.model.embed_tokens.weight.dtype
-        put(model.model, "run_layers", LayerReplay(model.model.run_layers, attention, model.config.hidden_size, dtype))
+        put(owner, "run_layers", LayerReplay(run_layers, attention, hidden_size, dtype))
 
 
 @dataclass(frozen=True, slots=True)

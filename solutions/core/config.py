@@ -154,7 +154,8 @@ class EngineConfig:
     speculative_config: str | None = _flag(
         None,
         'speculative decoding, as JSON: {"method": "ngram", "num_speculative_tokens": 4} drafts from the text itself, '
-        '{"method": "draft_model", "model": ..., "quantization": ...} with a smaller model; as many as pay, by what is '
+        '{"method": "draft_model", "model": ..., "quantization": ...} with a smaller model, {"method": "eagle", "model": '
+        "FOLDER} with a head that python -m solutions.core.eagle.train has trained for this model; as many as pay, by what is "
         'measured, unless "adaptive": false; more keys: disable_by_batch_size, num_speculative_tokens_per_batch_size, '
         "prompt_lookup_min, prompt_lookup_max",
     )

@@ -1,4 +1,4 @@
-"""Drafts from a smaller model that runs beside the target, in the engine's own process.
+"""Drafts from a smaller model that runs beside the target, in the engine's own process, or from a head on top of the target.
 
 Its KV cache has the same blocks as the target's: one block table serves both, so whatever becomes of a sequence's blocks,
 shared, copied, swapped or found in the prefix cache, holds for both. The draft model first computes what the target's step is
@@ -6,28 +6,37 @@ about to compute, a prompt's chunk or a single token, which gives the first draf
 
 While nothing is drafted it computes nothing, and blocks that are filled meanwhile hold nothing of it. So it notes which blocks
 it has filled: of what the prefix cache finds for a sequence, the others are missing here.
+
+A head needs no step of its own to follow: it reads the hidden states of each step that the target has run
+(`speculation/head_drafts.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import pairwise, takewhile
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..attention.block_manager import NULL_BLOCK
-from ..batching.continuous_batch import ContinuousBatch
+from ..batching.continuous_batch import ContinuousBatch, FlatBatch
 from ..batching.scheduler_output import BlockPairs, Draft, SchedulerOutput
 from ..batching.sequence import Sequence
 from ..models.config.model_config import ModelConfig
+from ..models.heads.eagle import HeadFiles, find_head, load_head
+from ..models.kernels.attach import Plan, attach
+from ..models.llama import LlamaForCausalLM
 from ..models.loader import ModelSource, resolve_model
+from .capture import replay
 from .config import EngineConfig
 from .sampling.rejection_sampler import Prefix, draw_one
+from .speculation.head_drafts import MOST_ROWS, HeadDrafts
 from .speculation.settings import SpeculativeConfig
 from .speculative import NgramProposer, Proposer
 from .startup import Limits, check_settings
-from .worker import Worker
+from .worker import Worker, use_cpu_kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +53,12 @@ class FoundDraft:
 
     Attributes:
         model: the one that drafts; None: none does.
+        head: the one that does; None: likewise.
     """
 
     speculation: SpeculativeConfig
     model: DraftModel | None = None
+    head: HeadFiles | None = None
 
 
 class DraftModelProposer(Proposer):
@@ -182,6 +193,56 @@ class DraftModelProposer(Proposer):
             seq.tokens.append(token)
 
 
+class EagleProposer(Proposer):
+    """A head that drafts what it holds for the likeliest. The target's own draws decide what stays, so whatever a request asks
+    for, the tokens are those of plain decoding.
+
+    Args:
+        speculation: how many tokens to draft, and when. files: the head, which was checked. worker: the target's, loaded.
+        limits: the target's.
+    """
+
+    def __init__(self, speculation: SpeculativeConfig, files: HeadFiles, worker: Worker, limits: Limits) -> None:
+        super().__init__(speculation)
+        model, config = worker.model, worker.model_config
+        assert isinstance(model, LlamaForCausalLM)  # `find_draft` sees to it
+        body = model.model
+        head = load_head(files, config, body.embed_tokens.weight, limits.dtype)
+        kernels = use_cpu_kernels(worker.config, limits.device)
+        for part in (head.fc, head.layer, head.norm, head.lm_head):
+            # embeddings are much smaller than features, so their weights in `fc` are larger and leave the others no steps
+            attach(part, Plan("cpu" if kernels else None, None if part is head.fc else speculation.quantization))
+        if kernels and worker.backend.name == "cpu" and not worker.config.enforce_eager:
+            replay(head, head.run_layers, [*head.layer.modules(), head.norm], config.hidden_size, limits.dtype)
+        self.drafts = HeadDrafts(
+            head, body.embed_tokens, body.rotary_emb, worker.backend, min(MOST_ROWS, worker.config.max_num_seqs),
+            limits.max_model_len, config.num_kv_heads, config.head_dim, limits.dtype,
+        )  # fmt: skip
+        self._heard: tuple[FlatBatch, Tensor] | None = None
+        worker.listener = self._listen
+
+    def _listen(self, batch: FlatBatch, hidden: Tensor) -> None:
+        self._heard = batch, hidden
+
+    def update_states(self, output: SchedulerOutput) -> None:
+        self.drafts.forget(output.removed)
+        if self._heard is None:
+            return
+        (batch, hidden), self._heard = self._heard, None
+        hidden, gone = hidden.clone(), set(output.removed)
+        for seq, (row, end) in zip(batch.sequences, pairwise(batch.query_start_loc.tolist()), strict=True):
+            start = int(batch.positions[row])
+            count = min(end - row, seq.num_computed_tokens - start)  # behind it are drafts that were rejected
+            if count > 0 and seq.seq_id not in gone:
+                self.drafts.take(seq.seq_id, start, hidden[row : row + count])
+
+    def num_missed(self, seq: Sequence) -> int:
+        return self.drafts.num_missed(seq.seq_id)
+
+    def propose(self, output: SchedulerOutput, wanted: dict[Sequence, int]) -> dict[Sequence, Draft]:
+        return {seq: Draft(token_ids) for seq, token_ids in self.drafts.draft(wanted).items()}
+
+
 def check_fits(draft: ModelConfig, target: ModelConfig, max_model_len: int) -> None:
     """See that a model can draft for another.
 
@@ -222,6 +283,8 @@ def find_draft(config: EngineConfig, target: ModelConfig, limits: Limits) -> Fou
     speculation = SpeculativeConfig.parse(config.speculative_config)
     if speculation.method == "ngram":
         return FoundDraft(speculation)
+    if speculation.method == "eagle":
+        return FoundDraft(speculation, head=_find_head(config, speculation, target, limits))
     if (flag := config.tier_flag) is not None:
         raise ValueError(f"{flag}: not with a draft model, whose keys and values would not come along; use method ngram")
     assert speculation.model is not None  # `SpeculativeConfig` sees to it
@@ -235,10 +298,37 @@ def find_draft(config: EngineConfig, target: ModelConfig, limits: Limits) -> Fou
     return FoundDraft(speculation, DraftModel(settings, source))
 
 
-def make_proposer(draft: FoundDraft | None, limits: Limits) -> Proposer | None:
-    """Load what drafts, if anything does."""
+def _find_head(config: EngineConfig, speculation: SpeculativeConfig, target: ModelConfig, limits: Limits) -> HeadFiles:
+    """The head that ``config.speculative_config`` names.
+
+    Raises:
+        ValueError: there is none, or it does not go together with the target or a setting.
+    """
+    refused = "--speculative-config: method eagle: "
+    if target.architecture != "LlamaForCausalLM" or target.windows != (None,):
+        raise ValueError(f"{refused}only for models of the LLaMA family, and this is a {target.architecture}; use ngram")
+    if config.tensor_parallel_size > 1 or config.distributed_executor_backend in ("mp", "ray"):
+        raise ValueError(f"{refused}only with one rank in the engine's process; use ngram or draft_model")
+    if limits.device.type != "cpu":
+        raise ValueError(f"{refused}the head runs on a CPU only, and the model is on {limits.device.type}; use draft_model")
+    if speculation.quantization is not None and not use_cpu_kernels(config, limits.device):
+        raise ValueError(f"{refused}quantization {speculation.quantization} needs the CPU kernels, which are off or not built")
+    try:
+        return find_head(Path(speculation.model or ""), target)
+    except ValueError as error:
+        raise ValueError(f"{refused}{error}") from None
+
+
+def make_proposer(draft: FoundDraft | None, limits: Limits, worker: Worker) -> Proposer | None:
+    """Load what drafts, if anything does; `worker` is the target's.
+
+    Raises:
+        ValueError: a head's weights are not for this target.
+    """
     if draft is None:
         return None
+    if draft.head is not None:
+        return EagleProposer(draft.speculation, draft.head, worker, limits)
     if draft.model is None:
         return NgramProposer(draft.speculation)
     return DraftModelProposer(draft.speculation, draft.model, limits)

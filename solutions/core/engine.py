@@ -88,7 +88,7 @@ class LLMEngine:
         self.executor = make_executor(config, source, limits.device, limits.dtype)
         clock.lap("load weights")
         model = source.config
-        proposer = make_proposer(draft, limits)
+        proposer = make_proposer(draft, limits, self.executor.worker)
         if proposer is not None:
             clock.lap("draft model")
         drafts = None if proposer is None else proposer.model_config

@@ -312,7 +312,7 @@ def test_drafts_take_nobodys_tokens_or_blocks(folders):
         ("{", "not valid JSON"),
         ("[]", "must be a JSON object with a method"),
         ('{"num_speculative_tokens": 3}', "must be a JSON object with a method"),
-        ('{"method": "eagle"}', "method must be one of ngram, draft_model, got 'eagle'"),
+        ('{"method": "medusa"}', "method must be one of ngram, draft_model, eagle, got 'medusa'"),
         ('{"method": "ngram", "tokens": 3}', "there is no 'tokens'; the keys are method, num_speculative_tokens"),
         ('{"method": "ngram", "num_speculative_tokens": 0}', "num_speculative_tokens must be an integer of at least 1, got 0"),
         ('{"method": "ngram", "num_speculative_tokens": true}', "must be an integer of at least 1, got True"),
@@ -325,6 +325,8 @@ def test_drafts_take_nobodys_tokens_or_blocks(folders):
         ('{"method": "ngram", "num_speculative_tokens_per_batch_size": {"1-4": -1}}', "got {'1-4': -1}"),
         ('{"method": "draft_model"}', "method draft_model needs a model"),
         ('{"method": "draft_model", "model": 3}', "model must be a string, got 3"),
+        ('{"method": "eagle"}', "method eagle needs a model, the folder of a head"),
+        ('{"method": "eagle", "model": "x", "quantization": "gptq"}', "quantization of a head is int8 or int4, got 'gptq'"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_error(config, message):

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-METHODS = ("ngram", "draft_model")
+METHODS = ("ngram", "draft_model", "eagle")
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +15,12 @@ class SpeculativeConfig:
     """How tokens are drafted; the keys of ``--speculative-config``. Names are vLLM's.
 
     Attributes:
-        method: "ngram": what followed when the text last said the same; "draft_model": a smaller model.
+        method: "ngram": what followed when the text last said the same; "draft_model": a smaller model; "eagle": a head that
+            was trained to go on from the target's hidden states.
         num_speculative_tokens: most tokens drafted for a sequence in a step.
         prompt_lookup_min, prompt_lookup_max: of "ngram", how many last tokens must have occurred before; the longest counts.
         model, quantization: of "draft_model"; the model's vocabulary must be the target's. A quantized copy of the target
-            will do.
+            will do. Of "eagle" the head's folder, and "int8" or "int4" for all its matrices but the first.
         adaptive: draft as many tokens as pay, by what steps cost and how many drafts were right, and none where none do; false:
             always as many as the other fields say.
         disable_by_batch_size: with more sequences in a step nothing is drafted; None: however many there are.
@@ -67,6 +68,10 @@ class SpeculativeConfig:
                 raise ValueError(f"--speculative-config: method ngram takes no {name}; it drafts from the text itself")
         if self.method == "draft_model" and self.model is None:
             raise ValueError("--speculative-config: method draft_model needs a model, such as the target's own name")
+        if self.method == "eagle" and self.model is None:
+            raise ValueError("--speculative-config: method eagle needs a model, the folder of a head trained for the target")
+        if self.method == "eagle" and self.quantization not in (None, "int8", "int4"):
+            raise ValueError(f"--speculative-config: quantization of a head is int8 or int4, got {self.quantization!r}")
 
     @classmethod
     def parse(cls, given: str | dict[str, Any]) -> SpeculativeConfig:

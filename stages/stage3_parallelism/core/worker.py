@@ -106,6 +106,7 @@ class Worker:
 
     Attributes:
         ahead: begins steps before they are executed; None: nothing does.
+        listener: is given each batch and its hidden states [T, hidden], which the next step overwrites; None: nobody is.
         tiers: moves blocks to and from the tier below the prefix cache; None: there is none.
     """
 
@@ -145,6 +146,7 @@ class Worker:
         self.cache: CacheEngine  # from `create_cache` on
         self.graphs: DecodeGraphs | None = None
         self.ahead: Lookahead[Tensor, StepResult] | None = None
+        self.listener: Callable[[FlatBatch, Tensor], None] | None = None
         self.tiers: TieredBlockManager | None = None
 
     def _check_batch_invariance(self) -> None:
@@ -167,15 +169,9 @@ class Worker:
         """Set up the KV cache."""
         model = self.model_config
         self.cache = CacheEngine(
-            model.num_cached_layers,
-            num_blocks,
-            block_size,
-            self.num_kv_heads,
-            model.head_dim,
-            element_type(self.config.kv_cache_dtype, self.dtype),
-            self.device,
-            num_host_blocks,
-        )
+            model.num_cached_layers, num_blocks, block_size, self.num_kv_heads, model.head_dim,
+            element_type(self.config.kv_cache_dtype, self.dtype), self.device, num_host_blocks,
+        )  # fmt: skip
         if self.config.touch_kv_cache:
             for kv_cache in (*self.cache.kv_caches, *self.cache.kv_scales):
                 kv_cache.zero_()  # zero already, but the system provides memory only when it is written
@@ -201,7 +197,10 @@ class Worker:
         """Move blocks and run the model: hidden states [T, hidden]. For `tokens` see `Device.begin`."""
         decision = batch.decision
         self.move_blocks(decision.swap_out, decision.swap_in, decision.copies)
-        return self.forward(batch, tokens)
+        hidden = self.forward(batch, tokens)
+        if self.listener is not None:
+            self.listener(batch, hidden)
+        return hidden
 
     @torch.inference_mode()
     def finish(self, batch: FlatBatch, hidden: Tensor, meanwhile: Meanwhile | None = None) -> StepResult:

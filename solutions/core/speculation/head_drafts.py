@@ -1,0 +1,154 @@
+"""Drafts by a head that reads what the target has computed: features kept, a context for each sequence, chains.
+
+The head has keys and values of its own, one row of a small cache for each sequence that drafts, filled from the sequence's
+first feature on. What the target computes after that is what the head reads next, with its own outputs of the last draft
+overwritten, so a rejected token leaves nothing behind. Positions whose features were never seen, because the prefix cache
+held them or because the sequence was moved to host memory, are missing: the head's context begins behind them. That costs
+accepted tokens, and never a right one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...attention.paged_attention import AttentionBackend, AttentionMetadata, attention_metadata
+from ...batching.sequence import Sequence
+from ...batching.step_arrays import PagedArrays
+from ...memory.cache_engine import CacheEngine
+from ...models.heads.eagle import EagleHead
+from ...parallelism.linear import Layer
+
+MOST_ROWS = 32
+"""Most sequences with a context of the head; who comes while there are so many gets no drafts. With more in a step, drafts
+hardly pay on any machine."""
+MOST_PENDING = 1024
+"""Most features kept of a sequence that nobody drafts for. When there are more, its context begins anew."""
+
+
+@dataclass(slots=True)
+class Context:
+    """What the head knows of one sequence.
+
+    Attributes:
+        row: of the cache. first: the sequence's position that stands first in it. length: positions from there on whose keys
+            and values are in the row.
+        pending: features of the positions behind those, [n, hidden] each. num_pending: positions in them.
+    """
+
+    row: int
+    first: int
+    length: int = 0
+    pending: list[Tensor] = field(default_factory=list)
+    num_pending: int = 0
+
+    @property
+    def end(self) -> int:
+        """The first position of the sequence that has no feature here."""
+        return self.first + self.length + self.num_pending
+
+
+class HeadDrafts:
+    """Drafts for several sequences at once.
+
+    Args:
+        head: drafts. embed: the target's embedding, [T] -> [T, hidden]. rotary: the target's positions, [T] -> rope.
+        backend: of attention. rows: sequences that may have a context. longest: a sequence, in tokens.
+        num_kv_heads, head_dim, dtype: of the head's cache.
+    """
+
+    def __init__(
+        self, head: EagleHead, embed: Layer, rotary: torch.nn.Module, backend: AttentionBackend, rows: int, longest: int,
+        num_kv_heads: int, head_dim: int, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.head, self.embed, self.rotary, self.backend = head, embed, rotary, backend
+        self.longest = longest
+        self.cache = CacheEngine(1, rows, longest, num_kv_heads, head_dim, dtype, torch.device("cpu"))
+        self.contexts: dict[int, Context] = {}
+        self._free = list(range(rows))[::-1]
+
+    def forget(self, seq_ids: Iterable[int]) -> None:
+        """These sequences have left, or lost what was computed of them."""
+        for seq_id in seq_ids:
+            if (context := self.contexts.pop(seq_id, None)) is not None:
+                self._free.append(context.row)
+
+    def take(self, seq_id: int, start: int, features: Tensor) -> None:
+        """The target has computed a sequence's positions from `start` on, and they stay: features [n, hidden], n > 0."""
+        context = self.contexts.get(seq_id)
+        if context is None:
+            if not self._free:
+                return
+            context = self.contexts[seq_id] = Context(self._free.pop(), start)
+        elif start != context.end or context.num_pending > MOST_PENDING:
+            context.first, context.length, context.pending, context.num_pending = start, 0, [], 0
+        context.pending.append(features)
+        context.num_pending += len(features)
+
+    def num_missed(self, seq_id: int) -> int:
+        """Positions that the head reads before it drafts, beside the one that it always does."""
+        context = self.contexts.get(seq_id)
+        return 0 if context is None else max(0, context.num_pending - 1)
+
+    @torch.inference_mode()
+    def draft(self, wanted: dict[Sequence, int]) -> dict[Sequence, list[int]]:
+        """So many tokens for each sequence, but for those of which the last computed position has no feature here."""
+        drafting = [seq for seq in wanted if self._is_ready(seq)]
+        if not drafting:
+            return {}
+        contexts = [self.contexts[seq.seq_id] for seq in drafting]
+        hidden = self._read(drafting, contexts)
+        tokens = self.head.likeliest(hidden)  # [S]
+        columns = [tokens]
+        depth = max(wanted[seq] for seq in drafting)
+        rows = torch.tensor([context.row for context in contexts])
+        lengths = torch.tensor([context.length for context in contexts])
+        firsts = torch.tensor([context.first for context in contexts])
+        starts = torch.arange(len(drafting) + 1, dtype=torch.int32)
+        tables = rows[:, None].int()
+        longest = max(context.length for context in contexts)
+        for place in range(depth - 1):
+            at = lengths + place
+            arrays = PagedArrays(rows * self.longest + at, tables, starts, (at + 1).int())
+            hidden = self._run(tokens, hidden, firsts + at, self._metadata(arrays, 1, longest + place + 1))
+            tokens = self.head.likeliest(hidden)
+            columns.append(tokens)
+        drafted = torch.stack(columns, dim=1).tolist()
+        return {seq: draft[: wanted[seq]] for seq, draft in zip(drafting, drafted, strict=True)}
+
+    def _is_ready(self, seq: Sequence) -> bool:
+        context = self.contexts.get(seq.seq_id)
+        return context is not None and context.num_pending > 0 and context.end == len(seq.tokens) - 1
+
+    def _read(self, sequences: list[Sequence], contexts: list[Context]) -> Tensor:
+        """Take the pending features of all of them into the cache; the head's output behind the last of each, [S, hidden]."""
+        ids: list[int] = []
+        positions, slots, starts, lens = [], [], [0], []
+        for seq, context in zip(sequences, contexts, strict=True):
+            begin, count = context.first + context.length, context.num_pending
+            ids += seq.tokens[begin + 1 : begin + count + 1]
+            positions.append(torch.arange(begin, begin + count))
+            slots.append(positions[-1] + (context.row * self.longest - context.first))
+            starts.append(starts[-1] + count)
+            lens.append(context.length + count)
+        features = torch.cat([each for context in contexts for each in context.pending])
+        arrays = PagedArrays(
+            torch.cat(slots), torch.tensor([[context.row] for context in contexts], dtype=torch.int32),
+            torch.tensor(starts, dtype=torch.int32), torch.tensor(lens, dtype=torch.int32),
+        )  # fmt: skip
+        most = max(context.num_pending for context in contexts)
+        out = self._run(torch.tensor(ids), features, torch.cat(positions), self._metadata(arrays, most, max(lens)))
+        for context in contexts:
+            context.length += context.num_pending
+            context.pending, context.num_pending = [], 0
+        return out[torch.tensor(starts[1:]) - 1]
+
+    def _run(self, tokens: Tensor, features: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
+        hidden: Tensor = self.head(self.embed(tokens), features, self.rotary(positions), metadata)
+        return hidden
+
+    def _metadata(self, arrays: PagedArrays[Tensor, Tensor], most_new: int, longest: int) -> AttentionMetadata:
+        return attention_metadata(arrays, (most_new, longest), self.cache.kv_caches, None, self.backend, (None,))

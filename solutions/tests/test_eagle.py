@@ -1,0 +1,288 @@
+"""A head that drafts: what it drafts is what plain PyTorch says, and whatever it drafts, tokens are those of plain decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+
+from solutions.batching.sampling_params import SamplingParams
+from solutions.core.draft_model import EagleProposer
+from solutions.core.engine import LLM
+from solutions.core.speculation import head_drafts
+from solutions.core.speculation.head_drafts import HeadDrafts
+from solutions.models.heads.eagle import CONFIG, WEIGHTS
+from solutions.tests.eagle_heads import make_random_head
+from solutions.tests.slow_cases import slow_after
+from solutions.tests.tiny_models import make_tiny_llama
+
+GREEDY = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+SETTINGS = {"dtype": "float32", "max_model_len": 256, "block_size": 4, "num_gpu_blocks_override": 256}
+PROMPTS = [{"prompt_token_ids": [(i * j + i) % 200 for j in range(3 + 5 * i)]} for i in range(1, 7)]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("target")
+    make_tiny_llama(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory, target) -> Path:
+    folder = tmp_path_factory.mktemp("head")
+    make_random_head(folder, target)
+    return folder
+
+
+def eagle(head: Path, **others) -> dict:
+    return {"method": "eagle", "model": str(head), "num_speculative_tokens": 3, "adaptive": False} | others
+
+
+def tokens(outputs) -> list[list[int]]:
+    return [completion.token_ids for output in outputs for completion in output.outputs]
+
+
+class Oracle:
+    """The same head from transformers' own decoder layer, over the whole text each time and without a cache."""
+
+    def __init__(self, target: str, head: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, attn_implementation="eager")
+        config, weights = self.model.config, load_file(head / WEIGHTS)
+        self.weights = {name: tensor.float() for name, tensor in weights.items()}
+        self.token_ids = weights["token_ids"]
+        self.layer, self.norm = LlamaDecoderLayer(config, 0), LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        own = {name.removeprefix("layer."): tensor for name, tensor in self.weights.items() if name.startswith("layer.")}
+        kv = config.num_key_value_heads * config.head_dim
+        q, k, v = own.pop("self_attn.qkv_proj.weight").split([config.num_attention_heads * config.head_dim, kv, kv])
+        gate, up = own.pop("mlp.gate_up_proj.weight").chunk(2)
+        own |= {f"self_attn.{name}_proj.weight": each for name, each in (("q", q), ("k", k), ("v", v))}
+        self.layer.load_state_dict(own | {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up})
+        self.norm.load_state_dict({"weight": self.weights["norm.weight"]})
+
+    @torch.no_grad()
+    def outputs(self, text: list[int], given: list[int], first: int = 0) -> list[Tensor]:
+        """The head's output [hidden] behind a text, and behind each of the tokens that are `given` after it, as in a draft; its
+        context begins at position `first`."""
+        body = self.model.model
+        features = body(torch.tensor([text[:-1]])).last_hidden_state[0, first:]
+        behind, outputs = text[first + 1 :], []
+        for token in [*given, -1]:
+            positions = torch.arange(first, first + len(behind))[None]
+            joined = torch.cat((body.embed_tokens(torch.tensor(behind)), features), dim=1)[None]
+            mask = torch.full((len(behind), len(behind)), float("-inf")).triu(1)[None, None]
+            x = joined @ self.weights["fc.weight"].T
+            x = self.layer(x, attention_mask=mask, position_embeddings=body.rotary_emb(x, positions))
+            out = self.norm(x[0] if isinstance(x, tuple) else x).reshape(len(behind), -1)
+            outputs.append(out[-1])
+            behind, features = [*behind, token], torch.cat((features, out[-1:]))
+        return outputs
+
+    def draft(self, text: list[int], count: int, first: int = 0) -> list[int]:
+        """So many tokens behind a text, each the likeliest."""
+        drafted: list[int] = []
+        for _ in range(count):
+            out = self.outputs(text, drafted, first)[-1]
+            drafted.append(int(self.token_ids[(out @ self.weights["lm_head.weight"].T).argmax()]))
+        return drafted
+
+
+def watch(llm: LLM, plain=()) -> list[tuple[list[int], list[int], int]]:
+    """(text, what was drafted behind it, where its context begins) of all that is drafted from now on. What a random head
+    drafts is never right, so some of it is replaced by what `plain` says, outputs of plain decoding, before it is on trial."""
+    proposer, seen, chance = llm.llm_engine.drafter.proposer, [], random.Random(0)
+    propose = proposer.propose
+    right = {(tuple(o.prompt_token_ids), o.outputs[0].token_ids[0]): o.outputs[0].token_ids for o in plain}
+
+    def watched(output, wanted):
+        texts = {seq: list(seq.tokens) for seq in wanted}
+        drafts = propose(output, wanted)
+        for seq, draft in drafts.items():
+            seen.append((texts[seq], list(draft.token_ids), proposer.drafts.contexts[seq.seq_id].first))
+            said = right.get((tuple(seq.prompt_token_ids), texts[seq][seq.num_prompt_tokens]))
+            if said is not None:
+                count = chance.randint(0, len(draft.token_ids))
+                draft.token_ids[:count] = said[seq.num_output_tokens :][:count]
+        return drafts
+
+    proposer.propose = watched
+    return seen
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("budget", [256, 16])
+def test_it_drafts_what_transformers_says(target, head, kernels, budget):
+    """Whole prompts or chunks, several sequences, accepted and rejected drafts: all with the whole text as context."""
+    llm = LLM(
+        target, **SETTINGS, speculative_config=eagle(head), enable_prefix_caching=False, max_num_batched_tokens=budget,
+        enable_cpu_kernels=kernels,
+    )  # fmt: skip
+    params = dataclasses.replace(GREEDY, max_tokens=20)
+    plain = LLM(target, **SETTINGS).generate(PROMPTS[:4], params, use_tqdm=False)
+    seen, oracle = watch(llm, plain), Oracle(target, head)
+    assert tokens(llm.generate(PROMPTS[:4], params, use_tqdm=False)) == tokens(plain)
+    assert len(seen) > 20
+    assert llm.llm_engine.stats().spec_decode_num_accepted_tokens > 20
+    for text, draft, first in seen:
+        assert first == 0
+        assert draft == oracle.draft(text, len(draft))
+
+
+def test_after_a_hit_in_the_prefix_cache_the_context_begins_behind_it(target, head):
+    llm = LLM(target, **SETTINGS, speculative_config=eagle(head))
+    text, params = PROMPTS[5]["prompt_token_ids"], dataclasses.replace(GREEDY, max_tokens=8)
+    plain = tokens(llm.generate(PROMPTS[5], params, use_tqdm=False))
+    seen, oracle = watch(llm), Oracle(target, head)
+    assert tokens(llm.generate(PROMPTS[5], params, use_tqdm=False)) == plain
+    cached = (len(text) - 1) // 4 * 4
+    assert seen
+    for text, draft, first in seen:
+        assert first == cached > 0
+        assert draft == oracle.draft(text, len(draft), first)
+
+
+@pytest.mark.parametrize("mode", slow_after(1, ["recompute", "swap"]))
+@pytest.mark.parametrize("caching", slow_after(1, [True, False]))
+def test_greedy_and_seeded_tokens_are_those_of_plain_decoding(target, head, mode, caching):
+    """With chunks of prompts, preemption by both ways and hits in the prefix cache."""
+    prompts = PROMPTS + PROMPTS[:3]
+    params = [dataclasses.replace(GREEDY, temperature=0.8 * (i % 2), seed=i, logprobs=1) for i in range(len(prompts))]
+    plain = LLM(target, **SETTINGS).generate(prompts, params, use_tqdm=False)
+    tight = SETTINGS | {"num_gpu_blocks_override": 64, "max_num_batched_tokens": 24}
+    llm = LLM(
+        target, **tight, preemption_mode=mode, enable_prefix_caching=caching, speculative_config=eagle(head), max_num_seqs=8,
+        swap_space=1 << 20,
+    )  # fmt: skip
+    watch(llm, plain)
+    for _ in range(2):
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert tokens(outputs) == tokens(plain)
+        for got, want in zip(outputs, plain, strict=True):
+            assert [list(entry) for entry in got.outputs[0].logprobs] == [list(entry) for entry in want.outputs[0].logprobs]
+    stats = llm.llm_engine.stats()
+    assert stats.num_preemptions > 0
+    assert 0 < stats.spec_decode_num_accepted_tokens < stats.spec_decode_num_draft_tokens
+    assert (stats.prefix_cache_hits > 0) == caching
+    assert stats.kv_cache_usage == 0
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_who_finds_no_row_gets_no_drafts_and_rows_come_back(target, head, rows, monkeypatch):
+    monkeypatch.setattr("solutions.core.draft_model.MOST_ROWS", rows)
+    params = dataclasses.replace(GREEDY, n=3, temperature=1.0, seed=3, max_tokens=12)
+    plain = LLM(target, **SETTINGS).generate(PROMPTS, params, use_tqdm=False)
+    llm = LLM(target, **SETTINGS, speculative_config=eagle(head), max_num_seqs=4)
+    seen = watch(llm)
+    assert tokens(llm.generate(PROMPTS, params, use_tqdm=False)) == tokens(plain)
+    drafts = llm.llm_engine.drafter.proposer.drafts
+    assert len({text[0] for text, _, _ in seen}) > rows
+    drafts.forget(list(drafts.contexts))
+    assert sorted(drafts._free) == list(range(rows))
+
+
+def test_as_many_as_pay_are_drafted_by_default(target, head):
+    plain = LLM(target, **SETTINGS).generate(PROMPTS[:2], GREEDY, use_tqdm=False)
+    llm = LLM(target, **SETTINGS, speculative_config=eagle(head, adaptive=True))
+    assert tokens(llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False)) == tokens(plain)
+    assert llm.llm_engine.stats().spec_decode_num_draft_tokens > 0  # a first look is always paid
+
+
+def test_sampled_tokens_follow_the_targets_distribution(target, head):
+    """Chi-square over pairs of tokens, the second of which was on trial; the chances are transformers'."""
+    model, prompt = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32), PROMPTS[1]["prompt_token_ids"]
+    expected: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(3):
+        longer = {}
+        for said, chance in expected.items():
+            with torch.no_grad():
+                top = model(torch.tensor([[*prompt, *said]])).logits[0, -1].topk(3)
+            for token, p in zip(top.indices.tolist(), top.values.div(4.0).softmax(0).tolist(), strict=True):
+                longer[*said, token] = chance * p
+        expected = longer
+    llm = LLM(target, **SETTINGS | {"num_gpu_blocks_override": 2048}, speculative_config=eagle(head), seed=5)
+    # the head drafts the likeliest token always, so that many are accepted
+    params = SamplingParams(temperature=4.0, top_k=3, max_tokens=3, ignore_eos=True)
+    count = 1500
+    said = Counter(tuple(each) for each in tokens(llm.generate([PROMPTS[1]] * count, params, use_tqdm=False)))
+    assert said.keys() <= expected.keys()
+    chi_square = sum((said[key] - count * p) ** 2 / (count * p) for key, p in expected.items())
+    assert chi_square < 60  # 26 degrees of freedom: the chance of more is 0.0002
+
+
+def test_features_that_nobody_reads_are_kept_in_bounds(target, head, monkeypatch):
+    monkeypatch.setattr(head_drafts, "MOST_PENDING", 16)
+    llm = LLM(target, **SETTINGS, speculative_config=eagle(head, disable_by_batch_size=2))
+    proposer, most = llm.llm_engine.drafter.proposer, 0
+    assert isinstance(proposer, EagleProposer)
+    take = HeadDrafts.take
+
+    def taken(self, seq_id, start, features):
+        nonlocal most
+        take(self, seq_id, start, features)
+        context = self.contexts[seq_id]
+        assert context.num_pending == sum(map(len, context.pending))
+        most = max(most, len(context.pending))
+
+    monkeypatch.setattr(HeadDrafts, "take", taken)
+    llm.generate(PROMPTS, dataclasses.replace(GREEDY, max_tokens=60), use_tqdm=False)
+    assert 10 < most <= 17
+
+
+# What is refused when a head is loaded
+
+
+def broken(head: Path, folder: Path, config=None, weights=None) -> Path:
+    shutil.copytree(head, folder)
+    if config is not None:
+        said = json.loads((folder / CONFIG).read_text())
+        config(said)
+        (folder / CONFIG).write_text(json.dumps(said))
+    if weights is not None:
+        tensors = load_file(folder / WEIGHTS)
+        weights(tensors)
+        save_file(tensors, folder / WEIGHTS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"config": lambda said: said["target"].update(hidden_size=576)},
+            "is for a model with hidden_size 576, and the target's",
+        ),
+        ({"config": lambda said: said["target"].update(fingerprint=1)}, "was trained for another model of the same sizes"),
+        ({"config": lambda said: said.pop("target")}, "does not describe a drafting head"),
+        ({"config": lambda said: said.update(architectures=["LlamaForCausalLM"])}, "does not describe a drafting head"),
+        ({"config": lambda said: said.update(draft_vocab_size=0)}, "does not describe a drafting head"),
+        ({"config": lambda said: said.update(draft_vocab_size=65)}, "expected shape .65., the checkpoint has .64."),
+        ({"weights": lambda tensors: tensors.pop("norm.weight")}, "norm.weight is one too many or too few"),
+        ({"weights": lambda tensors: tensors.update(more=torch.zeros(1))}, "more is one too many or too few"),
+        ({"weights": lambda tensors: tensors["token_ids"].fill_(3)}, "token_ids must be different tokens"),
+        ({"weights": lambda tensors: tensors["token_ids"].add_(310)}, "token_ids must be different tokens"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_one_clear_error(target, head, tmp_path, change, message):
+    folder = broken(head, tmp_path / "broken", **change)
+    with pytest.raises(ValueError, match=message) as error:
+        LLM(target, **SETTINGS, speculative_config=eagle(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_file_and_a_folder_without_a_head(target, head, tmp_path):
+    folder = broken(head, tmp_path / "torn")
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        LLM(target, **SETTINGS, speculative_config=eagle(folder))
+    with pytest.raises(ValueError, match="there is no drafting head in"):
+        LLM(target, **SETTINGS, speculative_config=eagle(tmp_path / "nothing"))
