@@ -247,6 +247,16 @@ def serving() -> Table:
     return table("what | measured", rows)
 
 
+def adapters() -> Table:
+    rows = []
+    for what, times in record(f"{CPU}_lora").items():
+        medians = {count: times[count]["median"] for count in ("0", "1", "8") if count in times}
+        cells = [milliseconds(medians["0"], 1)]
+        cells += [f"{medians[count] / medians['0']:.2f}x" if count in medians else "" for count in ("1", "8")]
+        rows.append([what, *cells])
+    return table("a step | no adapter | one, times as long | eight, times as long", [rows[1], rows[2], rows[0]])
+
+
 def page() -> Table:
     feed = record(f"{CPU}_feed")["cost_of_feed"]
     rows = [
@@ -333,7 +343,7 @@ DOCUMENTS = {
     "README.md": (headline_workloads, headlines),
     "benchmarks/README.md": (
         against_vllm, against_transformers, throughput, with_amx, fewer_bits_with_amx, weights, quality_plain, quality_groups,
-        speculation, memory, prefix_cache, tiers, overhead, ranks, sums, serving, page, replicas,
+        speculation, memory, prefix_cache, tiers, overhead, ranks, sums, serving, page, replicas, adapters,
         gpu_throughput, gpu_caches, gpu_steps, gpu_prompts, gpu_attention, gpu_latency,
     ),
 }  # fmt: skip
