@@ -58,18 +58,33 @@ def test_a_file_of_slow_tests_is_noticed() -> None:
     assert quick_tests("import pytest\npytestmark = pytest.mark.slow\ndef test_c(): pass\n") == []
 
 
+def is_set(node: ast.AST) -> bool:
+    return isinstance(node, ast.Set | ast.SetComp) or (
+        isinstance(node, ast.Call) and ast.unparse(node.func) in ("set", "frozenset")
+    )
+
+
 def unordered_cases(source: str) -> list[str]:
     """What names tests, or lists them, in an order that two processes need not share."""
-    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    tree = ast.parse(source)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    constants = {
+        name.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for name in node.targets
+        if isinstance(name, ast.Name)
+    }
     found = []
     for call in (each for each in calls if ast.unparse(each.func) == "pytest.mark.parametrize"):
         named = any(keyword.arg == "ids" for keyword in call.keywords)
-        sets = [node for node in (ast.walk(call) if named else call.args[1:]) if isinstance(node, ast.Set | ast.SetComp)]
-        found += [ast.unparse(node) for node in sets]
+        cases = [constants.get(node.id, node) if isinstance(node, ast.Name) else node for node in call.args[1:]]
+        looked = [node for case in cases for node in (ast.walk(case) if named else [case])]
+        found += [ast.unparse(node) for node in looked if is_set(node)]
     return found
 
 
-@pytest.mark.parametrize("path", [*FILES, *ROOT.glob("stages/*/tests/test_*.py")], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*FILES, *sorted(ROOT.glob("stages/*/tests/test_*.py"))], ids=lambda path: path.stem)
 def test_all_processes_collect_the_same_tests(path: Path) -> None:
     """pytest-xdist stops where they differ: a set prints in one order from source and in another from a cached file."""
     assert unordered_cases(path.read_text(encoding="utf-8")) == []
@@ -79,7 +94,10 @@ def test_a_set_that_names_tests_is_noticed() -> None:
     case = "@pytest.mark.parametrize('n', [{1, 2}], ids=str)\ndef test_a(n): pass\n"
     assert unordered_cases(case) == ["{1, 2}"]
     assert unordered_cases(case.replace(", ids=str", "")) == []
-    assert unordered_cases("@pytest.mark.parametrize('n', {1, 2})\ndef test_a(n): pass\n") == ["{1, 2}"]
+    for cases in ("{1, 2}", "set([1, 2])", "frozenset((1, 2))", "{n for n in (1, 2)}"):
+        assert unordered_cases(f"@pytest.mark.parametrize('n', {cases})\ndef test_a(n): pass\n") != []
+        assert unordered_cases(f"ALL = {cases}\n@pytest.mark.parametrize('n', ALL)\ndef test_a(n): pass\n") != []
+        assert unordered_cases(f"@pytest.mark.parametrize('n', sorted({cases}))\ndef test_a(n): pass\n") == []
 
 
 def test_the_table_of_times_adds_up(tmp_path: Path) -> None:

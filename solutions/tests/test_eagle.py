@@ -24,7 +24,6 @@ from solutions.core.speculation.head_drafts import HeadDrafts
 from solutions.models.heads.eagle import CONFIG, WEIGHTS
 from solutions.tests.eagle_heads import make_random_head
 from solutions.tests.slow_cases import slow_after
-from solutions.tests.tiny_models import make_tiny_llama
 
 GREEDY = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
 SETTINGS = {"dtype": "float32", "max_model_len": 256, "block_size": 4, "num_gpu_blocks_override": 256}
@@ -32,10 +31,8 @@ PROMPTS = [{"prompt_token_ids": [(i * j + i) % 200 for j in range(3 + 5 * i)]} f
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("target")
-    make_tiny_llama(folder)
-    return str(folder)
+def target(tiny_llama: Path) -> str:
+    return str(tiny_llama)
 
 
 @pytest.fixture(scope="module")

@@ -22,16 +22,14 @@ from solutions.models.kernels.attach import packed_of
 from solutions.models.loader import load_model, resolve_model
 from solutions.tests.eagle_heads import make_random_head
 from solutions.tests.test_eagle import GREEDY, PROMPTS, SETTINGS, Oracle, eagle, tokens
-from solutions.tests.tiny_models import make_tiny_llama, make_tiny_mistral
+from solutions.tests.tiny_models import make_tiny_mistral
 
 FLAGS = ["--answers", "12", "--max-tokens", "40", "--draft-vocab-size", "64", "--epochs", "2", "--batch", "4", "--depth", "2"]
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("target")
-    make_tiny_llama(folder)
-    return str(folder)
+def target(tiny_llama: Path) -> str:
+    return str(tiny_llama)
 
 
 @pytest.fixture(scope="module")

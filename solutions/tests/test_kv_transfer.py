@@ -7,7 +7,7 @@ import random
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -241,15 +241,12 @@ class Between:
     @staticmethod
     def _copy(source: socket.socket, target: socket.socket, work: Callable[[bytes, int], bytes | None]) -> None:
         done = 0
-        with source, target:
-            try:
-                while (piece := source.recv(4096)) and (changed := work(piece, done)) is not None:
-                    target.sendall(changed)
-                    done += len(piece)
-                target.shutdown(socket.SHUT_RDWR)
-                source.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
+        with source, target, suppress(OSError):  # whichever side ends first, and the other copy may have shut both down
+            while (piece := source.recv(4096)) and (changed := work(piece, done)) is not None:
+                target.sendall(changed)
+                done += len(piece)
+            target.shutdown(socket.SHUT_RDWR)
+            source.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._socket.close()
