@@ -20,7 +20,17 @@ from solutions.batching.sampling_params import RequestOutputKind
 from solutions.benchmarks import overhead as overhead_command
 from solutions.benchmarks import overlap as overlap_command
 from solutions.benchmarks.comparison import Ratio, in_turns, rates, ratio
-from solutions.benchmarks.datasets import DATASETS, WORKLOADS, BenchRequest, Workload, check_context, make_requests
+from solutions.benchmarks.datasets import (
+    DATASETS,
+    MIXED_INPUT,
+    MIXED_OUTPUT,
+    WORKLOADS,
+    BenchRequest,
+    Workload,
+    check_context,
+    draw_lengths,
+    make_requests,
+)
 from solutions.benchmarks.kernels import Ceilings
 from solutions.benchmarks.latency import Stream
 from solutions.benchmarks.memory import (
@@ -587,3 +597,12 @@ def test_what_is_reported_of_replicas() -> None:
     streams[0].num_tokens = 3
     with pytest.raises(RuntimeError, match="asked for 4 tokens and got 3"):
         summarise(requests, streams, 8.0)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [((3, 5), (7, 8)), ((4, 4), (1, 3)), (None, None)])
+def test_lengths_lie_in_their_ranges_ends_included(inputs: tuple[int, int] | None, outputs: tuple[int, int] | None) -> None:
+    """Notebooks give ranges of their own; the rest takes those of the mixed workload."""
+    ranges = (MIXED_INPUT, MIXED_OUTPUT) if inputs is None or outputs is None else (inputs, outputs)
+    own = {} if inputs is None else {"inputs": inputs, "outputs": outputs}
+    columns = zip(*draw_lengths(9000, random.Random(0), **own), strict=True)
+    assert [(min(column), max(column)) for column in columns] == list(ranges)
