@@ -121,17 +121,18 @@ class _RequestState:
         prompt_logprobs = None if log is None or (self.delta and self.started and not finished) else log.entries
         self.started = True
         seq = self.states[0].seq
-        pooled = seq.vector() if isinstance(seq, PooledSequence) else None
+        pooled = seq.vector() if finished and isinstance(seq, PooledSequence) else None
+        completions = [states[0].completion()] if len(states) == 1 else [state.completion() for state in states]
         return RequestOutput(
-            request.request_id, request.prompt, request.prompt_token_ids, [state.completion() for state in states],
-            finished, prompt_logprobs, seq.num_cached_tokens, self.metrics, pooled,
+            request.request_id, request.prompt, request.prompt_token_ids, completions, finished, prompt_logprobs,
+            seq.num_cached_tokens, self.metrics, pooled,
         )  # fmt: skip
 
 
 class _SequenceState(TextReader):
     """What has come out of one sequence so far, and what is new since the last output."""
 
-    __slots__ = ("lazy", "logprobs", "new_text", "num_given", "request", "text")
+    __slots__ = ("lazy", "logprobs", "new_text", "num_given", "num_ready", "request", "text")
 
     def __init__(self, request: _RequestState, seq: Sequence, texts: TokenTexts | None, special_ids: frozenset[int]) -> None:
         super().__init__(seq, None if texts is None else texts.tokenizer, special_ids)
@@ -141,15 +142,12 @@ class _SequenceState(TextReader):
         self.text = ""
         self.new_text = ""
         self.num_given = seq.num_prompt_tokens  # tokens that an output has carried, prompt included
+        self.num_ready: int | None = None  # tokens that an output may carry, prompt included; None: all
         self.logprobs: list[dict[int, Logprob]] | None = None
 
-    @property
-    def num_ready(self) -> int:
-        """Tokens that an output may carry, prompt included."""
-        return len(self.seq.tokens)
-
     def completion(self) -> CompletionOutput:
-        seq, logprobs, ready = self.seq, self.logprobs, self.num_ready
+        seq, logprobs = self.seq, self.logprobs
+        ready = len(seq.tokens) if self.num_ready is None else self.num_ready
         if self.request.delta:
             text, start = self.new_text, self.num_given
             self.num_given = ready
@@ -167,23 +165,19 @@ class _SequenceState(TextReader):
 class _LoggedState(_SequenceState):
     """The same with log-probabilities: a token waits until its text is sure."""
 
-    __slots__ = ("_num_ready",)
+    __slots__ = ()
 
     def __init__(self, request: _RequestState, seq: Sequence, texts: TokenTexts | None, special_ids: frozenset[int]) -> None:
         super().__init__(request, seq, texts, special_ids)
         self.logprobs: list[dict[int, Logprob]] = []
         self.log: TokenLog = TokenLog(seq, self.detokenizer, None if self.detokenizer is None else texts)
-        self._num_ready = seq.num_prompt_tokens
-
-    @property
-    def num_ready(self) -> int:
-        return self._num_ready
+        self.num_ready: int = seq.num_prompt_tokens
 
     def read(self, ended: bool) -> str:
         """New text, that of the tokens whose text is sure, and their log-probabilities."""
         text, entries = self.log.give(super().read(ended), ended)
         self.logprobs += entries
-        self._num_ready += len(entries)
+        self.num_ready += len(entries)
         return text
 
 

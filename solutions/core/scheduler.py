@@ -112,7 +112,7 @@ class Scheduler:
         """
         budget = self.config.max_num_batched_tokens
         running, manager, index = self.running, self.block_manager, 0
-        windowed = manager.sliding_window is not None
+        scheduled, sampled, windowed = output.scheduled, output.sampled, manager.sliding_window is not None
         while index < len(running) and budget > 0:
             seq = running[index]
             num_tokens = len(seq.tokens) - seq.num_computed_tokens
@@ -124,10 +124,12 @@ class Scheduler:
             if not manager.append_slots(seq, num_tokens, output.copies):
                 self.preempt(running.pop(), output)
                 continue
-            output.add(seq, num_tokens)
+            scheduled[seq] = num_tokens  # `output.add`, without a call for each sequence of each step
+            if seq.num_computed_tokens + num_tokens == len(seq.tokens):
+                sampled.append(seq)
             budget -= num_tokens
             index += 1
-        for seq, num_tokens in output.scheduled.items():
+        for seq, num_tokens in scheduled.items():
             manager.cache_full_blocks(seq, num_tokens)
         return budget
 
