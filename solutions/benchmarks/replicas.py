@@ -90,9 +90,13 @@ def measure(url: str, model: str, requests: Sequence[BenchRequest], concurrency:
 
 
 @contextmanager
-def serving(settings: dict[str, Any], replicas: int) -> Iterator[dict[str, str]]:
-    """Both routers, each with engines of its own, of which one set works while the other rests; gives their addresses. The
-    cores of this machine are dealt out over the engines of one router. Raises ValueError if Ray is not installed."""
+def serving(settings: dict[str, Any], services: dict[str, dict[str, Any]]) -> Iterator[dict[str, str]]:
+    """Services with engines of their own, of which one works while the others rest; gives their addresses. This machine's cores
+    are dealt out over the engines of each. Raises ValueError if Ray is not installed.
+
+    Args:
+        settings: of all. services: name → its own.
+    """
     from ..core.ray_executor import import_ray
 
     ray = import_ray()
@@ -100,18 +104,18 @@ def serving(settings: dict[str, Any], replicas: int) -> Iterator[dict[str, str]]
 
     from ..serving.replicas.ray_app import app
 
-    port, each = free_port(), max(1, available_cores() // replicas)
+    port, cores = free_port(), available_cores()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
-        "local", num_cpus=len(ROUTERS) * replicas * each, include_dashboard=False, object_store_memory=80 << 20,
+        "local", num_cpus=2 * cores * len(services), include_dashboard=False, object_store_memory=80 << 20,
         log_to_driver=False, logging_level="error",
     )  # fmt: skip
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        for router in ROUTERS:
-            given = {**settings, "replicas": replicas, "router": router, "cores_per_replica": each}
-            serve.run(app(given), name=router, route_prefix=f"/{router}")
-        yield {router: f"http://127.0.0.1:{port}/{router}/v1" for router in ROUTERS}
+        for number, (name, own) in enumerate(services.items()):
+            each = max(1, cores // (own["replicas"] + own.get("prefill_replicas", 0)))
+            serve.run(app({**settings, **own, "cores_per_replica": each}), name=name, route_prefix=f"/{number}")
+        yield {name: f"http://127.0.0.1:{port}/{number}/v1" for number, name in enumerate(services)}
     finally:
         ray.shutdown()
 
@@ -122,7 +126,7 @@ def run(args: Flags, groups: Groups) -> dict[str, list[Measured]]:
     settings = {"model": args.model, "max_model_len": context, "num_gpu_blocks_override": args.kv_blocks}
     results: dict[str, list[Measured]] = {router: [] for router in ROUTERS}
     say(f"starting {len(ROUTERS)} times {args.replicas} engines")
-    with serving(settings, args.replicas) as urls:
+    with serving(settings, {router: {"replicas": args.replicas, "router": router} for router in ROUTERS}) as urls:
         for url in urls.values():  # short ones, so that every engine has run once
             measure(url, args.model, Groups(8, 4, 16, 16, 8).make(seed=99), args.concurrency)
         for number in range(args.rounds):
