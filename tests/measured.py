@@ -262,7 +262,6 @@ def page() -> Table:
     rows = [
         ["share of throughput that a watcher of `/live` costs, mean of 9", percent(feed["mean"], 1)],
         ["standard error of that mean", percent(feed["standard_error"], 1)],
-        ["frames a second that the page draws", f"{record(f'{CPU}_page')['frames_per_second']:.0f}"],
     ]
     return table("what | measured", rows)
 
