@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import memory as memory_command
 from benchmarks import throughput as throughput_command
 from solutions.batching.sampling_params import RequestOutputKind
+from solutions.benchmarks import fairness as fairness_command
 from solutions.benchmarks import overhead as overhead_command
 from solutions.benchmarks import overlap as overlap_command
 from solutions.benchmarks.comparison import Ratio, in_turns, rates, ratio
@@ -457,6 +458,16 @@ def test_overlap_writes_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert short["host"] == long["host"]
     assert long["next step decided ahead"] >= 49
     assert long["host and device in turn"] >= 50
+
+
+def test_every_request_of_both_clients_is_counted_from_when_it_was_due(tmp_path: Path) -> None:
+    make_tiny_llama(tmp_path, max_position_embeddings=1024)
+    args = Namespace(model=str(tmp_path), seats=1, flood=3, questions=2, every=0.01)
+    alone, fcfs, fair = (fairness_command.measure(args, *case, seed=0) for case in fairness_command.CASES.values())
+    assert list(alone) == list(fcfs) == list(fair) == list(fairness_command.FIGURES)
+    assert alone["flood's latency, p50"] == 0.0 < fair["flood's latency, p50"]
+    for found in (alone, fcfs, fair):
+        assert 0 < found["a question's TTFT, p50"] <= found["TTFT, p99"] <= found["latency, p99"]
 
 
 @pytest.mark.parametrize(

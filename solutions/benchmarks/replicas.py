@@ -4,12 +4,6 @@ Users come in groups, and all prompts of a group begin alike: a long system prom
 engine's KV cache under Ray Serve holds the beginnings of its share of the groups and not those of all. In turn, every engine
 sees every group and finds little of it; by prefix, each keeps to some groups. Both routers have engines of their own, which
 work in turn, on the same requests in random order; each round has new ones, so nothing is cached before it.
-
-examples:
-  what results quote
-    python -m solutions.benchmarks.replicas --output-json replicas.json
-  longer beginnings
-    python -m solutions.benchmarks.replicas --prefix-len 1024
 """
 
 from __future__ import annotations

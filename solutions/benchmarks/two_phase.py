@@ -4,12 +4,6 @@ Chats have short prompts and answers that people read as they come; documents ha
 random, at the same times for every arrangement: one engine with all cores, two engines that do everything, and one engine that
 computes prompts beside one that writes answers. So all serve the same throughput, as long as they keep up. Then all requests
 come at once, and throughput is what there is to lose.
-
-examples:
-  what results quote
-    python -m solutions.benchmarks.two_phase --output-json two_phase.json
-  longer documents, which come less often
-    python -m solutions.benchmarks.two_phase --document-len 3000 --document-rate 0.08
 """
 
 from __future__ import annotations
