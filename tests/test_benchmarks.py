@@ -461,7 +461,7 @@ def test_overlap_writes_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_every_request_of_both_clients_is_counted_from_when_it_was_due(tmp_path: Path) -> None:
-    make_tiny_llama(tmp_path, max_position_embeddings=1024)
+    make_tiny_llama(tmp_path, max_position_embeddings=1024, vocab_size=50000)
     args = Namespace(model=str(tmp_path), seats=1, flood=3, questions=2, every=0.01)
     alone, fcfs, fair = (fairness_command.measure(args, *case, seed=0) for case in fairness_command.CASES.values())
     assert list(alone) == list(fcfs) == list(fair) == list(fairness_command.FIGURES)
