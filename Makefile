@@ -260,9 +260,6 @@ bench-profile: $(STAMP) ## Where a decode step's time goes on a CPU, operator by
 bench-serving: $(STAMP) ## 256 streams at once to the server for two minutes, between two offline runs of the engine
 	@$(RUN) -m solutions.benchmarks.serving --model $(MODEL) $(ARGS)
 
-bench-page: $(STAMP) ## How many frames a second the page draws with 256 running requests
-	@$(RUN) -m solutions.benchmarks.page $(ARGS)
-
 bench-replicas: $(STAMP) ## Two engines behind one endpoint: requests by cached prefix against round robin
 	@$(RUN) -m solutions.benchmarks.replicas --model $(MODEL) $(ARGS)
 
@@ -286,7 +283,7 @@ clean: ## Remove .venv, caches and build outputs; the next command sets up again
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: guide fuzz test-slow test-all bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-serving bench-page bench-scaling bench-gpu test-gpu bench-compare bench-latency bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-0 warm-up test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 test-stage-6 progress hint diff watch break-it scoreboard run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 reset-stage-6 lab notebooks test test-parity test-api test-clients check-course mutation grade starters lint format bench-throughput bench-memory bench-overhead clean
+.PHONY: guide fuzz test-slow test-all bench-prefix bench-speculative bench-quality serve-replicas bench-replicas bench-serving bench-scaling bench-gpu test-gpu bench-compare bench-latency bench-profile test-cpu-kernels test-cuda-on-cpu bench-kernels help setup serve chat doctor test-stage-0 warm-up test-stage-1 test-stage-2 test-stage-3 test-stage-4 test-stage-5 test-stage-6 progress hint diff watch break-it scoreboard run-mine reset reset-stage-1 reset-stage-2 reset-stage-3 reset-stage-4 reset-stage-5 reset-stage-6 lab notebooks test test-parity test-api test-clients check-course mutation grade starters lint format bench-throughput bench-memory bench-overhead clean
 
 # ---------------------------------------------------------------------------------------------------------- set-up
 IS_SUPPORTED := -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))"

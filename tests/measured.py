@@ -262,7 +262,6 @@ def page() -> Table:
     rows = [
         ["share of throughput that a watcher of `/live` costs, mean of 9", percent(feed["mean"], 1)],
         ["standard error of that mean", percent(feed["standard_error"], 1)],
-        ["frames a second that the page draws", f"{record(f'{CPU}_page')['frames_per_second']:.0f}"],
     ]
     return table("what | measured", rows)
 
@@ -277,6 +276,40 @@ def replicas() -> Table:
     ]
     assert list(result) == ["prefix", "round_robin"]
     return table("what | by prefix | in turn", rows)
+
+
+def arrangements(load: str, names: dict[str, str]) -> Table:
+    """Rows are what is measured, columns what serves."""
+    found = record(f"{CPU}_two_phase")[load]
+    rows = [[text, *(f"{of[figure]['median']:,.0f}" for of in found.values())] for figure, text in names.items()]
+    return table(f"what | {' | '.join(found)}", rows)
+
+
+def two_phase() -> Table:
+    names = {
+        "chats, ITL p50": "a chat's wait between tokens, median, ms", "ITL p99": "99th percentile, ms",
+        "ITL longest": "longest, ms", "TTFT p50": "a chat's time to first token, median, ms",
+        "documents, TTFT p50": "a document's, median, ms",
+    }  # fmt: skip
+    return arrangements("at random", names)
+
+
+def two_phase_at_once() -> Table:
+    names = {"output tok/s": "output tokens a second", "TTFT p50": "a chat's time to first token, median, ms"}
+    return arrangements("all at once", names)
+
+
+def fairness() -> Table:
+    found = record(f"{CPU}_fairness")
+    names = {"without the flood": "no flood", "fcfs": "`fcfs`", "fair": "`fair`"}
+    figures = ("a question's TTFT, p50", "TTFT, p99", "latency, p99")
+    rows = [[text, *(f"{found[name][of]['median']:,.0f} ms" for of in figures)] for name, text in names.items()]
+    for row in rows[1:]:
+        flood = found[row[0].strip("`")]["flood's latency, p50"]
+        row.append(f"{flood['median']:,.0f} ms")
+    rows[0].append("")
+    head = "policy | a question's TTFT, median | 99th percentile | its latency, 99th percentile | the flood's latency, median"
+    return table(head, rows)
 
 
 def gpu_throughput() -> Table:
@@ -343,7 +376,8 @@ DOCUMENTS = {
     "README.md": (headline_workloads, headlines),
     "benchmarks/README.md": (
         against_vllm, against_transformers, throughput, with_amx, fewer_bits_with_amx, weights, quality_plain, quality_groups,
-        speculation, memory, prefix_cache, tiers, overhead, ranks, sums, serving, page, replicas, adapters,
+        speculation, memory, prefix_cache, tiers, overhead, ranks, sums, serving, page, replicas, two_phase, two_phase_at_once,
+        fairness, adapters,
         gpu_throughput, gpu_caches, gpu_steps, gpu_prompts, gpu_attention, gpu_latency,
     ),
 }  # fmt: skip

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from argparse import Namespace
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import memory as memory_command
 from benchmarks import throughput as throughput_command
 from solutions.batching.sampling_params import RequestOutputKind
+from solutions.benchmarks import fairness as fairness_command
 from solutions.benchmarks import overhead as overhead_command
 from solutions.benchmarks import overlap as overlap_command
 from solutions.benchmarks.comparison import Ratio, in_turns, rates, ratio
@@ -44,7 +47,7 @@ from solutions.benchmarks.memory import (
     simulate_paged,
 )
 from solutions.benchmarks.overhead import PHASES, measure
-from solutions.benchmarks.replicas import Groups, summarise
+from solutions.benchmarks.replicas import blocks_for, grouped_requests, summarise
 from solutions.benchmarks.report import git_commit, hardware, spread, without_outputs
 from solutions.benchmarks.step_profile import OPERATORS, costs, profile_step
 from solutions.benchmarks.throughput import (
@@ -55,6 +58,7 @@ from solutions.benchmarks.throughput import (
     run_hf,
     warm_up_requests,
 )
+from solutions.benchmarks.two_phase import chats_and_documents
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLM, LLMEngine
 from solutions.core.platform import native
@@ -456,6 +460,16 @@ def test_overlap_writes_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert long["host and device in turn"] >= 50
 
 
+def test_every_request_of_both_clients_is_counted_from_when_it_was_due(tmp_path: Path) -> None:
+    make_tiny_llama(tmp_path, max_position_embeddings=1024, vocab_size=50000)
+    args = Namespace(model=str(tmp_path), seats=1, flood=3, questions=2, every=0.01)
+    alone, fcfs, fair = (fairness_command.measure(args, *case, seed=0) for case in fairness_command.CASES.values())
+    assert list(alone) == list(fcfs) == list(fair) == list(fairness_command.FIGURES)
+    assert alone["flood's latency, p50"] == 0.0 < fair["flood's latency, p50"]
+    for found in (alone, fcfs, fair):
+        assert 0 < found["a question's TTFT, p50"] <= found["TTFT, p99"] <= found["latency, p99"]
+
+
 @pytest.mark.parametrize(
     ("command", "flags", "complaint"),
     [
@@ -569,10 +583,27 @@ def test_a_profile_needs_the_whole_batch_in_a_step(tmp_path: Path, batch: int) -
 # Replicas
 
 
+def test_chats_and_documents_come_at_their_rates_in_one_order() -> None:
+    """The same for every arrangement of a round, and new ones in the next; the rates are those of two Poisson processes."""
+    args = Namespace(chat_rate=5.0, chat_output=9, document_rate=0.5, document_len=70, seconds=400)
+    requests, times = chats_and_documents(args, False, seed=3)
+    assert (requests, times) == chats_and_documents(args, False, seed=3)
+    assert requests[:3] != chats_and_documents(args, False, seed=4)[0][:3]
+    assert times == sorted(times)
+    shapes = Counter((len(request.prompt_token_ids), request.output_len) for request in requests)
+    assert shapes == {(32, 9): 2000, (70, 4): 200}
+    assert times[-1] == pytest.approx(400, rel=0.25)
+    late = [request for request, time in zip(requests, times, strict=True) if time > 200]
+    assert 40 < sum(len(request.prompt_token_ids) == 70 for request in late) < 160
+    at_once, now = chats_and_documents(args, True, seed=3)
+    assert set(now) == {0.0}
+    assert len(at_once) == 2200
+
+
 def test_groups_begin_alike_and_are_mixed() -> None:
-    groups = Groups(groups=3, requests=4, prefix_len=20, input_len=5, output_len=2)
-    requests = groups.make(seed=0)
-    assert requests == groups.make(seed=0) != groups.make(seed=1)
+    groups = Namespace(groups=3, requests=4, prefix_len=20, input_len=5, output_len=2)
+    requests = grouped_requests(groups, seed=0)
+    assert requests == grouped_requests(groups, seed=0) != grouped_requests(groups, seed=1)
     assert {(len(request.prompt_token_ids), request.output_len) for request in requests} == {(25, 2)}
     beginnings = [tuple(request.prompt_token_ids[:20]) for request in requests]
     assert sorted(beginnings.count(beginning) for beginning in set(beginnings)) == [4, 4, 4]
@@ -581,19 +612,19 @@ def test_groups_begin_alike_and_are_mixed() -> None:
 
 
 def test_an_engine_holds_its_share_of_the_beginnings_only() -> None:
-    groups = Groups(groups=8, prefix_len=512, input_len=64, output_len=32, concurrency=8)
-    assert groups.blocks_for(2, 16) == 4 * 32 + 8 * 7 < 8 * 32
-    few = Groups(groups=2, prefix_len=512, input_len=64, output_len=32, concurrency=8)
-    assert few.blocks_for(2, 16) == 4 * (32 + 7)  # what runs needs more
+    args = Namespace(replicas=2, groups=8, prefix_len=512, input_len=64, output_len=32, concurrency=8)
+    assert blocks_for(args, 16) == 4 * 32 + 8 * 7 < 8 * 32
+    args.groups = 2
+    assert blocks_for(args, 16) == 4 * (32 + 7)  # what runs needs more
 
 
 def test_what_is_reported_of_replicas() -> None:
     requests = [BenchRequest([1] * 50, 4) for _ in range(4)]
     streams = [Stream(1.0, [1.0 + wait, 9.0], 4, 50, cached) for wait, cached in ((0.4, 0), (0.1, 32), (0.2, 48), (0.3, 40))]
     found = summarise(requests, streams, 8.0)
-    assert found.hit_rate == 120 / 200
-    assert (found.ttft_p50, found.ttft_p99) == pytest.approx((250, 397))  # between the two longest
-    assert found.output_tokens_per_second == 2.0
+    assert found["hit_rate"] == 120 / 200
+    assert (found["ttft_p50"], found["ttft_p99"]) == pytest.approx((250, 397))  # between the two longest
+    assert found["output_tokens_per_second"] == 2.0
     streams[0].num_tokens = 3
     with pytest.raises(RuntimeError, match="asked for 4 tokens and got 3"):
         summarise(requests, streams, 8.0)

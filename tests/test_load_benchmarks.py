@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from solutions.benchmarks import page
 from solutions.benchmarks.datasets import BenchRequest
 from solutions.benchmarks.end_to_end import Client, arrivals, first_model, run_server
 from solutions.benchmarks.latency import Limits, Stream, goodput, latencies, percentiles
-from solutions.benchmarks.page import main as page_command
 from solutions.benchmarks.servers import as_flags, running_server
 from solutions.benchmarks.serving import Watched, chat_sized_requests, feed_cost, totals, under_watch
 from solutions.benchmarks.serving import main as serving_command
@@ -177,7 +175,6 @@ def test_a_server_that_does_not_start_says_why() -> None:
     [
         (serving_command, "--streams 0", "--streams must be at least 1"),
         (serving_command, "--kv-cache x", "--kv-cache"),
-        (page_command, "--running 0", "--running must be at least 1"),
     ],
 )
 def test_a_wrong_flag_is_one_line(
@@ -187,20 +184,6 @@ def test_a_wrong_flag_is_one_line(
         command(flags.split())
     assert end.value.code == 2
     assert complaint in capsys.readouterr().err
-
-
-def test_without_a_browser_the_benchmark_of_the_page_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "CHROMIUM", None)
-    with pytest.raises(SystemExit, match="error: there is no Chromium"):
-        page_command([])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(page.CHROMIUM is None, reason="there is no Chromium; on Debian: apt install chromium")
-def test_the_benchmark_of_the_page_counts_frames(tmp_path: Path) -> None:
-    page_command(f"--running 32 --seconds 1 --output-json {tmp_path / 'page.json'}".split())
-    results = json.loads((tmp_path / "page.json").read_text())["results"]
-    assert results["frames_per_second"] == pytest.approx(1e3 / results["median_ms"], rel=0.5)
 
 
 @pytest.mark.slow

@@ -4,12 +4,6 @@ Users come in groups, and all prompts of a group begin alike: a long system prom
 engine's KV cache under Ray Serve holds the beginnings of its share of the groups and not those of all. In turn, every engine
 sees every group and finds little of it; by prefix, each keeps to some groups. Both routers have engines of their own, which
 work in turn, on the same requests in random order; each round has new ones, so nothing is cached before it.
-
-examples:
-  what results quote
-    python -m solutions.benchmarks.replicas --output-json replicas.json
-  longer beginnings
-    python -m solutions.benchmarks.replicas --prefix-len 1024
 """
 
 from __future__ import annotations
@@ -17,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -31,68 +25,52 @@ from .latency import Stream, duration, percentiles
 from .report import Flags, Parser, finish, one_line_errors, say, show_table, spread
 from .servers import free_port
 
-ROUTERS = ("prefix", "round_robin")
+SHAPE = ("groups", "requests", "prefix_len", "input_len", "output_len", "concurrency")
+"""What is asked for: so many beginnings of `prefix_len` tokens, `requests` of each with `input_len` tokens more, answers of
+`output_len`, and how many requests are under way at once."""
+COLUMNS = {
+    "hit_rate": "prompt tokens cached", "ttft_p50": "TTFT p50, ms", "ttft_p99": "TTFT p99, ms",
+    "output_tokens_per_second": "output tok/s",
+}  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Groups:
-    """What is asked for: so many beginnings of `prefix_len` tokens, `requests` of each with `input_len` tokens more, answers of
-    `output_len`, and how many requests are under way at once."""
-
-    groups: int = 8
-    requests: int = 8
-    prefix_len: int = 512
-    input_len: int = 64
-    output_len: int = 32
-    concurrency: int = 8
-
-    def make(self, seed: int) -> list[BenchRequest]:
-        """The requests, in random order."""
-        rng = random.Random(seed)
-        beginnings = [token_ids(rng, self.prefix_len) for _ in range(self.groups)]
-        prompts = [start + token_ids(rng, self.input_len) for start in beginnings * self.requests]
-        requests = [BenchRequest(prompt, self.output_len) for prompt in prompts]
-        rng.shuffle(requests)
-        return requests
-
-    def blocks_for(self, replicas: int, block_size: int) -> int:
-        """KV blocks with which an engine holds its share of the beginnings and what runs on it, but not all beginnings; and
-        with which it can run its share of the requests, even if each had a beginning of its own."""
-        beginning = -(-self.prefix_len // block_size)
-        own = -(-(self.input_len + self.output_len) // block_size) + 1
-        share, running = -(-self.groups // replicas), -(-self.concurrency // replicas)
-        return max(share * beginning + self.concurrency * own, running * (beginning + own))
+def grouped_requests(args: Flags, seed: int) -> list[BenchRequest]:
+    """The requests, in random order."""
+    rng = random.Random(seed)
+    beginnings = [token_ids(rng, args.prefix_len) for _ in range(args.groups)]
+    prompts = [start + token_ids(rng, args.input_len) for start in beginnings * args.requests]
+    requests = [BenchRequest(prompt, args.output_len) for prompt in prompts]
+    rng.shuffle(requests)
+    return requests
 
 
-@dataclass(slots=True)
-class Measured:
-    """One router on one set of requests: the share of the prompts' tokens that were cached, 0 to 1, milliseconds to the first
-    token, and tokens a second of all engines together."""
-
-    hit_rate: float
-    ttft_p50: float
-    ttft_p99: float
-    output_tokens_per_second: float
+def blocks_for(args: Flags, block_size: int) -> int:
+    """KV blocks with which an engine holds its share of the beginnings and what runs on it, but not all beginnings; and with
+    which it can run its share of the requests, even if each had a beginning of its own."""
+    beginning = -(-args.prefix_len // block_size)
+    own = -(-(args.input_len + args.output_len) // block_size) + 1
+    share, running = -(-args.groups // args.replicas), -(-args.concurrency // args.replicas)
+    return max(share * beginning + args.concurrency * own, running * (beginning + own))
 
 
-def summarise(requests: Sequence[BenchRequest], streams: Sequence[Stream], seconds: float) -> Measured:
-    """What the streams of the requests come to. Raises what `check` does."""
+def summarise(requests: Sequence[BenchRequest], streams: Sequence[Stream], seconds: float) -> dict[str, float]:
+    """The share of the prompts' tokens that were cached, 0 to 1, milliseconds to the first token, and tokens a second of all
+    engines together. Raises what `check` does."""
     check(requests, streams)
     waits = percentiles(stream.ttft for stream in streams)
     cached = sum(stream.num_cached for stream in streams) / sum(len(request.prompt_token_ids) for request in requests)
-    return Measured(cached, waits["p50"], waits["p99"], sum(stream.num_tokens for stream in streams) / seconds)
-
-
-def measure(url: str, model: str, requests: Sequence[BenchRequest], concurrency: int) -> Measured:
-    """Send requests in their order, a new one whenever one has ended."""
-    streams = asyncio.run(Client(url, model).closed_loop(requests, concurrency))
-    return summarise(requests, streams, duration(streams))
+    rate = sum(stream.num_tokens for stream in streams) / seconds
+    return dict(zip(COLUMNS, (cached, waits["p50"], waits["p99"], rate), strict=True))
 
 
 @contextmanager
-def serving(settings: dict[str, Any], replicas: int) -> Iterator[dict[str, str]]:
-    """Both routers, each with engines of its own, of which one set works while the other rests; gives their addresses. The
-    cores of this machine are dealt out over the engines of one router. Raises ValueError if Ray is not installed."""
+def serving(settings: dict[str, Any], services: dict[str, dict[str, Any]]) -> Iterator[dict[str, str]]:
+    """Services with engines of their own, of which one works while the others rest; gives their addresses. This machine's cores
+    are dealt out over the engines of each. Raises ValueError if Ray is not installed.
+
+    Args:
+        settings: of all. services: name → its own.
+    """
     from ..core.ray_executor import import_ray
 
     ray = import_ray()
@@ -100,36 +78,38 @@ def serving(settings: dict[str, Any], replicas: int) -> Iterator[dict[str, str]]
 
     from ..serving.replicas.ray_app import app
 
-    port, each = free_port(), max(1, available_cores() // replicas)
+    port, cores = free_port(), available_cores()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    say(f"starting the engines of {len(services)} services")
     ray.init(
-        "local", num_cpus=len(ROUTERS) * replicas * each, include_dashboard=False, object_store_memory=80 << 20,
+        "local", num_cpus=2 * cores * len(services), include_dashboard=False, object_store_memory=80 << 20,
         log_to_driver=False, logging_level="error",
     )  # fmt: skip
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        for router in ROUTERS:
-            given = {**settings, "replicas": replicas, "router": router, "cores_per_replica": each}
-            serve.run(app(given), name=router, route_prefix=f"/{router}")
-        yield {router: f"http://127.0.0.1:{port}/{router}/v1" for router in ROUTERS}
+        for number, (name, own) in enumerate(services.items()):
+            each = max(1, cores // (own["replicas"] + own.get("prefill_replicas", 0)))
+            serve.run(app({**settings, **own, "cores_per_replica": each}), name=name, route_prefix=f"/{number}")
+        yield {name: f"http://127.0.0.1:{port}/{number}/v1" for number, name in enumerate(services)}
     finally:
         ray.shutdown()
 
 
-def run(args: Flags, groups: Groups) -> dict[str, list[Measured]]:
-    """Router → its rounds. Raises ValueError if Ray is not installed, or a model cannot be had."""
-    context = args.prefix_len + args.input_len + args.output_len + EngineConfig().block_size
-    settings = {"model": args.model, "max_model_len": context, "num_gpu_blocks_override": args.kv_blocks}
-    results: dict[str, list[Measured]] = {router: [] for router in ROUTERS}
-    say(f"starting {len(ROUTERS)} times {args.replicas} engines")
-    with serving(settings, args.replicas) as urls:
-        for url in urls.values():  # short ones, so that every engine has run once
-            measure(url, args.model, Groups(8, 4, 16, 16, 8).make(seed=99), args.concurrency)
-        for number in range(args.rounds):
-            for router, url in urls.items():
-                say(f"{router}: round {number + 1} of {args.rounds}")
-                results[router].append(measure(url, args.model, groups.make(seed=number), args.concurrency))
-    return results
+def alternate(urls: dict[str, str], rounds: int, run: Callable[[str, int], dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """The `spread` of each of a run's figures, by service; `run` takes an address and the number of the round."""
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in urls}
+    for number in range(rounds):
+        for name, url in urls.items():
+            say(f"{name}: round {number + 1} of {rounds}")
+            runs[name].append(run(url, number))
+    return {name: {figure: spread(run[figure] for run in each) for figure in each[0]} for name, each in runs.items()}
+
+
+def measure(args: Flags, url: str, number: int) -> dict[str, float]:
+    """Send requests in their order, a new one whenever one has ended."""
+    requests = grouped_requests(args, seed=number)
+    streams = asyncio.run(Client(url, args.model).closed_loop(requests, args.concurrency))
+    return summarise(requests, streams, duration(streams))
 
 
 def show(summary: dict[str, dict[str, Any]], args: Flags) -> None:
@@ -141,8 +121,8 @@ def show(summary: dict[str, dict[str, Any]], args: Flags) -> None:
         f"{args.replicas} engines of {args.model} with {args.kv_blocks} KV blocks each; {args.groups} groups of "
         f"{args.requests} requests, {args.prefix_len} common tokens and {args.input_len} own"
     )
-    columns = ["router", "prompt tokens cached", "TTFT p50, ms", "TTFT p99, ms", "output tok/s"]
-    show_table(title, columns, rows, f"medians of {args.rounds} rounds, {args.concurrency} requests at once")
+    caption = f"medians of {args.rounds} rounds, {args.concurrency} requests at once"
+    show_table(title, ["router", *COLUMNS.values()], rows, caption)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -161,16 +141,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.kv_blocks is not None and args.kv_blocks < 1:
         parser.error(f"--kv-blocks must be at least 1, got {args.kv_blocks}")
-    groups = Groups(args.groups, args.requests, args.prefix_len, args.input_len, args.output_len, args.concurrency)
-    args.kv_blocks = args.kv_blocks or groups.blocks_for(args.replicas, EngineConfig().block_size)
-    with one_line_errors():
-        results = run(args, groups)
-    summary = {
-        router: {field.name: spread(getattr(run, field.name) for run in runs) for field in fields(Measured)}
-        for router, runs in results.items()
-    }
+    args.kv_blocks = args.kv_blocks or blocks_for(args, EngineConfig().block_size)
+    context = args.prefix_len + args.input_len + args.output_len + EngineConfig().block_size
+    settings = {"model": args.model, "max_model_len": context, "num_gpu_blocks_override": args.kv_blocks}
+    services = {router: {"replicas": args.replicas, "router": router} for router in ("prefix", "round_robin")}
+    short = Flags(**vars(args) | {"groups": 8, "requests": 4, "prefix_len": 16, "input_len": 16, "output_len": 8})
+    with one_line_errors(), serving(settings, services) as urls:
+        for url in urls.values():  # so that every engine has run once
+            measure(short, url, 99)
+        summary = alternate(urls, args.rounds, partial(measure, args))
     show(summary, args)
-    finish(args, "replicas", summary, workload=asdict(groups), ray=version("ray"))
+    finish(args, "replicas", summary, workload={name: getattr(args, name) for name in SHAPE}, ray=version("ray"))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import random
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from solutions.core.engine import LLMEngine
 from solutions.memory.transfer import block_server, block_wire, remote_tier
 from solutions.memory.transfer.transfer_stats import TransferStats
 from solutions.tests.engine_twins import folder
+from solutions.tests.relay import Between
 from solutions.tests.slow_cases import slow_after
 
 SIZE = 4
@@ -211,45 +212,6 @@ def test_another_model_is_told_from_this_one(quick: None, caplog: pytest.LogCapt
     assert "it computes other keys and values" in caplog.text
     assert stats(second).num_received == 0
     first.tiers.close()
-
-
-class Between:
-    """A relay between a consumer and its producer, which does something to what comes back.
-
-    Args:
-        address: of the producer. work: is given each piece that the producer sends, and the bytes sent before it; what it
-            returns goes on; None: the connection ends.
-    """
-
-    def __init__(self, address: str, work: Callable[[bytes, int], bytes | None]) -> None:
-        self._there, self._work = address, work
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def _run(self) -> None:
-        while True:
-            try:
-                near, _ = self._socket.accept()
-            except OSError:
-                return
-            host, _, port = self._there.rpartition(":")
-            far = socket.create_connection((host, int(port)))
-            threading.Thread(target=self._copy, args=(near, far, lambda piece, _: piece), daemon=True).start()
-            threading.Thread(target=self._copy, args=(far, near, self._work), daemon=True).start()
-
-    @staticmethod
-    def _copy(source: socket.socket, target: socket.socket, work: Callable[[bytes, int], bytes | None]) -> None:
-        done = 0
-        with source, target, suppress(OSError):  # whichever side ends first, and the other copy may have shut both down
-            while (piece := source.recv(4096)) and (changed := work(piece, done)) is not None:
-                target.sendall(changed)
-                done += len(piece)
-            target.shutdown(socket.SHUT_RDWR)
-            source.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self._socket.close()
 
 
 @contextmanager

@@ -12,9 +12,9 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page
 
-from solutions.benchmarks.page import CHROMIUM, DESKTOP, measure, open_browser, static_copy, synthetic_trace
 from solutions.benchmarks.servers import running_server
 from solutions.benchmarks.serving import totals
+from solutions.tests.browser import CHROMIUM, DESKTOP, measure, open_browser, static_copy, synthetic_trace
 from solutions.tests.fake_engine import FakeEngine
 from solutions.tests.fake_server import serve
 from solutions.tests.real_server import MODEL, stopped

@@ -31,7 +31,8 @@ from solutions.tests.fake_engine import FakeEngine
 pytest.importorskip("ray", reason='needs the extra [ray]: pip install -e ".[ray]"')
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
-from solutions.serving.replicas.ray_app import HttpCall, Replica, answer, app, main
+from solutions.serving.replicas.ray_app import app, main
+from solutions.serving.replicas.ray_replica import HttpCall, Replica, answer
 
 ROOT = Path(__file__).parents[2]
 MODEL = "smollm2-135m"

@@ -21,6 +21,7 @@ from solutions.benchmarks.servers import as_flags, free_port, running_server
 from solutions.core.engine import LLM
 from solutions.serving.replicas.two_phase import Call, GoneError, Reply, TwoPhase, prefill_body
 from solutions.tests.real_server import stopped
+from solutions.tests.relay import Between
 from solutions.tests.tiny_models import make_tiny_llama
 
 PROMPT = [7] * 40
@@ -166,6 +167,8 @@ def test_requests_that_begin_alike_go_to_one_server() -> None:
 
 ENGINE = {"dtype": "float32", "block_size": 4, "max_model_len": 512, "no_start_compiler": True, "served_model_name": "tiny"}
 ANSWER = 12
+OFFER_BYTES, ROW_BYTES = 24, 32 + 3 * 2 * 4 * 2 * 12 * 4
+"""What a producer says first, and then for each block: a checksum, and its layers, keys and values, tokens, heads, elements."""
 
 
 class Deployment:
@@ -272,3 +275,37 @@ def test_a_server_for_prompts_that_is_killed_or_stopped_costs_no_answer(model: P
         assert [found[number] for number in range(12)] == answers
         assert servers.metric(1, "vllm:kv_cache_usage_perc") == 0
         assert stopped(servers.servers[1]) is not None
+
+
+@pytest.mark.slow
+def test_a_producer_that_is_killed_within_a_row_costs_no_token(model: Path) -> None:
+    """A relay kills its process when half of the second row has passed, and nothing comes behind that."""
+    asked, port, cut = prompts((120, 140)), free_port(), OFFER_BYTES + ROW_BYTES + ROW_BYTES // 2
+    settings = ENGINE | {"model": str(model), "num_gpu_blocks_override": 200}
+    keys = {"kv_connector": "tcp", "kv_role": "kv_producer", "kv_addresses": [f"127.0.0.1:{port}"]}
+
+    def kill_within_a_row(piece: bytes, done: int) -> bytes | None:
+        if done + len(piece) <= cut:
+            return piece
+        if server.poll() is not None:
+            return None
+        server.kill()
+        server.wait(20)
+        return piece[: cut - done]
+
+    between = Between(f"127.0.0.1:{port}", kill_within_a_row)
+    with running_server(*as_flags(settings | {"kv_transfer_config": json.dumps(keys)})) as (server, url):
+        for prompt in asked:
+            body = {"model": "tiny", "prompt": prompt, "max_tokens": 1}
+            httpx.post(f"{url}/completions", json=body, timeout=60).raise_for_status()
+        keys |= {"kv_role": "kv_consumer", "kv_addresses": [between.address]}
+        transfer = {"kv_transfer_config": json.dumps(keys)}
+        llm = LLM(str(model), dtype="float32", block_size=4, max_model_len=512, num_gpu_blocks_override=200, **transfer)
+        params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in asked], params, use_tqdm=False)
+        assert server.returncode == -signal.SIGKILL
+    assert [list(output.outputs[0].token_ids) for output in outputs] == expected(model, asked)
+    found = llm.llm_engine.stats()
+    assert (found.kv_offload.num_received, found.kv_offload.num_failures, found.kv_cache_usage) == (1, 1, 0)
+    between.close()
+    llm.llm_engine.close()

@@ -2,41 +2,36 @@
 
     python -m solutions.serving.replicas.ray_app --port 8000 model=smollm2-135m replicas=2
     serve run solutions.serving.replicas.ray_app:app model=smollm2-135m replicas=2
+    python -m solutions.serving.replicas.ray_app --port 8000 model=smollm2-135m replicas=1 prefill_replicas=1
 
 An ingress reads each request, computes the keys of its prompt, and hands it to a replica. A replica is a whole `api_server`
 without the socket: the same application answers, with the same checks and the same errors. `prefix_router` chooses the replica,
 through Serve's interface for request routers. Serve replaces a replica that dies; requests that it had not begun to answer go
-to another one. There is only one ingress, because there is only one memory of prefixes.
+to another one. There is only one ingress, because there is only one memory of prefixes. With `prefill_replicas` the ingress is
+that of `ray_two_phase`.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import logging
 import signal
 import sys
 import threading
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from fastapi import FastAPI
 from fastapi.responses import Response, StreamingResponse
 from starlette.requests import Request
-from starlette.types import Message
 
-from ...core.config import EngineConfig
-from ...core.platform.machine import available_cores, settle_heap
+from ...core.platform.machine import available_cores
 from ...core.ray_executor import NO_RAY, actor_environment, connect
 from ...models.loader import resolve_model
 from ..api_server import MAX_NUM_WAITING, bind
-from ..app import create_app
-from ..async_engine import AsyncEngine
 from ..guards import error_response
 from .prefix_router import Policy, PrefixAffinity, RoundRobin, request_keys
+from .ray_replica import HttpCall, Replica
 from .replica_settings import parse_settings
 
 try:
@@ -46,17 +41,14 @@ try:
     from ray.serve.config import RequestRouterConfig
     from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
     from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+    from .ray_two_phase import two_phase_app
 except ImportError:
     sys.exit(f"error: {NO_RAY}")  # nothing in this file works without it
-
-logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """How many replicas a request may go to, if one after another dies before it has begun to answer."""
 REPLICA_GONE = "the replica that answered this request has died"
-
-Head = tuple[int, list[tuple[bytes, bytes]]]
-"""Status and headers of an answer."""
 
 
 # --------------------------------------------------------------------------------------------------------- routing
@@ -110,102 +102,7 @@ class PolicyRouter(RequestRouter):
         self._policy.retain(names)
 
 
-# -------------------------------------------------------------------------------------------------------- replicas
-
-
-@dataclass(slots=True)
-class HttpCall:
-    """An HTTP request on its way to a replica."""
-
-    method: str
-    path: str
-    query: bytes
-    headers: list[tuple[bytes, bytes]]
-    body: bytes
-
-    def scope(self) -> dict[str, Any]:
-        """What an ASGI application is told of it."""
-        return {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http", "root_path": "",
-            "method": self.method, "path": self.path, "raw_path": self.path.encode(), "query_string": self.query,
-            "headers": self.headers, "client": None, "server": None,
-        }  # fmt: skip
-
-
-async def answer(app: FastAPI, call: HttpCall) -> AsyncIterator[Head | bytes]:
-    """An application's answer, piece by piece: first its head, then its body as it comes. Whoever leaves the iteration is to
-    the application a client that has left."""
-    pieces: asyncio.Queue[Head | bytes | None] = asyncio.Queue()
-    gone = asyncio.Event()
-    requests = iter([{"type": "http.request", "body": call.body, "more_body": False}])
-
-    async def receive() -> Message:
-        if (request := next(requests, None)) is not None:
-            return request
-        await gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Message) -> None:
-        is_head = message["type"] == "http.response.start"
-        pieces.put_nowait((message["status"], list(message["headers"])) if is_head else message.get("body", b""))
-
-    async def run() -> None:
-        try:
-            await app(call.scope(), receive, send)
-        except Exception:
-            logger.exception("A request has failed")
-        finally:
-            pieces.put_nowait(None)
-
-    task = asyncio.create_task(run())
-    try:
-        while (piece := await pieces.get()) is not None:
-            while isinstance(piece, bytes) and not pieces.empty():  # what has come meanwhile goes in one piece
-                more = pieces.get_nowait()
-                if not isinstance(more, bytes):
-                    pieces.put_nowait(more)
-                    break
-                piece += more
-            if piece:
-                yield piece
-    finally:
-        gone.set()
-        await task
-
-
-class Replica:
-    """One engine and its server's application, without a socket."""
-
-    async def __init__(  # type: ignore[misc]  # Serve waits for it
-        self, config: EngineConfig, served_model_names: list[str], api_keys: list[str] | None
-    ) -> None:
-        from ...core.engine import LLMEngine
-
-        self.engine = AsyncEngine(LLMEngine(config))
-        self.engine.engine.input.start_compiling()
-        settle_heap()
-        self.app = create_app(self.engine, served_model_names, api_keys)
-        self._lifespan = self.app.router.lifespan_context(self.app)
-        await self._lifespan.__aenter__()
-
-    async def check_health(self) -> None:
-        """Serve replaces a replica for which this fails.
-
-        Raises:
-            RuntimeError: the engine has failed.
-        """
-        if not self.engine.is_running:
-            raise RuntimeError("the engine has failed; the replica's log has the cause")
-
-    async def forward(self, call: HttpCall, keys: list[bytes]) -> AsyncIterator[Head | bytes]:
-        """See `answer`; `keys` are for the router."""
-        async for piece in answer(self.app, call):
-            yield piece
-
-    async def __del__(self) -> None:
-        if hasattr(self, "_lifespan"):
-            await self._lifespan.__aexit__(None, None, None)
-            self.engine.engine.close()
+# --------------------------------------------------------------------------------------------------------- ingress
 
 
 class Ingress:
@@ -262,7 +159,7 @@ def app(args: dict[str, Any]) -> serve.Application:
     settings, config = parse_settings(args)
     resolve_model(config.model, config.load_format, config.quantization)  # now, rather than in a replica's log
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    share = available_cores() / settings.most_replicas
+    share = available_cores() / (settings.most_replicas + settings.prefill_replicas)
     cores = settings.cores_per_replica or max(1, int(share))
     options: dict[str, Any] = {
         "ray_actor_options": {
@@ -273,11 +170,14 @@ def app(args: dict[str, Any]) -> serve.Application:
         "max_ongoing_requests": config.max_num_seqs + (config.max_num_waiting or MAX_NUM_WAITING),
         "health_check_period_s": 1.0,
         "max_constructor_retry_count": 1,  # an engine that does not start will not start the next time
-        "request_router_config": RequestRouterConfig(
-            request_router_class=PolicyRouter,  # type: ignore[arg-type]  # a class is right
-            request_router_kwargs={"router": settings.router, "max_imbalance": settings.max_imbalance},
-        ),
     }
+    names = settings.served_model_name or [config.model]
+    if settings.prefill_replicas:
+        return two_phase_app(settings, config, names, options)
+    options["request_router_config"] = RequestRouterConfig(
+        request_router_class=PolicyRouter,  # type: ignore[arg-type]  # a class is right
+        request_router_kwargs={"router": settings.router, "max_imbalance": settings.max_imbalance},
+    )
     if settings.min_replicas or settings.max_replicas:
         options["autoscaling_config"] = {
             "min_replicas": settings.min_replicas or 1,
@@ -286,7 +186,6 @@ def app(args: dict[str, Any]) -> serve.Application:
         }
     else:
         options["num_replicas"] = settings.most_replicas
-    names = settings.served_model_name or [config.model]
     replica = serve.deployment(**options)(Replica).bind(config, names, settings.api_key)
     most = options["max_ongoing_requests"] * settings.most_replicas
     return serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=most)(Ingress).bind(replica)
@@ -300,7 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "settings", nargs="*", metavar="NAME=VALUE",
         help="the engine's flags with underscores, and replicas, min_replicas, max_replicas, target_ongoing_requests, router "
-        "(prefix or round_robin), max_imbalance, cores_per_replica, served_model_name, api_key",
+        "(prefix or round_robin), max_imbalance, prefill_replicas (so many more, which compute prompts for the others), "
+        "prefill_timeout, timeout, cores_per_replica, served_model_name, api_key",
     )  # fmt: skip
     args = parser.parse_args(argv)
     try:

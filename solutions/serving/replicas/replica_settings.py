@@ -18,6 +18,8 @@ class ReplicaSettings:
 
     Attributes:
         replicas: a fixed number; or between min_replicas and max_replicas, so that each has target_ongoing_requests or fewer.
+        prefill_replicas: so many more, which compute prompts for the `replicas`; see `ray_two_phase`.
+        prefill_timeout, timeout: in seconds, see `TwoPhase`.
         router: "prefix" or "round_robin". max_imbalance: see `PrefixAffinity`.
         cores_per_replica: None: an equal share of this machine's.
         served_model_name, api_key: as of the server.
@@ -27,6 +29,9 @@ class ReplicaSettings:
     min_replicas: int | None
     max_replicas: int | None
     target_ongoing_requests: float
+    prefill_replicas: int
+    prefill_timeout: float
+    timeout: float
     router: str
     max_imbalance: int
     cores_per_replica: int | None
@@ -50,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--min-replicas", type=int)
     parser.add_argument("--max-replicas", type=int)
     parser.add_argument("--target-ongoing-requests", type=float, default=16.0)
+    parser.add_argument("--prefill-replicas", type=int, default=0)
+    parser.add_argument("--prefill-timeout", type=float, default=60.0)
+    parser.add_argument("--timeout", type=float, default=600.0)
     parser.add_argument("--router", choices=("prefix", "round_robin"), default="prefix")
     parser.add_argument("--max-imbalance", type=int, default=16)
     parser.add_argument("--cores-per-replica", type=int)
@@ -92,12 +100,16 @@ def parse_settings(args: dict[str, Any]) -> tuple[ReplicaSettings, EngineConfig]
 
 
 def _check(settings: ReplicaSettings, config: EngineConfig) -> None:
-    for name in ("replicas", "min_replicas", "max_replicas", "target_ongoing_requests", "cores_per_replica"):
+    above_zero = ("replicas", "min_replicas", "max_replicas", "target_ongoing_requests", "prefill_timeout", "timeout")
+    for name in (*above_zero, "cores_per_replica"):
         value = getattr(settings, name)
         if value is not None and value <= 0:
             raise ValueError(f"{name} must be more than 0, got {value}")
-    if settings.max_imbalance < 0:
-        raise ValueError(f"max_imbalance must be at least 0, got {settings.max_imbalance}")
+    for name in ("max_imbalance", "prefill_replicas"):
+        if getattr(settings, name) < 0:
+            raise ValueError(f"{name} must be at least 0, got {getattr(settings, name)}")
+    if settings.prefill_replicas and (settings.min_replicas or settings.max_replicas):
+        raise ValueError("prefill_replicas go with a fixed number of replicas, whose addresses they know; give replicas")
     if settings.replicas is not None and (settings.min_replicas or settings.max_replicas):
         raise ValueError("replicas is a fixed number; min_replicas and max_replicas let it change: give one or the other")
     if settings.min_replicas and settings.min_replicas > settings.most_replicas:
@@ -106,6 +118,6 @@ def _check(settings: ReplicaSettings, config: EngineConfig) -> None:
         raise ValueError(f"tensor_parallel_size is {config.tensor_parallel_size}; on CPUs a replica has one rank, so use more "
                          "replicas, or one engine: python -m solutions.serving.api_server")  # fmt: skip
     if config.kv_transfer_config is not None:
-        raise ValueError("kv_transfer_config: replicas would share one address; start servers behind two_phase_proxy.py")
+        raise ValueError("kv_transfer_config: replicas would share one address; prefill_replicas gives each its own")
     if config.distributed_executor_backend == "ray":
         raise ValueError("distributed_executor_backend: a replica's ranks are processes on its own node, so use mp")

@@ -114,9 +114,7 @@ def create_proxy(
         reply = await unless_left(http, two_phase.answer(call))
         if reply is None:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-        response = ClosingResponse(reply.pieces, reply.status)
-        response.reply, response.raw_headers = reply, reply.headers
-        return response
+        return ClosingResponse(reply)
 
     return app
 
@@ -124,14 +122,17 @@ def create_proxy(
 class ClosingResponse(StreamingResponse):
     """An answer that is passed on; when it ends, for whatever reason, the server's work for it ends."""
 
-    reply: Reply
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply.pieces, reply.status)
+        self.raw_headers = reply.headers
+        self._reply = reply
 
     async def __call__(self, scope, receive, send) -> None:  # type: ignore[no-untyped-def]  # as of StreamingResponse
         """See `StreamingResponse`."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self.reply.close()
+            await self._reply.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,14 +1,4 @@
-"""How many frames a second the page draws while it shows a busy engine.
-
-A browser without a screen or a GPU shows a made-up trace, in which all sequences decode, at twice the rate of a server's feed.
-What is counted are the browser's own frames; a page that computes for too long between two of them misses some.
-
-examples:
-  what results quote
-    python -m solutions.benchmarks.page --output-json page.json
-  more than a server runs by default
-    python -m solutions.benchmarks.page --running 1024
-"""
+"""For the tests of the page: a browser without a screen, a copy of the page on a server of its own, and made-up traces."""
 
 from __future__ import annotations
 
@@ -27,8 +17,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from ..serving.live.feed import PAGE
-from .report import Parser, finish, one_line_errors, show_table
+from solutions.serving.live.feed import PAGE
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
@@ -109,26 +98,3 @@ def measure(page: Page, running: int, seconds: float) -> dict[str, float]:
     gaps = [later - earlier for earlier, later in pairwise(times)]
     rate = 1e3 * len(gaps) / (times[-1] - times[0])
     return {"frames_per_second": rate, "median_ms": statistics.median(gaps), "longest_ms": max(gaps)}
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser("page", __doc__)
-    parser.add_flag("--running", 256, "running sequences")
-    parser.add_flag("--seconds", 10, "how long frames are counted")
-    args = parser.parse_args(argv)
-    with one_line_errors(), tempfile.TemporaryDirectory() as folder, open_browser() as browser:
-        trace = Path(folder) / "trace.jsonl"
-        synthetic_trace(trace, args.running, TRACE_RATE * (args.seconds + 10))
-        with static_copy(trace) as address:
-            page = browser.new_page(viewport=DESKTOP)
-            page.goto(address)
-            results = measure(page, args.running, args.seconds) | {"browser": browser.version}
-            page.close()
-    row = [f"{results[name]:.1f}" for name in ("frames_per_second", "median_ms", "longest_ms")]
-    title = f"the page with {args.running} running sequences, Chromium {results['browser']}"
-    show_table(title, ["", "frames a second", "between two, ms", "longest, ms"], [["the page", *row]])
-    finish(args, "page", results)
-
-
-if __name__ == "__main__":
-    main()
