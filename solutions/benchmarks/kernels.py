@@ -20,7 +20,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +37,7 @@ from ..models.kernels.layers_cpu import NativeNorm
 from ..models.moe import SparseMLP
 from ..parallelism.tensor_parallel import SINGLE
 from ..quantization.kernels.linear_cpu import PackedLinear
-from .report import Parser, drawing, finish, show_table, tracked
+from .report import Parser, finish, show_table, tracked
 from .timing import median_seconds
 
 MATRICES = {"qkv": (576, 960), "o": (576, 576), "gate_up": (576, 3072), "down": (1536, 576), "head": (576, 49152)}
@@ -266,25 +265,8 @@ def show(ceilings: Ceilings, timings: list[Timing]) -> None:
     show_table(title, columns, rows)
 
 
-def draw(timings: list[Timing], path: Path) -> None:
-    """The share of the floor that each kernel and its peers reach."""
-    colours = {"ours": "#0072B2", "torch": "#E69F00", "portable": "#009E73", "SDPA, contiguous": "#CC79A7"}
-    with drawing(path, figsize=(10, 0.22 * len(timings) + 1.5)) as axes:
-        for row, t in enumerate(timings):
-            axes.barh(row, t.share, color="#D9E8F2", height=0.9)
-            for name, seconds in {"ours": t.seconds, **t.peers}.items():
-                axes.plot(t.floor / seconds, row, "o", color=colours[name], markersize=5)
-        axes.set_yticks(range(len(timings)), [f"{t.kernel}, {t.size}, {t.precision}" for t in timings], fontsize=7)
-        axes.set(
-            ylim=(len(timings) - 0.5, -0.5), xlim=(0, max(1.1, *(t.share for t in timings))),
-            xlabel="share of what memory or multipliers allow (1 is the floor)",
-            title="CPU kernels against this machine's limits",
-        )  # fmt: skip
-        axes.legend(handles=[axes.plot([], [], "o", color=c, label=name)[0] for name, c in colours.items()], loc="lower right")
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("kernels", __doc__, "the shares")
+    parser = Parser("kernels", __doc__)
     parser.add_flag("--repeats", 15, "measurements of each kernel; the median counts")
     args = parser.parse_args(argv)
     if native.load() is None:
@@ -297,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
         timings = [measure() for measure in tracked(all_kernels(ceilings, args.repeats), "measuring")]
     show(ceilings, timings)
     results = {"ceilings": asdict(ceilings), "kernels": [asdict(t) | {"share": t.share} for t in timings]}
-    finish(args, "kernels", results, partial(draw, timings))
+    finish(args, "kernels", results)
 
 
 if __name__ == "__main__":
