@@ -28,7 +28,7 @@ from torch import Tensor
 from ..attention.backends import make_backend
 from ..core.capture import CudaGraphRecorder
 from ..core.engine import LLM, LLMEngine
-from ..core.platform.machine import pick_threads, processor_name, total_memory
+from ..core.platform.machine import processor_name, total_memory
 from ..memory.cache_engine import element_type, quantize_vectors
 from ..models.config.model_config import ModelConfig
 from ..models.costs.roofline import CARDS, Card, StepCost, decode_cost, prefill_cost
@@ -245,7 +245,6 @@ def measure_backends(args: Flags, card: Card, model: ModelConfig) -> dict[str, A
 def measure(args: Flags, model: ModelConfig) -> dict[str, Any]:
     """Everything that is not computed; `model` is the first of --models."""
     on_gpu = args.device == "cuda"
-    torch.set_num_threads(pick_threads())
     card = measure_card(torch.device(args.device))
     print(f"{card.name}: moves {card.bandwidth / 1e9:,.0f} GB/s, multiplies {card.rate / 1e12:,.2f} TFLOP/s in bfloat16")
     results = {"card": asdict(card)} | (measure_backends(args, card, model) if on_gpu else {})

@@ -108,7 +108,10 @@ def read_bandwidth(repeats: int) -> float:
 
 
 def measure_ceilings(repeats: int) -> Ceilings:
-    """Read bandwidth over 256 MiB, and the best rate of large matrix products that PyTorch or the kernels here reach."""
+    """Read bandwidth over 256 MiB, and the best rate of large matrix products that PyTorch or the kernels here reach; both use
+    all cores that this process may use, from now on."""
+    torch.set_num_threads(pick_threads())
+    native.set_threads(torch.get_num_threads())
     operations = dict.fromkeys(("float32", "bfloat16", "int8"), 0.0)
     for precision in operations:
         dtype = torch.float32 if precision == "float32" else torch.bfloat16
@@ -271,8 +274,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if native.load() is None:
         sys.exit(f"error: there are no C++ kernels here: {native.why_not}")
-    torch.set_num_threads(pick_threads())
-    native.set_threads(torch.get_num_threads())
     torch.manual_seed(0)
     with torch.inference_mode():
         ceilings = measure_ceilings(args.repeats)
