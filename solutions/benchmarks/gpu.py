@@ -244,12 +244,12 @@ def measure_backends(args: Flags, card: Card, model: ModelConfig) -> dict[str, A
 
 def measure(args: Flags, model: ModelConfig) -> dict[str, Any]:
     """Everything that is not computed; `model` is the first of --models."""
-    on_gpu = args.device == "cuda"
-    card = measure_card(torch.device(args.device))
+    on_gpu, card = args.device == "cuda", measure_card(torch.device(args.device))
     print(f"{card.name}: moves {card.bandwidth / 1e9:,.0f} GB/s, multiplies {card.rate / 1e12:,.2f} TFLOP/s in bfloat16")
     results = {"card": asdict(card)} | (measure_backends(args, card, model) if on_gpu else {})
     for name in args.models[on_gpu:]:
-        results[name] = measure_model(args, name, card, device=args.device)
+        card = card if on_gpu else measure_card(torch.device("cpu"))  # which is not the same for long beside others
+        results[name] = measure_model(args, name, card, device=args.device) | {"card": asdict(card)}
     return results
 
 
