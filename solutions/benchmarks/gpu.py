@@ -203,15 +203,21 @@ def nano_requests(count: int, longest: int = 1024, last_token: int = 10000) -> l
 def measure_model(args: Flags, name: str, card: Card, whole: bool = True, eager: bool = False, **more: Any) -> dict[str, Any]:
     """A model: decode steps, and if it is to be the `whole` also prompts and, as --requests asks, those of nano-vllm; else the
     second batch alone. `eager`: once more without CUDA graphs. `more` are further settings."""
+    gc.collect()  # the memory of the engine before is for this one
+    torch.cuda.empty_cache()
     batches = args.batches if whole else args.batches[1:2] or args.batches[:1]
     longest = max(args.context, *args.prompts, 2 * args.longest if args.requests else 0) + 1
     with made_up(name) as place:
         llm = LLM(place, dtype="bfloat16", load_format="dummy", max_model_len=longest, max_num_seqs=max(batches), **more)
     engine, worker = llm.llm_engine, llm.llm_engine.executor.worker
     title = f"{name} on {card.name}, {worker.backend.name} attention"
-    decode = partial(measure_decode, engine, card, context=args.context, steps=args.steps)
-    steps = [decode(batch) for batch in batches]
-    steps += [measure_prefill(engine, card, length, args.steps) for length in (args.prompts if whole else ())]
+    # a CPU that others share is not the same for long
+    now = partial(measure_card, worker.device) if worker.device.type == "cpu" else lambda: card
+
+    def decode() -> list[StepTime]:
+        return [measure_decode(engine, now(), batch, args.context, args.steps) for batch in batches]
+
+    steps = decode() + [measure_prefill(engine, now(), length, args.steps) for length in (args.prompts if whole else ())]
     results: dict[str, Any] = {"steps": show_steps(f"{title}, {'CUDA graphs' if worker.graphs else 'no graphs'}", steps)}
     if whole and args.requests:
         run = run_engine(llm, nano_requests(args.requests, args.longest, min(10000, engine.model_config.vocab_size - 1)))
@@ -219,11 +225,8 @@ def measure_model(args: Flags, name: str, card: Card, whole: bool = True, eager:
         results["requests"] = asdict(run) | {"output_tokens_per_second": run.output_tokens_per_second}
     if eager and worker.graphs is not None:
         worker.graphs = None
-        results["eager"] = show_steps(f"{title}, --enforce-eager", [decode(batch) for batch in batches])
+        results["eager"] = show_steps(f"{title}, --enforce-eager", decode())
     engine.close()
-    del llm, engine, worker, decode
-    gc.collect()  # the engine's memory is for the next one
-    torch.cuda.empty_cache()
     return results
 
 
@@ -247,10 +250,7 @@ def measure(args: Flags, model: ModelConfig) -> dict[str, Any]:
     on_gpu, card = args.device == "cuda", measure_card(torch.device(args.device))
     print(f"{card.name}: moves {card.bandwidth / 1e9:,.0f} GB/s, multiplies {card.rate / 1e12:,.2f} TFLOP/s in bfloat16")
     results = {"card": asdict(card)} | (measure_backends(args, card, model) if on_gpu else {})
-    for name in args.models[on_gpu:]:
-        card = card if on_gpu else measure_card(torch.device("cpu"))  # which is not the same for long beside others
-        results[name] = measure_model(args, name, card, device=args.device) | {"card": asdict(card)}
-    return results
+    return results | {name: measure_model(args, name, card, device=args.device) for name in args.models[on_gpu:]}
 
 
 def main(argv: list[str] | None = None) -> None:
