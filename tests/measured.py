@@ -393,8 +393,8 @@ DOCUMENTS = {
     "README.md": (headline_workloads, headlines),
     "benchmarks/README.md": (
         against_vllm, against_transformers, throughput, with_amx, fewer_bits_with_amx, weights, quality_plain, quality_groups,
-        speculation, memory, prefix_cache, tiers, overhead, kernels, ranks, sums, serving, page, replicas, two_phase, two_phase_at_once,
-        fairness, adapters,
+        speculation, memory, prefix_cache, tiers, overhead, kernels, ranks, sums, serving, page, replicas, two_phase,
+        two_phase_at_once, fairness, adapters,
         gpu_throughput, gpu_caches, gpu_steps, gpu_prompts, gpu_attention, gpu_latency,
     ),
 }  # fmt: skip

@@ -104,8 +104,7 @@ def draw_settings(rng: random.Random, name: str) -> dict[str, Any]:
     max_model_len = rng.randint(40, 96)
     policy = rng.choice(["fcfs", "priority", "lpm", "fair"])
     drafts: list[Any] = [None, {"method": "ngram", "prompt_lookup_min": 1}]
-    if "gemma" not in name and name != "gpt_oss":  # whose layers differ in their window
-        drafts += [{"method": "draft_model", "model": str(folder(name))}]
+    drafts += [{"method": "draft_model", "model": str(folder(name))}]
     draft = rng.choice(drafts)
     if draft is not None:
         draft = draft | {"num_speculative_tokens": rng.randint(1, 5), "disable_by_batch_size": rng.choice([2, 4, 64])}

@@ -265,7 +265,6 @@ REFUSED = {
     },
     ("gpt_oss", "batch invariance"): "it needs the C\\+\\+ kernels of a CPU, and attention runs on torch",
     ("gpt2", "GGUF"): "GGUF architecture 'gpt2' is not supported",
-    **{(family, "draft model"): "no draft model where layers differ" for family in ("gemma2", "gemma3_text", "gpt_oss")},
     **{
         (family, f"making {method}"): "cannot be quantized"
         for family in (
