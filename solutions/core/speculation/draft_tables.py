@@ -62,12 +62,8 @@ class DraftTables:
         groups = share_blocks(draft.windows, target.windows, longest)
         assert groups is not None, "`with_room` was asked"
         self.whole: Mapping[int, list[int]] = {}
-        self._groups, self._num_targets, self._windows, self._block_size = (
-            groups,
-            len(target.windows),
-            draft.windows,
-            block_size,
-        )
+        self._groups, self._windows = groups, draft.windows
+        self._num_targets, self._block_size = len(target.windows), block_size
 
     def rows(self, seq: Sequence) -> list[list[int]]:
         """The table of each group of the draft model's layers; `NULL_BLOCK` where the target has none, before or behind."""
@@ -81,7 +77,8 @@ class DraftTables:
 
     def blocks(self, seq: Sequence, start: int, end: int) -> list[list[int]]:
         """The blocks of all groups that hold positions from `start` on and before `end`, block after block of positions."""
-        columns = list(zip(*self.rows(seq), strict=True))[start // self._block_size : -(-end // self._block_size)]
+        first, last = start // self._block_size, -(-end // self._block_size)
+        columns = zip(*(row[first:last] for row in self.rows(seq)), strict=True)
         return [[block for block in column if block != NULL_BLOCK] for column in columns]
 
     def first_within_windows(self, seq: Sequence) -> int:
@@ -89,7 +86,6 @@ class DraftTables:
         missed stay so: drafts that look at them are worse, no more."""
         first = 0
         for window, row in zip(self._windows, self.rows(seq), strict=True):
-            num_expired = sum(1 for _ in takewhile(NULL_BLOCK.__eq__, row))
-            if num_expired and window is not None:
+            if window is not None and (num_expired := sum(1 for _ in takewhile(NULL_BLOCK.__eq__, row))):
                 first = max(first, num_expired * self._block_size + window - 1)
         return first
