@@ -69,6 +69,8 @@ def test_tokens_are_those_of_transformers(target: str, drafter: str) -> None:
 @pytest.mark.parametrize("target", slow_after(1, ["gemma3_text", "gpt_oss"]))
 def test_little_memory_and_chunks(target: str, settings: dict[str, Any]) -> None:
     """The target itself drafts, so a key that lay in the wrong block would be seen as a token that is rejected."""
+    if "num_gpu_blocks_override" in settings and target == "gpt_oss":  # which has fewer groups
+        settings = settings | {"num_gpu_blocks_override": 32}
     llm = answer(target, target, max_model_len=96, **settings)
     assert share_accepted(llm) > 0.95
     if "num_gpu_blocks_override" in settings:
@@ -96,14 +98,17 @@ def test_what_the_prefix_cache_knows_is_known_to_the_draft_model(drafter: str) -
 def test_a_draft_model_knows_which_blocks_it_has_not_filled() -> None:
     """While nothing is drafted, the target fills blocks alone; what the draft model then finds there is not its own."""
     config = draft("gemma3_text", disable_by_batch_size=2)
-    llm = LLM(str(folder("gemma3_text")), **(SETTINGS | {"max_model_len": 128}), speculative_config=config)
+    settings = SETTINGS | {"max_model_len": 128, "num_gpu_blocks_override": 800}
+    llm = LLM(str(folder("gemma3_text")), **settings, speculative_config=config)
     many = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-    llm.generate(many, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True), use_tqdm=False)
-    assert llm.llm_engine.stats().spec_decode_num_draft_tokens < 40
-    for prompt in PROMPTS[-2:]:
+    llm.generate(many, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False)
+    before = llm.llm_engine.stats()
+    assert before.spec_decode_num_draft_tokens == 0
+    for prompt in PROMPTS[:2]:  # shorter than a window, so that nothing is lost to the draft model
         (output,) = llm.generate({"prompt_token_ids": prompt}, GREEDY, use_tqdm=False)
         check_answer("gemma3_text", "auto", "torch", prompt, list(output.outputs[0].token_ids))
-    assert share_accepted(llm) > 0.8
+    assert llm.llm_engine.stats().prefix_cache_hits - before.prefix_cache_hits >= 32
+    assert share_accepted(llm) > 0.95
 
 
 def test_groups_by_hand() -> None:
