@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 from solutions.attention import paged_kernels_triton as kernels
 from solutions.attention.paged_attention_triton import DECODE_CONFIGS, DOT, MAX_SPLITS, PREFILL_CONFIGS, Config, padded
 from solutions.core.platform.triton_mode import triton
+from solutions.models.kernels import layers_triton as layers
 from solutions.models.lora import products_triton as lora
 from solutions.quantization.kernels import w4a16_triton
 
@@ -81,17 +82,23 @@ def kind(name: str, cache: str) -> str:
         return f"*{cache}"
     if name.startswith(("num_", "table_")) or name.endswith("_stride"):
         return "i32"
-    return "fp32" if name == "scale_log2" else "*bf16"
+    return "fp32" if name in ("scale_log2", "cap_log2") else "*bf16"
 
 
 def compile_product(function: JITFunction, capability: int, kinds: dict[str, str], blocks: dict[str, int]) -> Report:
     """Compile a product for bfloat16 activations.
 
     Args:
-        kinds: types of the pointers, all others are whole numbers. blocks: of the kernel's capital letters.
+        kinds: types of the arguments that are no whole numbers. blocks: of the kernel's capital letters.
     """
     signature = {name: "constexpr" if name in blocks else kinds.get(name, "i32") for name in function.arg_names}
-    source = ASTSource(function, signature, blocks, {(i,): [["tt.divisibility", 16]] for i in range(len(kinds))})
+    sizes = ("num_inputs", "num_outputs")  # a model's are multiples of 16, and so are rows apart
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name in sizes or name.endswith("_stride")
+    }
+    source = ASTSource(function, signature, blocks, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     registers, spilled = assemble(compiled.asm["ptx"], capability)
     variant = ", ".join(f"{name} {size}" for name, size in blocks.items())
@@ -99,7 +106,7 @@ def compile_product(function: JITFunction, capability: int, kinds: dict[str, str
 
 
 def products(capability: int) -> Iterator[Report]:
-    """The product with 4-bit weights, and those of adapters."""
+    """The products with 4-bit weights, of adapters and of experts, and what stands between products."""
     kinds = {"x": "*bf16", "packed": "*i32", "scales": "*fp16", "zeros": "*fp16", "out": "*bf16"}
     for block_m in (16, 64):
         blocks = {"BLOCK_M": block_m, "BLOCK_N": w4a16_triton.BLOCK_N, "BLOCK_K": w4a16_triton.BLOCK_K}
@@ -110,6 +117,14 @@ def products(capability: int) -> Iterator[Report]:
     yield compile_product(lora.shrink_kernel, capability, kinds, blocks | {"BLOCK_K": lora.BLOCK_K})
     kinds = {"inner": "*fp32", "y": "*bf16"} | of_step | {"blocks": "*i32"}
     yield compile_product(lora.expand_kernel, capability, kinds, blocks | {"BLOCK_N": lora.BLOCK_N, "SPLITS": lora.MAX_SPLITS})
+    kinds = {"x": "*bf16", "weights": "*bf16", "bounds": "*i64", "out": "*bf16"}
+    blocks = {"BLOCK_N": layers.BLOCK_N, "BLOCK_K": layers.BLOCK_K}
+    for block_m in (16, layers.MAX_ROWS):
+        yield compile_product(layers.grouped_kernel, capability, kinds, blocks | {"BLOCK_M": block_m})
+    kinds = {"x": "*bf16", "weight": "*bf16", "out": "*bf16"} | dict.fromkeys(("eps", "offset"), "fp32")
+    for add in (False, True):
+        yield compile_product(layers.norm_kernel, capability, kinds, {"ADD": add, "SIZE": 576, "BLOCK": 1024})
+    yield compile_product(layers.silu_mul_kernel, capability, {"gate_up": "*bf16", "out": "*bf16"}, {"BLOCK": 1024})
 
 
 def is_fixed_stride(name: str) -> bool:
@@ -148,12 +163,15 @@ def reports(head_dims: list[int], configs: list[Config]) -> Iterator[Report]:
                     "D_PADDED": padded(dim, DOT),
                     "BLOCK_SIZE": BLOCK_SIZE,
                     "WINDOW": 0,
+                    "CAPPED": False,
                 }
                 sizes |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
                 options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
                 partials = ("partial_sums", "partial_stats")
                 yield compile_for("attend", capability, sizes, (*scales, *partials), "bf16", **options)
                 if config in (DECODE_CONFIGS[0], PREFILL_CONFIGS[0]):
+                    capped = sizes | {"WINDOW": 512, "CAPPED": True}  # as Gemma 2 has it
+                    yield compile_for("attend", capability, capped, (*scales, *partials), "bf16", **options)
                     yield compile_for("attend", capability, sizes, (), "i8", **options)
                     if capability >= 89:
                         yield compile_for("attend", capability, sizes, (*scales, *partials), "fp8e4nv", **options)

@@ -55,9 +55,7 @@ def _norm(x: Tensor, weight: Tensor, out: Tensor, grid: tuple[int, int], eps: fl
     size = len(weight)
     block = triton.next_power_of_2(size)
     warps = min(16, max(1, block // 512))
-    _norm_kernel[grid](
-        x, weight, out, x.stride(0), out.stride(0), eps, offset, ADD=add, SIZE=size, BLOCK=block, num_warps=warps
-    )
+    norm_kernel[grid](x, weight, out, x.stride(0), out.stride(0), eps, offset, ADD=add, SIZE=size, BLOCK=block, num_warps=warps)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -73,7 +71,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = torch.empty(rows, columns, dtype=gate_up.dtype, device=gate_up.device)
     if rows:
         grid = (rows, triton.cdiv(columns, SILU_COLUMNS))
-        _silu_mul_kernel[grid](gate_up, out, gate_up.stride(0), columns, BLOCK=SILU_COLUMNS)
+        silu_mul_kernel[grid](gate_up, out, gate_up.stride(0), columns, BLOCK=SILU_COLUMNS)
     return out
 
 
@@ -94,7 +92,7 @@ def grouped_product(x: Tensor, weights: Tensor, bounds: Tensor, out: Tensor) -> 
 
 
 @triton.jit
-def _norm_kernel(
+def norm_kernel(
     x, weight, out, x_stride, out_stride, eps, offset, ADD: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One piece of a row a program."""
@@ -111,7 +109,7 @@ def _norm_kernel(
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up, out, stride, size, BLOCK: tl.constexpr):
+def silu_mul_kernel(gate_up, out, stride, size, BLOCK: tl.constexpr):
     """Part of one row a program."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -10,7 +10,6 @@ In the first kernel few tiles read long rows, so the inputs are cut into parts, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,9 +72,9 @@ class TritonProduct(AdaptedProduct):
 
 
 def shrink(
-    x: Any, inner: Any, tiles: Any, order: Any, table: Any, num_inputs: Any, x_stride: Any, split_stride: Any, row_stride: Any,
-    piece_stride: Any, inputs_a_split: Any, rank_blocks: Any, TILE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-) -> None:  # fmt: skip
+    x, inner, tiles, order, table, num_inputs, x_stride, split_stride, row_stride,
+    piece_stride, inputs_a_split, rank_blocks, TILE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """One tile of rows times BLOCK_R rows of a piece's A, over one part of the inputs.
 
     Args:
@@ -112,9 +111,9 @@ def shrink(
 
 
 def expand(
-    inner: Any, y: Any, tiles: Any, order: Any, table: Any, blocks: Any, y_stride: Any, split_stride: Any, row_stride: Any,
-    piece_stride: Any, SPLITS: tl.constexpr, TILE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-) -> None:  # fmt: skip
+    inner, y, tiles, order, table, blocks, y_stride, split_stride, row_stride,
+    piece_stride, SPLITS: tl.constexpr, TILE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Adds to one tile of rows, in BLOCK_N columns of one piece, what `shrink` has left times their part of B.
 
     Args:
