@@ -141,6 +141,18 @@ def weights() -> Table:
     return table("output tokens a second | one request | 32 at once", rows)
 
 
+def beside_busy_processes() -> Table:
+    runs = record(f"{CPU}_compare_busy")
+    rows = []
+    for name in ("W1", "W2"):
+        for system, text in (("bf16", "bfloat16"), ("int8", "int8")):
+            idle, *beside = (runs[key][system] for key in (name, f"{name} beside 1", f"{name} beside 2"))
+            medians = [entry["output_tokens_per_second"]["median"] for entry in (idle, *beside)]
+            kept = [percent(median / medians[0]) for median in medians[1:]]
+            rows.append([f"{WORKLOADS[name]}, {text}", *map(rate, (idle, *beside)), *kept])
+    return table("output tokens a second | idle machine | beside one | beside two | kept beside one | beside two", rows)
+
+
 def quality_plain() -> Table:
     runs = record(f"{CPU}_quality")["runs"]
     names = {"16 bits": "bfloat16", "int8": "int8", "int4, groups of 32": "int4", "int8 KV cache": "int8 KV cache"}
@@ -210,23 +222,6 @@ def overhead() -> Table:
         for kind, text in kinds.items()
     ]
     return table("µs a running sequence | 256 running | 1,024 running", rows)
-
-
-def kernels() -> Table:
-    names = {
-        "a product of 576 × 3,072, 1 token": ("linear gate_up", "1 rows"),
-        "the same, 32 tokens": ("linear gate_up", "32 rows"),
-        "the same, 512 tokens": ("linear gate_up", "512 rows"),
-        "attention, 32 sequences of 256": ("attention, decode", "32 × 256"),
-        "attention, a prompt of 512": ("attention, prompt", "1 × 512"),
-        "RMSNorm, 512 tokens": ("rms_norm", "512 rows"),
-    }
-    found, rows = record(f"{CPU}_kernels")["kernels"], []
-    for text, (kernel, size) in names.items():
-        cases = {case["precision"]: case for case in found if (case["kernel"], case["size"]) == (kernel, size)}
-        shares = [percent(cases[kind]["share"]) if kind in cases else "" for kind in ("bfloat16", "int8")]
-        rows.append([text, *shares])
-    return table("share of the floor | bfloat16 | int8", rows)
 
 
 def ranks() -> Table:
@@ -392,10 +387,10 @@ def gpu_latency() -> Table:
 DOCUMENTS = {
     "README.md": (headline_workloads, headlines),
     "benchmarks/README.md": (
-        against_vllm, against_transformers, throughput, with_amx, fewer_bits_with_amx, weights, quality_plain, quality_groups,
-        speculation, memory, prefix_cache, tiers, overhead, kernels, ranks, sums, serving, page, replicas, two_phase,
-        two_phase_at_once, fairness, adapters,
-        gpu_throughput, gpu_caches, gpu_steps, gpu_prompts, gpu_attention, gpu_latency,
+        against_vllm, against_transformers, throughput, with_amx, fewer_bits_with_amx, weights, beside_busy_processes,
+        quality_plain, quality_groups, speculation, memory, prefix_cache, tiers, overhead, ranks, sums, serving, page,
+        replicas, two_phase, two_phase_at_once, fairness, adapters, gpu_throughput, gpu_caches, gpu_steps, gpu_prompts,
+        gpu_attention, gpu_latency,
     ),
 }  # fmt: skip
 """Document → what makes its tables, in their order."""

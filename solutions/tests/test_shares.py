@@ -1,4 +1,5 @@
-"""Loops in shares (``core/platform/shares.h``): each item once, whoever takes it; watched for races; late threads and forks."""
+"""Loops in shares (``core/platform/shares.h``): each item once, whoever takes it; races, late threads, forks,
+and who is on which core."""
 
 from __future__ import annotations
 
@@ -99,9 +100,85 @@ bool bells() {
     return true;
 }
 
+#ifdef __linux__
+cpu_set_t only(int core) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(core, &set);
+    return set;
+}
+void spin(int microseconds) {
+    const auto start = std::chrono::steady_clock::now();
+    while (std::chrono::steady_clock::now() - start < std::chrono::microseconds(microseconds)) relax();
+}
+
+// A helper that may use one core only, which four other threads want: before long it is taken off it in the middle of a share.
+// Then it ends the share on the caller's core; and when it begins the next one it may use what it might before.
+bool fetched(const std::vector<int>& cores) {
+    const cpu_set_t mine = only(cores[0]), other = only(cores[1]);
+    std::atomic<bool> came{false}, strayed{false}, over{false};
+    std::vector<std::thread> crowd;
+    for (int i = 0; i < 4; ++i) crowd.emplace_back([&] { sched_setaffinity(0, sizeof(other), &other); while (!over) relax(); });
+    sched_setaffinity(0, sizeof(mine), &mine);
+    const std::thread::id caller = std::this_thread::get_id();
+    bool placed = false;  // the helper's alone
+    for (int after = 0; after < 50 && !strayed; after += came) {  // some loops more once it has come
+        parallel_for(8, 1, [&](int64_t) {
+            if (std::this_thread::get_id() == caller) return spin(50);
+            cpu_set_t now;
+            sched_getaffinity(0, sizeof(now), &now);
+            if (placed && !CPU_EQUAL(&now, &other)) strayed = true;
+            if (!placed) sched_setaffinity(0, sizeof(other), &other);
+            placed = true;
+            spin(100);
+            if (sched_getcpu() == cores[0]) came = true;
+        });
+    }
+    over = true;
+    for (std::thread& one : crowd) one.join();
+    return came && !strayed;
+}
+
+// A thread that finds itself on the core of its team's first one goes to another, and may use the same cores as before.
+bool apart(const cpu_set_t& all) {
+    int moved = 0;
+    Seat team[2];
+    team[1].take();
+    for (int i = 0; i < 20; ++i) {
+        team[0].enter();
+        const int core = sched_getcpu();
+        if (!team[1].is_on_core_of(team[0])) continue;  // the system has just moved it
+        team[1].leave(team, 2);
+        moved += sched_getcpu() != core;
+        cpu_set_t now;
+        sched_getaffinity(0, sizeof(now), &now);
+        if (!CPU_EQUAL(&now, &all)) return false;
+    }
+    const cpu_set_t here = only(sched_getcpu());  // with no other core, it stays
+    sched_setaffinity(0, sizeof(here), &here);
+    team[0].enter();
+    team[1].leave(team, 2);
+    return moved >= 15 && team[1].is_on_core_of(team[0]);
+}
+
+// Both want two cores; 77 says that there is one.
+int with_cores(bool fetching) {
+    cpu_set_t all;
+    sched_getaffinity(0, sizeof(all), &all);
+    std::vector<int> cores;
+    for (int i = 0; i < CPU_SETSIZE; ++i)
+        if (CPU_ISSET(i, &all)) cores.push_back(i);
+    if (cores.size() < 2) return 77;
+    return (fetching ? fetched(cores) : apart(all)) ? 0 : 1;
+}
+#else
+int with_cores(bool) { return 77; }
+#endif
+
 int main(int, char** argv) {
     alarm(50);  // what hangs ends
     threads() = std::atoi(argv[2]);
+    if (!std::strcmp(argv[1], "fetched") || !std::strcmp(argv[1], "apart")) return with_cores(argv[1][0] == 'f');
     const bool good = !std::strcmp(argv[1], "exact") ? exact(20000, 40) : !std::strcmp(argv[1], "callers") ? callers()
                     : !std::strcmp(argv[1], "late") ? late() : !std::strcmp(argv[1], "bells") ? bells() : forked();
     return good ? 0 : 1;
@@ -132,10 +209,18 @@ def test_each_share_runs_once_whoever_takes_it(program: Path, case: str, threads
     assert run.returncode == 0, run.stdout
 
 
+@pytest.mark.parametrize("case", ["fetched", "apart"])
+def test_threads_of_a_team_keep_off_each_others_cores_and_lend_their_own(program: Path, case: str) -> None:
+    run = subprocess.run([str(program), case, "2"], timeout=60, check=False)
+    if run.returncode == 77:
+        pytest.skip("one core, or a system on which no thread can choose its own")
+    assert run.returncode == 0
+
+
 @pytest.mark.slow
 def test_no_two_threads_touch_the_same_without_order(tmp_path: Path) -> None:
     """Under ThreadSanitizer, with more threads than cores. (A fork while threads run is not for it.)"""
     watched = build(tmp_path, "-g", "-fsanitize=thread")
-    for case in ("exact", "callers", "late"):
+    for case in ("exact", "callers", "late", "apart"):
         run = subprocess.run([str(watched), case, "4"], capture_output=True, text=True, timeout=240, check=False)
         assert run.returncode == 0, run.stdout + run.stderr

@@ -39,6 +39,7 @@ SOURCES = (
 )
 HEADERS = (
     "core/platform/native.h",
+    "core/platform/cores.h",
     "core/platform/shares.h",
     "core/platform/tiles.h",
     "core/platform/tiles_amx.h",

@@ -3,7 +3,8 @@
 // Every thread has a range of a loop's shares, at first the caller all of them and its helpers none. A thread takes from the front of its
 // own range, so that it reads memory in order and meets nobody; when that is empty it takes the back half of another's. The caller
 // waits only for shares that somebody has begun: a helper that does not run costs its help and no more. Whoever waits turns for some
-// microseconds, then sleeps. (Work stealing, Blumofe and Leiserson, "Scheduling Multithreaded Computations by Work Stealing", JACM 1999.)
+// microseconds, then sleeps. A helper that was taken off its core in the middle of a share is put onto the caller's, which has nothing
+// else to do, and one that finds itself on the caller's core before it begins goes to another one. (Work stealing, Blumofe and Leiserson, "Scheduling Multithreaded Computations by Work Stealing", JACM 1999.)
 #pragma once
 
 #include <algorithm>
@@ -15,6 +16,8 @@
 #include <thread>
 
 #include <pthread.h>
+
+#include "core/platform/cores.h"
 
 namespace native {
 
@@ -29,19 +32,29 @@ inline void relax() {
 #endif
 }
 
+// Turn for so long at most; returns whether it has become true.
+template <typename True>
+bool turn_until(const True& is_true, std::chrono::microseconds most) {
+    const auto start = std::chrono::steady_clock::now();
+    do {
+        for (int i = 0; i < 16; ++i) {
+            if (is_true()) return true;
+            relax();
+        }
+    } while (std::chrono::steady_clock::now() - start < most);
+    return false;
+}
+
 // Where threads wait until something has become true.
 class Bell {
 public:
     template <typename True>
     void wait_until(const True& is_true) {
         static constexpr std::chrono::microseconds PATIENCE{50};  // longer than most kernels take
-        const auto start = std::chrono::steady_clock::now();
-        do {
-            for (int i = 0; i < 16; ++i) {
-                if (is_true()) return;
-                relax();
-            }
-        } while (std::chrono::steady_clock::now() - start < PATIENCE);
+        if (!turn_until(is_true, PATIENCE)) sleep_until(is_true);
+    }
+    template <typename True>
+    void sleep_until(const True& is_true) {
         std::unique_lock<std::mutex> lock(mutex);
         for (;;) {
             sleeping.store(true);
@@ -79,10 +92,11 @@ public:
         size.store(team, std::memory_order_relaxed);
         unfinished.store(count, std::memory_order_relaxed);
         ranges[0].put(0, count);
+        seats[0].enter();
         loops.fetch_add(1);
         begun.ring();
         work(0);
-        finished.wait_until([&] { return unfinished.load() == 0; });
+        await_end(team);
         taken.store(false, std::memory_order_release);
         return true;
     }
@@ -120,13 +134,40 @@ private:
     alignas(64) std::atomic<int64_t> unfinished{0};  // shares
     Bell finished;
     Range ranges[MAX_THREADS];
+    Seat seats[MAX_THREADS];
 
     void help(int self) {
+        Seat& seat = seats[self];
+        seat.take();
         for (uint32_t seen = 0;;) {
             begun.wait_until([&] { return loops.load() != seen; });
             seen = loops.load();
-            if (self < size.load(std::memory_order_relaxed)) work(self);
+            const int team = size.load(std::memory_order_relaxed);
+            if (self >= team) continue;
+            if (seat.is_on_core_of(seats[0])) seat.leave(seats, team);
+            seat.enter();
+            seat.works.store(true, std::memory_order_release);
+            work(self);
+            seat.works.store(false, std::memory_order_release);
+            if (seat.is_on_core_of(seats[0])) seat.give_way();
         }
+    }
+
+    // The caller has found nothing more to do, so what is left has been begun by helpers.
+    void await_end(int team) {
+        static constexpr std::chrono::microseconds GLANCE{20};
+        const auto is_over = [&] { return unfinished.load() == 0; };
+        if (turn_until(is_over, GLANCE)) return;
+        int64_t before[MAX_THREADS];
+        for (int i = 1; i < team; ++i) before[i] = seats[i].works.load(std::memory_order_acquire) ? seats[i].time() : -1;
+        if (turn_until(is_over, GLANCE)) return;
+        bool fetched = false;
+        for (int i = 1; i < team; ++i)
+            if (before[i] >= 0 && seats[i].works.load() && seats[i].time() == before[i]) fetched |= seats[i].fetch_here();  // it did not run
+        if (!fetched) return finished.wait_until(is_over);
+        finished.sleep_until(is_over);
+        seats[0].enter();
+        for (int i = 1; i < team; ++i) seats[i].send_back(seats, team);
     }
 
     // Do shares until there are none, and then say how many.
