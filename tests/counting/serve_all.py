@@ -23,7 +23,7 @@ from solutions.benchmarks.servers import as_flags, running_server
 from solutions.core.engine import LLM
 from solutions.quantization import awq, gptq
 from solutions.quantization.kernels import w4a16_triton
-from solutions.tests.tiny_models import make_tiny, make_tiny_llama
+from solutions.tests.tiny_models import VOCAB_SIZE, make_tiny, make_tiny_llama
 from stages.course.tools.catalog import load_course
 
 MODEL = "smollm2-135m"
@@ -65,6 +65,8 @@ def small_models(folder: Path) -> None:
     long = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
     answer(crowd, long, model=tiny, num_gpu_blocks_override=12, preemption_mode="swap")
     answer([*crowd, *crowd], long, model=tiny, max_num_seqs=2, scheduling_policy="fair", prefix_cache="radix")
+    brief = SamplingParams(max_tokens=5, stop_token_ids=list(range(VOCAB_SIZE)))
+    answer(crowd, [brief, *[long] * 4], model=tiny, async_scheduling=True)
     for _ in range(2):  # the second one reads what the first has written
         answer(crowd[:1], long, model=tiny, kv_offload=str(folder / "kv"))
     make_tiny("mixtral", folder / "experts")
