@@ -71,6 +71,8 @@ def small_models(folder: Path) -> None:
         answer(crowd[:1], long, model=tiny, kv_offload=str(folder / "kv"))
     make_tiny("mixtral", folder / "experts")
     answer(crowd[:1], long, model=str(folder / "experts"), enable_cpu_kernels=False)
+    make_tiny("gemma3_text", folder / "windows")
+    answer(crowd[:2], long, model=str(folder / "windows"))
     drafts = json.dumps({"method": "draft_model", "model": tiny, "adaptive": False})
     answer(crowd[:1], SamplingParams(max_tokens=8, ignore_eos=True), model=tiny, speculative_config=drafts)
     recipe = ["--model", tiny, "--group-size", "32", "--num-samples", "2", "--sequence-length", "16"]
