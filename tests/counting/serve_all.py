@@ -73,6 +73,12 @@ def small_models(folder: Path) -> None:
     answer(crowd[:1], long, model=str(folder / "experts"), enable_cpu_kernels=False)
     make_tiny("gemma3_text", folder / "windows")
     answer(crowd[:2], long, model=str(folder / "windows"))
+    transfer = {"kv_connector": "tcp", "kv_role": "kv_producer", "kv_addresses": ["127.0.0.1:0"]}
+    producer = LLM(**(SETTINGS | {"model": tiny, "kv_transfer_config": json.dumps(transfer)}))
+    producer.generate([crowd[0], crowd[0]], SamplingParams(max_tokens=1), use_tqdm=False)
+    transfer |= {"kv_role": "kv_consumer", "kv_addresses": [producer.llm_engine.tiers.tier.server.address]}
+    answer(crowd[:1], long, model=tiny, kv_transfer_config=json.dumps(transfer))
+    producer.llm_engine.close()
     drafts = json.dumps({"method": "draft_model", "model": tiny, "adaptive": False})
     answer(crowd[:1], SamplingParams(max_tokens=8, ignore_eos=True), model=tiny, speculative_config=drafts)
     recipe = ["--model", tiny, "--group-size", "32", "--num-samples", "2", "--sequence-length", "16"]
