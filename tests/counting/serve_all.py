@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 import httpx
+from fastapi.testclient import TestClient
 
 from benchmarks import latency, memory, throughput
 from solutions.attention import paged_attention_triton, paged_kernels_triton
@@ -23,6 +24,7 @@ from solutions.benchmarks.servers import as_flags, running_server
 from solutions.core.engine import LLM
 from solutions.quantization import awq, gptq
 from solutions.quantization.kernels import w4a16_triton
+from solutions.serving.replicas.two_phase_proxy import create_proxy
 from solutions.tests.tiny_models import VOCAB_SIZE, make_tiny, make_tiny_llama
 from stages.course.tools.catalog import load_course
 
@@ -108,6 +110,9 @@ def server() -> None:
             endless = {"model": MODEL, "prompt": TEXT, "max_tokens": 100, "ignore_eos": True, "stream": True}
             with client.stream("POST", "/completions", json=endless) as response:
                 next(response.iter_lines())
+            with TestClient(create_proxy([], [url.removesuffix("/v1")], 60, 60, 1 << 20)) as proxy:
+                asked = {"model": MODEL, "prompt": f"{TEXT} {TEXT}", "max_tokens": 2}
+                assert proxy.post("/v1/completions", json=asked).status_code == 200
             assert "vllm:" in client.get(url.removesuffix("v1") + "metrics").text
             with client.stream("POST", "/completions", json=endless | {"max_tokens": 20}) as response:
                 lines = response.iter_lines()
