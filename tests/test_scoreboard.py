@@ -17,7 +17,7 @@ from solutions.batching import queue_order
 from solutions.batching.queue_order import PrefixOrder, QueueOrder
 from solutions.batching.scheduler_config import POLICIES
 from solutions.benchmarks.latency import Stream
-from stages.course.grading.contest import contests, scoreboard, simulator
+from stages.course.grading.contest import contests, schedules, scoreboard, simulator
 from stages.course.grading.contest.baselines import BASELINES, Fcfs, LongestPrefix, Priority
 from stages.course.grading.contest.contests import (
     CONTESTS,
@@ -35,7 +35,10 @@ from stages.course.tools.catalog import OPEN, ROOT, load_course
 from stages.make_starters import digest
 
 COURSE = load_course()
-FILES = {"2.O": "stages/stage2_scheduler/open_policy.py", "6.O": "stages/stage6_benchmark/open_goodput.py"}
+FILES = {
+    "2.O": "stages/stage2_scheduler/open_policy.py", "4.O": "stages/stage4_optimization/open_schedule.py",
+    "6.O": "stages/stage6_benchmark/open_goodput.py",
+}  # fmt: skip
 GIVEN = (ROOT / FILES["2.O"]).read_text(encoding="utf-8")
 POLICY_OF = (
     "class Policy:\n    def admit_order(self, waiting, now):\n        {}\n    def run_order(self, running, now):\n        {}\n"
@@ -64,6 +67,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contests, "workloads", lambda seed: [busy(len(seed))])
     monkeypatch.setattr(contests, "RATES", (4, 5))
     monkeypatch.setattr(contests, "SECONDS", 4.0)
+    monkeypatch.setattr(schedules, "SIZE", 1 << 20)
+    monkeypatch.setattr(schedules, "ROUNDS", 2)
 
 
 def console() -> Console:
@@ -242,8 +247,8 @@ def test_every_open_file_is_of_a_contest() -> None:
 
 
 def hand_in(folder: Path, **texts: str) -> Path:
-    """A checkout with these open tasks, "policy" and "goodput"."""
-    for contest, name in zip(CONTESTS, ("policy", "goodput"), strict=True):
+    """A checkout with these open tasks, "policy", "schedule" and "goodput"."""
+    for contest, name in zip(CONTESTS, ("policy", "schedule", "goodput"), strict=True):
         path = folder / FILES[contest.id]
         path.parent.mkdir(parents=True)
         if name in texts:
@@ -255,8 +260,9 @@ def hand_in(folder: Path, **texts: str) -> Path:
 def classroom(tmp_path: Path) -> Path:
     """Five learners: one good, one who drops requests, one with the given file, one with nothing, one whose file is a link."""
     folder = tmp_path / "class"
-    hand_in(folder / "ada", policy=GOOD, goodput="SETTINGS = {'policy': 'priority'}")
-    hand_in(folder / "bob", policy=POLICY_OF.format("return []", "return []"), goodput="SETTINGS = {'policy': 'bob'}")
+    hand_in(folder / "ada", policy=GOOD, schedule="SCHEDULE = {'tokens': 8}", goodput="SETTINGS = {'policy': 'priority'}")
+    wrong = {"schedule": "SCHEDULE = {'tokens': 3}", "goodput": "SETTINGS = {'policy': 'bob'}"}
+    hand_in(folder / "bob", policy=POLICY_OF.format("return []", "return []"), **wrong)
     hand_in(folder / "cyd", policy=GIVEN, goodput="\n")
     hand_in(folder / "dan")
     link = hand_in(folder / "eve") / FILES["2.O"]
@@ -269,14 +275,16 @@ def test_a_class_in_one_table(small: None, classroom: Path, tmp_path: Path) -> N
     assert class_scoreboard(where, COURSE, classroom, "s", tmp_path / "out" / "table.json") == 0
     rows = json.loads((tmp_path / "out" / "table.json").read_text())
     names = {contest.id: [row["name"] for row in rows if row["contest"] == contest.id] for contest in CONTESTS}
-    assert names == {"2.O": [*BASELINES, "ada", "bob"], "6.O": [*BASELINES, "ada", "bob"]}
+    both = [*BASELINES, "ada", "bob"]
+    assert names == {"2.O": both, "4.O": ["plain", "reference", "ada", "bob"], "6.O": both}
     ada, bob = rows[3], rows[4]
     assert ada["ranks"].keys() == ada["measures"].keys() == {each.name for each in POLICY.measures}
     assert (bob["measures"], bob["ranks"]) == ({}, {})
     assert "dropped request" in bob["foul"]
     text = " ".join(printed(where).split())
     assert "bob is disqualified: admit_order dropped request" in text or "bob is disqualified: run_order dropped" in text
-    assert text.count("nothing handed in: cyd, dan, eve") == 2
+    assert "bob is disqualified: tokens must be one of 1, 2, 4, 8, 16, got 3" in text
+    assert text.count("nothing handed in: cyd, dan, eve") == 3
 
 
 def test_a_learners_table_keeps_each_new_result_once(small: None, tmp_path: Path) -> None:

@@ -32,8 +32,19 @@ class Handover:
         """What a request that was aborted has handed over stays for the length of its lease."""
 
     def _hand_over(self, seq: Sequence, before: int) -> None:
-        """Give a prompt's full blocks away as far as they are computed, but for those that an earlier step has; `before` counts
-        tokens that were computed when this one began."""
+        """Give away the full blocks of a prompt that are computed with this step, and were not with an earlier one.
+
+        What a prompt has found in the prefix cache (`num_cached_tokens`) goes with its first step. The block of the prompt's
+        last token stays, as whoever goes on computes that token again. Nothing goes if the prompt is read (`reads_prompt`), for
+        then all of it is computed again.
+
+        A block that is in the outbox already gets one lease more there. Of the others those go that the prefix cache still
+        knows (`block_of`), up to the first that it does not, and as many as the outbox has room for; `num_skipped` counts the
+        rest. They are read by one call of ``rows.read`` and stored by one of `store`, or neither is called.
+
+        Args:
+            before: tokens of the sequence that were computed when the step began.
+        """
         cache, size = self._manager.prefix_cache, self._manager.block_size
         first = 0 if before == seq.num_cached_tokens else before // size
         last = min(seq.num_computed_tokens, seq.num_prompt_tokens - 1) // size  # the last token is computed again

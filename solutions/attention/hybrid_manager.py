@@ -115,6 +115,12 @@ class HybridBlockManager(BlockManager):
     # Questions
 
     def can_allocate(self, seq: Sequence, keep_watermark: bool = True) -> bool:
+        """Whether what a waiting sequence comes with fits, in all groups together, with the watermark left over if it is to be
+        kept.
+
+        That is `_num_first` blocks in each group, of which those that `_find` gives need no new one. But a cached block that
+        waits in the free queue takes a free one when it is used, and a `NULL_BLOCK` takes none.
+        """
         hits = self._find(seq)
         num_new = sum(self.allocator.ref_counts[block] == 0 for row in hits for block in row if block != NULL_BLOCK)
         for group, row in zip(self.groups, hits, strict=True):
@@ -145,14 +151,31 @@ class HybridBlockManager(BlockManager):
         return self._fits(num_new, keep_watermark)
 
     def _num_first(self, group: BlockManager, seq: Sequence, num_computed: int) -> int:
-        """Blocks, those left behind by the window counted, that a sequence comes with: no later step of its prompt needs more
-        at once than the one that begins a window behind the first token."""
+        """Blocks of one group that a sequence comes with, counted from its first token on, so with those that the window has
+        left behind.
+
+        Without a window they hold all its tokens. With one they hold what is computed, or a window if that is more, and the
+        `chunk` of a step behind it, but no more than all tokens: what comes after that is appended as it is computed, and no
+        step of the prompt needs more at once than the one that begins a window behind the first token.
+
+        Args:
+            num_computed: tokens whose keys and values are in the cache already, in whole blocks or not.
+        """
         window, most = group.sliding_window, len(seq.tokens)
         return self.num_blocks_for(most if window is None else min(most, max(num_computed, window) + self.chunk))
 
     def _find(self, seq: Sequence) -> list[list[int]]:
-        """The cached blocks that a waiting sequence begins with, for each group equally many; `NULL_BLOCK` where a window has
-        left them behind."""
+        """The cached blocks that a waiting sequence begins with: those of its longest prefix of whole blocks that every group
+        knows.
+
+        A group knows a prefix if it has, in its own of `_caches`, each block that the token behind the prefix sees there: all
+        of them without a window, those from `_left` on with one. That token has to be computed, so the prefix ends before the
+        last one of the sequence.
+
+        Returns:
+            A row for each group, all of the same length: its blocks, and `NULL_BLOCK` for each that the window has left behind,
+            whether it is cached or not. Empty rows if nothing is known, or the sequence does not look blocks up.
+        """
         if self.prefix_cache is None or not self._looks_up(seq):
             return [[] for _ in self.groups]
         rows: list[list[int | None]] = [[] for _ in self.groups]
@@ -203,6 +226,12 @@ class HybridBlockManager(BlockManager):
             group.fork(parent, child, num_tokens)
 
     def append_slots(self, seq: Sequence, num_tokens: int, copies: BlockPairs) -> bool:
+        """Make sure of slots as `BlockManager.append_slots` does, in all groups or in none.
+
+        Returns:
+            False, with nothing changed in any group, when there are too few free blocks for all groups together. Each needs its
+            new blocks, and one more where the first block to be written is shared.
+        """
         start, missing = seq.num_computed_tokens, 0
         first, end = start // self.block_size, self.num_blocks_for(start + num_tokens)
         for group in self.groups:

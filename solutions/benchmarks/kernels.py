@@ -35,7 +35,7 @@ from ..models.config.experts import Mixture
 from ..models.config.model_config import ModelConfig
 from ..models.kernels.attach import Plan, attach, packed_of
 from ..models.kernels.layers_cpu import NativeNorm
-from ..models.moe import SparseMLP
+from ..models.sparse import SparseMLP
 from ..parallelism.tensor_parallel import SINGLE
 from ..quantization.kernels.linear_cpu import PackedLinear
 from .report import Parser, drawing, finish, show_table, tracked

@@ -17,7 +17,8 @@ from ..parallelism.linear import parameter
 from ..parallelism.tensor_parallel import TensorParallel
 from .config.model_config import ModelConfig
 from .mla import LatentAttention
-from .moe import Experts, SparseDecoderLayer, SparseForCausalLM, SparseMLP, mixture_of
+from .moe import Experts, mixture_of
+from .sparse import SparseDecoderLayer, SparseForCausalLM, SparseMLP
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 

@@ -18,7 +18,8 @@ from ..parallelism.linear import WeightLayer, copy_weight, parameter
 from ..parallelism.tensor_parallel import GateUpParallelLinear, Shard, TensorParallel
 from .config.model_config import ModelConfig
 from .llama import GatedMLP, LlamaAttention
-from .moe import Experts, SparseDecoderLayer, SparseForCausalLM, SparseMLP, mixture_of
+from .moe import Experts, mixture_of
+from .sparse import SparseDecoderLayer, SparseForCausalLM, SparseMLP
 
 _OF_ALL = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(\.dense|_bias)?")
 """A tensor of all experts of a layer."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .moe import SparseForCausalLM
+from .sparse import SparseForCausalLM
 
 _OTHER_NAMES = {"block_sparse_moe": "mlp", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 

@@ -8,26 +8,22 @@ experts, and each expert that any of them chose has to be read.
 Pairs of a token and an expert that it chose are sorted by expert, so that an expert is one product over neighbouring rows. An
 expert that nobody chose is not read at all. Passes over a loaded model replace `Experts.multiply` or all of `Experts.forward`.
 
-Several ranks cut every expert, as they cut an MLP; or with `TensorParallel.whole_experts` each has some experts whole (expert
-parallelism). A rank computes what it has, and the sum over the ranks is complete either way: one all-reduce a layer.
+Several ranks cut every expert, as they cut an MLP, or each has some experts whole: see ``sparse.py``, which also has the layer
+and the model around all this.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..parallelism.linear import Layer, Linear, WeightLayer, copy_weight
+from ..parallelism.linear import Linear, WeightLayer, copy_weight
 from ..parallelism.tensor_parallel import TensorParallel
 from .config.experts import Mixture
 from .config.model_config import ModelConfig
-from .llama import GatedMLP, LlamaDecoderLayer, LlamaForCausalLM
-
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+from .llama import GatedMLP
 
 
 def mixture_of(config: ModelConfig) -> Mixture:
@@ -146,67 +142,7 @@ class Experts(WeightLayer):
         return out
 
 
-class SparseMLP(Layer):
-    """Router and experts.
-
-    Attributes:
-        kind: the class of its experts, for families that differ there.
-    """
-
-    kind: type[Experts] = Experts
-
-    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
-        super().__init__()
-        self.gate = Router(config)
-        self.experts = self.kind(config, parallel)
-        self.parallel = parallel
-
-    def forward(self, x: Tensor, add_to: Tensor | None) -> Tensor:
-        """[T, hidden] -> [T, hidden], the same on all ranks; `add_to` as in `RowParallelLinear`."""
-        return self.parallel.all_reduce(self.experts(x, self.gate(x), add_to if self.parallel.rank == 0 else None))
-
-
 def expert_load(model: nn.Module) -> list[int]:
     """Tokens that the experts of each number were chosen for since the start, in all layers together; [] without experts."""
     loads = [layer.load for layer in model.modules() if isinstance(layer, Experts)]
     return torch.stack(loads).sum(dim=0).tolist() if loads else []
-
-
-class SparseDecoderLayer(LlamaDecoderLayer):
-    """LLaMA's layer with experts, but for the layers that have none.
-
-    Attributes:
-        sparse: the class of router and experts, for families that differ there.
-    """
-
-    sparse: type[SparseMLP] = SparseMLP
-
-    def make_mlp(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> Layer:
-        if layer in mixture_of(config).dense_layers:
-            return super().make_mlp(config, layer, parallel)
-        return self.sparse(config, parallel)
-
-
-class SparseForCausalLM(LlamaForCausalLM):
-    """A model with experts and its head. A checkpoint has a tensor for each matrix of each expert, or one for all experts."""
-
-    decoder_layer = SparseDecoderLayer
-
-    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
-        super().__init__(config, parallel)
-        self.mine = parallel.experts(len(sizes_of(config)))
-
-    def pieces(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        before, _, matrix = name.rpartition(".experts.")
-        if tensor.ndim != 3 or not before:
-            yield name, tensor
-            return
-        for number, of_expert in enumerate(tensor):
-            yield f"{before}.experts.{number}.{matrix.removesuffix('.weight')}.weight", of_expert
-
-    def place(self, name: str, tensor: Tensor) -> tuple[str, str | None, Tensor] | None:
-        if found := _EXPERT.search(name):
-            number = int(found[1])
-            if number < self.mine.full and not self.mine.start <= number < self.mine.stop:  # another rank's
-                return None
-        return super().place(name, tensor)

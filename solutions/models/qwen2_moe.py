@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .moe import SparseForCausalLM, mixture_of
+from .moe import mixture_of
+from .sparse import SparseForCausalLM
 
 
 class Qwen2MoeForCausalLM(SparseForCausalLM):

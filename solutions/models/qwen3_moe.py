@@ -5,8 +5,8 @@ How it differs from ``moe.py``: in the attention, which is that of ``qwen3.py``.
 
 from __future__ import annotations
 
-from .moe import SparseDecoderLayer, SparseForCausalLM
 from .qwen3 import Qwen3Attention
+from .sparse import SparseDecoderLayer, SparseForCausalLM
 
 
 class Qwen3MoeDecoderLayer(SparseDecoderLayer):

@@ -125,7 +125,8 @@ class TensorParallel:
         return self.share(model.intermediate_size // unit).times(unit)
 
     def experts(self, count: int) -> Shard:
-        """Which of a layer's experts this rank has, whole or a part of each."""
+        """Which of a layer's `count` experts this rank has something of: with `whole_experts` as even a part of them as there
+        is (`share`), and otherwise all, as each is cut."""
         return self.share(count) if self.whole_experts else Shard(count, 0, count)
 
     def vocabulary(self, model: ModelConfig) -> Shard:

@@ -29,7 +29,7 @@ from solutions.models.kernels.experts_cpu import NativeExperts
 from solutions.models.kernels.experts_triton import TritonExperts
 from solutions.models.kernels.layers_triton import grouped_product
 from solutions.models.loader import load_model, resolve_model
-from solutions.models.moe import SparseMLP
+from solutions.models.sparse import SparseMLP
 from solutions.parallelism.tensor_parallel import SINGLE, TensorParallel
 from solutions.serving.server_metrics import ServerMetrics
 from solutions.tests.engine_twins import folder

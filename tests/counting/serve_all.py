@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 import httpx
+from fastapi.testclient import TestClient
 
 from benchmarks import latency, memory, throughput
 from solutions.attention import paged_attention_triton, paged_kernels_triton
@@ -23,7 +24,8 @@ from solutions.benchmarks.servers import as_flags, running_server
 from solutions.core.engine import LLM
 from solutions.quantization import awq, gptq
 from solutions.quantization.kernels import w4a16_triton
-from solutions.tests.tiny_models import make_tiny, make_tiny_llama
+from solutions.serving.replicas.two_phase_proxy import create_proxy
+from solutions.tests.tiny_models import VOCAB_SIZE, make_tiny, make_tiny_llama
 from stages.course.tools.catalog import load_course
 
 MODEL = "smollm2-135m"
@@ -65,10 +67,20 @@ def small_models(folder: Path) -> None:
     long = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
     answer(crowd, long, model=tiny, num_gpu_blocks_override=12, preemption_mode="swap")
     answer([*crowd, *crowd], long, model=tiny, max_num_seqs=2, scheduling_policy="fair", prefix_cache="radix")
+    brief = SamplingParams(max_tokens=5, stop_token_ids=list(range(VOCAB_SIZE)))
+    answer(crowd, [brief, *[long] * 4], model=tiny, async_scheduling=True)
     for _ in range(2):  # the second one reads what the first has written
         answer(crowd[:1], long, model=tiny, kv_offload=str(folder / "kv"))
     make_tiny("mixtral", folder / "experts")
     answer(crowd[:1], long, model=str(folder / "experts"), enable_cpu_kernels=False)
+    make_tiny("gemma3_text", folder / "windows")
+    answer(crowd[:2], long, model=str(folder / "windows"))
+    transfer = {"kv_connector": "tcp", "kv_role": "kv_producer", "kv_addresses": ["127.0.0.1:0"]}
+    producer = LLM(**(SETTINGS | {"model": tiny, "kv_transfer_config": json.dumps(transfer)}))
+    producer.generate([crowd[0], crowd[0]], SamplingParams(max_tokens=1), use_tqdm=False)
+    transfer |= {"kv_role": "kv_consumer", "kv_addresses": [producer.llm_engine.tiers.tier.server.address]}
+    answer(crowd[:1], long, model=tiny, kv_transfer_config=json.dumps(transfer))
+    producer.llm_engine.close()
     drafts = json.dumps({"method": "draft_model", "model": tiny, "adaptive": False})
     answer(crowd[:1], SamplingParams(max_tokens=8, ignore_eos=True), model=tiny, speculative_config=drafts)
     recipe = ["--model", tiny, "--group-size", "32", "--num-samples", "2", "--sequence-length", "16"]
@@ -98,6 +110,9 @@ def server() -> None:
             endless = {"model": MODEL, "prompt": TEXT, "max_tokens": 100, "ignore_eos": True, "stream": True}
             with client.stream("POST", "/completions", json=endless) as response:
                 next(response.iter_lines())
+            with TestClient(create_proxy([], [url.removesuffix("/v1")], 60, 60, 1 << 20)) as proxy:
+                asked = {"model": MODEL, "prompt": f"{TEXT} {TEXT}", "max_tokens": 2}
+                assert proxy.post("/v1/completions", json=asked).status_code == 200
             assert "vllm:" in client.get(url.removesuffix("v1") + "metrics").text
             with client.stream("POST", "/completions", json=endless | {"max_tokens": 20}) as response:
                 lines = response.iter_lines()

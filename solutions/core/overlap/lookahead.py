@@ -72,7 +72,17 @@ class Decider(Protocol):
 
 
 def known_ids(input_ids: Tensor, tokens: Tensor) -> Tensor:
-    """The ids [T] of a step with tokens [N] of the step before in the places that were held for them."""
+    """The ids of a step with the tokens of the step before in the places that were held for them.
+
+    The host does not wait: no shape and no branch depends on what is in the tensors.
+
+    Args:
+        input_ids: [T], tokens, and place holders -1 - r. It stays as it is.
+        tokens: [N], at least one, of which token r is that of row r.
+
+    Returns:
+        [T], without a place holder.
+    """
     return torch.where(input_ids < 0, tokens[(-1 - input_ids).clamp_(min=0)], input_ids)
 
 
@@ -94,7 +104,15 @@ class Lookahead(Generic[Hidden, Result]):
         self._begun: tuple[FlatBatch, Hidden] | None = None
 
     def take(self) -> SchedulerOutput | None:
-        """The decision that was made ahead, without those who have ended since; None if there is none, or nobody is left."""
+        """The decision that was made ahead, as far as it still holds.
+
+        Who has ended since is in it no more (`_leave_out_finished`). Blocks whose last token was a place holder could not enter
+        the prefix cache when the step was decided. Now all tokens are known, and `cache_full_blocks` is told of each sequence
+        that is left, as in `Scheduler.schedule_running`. The step stays begun until `execute`.
+
+        Returns:
+            None if nothing has begun, or nobody is left in it. Then nothing is begun any more.
+        """
         if self._begun is None:
             return None
         batch = self._begun[0]
@@ -129,7 +147,22 @@ class Lookahead(Generic[Hidden, Result]):
         """Nothing: `take` sees who has ended."""
 
     def _look_ahead(self, batch: FlatBatch, tokens: Tensor) -> None:
-        """Suppose that the step that runs has ended with place holders, decide the next one, take all of it back, and begin."""
+        """Decide, lay out and begin the step behind the one that runs, whose tokens are known to the device alone.
+
+        The scheduler sees what will be: who runs has computed what it computes now, and whoever is sampled has one token more,
+        a place holder, at which `_batch` looks, too. A sequence that reaches its `max_len` by that has ended whatever its token
+        is: it runs no more, its blocks are free for this very decision, and the decision has it in `removed`.
+
+        Afterwards nobody but the decision knows of it: tokens are as before, and counts of computed tokens lack what was
+        supposed, so that `Scheduler.update` of the running step makes them right. (Of one that the decision has preempted that
+        is a count below 0 until then.) This holds, too, when deciding or laying out raises.
+
+        Nothing is begun, or counted in `num_steps`, if the decision schedules nobody.
+
+        Args:
+            batch: the step that runs.
+            tokens: its tokens [N], on the device: to be handed on, and not to be looked at.
+        """
         running, scheduler = batch.decision, self._scheduler
         for seq, num_tokens in running.scheduled.items():
             seq.num_computed_tokens += num_tokens
@@ -142,10 +175,10 @@ class Lookahead(Generic[Hidden, Result]):
                 scheduler.running = [seq for seq in scheduler.running if seq not in at_their_length]
                 for seq in at_their_length:
                     scheduler.block_manager.free(seq)
-            decision = scheduler.schedule()
-            if decision.scheduled:
-                decision.removed += [seq.seq_id for seq in at_their_length]
-                following = self._batch.build(decision, scheduler.block_manager.tables)
+            decided = scheduler.schedule()
+            if decided.scheduled:
+                decided.removed += [seq.seq_id for seq in at_their_length]
+                following = self._batch.build(decided, scheduler.block_manager.tables)
         finally:
             for seq in running.sampled:
                 del seq.tokens[-1]
@@ -156,7 +189,12 @@ class Lookahead(Generic[Hidden, Result]):
             self.num_steps += 1
 
     def _leave_out_finished(self, batch: FlatBatch) -> None:
-        """Take the sequences that have ended out of a decision, and out of the rows of its batch that are sampled."""
+        """Take the sequences that have ended out of a step that has begun.
+
+        They are neither in the decision's `scheduled` and `sampled` nor in the batch's `sampled`; all others keep their order.
+        `logits_indices` has the rows of those who are sampled. The batch's other arrays stay as they are: they are what the
+        device computes. `num_in_vain` counts whoever was scheduled.
+        """
         decision = batch.decision
         rows = [row for row, seq in enumerate(decision.sampled) if not seq.finished]
         self.num_in_vain += sum(seq.finished for seq in decision.scheduled)

@@ -137,11 +137,12 @@ def take(
     """Bring blocks that a producer has said it has, and tell it which have come.
 
     Args:
-        row_bytes: of a row. pinned: rows go to a GPU. keep: is given each block when it has been checked. is_wanted: whether to
-            go on.
+        row_bytes: of a row. pinned: rows go to a GPU. keep: is given each block, in their order, as soon as it has been checked
+            against its checksum, and no other. is_wanted: whether to go on; is asked while bytes come (`receive`).
 
     Raises:
-        OSError: the producer goes away, or nothing is wanted any more; what has come before is kept.
+        ConnectionError: the producer goes away, or nothing is wanted any more; what has come before is kept. Whatever else a
+            socket raises passes through.
         BadRowError: a row is not what it should be.
     """
     sock.sendall(_COUNT.pack(len(hashes)))

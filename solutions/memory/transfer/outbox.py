@@ -65,7 +65,7 @@ class Outbox:
         return False
 
     def lease(self, block_hash: bytes) -> bool:
-        """Keep a block for one request more; whether it is here."""
+        """Keep a block for one request more, and all its leases for a whole one from now on; whether it is here."""
         with self._lock:
             if (kept := self._kept.get(block_hash)) is None:
                 return False
@@ -90,7 +90,8 @@ class Outbox:
             self._kept.clear()
 
     def take(self, hashes: list[bytes]) -> list[tuple[bytes, OnTheWay, int]]:
-        """The first of these blocks that are here, as (hash, rows, which of them); they stay while they are held."""
+        """The first of these blocks, up to one that is not here, as (hash, rows, which of them). No lease changes; rows stay
+        while somebody holds them."""
         found = []
         with self._lock:
             for block_hash in hashes:
@@ -100,7 +101,8 @@ class Outbox:
         return found
 
     def release(self, hashes: list[bytes]) -> None:
-        """Blocks that somebody has fetched: each loses a lease, and the last one ends it."""
+        """Blocks that somebody has fetched: each loses a lease, and with the last one it is gone. `num_sent` and `sent_bytes`
+        count all of them, those included that were gone already."""
         with self._lock:
             self.stats.num_sent += len(hashes)
             self.stats.sent_bytes += len(hashes) * self.row_bytes
@@ -116,7 +118,8 @@ class Outbox:
             self.stats.num_failures += 1
 
     def expire(self) -> None:
-        """Let go what nobody has come for in time."""
+        """Let go what nobody has come for in time: a block whose `until` has come, with all its leases. `num_expired` counts
+        blocks."""
         now = self._clock()
         with self._lock:
             for block_hash in [name for name, kept in self._kept.items() if kept.until <= now]:

@@ -27,8 +27,13 @@ MAX_BLOCKS = 512
 def prefix_keys(prompt: str | Sequence[int], salt: str = "") -> list[bytes]:
     """Hashes of a prompt's first full blocks, shortest beginning first; none for a prompt shorter than a block.
 
+    Key n stands for the salt and all of the first n blocks, each of `BLOCK_CHARACTERS` or `BLOCK_TOKENS`: two prompts have it
+    in common where these are the same, and else not. It is the same in every process. There are at most `MAX_BLOCKS`. The work
+    grows with the prompt and not with its square.
+
     Args:
-        salt: prompts with different ones share nothing.
+        prompt: text, in which JSON may have put half of a surrogate pair, or token ids, each of 32 bits.
+        salt: prompts with different ones share nothing. It is text of the same kind.
     """
     size = BLOCK_CHARACTERS if isinstance(prompt, str) else BLOCK_TOKENS
     keys: list[bytes] = []
@@ -118,6 +123,12 @@ class PrefixAffinity(Policy):
         return len(self._owners)
 
     def choose(self, keys: Sequence[bytes], loads: Mapping[str, int]) -> str:
+        """See `Policy.choose`. The chosen one is remembered as one that has seen the keys.
+
+        In question are the engines that know the longest beginning (`_knowing`), but for those that have too much to do; if
+        there are none, all. Of these the one with the fewest requests is chosen; of several the one that has seen the fewest
+        keys, so that beginnings are dealt out evenly; and of several such the first by name.
+        """
         least = min(loads.values())
         limit = max(least + self.max_imbalance, least * self.max_ratio)
         candidates = [name for name in self._knowing(keys, loads) if loads[name] <= limit] or list(loads)
@@ -138,7 +149,12 @@ class PrefixAffinity(Policy):
                 del self._owners[key]
 
     def _knowing(self, keys: Sequence[bytes], loads: Mapping[str, int]) -> list[str]:
-        """Engines that know the longest beginning that any knows, if it is long enough."""
+        """Engines that know the longest beginning that any of `loads` knows; none if that is less than `min_share` of the
+        prompt, or nobody knows any.
+
+        An engine knows a beginning whose key it has seen (`_owners`), whether or not shorter ones of the same prompt are
+        remembered. One that is not in `loads` is not there any more.
+        """
         for count in range(len(keys), 0, -1):
             if count < self.min_share * len(keys):
                 break
@@ -147,6 +163,12 @@ class PrefixAffinity(Policy):
         return []
 
     def _remember(self, keys: Sequence[bytes], name: str) -> None:
+        """Note that an engine has seen these keys, and forget what is too much.
+
+        All of them are used now, a shorter beginning later than a longer one: so the longer one of a prompt is forgotten before
+        the shorter one that others share. Above `max_entries` the least recently used keys go, with all that have seen them.
+        `_num_owned` says of each engine that was ever chosen how many of the keys in `_owners` it has seen.
+        """
         self._num_owned.setdefault(name, 0)
         for key in reversed(keys):  # the shortest beginning is used last, so longer ones are forgotten before it
             owners = self._owners.setdefault(key, set())

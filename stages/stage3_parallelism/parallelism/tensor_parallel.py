@@ -116,8 +116,11 @@ class TensorParallel:
         return self.share(model.intermediate_size // unit).times(unit)
 
     def experts(self, count: int) -> Shard:
-        """Which of a layer's experts this rank has, whole or a part of each."""
-        return self.share(count) if self.whole_experts else Shard(count, 0, count)
+        """Which of a layer's `count` experts this rank has something of: with `whole_experts` as even a part of them as there
+        is (`share`), and otherwise all, as each is cut."""
+        # Hint: Every rank has every token and the router. What is missing on a rank is what the others' experts say;
+        # what adds up, and what must be in the sum once?
+        raise NotImplementedError("Stage 3 · Task 3.9: TensorParallel.experts, see stages/stage3_parallelism/GUIDE.md#task-3-9")
 
     def vocabulary(self, model: ModelConfig) -> Shard:
         """This rank's token ids. All parts are of the same size, so the last ones may reach past the vocabulary: padding."""

@@ -10,6 +10,7 @@ from statistics import fmean
 
 from solutions.batching.scheduler_config import PREEMPTION_MODES
 from solutions.benchmarks.latency import Limits, attainment, percentile, sustained_rate
+from stages.course.grading.contest import schedules
 from stages.course.grading.contest.baselines import BASELINES
 from stages.course.grading.contest.referee import playing
 from stages.course.grading.contest.simulator import Foul, Outcome, Settings, Workload, alone, draw, simulate
@@ -38,6 +39,7 @@ class Contest:
         rivals: what everybody is compared with.
         judge: (text of the file, seed) → its measures. Raises Foul if it breaks a rule.
         judge_rival: (name of a rival, seed) → its measures.
+        timed: whether the measures are times of this machine, so that the same file never has quite the same.
     """
 
     id: str
@@ -49,6 +51,7 @@ class Contest:
     rivals: tuple[str, ...]
     judge: Callable[[str, str], Measures]
     judge_rival: Callable[[str, str], Measures]
+    timed: bool = False
 
 
 def workloads(seed: str) -> list[Workload]:
@@ -112,20 +115,30 @@ HIGHEST = {"max_num_seqs": 4096, "max_num_batched_tokens": 65536, "long_prefill_
 NUM_HOST_BLOCKS = 400
 
 
+def read_dict(text: str, name: str) -> dict[str, object]:
+    """The dict that a learner's file assigns to a name. The file is read and never run.
+
+    Raises:
+        Foul: there is none.
+    """
+    try:
+        nodes = [node for node in ast.parse(text).body if isinstance(node, ast.Assign) and len(node.targets) == 1]
+        values = [node.value for node in nodes if isinstance(node.targets[0], ast.Name) and node.targets[0].id == name]
+        found = ast.literal_eval(values[-1])
+    except (SyntaxError, ValueError, IndexError, RecursionError, MemoryError):
+        raise Foul(f"it must hold a line {name} = {{...}} with plain values") from None
+    if not isinstance(found, dict):
+        raise Foul(f"{name} must be a dict")
+    return found
+
+
 def parse_settings(text: str) -> dict[str, object]:
-    """The settings that a learner's file assigns to `SETTINGS`. The file is read and never run.
+    """The settings that a learner's file assigns to `SETTINGS`.
 
     Raises:
         Foul: there are none, or one is unknown or out of range.
     """
-    try:
-        nodes = [node for node in ast.parse(text).body if isinstance(node, ast.Assign) and len(node.targets) == 1]
-        values = [node.value for node in nodes if isinstance(node.targets[0], ast.Name) and node.targets[0].id == "SETTINGS"]
-        settings = ast.literal_eval(values[-1])
-    except (SyntaxError, ValueError, IndexError, RecursionError, MemoryError):
-        raise Foul("it must hold a line SETTINGS = {...} with plain values") from None
-    if not isinstance(settings, dict):
-        raise Foul("SETTINGS must be a dict")
+    settings = read_dict(text, "SETTINGS")
     for name, value in settings.items():
         choices = {"policy": tuple(BASELINES), "preemption_mode": PREEMPTION_MODES}.get(name)
         if name not in DEFAULTS or name == "num_host_blocks":
@@ -156,6 +169,11 @@ def judge_settings(text: str, seed: str) -> Measures:
     return {"goodput": sustained_rate(measured), f"in time at {BEYOND}/s": 100 * in_time(BEYOND)}
 
 
+def judge_schedule(text: str, seed: str) -> Measures:
+    """See `schedules.measure`."""
+    return schedules.measure(schedules.check_schedule(read_dict(text, "SCHEDULE")), seed)
+
+
 POLICY = Contest(
     "2.O", "Your own policy", 2, "open_policy.py",
     "c26aadf3c54446bab306169a387e941c25a058d3b9c9e55e3fcf201ba2b57256",
@@ -165,10 +183,19 @@ POLICY = Contest(
     ),
     tuple(BASELINES), judge_policy, judge_built_in,
 )  # fmt: skip
+SCHEDULE = Contest(
+    "4.O", "Your own kernel schedule", 4, "open_schedule.py",
+    "32e7bb88976681905e378e454089ca7ac5f381e0c9ef0306d2c249bc46c7f7d5",
+    (
+        Measure("floor, 1 token", "%", False, 0), Measure(f"floor, {schedules.TOKENS} tokens", "%", False, 0),
+        Measure("of reference", "", False, 2),
+    ),
+    tuple(schedules.RIVALS), judge_schedule, lambda name, seed: schedules.measure(schedules.RIVALS[name], seed), timed=True,
+)  # fmt: skip
 GOODPUT = Contest(
     "6.O", "Your own goodput", 6, "open_goodput.py",
     "b0a5a37e0880792b6fd6405124cc90a2ee2308116ff253d41c9506eee5b66a93",
     (Measure("goodput", "requests/s", False, 0), Measure(f"in time at {BEYOND}/s", "%", False, 1)),
     tuple(BASELINES), judge_settings, lambda name, seed: judge_settings(f'SETTINGS = {{"policy": "{name}"}}', seed),
 )  # fmt: skip
-CONTESTS = (POLICY, GOODPUT)
+CONTESTS = (POLICY, SCHEDULE, GOODPUT)

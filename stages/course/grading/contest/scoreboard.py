@@ -27,7 +27,8 @@ SEED = "open"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A row. `foul` says why it is disqualified; then it has no measures. `rival` marks what everybody is compared with."""
+    """A row. `foul` says why it is disqualified; then it has no measures. `rival` marks what everybody is compared with. `text`
+    is the digest of what was handed in, where one file has different measures each time."""
 
     contest: str
     name: str
@@ -37,6 +38,7 @@ class Entry:
     measures: dict[str, float] = field(default_factory=dict)
     foul: str = ""
     rival: bool = False
+    text: str = ""
 
 
 def ranks(values: Iterable[float], least: bool) -> list[int]:
@@ -54,11 +56,11 @@ def places(entries: list[Entry], contest: Contest) -> list[dict[str, int]]:
 
 def judge(contest: Contest, name: str, text: str, seed: str, commit: str = "") -> Entry:
     """The row of what somebody has handed in."""
-    date = time.strftime("%Y-%m-%d %H:%M")
+    date, mark = time.strftime("%Y-%m-%d %H:%M"), digest(text) if contest.timed else ""
     try:
-        return Entry(contest.id, name, date, commit, seed, contest.judge(text, seed))
+        return Entry(contest.id, name, date, commit, seed, contest.judge(text, seed), text=mark)
     except Foul as foul:
-        return Entry(contest.id, name, date, commit, seed, foul=str(foul))
+        return Entry(contest.id, name, date, commit, seed, foul=str(foul), text=mark)
 
 
 def rivals(contest: Contest, seed: str) -> list[Entry]:
@@ -91,18 +93,26 @@ def own_scoreboard(
     kept = [Entry(**each) for each in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
     for contest in CONTESTS:
         text = handed_in(contest, course, root)
-        rows = [entry for entry in kept if (entry.contest, entry.seed) == (contest.id, seed)]
         if text is None:
             console.print(f"[dim]{contest.id} {contest.title}: nothing handed in; write into {file_of(contest, course)}[/]")
         else:
-            new = judge(contest, name or "you", text, seed, _commit(root))
-            if all((row.name, row.measures, row.foul) != (new.name, new.measures, new.foul) for row in rows):
-                rows.append(new)
-                kept.append(new)
+            kept = entered(kept, judge(contest, name or "you", text, seed, _commit(root)))
+        rows = [entry for entry in kept if (entry.contest, entry.seed) == (contest.id, seed)]
         show(console, contest, [*rivals(contest, seed), *rows])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([asdict(entry) for entry in kept], indent=2), encoding="utf-8")
     return 0
+
+
+def entered(kept: list[Entry], new: Entry) -> list[Entry]:
+    """A learner's table with a new row, if it says something new. Where times differ from run to run the last one of a file
+    counts."""
+
+    def result(row: Entry) -> tuple[object, ...]:
+        return row.contest, row.seed, row.name, *((row.text,) if row.text else (row.measures, row.foul))
+
+    same = [row for row in kept if result(row) == result(new)]
+    return kept if same and not new.text else [*(row for row in kept if row not in same), new]
 
 
 def class_scoreboard(console: Console, course: list[Stage], folder: Path, seed: str, output: Path) -> int:
