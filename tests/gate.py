@@ -36,7 +36,7 @@ from tests.gate_texts import (
     tests_import_only_stages,
 )
 from tests.gate_ties import promises_are_tied
-from tests.mutants.bank import killer
+from tests.mutants.bank import killer, remember
 
 MUTANTS_PER_STAGE = 13
 JOBS = 2
@@ -217,6 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gate", description=__doc__.splitlines()[0])
     parser.add_argument("--stage", type=int, help="this stage only (default: all)")
     parser.add_argument("--no-mutants", action="store_true", help="leave out the mutant bank")
+    parser.add_argument("--remember", action="store_true", help="keep which test kills which mutant, so that it runs first")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, too")
     args = parser.parse_args(argv)
     console = Console()
@@ -233,6 +234,8 @@ def main(argv: list[str] | None = None) -> int:
     print_report(console, report)
     if args.json:
         args.json.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    if args.remember:
+        remember({f"{kill.task} {kill.mutant}": kill.killed_by for kill in report.kills if kill.killed_by is not None})
     return 1 if report.complaints else 0
 
 

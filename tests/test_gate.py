@@ -240,6 +240,25 @@ def test_an_endless_mutant_is_killed(toy: Toy, warm: Warm, monkeypatch: pytest.M
     assert gate.check_mutant(room, room.course[0], load_mutants(room.root, room.course[0])[0]).killed_by == "test_double_1"
 
 
+@pytest.mark.parametrize("remembered", ["test_double_3", "test_double_1", "test_nowhere"])
+def test_the_test_that_is_remembered_runs_first_and_all_others_if_it_passes(
+    remembered: str, toy: Toy, warm: Warm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One that is no more, or that does not notice, costs time and no verdict."""
+    monkeypatch.setattr(bank, "KILLERS", tmp_path / "killers.json")
+    monkeypatch.setattr(bank, "known_killers", lambda: {"1.1 number-+-2": remembered})
+    room = Classroom(toy.root.parent / "room", toy.root, warm)
+    kill = gate.check_mutant(room, room.course[0], load_mutants(room.root, room.course[0])[0])
+    assert kill.killed_by == ("test_double_3" if remembered == "test_double_3" else "test_double_0")  # double(2) is still 4
+
+
+def test_what_is_remembered_of_one_stage_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bank, "KILLERS", tmp_path / "killers.json")
+    monkeypatch.setattr(bank, "known_killers", lambda: {"1.1 a": "test_a", "2.1 b": "test_b"})
+    bank.remember({"1.1 a": "test_c[0]"})
+    assert json.loads((tmp_path / "killers.json").read_text()) == {"1.1 a": "test_c[0]", "2.1 b": "test_b"}
+
+
 @pytest.mark.parametrize("stage", load_course(), ids=lambda stage: str(stage.number))
 def test_every_mutant_of_the_real_bank_can_be_made(stage: Stage) -> None:
     """Whether its text still stands where it says: seconds here, minutes in the gate."""
