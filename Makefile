@@ -263,8 +263,8 @@ bench-serving: $(STAMP) ## 256 streams at once to the server for two minutes, be
 bench-replicas: $(STAMP) ## Two engines behind one endpoint: requests by cached prefix against round robin
 	@$(RUN) -m solutions.benchmarks.replicas --model $(MODEL) $(ARGS)
 
-bench-gpu: $(STAMP) ## LLaMA-7B with random weights on a GPU, against that GPU's limits
-	@$(RUN) -m solutions.benchmarks.gpu $(ARGS)
+bench-gpu: $(STAMP) ## Models with random weights on a GPU, against that GPU's limits, and nano-vllm's requests
+	@$(RUN) -m solutions.benchmarks.gpu --requests 256 $(ARGS)
 
 bench-scaling: $(STAMP) ## One model on 1, 2, 4 and 8 GPUs, or on as many cores, and the cost of sums over ranks
 	@$(RUN) -m solutions.benchmarks.scaling $(ARGS)

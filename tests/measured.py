@@ -224,6 +224,23 @@ def overhead() -> Table:
     return table("µs a running sequence | 256 running | 1,024 running", rows)
 
 
+def kernels() -> Table:
+    names = {
+        "a product of 576 × 3,072, 1 token": ("linear gate_up", "1 rows"),
+        "the same, 32 tokens": ("linear gate_up", "32 rows"),
+        "the same, 512 tokens": ("linear gate_up", "512 rows"),
+        "attention, 32 sequences of 256": ("attention, decode", "32 × 256"),
+        "attention, a prompt of 512": ("attention, prompt", "1 × 512"),
+        "RMSNorm, 512 tokens": ("rms_norm", "512 rows"),
+    }
+    found, rows = record(f"{CPU}_kernels")["kernels"], []
+    for text, (kernel, size) in names.items():
+        cases = {case["precision"]: case for case in found if (case["kernel"], case["size"]) == (kernel, size)}
+        shares = [percent(cases[kind]["share"]) if kind in cases else "" for kind in ("bfloat16", "int8")]
+        rows.append([text, *shares])
+    return table("share of the floor | bfloat16 | int8", rows)
+
+
 def ranks() -> Table:
     steps = record(f"{CPU}_scaling")["steps"]
     kinds = {
@@ -388,9 +405,9 @@ DOCUMENTS = {
     "README.md": (headline_workloads, headlines),
     "benchmarks/README.md": (
         against_vllm, against_transformers, throughput, with_amx, fewer_bits_with_amx, weights, beside_busy_processes,
-        quality_plain, quality_groups, speculation, memory, prefix_cache, tiers, overhead, ranks, sums, serving, page,
-        replicas, two_phase, two_phase_at_once, fairness, adapters, gpu_throughput, gpu_caches, gpu_steps, gpu_prompts,
-        gpu_attention, gpu_latency,
+        quality_plain, quality_groups, speculation, memory, prefix_cache, tiers, overhead, kernels, ranks, sums, serving, page,
+        replicas, two_phase, two_phase_at_once, fairness, adapters,
+        gpu_throughput, gpu_caches, gpu_steps, gpu_prompts, gpu_attention, gpu_latency,
     ),
 }  # fmt: skip
 """Document → what makes its tables, in their order."""

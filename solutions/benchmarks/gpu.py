@@ -1,14 +1,20 @@
-"""LLaMA-7B on one GPU beside what that GPU can do, and the floors of a step computed for known cards.
+"""Models with random weights beside what one GPU can do, or a CPU, and the floors of a step computed for known cards.
 
 The floors come first and are not measured. Then, if there is a GPU: the bandwidth of a large copy and the rate of a large
-product, which all else is compared with; attention alone by each backend; decode steps and prompts of the whole model, with
-CUDA graphs and without. Random weights do, so nothing is downloaded.
+product, which all else is compared with; attention alone by each backend; decode steps and prompts of whole models, of the
+first with CUDA graphs and without; and the requests of nano-vllm's benchmark. On a CPU only steps and prompts are measured.
+
+examples:
+  what results quote of a CPU; moe-1b has 1 billion active weights out of 3.5
+    python -m solutions.benchmarks.gpu --device cpu --models smollm2-135m qwen3-0.6b moe-1b --batches 1 32 --context 256 \
+      --prompts 512
 """
 
 from __future__ import annotations
 
 import gc
 import itertools
+import random
 import re
 import statistics
 from dataclasses import asdict, dataclass
@@ -21,16 +27,17 @@ from torch import Tensor
 
 from ..attention.backends import make_backend
 from ..core.capture import CudaGraphRecorder
-from ..core.config import EngineConfig
-from ..core.engine import LLMEngine
+from ..core.engine import LLM, LLMEngine
+from ..core.platform.machine import processor_name, total_memory
 from ..memory.cache_engine import element_type, quantize_vectors
 from ..models.config.model_config import ModelConfig
 from ..models.costs.roofline import CARDS, Card, StepCost, decode_cost, prefill_cost
 from ..models.loader import resolve_model
 from .datasets import BenchRequest
-from .kernels import paged_step
+from .kernels import measure_ceilings, paged_step
 from .report import Flags, Parser, finish, one_line_errors, show_table
-from .timing import median_seconds
+from .throughput import run_engine
+from .timing import made_up, median_seconds
 
 BACKENDS = ["triton", "cuda", "torch"]
 KV_CACHE_DTYPES = ("auto", "fp8", "int8")
@@ -77,14 +84,16 @@ class AttentionTime:
 
 
 def measure_card(device: torch.device, copy_bytes: int = 2 << 30, size: int = 8192, repeats: int = 20) -> Card:
-    """The device with the bandwidth (bytes read and written by a copy) and the bfloat16 rate that it reaches now."""
+    """The device with the bandwidth (bytes read and written by a copy; by a CPU read alone) and the bfloat16 rate that it
+    reaches now."""
+    if device.type == "cpu":
+        found = measure_ceilings(repeats)
+        return Card(processor_name(), found.read_bytes, found.operations["bfloat16"], total_memory())
     source = torch.zeros(copy_bytes, dtype=torch.uint8, device=device)
     copy = median_seconds(partial(torch.empty_like(source).copy_, source), repeats, WARM_UP)
     a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
     product = median_seconds(lambda: a @ b, repeats, WARM_UP)
-    name, memory = "CPU", 0
-    if device.type == "cuda":
-        name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+    name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
     return Card(name, 2 * copy_bytes / copy, 2 * size**3 / product, memory)
 
 
@@ -169,7 +178,7 @@ def show_floors(model: ModelConfig, args: Flags) -> None:
         rates = [f"{batch / cost.floor(card):,.0f}" if moved < card.memory else "too large" for card in CARDS]
         cells = [f"{cost.floor(card) * 1e3:.2f} ({rate})" for card, rate in zip(CARDS, rates, strict=True)]
         rows.append([batch, f"{moved / 1e9:.1f}", f"{operations / 1e12:.2f}", *cells])
-    title = f"Computed, not measured: a decode step of {args.model} in bfloat16 at a context of {args.context}"
+    title = f"Computed, not measured: a decode step of {args.models[0]} in bfloat16 at a context of {args.context}"
     show_table(title, ["batch", "GB", "TFLOP", *(f"{card.name}, ms (tok/s)" for card in CARDS)], rows)
 
 
@@ -184,73 +193,93 @@ def show_steps(title: str, steps: list[StepTime]) -> list[dict[str, Any]]:
     return [asdict(step) | {"tokens_per_second": step.tokens_per_second} for step in steps]
 
 
-def measure_model(args: Flags, backend: str, card: Card, first: bool) -> dict[str, list[dict[str, Any]]]:
-    """The model with one attention backend: all batches and prompts with the first, one batch with the others."""
-    batches = args.batches if first else args.batches[1:2] or args.batches[:1]
-    config = EngineConfig(
-        model=args.model, device="cuda", dtype="bfloat16", load_format="dummy", attention_backend=backend,
-        max_model_len=max(args.context, *args.prompts) + 1, max_num_seqs=max(batches),
-    )  # fmt: skip
-    engine = LLMEngine(config)
-    worker, title = engine.executor.worker, f"{args.model} on {card.name}, {backend} attention"
+def nano_requests(count: int, longest: int = 1024, last_token: int = 10000) -> list[BenchRequest]:
+    """The requests of nano-vllm's ``bench.py``, token for token: prompts and answers of 100 to 1,024 tokens, seed 0."""
+    rng, shortest = random.Random(0), min(100, longest)
+    prompts = [[rng.randint(0, last_token) for _ in range(rng.randint(shortest, longest))] for _ in range(count)]
+    return [BenchRequest(prompt, rng.randint(shortest, longest)) for prompt in prompts]
+
+
+def measure_model(args: Flags, name: str, card: Card, whole: bool = True, eager: bool = False, **more: Any) -> dict[str, Any]:
+    """A model: decode steps, and if it is to be the `whole` also prompts and, as --requests asks, those of nano-vllm; else the
+    second batch alone. `eager`: once more without CUDA graphs. `more` are further settings."""
+    gc.collect()  # the memory of the engine before is for this one
+    torch.cuda.empty_cache()
+    batches = args.batches if whole else args.batches[1:2] or args.batches[:1]
+    longest = max(args.context, *args.prompts, 2 * args.longest if args.requests else 0) + 1
+    with made_up(name) as place:
+        llm = LLM(place, dtype="bfloat16", load_format="dummy", max_model_len=longest, max_num_seqs=max(batches), **more)
+    engine, worker = llm.llm_engine, llm.llm_engine.executor.worker
+    title = f"{name} on {card.name}, {worker.backend.name} attention"
+    # a CPU that others share is not the same for long
+    now = partial(measure_card, worker.device) if worker.device.type == "cpu" else lambda: card
 
     def decode() -> list[StepTime]:
-        return [measure_decode(engine, card, batch, args.context, args.steps) for batch in batches]
+        return [measure_decode(engine, now(), batch, args.context, args.steps) for batch in batches]
 
-    prompts = args.prompts if first else ()
-    steps = decode() + [measure_prefill(engine, card, length, args.steps) for length in prompts]
-    results = {"steps": show_steps(f"{title}, {'CUDA graphs' if worker.graphs else 'no graphs'}", steps)}
-    if first and worker.graphs is not None:
+    steps = decode() + [measure_prefill(engine, now(), length, args.steps) for length in (args.prompts if whole else ())]
+    results: dict[str, Any] = {"steps": show_steps(f"{title}, {'CUDA graphs' if worker.graphs else 'no graphs'}", steps)}
+    if whole and args.requests:
+        run = run_engine(llm, nano_requests(args.requests, args.longest, min(10000, engine.model_config.vocab_size - 1)))
+        print(f"{name}, {run.num_requests} requests of nano-vllm's: {run.output_tokens_per_second:,.0f} output tok/s")
+        results["requests"] = asdict(run) | {"output_tokens_per_second": run.output_tokens_per_second}
+    if eager and worker.graphs is not None:
         worker.graphs = None
         results["eager"] = show_steps(f"{title}, --enforce-eager", decode())
+    engine.close()
+    return results
+
+
+def measure_backends(args: Flags, card: Card, model: ModelConfig) -> dict[str, Any]:
+    """What the first model is measured with besides: attention alone, and each backend for it."""
+    heads, device = (model.num_heads, model.num_kv_heads), torch.device("cuda")
+    one = partial(measure_attention, card=card, device=device, heads=heads, head_dim=model.head_dim, context=args.context)
+    kinds = [(name, kind) for name in args.backends for kind in (KV_CACHE_DTYPES if name == "triton" else ("auto",))]
+    cases = ((batch, *kind) for batch in args.batches for kind in kinds)
+    attention = [one(name, batch=n, block_size=16, repeats=args.steps, kv_cache_dtype=kind) for n, name, kind in cases]
+    rows = [[t.backend, t.kv_cache_dtype, t.batch, f"{t.seconds * 1e6:.1f}", f"{t.bandwidth_share:.0%}"] for t in attention]
+    show_table(f"Attention of one layer, context {args.context}", ["backend", "KV cache", "batch", "µs", "of bandwidth"], rows)
+    results: dict[str, Any] = {"attention": [asdict(t) for t in attention]}
+    for i, name in enumerate(args.backends):
+        results[name] = measure_model(args, args.models[0], card, i == 0, i == 0, attention_backend=name)
     return results
 
 
 def measure(args: Flags, model: ModelConfig) -> dict[str, Any]:
-    """Everything that needs the card."""
-    device, heads = torch.device("cuda"), (model.num_heads, model.num_kv_heads)
-    with torch.inference_mode():
-        card = measure_card(device)
-        print(f"{card.name}: copies {card.bandwidth / 1e9:,.0f} GB/s, multiplies {card.rate / 1e12:,.0f} TFLOP/s in bfloat16")
-        attention = [
-            measure_attention(
-                name, card, device, heads, model.head_dim, batch, args.context, 16, args.steps, kv_cache_dtype=kind
-            )
-            for batch in args.batches
-            for name in args.backends
-            for kind in (KV_CACHE_DTYPES if name == "triton" else ("auto",))
-        ]
-    rows = [[t.backend, t.kv_cache_dtype, t.batch, f"{t.seconds * 1e6:.1f}", f"{t.bandwidth_share:.0%}"] for t in attention]
-    show_table(f"Attention of one layer, context {args.context}", ["backend", "KV cache", "batch", "µs", "of bandwidth"], rows)
-    results: dict[str, Any] = {"card": asdict(card), "attention": [asdict(t) for t in attention]}
-    for i, name in enumerate(args.backends):
-        results[name] = measure_model(args, name, card, first=i == 0)
-        gc.collect()  # the engine's memory is for the next one
-        torch.cuda.empty_cache()
-    return results
+    """Everything that is not computed; `model` is the first of --models."""
+    on_gpu, card = args.device == "cuda", measure_card(torch.device(args.device))
+    print(f"{card.name}: moves {card.bandwidth / 1e9:,.0f} GB/s, multiplies {card.rate / 1e12:,.2f} TFLOP/s in bfloat16")
+    results = {"card": asdict(card)} | (measure_backends(args, card, model) if on_gpu else {})
+    return results | {name: measure_model(args, name, card, device=args.device) for name in args.models[on_gpu:]}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("gpu", __doc__)
-    parser.add_flag("--model", "llama-7b", "run with random weights")
+    text = "aliases, folders or made-up shapes; on a GPU the first is measured with every backend"
+    parser.add_flag("--models", ["llama-7b", "qwen3-0.6b", "mixtral-8x7b", "deepseek-v2-lite"], text)
     parser.add_flag("--batches", [1, 32, 64, 256], "batch sizes of the decode steps")
     parser.add_flag("--context", 1024, "tokens of each; fewer if memory is short")
     parser.add_flag("--prompts", [512, 2000], "lengths of prompts")
     text = "the first backend runs everything; the others run attention alone and the second batch"
     parser.add_flag("--backends", BACKENDS, text, choices=BACKENDS)
     parser.add_flag("--steps", 24, "measurements; the median counts")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what computes (default: cuda)")
+    parser.add_argument("--requests", type=int, help="so many of nano-vllm's, which has 256, for each model (default: none)")
+    parser.add_flag("--longest", 1024, "tokens of such a prompt at most, and of its answer")
     args = parser.parse_args(argv)
-    with one_line_errors():
-        model = resolve_model(args.model, "dummy").config
+    with one_line_errors(), torch.inference_mode():
+        for name in reversed(args.models):
+            with made_up(name) as place:
+                model = resolve_model(place, "dummy").config
         show_floors(model, args)
-        if not torch.cuda.is_available():
+        if args.device == "cuda" and not torch.cuda.is_available():
             print("no GPU here: nothing is measured. What is above is computed.")
             return
-        for name in args.backends:
+        for name in args.backends if args.device == "cuda" else ():
             make_backend(name, "cuda", torch.bfloat16, model.head_dim)  # says now what cannot run
         results = measure(args, model)
     name = re.sub(r"[^a-z0-9]+", "-", results["card"]["name"].lower()).strip("-")
-    args.output_json = args.output_json or RESULTS / f"{name}_gpu.json"
+    args.output_json = args.output_json or (RESULTS / f"{name}_gpu.json" if args.device == "cuda" else None)
     finish(args, "gpu", results)
 
 

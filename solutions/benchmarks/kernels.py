@@ -20,7 +20,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +37,7 @@ from ..models.kernels.layers_cpu import NativeNorm
 from ..models.sparse import SparseMLP
 from ..parallelism.tensor_parallel import SINGLE
 from ..quantization.kernels.linear_cpu import PackedLinear
-from .report import Parser, drawing, finish, show_table, tracked
+from .report import Parser, finish, show_table, tracked
 from .timing import median_seconds
 
 MATRICES = {"qkv": (576, 960), "o": (576, 576), "gate_up": (576, 3072), "down": (1536, 576), "head": (576, 49152)}
@@ -109,7 +108,10 @@ def read_bandwidth(repeats: int) -> float:
 
 
 def measure_ceilings(repeats: int) -> Ceilings:
-    """Read bandwidth over 256 MiB, and the best rate of large matrix products that PyTorch or the kernels here reach."""
+    """Read bandwidth over 256 MiB, and the best rate of large matrix products that PyTorch or the kernels here reach; both use
+    all cores that this process may use, from now on."""
+    torch.set_num_threads(pick_threads())
+    native.set_threads(torch.get_num_threads())
     operations = dict.fromkeys(("float32", "bfloat16", "int8"), 0.0)
     for precision in operations:
         dtype = torch.float32 if precision == "float32" else torch.bfloat16
@@ -266,38 +268,19 @@ def show(ceilings: Ceilings, timings: list[Timing]) -> None:
     show_table(title, columns, rows)
 
 
-def draw(timings: list[Timing], path: Path) -> None:
-    """The share of the floor that each kernel and its peers reach."""
-    colours = {"ours": "#0072B2", "torch": "#E69F00", "portable": "#009E73", "SDPA, contiguous": "#CC79A7"}
-    with drawing(path, figsize=(10, 0.22 * len(timings) + 1.5)) as axes:
-        for row, t in enumerate(timings):
-            axes.barh(row, t.share, color="#D9E8F2", height=0.9)
-            for name, seconds in {"ours": t.seconds, **t.peers}.items():
-                axes.plot(t.floor / seconds, row, "o", color=colours[name], markersize=5)
-        axes.set_yticks(range(len(timings)), [f"{t.kernel}, {t.size}, {t.precision}" for t in timings], fontsize=7)
-        axes.set(
-            ylim=(len(timings) - 0.5, -0.5), xlim=(0, max(1.1, *(t.share for t in timings))),
-            xlabel="share of what memory or multipliers allow (1 is the floor)",
-            title="CPU kernels against this machine's limits",
-        )  # fmt: skip
-        axes.legend(handles=[axes.plot([], [], "o", color=c, label=name)[0] for name, c in colours.items()], loc="lower right")
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("kernels", __doc__, "the shares")
+    parser = Parser("kernels", __doc__)
     parser.add_flag("--repeats", 15, "measurements of each kernel; the median counts")
     args = parser.parse_args(argv)
     if native.load() is None:
         sys.exit(f"error: there are no C++ kernels here: {native.why_not}")
-    torch.set_num_threads(pick_threads())
-    native.set_threads(torch.get_num_threads())
     torch.manual_seed(0)
     with torch.inference_mode():
         ceilings = measure_ceilings(args.repeats)
         timings = [measure() for measure in tracked(all_kernels(ceilings, args.repeats), "measuring")]
     show(ceilings, timings)
     results = {"ceilings": asdict(ceilings), "kernels": [asdict(t) | {"share": t.share} for t in timings]}
-    finish(args, "kernels", results, partial(draw, timings))
+    finish(args, "kernels", results)
 
 
 if __name__ == "__main__":

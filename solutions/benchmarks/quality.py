@@ -13,7 +13,6 @@ import itertools
 import math
 import statistics
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from ..quantization.calibration import MATRICES, Calibration
 from ..quantization.layerwise import split_pieces
 from ..quantization.layout.checkpoint import QuantizedFormat, write_model
 from ..quantization.layout.groups import GroupQuantized, quantize_groups
-from .report import Flags, Parser, drawing, finish, one_line_errors, say, show_table, tracked
+from .report import Flags, Parser, finish, one_line_errors, say, show_table, tracked
 
 CAPTION = (
     "The default model's weights come from a file of 4 bits in groups of 32, which int4 gives back nearly as they are; "
@@ -113,21 +112,8 @@ def show(model: str, runs: list[dict[str, Any]]) -> None:
     show_table(f"{model} on Python's documentation", columns, rows, CAPTION)
 
 
-def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """A row for each precision: how much its perplexity is above the first one's, and the size of its weights."""
-    names = [run["name"] for run in runs]
-    more = [100 * (run["perplexity"] / runs[0]["perplexity"] - 1) for run in runs]
-    with drawing(path, figsize=(7.5, 0.6 + 0.32 * len(runs))) as axes:
-        bars = axes.barh(names, more, color=["#0072B2" if "groups" in name else "#D55E00" for name in names])
-        labels = [f"{run['perplexity']:.2f}, {run['weight_bytes'] / 2**20:.0f} MiB of weights" for run in runs]
-        axes.bar_label(bars, labels, padding=4, fontsize=8)
-        axes.set(xlabel="perplexity more than 16 bits', in %", xlim=(0, 1.45 * max(*more, 1e-9)))
-        axes.invert_yaxis()
-        axes.spines[["top", "right"]].set_visible(False)
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("quality", __doc__, "perplexity over size")
+    parser = Parser("quality", __doc__)
     parser.add_flag("--model", DEFAULT_MODEL, "alias or folder of a LLaMA or Mistral")
     parser.add_flag("--groups", [64, 128], "group sizes")
     parser.add_flag("--pieces", 24, "pieces of held-out text")
@@ -152,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
             del llm  # its memory is for the next one
     show(args.model, runs)
     tokens = sum(len(piece) - 1 for piece in held_out)
-    finish(args, "quality", {"tokens": tokens, "runs": runs}, partial(draw, runs))
+    finish(args, "quality", {"tokens": tokens, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ from ..parallelism.shared_memory import SharedMemoryCommunicator
 from . import timing
 from .gpu import measure_decode, measure_prefill
 from .kernels import read_bandwidth
-from .report import Flags, Parser, drawing, finish, one_line_errors, show_table, tracked
-from .timing import in_new_process, median_seconds, pin_to_cores, write_shape
+from .report import Flags, Parser, finish, one_line_errors, show_table, tracked
+from .timing import in_new_process, median_seconds, pin_to_cores
 
-COLOURS = {"ring": "#E69F00", "gloo": "#CC79A7", "shared memory": "#0072B2"}
+WAYS = ("ring", "gloo", "shared memory")
 """Ways to make a sum over ranks."""
 COLLECTIVE_SIZES, COLLECTIVE_REPEATS = [1 << n for n in range(8, 25, 2)], 50
 
@@ -121,7 +121,7 @@ def measure_collectives(ranks: int, sizes: list[int], repeats: int, memory: Path
     counted. The ranks share `memory`, an empty file, best on a file system in memory."""
     everyone = run_ranks(_time_collectives, ranks, sizes, repeats, memory, timeout=600.0)
     found = []
-    for method, size in itertools.product(COLOURS, sizes):
+    for method, size in itertools.product(WAYS, sizes):
         seconds, sent = zip(*(rank[method, size] for rank in everyone), strict=True)
         times = {"seconds": max(seconds), "sent": statistics.fmean(sent)}
         found.append({"method": method, "ranks": ranks, "bytes": size} | times)
@@ -170,24 +170,12 @@ def show_ranks(model: str, times: list[RankTime]) -> None:
 def show_collectives(times: list[dict[str, Any]]) -> None:
     seconds = {(t["method"], t["bytes"]): t["seconds"] for t in times}
     sizes = sorted({t["bytes"] for t in times})
-    rows = [[f"{size:,}", *(f"{seconds[method, size] * 1e6:,.1f}" for method in COLOURS)] for size in sizes]
-    show_table(f"One sum over {times[0]['ranks']} ranks of one core each, µs", ["bytes", *COLOURS], rows)
-
-
-def draw(times: list[dict[str, Any]], path: Path) -> None:
-    """Time of a sum against its size."""
-    with drawing(path, figsize=(7, 4.2)) as axes:
-        for method, colour in COLOURS.items():
-            points = [(t["bytes"], t["seconds"] * 1e6) for t in times if t["method"] == method]
-            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=method)
-        axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel="µs, median of the slowest rank")
-        axes.set_title(f"One all-reduce over {times[0]['ranks']} ranks of one host")
-        axes.grid(alpha=0.3)
-        axes.legend()
+    rows = [[f"{size:,}", *(f"{seconds[method, size] * 1e6:,.1f}" for method in WAYS)] for size in sizes]
+    show_table(f"One sum over {times[0]['ranks']} ranks of one core each, µs", ["bytes", *WAYS], rows)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser("scaling", __doc__, "the time of sums over their size")
+    parser = Parser("scaling", __doc__)
     parser.add_flag("--model", "1b", "alias or folder; 1b: the shape of TinyLlama-1.1B")
     parser.add_flag("--ranks", [1, 2, 4, 8], "sizes to measure")
     parser.add_flag("--batches", [1, 8], "batch sizes of the decode steps")
@@ -203,8 +191,8 @@ def main(argv: list[str] | None = None) -> None:
     if not sizes:
         parser.error(f"--ranks {' '.join(map(str, args.ranks))}: this machine has fewer devices")
     collectives, runs = [], []
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        model = str(write_shape(Path(folder))) if args.model == "1b" else args.model
+    shared = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+    with shared as folder, timing.made_up(args.model) as model:
         with one_line_errors(RuntimeError):
             resolve_model(model, "dummy")  # says now if there is none
             for size in tracked(sizes * args.repeats, "ranks"):
@@ -218,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
             show_collectives(collectives)
     results = {"steps": [asdict(t) for t in times], "runs": [asdict(t) for t in runs]}
     results |= {"collectives": collectives} if collectives else {}
-    finish(args, "scaling", results, partial(draw, collectives) if collectives else None)
+    finish(args, "scaling", results)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from ..core.engine import LLMEngine
 from ..core.sampling.selection_cpu import native_argmax
 from ..models.config.model_config import ModelConfig
 from ..models.llama import LlamaDecoderLayer, LlamaForCausalLM
-from .datasets import BenchRequest
+from .gpu import submit
 from .kernels import Ceilings, measure_ceilings
 from .report import Parser, finish, one_line_errors, show_table
 from .timing import median_seconds
@@ -84,10 +84,7 @@ def profile_step(
             f"sequences and {engine.limits.max_num_batched_tokens} tokens"
         )
     half = repeats // 2 + 1
-    for i in range(batch):
-        ids = [(97 * i + 7 * j) % engine.model_config.vocab_size for j in range(context - half)]
-        request = BenchRequest(ids, 2 * half)
-        engine.add_request(f"profile-{i}", request.prompt, request.params())
+    submit(engine, batch, context - half, 2 * half)
     engine.step()  # all prompts
     step = median_seconds(engine.step, half)
     config, dtype = engine.model_config, engine.executor.worker.dtype
@@ -101,8 +98,8 @@ def profile_step(
     times["lm_head"] = median_seconds(lambda: head(hidden), repeats, before=lambda: layers.recording.replay(batch))
     logits = head(hidden)
     times["arg-max"] = median_seconds(lambda: native_argmax(logits), repeats, before=lambda: head(hidden))
-    for i in range(batch):
-        engine.abort_request(f"profile-{i}")
+    for seq in [*engine.scheduler.running]:
+        engine.abort_request(seq.request_id)
     rows, weight = [], 1 if precision == "int8" else dtype.itemsize
     for name, (num_bytes, operations) in costs(config, batch, context, weight, dtype.itemsize).items():
         computed_in = precision if "proj" in name or name == "lm_head" else str(dtype).removeprefix("torch.")

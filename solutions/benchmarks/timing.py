@@ -6,9 +6,11 @@ import json
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,25 @@ SHAPE_1B = {
 """TinyLlama-1.1B's shape: large enough for its weights to matter, small enough for a laptop."""
 
 
-def write_shape(folder: Path, **changes: int) -> Path:
+MADE_UP: dict[str, dict[str, Any]] = {
+    "1b": {},
+    "moe-1b": {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_hidden_layers": 16,
+               "intermediate_size": 1024, "num_local_experts": 32, "num_experts_per_tok": 8},
+}  # fmt: skip
+"""Models that nobody has trained, by name: what they change in `SHAPE_1B`."""
+
+
+def write_shape(folder: Path, **changes: Any) -> Path:
     """A folder in Hugging Face's format with `SHAPE_1B`, changed where told, and no weights."""
     (folder / "config.json").write_text(json.dumps(SHAPE_1B | changes))
     return folder
+
+
+@contextmanager
+def made_up(name: str) -> Iterator[str]:
+    """What an engine takes for a model: a folder, while this lasts, if it is one of `MADE_UP`, else the name."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield str(write_shape(Path(folder), **MADE_UP[name])) if name in MADE_UP else name
 
 
 def median_seconds(

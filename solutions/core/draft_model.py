@@ -1,7 +1,8 @@
 """Drafts from a smaller model that runs beside the target, in the engine's own process, or from a head on top of the target.
 
 Its KV cache has the same blocks as the target's: one block table serves both, so whatever becomes of a sequence's blocks,
-shared, copied, swapped or found in the prefix cache, holds for both. The draft model first computes what the target's step is
+shared, copied, swapped or found in the prefix cache, holds for both (`speculation/draft_tables.py` says whose, where layers
+differ in their window). The draft model first computes what the target's step is
 about to compute, a prompt's chunk or a single token, which gives the first drafted token, and then one token after the other.
 
 While nothing is drafted it computes nothing, and blocks that are filled meanwhile hold nothing of it. So it notes which blocks
@@ -14,14 +15,14 @@ A head needs no step of its own to follow: it reads the hidden states of each st
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise, takewhile
+from itertools import chain, pairwise, takewhile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..attention.block_manager import NULL_BLOCK
-from ..batching.continuous_batch import ContinuousBatch, FlatBatch
+from ..batching.continuous_batch import FlatBatch
+from ..batching.grouped_batch import make_batch
 from ..batching.scheduler_output import BlockPairs, Draft, SchedulerOutput
 from ..batching.sequence import Sequence
 from ..models.config.model_config import ModelConfig
@@ -32,6 +33,7 @@ from ..models.loader import ModelSource, resolve_model
 from .capture import replay
 from .config import EngineConfig
 from .sampling.rejection_sampler import Prefix, draw_one
+from .speculation.draft_tables import DraftTables, with_room
 from .speculation.head_drafts import MOST_ROWS, HeadDrafts
 from .speculation.settings import SpeculativeConfig
 from .speculative import NgramProposer, Proposer
@@ -65,19 +67,17 @@ class DraftModelProposer(Proposer):
     """A model that drafts.
 
     Args:
-        speculation: how many tokens to draft, and when. draft: the model, which was checked. limits: the target's.
-
-    Attributes:
-        tables: seq_id → blocks, the block manager's.
+        speculation: how many tokens to draft, and when. draft: the model, which was checked. target: the other one. limits: the
+            target's.
     """
 
-    def __init__(self, speculation: SpeculativeConfig, draft: DraftModel, limits: Limits) -> None:
+    def __init__(self, speculation: SpeculativeConfig, draft: DraftModel, target: ModelConfig, limits: Limits) -> None:
         super().__init__(speculation)
         self.model_config: ModelConfig = draft.source.config
         threads = torch.get_num_threads() if limits.device.type == "cpu" else None  # the other ranks keep their cores
         self.worker = Worker(draft.settings, draft.source, limits.device, limits.dtype, threads=threads)
-        self.tables: dict[int, list[int]] = {}
         self._block_size = draft.settings.block_size
+        self.tables = DraftTables(self.model_config, target, self._block_size, limits.max_model_len)
         self._limits: Limits
         self._num_computed: dict[int, int] = {}
         """seq_id → tokens of it that have keys and values here."""
@@ -87,7 +87,7 @@ class DraftModelProposer(Proposer):
 
     def create_cache(self, limits: Limits, tables: dict[int, list[int]]) -> None:
         self.worker.create_cache(limits.num_blocks, self._block_size, limits.num_host_blocks)
-        self.tables, self._limits = tables, limits
+        self.tables.whole, self._limits = tables, limits
 
     def num_missed(self, seq: Sequence) -> int:
         return max(0, seq.num_computed_tokens - self._num_computed.get(seq.seq_id, seq.num_computed_tokens))
@@ -97,15 +97,13 @@ class DraftModelProposer(Proposer):
             self._num_computed.pop(seq_id, None)
         self._follow(output.swap_out, self._filled, self._filled_on_host)
         self._follow(output.swap_in, self._filled_on_host, self._filled)
-        for (
-            seq,
-            num_tokens,
-        ) in output.scheduled.items():  # the target fills these blocks now, those that are copied to among them
-            self._filled.difference_update(self._blocks(seq, seq.num_computed_tokens, seq.num_computed_tokens + num_tokens))
+        for seq, count in output.scheduled.items():  # the target fills these blocks now, those that are copied to among them
+            start = seq.num_computed_tokens
+            self._filled.difference_update(chain.from_iterable(self.tables.blocks(seq, start, start + count)))
         for seq in output.scheduled:  # what the target rejected, or lost when the sequence was preempted, is worth nothing here
             num_computed = self._num_computed.get(seq.seq_id)
             if num_computed is None:
-                found = takewhile(self._filled.__contains__, self._blocks(seq, 0, seq.num_computed_tokens))
+                found = takewhile(self._filled.issuperset, self.tables.blocks(seq, 0, seq.num_computed_tokens))
                 num_computed = sum(1 for _ in found) * self._block_size
             self._num_computed[seq.seq_id] = min(num_computed, seq.num_computed_tokens)
         self.worker.move_blocks(output.swap_out, output.swap_in, output.copies)
@@ -116,10 +114,6 @@ class DraftModelProposer(Proposer):
         filled = [block for origin, block in pairs if origin in source]
         target.difference_update(block for _, block in pairs)
         target.update(filled)
-
-    def _blocks(self, seq: Sequence, start: int, end: int) -> list[int]:
-        """The blocks of a sequence that hold its positions from `start` on, and before `end`."""
-        return self.tables[seq.seq_id][start // self._block_size : -(-end // self._block_size)]
 
     @torch.inference_mode()
     def propose(self, output: SchedulerOutput, wanted: dict[Sequence, int]) -> dict[Sequence, Draft]:
@@ -139,14 +133,15 @@ class DraftModelProposer(Proposer):
         return drafts
 
     def _catch_up(self, output: SchedulerOutput, wanted: dict[Sequence, int]) -> tuple[Tensor, list[Sequence]]:
-        """Compute the tokens that the step computes, and before them those that are missing here, within the token budget.
+        """Compute the tokens that the step computes, and before them those that are missing here, within the token budget, and
+        one for each sequence more: one all of whose drafts were right lacks the last of them.
 
         Returns:
             Logits behind the last token, and the sequences that they belong to: those of `wanted` that are complete now.
         """
-        budget, counts = self._limits.max_num_batched_tokens, {}
+        budget, counts = self._limits.max_num_batched_tokens + len(output.scheduled), {}
         for seq, num_tokens in output.scheduled.items():
-            start = max(self._num_computed[seq.seq_id], self._first_within_window(seq))
+            start = max(self._num_computed[seq.seq_id], self.tables.first_within_windows(seq))
             end = seq.num_computed_tokens + num_tokens
             count = min(end - start, budget)
             budget -= count
@@ -155,24 +150,17 @@ class DraftModelProposer(Proposer):
         drafting = [seq for seq in wanted if seq in counts and self._num_computed[seq.seq_id] + counts[seq] == len(seq.tokens)]
         return self._run(counts, drafting), drafting
 
-    def _first_within_window(self, seq: Sequence) -> int:
-        """The first position all of whose window is in blocks that the sequence still has. Positions before it that were missed
-        stay so: drafts that look at them are worse, no more."""
-        if self.model_config.sliding_window is None:
-            return 0
-        num_expired = self.tables[seq.seq_id].count(NULL_BLOCK)
-        return num_expired * self._block_size + self.model_config.sliding_window - 1 if num_expired else 0
-
     def _run(self, counts: dict[Sequence, int], sampled: list[Sequence]) -> Tensor:
         """Compute the next tokens of each sequence, so many; logits [N, V] behind the last one of those in `sampled`."""
         decision = SchedulerOutput(counts, sampled, changed_tables={seq.seq_id for seq in counts})
-        layout = ContinuousBatch(len(counts), self._limits.max_model_len, self._block_size)
-        batch = layout.build(decision, self.tables, self._num_computed)
+        layout = make_batch(len(self.model_config.windows), False, len(counts), self._limits.max_model_len, self._block_size)
+        batch = layout.build(decision, {seq.seq_id: self.tables.flat(seq) for seq in counts}, self._num_computed)
         hidden = self.worker.forward(batch)
         for seq, count in counts.items():
             start = self._num_computed[seq.seq_id]
             self._num_computed[seq.seq_id] = end = start + count
-            self._filled.update(self._blocks(seq, start, end // self._block_size * self._block_size))
+            full = self.tables.blocks(seq, start, end // self._block_size * self._block_size)
+            self._filled.update(chain.from_iterable(full))
         if not sampled:
             return hidden[:0]
         return self.worker.model.compute_logits(hidden[torch.from_numpy(batch.logits_indices).to(hidden.device)])
@@ -243,18 +231,17 @@ class EagleProposer(Proposer):
         return {seq: Draft(token_ids) for seq, token_ids in self.drafts.draft(wanted).items()}
 
 
-def check_fits(draft: ModelConfig, target: ModelConfig, max_model_len: int) -> None:
+def check_fits(draft: ModelConfig, target: ModelConfig, max_model_len: int) -> ModelConfig:
     """See that a model can draft for another.
+
+    Returns:
+        `draft`, as its cache is laid out beside the target's.
 
     Raises:
         ValueError: it cannot; the message says why.
     """
     if draft.is_encoder:
         raise ValueError("--speculative-config: the draft model is an encoder, which writes no text")
-    if len(draft.windows) > 1 or len(target.windows) > 1:
-        raise ValueError(
-            "--speculative-config: no draft model where layers differ in their window, as their blocks do; use method ngram"
-        )
     if draft.vocab_size != target.vocab_size:
         raise ValueError(
             f"--speculative-config: the draft model has a vocabulary of {draft.vocab_size} tokens and the target one of "
@@ -264,11 +251,14 @@ def check_fits(draft: ModelConfig, target: ModelConfig, max_model_len: int) -> N
         raise ValueError(
             f"--speculative-config: the draft model's context is {draft.max_context}; use --max-model-len {draft.max_context}"
         )
-    if target.sliding_window is not None and (draft.sliding_window or max_model_len) > target.sliding_window:
+    laid_out = with_room(draft, target, max_model_len)
+    if laid_out is None:
+        widest = max(window for window in target.windows if window is not None)
         raise ValueError(
-            f"--speculative-config: the target frees KV blocks behind its window of {target.sliding_window} tokens, and the "
+            f"--speculative-config: the target frees KV blocks behind its window of {widest} tokens, and the "
             "draft model would read them; use one with the same window, or method ngram"
         )
+    return laid_out
 
 
 def find_draft(config: EngineConfig, target: ModelConfig, limits: Limits) -> FoundDraft | None:
@@ -289,7 +279,7 @@ def find_draft(config: EngineConfig, target: ModelConfig, limits: Limits) -> Fou
         raise ValueError(f"{flag}: not with a draft model, whose keys and values would not come along; use method ngram")
     assert speculation.model is not None  # `SpeculativeConfig` sees to it
     source = resolve_model(speculation.model, quantization=speculation.quantization)
-    check_fits(source.config, target, limits.max_model_len)
+    source = replace(source, config=check_fits(source.config, target, limits.max_model_len))
     settings = replace(
         config, model=speculation.model, quantization=speculation.quantization, tensor_parallel_size=1,
         enable_expert_parallel=False, distributed_executor_backend=None, enable_lora=False, lora_modules=(),
@@ -331,4 +321,4 @@ def make_proposer(draft: FoundDraft | None, limits: Limits, worker: Worker) -> P
         return EagleProposer(draft.speculation, draft.head, worker, limits)
     if draft.model is None:
         return NgramProposer(draft.speculation)
-    return DraftModelProposer(draft.speculation, draft.model, limits)
+    return DraftModelProposer(draft.speculation, draft.model, worker.model_config, limits)

@@ -16,7 +16,7 @@ import torch
 from ..attention.backends import make_backend
 from ..attention.block_manager import BlockManager
 from ..attention.handover import handover_of
-from ..attention.hybrid_manager import blocks_of_one, longest_of_one, make_block_manager
+from ..attention.hybrid_manager import blocks_of_one, longest_of_one, make_block_manager, with_one_more
 from ..attention.tiered_manager import TieredBlockManager
 from ..batching.pooling import ASSUMED, Pooling
 from ..batching.queue_order import parse_weights
@@ -30,10 +30,11 @@ from ..models.generation_files import with_sampling
 from ..models.identity import kv_identity
 from ..models.kernels.choice import Choice, Way, choose, is_worth_measuring
 from ..models.loader import ModelSource, check_quantization
+from ..models.lora.adapter_files import refuse_experts
 from ..parallelism.tensor_parallel import TensorParallel
 from .config import EngineConfig
 from .executor import Executor, MultiProcExecutor, UniProcExecutor
-from .lora.registry import AdapterRegistry
+from .lora.registry import AdapterRegistry, folder_at
 from .platform import native
 from .platform.machine import available_memory, cpu_has_bf16, format_bytes, pick_threads
 from .scheduler import Scheduler
@@ -57,7 +58,7 @@ class Limits:
     Attributes:
         max_model_len: longest sequence. max_num_batched_tokens: token budget of a step.
         device, dtype: where and in which precision the model runs. cache_dtype: of the KV cache's elements.
-        attention_backend: its name. choice: what the layers compute with.
+        attention_backend: its name. choice: what the layers compute with. windows: blocks behind them are freed, by group.
         num_blocks, num_host_blocks: KV blocks on the device and, for swapping, on the host.
         kv_bytes, weight_bytes, activation_bytes, free_bytes: the sum of the memory; the last is what was free before the
             KV cache was made.
@@ -70,6 +71,7 @@ class Limits:
     cache_dtype: torch.dtype
     attention_backend: str
     choice: Choice
+    windows: tuple[int | None, ...] = ()
     num_blocks: int = 0
     num_host_blocks: int = 0
     kv_bytes: int = 0
@@ -133,7 +135,7 @@ def make_memory(
     Raises:
         ValueError: there can be no such tier; see `make_any_tier`.
     """
-    windows, sizes = source.config.windows, (limits.num_blocks, config.block_size, limits.num_host_blocks)
+    windows, sizes = limits.windows, (limits.num_blocks, config.block_size, limits.num_host_blocks)
     if config.kv_offload is None and config.kv_transfer_config is None:
         budget, radix = limits.max_num_batched_tokens, config.prefix_cache == "radix"
         return make_block_manager(windows, *sizes, config.enable_prefix_caching, budget, radix), None
@@ -238,6 +240,7 @@ def check_settings(config: EngineConfig, source: ModelSource, device: torch.devi
     TensorParallel(0, size).heads(source.config)  # says now if the model cannot be cut
     if config.enable_expert_parallel and source.config.mixture is None:
         raise ValueError(f"--enable-expert-parallel: {source.name} has no experts; leave the flag out")
+    refuse_experts(folder_at(module.partition("=")[2]) for module in config.lora_modules)
     check_quantization(source, config.load_format, config.quantization)
     kernels = use_cpu_kernels(config, device)
     if config.quantization in ("int8", "int4", "gguf") and not kernels:
@@ -317,11 +320,11 @@ def with_blocks(
         limits, num_blocks=num_blocks,
         num_host_blocks=num_blocks_for_budget(config.swap_space, bytes_per_block) if config.preemption_mode == "swap" else 0,
         kv_bytes=num_blocks * bytes_per_block, weight_bytes=weight_bytes, activation_bytes=activation_bytes,
-        free_bytes=free_bytes,
+        free_bytes=free_bytes, windows=model.windows if draft is None else with_one_more(model.windows),
     )  # fmt: skip
-    needed = blocks_of_one(model.windows, limits.max_model_len, config.block_size, limits.max_num_batched_tokens)
+    needed = blocks_of_one(limits.windows, limits.max_model_len, config.block_size, limits.max_num_batched_tokens)
     if num_blocks < needed or limits.kv_bytes + activation_bytes > free_bytes:
-        raise ValueError(_too_small(limits, config.block_size, bytes_per_block, needed, model.windows))
+        raise ValueError(_too_small(limits, config.block_size, bytes_per_block, needed, limits.windows))
     return limits
 
 

@@ -6,7 +6,7 @@ llama.cpp calls Mistral llama, too, and takes some things for granted that a con
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gguf
@@ -17,10 +17,11 @@ from gguf import GGMLQuantizationType as GGMLType
 from .config.entries import Entries, ModelError
 from .config.families import FAMILIES
 from .config.readers import KINDS
+from .gguf_deepseek import SIGMOID, SOFTMAX, latents
 from .gguf_tokenizer import end_tokens
 from .rope import periods, scale_llama3
 
-EXACT_DTYPES = {GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16}
+EXACT_DTYPES = {GGMLType.F16: torch.float16, GGMLType.BF16: torch.bfloat16, GGMLType.MXFP4: torch.bfloat16}
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 """Tensors that say how positions become angles, which a config.json does."""
 
@@ -52,6 +53,17 @@ _SHARED_EXPERT = {
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_SHARED_EXPERTS = {part: name.replace("shared_expert.", "shared_experts.") for part, name in _SHARED_EXPERT.items()}
+_LATENTS = {
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_k_b": "self_attn.kv_b_proj",
+    "exp_probs_b": "mlp.gate.e_score_correction_bias",
+}
 _PLAIN_MLP = {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
 _POST_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 _FOUR_NORMS = _POST_NORMS | {"ffn_norm": "pre_feedforward_layernorm"}
@@ -69,6 +81,7 @@ class GgufFamily:
         interleaved: RoPE turns pairs (2i, 2i + 1), so the rows of queries and keys lie in that order.
         taken_for_granted: entries of config.json that no header has. norm: what config.json calls the epsilon of norms.
         one_added: norms' weights are stored with 1 added.
+        joined: tensors that have each head's first rows of a matrix, with the two last axes swapped, and those with the others.
     """
 
     architecture: str
@@ -77,6 +90,12 @@ class GgufFamily:
     taken_for_granted: dict[str, Any] = field(default_factory=dict)
     one_added: bool = False
     norm: str = RMS
+    joined: dict[str, str] = field(default_factory=dict)
+
+    def other(self, name: str) -> str | None:
+        """The name of the tensor that is joined to this one, if any is."""
+        before, _, part = name.removesuffix(".weight").rpartition(".")
+        return f"{before}.{self.joined[part]}.weight" if part in self.joined else None
 
     def hf_name(self, name: str) -> str:
         """A tensor's name in a checkpoint of Hugging Face.
@@ -88,7 +107,7 @@ class GgufFamily:
         if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
             layer, part, kind = match.groups()
             if part in names:
-                return f"model.layers.{layer}.{names[part]}.{kind}"
+                return f"model.layers.{layer}.{names[part]}{'' if names[part].endswith('_bias') else f'.{kind}'}"
         part, _, kind = name.rpartition(".")
         if part in _OUTER_NAMES:
             return f"{_OUTER_NAMES[part]}.{kind}"
@@ -115,9 +134,12 @@ GGUF_FAMILIES = {
     "olmo2": GgufFamily("Olmo2ForCausalLM", _HEAD_NORMS | _POST_NORMS),
     "gemma2": GgufFamily("Gemma2ForCausalLM", _FOUR_NORMS, taken_for_granted=_GELU, one_added=True),
     "gemma3": GgufFamily("Gemma3ForCausalLM", _FOUR_NORMS | _HEAD_NORMS, taken_for_granted=_GELU, one_added=True),
+    "deepseek2": GgufFamily("DeepseekV2ForCausalLM", _EXPERTS | _SHARED_EXPERTS | _LATENTS, joined={"attn_k_b": "attn_v_b"}),
+    "gpt-oss": GgufFamily("GptOssForCausalLM", _EXPERTS | _POST_NORMS | {"attn_sinks": "self_attn.sinks"}),
 }
 """By ``general.architecture``."""
 _MIXTRAL = GgufFamily("MixtralForCausalLM", _EXPERTS, interleaved=True)
+_DEEPSEEK_V3 = replace(GGUF_FAMILIES["deepseek2"], architecture="DeepseekV3ForCausalLM")
 
 
 def gguf_family(metadata: Entries) -> GgufFamily:
@@ -132,6 +154,8 @@ def gguf_family(metadata: Entries) -> GgufFamily:
         raise ModelError(f"GGUF architecture {name!r} is not supported; supported are {supported}; Mistral is labelled llama")
     has_experts = bool(metadata.whole(f"{name}.expert_count", 0, low=0))
     family = _MIXTRAL if has_experts and name == "llama" else GGUF_FAMILIES[name]
+    if name == "deepseek2" and metadata.whole("deepseek2.expert_gating_func", SOFTMAX) == SIGMOID:
+        family = _DEEPSEEK_V3
     if has_experts and "ffn_gate_exps" not in family.names:
         raise ModelError(f"GGUF files of {name} with experts are not supported")
     return family
@@ -161,6 +185,8 @@ def hf_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[
         parts |= _gemma(metadata, name) | {
             "query_pre_attn_scalar": hidden // heads if (name, layers) in _GEMMA_27B else head_dim,
         }  # fmt: skip
+    if name == "gpt-oss":
+        scaling = scaling and scaling | {"truncate": False}
     windows = {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0} if window else {}
     embedding = tensors["token_embd.weight"]
     vocab_size = int(embedding.shape[1])
@@ -187,7 +213,7 @@ def hf_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[
         "eos_token_id": [token for token in end_tokens(metadata) if token < vocab_size] or None,
         "pad_token_id": next(iter(metadata.token_ids("tokenizer.ggml.padding_token_id", vocab_size) or ()), None),
         "dtype": str(EXACT_DTYPES.get(embedding.tensor_type, torch.float32)).removeprefix("torch."),
-    } | family.taken_for_granted | parts | windows | _experts(metadata, name)  # fmt: skip
+    } | family.taken_for_granted | parts | windows | _experts(metadata, name) | latents(metadata, scaling)  # fmt: skip
 
 
 def _experts(metadata: Entries, name: str) -> dict[str, Any]:

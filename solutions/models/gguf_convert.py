@@ -96,7 +96,8 @@ def _convert(paths: list[Path], folder: Path, progress: bool, as_codes: bool) ->
         header = Entries(metadata, str(path))
         config, family = hf_config(header, tensors), gguf_family(header)
         ModelConfig.from_hf(config)  # refuse before the long part what the engine cannot run
-        kept = formats(tensors.values()) if as_codes else {}
+        whole = [tensor for name, tensor in tensors.items() if family.other(name) is None]  # whose rows are a matrix
+        kept = formats(whole) if as_codes else {}
         if as_codes and not kept:
             raise ModelError(f"{path} has no matrix in blocks of {', '.join(kind.name for kind in TYPES)}; leave the flag out")
         config |= {"quantization_config": {"quant_method": "gguf"}} if kept else {}
@@ -106,7 +107,8 @@ def _convert(paths: list[Path], folder: Path, progress: bool, as_codes: bool) ->
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
         _write_json(folder / "generation_config.json", ids)
         tokenizer.save_pretrained(folder)
-        names = {name: family.hf_name(name) for name in tensors if name not in ROPE_TENSORS}
+        others = {f".{other}." for other in family.joined.values()}
+        names = {n: family.hf_name(n) for n in tensors if n not in ROPE_TENSORS and not any(other in n for other in others)}
         _write_weights(_Weights(tensors, names, config, family, kept), folder, progress)
     except (ModelError, OSError):
         raise
@@ -178,7 +180,7 @@ class _Weights:
 
     def size(self, name: str) -> int:
         """Bytes of what is written of a tensor."""
-        count, form = int(self.tensors[name].n_elements), self.kept.get(name)
+        count, form = sum(int(tensor.n_elements) for tensor in self._parts(name)), self.kept.get(name)
         if form is None:
             return count * self._dtype(name).itemsize
         return count * form.bits // 8 + count // form.group_size * 4
@@ -187,10 +189,9 @@ class _Weights:
         """What is written of a tensor, by name."""
         tensor, form = self.tensors[name], self.kept.get(name)
         if form is None:
-            try:
-                values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-            except NotImplementedError:
-                raise ModelError(f"tensor type {tensor.tensor_type.name} in the GGUF file is not supported") from None
+            values, *others = map(_plain, self._parts(name))
+            if others:  # [H, rank, still] and [H, value, rank], as [H·(still + value), rank]
+                values = np.concatenate((values.swapaxes(1, 2), *others), axis=1).reshape(-1, values.shape[1])
             values = self._in_order(name, values)
             if self.family.one_added and name.split(".")[-2].endswith("norm"):
                 values = values - 1
@@ -208,14 +209,28 @@ class _Weights:
             content |= {f"{layer}.{part}": tensor for part, tensor in packed.items()}
         return content
 
+    def _parts(self, name: str) -> list[gguf.ReaderTensor]:
+        """The tensor, and what is joined to it."""
+        other = self.family.other(name)
+        return [self.tensors[name], *([] if other is None else [self.tensors[other]])]
+
     def _dtype(self, name: str) -> torch.dtype:
-        return EXACT_DTYPES.get(self.tensors[name].tensor_type, torch.float32)
+        first, *others = (EXACT_DTYPES.get(tensor.tensor_type, torch.float32) for tensor in self._parts(name))
+        return first if {first, *others} == {first} else torch.float32
 
     def _in_order(self, name: str, values: np.ndarray) -> np.ndarray:
         """A matrix, or what its rows have besides, in Hugging Face's order of rows."""
         heads = {"attn_q": self.config["num_attention_heads"], "attn_k": self.config["num_key_value_heads"]}
         part = name.split(".")[-2]
         return _unpermute(values, heads[part]) if self.family.interleaved and part in heads else values
+
+
+def _plain(tensor: gguf.ReaderTensor) -> np.ndarray:
+    """Its numbers, in float32 or as they are."""
+    try:
+        return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError:
+        raise ModelError(f"tensor type {tensor.tensor_type.name} in the GGUF file is not supported") from None
 
 
 def _unpermute(values: np.ndarray, heads: int) -> np.ndarray:

@@ -23,6 +23,8 @@ from .sparse import SparseDecoderLayer, SparseForCausalLM, SparseMLP
 
 _OF_ALL = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(\.dense|_bias)?")
 """A tensor of all experts of a layer."""
+_BIASES = re.compile(r"(.*\.experts)\.((?:gate|up|down)_proj\.bias)")
+"""The same from a GGUF file, which has gate and up apart."""
 
 
 class Sinks(WeightLayer):
@@ -105,7 +107,9 @@ class GptOssForCausalLM(SparseForCausalLM):
         """A matrix of all experts is [E, in, out], but [E, out, in] where it was packed; gate and up are columns in turns."""
         found = _OF_ALL.fullmatch(name)
         if found is None:
-            yield name, tensor
+            biases = _BIASES.fullmatch(name)
+            apart = ((f"{biases[1]}.{number}.{biases[2]}", bias) for number, bias in enumerate(tensor)) if biases else ()
+            yield from apart if biases else super().pieces(name, tensor)
             return
         experts, matrix, form = found.groups()
         tensor = tensor.transpose(1, 2) if form is None else tensor  # [E, out, in], or of a bias [E, out]

@@ -20,7 +20,7 @@ BENCHMARKS = {
     "prefix": ("solutions.benchmarks.prefix_cache", "what the prefix cache gains, and costs without hits"),
     "speculative": ("solutions.benchmarks.speculative", "speculative decoding against plain decoding"),
     "scaling": ("solutions.benchmarks.scaling", "one model on several GPUs, or cores"),
-    "gpu": ("solutions.benchmarks.gpu", "LLaMA-7B with random weights on a GPU, against that GPU's limits"),
+    "gpu": ("solutions.benchmarks.gpu", "models with random weights on a GPU, against that GPU's limits"),
 }
 """What ``byov bench`` measures: likewise."""
 WITH_MODEL = ("serve", "chat")

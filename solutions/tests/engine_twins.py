@@ -78,15 +78,20 @@ def oracle(name: str, kv_cache_dtype: str, backend: str) -> PreTrainedModel:
 
 
 def check_answer(name: str, kv_cache_dtype: str, backend: str, prompt: list[int], answer: list[int]) -> None:
-    """See that each token of an answer is, within `TIE`, the likeliest one behind those before it.
+    """`check_tokens` of a family's model."""
+    check_tokens(oracle(name, kv_cache_dtype, backend), prompt, answer, TIE[kv_cache_dtype])
+
+
+def check_tokens(model: PreTrainedModel, prompt: list[int], answer: list[int], tie: float = TIE["auto"]) -> None:
+    """See that each token of an answer is, within `tie`, the likeliest one behind those before it.
 
     Raises:
         AssertionError: one is not.
     """
     with torch.inference_mode():
-        logits = oracle(name, kv_cache_dtype, backend)(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
     behind = logits.amax(-1) - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
-    wrong = (behind > TIE[kv_cache_dtype]).nonzero()
+    wrong = (behind > tie).nonzero()
     assert not len(wrong), (
         f"token {int(wrong[0])} of {len(answer)} behind {prompt} is {answer[int(wrong[0])]}, which is "
         f"{float(behind[wrong[0]]):.3f} less likely than {int(logits[int(wrong[0])].argmax())}"
@@ -99,8 +104,7 @@ def draw_settings(rng: random.Random, name: str) -> dict[str, Any]:
     max_model_len = rng.randint(40, 96)
     policy = rng.choice(["fcfs", "priority", "lpm", "fair"])
     drafts: list[Any] = [None, {"method": "ngram", "prompt_lookup_min": 1}]
-    if "gemma" not in name and name != "gpt_oss":  # whose layers differ in their window
-        drafts += [{"method": "draft_model", "model": str(folder(name))}]
+    drafts += [{"method": "draft_model", "model": str(folder(name))}]
     draft = rng.choice(drafts)
     if draft is not None:
         draft = draft | {"num_speculative_tokens": rng.randint(1, 5), "disable_by_batch_size": rng.choice([2, 4, 64])}

@@ -45,6 +45,14 @@ def llama_cpp_names(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
         if layer in heads:
             halves = values.reshape(heads[layer], 2, -1, *values.shape[1:])
             values = halves.swapaxes(1, 2).reshape(values.shape)
+        if layer == "kv_b_proj":  # as llama.cpp's converter cuts it, for the absorbed way
+            still = model.config.qk_nope_head_dim
+            by_head = values.reshape(model.config.num_attention_heads, -1, values.shape[1])  # [H, still + value, rank]
+            yield names.get_name(name.replace("kv_b", "k_b"), (".weight",)), by_head[:, :still].swapaxes(1, 2).copy()
+            yield names.get_name(name.replace("kv_b", "v_b"), (".weight",)), by_head[:, still:].copy()
+            continue
+        name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+        name = f"{name}.weight" if name.endswith("sinks") else name
         if layer == "query_key_value":
             by_head = values.reshape(model.config.num_attention_heads, 3, -1, *values.shape[1:])
             values = by_head.swapaxes(0, 1).reshape(values.shape)
@@ -53,13 +61,19 @@ def llama_cpp_names(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _halves(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """transformers' tensors; gate and up of experts, which it keeps as one, are two."""
+    """transformers' tensors; gate and up of experts, which it keeps as one, are two. gpt-oss has them in turns."""
+    turned = model.config.model_type == "gpt_oss"
     for name, tensor in model.state_dict().items():
-        if name.endswith(".experts.gate_up_proj"):
-            for part, half in zip(("gate_proj", "up_proj"), tensor.chunk(2, dim=1), strict=True):
-                yield name.replace("gate_up_proj", f"{part}.weight"), half
+        before, _, matrix = name.rpartition(".experts.")
+        matrix, kind = matrix.removesuffix("_bias"), "bias" if matrix.endswith("_bias") else "weight"
+        if before and matrix in ("gate_up_proj", "down_proj") and turned and kind == "weight":
+            tensor = tensor.transpose(1, 2).contiguous()
+        if before and matrix == "gate_up_proj":
+            halves = (tensor[:, ::2], tensor[:, 1::2]) if turned else tensor.chunk(2, dim=1)
+            for part, half in zip(("gate_proj", "up_proj"), halves, strict=True):
+                yield f"{before}.experts.{part}.{kind}", half.contiguous()
         else:
-            yield name.replace(".experts.down_proj", ".experts.down_proj.weight"), tensor
+            yield f"{before}.experts.down_proj.{kind}" if before and matrix == "down_proj" else name, tensor
 
 
 def write_gguf(
@@ -108,7 +122,8 @@ def write_model(
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    writer.add_head_count_kv(1 if config.model_type.startswith("deepseek") else heads)
     epsilon = {"starcoder2": "norm_epsilon", "gpt_neox": "layer_norm_eps"}.get(config.model_type)
     if epsilon is None:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -117,7 +132,9 @@ def write_model(
     if hasattr(config, "use_parallel_residual"):
         writer.add_parallel_residual(config.use_parallel_residual)
         writer.add_rope_dimension_count(int(config.rope_parameters["partial_rotary_factor"] * 32))
-    if count := getattr(config, "num_experts", 0):
+    if config.model_type.startswith("deepseek"):
+        _write_latents(writer, config)
+    elif count := getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 0):
         writer.add_expert_count(count)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
@@ -134,12 +151,14 @@ def write_model(
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
     writer.add_rope_freq_base(rope["rope_theta"])
-    if getattr(config, "head_dim", None):
+    if getattr(config, "head_dim", None) and not config.model_type.startswith("deepseek"):
         writer.add_key_length(config.head_dim)
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        if share := rope.get("mscale_all_dim"):
+            writer.add_rope_scaling_yarn_log_mul(0.1 * share)
     if rope["rope_type"] == "longrope":
         head_dim = config.hidden_size // config.num_attention_heads
         writer.add_rope_dimension_count(int(rope["partial_rotary_factor"] * head_dim))
@@ -156,7 +175,7 @@ def write_model(
     for name, values in tensors.items():
         if name == drop:
             continue
-        if values.ndim == 1 or kind == GGMLType.F32:
+        if values.ndim == 1 or kind == GGMLType.F32 or name.endswith(".bias"):
             writer.add_tensor(name, values)
         else:
             own = others.get(name.split(".")[-2], kind)
@@ -177,6 +196,29 @@ def write_model(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _write_latents(writer: gguf.GGUFWriter, config: Any) -> None:
+    """What the converter writes of a DeepSeek alone: one head, which is a latent and the key that turns."""
+    sigmoid = config.model_type == "deepseek_v3"
+    writer.add_leading_dense_block_count(config.first_k_dense_replace)
+    if config.q_lora_rank:
+        writer.add_q_lora_rank(config.q_lora_rank)
+    writer.add_kv_lora_rank(config.kv_lora_rank)
+    writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
+    writer.add_value_length(config.kv_lora_rank)
+    writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
+    writer.add_value_length_mla(config.v_head_dim)
+    writer.add_rope_dimension_count(config.qk_rope_head_dim)
+    writer.add_expert_count(config.n_routed_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_expert_group_count(config.n_group)
+    writer.add_expert_group_used_count(config.topk_group)
+    writer.add_expert_weights_scale(config.routed_scaling_factor)
+    writer.add_expert_weights_norm(config.norm_topk_prob)
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID if sigmoid else gguf.ExpertGatingFuncType.SOFTMAX)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ What only a card can do, CUDA graphs, is tested there; here their padded steps r
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,10 @@ from solutions.attention.paged_attention import AttentionMetadata, NaiveBackend
 from solutions.batching.continuous_batch import FlatBatch
 from solutions.batching.sampling_params import SamplingParams
 from solutions.batching.step_arrays import FlatArrays
-from solutions.benchmarks.gpu import measure_attention, measure_card, measure_decode, measure_prefill
+from solutions.benchmarks import gpu as command
+from solutions.benchmarks.gpu import measure_attention, measure_card, measure_decode, measure_prefill, nano_requests
+from solutions.benchmarks.kernels import Ceilings
+from solutions.benchmarks.timing import made_up
 from solutions.core.capture import PADDING_SLOT, CudaGraphRecorder, DecodeGraphs, Step, graph_sizes
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLM, LLMEngine
@@ -288,6 +292,47 @@ def test_measured_steps_are_the_steps_asked_for(tmp_path: Path) -> None:
     assert engine.stats().prefix_cache_hits == 0
     with pytest.raises(ValueError, match="no room for 60 sequences"):
         measure_decode(engine, card, batch=60, context=100, steps=8)
+
+
+def test_the_requests_are_those_of_nano_vllm() -> None:
+    requests = nano_requests(256)
+    assert sum(request.output_len for request in requests) == 133_966  # as its README counts them
+    for lengths in ([len(r.prompt_token_ids) for r in requests], [r.output_len for r in requests]):
+        assert 100 <= min(lengths) < 110
+        assert 1014 < max(lengths) <= 1024
+    assert 9_900 < max(max(request.prompt_token_ids) for request in requests) <= 10_000
+
+
+def test_a_made_up_mixture_has_a_billion_active_weights() -> None:
+    """By hand, and a step of one token counts the weights of the chosen experts alone."""
+    with made_up("moe-1b") as place:
+        model = resolve_model(place, "dummy").config
+    attention, expert = 2048 * (2 * 32 + 2 * 4) * 64, 3 * 2048 * 1024
+    assert num_product_weights(model) == 16 * (attention + 8 * expert) + 32000 * 2048 == 1_021_837_312
+    assert num_product_weights(model, 10_000) == 16 * (attention + 32 * expert) + 32000 * 2048
+    with made_up("qwen3-0.6b") as place:
+        assert place == "qwen3-0.6b"
+
+
+def test_models_are_measured_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shapes that a card is measured with, in small: steps, prompts and the requests of nano-vllm."""
+    monkeypatch.setattr(command, "measure_ceilings", lambda _: Ceilings(1e9, {"bfloat16": 2e12}))
+    folders = {family: str(tmp_path / family) for family in ("qwen3", "mixtral", "deepseek_v2")}
+    for family, folder in folders.items():
+        make_tiny(family, Path(folder))
+    flags = "--device cpu --batches 1 3 --context 40 --prompts 20 --steps 4 --requests 3 --longest 24 --output-json"
+    command.main([*flags.split(), str(tmp_path / "r.json"), "--models", *folders.values()])
+    results = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert (results["card"]["bandwidth"], results["card"]["rate"]) == (1e9, 2e12)
+    for folder in folders.values():
+        steps = results[folder]["steps"]
+        assert [(step["what"], step["batch"]) for step in steps] == [("decode", 1), ("decode", 3), ("prefill", 1)]
+        config = resolve_model(folder, "dummy").config
+        for step in steps[:2]:
+            moved = decode_cost(config, step["batch"], step["context"])
+            assert step["floor"] == pytest.approx((moved.weight_bytes + moved.kv_bytes) / 1e9)
+            assert step["seconds"] > 0
+        assert results[folder]["requests"]["num_output_tokens"] == sum(r.output_len for r in nano_requests(3, 24))
 
 
 @pytest.mark.slow

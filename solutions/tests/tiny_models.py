@@ -149,6 +149,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 elements (which the kernels of a CPU turn) though hidden / heads may be another number, scaling that some dozen tokens meet."""
 
 
+GGUF_SAYS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}},
+    "gpt_oss": {"swiglu_limit": 7.0},
+}
+"""What these must be for a GGUF file: of two factors on magnitudes it keeps one, and no limit but gpt-oss's own."""
+
+
 def make_tiny(family: str, path: Path, **overrides: Any) -> PreTrainedModel:
     """Save a model of a family of `FAMILIES` to `path`; overrides are arguments of its configuration."""
     config = AutoConfig.for_model(family, **(FAMILIES[family] | overrides))

@@ -38,6 +38,7 @@ class ModelConfig:
         tie_word_embeddings: the LM head is the embedding's own weight.
         sliding_window: a token sees itself and the ``sliding_window - 1`` before it; None: all.
         layer_windows: the same of each layer, where layers differ; `sliding_window` is None then.
+        layers_apart: each layer has a tensor of its own in the KV cache, so that groups of layers may share blocks.
         local_rope_theta: base of the rotary frequencies in layers with a window, which get no scaling; None: as in the others.
         attention_scale: factor on attention's scores; None: ``head_dim ** -0.5``.
         attention_sinks: each head has a score that counts in the softmax and stands for no token.
@@ -74,6 +75,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     sliding_window: int | None = None
     layer_windows: tuple[int | None, ...] = ()
+    layers_apart: bool = False
     local_rope_theta: float | None = None
     attention_scale: float | None = None
     attention_sinks: bool = False
@@ -102,6 +104,8 @@ class ModelConfig:
     @property
     def num_cached_layers(self) -> int:
         """Layers of a group, whose keys and values lie in tensors of their own; the groups share these."""
+        if self.layers_apart:
+            return self.num_layers
         return 0 if self.is_encoder else max(len(layers) for layers in self.kv_groups)
 
     @property
@@ -128,7 +132,7 @@ class ModelConfig:
     def place_of(self, layer: int) -> tuple[int, int]:
         """Which of `kv_groups` a layer belongs to, and its place there."""
         group = next(number for number, layers in enumerate(self.kv_groups) if layer in layers)
-        return group, self.kv_groups[group].index(layer)
+        return group, layer if self.layers_apart else self.kv_groups[group].index(layer)
 
     @property
     def rope_dim(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ..layers import CausalLM
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(?:\.\w+)?\.weight")
+_EXPERT = re.compile(r"\.(shared_)?experts?\.")
 _OTHER_FORMS = {
     "use_dora": "DoRA, which also rescales the weights",
     "use_qalora": "QA-LoRA",
@@ -84,6 +86,23 @@ def read_adapter(folder: Path, model: CausalLM, max_rank: int) -> Adapter:
         name, shard, b = model.place(f"{module}.lora", b) or (module, None, b)
         adapter.setdefault(name.removesuffix(".lora"), []).append(Part(shard, a, b))
     return adapter
+
+
+def refuse_experts(folders: Iterable[Path]) -> None:
+    """See of adapters that are to be loaded at start, before the model's weights are, that they change no expert. What else is
+    wrong with one is said when it is read, and the model is there.
+
+    Raises:
+        ModelError: one does.
+    """
+    for folder in folders:
+        try:
+            with safe_open(folder / WEIGHTS, "pt") as file:
+                found = next((name for name in file.keys() if _EXPERT.search(name)), None)  # noqa: SIM118  # it is no dictionary
+        except (SafetensorError, OSError):
+            continue
+        if found is not None:
+            raise ModelError(f"the adapter in {folder} changes {found}, and experts can have none here; train it without them")
 
 
 def scale_of(settings: Entries, module: str, rank: int) -> float:
