@@ -34,6 +34,12 @@ def blocks_of_one(windows: tuple[int | None, ...], num_tokens: int, block_size: 
     return sum(whole if window is None else min(whole, (window + chunk) // block_size + 2) for window in windows)
 
 
+def with_one_more(windows: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    """The windows with a token more: a model that drafts is one behind where all that it drafted is right, and still reads what
+    the target has just left."""
+    return tuple(window if window is None else window + 1 for window in windows)
+
+
 def longest_of_one(windows: tuple[int | None, ...], num_blocks: int, block_size: int, chunk: int) -> int:
     """Tokens, in whole blocks, of the longest sequence that so many blocks hold; as in `blocks_of_one`."""
     lengths = range(0, (num_blocks + 1) * block_size, block_size)
