@@ -14,6 +14,8 @@ from .scheduler_output import SchedulerOutput
 from .sequence import Sequence
 from .step_arrays import HostArrays
 
+NO_ADAPTERS = np.empty(0, np.int64)
+
 
 @dataclass(slots=True)
 class FlatBatch(HostArrays):
@@ -32,7 +34,7 @@ class FlatBatch(HostArrays):
     logits_indices: NDArray[np.int64]
     sampled: list[Sequence]
     decision: SchedulerOutput
-    adapters: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64), kw_only=True)
+    adapters: NDArray[np.int64] = field(default_factory=lambda: NO_ADAPTERS, kw_only=True)
 
 
 class ContinuousBatch:
@@ -77,7 +79,10 @@ class ContinuousBatch:
         starts = np.zeros(num_seqs + 1, np.int64)
         np.cumsum(num_tokens, out=starts[1:])
         if starts[-1] == num_seqs:  # one token each: a pure decode step
-            input_ids = [seq.tokens[begin] for seq, begin in zip(sequences, begins, strict=True)]
+            if progress is None:
+                input_ids = [seq.tokens[seq.num_computed_tokens] for seq in sequences]
+            else:
+                input_ids = [seq.tokens[begin] for seq, begin in zip(sequences, begins, strict=True)]
             seq_of_token, positions = np.arange(num_seqs), num_computed
         else:
             input_ids = []

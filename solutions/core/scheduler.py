@@ -115,7 +115,7 @@ class Scheduler:
         scheduled, sampled, windowed = output.scheduled, output.sampled, manager.sliding_window is not None
         while index < len(running) and budget > 0:
             seq = running[index]
-            num_tokens = len(seq.tokens) - seq.num_computed_tokens
+            left = num_tokens = len(seq.tokens) - seq.num_computed_tokens
             if num_tokens > 1:
                 # One token stays reserved for each sequence behind, so a long prompt never holds up a decode.
                 num_tokens = min(num_tokens, max(1, budget - (len(running) - index - 1)), self._max_chunk)
@@ -125,7 +125,7 @@ class Scheduler:
                 self.preempt(running.pop(), output)
                 continue
             scheduled[seq] = num_tokens  # `output.add`, without a call for each sequence of each step
-            if seq.num_computed_tokens + num_tokens == len(seq.tokens):
+            if num_tokens == left:
                 sampled.append(seq)
             budget -= num_tokens
             index += 1

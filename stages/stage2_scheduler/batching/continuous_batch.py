@@ -14,6 +14,8 @@ from .scheduler_output import SchedulerOutput
 from .sequence import Sequence
 from .step_arrays import HostArrays
 
+NO_ADAPTERS = np.empty(0, np.int64)
+
 
 @dataclass(slots=True)
 class FlatBatch(HostArrays):
@@ -32,7 +34,7 @@ class FlatBatch(HostArrays):
     logits_indices: NDArray[np.int64]
     sampled: list[Sequence]
     decision: SchedulerOutput
-    adapters: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64), kw_only=True)
+    adapters: NDArray[np.int64] = field(default_factory=lambda: NO_ADAPTERS, kw_only=True)
 
 
 class ContinuousBatch:
