@@ -33,6 +33,7 @@ def test_every_schedule_computes_the_product(schedule: schedules.Schedule, token
     y = np.full((tokens, outputs), np.nan, np.float32)
     Kernel(schedule).product(x, weight, y)
     np.testing.assert_allclose(y, x.astype(np.float64) @ weight.T.astype(np.float64), rtol=1e-4, atol=0.05)
+    assert np.float32(1e-40) * np.float32(1) > 0, "loading it has turned off subnormal numbers for everybody"
 
 
 def test_a_round_times_each_call_once_and_begins_with_another_one() -> None:
