@@ -48,7 +48,7 @@ def measure(args: Flags, at_once: bool, url: str, number: int) -> dict[str, floa
     streams = asyncio.run(Client(url, args.model).open_loop(requests, times))
     check(requests, streams)
     documents = [stream for request, stream in zip(requests, streams, strict=True) if request.output_len == DOCUMENT_OUTPUT]
-    chats = [stream for stream in streams if stream not in documents]
+    chats = [stream for request, stream in zip(requests, streams, strict=True) if request.output_len != DOCUMENT_OUTPUT]
     waits = percentiles(wait for stream in chats for wait in stream.itl)
     first, read = (percentiles(stream.ttft for stream in of)["p50"] for of in (chats, documents))
     rate = sum(stream.num_tokens for stream in streams) / duration(streams)

@@ -116,7 +116,34 @@ def write_gguf_header(path: Path, model: PreTrainedModel) -> Path:
 def write_model(
     writer: gguf.GGUFWriter, model: PreTrainedModel, kind: GGMLType = GGMLType.F32, drop: str = "", **extra: Any
 ) -> None:
-    config, others = model.config, extra.pop("others", {})
+    """Write the file's header and all tensors: what the converter writes of this model, with some left out or added.
+
+    Args:
+        kind: of the matrices; `others` among `extra` names some that have another one. drop: a tensor that is left out.
+        extra: arrays are tensors more, all else are keys of the header, with `__` for a dot.
+    """
+    others = extra.pop("others", {})
+    _write_sizes(writer, model.config)
+    extra |= _write_positions(writer, model.config)
+    tensors = dict(llama_cpp_names(model)) | {k: v for k, v in extra.items() if isinstance(v, np.ndarray)}
+    tensors.pop(drop, None)
+    _write_tensors(writer, tensors, kind, others)
+    for key, value in extra.items():
+        key = key.replace("__", ".")
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
+    """Layers, heads, norms and experts."""
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -140,19 +167,25 @@ def write_model(
         writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
         if shared := getattr(config, "shared_expert_intermediate_size", 0):
             writer.add_expert_shared_feed_forward_length(shared)
-    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    if getattr(config, "attn_logit_softcapping", None):
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if getattr(config, "head_dim", None) and not config.model_type.startswith("deepseek"):
+        writer.add_key_length(config.head_dim)
+    if getattr(config, "sliding_window", None):
+        writer.add_sliding_window(config.sliding_window)
+
+
+def _write_positions(writer: gguf.GGUFWriter, config: Any) -> dict[str, np.ndarray]:
+    """Rotations and how they are scaled; the factors of LongRoPE, which are tensors."""
+    rope, factors = config.rope_parameters.get("full_attention", config.rope_parameters), {}
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     if "sliding_attention" in config.rope_parameters:
         writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
-    if getattr(config, "attn_logit_softcapping", None):
-        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     writer.add_rope_freq_base(rope["rope_theta"])
-    if getattr(config, "head_dim", None) and not config.model_type.startswith("deepseek"):
-        writer.add_key_length(config.head_dim)
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
@@ -167,14 +200,15 @@ def write_model(
             math.sqrt(1 + math.log(longer) / math.log(config.original_max_position_embeddings))
         )
         writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
-        extra |= {f"rope_factors_{n}.weight": np.array(rope[f"{n}_factor"], np.float32) for n in ("long", "short")}
-    if getattr(config, "sliding_window", None):
-        writer.add_sliding_window(config.sliding_window)
+        factors = {f"rope_factors_{n}.weight": np.array(rope[f"{n}_factor"], np.float32) for n in ("long", "short")}
+    return factors
+
+
+def _write_tensors(
+    writer: gguf.GGUFWriter, tensors: dict[str, np.ndarray], kind: GGMLType, others: dict[str, GGMLType]
+) -> None:
     random = np.random.default_rng(0)
-    tensors = dict(llama_cpp_names(model)) | {k: v for k, v in extra.items() if isinstance(v, np.ndarray)}
     for name, values in tensors.items():
-        if name == drop:
-            continue
         if values.ndim == 1 or kind == GGMLType.F32 or name.endswith(".bias"):
             writer.add_tensor(name, values)
         else:
@@ -184,18 +218,6 @@ def write_model(
             except NotImplementedError:  # nothing here can write these: random bytes, which are as good as any
                 stored = random.integers(0, 256, gguf.quant_shape_to_byte_shape(values.shape, own), dtype=np.uint8)
             writer.add_tensor(name, stored, raw_dtype=own)
-    for key, value in extra.items():
-        key = key.replace("__", ".")
-        if isinstance(value, str):
-            writer.add_string(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def _write_latents(writer: gguf.GGUFWriter, config: Any) -> None:
