@@ -22,6 +22,7 @@ from solutions.batching.sampling_params import RequestOutputKind
 from solutions.benchmarks import fairness as fairness_command
 from solutions.benchmarks import overhead as overhead_command
 from solutions.benchmarks import overlap as overlap_command
+from solutions.benchmarks import two_phase
 from solutions.benchmarks.comparison import Ratio, in_turns, rates, ratio
 from solutions.benchmarks.datasets import (
     DATASETS,
@@ -598,6 +599,21 @@ def test_chats_and_documents_come_at_their_rates_in_one_order() -> None:
     at_once, now = chats_and_documents(args, True, seed=3)
     assert set(now) == {0.0}
     assert len(at_once) == 2200
+
+
+def test_waits_of_chats_and_of_documents_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat's tokens come 10 ms apart but for one that waits 100; a document's first token comes after 2 s."""
+    args = Namespace(model="m", chat_rate=1.0, chat_output=9, document_rate=0.5, document_len=70, seconds=4)
+
+    async def answer(self: Any, requests: list[BenchRequest], times: list[float]) -> list[Stream]:
+        gaps = [0.01] * 7 + [0.1]
+        chat = [0.5 + sum(gaps[:n]) for n in range(9)]
+        return [Stream(0.0, chat if r.output_len == 9 else [2.0, 2.5, 3.0, 4.0], r.output_len) for r in requests]
+
+    monkeypatch.setattr(two_phase.Client, "open_loop", answer)
+    found = two_phase.measure(args, False, "http://nowhere/v1", 0)
+    expected = (10, 100, 100, 500, 2000, (4 * 9 + 2 * 4) / 4.0)
+    assert list(found.values()) == pytest.approx(expected, rel=0.01)
 
 
 def test_groups_begin_alike_and_are_mixed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -26,12 +27,17 @@ from solutions.tests.tiny_models import make_tiny_llama
 pytest.importorskip("ray", reason='needs the extra [ray]: pip install -e ".[ray]"')
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
+from ray.exceptions import ActorDiedError
+
 from solutions.serving.replicas.ray_app import app
+from solutions.serving.replicas.ray_two_phase import HandleSender
+from solutions.serving.replicas.two_phase import Call, GoneError
 
 ROOT = Path(__file__).parents[2]
 ENGINE = {"dtype": "float32", "block_size": 4, "max_model_len": 512, "num_gpu_blocks_override": 200}
 KV = '{"kv_connector": "shm", "kv_role": "kv_consumer", "kv_addresses": ["./a"]}'
 ANSWER = 12
+DEAD = ActorDiedError()
 PROMPTS = [[(number * 37 + place * 11) % 250 for place in range(100 + number)] for number in range(12)]
 
 
@@ -68,6 +74,69 @@ def test_a_wrong_setting_is_named(args: dict[str, Any], message: str) -> None:
 def test_an_engine_that_cannot_hand_over_is_refused_before_it_starts() -> None:
     with pytest.raises(ValueError, match="--kv-transfer-config: not with --enable-lora"):
         app({"prefill_replicas": 1, "enable_lora": True})
+
+
+class Stream:
+    """What a handle gives: pieces, or an exception in the place of one."""
+
+    def __init__(self, pieces: list[Any]) -> None:
+        self.pieces, self.cancelled = iter(pieces), False
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            piece = next(self.pieces)
+        except StopIteration:
+            raise StopAsyncIteration from None
+        if isinstance(piece, Exception):
+            raise piece
+        return piece
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Handle:
+    def __init__(self, stream: Stream) -> None:
+        self.stream, self.calls = stream, []
+
+    def options(self, **_: Any) -> Handle:
+        return self
+
+    def remote(self, call: Any, keys: list[bytes]) -> Stream:
+        self.calls.append(call)
+        return self.stream
+
+
+def test_a_call_reaches_a_replica_and_whoever_closes_the_answer_cancels_it() -> None:
+    """Each phase has a body of its own, so the client's length is not passed on."""
+    handle = Handle(Stream([(200, [(b"a", b"b")]), b"one", b"two"]))
+    sender = HandleSender({"decode-0": handle})
+    call = Call("POST", "/v1/completions?x=y", [(b"Content-Length", b"99"), (b"accept", b"*")], b"{}")
+
+    async def run() -> None:
+        reply = await sender("decode-0", call)
+        assert (reply.status, reply.headers) == (200, [(b"a", b"b")])
+        assert [piece async for piece in reply.pieces] == [b"one", b"two"]
+        await reply.close()
+
+    asyncio.run(run())
+    (sent,) = handle.calls
+    assert (sent.path, sent.query, sent.headers, sent.body) == ("/v1/completions", b"x=y", [(b"accept", b"*")], b"{}")
+    assert handle.stream.cancelled
+
+
+@pytest.mark.parametrize("pieces", [[DEAD], [(200, []), b"one", DEAD]], ids=["at once", "within an answer"])
+def test_a_replica_that_dies_is_gone(pieces: list[Any]) -> None:
+    async def run() -> None:
+        reply = await HandleSender({"decode-0": Handle(Stream(pieces))})("decode-0", Call("GET", "/", [], b""))
+        async for _ in reply.pieces:
+            pass
+
+    with pytest.raises(GoneError):
+        asyncio.run(run())
 
 
 class Service:
