@@ -60,7 +60,7 @@ struct QuantizedHead {
 template <typename T>
 inline void dequantize(const int8_t* vectors, const uint16_t* scales, int64_t offset, int64_t dim, T* to) {
     const Floats scale = broadcast(half_to_float(scales[offset / dim]));
-    for (int64_t i = 0; i < dim; i += LANES) store(to + i, __builtin_convertvector(load_as<SignedBytes>(vectors + offset + i), Floats) * scale);
+    for (int64_t i = 0; i < dim; i += LANES) store(to + i, __builtin_convertvector(to_ints(load_as<SignedBytes>(vectors + offset + i)), Floats) * scale);
 }
 
 // Store one vector of int8 numbers and its scale: the largest magnitude / 127, rounded up, so that nothing exceeds 127.
@@ -75,7 +75,7 @@ inline void quantize(const T* vector, int64_t dim, int8_t* to, uint16_t* scale) 
     const float step = half_to_float(*scale), inverse = step > 0 ? 1.0f / step : 0.0f;
     for (int64_t i = 0; i < dim; i += LANES) {
         const Floats rounded = load(vector + i) * inverse + 12582912.0f;  // 1.5 * 2^23 leaves the integer in the low bits
-        store_as(to + i, __builtin_convertvector((Ints)rounded, SignedBytes));
+        store_as(to + i, to_bytes<SignedBytes>((Ints)rounded));
     }
 }
 

@@ -70,6 +70,11 @@ inline void store_as(T* to, V v) {
     std::memcpy(to, &v, sizeof(V));
 }
 
+// Between bytes and integers by way of 16 bits: g++ 12 would take the lanes one by one.
+inline Ints to_ints(SignedBytes v) { return __builtin_convertvector(__builtin_convertvector(v, Shorts), Ints); }
+template <typename V>
+inline V to_bytes(Ints v) { return __builtin_convertvector(__builtin_convertvector(v, Shorts), V); }
+
 inline Floats load(const float* p) { return load_as<Floats>(p); }
 inline Floats load(const bf16* p) { return (Floats)(__builtin_convertvector(load_as<Halves>(p), Bits) << 16); }
 inline void store(float* p, Floats v) { store_as(p, v); }

@@ -11,8 +11,8 @@ namespace {
 
 constexpr int64_t ROWS = 4;  // of a share, when activations are brought into another form
 
-[[maybe_unused]] inline void store_operands(uint8_t* to, Ints bytes) { store_as(to, __builtin_convertvector(bytes, Bytes)); }
-[[maybe_unused]] inline void store_operands(int8_t* to, Ints bytes) { store_as(to, __builtin_convertvector(bytes, SignedBytes)); }
+[[maybe_unused]] inline void store_operands(uint8_t* to, Ints bytes) { store_as(to, to_bytes<Bytes>(bytes)); }
+[[maybe_unused]] inline void store_operands(int8_t* to, Ints bytes) { store_as(to, to_bytes<SignedBytes>(bytes)); }
 [[maybe_unused]] inline void store_operands(int16_t* to, Ints bytes) {
     store_as(to, shuffle(__builtin_convertvector(bytes, Shorts), [](int i) { return (i & ~3) | (i & 1) << 1 | (i & 2) >> 1; }));
 }
