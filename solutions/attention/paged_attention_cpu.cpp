@@ -8,8 +8,7 @@
 //
 // Decoding is bound by memory, and a block table leads to blocks that no processor can guess: while 64 keys are computed with, the
 // next 64 are fetched, across the end of an item into the next one, which is most often the same thread's.
-#include "attention/paged_decode_cpu.h"
-#include "attention/paged_prefill_cpu.h"
+#include "attention/paged_ordered_cpu.h"
 #include "core/platform/shares.h"
 
 using namespace native;
@@ -80,15 +79,15 @@ void finish(const Work<T>& work, T* output) {
 struct Units {
     const Step& step;
     int64_t group, count;
-    bool joined;
+    bool joined, has_few;
 
-    explicit Units(const Step& step) :
+    Units(const Step& step, bool has_few) :
         step(step), group(step.num_heads / step.num_kv_heads), count(step.num_items * step.num_kv_heads),
-        joined(step.num_items >= 4 * threads()) {}
+        joined(step.num_items >= 4 * threads()), has_few(has_few) {}
 
     const Item& item(int64_t unit) const { return step.items[unit / step.num_kv_heads]; }
     int64_t kv_head(int64_t unit) const { return unit % step.num_kv_heads; }
-    bool is_few(int64_t unit) const { return !step.tiles_only && item(unit).queries * group < MANY_ROWS; }
+    bool is_few(int64_t unit) const { return has_few && item(unit).queries * group < MANY_ROWS; }
     int64_t heads(int64_t unit) const { return joined && is_few(unit) ? step.num_kv_heads : 1; }
     // The later heads of a joined item belong to its first.
     bool is_empty(int64_t unit) const { return heads(unit) > 1 && kv_head(unit) > 0; }
@@ -99,14 +98,18 @@ void attend_unit(const Units& units, int64_t unit, const T* query, int64_t ldq, 
     const Step& step = units.step;
     const Item& item = units.item(unit);
     const int64_t dim = step.head_dim, heads = units.heads(unit), upcoming = unit + heads, rows = item.queries * units.group;
-    const int64_t for_columns = units.is_few(unit) ? 0 : (rows + PANEL) * 2 * dim + KEYS * (2 * dim + 2 * PANEL);
+    const int64_t for_tiles = units.is_few(unit) && !step.invariant ? 0 : (rows + PANEL) * 2 * dim + KEYS * (3 * dim + 2 * PANEL);
     const int64_t for_chunk = cache.scales ? 2 * KEYS * dim : 0;
-    arena.reset(heads * (rows * (KEYS + 2 * dim + 2) + for_chunk + 144) + for_columns + 512);
+    arena.reset(heads * (rows * (KEYS + 2 * dim + 2) + for_chunk + 144) + for_tiles + 512);
     if (units.is_few(unit)) {
         static thread_local std::vector<Work<T>> works;
         works.clear();
         for (int64_t h = 0; h < heads; ++h) works.push_back(prepare(step, item, units.kv_head(unit) + h, query, ldq, cache, arena));
-        few_rows(works.data(), heads, upcoming < units.count ? &units.item(upcoming) : nullptr);
+        const Item* next = upcoming < units.count ? &units.item(upcoming) : nullptr;
+        if (step.invariant)
+            few_rows(works.data(), heads, next, InOrder<Operand<T>>(arena, dim));
+        else
+            few_rows(works.data(), heads, next, InAnyOrder());
         for (const Work<T>& work : works) finish(work, output);
     } else {
         const Work<T> work = prepare(step, item, units.kv_head(unit), query, ldq, cache, arena);
@@ -161,7 +164,7 @@ void attend(const Attend& a) {
     const Cache<T> cache{static_cast<T*>(a.cache), static_cast<int8_t*>(a.cache), static_cast<uint16_t*>(a.scales),
                          step.num_blocks * step.block_size * kv_heads};
     T* output = static_cast<T*>(a.output);
-    const Units units(step);
+    const Units units(step, HAS_ORDER<T> || !step.invariant);
     // All keys and values of the step are written before any is read: a sequence may read blocks that another one fills.
     parallel_for(a.m, 16, [&](int64_t t) {
         for (int64_t h = 0; h < kv_heads; ++h)

@@ -29,7 +29,7 @@ class _Step(ctypes.Structure):
         [(name, ctypes.c_void_p) for name in ("slot_mapping", "block_tables", "items", "merges", "partials")]
         + [(name, ctypes.c_int64) for name in ("table_stride", "num_items", "num_merges")]
         + [(name, ctypes.c_int64) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "num_blocks")]
-        + [(name, ctypes.c_int64) for name in ("window", "tiles_only")]
+        + [(name, ctypes.c_int64) for name in ("window", "invariant")]
         + [(name, ctypes.c_float) for name in ("scale", "soft_cap")]
     )
 
@@ -120,7 +120,7 @@ class CpuBackend(AttentionBackend):
             slot_mapping=metadata.slot_mapping.data_ptr(), block_tables=tables.data_ptr(), items=items.ctypes.data,
             merges=merges.ctypes.data, table_stride=tables.stride(0), num_items=len(items),
             num_merges=len(merges), num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, num_blocks=num_blocks,
-            window=sliding_window or 0, tiles_only=self.batch_invariant,
+            window=sliding_window or 0, invariant=self.batch_invariant,
         )  # fmt: skip
         arrays = [items, merges, metadata.slot_mapping, tables]
         return Plan(step, ctypes.addressof(step), sliding_window, num_partials, arrays)

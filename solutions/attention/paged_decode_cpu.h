@@ -172,9 +172,29 @@ void attend_rows(const Work<T>& work, int64_t row, int64_t first, int64_t count,
 
 constexpr int MOST_ROWS = REGISTERS == 32 ? 4 : 3;  // that share the loads of keys and values: 4 registers each
 
+// Call body(number, row) for rows from 0 on, as many at a time as the number, a constant, says.
+template <typename Body>
+void for_rows(int64_t rows, const Body& body) {
+    int64_t row = 0;
+    for (; row + MOST_ROWS <= rows; row += MOST_ROWS) body(std::integral_constant<int, MOST_ROWS>{}, row);
+    switch (rows - row) {
+        case 3: body(std::integral_constant<int, 3>{}, row); break;
+        case 2: body(std::integral_constant<int, 2>{}, row); break;
+        case 1: body(std::integral_constant<int, 1>{}, row); break;
+    }
+}
+
+// All rows of one head with up to KEYS keys, in the order that is fastest.
+struct InAnyOrder {
+    template <typename T>
+    void operator()(const Work<T>& work, int64_t first, int64_t count, const int64_t* offsets, const int64_t* ahead) const {
+        for_rows(work.rows, [&](auto m, int64_t row) { attend_rows<m>(work, row, first, count, offsets, ahead); });
+    }
+};
+
 // All heads of an item; `upcoming` is the item that comes after it, or null.
-template <typename T>
-void few_rows(const Work<T>* heads, int64_t num_heads, const Item* upcoming) {
+template <typename T, typename Attend>
+void few_rows(const Work<T>* heads, int64_t num_heads, const Item* upcoming, const Attend& attend) {
     const Step& step = heads->step;
     const Item& item = heads->item;
     int64_t offsets[KEYS], ahead[KEYS], in_chunk[KEYS];
@@ -194,13 +214,7 @@ void few_rows(const Work<T>* heads, int64_t num_heads, const Item* upcoming) {
                 work->load_chunk(count, offsets, ahead);
                 at = next = in_chunk;
             }
-            int64_t row = 0;
-            for (; row + MOST_ROWS <= work->rows; row += MOST_ROWS) attend_rows<MOST_ROWS>(*work, row, first, count, at, next);
-            switch (work->rows - row) {
-                case 3: attend_rows<3>(*work, row, first, count, at, next); break;
-                case 2: attend_rows<2>(*work, row, first, count, at, next); break;
-                case 1: attend_rows<1>(*work, row, first, count, at, next); break;
-            }
+            attend(*work, first, count, at, next);
         }
         std::copy(ahead, ahead + KEYS, offsets);
         count = next_count;

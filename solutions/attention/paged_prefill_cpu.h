@@ -13,14 +13,30 @@ constexpr int64_t MANY_ROWS = 8;                       // of an item, from which
 template <typename C>                                  // rows of a tile: of 64 keys and of any head's size a divisor
 constexpr int TILE_KEYS = std::is_same_v<C, bf16> && WIDE_TILE_ROWS == 16 ? 16 : REGISTERS == 32 ? 8 : 4;
 
-// LANES rows of a matrix as columns of a panel.
-template <typename T>
-void pack_columns(const T* rows, int64_t count, int64_t dim, T* panel, int64_t column) {
-    constexpr int64_t WORD = 4 / sizeof(T);  // a float, or two bfloat16s
+// Words of a panel's operand: so many numbers of a row as a word holds, floats or pairs of bfloat16s.
+template <typename C, typename T>
+inline Bits load_words(const T* from) {
+    if constexpr (std::is_same_v<C, T>)
+        return load_as<Bits>(from);
+    else
+        return (Bits)load(from);
+}
+
+// LANES rows of `dim` numbers, of which row(i) is one, as columns of a panel.
+template <typename C, typename Row>
+void pack_columns(int64_t count, int64_t dim, C* panel, int64_t column, const Row& row) {
+    constexpr int64_t WORD = 4 / sizeof(C);
     for (int64_t d = 0; d < dim; d += LANES * WORD) {
-        Bits block[LANES] = {};
+        Bits block[LANES];
         const int64_t words = std::min<int64_t>(LANES, (dim - d) / WORD);
-        for (int i = 0; i < count; ++i) std::memcpy(&block[i], rows + i * dim + d, words * 4);
+        for (int i = 0; i < LANES; ++i) {
+            if (i >= count)
+                block[i] = Bits{};
+            else if (words == LANES)
+                block[i] = load_words<C>(row(i) + d);
+            else  // half a register of pairs is left
+                std::memcpy(&block[i], row(i) + d, 2 * LANES);
+        }
         transpose(block);
         for (int64_t w = 0; w < words; ++w) store_as(panel + (d + w * WORD) * PANEL + column * WORD, block[w]);
     }
@@ -34,7 +50,7 @@ inline Bits paired(const bf16* even, const bf16* odd) {
 // A chunk's values, which lie at `offsets`: floats one behind the other, [KEYS, D], bfloat16s in pairs, [KEYS / 2, D, 2]. And what
 // they add to rows d to d + M of the result: values · weights.
 template <typename T>
-void pack_values(const T* from, const int64_t (&offsets)[KEYS], int64_t dim, float* to) {
+void pack_values(const T* from, const int64_t* offsets, int64_t dim, float* to) {
     for (int64_t i = 0; i < KEYS; ++i) widen(from + offsets[i], dim, to + i * dim);
 }
 template <int M>
@@ -42,7 +58,7 @@ void add_values(const float* values, const float* weights, int64_t d, int64_t di
     tile<M>(values + d, 1, weights, PANEL, count, c, {}, dim);
 }
 #ifdef HAS_AMX  // which reads rows: [D, KEYS]
-inline void pack_values(const bf16* from, const int64_t (&offsets)[KEYS], int64_t dim, bf16* to) {
+inline void pack_values(const bf16* from, const int64_t* offsets, int64_t dim, bf16* to) {
     for (int64_t k = 0; k < KEYS; k += 2 * LANES) {
         for (int64_t d = 0; d < dim; d += LANES) {
             Bits block[LANES];
@@ -57,7 +73,7 @@ void add_values(const bf16* values, const bf16* weights, int64_t d, int64_t, int
     tile<M>(values + d * KEYS, KEYS, weights, PANEL, count, c);
 }
 #else
-inline void pack_values(const bf16* from, const int64_t (&offsets)[KEYS], int64_t dim, bf16* to) {
+inline void pack_values(const bf16* from, const int64_t* offsets, int64_t dim, bf16* to) {
     for (int64_t i = 0; i < KEYS; i += 2)
         for (int64_t d = 0; d < dim; d += LANES) store_as(to + i * dim + 2 * d, paired(from + offsets[i] + d, from + offsets[i + 1] + d));
 }
@@ -91,6 +107,14 @@ struct Chunk {
     C *keys, *values, *weights;
     float* scores;
 };
+
+template <typename C>
+Chunk<C> take_chunk(Arena& arena, int64_t dim) {
+    return {arena.take<C>(KEYS * dim), arena.take<C>(KEYS * dim), arena.take<C>(KEYS * PANEL), arena.take<float>(KEYS * PANEL)};
+}
+
+// A sum that was made relative to another maximum, and what is added to it.
+inline Floats rescaled(Floats sum, Floats factor, Floats added) { return sum * factor + added; }
 
 template <typename T, typename C>
 void attend_columns(const Work<T>& work, Columns<C>& columns, int64_t first, const Chunk<C>& chunk) {
@@ -129,7 +153,7 @@ void attend_columns(const Work<T>& work, Columns<C>& columns, int64_t first, con
             pack_weights(even, odd, chunk.weights + k * PANEL + h * LANES * WORD);
         }
         columns.top[h] = best;
-        columns.sum[h] = columns.sum[h] * factor[h] + total;
+        columns.sum[h] = rescaled(columns.sum[h], factor[h], total);
     }
     for (int64_t d = 0; d < dim; d += M) {
         Floats c[M][2];
@@ -170,7 +194,7 @@ void many_rows(const Work<T>& work, Arena& arena) {
         std::fill(columns.out, columns.out + dim * PANEL, 0.0f);
         for (int h = 0; h < 2; ++h) {
             const int64_t row = p * PANEL + h * LANES, n = std::clamp<int64_t>(work.rows - row, 0, LANES);
-            pack_columns(work.q + row * dim, n, dim, columns.queries, h * LANES);
+            pack_columns(n, dim, columns.queries, h * LANES, [&](int i) { return work.q + (row + i) * dim; });
             columns.top[h] = broadcast(MINUS_INFINITY);
             columns.sum[h] = Floats{};
             for (int i = 0; i < LANES; ++i) {
@@ -180,7 +204,7 @@ void many_rows(const Work<T>& work, Arena& arena) {
             }
         }
     }
-    const Chunk<C> chunk{arena.take<C>(KEYS * dim), arena.take<C>(KEYS * dim), arena.take<C>(KEYS * PANEL), arena.take<float>(KEYS * PANEL)};
+    const Chunk<C> chunk = take_chunk<C>(arena, dim);
     int64_t offsets[KEYS];
     for (int64_t first = work.item.left; first < work.item.right; first += KEYS) {
         const int64_t count = find(work.step, work.item, first, offsets);

@@ -36,7 +36,7 @@ struct Step {
     int64_t table_stride, num_items, num_merges;
     int64_t num_heads, num_kv_heads, head_dim, block_size, num_blocks;
     int64_t window;      // 0: none
-    int64_t tiles_only;  // 1: few rows too go through the register tiles, so that a row is computed the same way in any batch
+    int64_t invariant;  // 1: few rows too are summed in the order of many, so that a row's result is the same in any batch
     float scale, soft_cap;  // of scores; a cap of 0: none
 };
 

@@ -46,6 +46,7 @@ HEADERS = (
     "attention/paged_work_cpu.h",
     "attention/paged_decode_cpu.h",
     "attention/paged_prefill_cpu.h",
+    "attention/paged_ordered_cpu.h",
     "quantization/kernels/linear_cpu.h",
     "quantization/kernels/linear_groups_cpu.h",
 )
