@@ -72,11 +72,13 @@ struct InOrder {
     template <typename T>
     void operator()(const Work<T>& work, int64_t first, int64_t count, const int64_t* offsets, const int64_t* ahead) const {
         const int64_t dim = work.dim;
-        for (int64_t k = 0; k < count; k += LANES)
-            pack_columns(LANES, dim, chunk.keys + k / PANEL * PANEL * dim, k % PANEL, [&](int i) { return work.keys + offsets[k + i]; });
-        for (int64_t i = 0; i < KEYS; ++i) {
-            fetch_row(work.keys + ahead[i], dim);
-            fetch_row(work.values + ahead[i], dim);
+        for (int64_t k = 0; k < KEYS; k += LANES) {
+            for (int64_t i = k; i < k + LANES; ++i) {
+                fetch_row(work.keys + ahead[i], dim);
+                fetch_row(work.values + ahead[i], dim);
+            }
+            if (k < count)
+                pack_columns(LANES, dim, chunk.keys + k / PANEL * PANEL * dim, k % PANEL, [&](int i) { return work.keys + offsets[k + i]; });
         }
         pack_values(work.values, offsets, dim, chunk.values);
         for_rows(work.rows, [&](auto m, int64_t row) { attend_in_order<m>(work, row, first, count, chunk); });

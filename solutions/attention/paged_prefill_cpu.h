@@ -74,8 +74,17 @@ void add_values(const bf16* values, const bf16* weights, int64_t d, int64_t, int
 }
 #else
 inline void pack_values(const bf16* from, const int64_t* offsets, int64_t dim, bf16* to) {
-    for (int64_t i = 0; i < KEYS; i += 2)
-        for (int64_t d = 0; d < dim; d += LANES) store_as(to + i * dim + 2 * d, paired(from + offsets[i] + d, from + offsets[i + 1] + d));
+    for (int64_t i = 0; i < KEYS; i += 2) {
+        const bf16 *even = from + offsets[i], *odd = from + offsets[i + 1];
+        bf16* pairs = to + i * dim;
+        int64_t d = 0;
+        for (; d + 2 * LANES <= dim; d += 2 * LANES) {
+            const Words a = load_as<Words>(even + d), b = load_as<Words>(odd + d);
+            store_as(pairs + 2 * d, shuffle(a, b, [](int i) { return i / 2 + i % 2 * 2 * LANES; }));
+            store_as(pairs + 2 * d + 2 * LANES, shuffle(a, b, [](int i) { return LANES + i / 2 + i % 2 * 2 * LANES; }));
+        }
+        for (; d < dim; d += LANES) store_as(pairs + 2 * d, paired(even + d, odd + d));
+    }
 }
 template <int M>
 void add_values(const bf16* values, const bf16* weights, int64_t d, int64_t dim, int64_t count, Floats (&c)[M][2]) {

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
+from solutions.attention.paged_attention_cpu import CpuBackend
 from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
+from solutions.core.platform import native
 from solutions.core.sampling.sampler import Sampler
+from solutions.tests.attention_cases import make_case, quantize_int8
 from solutions.tests.tiny_models import make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
 
 PARAMS = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
@@ -42,6 +46,35 @@ def logits_of(llm: LLM, prompts: list[dict], monkeypatch) -> dict[tuple[int, int
     llm.generate(prompts, PARAMS, use_tqdm=False)
     monkeypatch.setattr(Sampler, "__call__", original)
     return seen
+
+
+@pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler here, so there are no kernels to test")
+@pytest.mark.parametrize("int8", [False, True], ids=["", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "dim"), [((2, 2), 16), ((9, 3), 64), ((4, 1), 80), ((5, 1), 96), ((14, 2), 128)])
+def test_few_rows_equal_the_same_rows_among_many(heads, dim, dtype, int8):
+    rng, backend = torch.Generator().manual_seed(dim), CpuBackend(batch_invariant=True)
+    for length, cap in itertools.product((16, 63, 64, 65, 128, 200), (None, 3.0)):
+        q = torch.randn(length, heads[0], dim, generator=rng)
+        k, v = torch.randn(2, length, heads[1], dim, generator=rng)
+
+        def attend(count: int, cache: dict, contents=(q, k, v), length=length, cap=cap) -> torch.Tensor:
+            """What a step says of the last `count` queries, the earlier tokens being in the cache."""
+            q, k, v = contents
+            shape = {"heads": heads, "head_dim": dim, "dtype": dtype}
+            case = make_case([count], [length], contents=[(q[-count:], k, v)], **shape)
+            metadata = case.metadata(backend)
+            if not cache:
+                quantized, scales = quantize_int8(case.kv_cache)
+                cache |= {"kv_caches": [quantized], "kv_scales": [scales]} if int8 else {"kv_caches": metadata.kv_caches}
+            metadata = dataclasses.replace(metadata, **cache)
+            metadata.plan = backend.plan(metadata, None)
+            return backend.attend(0, case.query, case.key, case.value, metadata, case.scale, None, cap).clone()
+
+        cache: dict = {}
+        many = attend(length, cache)  # which fills the cache
+        for few in range(1, max(2, 8 * heads[1] // heads[0])):
+            assert torch.equal(attend(few, cache), many[-few:]), (length, cap, few)
 
 
 @pytest.mark.slow
