@@ -32,6 +32,8 @@ MODEL = "smollm2-135m"
 SETTINGS = {"model": MODEL, "max_model_len": 128, "max_num_seqs": 8, "dtype": "float32", "kv_cache_memory_bytes": 64 << 20}
 TEXT = "one two three four one two three four one two three"
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
+GARBAGE = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=1, allowed_token_ids=[175])
+"""Of the default model's vocabulary token 175 is the byte E4, with which a character begins and never ends."""
 KERNELS = {module.__file__ for module in (paged_kernels_triton, w4a16_triton)}
 """Files whose kernels Triton's interpreter compiles from their text, so that `sitecustomize` does not see them."""
 
@@ -46,7 +48,8 @@ def answer(prompts: list[Any], params: SamplingParams | list[SamplingParams], **
 def engines() -> None:
     """The default model with the settings of each stage."""
     form = StructuredOutput("regex", "a|b")
-    several = [GREEDY, SamplingParams(n=2, seed=1, max_tokens=6), SamplingParams(structured_output=form, max_tokens=6)]
+    sampled = [SamplingParams(n=2, seed=1, max_tokens=6), SamplingParams(structured_output=form, max_tokens=6)]
+    several = [GREEDY, GARBAGE, *sampled]
     for stage in load_course():
         if stage.settings:
             answer([TEXT] * len(several), several, **stage.settings)
