@@ -34,6 +34,7 @@ TEXT = "one two three four one two three four one two three"
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
 GARBAGE = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=1, allowed_token_ids=[175])
 """Of the default model's vocabulary token 175 is the byte E4, with which a character begins and never ends."""
+CHOOSY = SamplingParams(max_tokens=6, top_p=0.9, frequency_penalty=0.5, min_tokens=2)
 KERNELS = {module.__file__ for module in (paged_kernels_triton, w4a16_triton)}
 """Files whose kernels Triton's interpreter compiles from their text, so that `sitecustomize` does not see them."""
 
@@ -49,7 +50,7 @@ def engines() -> None:
     """The default model with the settings of each stage."""
     form = StructuredOutput("regex", "a|b")
     sampled = [SamplingParams(n=2, seed=1, max_tokens=6), SamplingParams(structured_output=form, max_tokens=6)]
-    several = [GREEDY, GARBAGE, *sampled]
+    several = [GREEDY, GARBAGE, CHOOSY, *sampled]
     for stage in load_course():
         if stage.settings:
             answer([TEXT] * len(several), several, **stage.settings)
