@@ -86,7 +86,7 @@ class LatentBackend(TorchBackend):
         return super().attend(layer, query, key, value, metadata, scale, sliding_window, soft_cap)
 
     def vectors(self, layer: int, metadata: AttentionMetadata, slots: Tensor) -> Tensor:
-        """What is cached in these slots [L]: [L, 2·D]."""
+        """What is cached of a layer in these slots [L], in their order: [L, 2·D], the half that lies with the keys first."""
         first, second = metadata.kv_caches[layer].flatten(1, 3)  # [num_slots, D] each
         return torch.cat((first[slots], second[slots]), dim=-1)
 
@@ -110,7 +110,11 @@ class LatentBackend(TorchBackend):
 
 
 def _prompt(metadata: AttentionMetadata, seq: int, first: int, end: int, context: int) -> Prompt:
-    """Where a sequence's context lies, and what each of its tokens first..end−1 of the step may see of it."""
+    """Where a sequence's context lies, and what each of its tokens first..end−1 of the step may see of it.
+
+    They are the last of its `context` tokens. Each sees all before it, whichever step computed them, and itself. Of the
+    sequence's row of the block tables nothing counts behind its context.
+    """
     device, block_size = metadata.block_tables.device, metadata.kv_caches[0].shape[2]
     positions = torch.arange(context, device=device)
     slots = metadata.block_tables[seq].long()[positions // block_size] * block_size + positions % block_size

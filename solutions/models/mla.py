@@ -102,6 +102,12 @@ class LatentAttention(LlamaAttention):
     def attend(self, still: Tensor, turned: Tensor, vectors: Tensor, metadata: AttentionMetadata) -> Tensor:
         """Write this step's vectors and attend, each sequence the way that the step's plan says.
 
+        The backend's `attend` is called once: it writes all tokens' vectors, whichever way they go, and for the tokens of
+        `plan.absorbed` it sums whole vectors of their context, weighted by the softmax of query · vector · `scale`. The query
+        is a head's matrix for keys (of `kv_b_proj.matrices` the first `still` rows) applied to `still` from the other side, and
+        `turned` behind it. The matrix for values (the other rows) is applied to the latent of the sum. `plan.prompts` go by
+        `attend_plainly`, each over all vectors of its context, this step's among them.
+
         Args:
             still, turned: [T, H, still] and [T, H, turning], the parts of the queries. vectors: [T, rank + turning].
 
@@ -124,7 +130,11 @@ class LatentAttention(LlamaAttention):
         return out
 
     def attend_plainly(self, query: Tensor, vectors: Tensor, prompt: Prompt) -> Tensor:
-        """Attention of a prompt over the keys and values that its vectors stand for.
+        """Attention of a prompt over the keys and values that its vectors stand for, each token over those that it may see.
+
+        `kv_b_proj` makes of latents, for one head behind the other, its key (`still` elements) and its value. Behind the key
+        comes the vector's turning part, the same for all heads. Scores are query · key · `scale`. Values may be narrower than
+        keys, or wider.
 
         Args:
             query: [Q, H, still + turning]. vectors: [L, rank + turning].

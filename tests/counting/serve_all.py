@@ -32,6 +32,9 @@ MODEL = "smollm2-135m"
 SETTINGS = {"model": MODEL, "max_model_len": 128, "max_num_seqs": 8, "dtype": "float32", "kv_cache_memory_bytes": 64 << 20}
 TEXT = "one two three four one two three four one two three"
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
+GARBAGE = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=1, allowed_token_ids=[175])
+"""Of the default model's vocabulary token 175 is the byte E4, with which a character begins and never ends."""
+CHOOSY = SamplingParams(max_tokens=6, top_p=0.9, frequency_penalty=0.5, min_tokens=2)
 KERNELS = {module.__file__ for module in (paged_kernels_triton, w4a16_triton)}
 """Files whose kernels Triton's interpreter compiles from their text, so that `sitecustomize` does not see them."""
 
@@ -46,7 +49,8 @@ def answer(prompts: list[Any], params: SamplingParams | list[SamplingParams], **
 def engines() -> None:
     """The default model with the settings of each stage."""
     form = StructuredOutput("regex", "a|b")
-    several = [GREEDY, SamplingParams(n=2, seed=1, max_tokens=6), SamplingParams(structured_output=form, max_tokens=6)]
+    sampled = [SamplingParams(n=2, seed=1, max_tokens=6), SamplingParams(structured_output=form, max_tokens=6)]
+    several = [GREEDY, GARBAGE, CHOOSY, *sampled]
     for stage in load_course():
         if stage.settings:
             answer([TEXT] * len(several), several, **stage.settings)
@@ -73,6 +77,9 @@ def small_models(folder: Path) -> None:
         answer(crowd[:1], long, model=tiny, kv_offload=str(folder / "kv"))
     make_tiny("mixtral", folder / "experts")
     answer(crowd[:1], long, model=str(folder / "experts"), enable_cpu_kernels=False)
+    make_tiny("deepseek_v2", folder / "latents")
+    plain = {"prompt_token_ids": [1, 2] * 90}  # long enough to make its keys and values of the latents
+    answer([crowd[0], plain], long, model=str(folder / "latents"), max_model_len=256)
     make_tiny("gemma3_text", folder / "windows")
     answer(crowd[:2], long, model=str(folder / "windows"))
     transfer = {"kv_connector": "tcp", "kv_role": "kv_producer", "kv_addresses": ["127.0.0.1:0"]}

@@ -59,7 +59,11 @@ class TokenCounts:
         self._seen = 0
 
     def update(self) -> None:
-        """Count the tokens that came since the last call."""
+        """Count the tokens that came since the last call, prompt and output, and no token twice.
+
+        `token_ids` gets each token once, in the order in which they first came; `counts` has beside it how often it is in the
+        output. The work grows with the tokens that came, not with the sequence.
+        """
         tokens = self.sequence.tokens
         for position in range(self._seen, len(tokens)):
             place = self._place.setdefault(tokens[position], len(self.token_ids))
@@ -130,7 +134,7 @@ class LogitsProcessors:
             kept = flat[self._allowed]
             logits.index_fill_(0, self._allowed_rows, -math.inf)
             flat[self._allowed] = kept
-        if banned := list(self._banned()):
+        if (self._bad_words or self._min_tokens) and (banned := list(self._banned())):
             index = to_device(banned, torch.int64, self._device)
             flat[index] = flat[index].clamp(max=BANNED)
         if len(self._biased):
@@ -139,7 +143,15 @@ class LogitsProcessors:
             self._penalise(flat)
 
     def _banned(self) -> Iterator[int]:
-        """Flat indices of the tokens that may not come next."""
+        """Flat indices, row · W + token, of the tokens that may not come next.
+
+        - The last token of a bad word (a list of tokens), where the output ends with all of the word before it. What the
+          prompt ends with is no part of a word. Before a word of one token nothing has to stand.
+        - While the output has fewer than `min_tokens` tokens: end-of-sequence tokens, also of a request that ignores them, and
+          its stop tokens.
+
+        `_bad_words` and `_min_tokens` list (row, sequence) of those that ask for it. An index may come more than once.
+        """
         for row, seq in self._bad_words:
             for word in seq.params.bad_words_token_ids:
                 head = word[:-1]
@@ -152,7 +164,21 @@ class LogitsProcessors:
                 yield from (row * self._width + token for token in (*seq.eos_token_ids, *seq.params.stop_token_ids))
 
     def _penalise(self, flat: Tensor) -> None:
-        """The penalties, on no logits but those of tokens that a sequence has."""
+        """The penalties, in place, on no logits but those of tokens that a sequence has, whose counts come first.
+        In this order, on each token of prompt and output:
+
+        - repetition (Keskar et al., "CTRL", 2019, §4.1): a logit above 0 is divided by it, any other is multiplied;
+        - frequency: subtracted as often as the token is in the output;
+        - presence: subtracted once if it is there at all.
+
+        -inf stays -inf. Any other logit stays finite: what repetition makes of it is kept between `BANNED` and -`BANNED`.
+
+        Entry n of `_penalised_rows`, of `_counts` and of each of the three arrays in `_penalties` (repetition, frequency,
+        presence) is one sequence's.
+
+        Args:
+            flat: [N · W] the logits, row behind row.
+        """
         all_counts = self._counts.values()
         for counts in all_counts:
             counts.update()

@@ -161,7 +161,15 @@ class Filters:
         """Cutoffs [R] from the K largest logits of each row, `values` [R, K] in descending order, and whether each is
         certain [R]: every logit that is kept is among them.
 
-        `mass` [R] is the sum of ``exp(logit - largest)`` over the whole row; needed when K < `width` and `need_mass`.
+        Min-p and top-k together have a bound, -inf where both are off, and top-p takes its share of what is not below it: the
+        cutoff is the logit at which the mass from the largest down reaches `top_p` of that. Where top-p is off, it is the
+        bound. With K < `width` there are logits that nobody has seen, which are at most the last of `values`. So a cutoff is
+        certain above that one, if what top-p takes its share of is known: the bound itself is above it, or there is none and
+        `mass` is it. With K = `width` each is. A row whose largest logit is not finite counts as certain, as nothing helps it.
+
+        Args:
+            width: W, logits of a whole row.
+            mass: [R] the sum of ``exp(logit - largest)`` over the whole row; None if no row needs it (`need_mass`).
         """
         size = values.shape[1]
         first, last = values[:, :1], values[:, -1:]
@@ -172,7 +180,7 @@ class Filters:
         complete = (lower > last) | (size == width)  # min-p and top-k end within the candidates
         total = sums[:, -1:] if mass is None else torch.where(complete, sums[:, -1:], mass[:, None])
         place = (sums < top_p * total).sum(1, keepdim=True).clamp(max=size - 1)
-        cutoff = torch.where(top_p < 1.0, values.gather(1, place).maximum(lower), lower)
+        cutoff = torch.where(top_p < 1.0, values.gather(1, place), lower)
         known = complete | ((top_k >= width) & (lower == -math.inf))  # or they are off, and `mass` is the total
         certain = known & ((cutoff > last) | (size == width)) | ~first.isfinite()  # nothing helps a row of NaN
         return cutoff.squeeze(1), certain.squeeze(1)

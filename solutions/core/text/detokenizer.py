@@ -1,5 +1,4 @@
-"""Token ids turned into text as they come (`Detokenizer`), strings that end a text (`StopStrings`), and both at work on
-a sequence (`TextReader`).
+"""Token ids turned into text as they come (`Detokenizer`), and strings that end a text (`StopStrings`).
 
 A token is not a string: a byte-level token may hold a third of a character, and a SentencePiece token begins with a
 space or not depending on what came before. So text comes out in pieces that end on a whole character, and the text of a
@@ -8,22 +7,15 @@ sequence is by definition the concatenation of these pieces. Streamed or not, a 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
-
-if TYPE_CHECKING:
-    from ...batching.sequence import Sequence
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What decoding gives for bytes that are no character, or not yet one."""
 CONTEXT_SIZES = (8, 64)
 """Tokens of context that are tried before all of them; almost always the first will do."""
-MAX_MARK = 256
-"""Characters from the end of a text within which `stop_until` is looked for."""
 MAX_HELD = 16
 """Tokens that may wait for the rest of a character. It has four bytes at most, so this many are no single character."""
 
@@ -113,7 +105,11 @@ class Detokenizer:
         return "".join(pieces)
 
     def would_add(self, candidates: list[int]) -> list[str]:
-        """What `step` would give for each of these tokens in place of the next one; "" for one that ends inside a character."""
+        """What `step` would give for each of these tokens in place of the next one; "" for one that ends inside a character.
+
+        That is what they add behind all text that is out, with the tokens that are held (those from `_settled` to `offset`). A
+        special token adds nothing. It is only a question: nothing is read, and the same may be asked again.
+        """
         held, context = self.tokens[self._settled : self.offset], self._context(self._settled)
         texts = [self._new_text([*held, token], context) if token not in self.special_ids else "" for token in candidates]
         return ["" if text.endswith(REPLACEMENT) else text for text in texts]
@@ -160,7 +156,18 @@ class Detokenizer:
         return self._new_text(self.tokens[start:end], self._context(start)) if end > start else ""
 
     def _new_text(self, new: list[int], context: tuple[list[int], str, str]) -> str:
-        """What `new` tokens add to the text of the `_context` before them."""
+        """What `new` tokens add to the text of the `_context` before them.
+
+        They are decoded behind the context's tokens, as a token's text depends on what stands before it. U+FFFD at the end of
+        the context's text is a character that was not finished. If the new tokens finish it, it is theirs, the whole
+        character; if they do not, it is not theirs, and they add what follows. Text before it is out already, and what is out
+        stays out: where new bytes make U+FFFD of it, as in a vocabulary with byte fallback, they add what they decode to by
+        themselves. Where it was the context's own last bytes that did so, the new tokens add what follows the context's text.
+
+        Args:
+            new: one token or more.
+            context: ids, their text, and the part of the text that will not change, as `_context` gives them.
+        """
         ids, before, stem = context
         whole = self._decode(ids + new)
         if whole.startswith(stem):
@@ -170,7 +177,15 @@ class Detokenizer:
         return self._decode(new)  # the new bytes spoiled text that is already out
 
     def _settle(self, end: int) -> str:
-        """Let go the text of the held tokens before `end` and start a new stream there."""
+        """Let go the text of the held tokens before the one at `end`, and go on there: the next token to read is that one,
+        nothing is held, and a new stream starts.
+
+        Args:
+            end: at most `offset`. Tokens between the two have been read for nothing, and are read again.
+
+        Returns:
+            What they add to the text that is out (`_added`). If that ends inside a character, it ends in U+FFFD.
+        """
         text = self._added(self._settled, end)
         self._settled = self.offset = end
         self._held = 0
@@ -178,7 +193,16 @@ class Detokenizer:
         return text
 
     def _release(self) -> str:
-        """Let go of what cannot be one character, but keep what may be the beginning of one."""
+        """Let go of what cannot be one character, but keep what may be the beginning of one.
+
+        A character has four bytes at most, so the last 3 of the tokens read may be the beginning of one; all before them
+        are garbage. But the cut may not split what decodes as one: it lies as early as possible among these, or
+        behind them, where the two parts, each decoded by itself, give the text of the whole. What is before it is settled.
+        What is behind it is read again, and the stream holds it as before.
+
+        Returns:
+            The text of all that is let go, in order.
+        """
         start, end, tokens = self._settled, self.offset, self.tokens
         whole = self._decode(tokens[start:end])
         cut = end - 3
@@ -231,109 +255,3 @@ class StopStrings:
         """The text held back, when nothing more comes; a second time, or behind a match, there is none."""
         text, self._tail = self._tail, ""
         return text
-
-
-class TextSource(Protocol):
-    """Gives the text of a sequence's tokens, as `Detokenizer` does."""
-
-    def step(self) -> str:
-        """Text that the next token makes sure."""
-        ...
-
-    def finish(self, end: int) -> str:
-        """The rest, up to the token at `end`."""
-        ...
-
-
-class TextReader:
-    """Reads the text of a sequence as its tokens come; the `stop_search` of one that has stop strings.
-
-    The text of the token that ended the sequence (end of sequence or a stop token) is left out, like the stop string,
-    unless `include_stop_str_in_output`. A stop string counts if a token after the first `min_tokens` completes it, and none
-    behind what `stop_until` matches.
-
-    Args:
-        seq: the sequence; `seq.tokens` is read as it grows.
-        tokenizer: None for no text at all.
-        special_ids: tokens without text, from `special_token_ids`.
-
-    Attributes:
-        detokenizer: None for no text.
-        log: reads the tokens in its place where their log-probabilities are wanted.
-    """
-
-    __slots__ = ("_found", "_so_far", "_stops", "_until", "detokenizer", "log", "seq")
-
-    def __init__(self, seq: Sequence, tokenizer: Tokenizer | None, special_ids: frozenset[int]) -> None:
-        params = seq.params
-        self.seq = seq
-        self.detokenizer: Detokenizer | None = None
-        self.log: TextSource | None = None
-        self._stops: StopStrings | None = None
-        self._found = ""  # text that `find` has made and nobody has read yet
-        self._until = None if params.stop_until is None else re.compile(params.stop_until)
-        self._so_far = ""  # all text, where there is something to match
-        if tokenizer is not None and params.detokenize:
-            skipped = special_ids if params.skip_special_tokens else frozenset()
-            self.detokenizer = Detokenizer(tokenizer, seq.tokens, seq.num_prompt_tokens, skipped)
-            if params.stop:
-                self._stops = StopStrings(params.stop, params.include_stop_str_in_output)
-                seq.stop_search = self
-
-    def read(self, ended: bool) -> str:
-        """New text of all tokens not yet read; if the sequence has `ended`, with all that was held back."""
-        detokenizer = self.detokenizer
-        if detokenizer is None:
-            return "" if self.log is None else self.log.finish(len(self.seq.tokens))
-        if self._stops is not None:
-            return self._take_found()
-        if self.log is not None:
-            return self._read_by_token(detokenizer, self.log, self.seq.finish_reason)
-        if ended:
-            return detokenizer.finish(self._text_end(self.seq.finish_reason))
-        count = len(self.seq.tokens) - detokenizer.offset
-        return detokenizer.step() if count == 1 else "".join([detokenizer.step() for _ in range(count)])
-
-    def find(self, reason: str | None) -> str | None:
-        """See `StopSearch.find`. The text on the way is kept for `read`."""
-        detokenizer, stops = self.detokenizer, self._stops
-        assert detokenizer is not None  # or no sequence has this reader as its search
-        assert stops is not None
-        self._found += self._read_by_token(detokenizer, self.log or detokenizer, reason)
-        return stops.matched
-
-    def _take_found(self) -> str:
-        if self.seq.finish_reason == "abort":  # which no token brought, so what is held back is still to come
-            self.find("abort")
-        text, self._found = self._found, ""
-        return text
-
-    def _read_by_token(self, detokenizer: Detokenizer, source: TextSource, reason: str | None) -> str:
-        """Text of the new tokens, as far as it is sure; with a `reason` to end all of it, up to a stop string."""
-        unarmed = self.seq.num_prompt_tokens + self.seq.params.min_tokens
-        end = self._text_end(reason)
-        text = ""
-        while detokenizer.offset < end:
-            text += self._until_stop(source.step(), detokenizer.offset > unarmed)
-            if self._stops is not None and self._stops.matched is not None:
-                return text
-        if reason is not None:
-            text += self._until_stop(source.finish(end), end > unarmed)
-            text += self._stops.flush() if self._stops is not None else ""
-        return text
-
-    def _until_stop(self, piece: str, armed: bool) -> str:
-        if self._stops is None:
-            return piece
-        if self._until is None or not piece:
-            return self._stops.push(piece, armed)
-        old = len(self._so_far)
-        if self._until.search(self._so_far, max(0, old - MAX_MARK)):
-            return self._stops.push(piece, False)
-        self._so_far += piece
-        return self._stops.push(piece, armed)
-
-    def _text_end(self, reason: str | None) -> int:
-        """Index behind the last token whose text counts, if the sequence has ended for this reason; None: it has not."""
-        ended_by_token = reason == "stop" and not self.seq.params.include_stop_str_in_output
-        return len(self.seq.tokens) - 1 if ended_by_token else len(self.seq.tokens)

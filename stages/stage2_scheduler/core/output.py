@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 from ..batching.pooling import PooledSequence
 from ..batching.sampling_params import RequestOutputKind, SamplingParams
 from ..batching.sequence import FinishReason, Sequence, SequenceStatus
-from .text.detokenizer import TextReader, special_token_ids
+from .text.detokenizer import special_token_ids
 from .text.logprobs import Logprob, PromptLog, TokenLog, TokenTexts
+from .text.text_reader import TextReader
 
 if TYPE_CHECKING:
     from .sampling.sampler import TokenLogprobs
