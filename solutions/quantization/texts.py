@@ -27,5 +27,4 @@ def cut_text(model: str, length: int, num_held_out: int) -> tuple[list[list[int]
     if len(held_out) < num_held_out:
         raise ValueError(f"the text gives {len(held_out)} pieces of {length} tokens, not {num_held_out}")
     del pieces[1::HELD_OUT]
-    rest: str = tokenizer.decode([token for piece in pieces for token in piece])
-    return held_out, rest
+    return held_out, str(tokenizer.decode([token for piece in pieces for token in piece]))
