@@ -341,6 +341,22 @@ def fairness() -> Table:
     return table(head, rows)
 
 
+def radix() -> Table:
+    """A row for each trace, cache and block size: memory is ample, but for one column."""
+    every = record(f"{CPU}_radix")
+    rows = []
+    for case in every:
+        if case["memory"] == "ample":
+            short = find(every, **{key: case[key] for key in ("trace", "block_size", "cache")}, memory="short")
+            rows.append([
+                f"{case['trace']}, {case['cache']} of {case['block_size']}".replace("tree of", "tree, blocks of"),
+                percent(case["found"], 1), percent(short["found"], 1), f"{case['host']['median']:.1f} µs", f"{case['kept']:,}",
+                f"{case['index']:.0f}",
+            ])  # fmt: skip
+    head = "trace, cache | prompt tokens found | found in short memory | host, a block | KV slots kept | index, bytes a slot"
+    return table(head, rows)
+
+
 def gpu_throughput() -> Table:
     runs = record(f"{GPU}_throughput")
     engine = runs["engine"]["runs"][0]["details"]
@@ -405,8 +421,8 @@ DOCUMENTS = {
     "README.md": (headline_workloads, headlines),
     "benchmarks/README.md": (
         against_vllm, against_transformers, throughput, with_amx, fewer_bits_with_amx, weights, beside_busy_processes,
-        quality_plain, quality_groups, speculation, memory, prefix_cache, tiers, overhead, kernels, ranks, sums, serving, page,
-        replicas, two_phase, two_phase_at_once, fairness, adapters,
+        quality_plain, quality_groups, speculation, memory, prefix_cache, radix, tiers, overhead, kernels, ranks, sums, serving,
+        page, replicas, two_phase, two_phase_at_once, fairness, adapters,
         gpu_throughput, gpu_caches, gpu_steps, gpu_prompts, gpu_attention, gpu_latency,
     ),
 }  # fmt: skip

@@ -50,7 +50,7 @@ from solutions.benchmarks.memory import (
 from solutions.benchmarks.overhead import PHASES, measure
 from solutions.benchmarks.replicas import blocks_for, grouped_requests, summarise
 from solutions.benchmarks.report import git_commit, hardware, spread, without_outputs
-from solutions.benchmarks.step_profile import OPERATORS, costs, profile_step
+from solutions.benchmarks.step_profile import profile_step
 from solutions.benchmarks.throughput import (
     Measurement,
     left_pad,
@@ -65,6 +65,7 @@ from solutions.core.engine import LLM, LLMEngine
 from solutions.core.platform import native
 from solutions.core.simulated.engine import TEXT
 from solutions.models.config.model_config import ModelConfig
+from solutions.models.costs.operators import OPERATORS, costs
 from solutions.models.kernels.attach import packed_of
 from solutions.models.loader import resolve_model
 from solutions.serving import api_server

@@ -12,13 +12,17 @@ import torch
 from solutions.benchmarks import lora as lora_command
 from solutions.benchmarks import prefix_cache as prefix_command
 from solutions.benchmarks import quality as quality_command
+from solutions.benchmarks import radix as radix_command
 from solutions.benchmarks import speculative as speculative_command
 from solutions.benchmarks.datasets import BenchRequest, token_ids
 from solutions.benchmarks.prefix_cache import TIERS, make_engine, seconds
-from solutions.benchmarks.quality import cut_text, perplexity, python_topics
+from solutions.benchmarks.quality import perplexity
 from solutions.benchmarks.speculative import PLAIN, Row
+from solutions.core.eagle.questions import KEPT_BACK, make_questions
 from solutions.core.engine import LLM
+from solutions.core.simulated.cache_trace import TRACES
 from solutions.models.lora.products import AdaptersOfStep
+from solutions.quantization.texts import cut_text, python_topics
 from solutions.tests.tiny_models import make_tiny_llama
 
 
@@ -169,3 +173,45 @@ def test_steps_with_adapters_have_as_many_as_they_say(tmp_path, monkeypatch):
         (256, 8),
         *((n, k) for n in (32, 512) for k in (0, 1, 8)),
     }
+
+
+def shared_with_earlier(prompts: list[list[int]]) -> list[int]:
+    """Tokens with which each prompt begins like one before it, its last token excepted."""
+    shared = []
+    for number, prompt in enumerate(prompts):
+        lengths = [0]
+        for other in prompts[:number]:
+            alike = [a == b for a, b in zip(prompt[:-1], other, strict=False)]
+            lengths.append(alike.index(False) if False in alike else len(alike))
+        shared.append(max(lengths))
+    return shared
+
+
+@pytest.mark.parametrize("trace", TRACES)
+@pytest.mark.parametrize("size", [16, 64])
+def test_each_cache_finds_in_ample_memory_what_the_prompts_share(trace, size):
+    """The tree finds all tokens, hashes those of whole blocks; so says a comparison of each prompt with all before it."""
+    prompts = list(TRACES[trace](random.Random(2)))
+    shared, total = shared_with_earlier(prompts), sum(map(len, prompts))
+    by_hash, by_tree = (radix_command.look_up(cache, trace, size, False, 1) for cache in radix_command.CACHES)
+    assert by_hash["found"] == pytest.approx(sum(count // size * size for count in shared) / total)
+    assert by_tree["found"] == pytest.approx(sum(shared) / total)
+    assert by_hash["kept"] % size == by_tree["kept"] % size == 0 < by_hash["kept"] <= by_tree["kept"]
+
+
+def test_short_memory_holds_a_third_and_finds_no_more(tmp_path, capsys):
+    record = tmp_path / "radix.json"
+    radix_command.main(["--block-sizes", "16", "--repeats", "1", "--output-json", str(record)])
+    cases = json.loads(record.read_text())["results"]
+    assert len(cases) == 3 * 2 * 2
+    assert "edits, blocks of 16, memory short" in capsys.readouterr().out
+    for trace in TRACES:
+        ample, short = ([c for c in cases if (c["trace"], c["memory"]) == (trace, memory)] for memory in ("ample", "short"))
+        for much, little in zip(ample, short, strict=True):
+            assert little["found"] <= much["found"]
+            assert little["kept"] <= ample[0]["kept"] // 3 + 3 * 16
+            assert much["host"]["median"] > 0 < much["index"]
+
+
+def test_a_head_is_not_trained_on_the_questions_that_drafts_are_measured_on():
+    assert not set(KEPT_BACK) & set(make_questions(10_000, 0))

@@ -19,39 +19,15 @@ from typing import Any
 from ..batching.sampling_params import SamplingParams
 from ..core.config import DEFAULT_MODEL
 from ..core.engine import LLM
-from ..models.loader import load_tokenizer, resolve_model
 from ..quantization import awq, gptq
-from ..quantization.calibration import MATRICES, Calibration
-from ..quantization.layerwise import split_pieces
-from ..quantization.layout.checkpoint import QuantizedFormat, write_model
-from ..quantization.layout.groups import GroupQuantized, quantize_groups
+from ..quantization.rtn import write_rounded
+from ..quantization.texts import cut_text
 from .report import Flags, Parser, finish, one_line_errors, say, show_table, tracked
 
 CAPTION = (
     "The default model's weights come from a file of 4 bits in groups of 32, which int4 gives back nearly as they are; "
     "RTN, GPTQ and AWQ take other groups, on which that file's values do not lie."
 )
-HELD_OUT = 6
-"""Every so many pieces, one is kept from calibration."""
-
-
-def python_topics() -> str:
-    """Python's own documentation of its language."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-def cut_text(model: str, length: int, num_held_out: int) -> tuple[list[list[int]], str]:
-    """Held-out pieces of `length` tokens, and the rest of the text for calibration. Raises ValueError if there are too few."""
-    tokenizer = load_tokenizer(resolve_model(model))
-    ids = tokenizer.encode(python_topics(), add_special_tokens=False, verbose=False)
-    pieces = [ids[start : start + length] for start in range(0, len(ids) - length, length)]
-    held_out = pieces[1::HELD_OUT][:num_held_out]
-    if len(held_out) < num_held_out:
-        raise ValueError(f"the text gives {len(held_out)} pieces of {length} tokens, not {num_held_out}")
-    del pieces[1::HELD_OUT]
-    return held_out, tokenizer.decode([token for piece in pieces for token in piece])
 
 
 def perplexity(llm: LLM, texts: list[list[int]]) -> float:
@@ -60,19 +36,6 @@ def perplexity(llm: LLM, texts: list[list[int]]) -> float:
     outputs = llm.generate([{"prompt_token_ids": tokens} for tokens in texts], params, use_tqdm=False)
     pairs = [pair for output in outputs for pair in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)]
     return math.exp(-statistics.fmean(entry[token].logprob for token, entry in pairs))
-
-
-def write_rounded(model: str, folder: Path, group_size: int) -> None:
-    """Write a model rounded to nearest, in GPTQ's layout: what the algorithms are compared with."""
-    source = resolve_model(model)
-    layers: dict[str, GroupQuantized] = {}
-    for index, layer in enumerate(Calibration.load(source).model.layers):
-        for name in MATRICES:
-            matrix = layer.get_submodule(name)
-            quantized = quantize_groups(matrix.weight.data, 4, group_size)
-            layers |= split_pieces(matrix, f"model.layers.{index}.{name}", quantized)
-    form = QuantizedFormat("gptq", 4, group_size, zeros_less_one=True)
-    write_model(folder, source.path, layers, form, symmetric=False)
 
 
 def make_models(args: Flags, folder: Path, text: str) -> dict[str, dict[str, Any]]:

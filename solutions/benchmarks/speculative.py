@@ -18,20 +18,12 @@ from typing import Any
 
 from ..batching.sampling_params import SamplingParams
 from ..core.config import DEFAULT_MODEL
+from ..core.eagle.questions import KEPT_BACK
 from ..core.engine import LLM
 from .report import Parser, drawing, finish, one_line_errors, show_table, tracked
 from .timing import grouped, medians
 
 PLAIN, ALWAYS = "plain", {"adaptive": False}
-SENTENCES = (
-    "Tell me a short story about a lighthouse keeper.", "Explain to a child why the sky is blue.",
-    "Write a letter to a friend about your first week in a new town.", "What should I think of when I buy a used bicycle?",
-    "Describe how bread is made, step by step.", "Why do cats purr?", "Give me three reasons to learn a musical instrument.",
-    "What is the difference between a virus and a bacterium?", "Plan a weekend in the mountains for two people.",
-    "How does a refrigerator keep food cold?", "Write a poem about the sea in autumn.", "Who invented the printing press?",
-    "What makes a good teacher?", "Explain what an operating system does.", "How do I get a coffee stain out of a shirt?",
-    "Tell me something surprising about octopuses.",
-)  # fmt: skip
 RECORD = '{{"id": {0}, "name": "sensor-{0}", "unit": "celsius", "interval_seconds": 30, "enabled": true}},\n'
 
 
@@ -58,7 +50,7 @@ def make_prompt(llm: LLM, text: str, index: int) -> list[int]:
     if text == "repetitive":
         return llm.get_tokenizer().encode("[\n" + "".join(RECORD.format(10 * index + i) for i in range(6)))
     if text == "ordinary":
-        messages = [{"role": "user", "content": SENTENCES[index % len(SENTENCES)]}]
+        messages = [{"role": "user", "content": KEPT_BACK[index % len(KEPT_BACK)]}]
         return llm.get_tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     return random.Random(index).choices(range(llm.llm_engine.model_config.vocab_size), k=64)
 
