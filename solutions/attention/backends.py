@@ -47,3 +47,15 @@ def make_backend(
                 return backend(batch_invariant=True)
             return backend(device) if candidate == "cuda" else backend()
     raise ValueError(f"--attention-backend {name}: {problem}; use torch")
+
+
+def check_cache(name: str, kv_cache_dtype: str, device: torch.device) -> None:
+    """See that the backend of this name can read a cache of this type.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    able = {"auto": (name,), "int8": ("torch", "cpu", "triton"), "fp8": ("triton",)}[kv_cache_dtype]
+    if name not in able or (kv_cache_dtype == "fp8" and device.type == "cpu"):
+        where = "a GPU" if kv_cache_dtype == "fp8" else "attention backend " + ", ".join(able)
+        raise ValueError(f"--kv-cache-dtype {kv_cache_dtype} needs {where}, and attention runs on {name} on {device.type}")

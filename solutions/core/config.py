@@ -145,7 +145,8 @@ class EngineConfig:
     quantization: str | None = _flag(
         None,
         "on a CPU; int8: weights and activations in 8 bits; int4: weights in 4 bits, groups of 32, and activations in 8; gguf: "
-        "a GGUF file's own blocks, instead of 16 bits for each weight; the others say what a checkpoint is",
+        "a GGUF file's own blocks, instead of 16 bits for each weight; on a GPU from compute capability 8.9; fp8: weights and "
+        "activations as floats of 8 bits; the others say what a checkpoint is",
         ("int8", "int4", "gguf", "gptq", "awq", "compressed-tensors", "fp8"),
     )
     batch_invariant: bool = _flag(

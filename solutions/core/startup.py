@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from ..attention.backends import make_backend
+from ..attention.backends import check_cache, make_backend
 from ..attention.block_manager import BlockManager
 from ..attention.handover import handover_of
 from ..attention.hybrid_manager import blocks_of_one, longest_of_one, make_block_manager, with_one_more
@@ -32,6 +32,7 @@ from ..models.kernels.choice import Choice, Way, choose, is_worth_measuring
 from ..models.loader import ModelSource, check_quantization
 from ..models.lora.adapter_files import refuse_experts
 from ..parallelism.tensor_parallel import TensorParallel
+from ..quantization.layout.float8 import has_float8
 from .config import EngineConfig
 from .executor import Executor, MultiProcExecutor, UniProcExecutor
 from .lora.registry import AdapterRegistry, folder_at
@@ -241,7 +242,6 @@ def check_settings(config: EngineConfig, source: ModelSource, device: torch.devi
     if config.enable_expert_parallel and source.config.mixture is None:
         raise ValueError(f"--enable-expert-parallel: {source.name} has no experts; leave the flag out")
     refuse_experts(folder_at(module.partition("=")[2]) for module in config.lora_modules)
-    check_quantization(source, config.load_format, config.quantization)
     kernels = use_cpu_kernels(config, device)
     if config.quantization in ("int8", "int4", "gguf") and not kernels:
         switched_off, elsewhere = not config.enable_cpu_kernels, device.type != "cpu"
@@ -259,12 +259,9 @@ def check_settings(config: EngineConfig, source: ModelSource, device: torch.devi
     ).name  # fmt: skip
     if attention == "cuda" and source.config.attention_soft_cap is not None:
         raise ValueError("--attention-backend cuda: the kernel knows no soft caps, which the model has; use triton or torch")
-    able = {"auto": (attention,), "int8": ("torch", "cpu", "triton"), "fp8": ("triton",)}[config.kv_cache_dtype]
-    if attention not in able or (config.kv_cache_dtype == "fp8" and device.type == "cpu"):
-        where = "a GPU" if config.kv_cache_dtype == "fp8" else "attention backend " + ", ".join(able)
-        raise ValueError(
-            f"--kv-cache-dtype {config.kv_cache_dtype} needs {where}, and attention runs on {attention} on {device.type}"
-        )
+    check_cache(attention, config.kv_cache_dtype, device)
+    float8 = attention == "triton" and not kernels and has_float8(device)
+    check_quantization(source, config.load_format, config.quantization, float8)
     if config.batch_invariant:
         if attention != "cpu" or not kernels:
             raise ValueError(NEEDS_CPU_KERNELS.format(attention))

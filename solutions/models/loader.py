@@ -200,8 +200,8 @@ def _build(config: ModelConfig, parallel: TensorParallel) -> CausalLM:
         raise ModelError(f"there is no memory for a model of these sizes ({str(error).splitlines()[0]})") from None
 
 
-def check_quantization(source: ModelSource, load_format: str, wanted: str | None) -> None:
-    """See that what the checkpoint is and what is asked for agree.
+def check_quantization(source: ModelSource, load_format: str, wanted: str | None, float8: bool = False) -> None:
+    """See that what the checkpoint is and what is asked for agree; `float8`: layers here can multiply that.
 
     Raises:
         ModelError: they do not; the message says what to do.
@@ -214,8 +214,9 @@ def check_quantization(source: ModelSource, load_format: str, wanted: str | None
             f"--quantization {wanted}: {source.name} is no {wanted} checkpoint; make one with "
             f"python -m solutions.quantization.{wanted} --help"
         )
-    if form is None and wanted in OTHER_METHODS:
-        raise ModelError(f"--quantization {wanted}: {source.name} is no {wanted} checkpoint; int8 and int4 round any model")
+    if form is None and wanted in OTHER_METHODS and not (wanted == "fp8" and float8):
+        others = "int8 and int4 round any model on a CPU, fp8 on a GPU of compute capability 8.9 or newer with backend triton"
+        raise ModelError(f"--quantization {wanted}: {source.name} is no {wanted} checkpoint; {others}")
     if form is not None and wanted not in (None, form.method):
         raise ModelError(f"--quantization {wanted}: {source.name} is quantized already, with {form.method}; leave the flag out")
     if form is not None and load_format == "dummy":

@@ -46,8 +46,8 @@ def quantized_layers(files: list[Path], config: ModelConfig) -> dict[str, Stored
 def expect_quantized(model: CausalLM, stored: dict[str, StoredLayer]) -> set[str]:
     """Put a `QuantizedLinear` in the place of each linear layer that is quantized.
 
-    A layer whose pieces are kept in different ways, some plain or of other bits, is computed as a plain one; so are the head
-    and FP8.
+    A layer whose pieces are kept in different ways, some plain or of other bits, is computed as a plain one; so is the head,
+    and what is kept without codes.
 
     Returns:
         The names of layers in the checkpoint that have to be turned into plain weights.

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..quantization.layout.float8 import FLOAT8, ScaledFloat8
 from ..quantization.layout.formats import Format
 from ..quantization.layout.groups import GroupQuantized
 from .linear import Linear, WeightLayer, copy_weight, parameter
@@ -40,8 +41,9 @@ class QuantizedLinear(WeightLayer):
         self.group_size = size if is_whole else math.gcd(size, inputs.start, inputs.stop)
         groups = -(-columns // self.group_size)
         layer.register_parameter("weight", None)
-        self.codes = parameter(rows, columns, dtype=torch.uint8)
-        self.scales, self.zeros = (parameter(rows, groups, dtype=torch.float32) for _ in range(2))
+        self.codes = parameter(rows, columns, dtype=form.code_type)
+        self.scales = parameter(rows, groups, dtype=torch.float32)
+        self.zeros = parameter(rows, groups, dtype=torch.float32) if form.code_type != FLOAT8 else None
         self.order = parameter(columns, dtype=torch.int64) if form.act_order else None
         self.knows_order, self.rounds_inputs = False, form.rounds_inputs
         self.bias = layer.bias
@@ -68,13 +70,19 @@ class QuantizedLinear(WeightLayer):
                 return
         self.layer.weight_loader(param, loaded, shard_id)
 
-    def take(self) -> GroupQuantized:
+    def take(self) -> GroupQuantized | ScaledFloat8:
         """Hand over what is loaded; nothing of it stays here."""
         order = self.order
         if order is not None and torch.equal(order, torch.arange(len(order), device=order.device)):
             order = None
-        codes, scales, zeros = (param.data for param in (self.codes, self.scales, self.zeros))
-        quantized = GroupQuantized(codes, scales, zeros, self.bits, self.group_size, None if order is None else order.data)
+        codes, scales, zeros = self.codes.data, self.scales.data, self.zeros
+        quantized: GroupQuantized | ScaledFloat8
+        if zeros is None:
+            quantized = ScaledFloat8(codes, scales, self.group_size)
+        else:
+            quantized = GroupQuantized(
+                codes, scales, zeros.data, self.bits, self.group_size, None if order is None else order.data
+            )
         for name in ("codes", "scales", "zeros", "order"):
             setattr(self, name, None)
         return quantized

@@ -29,7 +29,7 @@ from solutions.attention.paged_attention_triton import DECODE_CONFIGS, DOT, MAX_
 from solutions.core.platform.triton_mode import triton
 from solutions.models.kernels import layers_triton as layers
 from solutions.models.lora import products_triton as lora
-from solutions.quantization.kernels import w4a16_triton
+from solutions.quantization.kernels import float8_triton, w4a16_triton
 
 POINTERS = {
     "slot_mapping": "*i64", "block_tables": "*i32", "query_start_loc": "*i32", "context_lens": "*i32",
@@ -85,14 +85,16 @@ def kind(name: str, cache: str) -> str:
     return "fp32" if name in ("scale_log2", "cap_log2") else "*bf16"
 
 
-def compile_product(function: JITFunction, capability: int, kinds: dict[str, str], blocks: dict[str, int]) -> Report:
+def compile_product(
+    function: JITFunction, capability: int, kinds: dict[str, str], blocks: dict[str, int | float | None]
+) -> Report:
     """Compile a product for bfloat16 activations.
 
     Args:
-        kinds: types of the arguments that are no whole numbers. blocks: of the kernel's capital letters.
+        kinds: types of the arguments that are no whole numbers. blocks: of the kernel's capital letters, and what is None.
     """
     signature = {name: "constexpr" if name in blocks else kinds.get(name, "i32") for name in function.arg_names}
-    sizes = ("num_inputs", "num_outputs")  # a model's are multiples of 16, and so are rows apart
+    sizes = ("num_inputs", "num_outputs", "group_size", "inputs_a_split")  # multiples of 16, and so are rows apart
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
@@ -127,6 +129,18 @@ def products(capability: int) -> Iterator[Report]:
     yield compile_product(layers.silu_mul_kernel, capability, {"gate_up": "*bf16", "out": "*bf16"}, {"BLOCK": 1024})
 
 
+def float8_products(capability: int) -> Iterator[Report]:
+    """With rounded activations and with whole ones, and what rounds them: groups of 128, and whole rows."""
+    kinds = {"x": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32"}
+    for block in (128, 8192):
+        yield compile_product(float8_triton.round_kernel, capability, kinds, {"LARGEST": 448.0, "BLOCK": block})
+    kinds = {"x_scales": "*fp32", "weights": "*fp8e4nv", "scales": "*fp32", "out": "*bf16"}
+    for block_m in (16, 64):
+        blocks = {"BLOCK_M": block_m, "BLOCK_N": float8_triton.BLOCK_N, "BLOCK_K": float8_triton.BLOCK_K}
+        yield compile_product(float8_triton.float8_kernel, capability, kinds | {"x": "*fp8e4nv"}, blocks)
+        yield compile_product(float8_triton.float8_kernel, capability, kinds | {"x": "*bf16"}, blocks | {"x_scales": None})
+
+
 def is_fixed_stride(name: str) -> bool:
     return name.endswith("_stride") and name != "table_stride"
 
@@ -143,7 +157,9 @@ def assemble(ptx: str, capability: int) -> tuple[int, int]:
 
 
 def reports(head_dims: list[int], configs: list[Config]) -> Iterator[Report]:
-    """All kernels with each configuration, for compute capability 8.0 and 9.0."""
+    """All kernels with each configuration, for compute capability 8.0 and 9.0; those for float8 for 8.9 and 9.0."""
+    for capability in (89, 90):
+        yield from float8_products(capability)
     for capability in (80, 90):
         yield from products(capability)
         for dim in head_dims:

@@ -65,14 +65,20 @@ def int8(one: bool = False, asymmetric: bool = False, top: int = 128, halves: bo
     return write
 
 
-def fp8(kind: str, name: str = "weight_scale") -> Write:
+def fp8(kind: str, name: str = "weight_scale", block: tuple[int, int] = (20, 36)) -> Write:
     def write(numbers: np.random.Generator, rows: int, columns: int) -> Written:
         codes = torch.from_numpy(numbers.normal(0, 60, (rows, columns))).to(torch.float8_e4m3fn)
-        shapes = {"tensor": (1,), "scalar": (), "row": (rows, 1), "flat": (rows,), "block": (-(-rows // 20), -(-columns // 36))}
+        shapes = {
+            "tensor": (1,),
+            "scalar": (),
+            "row": (rows, 1),
+            "flat": (rows,),
+            "block": (-(-rows // block[0]), -(-columns // block[1])),
+        }
         scales = np.asarray((0.5 + numbers.random(shapes[kind])) / 300, np.float32)
         wide = scales[:, None] if kind == "flat" else scales
         if kind == "block":
-            wide = np.repeat(np.repeat(scales, 20, 0)[:rows], 36, 1)[:, :columns]
+            wide = np.repeat(np.repeat(scales, block[0], 0)[:rows], block[1], 1)[:, :columns]
         beside = {"input_scale": np.ones(1, np.float32)} if kind == "tensor" else {}
         return {"weight": codes, name: scales} | beside, codes.float().numpy() * wide
 

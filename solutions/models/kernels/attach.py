@@ -21,6 +21,7 @@ from ...parallelism.quantized_linear import QuantizedLinear
 from ...parallelism.tensor_parallel import GateUpParallelLinear, ParallelLMHead
 from ...quantization.kernels import linear_cpu
 from ...quantization.kernels.linear_cpu import PackedLinear
+from ...quantization.layout.float8 import ScaledFloat8, quantize_float8
 from ...quantization.layout.groups import GroupQuantized
 from ..layers import Attention, HeadNorm, RMSNorm
 from ..moe import Experts, Router
@@ -35,7 +36,8 @@ class Plan:
 
     Attributes:
         kernels: "cpu", the CPU's own; "triton"; or None for PyTorch's.
-        quantization: "int8" or "int4" makes plain weights that, which needs the CPU's kernels; None: they stay as they are.
+        quantization: "int8" or "int4" makes plain weights that, which needs the CPU's kernels; "fp8" needs Triton's; None: they
+            stay as they are.
     """
 
     kernels: str | None = None
@@ -47,22 +49,28 @@ def attach(model: nn.Module, plan: Plan) -> None:
     with torch.inference_mode(False), torch.no_grad():
         dtype = next(model.parameters()).dtype  # of the embedding, which is never quantized
         for name, layer in reversed(list(model.named_modules())):  # what a layer consists of comes before it
-            quantized, rounding = None, plan.quantization
+            quantized: GroupQuantized | ScaledFloat8 | None = None
+            rounding, rounds = plan.quantization, True
             is_grouped = plan.kernels == "triton" and ".experts." in name  # one of the matrices of a grouped product
             if isinstance(layer, QuantizedLinear):
                 rounds, quantized, layer = layer.rounds_inputs, layer.take(), layer.layer
-                rounding = "int8" if rounds and plan.kernels == "cpu" and linear_cpu.supports_rows(dtype, quantized) else None
+                rounding = None
+                if rounds and plan.kernels == "cpu" and isinstance(quantized, GroupQuantized):
+                    rounding = "int8" if linear_cpu.supports_rows(dtype, quantized) else None
                 model.set_submodule(name, layer)
                 if is_grouped or not _has_kernel(plan, quantized, dtype):
                     layer.weight = nn.Parameter(quantized.dequantize().to(dtype), requires_grad=False)
                     quantized = None
             if plan.kernels == "cpu":
+                assert not isinstance(quantized, ScaledFloat8)  # a plain weight by now
                 _attach_cpu(layer, quantized, rounding, dtype)
             elif isinstance(layer, Experts):
                 if plan.kernels == "triton" or layer.load.is_cuda:  # where PyTorch's cannot be captured
                     _attach_grouped(layer)
             elif plan.kernels == "triton" and not is_grouped:
-                _attach_triton(layer, quantized)
+                if rounding == "fp8" and isinstance(layer, Linear) and not isinstance(layer, ParallelLMHead | Router):
+                    quantized = quantize_float8(layer.weight)
+                _attach_triton(layer, quantized, rounds)
 
 
 def put(module: nn.Module, method: str, function: Callable[..., Tensor]) -> None:
@@ -86,13 +94,13 @@ def is_native(layer: nn.Module) -> bool:
     return isinstance(layer.forward, PackedLinear | NativeNorm | NativeHeadNorm)
 
 
-def _has_kernel(plan: Plan, quantized: GroupQuantized, dtype: torch.dtype) -> bool:
+def _has_kernel(plan: Plan, quantized: GroupQuantized | ScaledFloat8, dtype: torch.dtype) -> bool:
     """Whether there is code for a quantized weight as it is; any other becomes a plain one."""
     if plan.kernels == "triton":
-        from ...quantization.kernels import w4a16_triton  # Triton takes its time and is not everywhere
+        from ...quantization.kernels import float8_triton, w4a16_triton  # Triton takes its time and is not everywhere
 
-        return w4a16_triton.supports(quantized)
-    return plan.kernels == "cpu" and linear_cpu.supports_groups(dtype, quantized)
+        return float8_triton.supports(quantized) if isinstance(quantized, ScaledFloat8) else w4a16_triton.supports(quantized)
+    return plan.kernels == "cpu" and isinstance(quantized, GroupQuantized) and linear_cpu.supports_groups(dtype, quantized)
 
 
 # On a CPU
@@ -130,7 +138,8 @@ def _pack(layer: Linear, quantized: GroupQuantized | None, quantization: str | N
 # With Triton
 
 
-def _attach_triton(layer: nn.Module, quantized: GroupQuantized | None) -> None:
+def _attach_triton(layer: nn.Module, quantized: GroupQuantized | ScaledFloat8 | None, rounds_inputs: bool) -> None:
+    from ...quantization.kernels.float8_triton import Float8Linear
     from ...quantization.kernels.w4a16_triton import TritonLinear
     from .layers_triton import norm_heads_, rms_norm, silu_mul
 
@@ -141,7 +150,12 @@ def _attach_triton(layer: nn.Module, quantized: GroupQuantized | None) -> None:
     elif isinstance(layer, Attention):
         put(layer, "forward", partial(leave_rotation, layer.forward))
     elif isinstance(layer, Linear):
-        if quantized is not None:
+        if isinstance(quantized, ScaledFloat8):
+            float8 = Float8Linear(quantized, rounds_inputs, layer.bias)
+            put(layer, "multiply", float8)
+            for name, tensor in (("weight", float8.codes), ("scales", float8.scales)):
+                layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        elif quantized is not None:
             product = TritonLinear(quantized, bias=layer.bias)
             put(layer, "multiply", product)
             for name, tensor in (("weight", product.packed), ("scales", product.scales), ("zeros", product.zeros)):

@@ -29,6 +29,7 @@ class BlockFormat:
     method: str = "gguf"
     act_order: bool = False
     has_codes: bool = True
+    code_type: torch.dtype = torch.uint8
     rounds_inputs: bool = False
     parts: tuple[str, ...] = (*CODES, "block_scale", "block_zero")
     ignored: tuple[str, ...] = ()

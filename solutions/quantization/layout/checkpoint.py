@@ -52,6 +52,7 @@ class QuantizedFormat:
     ignored = ()
     mark = "qweight"
     has_codes = True
+    code_type = torch.uint8
     rounds_inputs = False
 
     @classmethod

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from .checkpoint import column_order
+from .float8 import FLOAT8, ScaledFloat8
 from .groups import BITS, GroupQuantized, unpack_int32
 
 LAYOUTS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 FP8_METHODS = ("fp8", "fbgemm_fp8")
 WEIGHT_KINDS = (("int", 4), ("int", 8), ("float", 8))
-FLOAT8 = ("F8_E4M3", "F8_E5M2")
+FLOAT8_NAMES = ("F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,8 @@ class CompressedFormat:
 
     Attributes:
         method: as the description names it. bits, group_size: of packed codes; −1: a scale for each row.
-        block: rows and columns that share a scale of FP8. rounds_inputs: activations were meant to be rounded to int8.
-        act_order: the layer's columns are sorted by group. has_codes: the layer is kept in whole numbers.
+        block: rows and columns that share a scale of FP8. rounds_inputs: activations were meant to be rounded to 8 bits, too.
+        act_order: the layer's columns are sorted by group. has_codes, code_type: see `formats.Format`; of FP8, E4M3 has codes.
     """
 
     method: str
@@ -49,6 +50,7 @@ class CompressedFormat:
     rounds_inputs: bool = False
     act_order: bool = False
     has_codes: bool = True
+    code_type: torch.dtype = torch.uint8
 
     parts = ("weight_packed", "weight", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_shape", "weight_g_idx")
     ignored = ("input_scale", "input_zero_point", "activation_scale", "k_scale", "v_scale", "q_scale", "input_scale_ub")
@@ -70,11 +72,12 @@ class CompressedFormat:
             raise ValueError(f"the quantized layer {name} lacks weight")
         kind = found["weight"]
         if not scaled:
-            if kind in FLOAT8 or kind == "I8":
+            if kind in FLOAT8_NAMES or kind == "I8":
                 raise ValueError(f"the quantized layer {name} lacks weight_scale")
             return None
-        if kind in FLOAT8:
-            return replace(self, has_codes=False)
+        if kind in FLOAT8_NAMES:
+            size = -1 if self.block is None else self.block[1]
+            return replace(self, has_codes=kind == FLOAT8_NAMES[0], code_type=FLOAT8, bits=8, group_size=size)
         if kind == "I8":
             return replace(self, bits=8, group_size=-1)
         raise ValueError(f"the layer {name} has scales, and its weight is {kind}: it is not compressed")
@@ -83,15 +86,16 @@ class CompressedFormat:
         """Inputs that share a scale in a layer that has `columns` of them."""
         return columns if self.group_size == -1 else min(self.group_size, columns)
 
-    def unpack(self, parts: dict[str, Tensor]) -> GroupQuantized | Tensor:
-        """The layer's codes, or the weight that FP8 stands for, [out, in] float32.
+    def unpack(self, parts: dict[str, Tensor]) -> GroupQuantized | ScaledFloat8:
+        """The layer's codes.
 
         Raises:
             ValueError: shapes do not fit each other, or groups are of uneven sizes.
         """
-        if not self.has_codes:
+        if self.code_type == FLOAT8:
             scale = parts["weight_scale_inv"] if "weight_scale_inv" in parts else parts["weight_scale"]
-            return parts["weight"].float() * _spread(scale.float(), parts["weight"].shape, self.block)
+            codes = parts["weight"]
+            return ScaledFloat8(codes, _spread(scale.float(), codes.shape, self.block), self.columns_in_group(codes.shape[1]))
         if "weight_packed" not in parts:
             rows = parts["weight"].shape[0]
             scales = _per_row(parts["weight_scale"].float(), rows)
@@ -130,12 +134,13 @@ def _per_row(values: Tensor, rows: int) -> Tensor:
 
 
 def _spread(scale: Tensor, shape: torch.Size, block: tuple[int, int] | None) -> Tensor:
-    """A scale for each weight, or what broadcasts to that."""
+    """[rows, groups] of a scale for each row and group of columns."""
     rows, columns = shape
+    groups = 1 if block is None else -(-columns // block[1])
     if scale.numel() == 1 or list(scale.shape) in ([rows], [rows, 1]):
-        return scale.reshape(-1, 1)
-    if block is not None and list(scale.shape) == [-(-rows // block[0]), -(-columns // block[1])]:
-        return scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+        return scale.reshape(-1, 1).expand(rows, groups).contiguous()
+    if block is not None and list(scale.shape) == [-(-rows // block[0]), groups]:
+        return scale.repeat_interleave(block[0], 0)[:rows].contiguous()
     raise ValueError(f"{list(scale.shape)} scales do not fit weights {list(shape)} in blocks of {block}")
 
 
@@ -147,7 +152,7 @@ def read_fp8(config: dict[str, Any]) -> CompressedFormat:
     """
     if config.get("fmt") not in (None, "e4m3", "e5m2", "float8_e4m3fn"):
         raise ValueError(f"quantization_config: fmt {config['fmt']!r} is not supported, e4m3 is")
-    return CompressedFormat(config["quant_method"].lower(), block=_block(config.get("weight_block_size")), has_codes=False)
+    return CompressedFormat(config["quant_method"].lower(), block=_block(config.get("weight_block_size")), rounds_inputs=True)
 
 
 def _block(said: Any) -> tuple[int, int] | None:
@@ -186,7 +191,7 @@ def read_compressed(config: dict[str, Any]) -> CompressedFormat:
         raise ValueError("quantization_config: layers with different bits or groups in one checkpoint are not supported")
     blocks = [_block(scheme["block_structure"]) for scheme in schemes if scheme.get("block_structure") is not None]
     inputs = [group["input_activations"] for group in groups.values() if isinstance(group.get("input_activations"), dict)]
-    rounds = any(each.get("num_bits") == 8 and each.get("type") == "int" for each in inputs)
+    rounds = any(each.get("num_bits") == 8 for each in inputs)
     ((bits, size),) = packed
     return CompressedFormat("compressed-tensors", bits, size, blocks[0] if blocks else None, rounds)
 

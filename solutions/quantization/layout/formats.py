@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from .blocks import read_blocks
 from .checkpoint import QuantizedFormat
 from .compressed import FP8_METHODS, read_compressed, read_fp8
+from .float8 import ScaledFloat8
 from .groups import GroupQuantized
 from .mxfp4 import read_mxfp4
 
@@ -19,8 +21,9 @@ class Format(Protocol):
 
     Attributes:
         parts: names of the tensors that may stand for a layer. mark: one that every quantized layer has, for messages.
-        ignored: tensors beside them that say nothing of weights. has_codes: whether `unpack` gives codes, or a plain weight.
-        rounds_inputs: activations are to be rounded to int8 where a kernel can.
+        ignored: tensors beside them that say nothing of weights. has_codes: whether a layer can hold them as `unpack` gives
+            them; if not, it gets a plain weight. code_type: of the codes, uint8 or float8.
+        rounds_inputs: activations are to be rounded to 8 bits, whole numbers or floats as weights are, where a kernel can.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -34,6 +37,8 @@ class Format(Protocol):
     @property
     def has_codes(self) -> bool: ...
     @property
+    def code_type(self) -> torch.dtype: ...
+    @property
     def rounds_inputs(self) -> bool: ...
     @property
     def parts(self) -> tuple[str, ...]: ...
@@ -44,7 +49,7 @@ class Format(Protocol):
 
     def of_layer(self, name: str, found: Mapping[str, str]) -> Format | None: ...
     def columns_in_group(self, columns: int) -> int: ...
-    def unpack(self, parts: dict[str, Tensor]) -> GroupQuantized | Tensor: ...
+    def unpack(self, parts: dict[str, Tensor]) -> GroupQuantized | ScaledFloat8 | Tensor: ...
 
 
 READERS: dict[str, Callable[[dict[str, Any]], Format]] = {

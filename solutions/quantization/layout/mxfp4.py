@@ -25,6 +25,7 @@ class Mxfp4Format:
     bits: int = 4
     act_order: bool = False
     has_codes: bool = False
+    code_type: torch.dtype = torch.uint8
     rounds_inputs: bool = False
     parts: tuple[str, ...] = ("blocks", "scales")
     ignored: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .checkpoint import is_in_order
+from .float8 import ScaledFloat8
 from .formats import Format
 
 
@@ -74,8 +75,8 @@ def find_layers(files: Iterable[Path], form: Format) -> dict[str, StoredLayer]:
 @dataclass(slots=True)
 class Unpacker:
     """Turns the tensors of quantized layers, as they are read, into those of `GroupQuantized`: `<layer>.codes`, `.scales`,
-    `.zeros` and, where columns are sorted, `.order`; or into the weight that they stand for, `<layer>.dense`. Others pass, but
-    those that their format ignores.
+    `.zeros` and, where columns are sorted, `.order`; or of `ScaledFloat8`, which has two; or into the weight that they stand
+    for, `<layer>.dense`. Others pass, but those that their format ignores.
 
     Attributes:
         layers: what `find_layers` has found. dense: those that become a plain weight.
@@ -115,6 +116,8 @@ class Unpacker:
             return
         yield f"{layer}.codes", weight.codes
         yield f"{layer}.scales", weight.scales
+        if isinstance(weight, ScaledFloat8):
+            return
         yield f"{layer}.zeros", weight.zeros
         if form.act_order:
             order = torch.arange(weight.shape[1], device=weight.codes.device) if weight.order is None else weight.order

@@ -17,6 +17,7 @@ from ..batching.sequence import Sequence
 from ..batching.step_arrays import FlatArrays, HostArrays, StepArrays
 from ..batching.wanted_rows import pool, prompt_spans, sampling_rows
 from ..memory.cache_engine import CacheEngine, element_type
+from ..models.config.model_config import ModelConfig
 from ..models.kernels.attach import Plan, attach, packed_of
 from ..models.loader import ModelSource, load_model
 from ..models.lora.attach import ModelAdapters
@@ -88,9 +89,9 @@ def use_cpu_kernels(config: EngineConfig, device: torch.device) -> bool:
     return config.enable_cpu_kernels and device.type == "cpu" and native.load() is not None
 
 
-def plan_for(config: EngineConfig, cpu_kernels: bool, attention: str) -> Plan:
+def plan_for(config: EngineConfig, model: ModelConfig, cpu_kernels: bool, attention: str) -> Plan:
     """What the model's layers compute with; `attention` is the backend's name."""
-    quantization = config.quantization if config.quantization in ("int8", "int4") else None  # others are the checkpoint's own
+    quantization = config.quantization if model.quantization is None else None  # else the flag says what the checkpoint is
     return Plan("cpu" if cpu_kernels else "triton" if attention == "triton" else None, quantization)
 
 
@@ -130,7 +131,7 @@ class Worker:
         path = None if config.load_format == "dummy" else source.path
         served = replace(source, path=path, config=replace(source.config, max_model_len=config.max_model_len))
         self.model = load_model(served, dtype, device, parallel, seed=config.seed)
-        plan = plan_for(config, cpu_kernels, self.backend.name)
+        plan = plan_for(config, source.config, cpu_kernels, self.backend.name)
         attach(self.model, plan)
         if config.batch_invariant:
             self._check_batch_invariance()
