@@ -26,7 +26,7 @@ class _Step(ctypes.Structure):
     """`Step` of the C++ file."""
 
     _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("slot_mapping", "block_tables", "items", "merges", "partials")]
+        [(name, ctypes.c_void_p) for name in ("slot_mapping", "block_tables", "items", "merges", "partials", "hidden")]
         + [(name, ctypes.c_int64) for name in ("table_stride", "num_items", "num_merges")]
         + [(name, ctypes.c_int64) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "num_blocks")]
         + [(name, ctypes.c_int64) for name in ("window", "invariant")]
@@ -122,7 +122,8 @@ class CpuBackend(AttentionBackend):
             num_merges=len(merges), num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, num_blocks=num_blocks,
             window=sliding_window or 0, invariant=self.batch_invariant,
         )  # fmt: skip
-        arrays = [items, merges, metadata.slot_mapping, tables]
+        arrays = [items, merges, metadata.slot_mapping, tables, metadata.hidden_keys]
+        step.hidden = None if metadata.hidden_keys is None else metadata.hidden_keys.data_ptr()
         return Plan(step, ctypes.addressof(step), sliding_window, num_partials, arrays)
 
     def attend(

@@ -230,6 +230,10 @@ def _make_group(metadata: AttentionMetadata, pieces: np.ndarray, sliding_window:
     hidden = key_pos[:, None, :] > query_pos[:, :, None]  # [S, Q, L]
     if sliding_window is not None:
         hidden |= key_pos[:, None, :] <= query_pos[:, :, None] - sliding_window
+    if metadata.hidden_keys is not None:
+        words = metadata.hidden_keys[token + nth_query]  # [S, Q]
+        distance = query_pos[:, :, None] - key_pos[:, None, :]
+        hidden |= (words[:, :, None] >> distance.clamp(0, 63)) & 1 == 1  # bit 63 is never set
 
     key_pos = key_pos.minimum(right - 1)
     slots = metadata.block_tables[seq, key_pos // block_size].long() * block_size + key_pos % block_size

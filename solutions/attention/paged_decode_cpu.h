@@ -13,6 +13,7 @@ void mask(const Work<T>& work, int64_t row, int64_t first, int64_t count) {
     const int64_t end = std::clamp<int64_t>(std::min(work.position(row) + 1 - first, count), 0, KEYS);
     for (int64_t i = 0; i < begin; ++i) scores[i] = MINUS_INFINITY;
     for (int64_t i = end; i < KEYS; ++i) scores[i] = MINUS_INFINITY;
+    work.hide(row, first, scores, 1);
 }
 
 // Turn a row's scores into weights relative to its largest score so far, and scale down what was summed before.

@@ -103,6 +103,7 @@ inline void pack_weights(Floats even, Floats odd, bf16* panel) {
 // PANEL rows of an item, and what is known of them so far.
 template <typename C>
 struct Columns {
+    int64_t row, rows;    // the first of them in the item, and how many there are
     C* queries;           // panel [D, PANEL]
     float* out;           // [D, PANEL]
     Floats top[2], sum[2];
@@ -151,6 +152,8 @@ void attend_columns(const Work<T>& work, Columns<C>& columns, int64_t first, con
                 store(scores + k * PANEL, seen ? score : broadcast(MINUS_INFINITY));
             }
         }
+        for (int64_t i = 0; work.step.hidden && i < std::min<int64_t>(LANES, columns.rows - h * LANES); ++i)
+            work.hide(columns.row + h * LANES + i, first, scores + i, PANEL);
         Floats best = columns.top[h];
         for (int64_t k = 0; k < count; ++k) best = maximum(best, load(scores + k * PANEL));
         const Floats base = best == MINUS_INFINITY ? Floats{} : best;  // a row that has seen nothing yet gets weights of zero
@@ -198,6 +201,8 @@ void many_rows(const Work<T>& work, Arena& arena) {
     all.resize(num_columns);
     for (int64_t p = 0; p < num_columns; ++p) {
         Columns<C>& columns = all[p];
+        columns.row = p * PANEL;
+        columns.rows = std::min<int64_t>(PANEL, work.rows - columns.row);
         columns.queries = arena.take<C>(dim * PANEL);
         columns.out = arena.take<float>(dim * PANEL);
         std::fill(columns.out, columns.out + dim * PANEL, 0.0f);

@@ -33,6 +33,7 @@ struct Step {
     const Item* items;
     const Merge* merges;
     float* partials;  // for each partial row and head: maximum, sum, D accumulated values
+    const int64_t* hidden;  // of each query a word: bit d hides the key d places before it; or null
     int64_t table_stride, num_items, num_merges;
     int64_t num_heads, num_kv_heads, head_dim, block_size, num_blocks;
     int64_t window;      // 0: none
@@ -108,6 +109,15 @@ struct Work {
 
     int64_t position(int64_t row) const { return item.position + row / group; }
     int64_t first_visible(int64_t row) const { return step.window ? position(row) - step.window + 1 : 0; }
+
+    // Hide the keys that a tree of drafts hides from a row: of KEYS scores from the key `first` on, which lie `stride` apart.
+    void hide(int64_t row, int64_t first, float* scores, int64_t stride) const {
+        if (!step.hidden) return;
+        for (auto word = static_cast<uint64_t>(step.hidden[item.row + row / group]); word; word &= word - 1) {
+            const int64_t key = position(row) - __builtin_ctzll(word) - first;
+            if (key >= 0 && key < KEYS) scores[key * stride] = MINUS_INFINITY;
+        }
+    }
 };
 
 // Where up to KEYS keys of an item lie in the cache, from its key `first` on. The rest of `offsets` repeats the first, so that

@@ -15,6 +15,7 @@ A head needs no step of its own to follow: it reads the hidden states of each st
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, pairwise, takewhile
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from ..batching.continuous_batch import FlatBatch
 from ..batching.grouped_batch import make_batch
 from ..batching.scheduler_output import BlockPairs, Draft, SchedulerOutput
 from ..batching.sequence import Sequence
+from ..batching.tree_rows import TreeDraft, kept_rows
 from ..models.config.model_config import ModelConfig
 from ..models.heads.eagle import HeadFiles, find_head, load_head
 from ..models.kernels.attach import Plan, attach
@@ -36,6 +38,7 @@ from .sampling.rejection_sampler import Prefix, draw_one
 from .speculation.draft_tables import DraftTables, with_room
 from .speculation.head_drafts import MOST_ROWS, HeadDrafts
 from .speculation.settings import SpeculativeConfig
+from .speculation.tree_drafts import TreeDrafts
 from .speculative import NgramProposer, Proposer
 from .startup import Limits, check_settings
 from .worker import Worker, use_cpu_kernels
@@ -202,7 +205,8 @@ class EagleProposer(Proposer):
             attach(part, Plan("cpu" if kernels else None, None if part is head.fc else speculation.quantization))
         if kernels and worker.backend.name == "cpu" and not worker.config.enforce_eager:
             replay(head, head.run_layers, [*head.layer.modules(), head.norm], config.hidden_size, limits.dtype)
-        self.drafts = HeadDrafts(
+        make = HeadDrafts if speculation.paths is None else partial(TreeDrafts, speculation.paths)
+        self.drafts = make(
             head, body.embed_tokens, body.rotary_emb, worker.backend, min(MOST_ROWS, worker.config.max_num_seqs),
             limits.max_model_len, config.num_kv_heads, config.head_dim, limits.dtype,
         )  # fmt: skip
@@ -220,15 +224,26 @@ class EagleProposer(Proposer):
         hidden, gone = hidden.clone(), set(output.removed)
         for seq, (row, end) in zip(batch.sequences, pairwise(batch.query_start_loc.tolist()), strict=True):
             start = int(batch.positions[row])
-            count = min(end - row, seq.num_computed_tokens - start)  # behind it are drafts that were rejected
+            count = seq.num_computed_tokens - start  # behind it are drafts that were rejected
             if count > 0 and seq.seq_id not in gone:
-                self.drafts.take(seq.seq_id, start, hidden[row : row + count])
+                rows = kept_rows(batch.decision.drafts.get(seq), row, end)
+                self.drafts.take(seq.seq_id, start, hidden[rows][:count])
 
     def num_missed(self, seq: Sequence) -> int:
         return self.drafts.num_missed(seq.seq_id)
 
     def propose(self, output: SchedulerOutput, wanted: dict[Sequence, int]) -> dict[Sequence, Draft]:
-        return {seq: Draft(token_ids) for seq, token_ids in self.drafts.draft(wanted).items()}
+        return {seq: self._shaped(seq, token_ids) for seq, token_ids in self.drafts.draft(wanted).items()}
+
+    def _shaped(self, seq: Sequence, token_ids: list[int]) -> Draft:
+        """A chain, or a tree where tokens were drafted for one, less those for which there is no room. The form of an answer is
+        followed token by token, so there the tree's first chain has to do."""
+        if not isinstance(self.drafts, TreeDrafts):
+            return Draft(token_ids)
+        num_in_chain = self.drafts.num_in_chain
+        if seq.guide is not None or len(token_ids) <= num_in_chain:
+            return Draft(token_ids[:num_in_chain])
+        return TreeDraft(token_ids, tree=self.drafts.tree.first(len(token_ids)))
 
 
 def check_fits(draft: ModelConfig, target: ModelConfig, max_model_len: int) -> ModelConfig:
@@ -301,6 +316,8 @@ def _find_head(config: EngineConfig, speculation: SpeculativeConfig, target: Mod
         raise ValueError(f"{refused}only with one rank in the engine's process; use ngram or draft_model")
     if limits.device.type != "cpu":
         raise ValueError(f"{refused}the head runs on a CPU only, and the model is on {limits.device.type}; use draft_model")
+    if speculation.paths is not None and config.attention_backend not in ("auto", "cpu", "torch"):
+        raise ValueError(f"{refused}speculative_token_tree: attention backend {config.attention_backend} has no trees; use cpu")
     if speculation.quantization is not None and not use_cpu_kernels(config, limits.device):
         raise ValueError(f"{refused}quantization {speculation.quantization} needs the CPU kernels, which are off or not built")
     try:

@@ -1,13 +1,16 @@
-"""Heads for tiny targets: random ones, that draft mostly wrong tokens, saved as the command that trains one saves them."""
+"""Heads for tiny targets: random, saved as the command that trains one saves them; and what transformers says they draft."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-from solutions.models.heads.eagle import EagleHead, save_head
+from solutions.models.heads.eagle import WEIGHTS, EagleHead, save_head
 from solutions.models.loader import load_model, resolve_model
 
 
@@ -29,3 +32,51 @@ def make_random_head(folder: Path, target: str, num_drafted: int = 64, seed: int
         head.token_ids.copy_(torch.arange(num_drafted) * (config.vocab_size // num_drafted))
     save_head(folder, head, config, target_embedding(target))
     return head
+
+
+class Oracle:
+    """The same head from transformers' own decoder layer, over the whole text each time and without a cache."""
+
+    def __init__(self, target: str, head: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, attn_implementation="eager")
+        config, weights = self.model.config, load_file(head / WEIGHTS)
+        self.weights = {name: tensor.float() for name, tensor in weights.items()}
+        self.token_ids = weights["token_ids"]
+        self.layer, self.norm = LlamaDecoderLayer(config, 0), LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        own = {name.removeprefix("layer."): tensor for name, tensor in self.weights.items() if name.startswith("layer.")}
+        kv = config.num_key_value_heads * config.head_dim
+        q, k, v = own.pop("self_attn.qkv_proj.weight").split([config.num_attention_heads * config.head_dim, kv, kv])
+        gate, up = own.pop("mlp.gate_up_proj.weight").chunk(2)
+        own |= {f"self_attn.{name}_proj.weight": each for name, each in (("q", q), ("k", k), ("v", v))}
+        self.layer.load_state_dict(own | {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up})
+        self.norm.load_state_dict({"weight": self.weights["norm.weight"]})
+
+    @torch.no_grad()
+    def outputs(self, text: list[int], given: list[int], first: int = 0) -> list[Tensor]:
+        """The head's output [hidden] behind a text, and behind each of the tokens that are `given` after it, as in a draft; its
+        context begins at position `first`."""
+        body = self.model.model
+        features = body(torch.tensor([text[:-1]])).last_hidden_state[0, first:]
+        behind, outputs = text[first + 1 :], []
+        for token in [*given, -1]:
+            positions = torch.arange(first, first + len(behind))[None]
+            joined = torch.cat((body.embed_tokens(torch.tensor(behind)), features), dim=1)[None]
+            mask = torch.full((len(behind), len(behind)), float("-inf")).triu(1)[None, None]
+            x = joined @ self.weights["fc.weight"].T
+            x = self.layer(x, attention_mask=mask, position_embeddings=body.rotary_emb(x, positions))
+            out = self.norm(x[0] if isinstance(x, tuple) else x).reshape(len(behind), -1)
+            outputs.append(out[-1])
+            behind, features = [*behind, token], torch.cat((features, out[-1:]))
+        return outputs
+
+    def best(self, output: Tensor, count: int) -> list[int]:
+        """The `count` likeliest tokens of an output."""
+        return self.token_ids[(output @ self.weights["lm_head.weight"].T).topk(count).indices].tolist()
+
+    def draft(self, text: list[int], count: int, first: int = 0) -> list[int]:
+        """So many tokens behind a text, each the likeliest."""
+        drafted: list[int] = []
+        for _ in range(count):
+            out = self.outputs(text, drafted, first)[-1]
+            drafted.append(int(self.token_ids[(out @ self.weights["lm_head.weight"].T).argmax()]))
+        return drafted

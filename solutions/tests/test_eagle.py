@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from solutions.batching.sampling_params import SamplingParams
 from solutions.core.draft_model import EagleProposer
@@ -22,7 +20,7 @@ from solutions.core.engine import LLM
 from solutions.core.speculation import head_drafts
 from solutions.core.speculation.head_drafts import HeadDrafts
 from solutions.models.heads.eagle import CONFIG, WEIGHTS
-from solutions.tests.eagle_heads import make_random_head
+from solutions.tests.eagle_heads import Oracle, make_random_head
 from solutions.tests.slow_cases import slow_after
 
 GREEDY = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
@@ -48,50 +46,6 @@ def eagle(head: Path, **others) -> dict:
 
 def tokens(outputs) -> list[list[int]]:
     return [completion.token_ids for output in outputs for completion in output.outputs]
-
-
-class Oracle:
-    """The same head from transformers' own decoder layer, over the whole text each time and without a cache."""
-
-    def __init__(self, target: str, head: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32, attn_implementation="eager")
-        config, weights = self.model.config, load_file(head / WEIGHTS)
-        self.weights = {name: tensor.float() for name, tensor in weights.items()}
-        self.token_ids = weights["token_ids"]
-        self.layer, self.norm = LlamaDecoderLayer(config, 0), LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        own = {name.removeprefix("layer."): tensor for name, tensor in self.weights.items() if name.startswith("layer.")}
-        kv = config.num_key_value_heads * config.head_dim
-        q, k, v = own.pop("self_attn.qkv_proj.weight").split([config.num_attention_heads * config.head_dim, kv, kv])
-        gate, up = own.pop("mlp.gate_up_proj.weight").chunk(2)
-        own |= {f"self_attn.{name}_proj.weight": each for name, each in (("q", q), ("k", k), ("v", v))}
-        self.layer.load_state_dict(own | {"mlp.gate_proj.weight": gate, "mlp.up_proj.weight": up})
-        self.norm.load_state_dict({"weight": self.weights["norm.weight"]})
-
-    @torch.no_grad()
-    def outputs(self, text: list[int], given: list[int], first: int = 0) -> list[Tensor]:
-        """The head's output [hidden] behind a text, and behind each of the tokens that are `given` after it, as in a draft; its
-        context begins at position `first`."""
-        body = self.model.model
-        features = body(torch.tensor([text[:-1]])).last_hidden_state[0, first:]
-        behind, outputs = text[first + 1 :], []
-        for token in [*given, -1]:
-            positions = torch.arange(first, first + len(behind))[None]
-            joined = torch.cat((body.embed_tokens(torch.tensor(behind)), features), dim=1)[None]
-            mask = torch.full((len(behind), len(behind)), float("-inf")).triu(1)[None, None]
-            x = joined @ self.weights["fc.weight"].T
-            x = self.layer(x, attention_mask=mask, position_embeddings=body.rotary_emb(x, positions))
-            out = self.norm(x[0] if isinstance(x, tuple) else x).reshape(len(behind), -1)
-            outputs.append(out[-1])
-            behind, features = [*behind, token], torch.cat((features, out[-1:]))
-        return outputs
-
-    def draft(self, text: list[int], count: int, first: int = 0) -> list[int]:
-        """So many tokens behind a text, each the likeliest."""
-        drafted: list[int] = []
-        for _ in range(count):
-            out = self.outputs(text, drafted, first)[-1]
-            drafted.append(int(self.token_ids[(out @ self.weights["lm_head.weight"].T).argmax()]))
-        return drafted
 
 
 def watch(llm: LLM, plain=()) -> list[tuple[list[int], list[int], int]]:

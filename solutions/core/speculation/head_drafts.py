@@ -99,8 +99,14 @@ class HeadDrafts:
         drafting = [seq for seq in wanted if self._is_ready(seq)]
         if not drafting:
             return {}
+        hidden = self._read(drafting, [self.contexts[seq.seq_id] for seq in drafting])
+        drafts = self._go_on(hidden, drafting, wanted)
+        return {seq: draft[: wanted[seq]] for seq, draft in zip(drafting, drafts, strict=True)}
+
+    def _go_on(self, hidden: Tensor, drafting: list[Sequence], wanted: dict[Sequence, int]) -> list[list[int]]:
+        """What follows the head's outputs [S, hidden] behind the last tokens of the S sequences: as many tokens for each as one
+        of them wants, or more."""
         contexts = [self.contexts[seq.seq_id] for seq in drafting]
-        hidden = self._read(drafting, contexts)
         tokens = self.head.likeliest(hidden)  # [S]
         columns = [tokens]
         depth = max(wanted[seq] for seq in drafting)
@@ -116,8 +122,7 @@ class HeadDrafts:
             hidden = self._run(tokens, hidden, firsts + at, self._metadata(arrays, 1, longest + place + 1))
             tokens = self.head.likeliest(hidden)
             columns.append(tokens)
-        drafted = torch.stack(columns, dim=1).tolist()
-        return {seq: draft[: wanted[seq]] for seq, draft in zip(drafting, drafted, strict=True)}
+        return torch.stack(columns, dim=1).tolist()
 
     def _is_ready(self, seq: Sequence) -> bool:
         context = self.contexts.get(seq.seq_id)
@@ -150,5 +155,7 @@ class HeadDrafts:
         hidden: Tensor = self.head(self.embed(tokens), features, self.rotary(positions), metadata)
         return hidden
 
-    def _metadata(self, arrays: PagedArrays[Tensor, Tensor], most_new: int, longest: int) -> AttentionMetadata:
-        return attention_metadata(arrays, (most_new, longest), self.cache.kv_caches, None, self.backend, (None,))
+    def _metadata(
+        self, arrays: PagedArrays[Tensor, Tensor], most_new: int, longest: int, hidden_keys: Tensor | None = None
+    ) -> AttentionMetadata:
+        return attention_metadata(arrays, (most_new, longest), self.cache.kv_caches, None, self.backend, (None,), hidden_keys)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from ...batching.token_tree import tree_of
 
 METHODS = ("ngram", "draft_model", "eagle")
 
@@ -26,6 +29,8 @@ class SpeculativeConfig:
         disable_by_batch_size: with more sequences in a step nothing is drafted; None: however many there are.
         num_speculative_tokens_per_batch_size: sequences in a step, as "first-last" → most tokens drafted for each, in place of
             `num_speculative_tokens` where that is more. Between two ranges the earlier one holds.
+        speculative_token_tree: of "eagle", the shape of drafts that branch: the path of each token, as a list of lists or in a
+            string of Python tuples; see `token_tree.tree_of`. None: a chain.
 
     Raises:
         ValueError: a value is out of range, or does not belong to the method.
@@ -40,6 +45,7 @@ class SpeculativeConfig:
     adaptive: bool = True
     disable_by_batch_size: int | None = None
     num_speculative_tokens_per_batch_size: dict[str, int] = field(default_factory=dict)
+    speculative_token_tree: str | list[list[int]] | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -72,6 +78,27 @@ class SpeculativeConfig:
             raise ValueError("--speculative-config: method eagle needs a model, the folder of a head trained for the target")
         if self.method == "eagle" and self.quantization not in (None, "int8", "int4"):
             raise ValueError(f"--speculative-config: quantization of a head is int8 or int4, got {self.quantization!r}")
+        if self.speculative_token_tree is not None:
+            self._check_tree()
+
+    def _check_tree(self) -> None:
+        refused = "--speculative-config: speculative_token_tree: "
+        if self.method != "eagle":
+            raise ValueError(f"{refused}method {self.method} drafts chains only; use eagle")
+        paths = self.paths or []
+        try:
+            tree_of(paths)
+        except ValueError as error:
+            raise ValueError(f"{refused}{error}") from None
+        if self.num_speculative_tokens != (count := len(paths)):
+            raise ValueError(f"{refused}it has {count} tokens; leave num_speculative_tokens out, or write {count}")
+        if self.adaptive:
+            raise ValueError(f'{refused}write "adaptive": false as well; how many tokens pay is known of chains only')
+
+    @property
+    def paths(self) -> list[tuple[int, ...]] | None:
+        """Of a tree's tokens; None: drafts are chains. Raises what `read_paths` does."""
+        return None if self.speculative_token_tree is None else read_paths(self.speculative_token_tree)
 
     @classmethod
     def parse(cls, given: str | dict[str, Any]) -> SpeculativeConfig:
@@ -90,6 +117,8 @@ class SpeculativeConfig:
         known = [field.name for field in fields(cls)]
         if unknown := [key for key in values if key not in known]:
             raise ValueError(f"--speculative-config: there is no {unknown[0]!r}; the keys are {', '.join(known)}")
+        if (tree := values.get("speculative_token_tree")) is not None:
+            values = {"num_speculative_tokens": len(read_paths(tree)) or 1} | values
         return cls(**values)
 
     def most(self, num_seqs: int) -> int:
@@ -102,3 +131,20 @@ class SpeculativeConfig:
             if int(key.split("-")[0]) <= num_seqs
         ]
         return min(self.num_speculative_tokens, max(begun)[1]) if begun else self.num_speculative_tokens
+
+
+def read_paths(given: Any) -> list[tuple[int, ...]]:
+    """The paths of a ``speculative_token_tree``.
+
+    Raises:
+        ValueError: it is no list of lists of integers, nor a string of one in Python's notation.
+    """
+    try:
+        paths = [tuple(path) for path in (ast.literal_eval(given) if isinstance(given, str) else given)]
+    except (ValueError, SyntaxError, TypeError):
+        paths = [("",)]
+    if not all(type(choice) is int for path in paths for choice in path):
+        raise ValueError(
+            f"--speculative-config: speculative_token_tree is a list of paths such as [[0], [1], [0, 0]], not {given!r}"
+        )
+    return paths

@@ -91,6 +91,10 @@ class EagleHead(Layer):
         """The token that it holds for the likeliest behind each row of [T, hidden]: [T] int64, ids of the target."""
         return self.token_ids[self.lm_head(hidden).argmax(dim=1)]
 
+    def best(self, hidden: Tensor, count: int) -> Tensor:
+        """The `count` likeliest tokens behind each row of [T, hidden], in that order: [T, count] int64, ids of the target."""
+        return self.token_ids[self.lm_head(hidden).topk(count, dim=1).indices]
+
 
 def fingerprint(embedding: Tensor) -> int:
     """A checksum of some rows of the target's embedding [V, hidden], rounded to bfloat16, so that it is the same in whatever

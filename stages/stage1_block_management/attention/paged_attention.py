@@ -30,6 +30,7 @@ class AttentionMetadata(PagedArrays[Tensor, Tensor]):
         kv_scales: of an int8 cache, for each layer the factor of each stored vector, [2, num_blocks, block_size, H_kv] float16.
         rope: (cos, signed sin), [T, 1, D] each, where the layers leave it to the Triton backend to rotate queries and keys.
         groups: the same step for each group of layers, where a model has several.
+        hidden_keys: [T] int64, words as in `token_tree.hidden_keys`, on a CPU; None: no key before a token is hidden.
     """
 
     kv_caches: list[Tensor]
@@ -40,6 +41,7 @@ class AttentionMetadata(PagedArrays[Tensor, Tensor]):
     kv_scales: list[Tensor] | None = None
     rope: tuple[Tensor, Tensor] | None = None
     groups: list[AttentionMetadata] = field(default_factory=list)
+    hidden_keys: Tensor | None = None
 
     def of(self, group: int) -> AttentionMetadata:
         """The step as layers of this group see it."""
@@ -90,7 +92,7 @@ class AttentionBackend(abc.ABC):
 
 def attention_metadata(
     arrays: PagedArrays[Tensor, Tensor], longest: tuple[int, int], kv_caches: list[Tensor], kv_scales: list[Tensor] | None,
-    backend: AttentionBackend, windows: Sequence[int | None],
+    backend: AttentionBackend, windows: Sequence[int | None], hidden_keys: Tensor | None = None,
 ) -> AttentionMetadata:  # fmt: skip
     """A step's arrays with the caches that they point into, and the backend's plan for them.
 
@@ -100,7 +102,7 @@ def attention_metadata(
     """
     metadata = AttentionMetadata(
         arrays.slot_mapping, arrays.block_tables, arrays.query_start_loc, arrays.context_lens, kv_caches, *longest, backend,
-        kv_scales=kv_scales,
+        kv_scales=kv_scales, hidden_keys=hidden_keys,
     )  # fmt: skip
     if len(windows) == 1:
         metadata.plan = backend.plan(metadata, windows[0])

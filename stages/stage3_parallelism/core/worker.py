@@ -15,6 +15,7 @@ from ..batching.continuous_batch import FlatBatch
 from ..batching.scheduler_output import BlockPairs
 from ..batching.sequence import Sequence
 from ..batching.step_arrays import FlatArrays, HostArrays, StepArrays
+from ..batching.tree_rows import enter_trees, has_trees
 from ..batching.wanted_rows import pool, prompt_spans, sampling_rows
 from ..memory.cache_engine import CacheEngine, element_type
 from ..models.config.model_config import ModelConfig
@@ -31,6 +32,7 @@ from .platform.machine import cpu_flags, cpu_has_bf16, pick_threads
 from .platform.transfer import to_device
 from .sampling.rejection_sampler import verify
 from .sampling.sampler import Sampler, TokenLogprobs
+from .sampling.tree_verifier import verify_trees
 
 NEEDS_CPU_KERNELS = "--batch-invariant: it needs the C++ kernels of a CPU, and attention runs on {}"
 _ARRAYS = [each.name for each in fields(FlatArrays)]
@@ -198,7 +200,7 @@ class Worker:
         """Move blocks and run the model: hidden states [T, hidden]. For `tokens` see `Device.begin`."""
         decision = batch.decision
         self.move_blocks(decision.swap_out, decision.swap_in, decision.copies)
-        hidden = self.forward(batch, tokens)
+        hidden = self.forward(batch, tokens, enter_trees(batch))
         if self.listener is not None:
             self.listener(batch, hidden)
         return hidden
@@ -214,6 +216,8 @@ class Worker:
         if len(rows) < len(hidden):
             hidden = hidden[to_device(rows, torch.int64, self.device)]
         logits = self.model.compute_logits(hidden)
+        if has_trees(batch):
+            return StepResult(*verify_trees(self.sampler, logits, batch, self.cache), prompt_logprobs)
         if drafts := batch.decision.drafts:
             return StepResult(*verify(self.sampler, logits, batch.sampled, drafts), prompt_logprobs)
         sampled = self.sampler(logits, batch.sampled, meanwhile)
@@ -240,7 +244,7 @@ class Worker:
         self.cache.swap_in(swap_in)
         self.cache.copy_blocks(copies)
 
-    def forward(self, batch: HostArrays, tokens: Tensor | None = None) -> Tensor:
+    def forward(self, batch: HostArrays, tokens: Tensor | None = None, hidden_keys: Tensor | None = None) -> Tensor:
         """Hidden states of all tokens, [T, hidden]. Nothing here waits for the work that is queued on a device."""
         if self.adapters is not None:
             self.adapters.begin(batch.adapters)
@@ -252,8 +256,9 @@ class Worker:
             step.input_ids = known_ids(step.input_ids, tokens)
         longest = int((batch.query_start_loc[1:] - batch.query_start_loc[:-1]).max()), int(batch.context_lens.max())
         metadata = attention_metadata(
-            step, longest, self.cache.kv_caches, self.cache.kv_scales or None, self.backend, self.model_config.windows
-        )
+            step, longest, self.cache.kv_caches, self.cache.kv_scales or None, self.backend, self.model_config.windows,
+            hidden_keys,
+        )  # fmt: skip
         hidden: Tensor = self.model(step.input_ids, step.positions, metadata)
         self.parallel.check()
         return hidden

@@ -1,0 +1,98 @@
+"""Trees of drafts by a head: at each node the tokens that it holds for the likeliest, level after level, each in one pass.
+
+The nodes that others go on from are computed behind one another in the head's row of its cache, with the mask that the target
+checks the tree by (`token_tree.hidden_keys`). The next draft overwrites them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from ...attention.paged_attention import AttentionBackend
+from ...batching.sequence import Sequence
+from ...batching.step_arrays import PagedArrays
+from ...batching.token_tree import TokenTree, tree_of
+from ...models.heads.eagle import EagleHead
+from ...parallelism.linear import Layer
+from .head_drafts import HeadDrafts
+
+
+class Level:
+    """Nodes of one depth that others go on from.
+
+    Args:
+        tree: of all drafted tokens. nodes: of this depth, in order. inner: all nodes that others go on from but the root, of
+            this depth and the ones above, in the order in which they are computed. above: the level before; None: the root's.
+
+    Attributes:
+        parents: [m], which of the level above each goes on from. hidden: [m], the mask of the nodes among `inner`.
+        children: (node, place in this level that it goes on from) of all nodes one deeper.
+    """
+
+    def __init__(self, tree: TokenTree, nodes: list[int], inner: list[int], above: Level | None) -> None:
+        self.nodes = nodes
+        self.parents = [] if above is None else [above.nodes.index(tree.parents[node]) for node in nodes]
+        shape = [-1, *(inner.index(tree.parents[node]) + 1 if tree.parents[node] else 0 for node in inner)]
+        self.hidden = torch.from_numpy(TokenTree(tuple(shape)).hidden_keys[len(shape) - len(nodes) :].copy())
+        self.children = [(node, nodes.index(parent)) for node, parent in enumerate(tree.parents) if parent in nodes]
+
+
+def levels_of(tree: TokenTree) -> list[Level]:
+    """The root's level first, then those whose nodes the head computes."""
+    inner = sorted(set(tree.parents) - {-1, 0}, key=lambda node: (tree.depths[node], node))
+    levels = [Level(tree, [0], [], None)]
+    for depth in range(1, 1 + max((int(tree.depths[node]) for node in inner), default=0)):
+        computed = [node for node in inner if tree.depths[node] <= depth]
+        levels.append(Level(tree, [node for node in computed if tree.depths[node] == depth], computed, levels[-1]))
+    return levels
+
+
+class TreeDrafts(HeadDrafts):
+    """Drafts that branch, for several sequences at once.
+
+    Args:
+        paths: of the tree's nodes, see `token_tree.tree_of`. The rest: as of `HeadDrafts`.
+
+    Attributes:
+        tree: of all drafts. num_in_chain: drafted tokens that it begins with and that are a chain.
+    """
+
+    def __init__(
+        self, paths: Many[tuple[int, ...]], head: EagleHead, embed: Layer, rotary: Module, backend: AttentionBackend, rows: int,
+        longest: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.tree, self._ranks = tree_of(paths)
+        self._levels, self._last = levels_of(self.tree), longest - 1
+        room = sum(len(level.nodes) for level in self._levels)  # behind a sequence that is as long as can be
+        super().__init__(head, embed, rotary, backend, rows, longest + room, num_kv_heads, head_dim, dtype)
+        self.num_in_chain = next((i for i, parent in enumerate(self.tree.parents[1:]) if parent != i), len(self._ranks))
+
+    def _go_on(self, hidden: Tensor, drafting: list[Sequence], wanted: dict[Sequence, int]) -> list[list[int]]:
+        contexts = [self.contexts[seq.seq_id] for seq in drafting]
+        rows = torch.tensor([context.row for context in contexts])[:, None]  # [S, 1]
+        lengths = torch.tensor([context.length for context in contexts])[:, None]
+        firsts = torch.tensor([context.first for context in contexts])[:, None]
+        longest, num_seqs, num_computed = int(lengths.max()), len(drafting), 0
+        tokens = torch.empty(num_seqs, len(self.tree.parents), dtype=torch.int64)
+        for depth, level in enumerate(self._levels):
+            count = len(level.nodes)
+            if depth:  # the root's output is there
+                places = num_computed + torch.arange(count)
+                num_computed += count
+                arrays = PagedArrays(
+                    (rows * self.longest + lengths + places).flatten(), rows.int(),
+                    torch.arange(num_seqs + 1, dtype=torch.int32) * count, (lengths + num_computed).flatten().int(),
+                )  # fmt: skip
+                features = hidden.view(num_seqs, -1, hidden.shape[1])[:, level.parents].flatten(0, 1)
+                positions = (firsts + lengths + depth - 1).clamp(max=self._last).repeat_interleave(count)
+                metadata = self._metadata(arrays, count, longest + num_computed, level.hidden.repeat(num_seqs))
+                hidden = self._run(tokens[:, level.nodes].flatten(), features, positions, metadata)
+            most = 1 + max(self._ranks[node - 1] for node, _ in level.children)
+            best = self.head.best(hidden, most).view(num_seqs, count, most)
+            for node, place in level.children:
+                tokens[:, node] = best[:, place, self._ranks[node - 1]]
+        return tokens[:, 1:].tolist()
