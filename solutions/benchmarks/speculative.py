@@ -1,7 +1,8 @@
 """Speculative decoding against plain decoding, on text that repeats itself, ordinary text and random text.
 
-Tokens a step and speed with drafts from the text itself (n-grams), a smaller model or a trained head, against plain decoding of
-the same prompts, in turns: as many drafts as pay, and of n-grams also always as many, which shows where speculation loses.
+Tokens a step and speed with drafts from the text itself (n-grams) or a smaller model, against plain decoding of the same
+prompts, in turns: as many drafts as pay, and of n-grams also always as many, which shows where speculation loses. With
+--eagle-head drafts by a trained head in their place: one token, chains, and trees.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ from .report import Parser, drawing, finish, one_line_errors, show_table, tracke
 from .timing import grouped, medians
 
 PLAIN, ALWAYS = "plain", {"adaptive": False}
+SHAPES = {
+    "one token": {"num_speculative_tokens": 1}, "a chain of three": {"num_speculative_tokens": 3},
+    "a tree of seven": {"speculative_token_tree": [[0], [0, 0], [0, 0, 0], [1], [2], [0, 1], [1, 0]]},
+}  # fmt: skip
+"""What a head drafts for each sequence in every step."""
 RECORD = '{{"id": {0}, "name": "sensor-{0}", "unit": "celsius", "interval_seconds": 30, "enabled": true}},\n'
 
 
@@ -109,8 +115,9 @@ def show(model: str, summary: list[dict[str, Any]]) -> None:
 def draw(summary: list[dict[str, Any]], path: Path) -> None:
     """Speed-up by batch size, a panel for each kind of text."""
     batches = sorted({case["batch"] for case in summary})
-    lines = [(PLAIN, "#999999", "o-"), ("ngram", "#0072B2", "o-"), ("ngram, always", "#0072B2", "x:")]
-    lines += [("draft model", "#E69F00", "o-")] + [("eagle", "#009E73", "o-")] * any(c["method"] == "eagle" for c in summary)
+    colours = {PLAIN: "#999999", "ngram": "#0072B2", "ngram, always": "#0072B2", "draft model": "#E69F00", "eagle": "#009E73"}
+    colours |= dict(zip(SHAPES, ("#0072B2", "#56B4E9", "#E69F00"), strict=True))
+    lines = [(name, colours[name], "x:" if "always" in name else "o-") for name in dict.fromkeys(c["method"] for c in summary)]
     with drawing(path, len(TEXTS), figsize=(9, 3.2), sharey=True) as panels:
         for axes, text in zip(panels, TEXTS, strict=True):
             for method, colour, line in lines:
@@ -127,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_flag("--model", DEFAULT_MODEL, "alias or folder")
     parser.add_argument("--draft-model", help="alias or folder (default: the model itself, quantized)")
     parser.add_flag("--draft-quantization", "int8", "quantization of the draft model and of the head; none: its own precision")
-    parser.add_argument("--eagle-head", help="folder of a head that was trained for the model; drafts by it are measured, too")
+    parser.add_argument("--eagle-head", help="folder of a head that was trained for the model: measure only what it drafts")
     parser.add_flag("--draft-tokens", 3, "tokens that the draft model or the head drafts in a step")
     parser.add_flag("--ngram-tokens", 5, "tokens that n-grams draft in a step")
     parser.add_flag("--batches", [1, 4, 16, 32], "requests at once")
@@ -140,7 +147,9 @@ def main(argv: list[str] | None = None) -> None:
     ngram = {"method": "ngram", "num_speculative_tokens": args.ngram_tokens}
     settings = {"ngram": ngram, "ngram, always": ngram | ALWAYS}
     settings["draft model"] = draft | {"method": "draft_model", "model": args.draft_model or args.model}
-    settings |= {"eagle": draft | {"method": "eagle", "model": args.eagle_head}} if args.eagle_head else {}
+    if args.eagle_head:
+        head = {"method": "eagle", "model": args.eagle_head, "quantization": quantization}
+        settings = {name: head | shape | ALWAYS for name, shape in SHAPES.items()} | {"eagle": draft | head}
     total = args.repeats * len(TEXTS) * len(args.batches) * (1 + len(settings))
     with one_line_errors():
         runs = measure(
