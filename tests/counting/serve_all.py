@@ -25,6 +25,7 @@ from solutions.core.engine import LLM
 from solutions.quantization import awq, gptq
 from solutions.quantization.kernels import w4a16_triton
 from solutions.serving.replicas.two_phase_proxy import create_proxy
+from solutions.tests.eagle_heads import make_random_head
 from solutions.tests.tiny_models import VOCAB_SIZE, make_tiny, make_tiny_llama
 from stages.course.tools.catalog import load_course
 
@@ -90,6 +91,9 @@ def small_models(folder: Path) -> None:
     producer.llm_engine.close()
     drafts = json.dumps({"method": "draft_model", "model": tiny, "adaptive": False})
     answer(crowd[:1], SamplingParams(max_tokens=8, ignore_eos=True), model=tiny, speculative_config=drafts)
+    make_random_head(folder / "head", tiny)
+    tree = {"method": "eagle", "model": str(folder / "head"), "speculative_token_tree": [[0], [1]], "adaptive": False}
+    answer(crowd[:1], long, model=tiny, speculative_config=json.dumps(tree), enable_prefix_caching=False)
     recipe = ["--model", tiny, "--group-size", "32", "--num-samples", "2", "--sequence-length", "16"]
     gptq.main([*recipe, "--output", str(folder / "gptq")])
     awq.main([*recipe, "--output", str(folder / "awq")])

@@ -69,7 +69,12 @@ function numbers() {
       : []),
     ["preemptions", stats.num_preemptions],
     ["drafts accepted", share(stats.spec_decode_num_accepted_tokens, stats.spec_decode_num_draft_tokens)],
-    ...(stats.spec_decode_num_draft_tokens ? [["tokens drafted now", (stats.spec_decode_mean_length ?? 0).toFixed(1)]] : []),
+    ...(stats.spec_decode_num_draft_tokens
+      ? [
+          ["tokens that a draft brings", (stats.spec_decode_num_accepted_tokens / stats.spec_decode_num_drafts).toFixed(2)],
+          ["tokens drafted now", (stats.spec_decode_mean_length ?? 0).toFixed(1)],
+        ]
+      : []),
     ...(stats.num_steps_ahead ? [["steps begun ahead", share(stats.num_steps_ahead, stats.num_steps)]] : []),
     ["time to first token", `${model.latencies.ttft.toFixed(0)} ms`],
     ["time per token", `${model.latencies.itl.toFixed(0)} ms`],
