@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -180,6 +181,19 @@ def speculation() -> Table:
             found = (find(cases, text=name, batch=batch, method=method) for method in methods)
             rows.append([text, batch, *(f"{case['speedup']:.2f}x" for case in found)])
     return table("text | batch | n-grams, as many as pay | always five | int4 draft, as many as pay", rows)
+
+
+def heads() -> Table:
+    """A head's drafts: what each shape brings a step, and what becomes of the speed."""
+    names = {"ordinary": "ordinary answers", "repetitive": "text that repeats itself", "random": "random text"}
+    methods = {"one token": "one token", "a chain of three": "three in a chain", "a tree of seven": "a tree of seven"}
+    methods |= {"eagle": "up to three, as many as pay"}
+    cases = record(f"{CPU}_eagle")["cases"]
+    rows = []
+    for text, batch, method in itertools.product(names, (1, 4), methods):
+        case = find(cases, text=text, batch=batch, method=method)
+        rows.append([names[text], batch, methods[method], f"{case['tokens_per_step']:.2f}", f"{case['speedup']:.2f}x"])
+    return table("text | batch | drafted for each | tokens a step | as fast as plain", rows)
 
 
 def memory() -> Table:
@@ -421,8 +435,8 @@ DOCUMENTS = {
     "README.md": (headline_workloads, headlines),
     "benchmarks/README.md": (
         against_vllm, against_transformers, throughput, with_amx, fewer_bits_with_amx, weights, beside_busy_processes,
-        quality_plain, quality_groups, speculation, memory, prefix_cache, radix, tiers, overhead, kernels, ranks, sums, serving,
-        page, replicas, two_phase, two_phase_at_once, fairness, adapters,
+        quality_plain, quality_groups, speculation, heads, memory, prefix_cache, radix, tiers, overhead, kernels, ranks, sums,
+        serving, page, replicas, two_phase, two_phase_at_once, fairness, adapters,
         gpu_throughput, gpu_caches, gpu_steps, gpu_prompts, gpu_attention, gpu_latency,
     ),
 }  # fmt: skip
