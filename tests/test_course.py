@@ -85,7 +85,7 @@ def test_a_stage_that_is_not_there_is_named(room: Classroom, stages: str) -> Non
 def test_fresh_starters_have_everything_to_do_and_say_where_to_begin(room: Classroom) -> None:
     ended = course(room, "test", "--stage", "1")
     assert ended.code == 1
-    assert table(ended) == {f"1.{number}": "to do" for number in range(1, 8)}
+    assert table(ended) == {f"1.{number}": "to do" for number in range(1, 9)}
     text = room.read(room.path(1, ALLOCATOR)).splitlines()
     line = next(number for number, content in enumerate(text, 1) if "def allocate" in content)
     assert f"stages/stage1_block_management/{ALLOCATOR}:{line}" in ended.output
@@ -98,7 +98,7 @@ def test_a_finished_task_is_green_and_the_next_one_is_named(room: Classroom) -> 
     room.solve(1, ["1.1"])
     ended = course(room, "test", "--stage", "1")
     assert ended.code == 1
-    assert table(ended) == {"1.1": "passed"} | {f"1.{number}": "to do" for number in range(2, 8)}
+    assert table(ended) == {"1.1": "passed"} | {f"1.{number}": "to do" for number in range(2, 9)}
     assert "next: task 1.2" in ended.output
     one = course(room, "test", "--stage", "1", "--task", "1.1")
     assert one.code == 0
