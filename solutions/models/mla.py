@@ -149,7 +149,8 @@ class LatentAttention(LlamaAttention):
         heads = self.kv_b_proj(shared.contiguous()).view(len(vectors), self.num_heads, -1)  # [L, H, still + value]
         key = torch.cat((heads[..., : latent.still], turned[:, None].expand(-1, self.num_heads, -1)), dim=-1)
         # as wide as the keys, or PyTorch has no fused kernel
-        value = F.pad(heads[..., latent.still :], (0, max(0, latent.query_dim - latent.value)))
+        value = key.new_zeros(len(vectors), self.num_heads, max(latent.query_dim, latent.value))
+        value[..., : latent.value] = heads[..., latent.still :]
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, H, Q or L, ...]
         out = F.scaled_dot_product_attention(q, k, v, prompt.seen, scale=self.scale)
         return out[0].transpose(0, 1)[..., : latent.value]
