@@ -90,8 +90,8 @@ doctor: $(STAMP) ## Say what this machine has and what the engine will use
 	@$(BYOV) doctor $(ARGS)
 
 ##@ Learn
-test-stage-0: $(STAMP) ## Test your warm-up, for those who have not seen yet how a model writes
-	@$(RUN) -m pytest -q -x -p no:cacheprovider stages/stage0_warm_up/tests $(ARGS)
+test-stage-0: $(STAMP) ## Test your warm-up, for those who have not seen yet how a model writes (TASK=0.1)
+	@$(COURSE) test --stage 0 --task "$(TASK)"
 
 warm-up: $(STAMP) ## What the warm-up's four ideas cost on this machine, by your code
 	@$(RUN) -m stages.stage0_warm_up.measure

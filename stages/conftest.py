@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import stages
-from stages.course.tools.catalog import STAGES_FOLDER, Task, load_course
+from stages.course.tools.catalog import STAGES_FOLDER, Task, load_course, load_warm_up
 from stages.course.tools.failure import describe, todo_task, what_and_why
 from stages.course.tools.preflight import inspect_stage
 
@@ -22,7 +22,7 @@ TIME_LIMIT = 30
 TURNS, IDLE, BUSY = 4, 0.05, 0.9
 """Times its limit that a test may take on a busy machine, while it computed for more than the first share of the last turn, and
 in all for less than the second. Below the first it waits for something, above the second it has no end."""
-COURSE = load_course()
+COURSE = [*load_warm_up(), *load_course()]
 
 
 class TimeLimitReached(BaseException):

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 
-from stages.course.tools.catalog import ROOT, STAGES_FOLDER, CourseError, Stage, Task, find_stage, load_course
+from stages.course.tools.catalog import STAGES_FOLDER, CourseError, Stage, Task, find_stage, load_course
 from stages.course.tools.targets import emptied
 
 MANIFEST = "starters.json"
@@ -45,7 +45,7 @@ def starters(stage: Stage, tasks: Iterable[Task] | None = None) -> dict[str, str
         tasks: those whose functions are emptied; None: all of the stage, which is the fresh starter.
     """
     wanted = stage.tasks if tasks is None else list(tasks)
-    return {file: render((ROOT / "solutions" / file).read_text(encoding="utf-8"), file, wanted) for file in stage.files}
+    return {file: render(stage.reference(file), file, wanted) for file in stage.files}
 
 
 def digest(text: str) -> str:

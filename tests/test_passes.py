@@ -32,7 +32,7 @@ LAYERS = ("parallelism/linear.py", "parallelism/quantized_linear.py", "paralleli
 def is_kernel(file: str) -> bool:
     """Whether a file is kernels, a pass that puts them in place, a recording, or a backend of attention.
 
-    What latents are attended with is the interface, too: there is one way to do it, in plain PyTorch.
+    What the backends for latents share is an interface, too.
     """
     interfaces = ("attention/paged_attention.py", "attention/latent_attention.py")
     is_backend = file.startswith("attention/") and file not in interfaces

@@ -13,8 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
-from stages.course.tools.catalog import ROOT, Target, Task
+from stages.course.__main__ import main
+from stages.course.tools import state
+from stages.course.tools.catalog import ROOT, load_warm_up
+from stages.course.tools.progress import show_progress
 from stages.make_starters import render
 from tests.warm_up_answers import attend, floor_seconds
 
@@ -23,24 +27,8 @@ CHAPTER = "stages/stage0_warm_up/README.md"
 TEXT = (ROOT / CHAPTER).read_text(encoding="utf-8")
 ANSWERS = ROOT / "tests/warm_up_answers.py"
 FILE = "warm_up.py"
-TASKS = [
-    Task(
-        f"0.{number}", title, (Target(FILE, name),), "tests/test_warm_up.py", CHAPTER, anchor, 0, 0, "",
-        (hint,), starred=True,
-    )
-    for number, (title, name, anchor, hint) in enumerate(
-        (
-            ("The naive loop", "generate", "01-the-naive-loop", "Work on a list of your own, and give back its end."),
-            ("The KV cache", "attend", "02-the-kv-cache", "torch.stack makes a matrix of the list; append comes first."),
-            (
-                "The roofline of your machine", "floor_seconds", "03-the-roofline-of-your-machine",
-                "Two divisions; it takes as long as the slower of the two.",
-            ),
-            ("Static batches", "static_batches", "04-static-batches", "range has a third argument; a slice may end too late."),
-        ),
-        1,
-    )
-]  # fmt: skip
+WARM_UP = load_warm_up()[0]
+TASKS = list(WARM_UP.tasks)
 
 
 def starter() -> str:
@@ -51,10 +39,11 @@ def failures(text: str) -> list[tuple[str, Exception]]:
     """The warm-up's tests on a version of the learner's file: (name of a test, what it raised) of each case that fails."""
     module, space = ModuleType("tried_version"), dict[str, Any]()
     exec(compile(text, "tried_version.py", "exec"), module.__dict__)
-    source = (FOLDER / "tests/test_warm_up.py").read_text(encoding="utf-8")
     sys.modules[module.__name__] = module
     try:
-        exec(source.replace("stages.stage0_warm_up.warm_up", module.__name__), space)
+        for task in TASKS:
+            source = (FOLDER / task.tests).read_text(encoding="utf-8")
+            exec(source.replace("stages.stage0_warm_up.warm_up", module.__name__), space)
     finally:
         del sys.modules[module.__name__]
     found: list[tuple[str, Exception]] = []
@@ -143,3 +132,34 @@ def test_every_section_is_where_the_starter_says() -> None:
     assert [task.id for task in TASKS if f"| {task.id} | `{task.targets[0].name}` |" not in TEXT] == []
     hub = (ROOT / "IMPLEMENTATION_GUIDE.md").read_text(encoding="utf-8")
     assert f"]({CHAPTER})" in hub
+
+
+def test_there_are_three_hints_a_task_and_they_do_not_repeat() -> None:
+    assert [len(set(task.hints)) for task in TASKS] == [3] * 4
+    assert all(max(map(len, task.hints[:1])) <= 200 and task.purpose and task.starred and task.points == 0 for task in TASKS)
+
+
+def test_it_has_a_page_and_hints_and_a_row_without_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the starter in place, or with whatever a learner has written."""
+    monkeypatch.setattr(state, "FOLDER", tmp_path)
+    monkeypatch.setattr(state, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setenv("COLUMNS", "140")
+    written = starter() != (FOLDER / FILE).read_text(encoding="utf-8")
+    code = main(["test", "--stage", "0"])
+    page = capsys.readouterr().out
+    assert "Stage 0 · Warm-up (your code)" in page
+    if not written:
+        assert code == 1
+        assert "next: task 0.1, The naive loop" in page
+        assert "make hint TASK=0.1 LEVEL=2" in page
+    assert main(["hint", "--task", "0.4", "--level", "2"]) == 0
+    assert "strides" in capsys.readouterr().out
+    assert (main(["test", "--stage", "0", "--impl", "solutions"]), main(["hint", "--task", "0.5"])) == (1, 1)
+    console = Console(width=140, record=True)
+    show_progress(console, [WARM_UP])
+    row = next(line for line in console.export_text().splitlines() if "0 Warm-up" in line)
+    assert "0.4" in row
+    assert "optional" in row
+    assert "★" not in row

@@ -13,48 +13,58 @@ from .paged_attention import AttentionBackend, NaiveBackend
 
 BACKEND_NAMES = ("torch", "cpu", "triton", "cuda")
 """Backends in files of their own: ``paged_attention_<name>.py`` with a class ``<Name>Backend`` and a function ``problem``."""
+OF_KINDS = ("torch", "triton")
+"""Those that compute attention with sinks; and over latents, by classes of their own."""
 
 
 def make_backend(
     name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int, block_size: int = 16, cpu_kernels: bool = True,
-    batch_invariant: bool = False,
+    batch_invariant: bool = False, kind: str | None = None,
 ) -> AttentionBackend:  # fmt: skip
     """The backend called `name`; "auto" picks the fastest that can run here.
 
     Args:
         dtype, head_dim: of the model. block_size: tokens in a KV block. cpu_kernels: whether "auto" may pick the C++ kernels.
         batch_invariant: a query's result may not depend on what else is in the step; only the C++ kernels can do that.
+        kind: "over latents" or "with sinks"; None: neither.
 
     Raises:
         ValueError: no backend has this name, or it cannot run here; the message says why.
     """
     device = torch.device(device)
+    if kind is not None and name not in ("auto", *OF_KINDS):
+        raise ValueError(f"--attention-backend {name}: attention {kind} is computed by {' and '.join(OF_KINDS)} alone")
     if name == "naive":
         return NaiveBackend()
     if name == "full":
         return FullBackend()
-    if name == "latent":
-        return LatentBackend()
-    preferred = "triton" if device.type == "cuda" else "cpu" if cpu_kernels else "torch"
+    preferred = "triton" if device.type == "cuda" else "cpu" if cpu_kernels and kind is None else "torch"
     for candidate in (preferred, "torch") if name == "auto" else (name,):
         if candidate not in BACKEND_NAMES:
             raise ValueError(f"attention backend must be auto, naive or one of {', '.join(BACKEND_NAMES)}; got {name!r}")
-        module = importlib.import_module(f".paged_attention_{candidate}", __package__)
+        if kind == "over latents" and candidate == "torch":
+            return LatentBackend()
+        family = "paged" if kind != "over latents" else "latent"
+        module = importlib.import_module(f".{family}_attention_{candidate}", __package__)
         problem = module.problem(device, dtype, head_dim, block_size)
         if problem is None:
-            backend: Callable[..., AttentionBackend] = getattr(module, f"{candidate.capitalize()}Backend")
+            backend: Callable[..., AttentionBackend] = getattr(
+                module, f"{family.capitalize()}{candidate.capitalize()}Backend".removeprefix("Paged")
+            )
             if batch_invariant and candidate == "cpu":
                 return backend(batch_invariant=True)
             return backend(device) if candidate == "cuda" else backend()
     raise ValueError(f"--attention-backend {name}: {problem}; use torch")
 
 
-def check_cache(name: str, kv_cache_dtype: str, device: torch.device) -> None:
-    """See that the backend of this name can read a cache of this type.
+def check_cache(name: str, kv_cache_dtype: str, device: torch.device, kind: str | None) -> None:
+    """See that the backend of this name can read a cache of this type; `kind`: as in `make_backend`.
 
     Raises:
         ValueError: it cannot.
     """
+    if kind == "over latents" and kv_cache_dtype == "fp8":
+        raise ValueError("--kv-cache-dtype fp8: not with a model that caches latents; use int8 or auto")
     able = {"auto": (name,), "int8": ("torch", "cpu", "triton"), "fp8": ("triton",)}[kv_cache_dtype]
     if name not in able or (kv_cache_dtype == "fp8" and device.type == "cpu"):
         where = "a GPU" if kv_cache_dtype == "fp8" else "attention backend " + ", ".join(able)

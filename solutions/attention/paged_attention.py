@@ -56,7 +56,7 @@ class AttentionBackend(abc.ABC):
 
     sinks: Tensor | None = None
     """[H], a score of each head that counts in the softmax and stands for no token. A layer that has them puts them here before
-    it attends; `ModelConfig.attention_by` sees to a backend that can."""
+    it attends; `make_backend` sees to a backend that can."""
 
     capturable = False
     """Whether CUDA graphs can hold it: what it launches depends on shapes and on the metadata's Python numbers alone, a token

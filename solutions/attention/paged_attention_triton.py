@@ -102,6 +102,8 @@ class TritonBackend(AttentionBackend):
 
     name = "triton"
     capturable = True
+    decode_configs: tuple[Config, ...] = DECODE_CONFIGS
+    prefill_configs: tuple[Config, ...] = PREFILL_CONFIGS
 
     def __init__(self, num_splits: int | None = None, config: Config | None = None) -> None:
         from . import paged_kernels_triton  # here, because this module is imported where there is no Triton
@@ -112,7 +114,7 @@ class TritonBackend(AttentionBackend):
         self._fastest: dict[tuple[Any, ...], Config] = {}
         self._partials: dict[tuple[int, int], Tensor] = {}
 
-    def plan(self, metadata: AttentionMetadata, sliding_window: int | None) -> None:
+    def plan(self, metadata: AttentionMetadata, sliding_window: int | None) -> Any:
         """Nothing is worked out ahead: programs find their sequences themselves.
 
         Raises:
@@ -135,13 +137,17 @@ class TritonBackend(AttentionBackend):
         query, key, value = (x if x.stride(1) == dim and x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
         cache = Cache.of_layer(metadata, layer)
         self._write(query, key, value, cache, metadata)
-        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        return self._attend(query, cache, metadata, scale, sliding_window, soft_cap)
+
+    def _attend(
+        self, query: Tensor, cache: Cache, metadata: AttentionMetadata, scale: float, sliding_window: int | None,
+        soft_cap: float | None,
+    ) -> Tensor:  # fmt: skip
         config = self._choose(query, cache, metadata, scale, sliding_window, soft_cap)
-        self._launch(config, query, cache, metadata, output, scale, sliding_window, soft_cap)
-        return output
+        return self._launch(config, query, cache, metadata, scale, sliding_window, soft_cap)
 
     def _write(self, query: Tensor, key: Tensor, value: Tensor, cache: Cache, metadata: AttentionMetadata) -> None:
-        tokens, heads, dim = query.shape
+        (tokens, heads, _), dim = query.shape, key.shape[2]
         kv_heads, half = key.shape[1], padded(dim // 2)
         cos, signed_sin = metadata.rope or (None, None)
         self.kernels.write_kv[(tokens, 1 if cos is None else 2)](
@@ -153,12 +159,12 @@ class TritonBackend(AttentionBackend):
         )  # fmt: skip
 
     def _launch(
-        self, config: Config, query: Tensor, cache: Cache, metadata: AttentionMetadata, output: Tensor,
+        self, config: Config, query: Tensor, cache: Cache, metadata: AttentionMetadata,
         scale: float, sliding_window: int | None, soft_cap: float | None,
-    ) -> None:  # fmt: skip
-        tokens, heads, dim = query.shape
-        block_size, kv_heads = cache.keys.shape[1:3]
-        group = heads // kv_heads
+    ) -> Tensor:  # fmt: skip
+        tokens, heads, _ = query.shape
+        group, kv_heads, dim, turned = self._shape(config, query, cache)
+        output = query.new_empty(tokens, heads, dim)
         block_m = padded(group, config.block_m)
         num_seqs = len(metadata.context_lens)
         num_tiles = tokens // (block_m // group) + num_seqs
@@ -168,16 +174,26 @@ class TritonBackend(AttentionBackend):
             sums, stats = self._scratch(splits * tokens, heads, group, dim, query.device)
         self.kernels.attend[(num_tiles, kv_heads, splits)](
             query, cache.keys, cache.values, cache.key_scales, cache.value_scales,
-            metadata.block_tables, metadata.query_start_loc, metadata.context_lens, output, sums, stats,
+            metadata.block_tables, metadata.query_start_loc, metadata.context_lens, output, sums, stats, self.sinks,
             num_seqs, tokens, metadata.block_tables.stride(0), query.stride(0), scale * LOG2E, (soft_cap or 0.0) * LOG2E,
-            GROUP=group, H_KV=kv_heads, D=dim, D_PADDED=padded(dim, DOT), BLOCK_SIZE=block_size, WINDOW=sliding_window or 0,
-            CAPPED=soft_cap is not None, BLOCK_M=block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            GROUP=group, H_KV=kv_heads, D=dim, D_PADDED=padded(dim, DOT), BLOCK_SIZE=cache.keys.shape[1],
+            WINDOW=sliding_window or 0, CAPPED=soft_cap is not None, BLOCK_M=block_m, BLOCK_N=config.block_n,
+            TURNED=turned, TURNED_PADDED=padded(turned, DOT), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if splits > 1:
             self.kernels.merge_splits[(tokens * heads,)](
                 sums, stats, output, splits, tokens * heads, D=dim, D_PADDED=padded(dim), SPLITS_PADDED=padded(splits)
             )
+        return output
+
+    def _shape(self, config: Config, query: Tensor, cache: Cache) -> tuple[int, int, int, int]:
+        """Query heads that share a KV head, KV heads, elements of a head, and of the turned part behind a latent."""
+        kv_heads = cache.keys.shape[2]
+        return query.shape[1] // kv_heads, kv_heads, query.shape[2], 0
+
+    def _bytes(self, config: Config, query: Tensor, cache: Cache) -> int:
+        """Bytes of shared memory that a program takes."""
+        return config.shared_memory(query.shape[2], query.itemsize, cache.keys.itemsize)
 
     def _splits(self, programs: int, metadata: AttentionMetadata, sliding_window: int | None, device: torch.device) -> int:
         """Splits of each context: a power of two, so that few variants of `merge_splits` are compiled."""
@@ -210,10 +226,8 @@ class TritonBackend(AttentionBackend):
             return self.config
         if query.device.type == "cpu":
             return INTERPRETER_DECODE_CONFIG if is_decode else INTERPRETER_PREFILL_CONFIG
-        candidates = DECODE_CONFIGS if is_decode else PREFILL_CONFIGS
-        dim = query.shape[2]
-        sizes = (dim, query.itemsize, cache.keys.itemsize)
-        fitting = [c for c in candidates if c.shared_memory(*sizes) <= SHARED_MEMORY] or [candidates[0]]
+        candidates = self.decode_configs if is_decode else self.prefill_configs
+        fitting = [c for c in candidates if self._bytes(c, query, cache) <= SHARED_MEMORY] or [candidates[0]]
         key = (is_decode, query.shape[1:], query.dtype, cache.keys.shape[1:], cache.keys.dtype, sliding_window, soft_cap)
         if key not in self._fastest:
             if torch.cuda.is_current_stream_capturing():
@@ -232,10 +246,9 @@ class TritonBackend(AttentionBackend):
         typical = torch.zeros(
             TYPICAL_DECODES if is_decode else TYPICAL_LEN, *query.shape[1:], dtype=query.dtype, device=query.device
         )
-        output = torch.empty_like(typical)
         times = [
             triton.testing.do_bench(
-                lambda config=config: self._launch(config, typical, cache, step, output, scale, sliding_window, soft_cap),
+                lambda config=config: self._launch(config, typical, cache, step, scale, sliding_window, soft_cap),
                 warmup=5,
                 rep=20,
             )

@@ -13,6 +13,7 @@ base of two, which is what the hardware has: scores are multiplied by log2(e) be
 from __future__ import annotations
 
 from ..core.platform.triton_mode import INTERPRETED, cast, tl, triton
+from .latent_kernels_triton import visit_latents
 
 STEP_ARRAYS = ["slot_mapping", "block_tables", "query_start_loc", "context_lens"]
 """They begin anywhere in a step's buffers: a new alignment must not make Triton compile in the middle of serving."""
@@ -95,10 +96,11 @@ def store_pairs(to, scales, at, pair, low, high, is_head, is_pair, D: tl.constex
 )
 def attend(
     query, keys, values, key_scales, value_scales, block_tables, query_start_loc, context_lens, output,
-    partial_sums, partial_stats,
+    partial_sums, partial_stats, sinks,
     num_seqs, num_tokens, table_stride, query_stride, scale_log2, cap_log2,
     GROUP: tl.constexpr, H_KV: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TURNED: tl.constexpr = 0, TURNED_PADDED: tl.constexpr = 0,
 ):  # fmt: skip
     """Attention of one tile of queries for one KV head over one split of the keys: program (tile, KV head, split).
 
@@ -107,9 +109,10 @@ def attend(
         block_tables: [S, ·] int32, rows `table_stride` apart. query_start_loc: [S + 1] int32. context_lens: [S] int32.
         output: [T, H, D]; if `partial_sums` is None the result goes here.
         partial_sums: [splits, T, H, D] float32, weighted sums of values. partial_stats: [splits, T, H, 2] float32, the largest
-            score and the sum of weights.
+            score and the sum of weights. sinks: [H], scores that stand for no key, or None.
         scale_log2: factor on the scores, times log2(e). WINDOW: keys that a query sees at most; 0: all.
         cap_log2: if the scores are CAPPED, their soft cap, times log2(e).
+        TURNED: not 0 over latents, which all heads share: a query is [D + TURNED], a cached vector as `visit_latents` says.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -128,7 +131,7 @@ def attend(
     head_row = (first_token + nth).to(tl.int64) * (GROUP * H_KV) + kv_head * GROUP + row % GROUP  # in [T · H, D]
     dim = tl.arange(0, D_PADDED)
     is_element = is_row[:, None] & (dim < D)[None, :]
-    query_at = (first_token + nth).to(tl.int64) * query_stride + (kv_head * GROUP + row % GROUP) * D
+    query_at = (first_token + nth).to(tl.int64) * query_stride + (kv_head * GROUP + row % GROUP) * (D + TURNED)
     q = tl.load(query + query_at[:, None] + dim[None, :], is_element, other=0.0)
     if INTERPRETED:
         q = q.to(tl.float32)  # and with them keys and values: the interpreter would multiply the bits of bfloat16 as integers
@@ -149,10 +152,19 @@ def attend(
     left += split * share
     right = tl.minimum(right, left + share)
 
-    top, total, acc = visit_keys(
-        q, keys, values, key_scales, value_scales, block_tables + seq.to(tl.int64) * table_stride, left, right, position,
-        kv_head, factor, cap_log2, H_KV, D, D_PADDED, BLOCK_SIZE, WINDOW, CAPPED, BLOCK_M, BLOCK_N, VALUE_KIND,
-    )  # fmt: skip
+    if TURNED:
+        top, total, acc = visit_latents(
+            q, query + query_at + D, is_row, keys, values, key_scales, value_scales,
+            block_tables + seq.to(tl.int64) * table_stride, left, right, position, factor, D, D_PADDED, TURNED,
+            TURNED_PADDED, BLOCK_SIZE, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    else:
+        top, total, acc = visit_keys(
+            q, keys, values, key_scales, value_scales, block_tables + seq.to(tl.int64) * table_stride, left, right, position,
+            kv_head, factor, cap_log2, H_KV, D, D_PADDED, BLOCK_SIZE, WINDOW, CAPPED, BLOCK_M, BLOCK_N, VALUE_KIND,
+        )  # fmt: skip
+    if sinks is not None and split == 0:
+        top, total, acc = visit_sinks(tl.load(sinks + kv_head * GROUP + row % GROUP), top, total, acc)
 
     if partial_sums is None:
         out = acc / tl.where(total > 0, total, 1.0)[:, None]  # a padding sequence has no key: zeros
@@ -215,6 +227,15 @@ def visit_keys(
         acc = tl.dot(weights.to(VALUE_KIND), v, acc * shrink[:, None], input_precision="ieee")
         top = new_top
     return top, total, acc
+
+
+@triton.jit
+def visit_sinks(sinks, top, total, acc):
+    """One more key in each row, of this score and with a value of 0; the rest as `visit_keys` returns it."""
+    score = sinks.to(tl.float32) * 1.4426950408889634  # log2(e)
+    new_top = tl.maximum(tl.maximum(top, score), -1e30)
+    shrink = tl.exp2(top - new_top)
+    return new_top, total * shrink + tl.exp2(score - new_top), acc * shrink[:, None]
 
 
 @triton.jit

@@ -241,7 +241,7 @@ class EngineConfig:
             kind = KINDS.get(str(f.type).removesuffix(" | None"))
             if kind is not None and type(value) is not kind and (value is not None or f.default is not None):
                 raise ValueError(f"{f.name}: {'a whole number' if kind is int else 'True or False'}, not {value!r}")
-            of_a_kind = f.name == "attention_backend" and value in ("full", "latent")  # which models of other kinds refuse
+            of_a_kind = f.name == "attention_backend" and value == "full"  # an encoder's
             if choices is not None and value is not None and value not in choices and not of_a_kind:
                 raise ValueError(f"--{f.name.replace('_', '-')}: one of {', '.join(choices)}, not {value!r}")
 

@@ -254,12 +254,12 @@ def check_settings(config: EngineConfig, source: ModelSource, device: torch.devi
             f"--prefix-cache radix: not with {source.name}, which has a sliding window that blocks leave; use hash"
         )
     attention = make_backend(
-        source.config.attention_by(config.attention_backend), device, dtype, source.config.head_dim, config.block_size, kernels,
-        config.batch_invariant,
+        config.attention_backend, device, dtype, source.config.head_dim, config.block_size, kernels,
+        config.batch_invariant, source.config.attention_kind,
     ).name  # fmt: skip
     if attention == "cuda" and source.config.attention_soft_cap is not None:
         raise ValueError("--attention-backend cuda: the kernel knows no soft caps, which the model has; use triton or torch")
-    check_cache(attention, config.kv_cache_dtype, device)
+    check_cache(attention, config.kv_cache_dtype, device, source.config.attention_kind)
     float8 = attention == "triton" and not kernels and has_float8(device)
     check_quantization(source, config.load_format, config.quantization, float8)
     if config.batch_invariant:

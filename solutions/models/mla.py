@@ -84,6 +84,8 @@ class LatentAttention(LlamaAttention):
         compressed, key = self.kv_a_proj_with_mqa(x).split((latent.rank, latent.turning), dim=-1)
         key = self._turn(key[:, None], rope)[:, 0]
         vectors = torch.cat((self.kv_a_layernorm(compressed.contiguous()), key), dim=-1)
+        assert isinstance(metadata.backend, LatentBackend)
+        metadata.backend.rank = latent.rank
         heads = self.attend(still, self._turn(turned, rope), vectors, metadata.of(self.group))
         return self.o_proj(heads.view(len(x), -1), add_to)
 
@@ -147,7 +149,8 @@ class LatentAttention(LlamaAttention):
         heads = self.kv_b_proj(shared.contiguous()).view(len(vectors), self.num_heads, -1)  # [L, H, still + value]
         key = torch.cat((heads[..., : latent.still], turned[:, None].expand(-1, self.num_heads, -1)), dim=-1)
         # as wide as the keys, or PyTorch has no fused kernel
-        value = F.pad(heads[..., latent.still :], (0, max(0, latent.query_dim - latent.value)))
+        value = key.new_zeros(len(vectors), self.num_heads, max(latent.query_dim, latent.value))
+        value[..., : latent.value] = heads[..., latent.still :]
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, H, Q or L, ...]
         out = F.scaled_dot_product_attention(q, k, v, prompt.seen, scale=self.scale)
         return out[0].transpose(0, 1)[..., : latent.value]

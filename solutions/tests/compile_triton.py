@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from solutions.attention import paged_kernels_triton as kernels
+from solutions.attention.latent_attention_triton import LatentTritonBackend
 from solutions.attention.paged_attention_triton import DECODE_CONFIGS, DOT, MAX_SPLITS, PREFILL_CONFIGS, Config, padded
 from solutions.core.platform.triton_mode import triton
 from solutions.models.kernels import layers_triton as layers
@@ -119,10 +120,11 @@ def products(capability: int) -> Iterator[Report]:
     yield compile_product(lora.shrink_kernel, capability, kinds, blocks | {"BLOCK_K": lora.BLOCK_K})
     kinds = {"inner": "*fp32", "y": "*bf16"} | of_step | {"blocks": "*i32"}
     yield compile_product(lora.expand_kernel, capability, kinds, blocks | {"BLOCK_N": lora.BLOCK_N, "SPLITS": lora.MAX_SPLITS})
-    kinds = {"x": "*bf16", "weights": "*bf16", "bounds": "*i64", "out": "*bf16"}
+    kinds = {"x": "*bf16", "weights": "*bf16", "biases": "*bf16", "bounds": "*i64", "out": "*bf16"}
     blocks = {"BLOCK_N": layers.BLOCK_N, "BLOCK_K": layers.BLOCK_K}
     for block_m in (16, layers.MAX_ROWS):
         yield compile_product(layers.grouped_kernel, capability, kinds, blocks | {"BLOCK_M": block_m})
+        yield compile_product(layers.grouped_kernel, capability, kinds, blocks | {"BLOCK_M": block_m, "biases": None})
     kinds = {"x": "*bf16", "weight": "*bf16", "out": "*bf16"} | dict.fromkeys(("eps", "offset"), "fp32")
     for add in (False, True):
         yield compile_product(layers.norm_kernel, capability, kinds, {"ADD": add, "SIZE": 576, "BLOCK": 1024})
@@ -139,6 +141,18 @@ def float8_products(capability: int) -> Iterator[Report]:
         blocks = {"BLOCK_M": block_m, "BLOCK_N": float8_triton.BLOCK_N, "BLOCK_K": float8_triton.BLOCK_K}
         yield compile_product(float8_triton.float8_kernel, capability, kinds | {"x": "*fp8e4nv"}, blocks)
         yield compile_product(float8_triton.float8_kernel, capability, kinds | {"x": "*bf16"}, blocks | {"x_scales": None})
+
+
+def over_latents(capability: int) -> Iterator[Report]:
+    """DeepSeek's: a latent of 512 elements and 64 that are turned, in bfloat16 and, in small tiles, in int8."""
+    for config in LatentTritonBackend.decode_configs:
+        sizes = {"GROUP": config.block_m, "H_KV": 1, "D": 512, "D_PADDED": 512, "TURNED": 64, "TURNED_PADDED": 64}
+        sizes |= {"BLOCK_SIZE": BLOCK_SIZE, "WINDOW": 0, "CAPPED": False}
+        sizes |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        yield compile_for("attend", capability, sizes, ("key_scales", "value_scales", "sinks"), "bf16", **options)
+        if config.block_n == DOT:
+            yield compile_for("attend", capability, sizes, ("sinks",), "i8", **options)
 
 
 def is_fixed_stride(name: str) -> bool:
@@ -162,6 +176,7 @@ def reports(head_dims: list[int], configs: list[Config]) -> Iterator[Report]:
         yield from float8_products(capability)
     for capability in (80, 90):
         yield from products(capability)
+        yield from over_latents(capability)
         for dim in head_dims:
             heads = {"H": GROUP * H_KV, "H_KV": H_KV, "D": dim}
             half = {"H_PADDED": GROUP * H_KV, "H_KV_PADDED": H_KV, "HALF_PADDED": padded(dim // 2)}
@@ -180,15 +195,19 @@ def reports(head_dims: list[int], configs: list[Config]) -> Iterator[Report]:
                     "BLOCK_SIZE": BLOCK_SIZE,
                     "WINDOW": 0,
                     "CAPPED": False,
+                    "TURNED": 0,
+                    "TURNED_PADDED": 0,
                 }
                 sizes |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
                 options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-                partials = ("partial_sums", "partial_stats")
+                partials = ("partial_sums", "partial_stats", "sinks")
                 yield compile_for("attend", capability, sizes, (*scales, *partials), "bf16", **options)
                 if config in (DECODE_CONFIGS[0], PREFILL_CONFIGS[0]):
                     capped = sizes | {"WINDOW": 512, "CAPPED": True}  # as Gemma 2 has it
                     yield compile_for("attend", capability, capped, (*scales, *partials), "bf16", **options)
-                    yield compile_for("attend", capability, sizes, (), "i8", **options)
+                    yield compile_for("attend", capability, sizes, ("sinks",), "i8", **options)
+                    if dim == 64:  # as gpt-oss has it
+                        yield compile_for("attend", capability, sizes, scales, "bf16", **options)
                     if capability >= 89:
                         yield compile_for("attend", capability, sizes, (*scales, *partials), "fp8e4nv", **options)
 

@@ -50,13 +50,30 @@ def int8_scales(vectors: Tensor, backend: str) -> Tensor:
     return torch.where(nearest.float() < least, torch.nextafter(nearest, torch.full_like(nearest, torch.inf)), nearest).float()
 
 
+def as_int8(vectors: Tensor, backend: str) -> Tensor:
+    """What a cache of int8 makes of vectors."""
+    step = int8_scales(vectors, backend).clamp_min(1e-30)
+    return (vectors / step).round() * step
+
+
+def of_latents(module: Any, key: Tensor, backend: str) -> list[Tensor]:
+    """All heads' keys and values [1, H, T, ·] of a layer whose cache holds vectors, both halves of which were rounded."""
+    vectors = torch.cat((module.kv_a_layernorm.said, key[:, 0, :, -module.qk_rope_head_dim :]), -1)
+    vectors = torch.cat([as_int8(half, backend) for half in vectors.chunk(2, -1)], -1)  # [1, T, rank + turned]
+    latents, turned = vectors[..., : module.kv_lora_rank], vectors[:, None, :, module.kv_lora_rank :]
+    heads = module.kv_b_proj(latents).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+    still, value = heads.split((module.qk_nope_head_dim, module.v_head_dim), -1)
+    return [torch.cat((still, turned.expand(-1, still.shape[1], -1, -1)), -1), value]
+
+
 def attend_int8(
     backend: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float,
     softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
 ) -> Any:  # fmt: skip
     """Plain attention over keys and values that were rounded to int8. query: [1, H, T, D], key, value: [1, H_kv, T, D]"""
-    steps = [int8_scales(x, backend).clamp_min(1e-30) for x in (key, value)]
-    stored = [(x / step).round() * step for x, step in zip((key, value), steps, strict=True)]
+    stored = [as_int8(x, backend) for x in (key, value)]
+    if hasattr(module, "kv_b_proj"):
+        stored = of_latents(module, key, backend)
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in stored)
     scores = query @ key.transpose(-1, -2) * scaling  # [1, H, T, T]
     if softcap is not None:
@@ -74,7 +91,11 @@ def oracle(name: str, kv_cache_dtype: str, backend: str) -> PreTrainedModel:
     if kv_cache_dtype == "int8":
         AttentionInterface.register(attention, partial(attend_int8, backend))
         AttentionMaskInterface.register(attention, eager_mask)
-    return AutoModelForCausalLM.from_pretrained(folder(name), dtype=torch.float32, attn_implementation=attention).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder(name), dtype=torch.float32, attn_implementation=attention).eval()
+    for module in model.modules():
+        if hasattr(module, "kv_a_layernorm"):  # what a model with latents caches
+            module.kv_a_layernorm.register_forward_hook(lambda norm, _, said: setattr(norm, "said", said))
+    return model
 
 
 def check_answer(name: str, kv_cache_dtype: str, backend: str, prompt: list[int], answer: list[int]) -> None:

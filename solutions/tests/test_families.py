@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = {"dtype": "float32", "max_model_len": 96, "block_size
 
 
 ONE_BACKEND = ("deepseek_v2", "deepseek_v3", "gpt_oss")
-"""Families whose attention only one backend computes, and not that of a CPU's own kernels."""
+"""Families whose attention only one backend computes on a CPU, and not that of its own kernels."""
 
 
 def generate(llm: LLM) -> list[list[int]]:
@@ -256,14 +256,9 @@ REFUSED = {
         for family in ("gpt2", "gemma2", "gemma3_text", "starcoder2", "gpt_neox", *ONE_BACKEND)
     },
     **{
-        (family, feature): message
-        for family in ("deepseek_v2", "deepseek_v3")
-        for feature, message in {
-            "batch invariance": "it needs the C\\+\\+ kernels of a CPU, and attention runs on latent",
-            "int8 KV": "needs attention backend torch, cpu, triton, and attention runs on latent",
-        }.items()
+        (family, "batch invariance"): "it needs the C\\+\\+ kernels of a CPU, and attention runs on torch"
+        for family in ONE_BACKEND
     },
-    ("gpt_oss", "batch invariance"): "it needs the C\\+\\+ kernels of a CPU, and attention runs on torch",
     ("gpt2", "GGUF"): "GGUF architecture 'gpt2' is not supported",
     **{
         (family, f"making {method}"): "cannot be quantized"

@@ -66,7 +66,7 @@ def test_values_of_each_type_are_exact(tmp_path: Path, cache: Path, tiny_model: 
     source = resolve_model(str(path))
     assert_equals_transformers(path, source.path, tiny_model)
     stored = load_file(source.path / "model.safetensors")["model.embed_tokens.weight"].dtype
-    assert stored == {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
+    assert stored == {"F16": torch.float16, "BF16": torch.bfloat16, "MXFP4": torch.bfloat16}.get(kind, torch.float32)
     assert source.config.torch_dtype == str(stored).removeprefix("torch.")
 
 

@@ -101,7 +101,7 @@ def make_layer(parallel: TensorParallel = SINGLE) -> tuple[GptOssMLP, TheirMLP]:
     return ours, theirs
 
 
-@pytest.mark.parametrize("kernels", [None, "cpu"])
+@pytest.mark.parametrize("kernels", [None, "cpu", "triton"])
 def test_experts_say_what_transformers_says(kernels: str | None) -> None:
     """Gates and ups on both sides of the limit; experts that get no token."""
     ours, theirs = make_layer()
@@ -192,7 +192,9 @@ def test_damaged_mxfp4_files_are_refused(change: Any, what: str, tmp_path: Path)
         load_model(resolve_model(str(tmp_path / "packed")), torch.float32, CPU, progress=False)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton", "naive"])
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "naive"])
 def test_other_backends_are_refused(backend: str) -> None:
-    with pytest.raises(ModelError, match=f"--attention-backend {backend}: attention with sinks is computed by torch alone"):
+    with pytest.raises(
+        ValueError, match=f"--attention-backend {backend}: attention with sinks is computed by torch and triton"
+    ):
         LLM(str(folder("gpt_oss")), **SETTINGS, attention_backend=backend)

@@ -12,7 +12,7 @@ from rich.console import Console
 from stages import parse_stages
 from stages.course.grading.breaking import break_it
 from stages.course.grading.workshop import Workshop
-from stages.course.tools.catalog import ROOT, CourseError, Stage, Task, find_stage, find_task, load_course
+from stages.course.tools.catalog import ROOT, CourseError, Stage, Task, find_stage, find_task, load_course, load_warm_up
 from stages.course.tools.help import changed_files, reset_stage, reset_task, show_diff, show_hint
 from stages.course.tools.page import print_stage, run_with_bar
 from stages.course.tools.preflight import inspect_stage
@@ -30,7 +30,11 @@ def run_tests(console: Console, course: list[Stage], args: argparse.Namespace) -
         if task.stage != stage.number:
             raise CourseError(f"task {task.id} is of stage {task.stage}: make test-stage-{task.stage} TASK={task.id}")
         tasks = [task]
-    if args.impl == "solutions":
+    if stage.number == 0:
+        if args.impl or args.with_stages:
+            raise CourseError("the warm-up stands alone; leave IMPL and WITH out")
+        stages, whose = "", "your code"
+    elif args.impl == "solutions":
         stages, whose = "", "the reference"
     elif args.impl:
         raise CourseError(f"IMPL={args.impl}: it can be solutions, for the reference, or left out, for your own code")
@@ -40,7 +44,7 @@ def run_tests(console: Console, course: list[Stage], args: argparse.Namespace) -
         whose = f"your code: stage {' and '.join(map(str, numbers))}; the rest is the reference"
     result = run_with_bar(console, stage, tasks, stages)
     print_stage(console, result, inspect_stage(stage), whose)
-    if stages == str(stage.number) and not args.task:
+    if stages == stage.own and not args.task:
         remember(result)
     return 0 if result.passed else 1
 
@@ -146,18 +150,19 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     try:
         course = load_course()
+        with_warm_up = [*load_warm_up(), *course]
         if args.command == "test":
-            return run_tests(console, course, args)
+            return run_tests(console, with_warm_up, args)
         if args.command == "watch":
-            return watch(console, course, args)
+            return watch(console, with_warm_up, args)
         if args.command == "progress":
-            show_progress(console, course)
+            show_progress(console, with_warm_up)
             return 0
         if args.command == "hint":
-            show_hint(console, *_task_and_stage(course, args.task), args.level)
+            show_hint(console, *_task_and_stage(with_warm_up, args.task), args.level)
             return 0
         if args.command == "diff":
-            show_diff(console, *_task_and_stage(course, args.task), args.force)
+            show_diff(console, *_task_and_stage(with_warm_up, args.task), args.force)
             return 0
         if args.command == "break-it":
             return break_it(console, Workshop(ROOT), find_stage(course, args.stage), args.level)
@@ -166,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "reset":
             if not args.task and args.stage is None:
                 raise CourseError("say what to reset, for example: make reset TASK=1.1, or make reset-stage-1")
-            return reset(console, course, args)
+            return reset(console, with_warm_up if args.task else course, args)
         chosen = [find_stage(course, number) for number in parse_stages(os.environ.get("STAGES"))]
         return run_mine(console, chosen, args.prompt, args.model)
     except CourseError as error:

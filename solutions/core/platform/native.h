@@ -94,6 +94,9 @@ inline void store(bf16* p, Floats v) { store_as(p, narrow(v)); }
 
 // IEEE halves, not for infinity: to floats by shifting them into place and putting the exponent's bias right with a product.
 inline Floats load_half(const uint16_t* p) {
+#ifdef __AVX512F__
+    return (Floats)_mm512_cvtph_ps(load_as<__m256i>(p));
+#endif
     const Bits bits = __builtin_convertvector(load_as<Halves>(p), Bits);
     const Floats magnitude = (Floats)((bits & 0x7fff) << 13) * 0x1p112f;
     return (Floats)((Bits)magnitude | (bits & 0x8000) << 16);

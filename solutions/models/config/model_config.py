@@ -146,21 +146,10 @@ class ModelConfig:
             return self.latent.num_weights(self.hidden_size, self.num_heads)
         return self.hidden_size * (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
-    def attention_by(self, asked: str) -> str:
-        """The name of the attention backend where `asked` is asked for; latents and sinks are known to one backend alone.
-
-        Raises:
-            ModelError: this model cannot have what is asked for.
-        """
-        only = "latent" if self.latent is not None else "torch" if self.attention_sinks else None
-        if asked == "latent" and only != asked:
-            raise ModelError("--attention-backend latent: the model caches keys and values, not latents; leave the flag out")
-        if only is None:
-            return asked
-        if asked not in ("auto", only):
-            what = "over latents" if only == "latent" else "with sinks"
-            raise ModelError(f"--attention-backend {asked}: attention {what} is computed by {only} alone; leave the flag out")
-        return only
+    @property
+    def attention_kind(self) -> str | None:
+        """Attention that few backends compute, see `make_backend`; None: the usual."""
+        return "over latents" if self.latent is not None else "with sinks" if self.attention_sinks else None
 
     @property
     def mlp_width(self) -> int:

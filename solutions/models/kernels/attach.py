@@ -167,10 +167,9 @@ def _attach_triton(layer: nn.Module, quantized: GroupQuantized | ScaledFloat8 | 
 
 
 def _attach_grouped(experts: Experts) -> None:
-    from .experts_triton import TritonExperts, supports_experts
+    from .experts_triton import TritonExperts
 
-    if supports_experts(experts):
-        put(experts, "multiply", TritonExperts(experts))
+    put(experts, "multiply", TritonExperts(experts))
 
 
 def add_inside(weight: Tensor, x: Tensor, add_to: Tensor | None = None) -> Tensor:

@@ -17,14 +17,9 @@ from ..moe import Experts
 from .layers_triton import grouped_product, silu_mul
 
 
-def supports_experts(experts: Experts) -> bool:
-    """Whether `TritonExperts` can be used."""
-    return all(expert.gate_up_proj.activation is F.silu for expert in experts.own.values())
-
-
 class TritonExperts:
-    """`Experts.multiply` for experts whose activation is SiLU. All matrices of a kind lie in one tensor, which the experts' own
-    weights become parts of; the shared expert, whose rows are the last, is a product of its own."""
+    """`Experts.multiply`. All matrices of a kind lie in one tensor, which the experts' own weights become parts of, and so do
+    biases; the shared expert, whose rows are the last, is a product of its own."""
 
     def __init__(self, experts: Experts) -> None:
         mine, count = experts.mine, experts.mixture.count
@@ -33,26 +28,30 @@ class TritonExperts:
         self._first, self._last = mine.start, mine.start + len(routed)
         self._shared = own.get(count)
         self._num_chosen = experts.mixture.chosen + (len(experts.load) - count)
-        self._gate_up = _stack([expert.gate_up_proj for expert in routed])
-        self._down = _stack([expert.down_proj for expert in routed])
+        gate_up, down = [expert.gate_up_proj for expert in routed], [expert.down_proj for expert in routed]
+        self._gate_up, self._down = _stack(gate_up, "weight"), _stack(down, "weight")
+        self._inner_biases, self._biases = _stack(gate_up, "bias"), _stack(down, "bias")
+        is_silu = not gate_up or gate_up[0].activation is F.silu
+        self._activate = silu_mul if is_silu else gate_up[0].activate  # which is the same for all experts
 
     def __call__(self, rows: Tensor, bounds: Tensor) -> Tensor:
         out = torch.zeros_like(rows)
         if self._gate_up is not None and self._down is not None:
             bounds = bounds[self._first : self._last + 1]
-            inner = grouped_product(rows, self._gate_up, bounds, rows.new_empty(len(rows), self._gate_up.shape[1]))
-            grouped_product(silu_mul(inner), self._down, bounds, out)
+            inner = rows.new_empty(len(rows), self._gate_up.shape[1])
+            grouped_product(rows, self._gate_up, bounds, inner, self._inner_biases)
+            grouped_product(self._activate(inner), self._down, bounds, out, self._biases)
         if self._shared is not None:
             tokens = len(rows) // self._num_chosen
             out[-tokens:] = self._shared(rows[-tokens:], None)
         return out
 
 
-def _stack(layers: Sequence[nn.Module]) -> Tensor | None:
-    """The weights of layers in one tensor [E, N, K], of which they become parts; None: there are none."""
-    if not layers:
+def _stack(layers: Sequence[nn.Module], name: str) -> Tensor | None:
+    """The weights [E, N, K] or biases [E, N] of layers in one tensor, of which they become parts; None: there are none."""
+    if not layers or getattr(layers[0], name) is None:
         return None
-    stacked = torch.stack([layer.get_parameter("weight").data for layer in layers])
-    for layer, weight in zip(layers, stacked, strict=True):
-        layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    stacked = torch.stack([layer.get_parameter(name).data for layer in layers])
+    for layer, part in zip(layers, stacked, strict=True):
+        layer.register_parameter(name, nn.Parameter(part, requires_grad=False))
     return stacked

@@ -75,18 +75,19 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
-def grouped_product(x: Tensor, weights: Tensor, bounds: Tensor, out: Tensor) -> Tensor:
-    """``out[i] = weights[e] · x[i]`` for the rows bounds[e] <= i < bounds[e + 1] of each expert; other rows stay as they are.
+def grouped_product(x: Tensor, weights: Tensor, bounds: Tensor, out: Tensor, biases: Tensor | None = None) -> Tensor:
+    """``out[i] = weights[e] · x[i] + biases[e]`` for the rows bounds[e] <= i < bounds[e + 1] of each expert; other rows stay as
+    they are.
 
     Args:
-        x: [R, K], dense. weights: [E, N, K]. bounds: [E + 1] int64. out: [R, N], dense.
+        x: [R, K], dense. weights: [E, N, K]. bounds: [E + 1] int64. out: [R, N], dense. biases: [E, N]; None: there are none.
     """
     count, num_outputs, num_inputs = weights.shape
     if len(x):
         block_m = min(MAX_ROWS, max(16, triton.next_power_of_2(triton.cdiv(len(x), count))))
         grid = (count, triton.cdiv(num_outputs, BLOCK_N), min(MAX_SHARES, triton.cdiv(len(x), block_m)))
         grouped_kernel[grid](
-            x, weights, bounds, out, num_outputs, num_inputs, BLOCK_M=block_m, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K
+            x, weights, biases, bounds, out, num_outputs, num_inputs, BLOCK_M=block_m, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K
         )
     return out
 
@@ -121,7 +122,8 @@ def silu_mul_kernel(gate_up, out, stride, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def grouped_kernel(
-    x, weights, bounds, out, num_outputs, num_inputs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    x, weights, biases, bounds, out, num_outputs, num_inputs,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Some outputs of one expert, for every so many tiles of its rows."""
     expert = tl.program_id(0).to(tl.int64)
@@ -140,5 +142,7 @@ def grouped_kernel(
             if INTERPRETED:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             total += tl.dot(a, b, input_precision="ieee")
+        if biases is not None:
+            total += tl.load(biases + expert * num_outputs + output, output < num_outputs, other=0.0).to(tl.float32)[None, :]
         inside = (row < last)[:, None] & (output < num_outputs)[None, :]
         tl.store(out + row[:, None] * num_outputs + output[None, :], cast(total, out.dtype.element_ty), inside)

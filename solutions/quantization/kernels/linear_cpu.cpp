@@ -19,8 +19,7 @@ constexpr int64_t ROWS = 4;  // of a share, when activations are brought into an
 
 // Part of a row to bytes around `middle`; returns their scale, and their sum less the middle of each.
 struct Quantized {
-    float scale;
-    int32_t sum;
+    float scale, sum;
 };
 template <typename T, typename Byte>
 Quantized quantize(const T* x, Byte* bytes, int64_t k, int32_t middle) {
@@ -37,9 +36,7 @@ Quantized quantize(const T* x, Byte* bytes, int64_t k, int32_t middle) {
         total += numbers;
         store_operands(bytes + i, numbers + middle);
     }
-    int32_t sum = 0;
-    for (int lane = 0; lane < LANES; ++lane) sum += total[lane];
-    return {top / 127.0f, sum};
+    return {top / 127.0f, sum(__builtin_convertvector(total, Floats))};
 }
 
 template <typename T>
@@ -84,7 +81,7 @@ void linear_w4a8(const Linear& a) {
             const Quantized found =
                 quantize(static_cast<const T*>(a.x) + row * a.ldx + i, bytes + row * a.k + i, std::min(a.group, a.k - i), 0);
             numbers[2 * g] = found.scale;
-            numbers[2 * g + 1] = found.scale * static_cast<float>(found.sum);
+            numbers[2 * g + 1] = found.scale * found.sum;
         }
     });
     multiply(weights, output<T>(a), a.m, a.n);

@@ -49,6 +49,7 @@ struct Plain {
 
     int64_t panel_bytes() const { return k * PANEL * sizeof(T); }
     int64_t bytes_a_step() const { return STEP; }
+    const Plain& open(int64_t, int64_t) const { return *this; }
 
     template <int M, typename Y>
     void rows(int64_t panel, int64_t row, int64_t width, const Output<Y>& out, Ahead ahead) const {
@@ -73,6 +74,7 @@ struct Int8 {
     int64_t groups() const { return (k + group - 1) / group; }
     int64_t panel_bytes() const { return groups() * HEAD + k * PANEL; }
     int64_t bytes_a_step() const { return (4 * panel_bytes() + k - 1) / k; }
+    const Int8& open(int64_t, int64_t) const { return *this; }
 
     template <int M, typename Y>
     void rows(int64_t panel, int64_t row, int64_t width, const Output<Y>& out, Ahead ahead) const {
@@ -111,16 +113,17 @@ void multiply_rows(const Weights& w, const Output<Y>& out, int64_t panel, int64_
 }
 
 // One panel with `m` rows from `first` on, in tiles as even as can be: a lone row at the end would wait for memory, not compute. Each
-// tile fetches its share of the next panel.
+// tile fetches its share of the next panel. Weights that are brought into another form first are so once for all tiles.
 template <typename Weights, typename Y>
 void multiply_panel(const Weights& w, const Output<Y>& out, int64_t panel, int64_t first, int64_t m, int64_t n) {
     const int64_t width = std::min<int64_t>(PANEL, n - panel * PANEL);
     const int64_t tiles = (m + Weights::ROWS - 1) / Weights::ROWS, bytes = w.panel_bytes();
     const char* next = reinterpret_cast<const char*>(w.packed) + (panel + 1) * bytes;
+    const auto& opened = w.open(panel, tiles);
     for (int64_t i = 0; i < tiles; ++i) {
         const int64_t row = m * i / tiles;
         const Ahead ahead{next + bytes * i / tiles, (w.bytes_a_step() + tiles - 1) / tiles};
-        multiply_rows<Weights::ROWS>(w, out, panel, first + row, m * (i + 1) / tiles - row, width, ahead);
+        multiply_rows<Weights::ROWS>(opened, out, panel, first + row, m * (i + 1) / tiles - row, width, ahead);
     }
 }
 

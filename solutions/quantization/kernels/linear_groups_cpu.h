@@ -4,6 +4,8 @@
 // group's sums.
 #pragma once
 
+#include <vector>
+
 #include "quantization/kernels/linear_cpu.h"
 
 namespace native {
@@ -92,12 +94,17 @@ struct Groups {
     int64_t groups() const { return (k + group - 1) / group; }
     int64_t panel_bytes() const { return groups() * HEAD + k / 2 * BYTES; }
     int64_t bytes_a_step() const { return (4 * panel_bytes() + k - 1) / k; }
+    const Groups& open(int64_t, int64_t) const { return *this; }
 
     void sum_groups(int64_t row, float* to) const {
         for (int64_t g = 0; g < groups(); ++g) {
-            float total = 0;
-            for (int64_t i = g * group; i < std::min(k, (g + 1) * group); ++i) total += to_float(x[row * ldx + i]);
-            to[g] = total;
+            const T* from = x + row * ldx;
+            int64_t i = g * group;
+            const int64_t end = std::min(k, i + group);
+            Floats many{};
+            for (; i + LANES <= end; i += LANES) many += load(from + i);
+            to[g] = sum(many);
+            for (; i < end; ++i) to[g] += to_float(from[i]);
         }
     }
 
@@ -139,33 +146,56 @@ struct Int4Bytes {
     int64_t panel_bytes() const { return groups() * HEAD + k * PANEL / 2; }
     int64_t bytes_a_step() const { return (4 * panel_bytes() + k - 1) / k; }
 
-    // 0 to 15 in bytes, as tiles.h wants a panel.
-    static void widen(const uint8_t* codes, int64_t count, int8_t* to) {
-        for (int64_t i = 0; i < count; i += 4, codes += STEP / 2, to += STEP) {
-            const Bits both = load_as<Bits>(codes);
-            store_as(to, both & 0x0f0f0f0f);
-            store_as(to + STEP / 2, both >> 4 & 0x0f0f0f0f);
+    // A group brought into the form in which it is computed with.
+    struct Group {
+        alignas(64) int8_t codes[MOST_GROUP * PANEL];  // 0 to 15 in bytes, as tiles.h wants a panel
+        float scales[PANEL], zeros[PANEL];             // zeros times scales
+
+        void fill(const uint8_t* at, int64_t count) {
+            const uint16_t* head = reinterpret_cast<const uint16_t*>(at);
+            at += HEAD;
+            for (int8_t* to = codes; to < codes + count * PANEL; at += STEP / 2, to += STEP) {
+                const Bits both = load_as<Bits>(at);
+                store_as(to, both & 0x0f0f0f0f);
+                store_as(to + STEP / 2, both >> 4 & 0x0f0f0f0f);
+            }
+            for (int64_t h = 0; h < PANEL; h += LANES) {
+                const Floats scale = load_half(head + h);
+                store(scales + h, scale);
+                store(zeros + h, scale * (load_half(head + PANEL + h) + 8.0f));
+            }
         }
+    };
+    const Group* opened = nullptr;  // the panel's groups
+
+    Int4Bytes open(int64_t panel, int64_t tiles) const {
+        Int4Bytes open = *this;
+        if (tiles == 1) return open;
+        static thread_local std::vector<Group> all;
+        all.resize(groups());
+        const uint8_t* at = packed + panel * panel_bytes();
+        for (int64_t g = 0; g < groups(); ++g, at += HEAD + group * PANEL / 2) all[g].fill(at, std::min(group, k - g * group));
+        open.opened = all.data();
+        return open;
     }
 
     template <int M, typename Y>
     void rows(int64_t panel, int64_t row, int64_t width, const Output<Y>& out, Ahead ahead) const {
-        alignas(64) int8_t wide[MOST_GROUP * PANEL];
+        Group own;
         Floats c[M][2] = {};
         const uint8_t* at = packed + panel * panel_bytes();
-        for (int64_t g = 0; g < groups(); ++g) {
-            const uint16_t* head = reinterpret_cast<const uint16_t*>(at);
+        for (int64_t g = 0; g < groups(); ++g, at += HEAD + group * PANEL / 2) {
             const int64_t begin = g * group, count = std::min(group, k - begin);
+            if (!opened) own.fill(at, count);
+            const Group& weights = opened ? opened[g] : own;
             Ints sums[M][2] = {};
-            widen(at + HEAD, count, wide);
-            tile<M, true>(x + row * k + begin, k, wide, count, sums, ahead);
-            at += HEAD + count * PANEL / 2;
+            tile<M, true>(x + row * k + begin, k, weights.codes, count, sums, ahead);
             ahead.next += count / 4 * ahead.stride;
             for (int h = 0; h < 2; ++h) {
-                const Floats scale = load_half(head + h * LANES), zero = load_half(head + PANEL + h * LANES) + 8.0f;
+                const Floats scale = load(weights.scales + h * LANES), zero = load(weights.zeros + h * LANES);
                 for (int m = 0; m < M; ++m) {
                     const float* numbers = of_groups + ((row + m) * groups() + g) * 2;
-                    c[m][h] += scale * (__builtin_convertvector(sums[m][h], Floats) * numbers[0] - zero * numbers[1]);
+                    c[m][h] += __builtin_convertvector(sums[m][h], Floats) * numbers[0] * scale - zero * numbers[1];
                 }
             }
         }

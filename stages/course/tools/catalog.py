@@ -11,6 +11,7 @@ ROOT = STAGES_FOLDER.parent
 GUIDE = "IMPLEMENTATION_GUIDE.md"
 """The course's text begins here; each stage's chapter lies in the stage's folder."""
 CHAPTER, HINTS = "GUIDE.md", "hints.toml"
+WARM_UP = "stage0_warm_up"
 BREAK_IT = "break_it.py"
 """In a stage's folder: the learner's own tests, see `grading/breaking.py`."""
 OPEN = "open_*.py"
@@ -81,6 +82,7 @@ class Stage:
         settings: settings of the engine that let the stage's code be the one that runs in ``make run-mine``.
         given: later stages that write anew what this one's tests stand on, such as the model's layers. Until their time comes
             the reference's are used.
+        answers: the finished version of a stage's only file, from the repository's root, where `solutions/` has none.
     """
 
     number: int
@@ -89,10 +91,20 @@ class Stage:
     tasks: tuple[Task, ...]
     settings: dict[str, object] = field(default_factory=dict)
     given: tuple[int, ...] = ()
+    answers: str = ""
+
+    def reference(self, file: str) -> str:
+        """The text of the finished version of a file."""
+        return (ROOT / (self.answers or f"solutions/{file}")).read_text(encoding="utf-8")
 
     @property
     def path(self) -> Path:
         return STAGES_FOLDER / self.folder
+
+    @property
+    def own(self) -> str:
+        """The value of `STAGES` with which its files are the learner's, and all else is the reference's."""
+        return str(self.number or "")
 
     @property
     def chapter(self) -> str:
@@ -134,6 +146,18 @@ def load_course(path: Path = STAGES_FOLDER / "course.toml") -> list[Stage]:
         except (KeyError, TypeError, ValueError) as error:
             raise CourseError(f"{path.name}, stage {entry.get('number')}: {error!r}") from error
     return stages
+
+
+def load_warm_up(folder: Path = STAGES_FOLDER / WARM_UP) -> list[Stage]:
+    """The warm-up as stage 0, whose tasks are all extras; nothing where there is none. No other stage needs it, so it is not
+    among those of `load_course`."""
+    if not folder.exists():
+        return []
+    hints = _hints(folder / HINTS)
+    entries = tomllib.loads((folder / "tasks.toml").read_text(encoding="utf-8"))["task"]
+    chapter = f"{STAGES_FOLDER.name}/{WARM_UP}/README.md"
+    tasks = tuple(_task(entry, chapter, hints[entry["id"]]) for entry in entries)
+    return [Stage(0, "Warm-up", WARM_UP, tasks, answers="tests/warm_up_answers.py")]
 
 
 def chapter_of(folder: str) -> str:

@@ -46,7 +46,7 @@ def show_diff(console: Console, stage: Stage, task: Task, force: bool) -> None:
     """
     if not force:
         with console.status(f"running the tests of task {task.id}"):
-            result = run_stage(stage, [task], str(stage.number))
+            result = run_stage(stage, [task], stage.own)
         if result.tasks[0].state != PASSED:
             raise CourseError(
                 f"task {task.id} does not pass yet ({result.tasks[0].num_passed} of {len(result.tasks[0].tests)} tests); "
@@ -58,7 +58,7 @@ def show_diff(console: Console, stage: Stage, task: Task, force: bool) -> None:
 
 def _print_versions(console: Console, stage: Stage, target: Target) -> None:
     mine = function_source((stage.path / target.file).read_text(encoding="utf-8"), target.file, target.name)
-    reference = function_source((ROOT / "solutions" / target.file).read_text(encoding="utf-8"), target.file, target.name)
+    reference = function_source(stage.reference(target.file), target.file, target.name)
     language = "python" if is_python(target.file) else "cuda"
     title = f"{target.file}: {target.name}"
     if mine == reference:

@@ -82,7 +82,7 @@ def _inspect_file(stage: Stage, file: str, result: Inspection) -> None:
             "imports `solutions`, the code that this file stands in for; write it yourself, and import with dots (from ..x)"
         )
         result.problems.append(Problem(name, line, message, ids))
-    reference = parse((ROOT / "solutions" / file).read_text(encoding="utf-8"))
+    reference = parse(stage.reference(file))
     for task in tasks:
         for target in task.targets:
             if target.file == file:

@@ -16,7 +16,10 @@ from stages.course.tools.state import SCOREBOARD, remember, remembered
 
 
 def show_progress(console: Console, course: list[Stage]) -> None:
-    """Print a bar for each stage, its tasks, and the next file to open. Runs the tests of the stages that have changed."""
+    """Print a bar for each stage, its tasks, and the next file to open. Runs the tests of the stages that have changed.
+
+    A stage without any but extras, the warm-up, gives no points, and is not what comes next.
+    """
     table = Table(title="Your course", title_justify="left")
     for name in ("stage", "tasks", "", "points"):
         table.add_column(name)
@@ -24,15 +27,19 @@ def show_progress(console: Console, course: list[Stage]) -> None:
     for stage in course:
         states = remembered(stage)
         if not states:
-            remember(run_with_bar(console, stage, list(stage.tasks), str(stage.number)))
+            remember(run_with_bar(console, stage, list(stage.tasks), stage.own))
             states = remembered(stage)
-        done = [task for task in stage.core if states[task.id]["state"] == PASSED]
+        counted = stage.core or stage.tasks
+        done = [task for task in counted if states[task.id]["state"] == PASSED]
         marks = " ".join(
-            f"{MARKS[states[task.id]['state']].split()[0]}[/] {task.id}{'★' if task.starred else ''}" for task in stage.tasks
+            f"{MARKS[states[task.id]['state']].split()[0]}[/] {task.id}{'★' if task.starred and stage.core else ''}"
+            for task in stage.tasks
         )
-        bar = ProgressBar(total=len(stage.core), completed=len(done), width=20)
-        points = f"{sum(task.points for task in done)}/{stage.points}"
+        bar = ProgressBar(total=len(counted), completed=len(done), width=20)
+        points = f"{sum(task.points for task in done)}/{stage.points}" if stage.core else "optional"
         table.add_row(f"{stage.number} {stage.title}", marks, bar, points)
+        if not stage.core:
+            continue
         extras += [task for task in stage.tasks if task.starred and states[task.id]["state"] == TODO]
         left = [task for task in stage.core if states[task.id]["state"] not in (PASSED, SKIPPED)]
         if next_task is None and left:

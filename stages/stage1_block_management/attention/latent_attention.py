@@ -50,18 +50,20 @@ class LatentBackend(TorchBackend):
     """The absorbed way in plain PyTorch, and a sequence's vectors for the plain one.
 
     Attributes:
+        rank: length of the latents; a layer puts it here before it attends.
         plain_from: tokens of a sequence in a step from which they go the plain way. With DeepSeek's sizes a token and a cached
             vector cost 2·(576 + 512) operations a head the one way and 2·(192 + 128) the other, where a vector's key and value
-            have to be made first, by 2·512·(128 + 128): that is less in all from 171 tokens on.
+            have to be made first, by 2·512·(128 + 128): that is less in all from 171 tokens on. Over int8 all go the absorbed
+            way, where vectors are read.
     """
 
-    name = "latent"
+    rank: int
     plain_from = 171
 
     def plan(self, metadata: AttentionMetadata, sliding_window: int | None) -> LatentPlan:
         starts = metadata.query_start_loc.cpu().numpy().astype(np.int64)
         contexts = metadata.context_lens.cpu().numpy().astype(np.int64)
-        is_plain = np.diff(starts) >= self.plain_from
+        is_plain = (np.diff(starts) >= self.plain_from) & (metadata.kv_scales is None)
         pieces = cut_into_pieces(starts, contexts, sliding_window)
         groups = make_groups(metadata, pieces[:, ~is_plain[pieces[0]]], sliding_window)
         numbers = np.flatnonzero(is_plain).tolist()
@@ -98,13 +100,14 @@ class LatentBackend(TorchBackend):
         value_scales: Tensor | None, soft_cap: float | None,
     ) -> Tensor:  # fmt: skip
         """The outputs of one group, [S * Q, H, 2·D] float32; both halves of a vector are read once for scores and sums."""
-        assert (key_scales, value_scales, soft_cap) == (None, None, None)  # `startup.check_settings` sees to it
         size, _, length = group.rows.shape
         heads, dim = query.shape[1:]
         queries = group.mask.shape[2]
         vectors = self._buffer("vectors", (size * length, dim), torch.float32, query.device)
-        vectors[:, : dim // 2] = self._gather("k", keys, group.rows)
-        vectors[:, dim // 2 :] = self._gather("v", values, group.rows)
+        for half, cached, scales in zip(vectors.chunk(2, dim=1), (keys, values), (key_scales, value_scales), strict=True):
+            half.copy_(self._gather("half", cached, group.rows))
+            if scales is not None:
+                half.mul_(self._gather("scales", scales, group.rows))
         vectors = vectors.view(size, length, dim)
         q = query.index_select(0, group.tokens).view(size, queries * heads, dim)
         scores = torch.bmm(q, vectors.transpose(1, 2)).view(size, queries, heads, length)

@@ -84,6 +84,8 @@ class LatentAttention(LlamaAttention):
         compressed, key = self.kv_a_proj_with_mqa(x).split((latent.rank, latent.turning), dim=-1)
         key = self._turn(key[:, None], rope)[:, 0]
         vectors = torch.cat((self.kv_a_layernorm(compressed.contiguous()), key), dim=-1)
+        assert isinstance(metadata.backend, LatentBackend)
+        metadata.backend.rank = latent.rank
         heads = self.attend(still, self._turn(turned, rope), vectors, metadata.of(self.group))
         return self.o_proj(heads.view(len(x), -1), add_to)
 

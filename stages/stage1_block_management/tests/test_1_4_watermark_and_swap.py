@@ -349,6 +349,18 @@ def test_what_left_the_window_needs_no_room() -> None:
         check_equal(manager.can_swap_in(seq), fits, f"can_swap_in with {length} tokens, 12 of them out of sight, 3 blocks free")
 
 
+@pytest.mark.parametrize(("host", "fits"), [(2, False), (3, True)])
+def test_what_is_in_the_window_needs_room(host: int, fits: bool) -> None:
+    """Five blocks of which a window of 9 still sees three, and so many blocks on the host.
+
+    Why: one block too few on the host, and the swap breaks off in the middle.
+    """
+    manager, seq = admitted(8, 4, 18, 17, num_host_blocks=host, sliding_window=9)
+    manager.free_out_of_window(seq)
+    check_equal(manager.tables[0].count(NULL_BLOCK), 2, "blocks out of sight")
+    check_equal(manager.can_swap_out(seq), fits, f"can_swap_out with 3 blocks in the window, {host} host blocks free")
+
+
 def test_host_memory_has_no_watermark() -> None:
     """The watermark is about device memory: a sequence whose blocks fill the host to the last one can be swapped out.
 

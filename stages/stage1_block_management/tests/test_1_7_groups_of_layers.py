@@ -232,6 +232,30 @@ def test_what_fits_is_what_all_groups_need(reader: bool) -> None:
     check_equal(manager.can_allocate(sequence(2, 9), keep_watermark=False), False, f"whether it fits in {need - 1}")
 
 
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_what_fits_is_what_is_taken(data: st.DataObject) -> None:
+    """Any windows, chunks and cached prefixes: a sequence fits in exactly so many free blocks as `allocate` then takes.
+
+    Why: the question and the deed count with the same numbers, or a sequence is let in that has no room.
+    """
+    windows = tuple(data.draw(st.lists(st.sampled_from([None, 1, 3, 6, 30]), min_size=1, max_size=3)))
+    size, chunk, length = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9)), data.draw(st.integers(1, 30))
+    manager = HybridBlockManager(150, size, windows=windows, chunk=chunk)
+    first, seq = sequence(0, length), sequence(1, data.draw(st.integers(length, 40)))
+    begin(manager, first)
+    Memory(manager).through(first, chunk)
+    manager.free(first)
+    free, fits = manager.allocator.num_free, list[bool]()
+    for watermark in range(free + 2):
+        manager.watermark_blocks = watermark
+        fits.append(manager.can_allocate(seq))
+    begin(manager, seq)
+    check_equal(
+        fits.index(False) - 1, manager.allocator.num_free, "blocks that may stay free when it is let in, and those that do"
+    )
+
+
 def test_a_new_sequence_needs_its_first_blocks_in_every_group() -> None:
     """Nothing is cached. 30 tokens, blocks of 4, windows of 6 in two groups of three, chunks of 8: 8 + 4 + 4 blocks.
 
@@ -262,6 +286,47 @@ def test_room_is_made_in_all_groups_or_in_none(free: int) -> None:
         check_equal(state(manager), before, "tables, references and free blocks")
     else:
         check_equal([len(group.tables[0]) for group in manager.groups], [4, 4, 4], "blocks in each group")
+
+
+@pytest.mark.parametrize("free", [1, 2])
+def test_what_one_group_has_is_not_the_others(free: int) -> None:
+    """A prompt of 30 tokens, blocks of 4: the group without a window has all 8 blocks, that with one needs two more for the
+    third chunk of 8; so many are free.
+
+    Why: blocks that a group has in advance are its own. Taken off from what the others lack, they let a chunk in without room.
+    """
+    manager = HybridBlockManager(20, 4, 0, 0.0, windows=(None, 6), chunk=8)
+    seq, memory = sequence(0, 30), Memory(manager)
+    begin(manager, seq)
+    memory.compute(seq, 8)
+    memory.compute(seq, 8)
+    manager.free_out_of_window(seq)
+    check_equal([len(group.tables[0]) for group in manager.groups], [8, 4], "entries of each group's table")
+    while manager.allocator.num_free > free:
+        manager.allocator.allocate()
+    before = state(manager)
+    check_equal(manager.append_slots(seq, 8, []), free == 2, "whether there is room")
+    if free < 2:
+        check_equal(state(manager), before, "tables, references and free blocks")
+
+
+@pytest.mark.parametrize("free", [2, 3, 4])
+def test_a_copy_and_a_new_block_are_two(free: int) -> None:
+    """A fork shares the half-full block of two groups and goes on over its end: a copy and a new block in each.
+
+    Why: counted as one, there is room for the copies and none for what comes behind them.
+    """
+    manager = HybridBlockManager(4 + free, 4, 0, 0.0, windows=(None, 8), chunk=8)
+    parent, child, memory = sequence(0, 6), sequence(1, 6), Memory(manager)
+    begin(manager, parent)
+    memory.through(parent, 8)
+    manager.fork(parent, child, 6)
+    child.num_computed_tokens = 6
+    child.tokens += [50, 51, 52]
+    before = state(manager)
+    check_equal(memory.compute(child, 3), free == 4, "whether there is room")
+    if free < 4:
+        check_equal(state(manager), before, "tables, references and free blocks")
 
 
 @pytest.mark.parametrize("free", [0, 1, 2])

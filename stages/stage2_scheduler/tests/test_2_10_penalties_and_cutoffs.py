@@ -291,7 +291,7 @@ def test_a_top_p_of_one_keeps_all() -> None:
     ("limits", "last", "mass", "certain"),
     [
         ({"top_k": 2}, 1.0, None, True), ({"top_k": 3}, 1.0, None, False), ({"top_k": 4}, 1.0, None, False),
-        ({"min_p": 0.3}, 1.0, None, True), ({"min_p": 0.1}, 1.0, None, False), ({"min_p": 0.25}, 1.0, None, False),
+        ({"min_p": 0.3}, 1.0, None, True), ({"min_p": 0.1}, 1.0, None, False), ({"min_p": 0.24}, 1.0, None, False),
         ({"top_p": 0.5}, 1.0, 7.0, True), ({"top_p": 0.5}, 1.0, 13.0, False), ({"top_p": 0.9}, 1.0, 7.0, False),
         ({"min_p": 0.01, "top_p": 0.5}, 1.0, 7.0, False), ({"min_p": 0.3, "top_p": 0.9}, 1.0, None, True),
         ({"top_k": 4, "top_p": 0.5}, 1.0, 7.0, False), ({"top_k": 3, "top_p": 0.5}, 1.0, None, False),

@@ -127,8 +127,8 @@ class Worker:
         if cpu_kernels:
             native.set_threads(torch.get_num_threads())
         self.backend = make_backend(
-            source.config.attention_by(config.attention_backend), device, dtype, source.config.head_dim, config.block_size,
-            cpu_kernels, config.batch_invariant,
+            config.attention_backend, device, dtype, source.config.head_dim, config.block_size,
+            cpu_kernels, config.batch_invariant, source.config.attention_kind,
         )  # fmt: skip
         path = None if config.load_format == "dummy" else source.path
         served = replace(source, path=path, config=replace(source.config, max_model_len=config.max_model_len))

@@ -158,9 +158,9 @@ class Detokenizer:
     def _new_text(self, new: list[int], context: tuple[list[int], str, str]) -> str:
         """What `new` tokens add to the text of the `_context` before them.
 
-        They are decoded behind the context's tokens, as a token's text depends on what stands before it. U+FFFD at the end of
-        the context's text is a character that was not finished. If the new tokens finish it, it is theirs, the whole
-        character; if they do not, it is not theirs, and they add what follows. Text before it is out already, and what is out
+        They are decoded behind the context's tokens, as a token's text depends on what stands before it. The context's text may
+        end in U+FFFD, for bytes that are no character, or not yet. Those that stay as they are belong to the context. Where the
+        new tokens finish a character, it is theirs, the whole character. Text before that is out already, and what is out
         stays out: where new bytes make U+FFFD of it, as in a vocabulary with byte fallback, they add what they decode to by
         themselves. Where it was the context's own last bytes that did so, the new tokens add what follows the context's text.
 
