@@ -165,6 +165,19 @@ def test_an_end_that_is_known_costs_no_row() -> None:
     check_answers(sim)
 
 
+def test_the_end_of_a_long_text_costs_no_row_either() -> None:
+    """A prompt of 300 tokens with an answer of one.
+
+    Why: lengths are compared as numbers. Small ones are the same objects in Python, and large ones are not.
+    """
+    sim = Ahead(num_blocks=200, max_num_batched_tokens=512)
+    sim.ask(300, 1)
+    sim.step()
+    check_equal([row for what, row in sim.log if what == "begin"], [[0]], "who is in each step")
+    check_equal(sim.run(), 0, "steps that are left")
+    check_answers(sim)
+
+
 def test_the_place_of_one_that_ends_is_given_away_at_once() -> None:
     """Two seats, three requests; the first ends by its length in step 1. The third is admitted for step 2, into its blocks.
 
