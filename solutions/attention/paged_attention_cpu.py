@@ -95,8 +95,8 @@ class CpuBackend(AttentionBackend):
 
     Args:
         num_threads: between which a step's work is shared; None: PyTorch's number.
-        batch_invariant: compute each query in the same order whatever else is in the step: by one kernel, over the keys
-            from the first on, no context split over threads.
+        batch_invariant: compute each query in the same order whatever else is in the step: by one kernel, over the same 64
+            keys at a time, no context split over threads.
     """
 
     name = "cpu"

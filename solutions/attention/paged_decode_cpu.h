@@ -200,8 +200,8 @@ void few_rows(const Work<T>* heads, int64_t num_heads, const Item* upcoming, con
     const Item& item = heads->item;
     int64_t offsets[KEYS], ahead[KEYS], in_chunk[KEYS];
     for (int64_t i = 0; i < KEYS; ++i) in_chunk[i] = i * step.head_dim;
-    int64_t count = find(step, item, item.left, offsets);
-    for (int64_t first = item.left; first < item.right; first += KEYS) {
+    int64_t first = begin(step, item), count = find(step, item, first, offsets);
+    for (; first < item.right; first += KEYS) {
         int64_t next_count = 0;
         if (first + KEYS < item.right)
             next_count = find(step, item, first + KEYS, ahead);

@@ -220,7 +220,7 @@ void many_rows(const Work<T>& work, Arena& arena) {
     }
     const Chunk<C> chunk = take_chunk<C>(arena, dim);
     int64_t offsets[KEYS];
-    for (int64_t first = work.item.left; first < work.item.right; first += KEYS) {
+    for (int64_t first = begin(work.step, work.item); first < work.item.right; first += KEYS) {
         const int64_t count = find(work.step, work.item, first, offsets);
         if (work.int8.keys) {
             work.load_chunk(count, offsets, offsets);

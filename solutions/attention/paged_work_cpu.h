@@ -120,14 +120,19 @@ struct Work {
     }
 };
 
-// Where up to KEYS keys of an item lie in the cache, from its key `first` on. The rest of `offsets` repeats the first, so that
-// loops may run past the end; what they find there is masked.
+// The key that an item begins to look at keys from, KEYS at a time. In a window the first that it sees depends on how a prompt is
+// cut; so that sums do not, they are made of the same KEYS then wherever an item begins.
+inline int64_t begin(const Step& step, const Item& item) { return step.invariant ? item.left / KEYS * KEYS : item.left; }
+
+// Where up to KEYS keys of an item lie in the cache, from its key `first` on. What is left of its first key or right of its last one
+// repeats one of those, so that loops may run over it; it is masked.
 inline int64_t find(const Step& step, const Item& item, int64_t first, int64_t (&offsets)[KEYS]) {
     const int64_t size = step.block_size, stride = step.num_kv_heads * step.head_dim;
-    const int64_t count = std::min<int64_t>(KEYS, item.right - first);
-    const int32_t* block = step.block_tables + item.sequence * step.table_stride + first / size;
-    int64_t inside = first % size, offset = (*block * size + inside) * stride;
-    for (int64_t i = 0; i < count; ++i, ++inside, offset += stride) {
+    const int64_t count = std::min<int64_t>(KEYS, item.right - first), skipped = std::max<int64_t>(0, item.left - first);
+    const int32_t* block = step.block_tables + item.sequence * step.table_stride + (first + skipped) / size;
+    int64_t inside = (first + skipped) % size, offset = (*block * size + inside) * stride;
+    std::fill(offsets, offsets + skipped, offset);
+    for (int64_t i = skipped; i < count; ++i, ++inside, offset += stride) {
         if (inside == size) {
             inside = 0;
             offset = *++block * size * stride;

@@ -265,8 +265,6 @@ def check_settings(config: EngineConfig, source: ModelSource, device: torch.devi
     if config.batch_invariant:
         if attention != "cpu" or not kernels:
             raise ValueError(NEEDS_CPU_KERNELS.format(attention))
-        if source.config.windows != (None,):
-            raise ValueError("--batch-invariant: not with a sliding window, whose first key depends on how a prompt is cut")
         if not mp or (size > 1 and config.collective_backend == "ring"):
             raise ValueError(
                 "--batch-invariant: not with sums over ranks by gloo, Ray or a ring, which add in an order that depends on "

@@ -23,12 +23,15 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", "gpt2", "mistral"])
 def folder(request, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp(request.param)
     # heads of 16 elements, which the kernels have code for
     sizes = {"llama": {"hidden_size": 64, "max_position_embeddings": 2048}, "gpt2": {"n_embd": 64, "n_positions": 2048}}
-    {"llama": make_tiny_llama, "gpt2": make_tiny_gpt2}[request.param](path, **sizes[request.param])
+    sizes["mistral"] = sizes["llama"] | {"sliding_window": 100}
+    {"llama": make_tiny_llama, "gpt2": make_tiny_gpt2, "mistral": make_tiny_mistral}[request.param](
+        path, **sizes[request.param]
+    )
     return str(path)
 
 
@@ -54,27 +57,29 @@ def logits_of(llm: LLM, prompts: list[dict], monkeypatch) -> dict[tuple[int, int
 @pytest.mark.parametrize(("heads", "dim"), [((2, 2), 16), ((9, 3), 64), ((4, 1), 80), ((5, 1), 96), ((14, 2), 128)])
 def test_few_rows_equal_the_same_rows_among_many(heads, dim, dtype, int8):
     rng, backend = torch.Generator().manual_seed(dim), CpuBackend(batch_invariant=True)
-    for length, cap in itertools.product((16, 63, 64, 65, 128, 200), (None, 3.0)):
+    for length, (cap, window) in itertools.product(
+        (16, 63, 64, 65, 128, 200), ((None, None), (3.0, None), (None, 7), (3.0, 70))
+    ):
         q = torch.randn(length, heads[0], dim, generator=rng)
         k, v = torch.randn(2, length, heads[1], dim, generator=rng)
 
-        def attend(count: int, cache: dict, contents=(q, k, v), length=length, cap=cap) -> torch.Tensor:
+        def attend(count: int, cache: dict, contents=(q, k, v), length=length, cap=cap, window=window) -> torch.Tensor:
             """What a step says of the last `count` queries, the earlier tokens being in the cache."""
             q, k, v = contents
-            shape = {"heads": heads, "head_dim": dim, "dtype": dtype}
+            shape = {"heads": heads, "head_dim": dim, "dtype": dtype, "window": window}
             case = make_case([count], [length], contents=[(q[-count:], k, v)], **shape)
             metadata = case.metadata(backend)
             if not cache:
                 quantized, scales = quantize_int8(case.kv_cache)
                 cache |= {"kv_caches": [quantized], "kv_scales": [scales]} if int8 else {"kv_caches": metadata.kv_caches}
             metadata = dataclasses.replace(metadata, **cache)
-            metadata.plan = backend.plan(metadata, None)
-            return backend.attend(0, case.query, case.key, case.value, metadata, case.scale, None, cap).clone()
+            metadata.plan = backend.plan(metadata, window)
+            return backend.attend(0, case.query, case.key, case.value, metadata, case.scale, window, cap).clone()
 
         cache: dict = {}
         many = attend(length, cache)  # which fills the cache
         for few in range(1, max(2, 8 * heads[1] // heads[0])):
-            assert torch.equal(attend(few, cache), many[-few:]), (length, cap, few)
+            assert torch.equal(attend(few, cache), many[-few:]), (length, cap, window, few)
 
 
 @pytest.mark.slow
@@ -109,12 +114,10 @@ def test_speculation_changes_no_bit(folder):
     assert llm.llm_engine.stats().spec_decode_num_accepted_tokens > 0
 
 
-def test_what_cannot_be_invariant_is_refused_by_name(folder, tmp_path):
-    make_tiny_mistral(tmp_path, hidden_size=64)
-    for path, settings, message in [
-        (folder, {"enable_cpu_kernels": False}, "needs the C\\+\\+ kernels of a CPU, and attention runs on torch"),
-        (folder, {"attention_backend": "naive"}, "attention runs on naive"),
-        (str(tmp_path), {"max_model_len": 256}, "not with a sliding window"),
+def test_what_cannot_be_invariant_is_refused_by_name(folder):
+    for settings, message in [
+        ({"enable_cpu_kernels": False}, "needs the C\\+\\+ kernels of a CPU, and attention runs on torch"),
+        ({"attention_backend": "naive"}, "attention runs on naive"),
     ]:
         with pytest.raises(ValueError, match=f"--batch-invariant: .*{message}"):
-            LLM(path, **(SETTINGS | {"dtype": "float32", "batch_invariant": True} | settings))
+            LLM(folder, **(SETTINGS | {"dtype": "float32", "batch_invariant": True} | settings))

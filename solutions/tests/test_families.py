@@ -250,7 +250,6 @@ FEATURES: dict[str, Callable[[str, Path], None]] = {
 """What a column is called: its test."""
 
 REFUSED = {
-    **{(family, "batch invariance"): "not with a sliding window" for family in ("mistral", "gemma2", "gemma3_text")},
     **{
         (family, "CPU kernels, replayed"): "the layers are not replayed"
         for family in ("gpt2", "gemma2", "gemma3_text", "starcoder2", "gpt_neox", *ONE_BACKEND)
