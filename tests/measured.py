@@ -154,6 +154,35 @@ def beside_busy_processes() -> Table:
     return table("output tokens a second | idle machine | beside one | beside two | kept beside one | beside two", rows)
 
 
+def beside(name: str, systems: dict[str, str], heads: str) -> Table:
+    """Rows: a workload and what was changed; columns: the speed without it and with it, and their ratio."""
+    runs, rows = record(name), []
+    for workload in ("W1", "W2"):
+        for plain, changed in systems.items():
+            pair = [runs[workload][system] for system in (plain, changed)]
+            without, with_it = (entry["output_tokens_per_second"]["median"] for entry in pair)
+            rows.append([f"{WORKLOADS[workload]}, {plain}", *map(rate, pair), f"{with_it / without:.2f}"])
+    return table(heads, rows)
+
+
+def narrow_registers() -> Table:
+    systems = {"bf16": "bf16-avx2", "int8": "int8-avx2"}
+    return beside(f"{CPU}_compare_avx2", systems, "output tokens a second | AVX-512 | AVX2 | ratio")
+
+
+def quota() -> Table:
+    return beside(f"{CPU}_compare_quota", {"bf16": "quota"}, "output tokens a second | two cores | 1.5 cores | ratio")
+
+
+def shares() -> Table:
+    models, rows = record(f"{CPU}_shares"), []
+    names = {"smollm2-135m": "SmolLM2-135M", "qwen3-0.6b": "Qwen3-0.6B", "moe-1b": "experts, 1B active"}
+    for name, text in names.items():
+        steps = models[name]["steps"]
+        rows.append([text, *(percent(step["floor"] / step["seconds"]) for step in steps)])
+    return table("share of the floor | decode, batch 1 | decode, batch 32 | prompt of 512", rows)
+
+
 def quality_plain() -> Table:
     runs = record(f"{CPU}_quality")["runs"]
     names = {"16 bits": "bfloat16", "int8": "int8", "int4, groups of 32": "int4", "int8 KV cache": "int8 KV cache"}
@@ -435,7 +464,7 @@ DOCUMENTS = {
     "README.md": (headline_workloads, headlines),
     "benchmarks/README.md": (
         against_vllm, against_transformers, throughput, with_amx, fewer_bits_with_amx, weights, beside_busy_processes,
-        quality_plain, quality_groups, speculation, heads, memory, prefix_cache, radix, tiers, overhead, kernels, ranks, sums,
+        quota, narrow_registers, shares, quality_plain, quality_groups, speculation, heads, memory, prefix_cache, radix, tiers, overhead, kernels, ranks, sums,
         serving, page, replicas, two_phase, two_phase_at_once, fairness, adapters,
         gpu_throughput, gpu_caches, gpu_steps, gpu_prompts, gpu_attention, gpu_latency,
     ),
