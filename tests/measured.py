@@ -464,7 +464,8 @@ DOCUMENTS = {
     "README.md": (headline_workloads, headlines),
     "benchmarks/README.md": (
         against_vllm, against_transformers, throughput, with_amx, fewer_bits_with_amx, weights, beside_busy_processes,
-        quota, narrow_registers, shares, quality_plain, quality_groups, speculation, heads, memory, prefix_cache, radix, tiers, overhead, kernels, ranks, sums,
+        quota, narrow_registers, shares,
+        quality_plain, quality_groups, speculation, heads, memory, prefix_cache, radix, tiers, overhead, kernels, ranks, sums,
         serving, page, replicas, two_phase, two_phase_at_once, fairness, adapters,
         gpu_throughput, gpu_caches, gpu_steps, gpu_prompts, gpu_attention, gpu_latency,
     ),
