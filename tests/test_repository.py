@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parents[1]
 SKIPPED = {".venv", ".git", ".cache", "build", "__pycache__"}
@@ -147,6 +149,24 @@ def check_declared(modules: list[Path], lines: list[str]) -> None:
     foreign = {normal(PACKAGES.get(name, name)) for name in imported - sys.stdlib_module_names}
     assert "torch" in foreign
     assert foreign - declared - PINNED_BY_TORCH == set()
+
+
+def test_pinned_packages_take_every_python_that_the_project_takes() -> None:
+    """A pin that wants 3.11.5 fails on Debian's 3.11.2. Seen of packages that are installed here."""
+    pinned = {
+        normal(name) for name in re.findall(r"^([A-Za-z0-9_.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    }
+    pythons = ("3.11.0", "3.12.0", "3.13.0")
+    refused = {
+        f"{package.name} {package.version} wants Python {wanted}"
+        for package in importlib.metadata.distributions()
+        if normal(package.name) in pinned and (wanted := package.metadata.get("Requires-Python"))
+        for python in pythons
+        if python not in SpecifierSet(wanted)
+    }
+    assert refused == set()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert all(python in SpecifierSet(project["requires-python"]) for python in pythons)
 
 
 def test_constraints_pin_every_dependency_exactly() -> None:
