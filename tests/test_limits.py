@@ -56,7 +56,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"attention_backend": "cpu", "dtype": "float16", "device": "cpu"}, "--dtype float16 needs a GPU"),
     ({"batch_invariant": True, "attention_backend": "torch"}, "--batch-invariant: it needs the C"),
     ({"batch_invariant": True, "enable_cpu_kernels": False}, "--batch-invariant: it needs the C"),
-    ({"batch_invariant": True, "model": WINDOWED}, "--batch-invariant: not with a sliding window"),
     ({"batch_invariant": True, "distributed_executor_backend": "ray"}, "--batch-invariant: not with sums"),
     (
         {"batch_invariant": True, "dtype": "float32", "collective_backend": "ring", "tensor_parallel_size": 3},
