@@ -387,7 +387,7 @@ FAULTS = {
     "the next block": ("+ key_position // BLOCK_SIZE", "+ (key_position + 1) // BLOCK_SIZE"),
     "the wrong place in a block": ("+ key_position % BLOCK_SIZE)", "+ (key_position - left) % BLOCK_SIZE)"),
     "hidden keys count": ('tl.where(is_visible, scores, float("-inf"))', "tl.where(is_visible, scores, 0.0)"),
-    "sums are not rescaled": ("acc * shrink[:, None]", "acc"),
+    "sums are not rescaled": ("v, acc * shrink[:, None]", "v, acc"),
     "splits are merged without their tops": (
         "tl.exp2(tops - tl.where(top == float(\"-inf\"), 0.0, top))", "tl.where(is_split, 1.0, 0.0)",
     ),
