@@ -10,8 +10,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
+from solutions.batching.sampling_params import SamplingParams
 from solutions.models.heads.eagle import WEIGHTS, EagleHead, save_head
 from solutions.models.loader import load_model, resolve_model
+
+GREEDY = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+PROMPTS = [{"prompt_token_ids": [(i * j + i) % 200 for j in range(3 + 5 * i)]} for i in range(1, 7)]
+
+
+def tokens(outputs) -> list[list[int]]:
+    """What each answer says."""
+    return [completion.token_ids for output in outputs for completion in output.outputs]
 
 
 def target_embedding(target: str) -> Tensor:

@@ -20,12 +20,10 @@ from solutions.core.engine import LLM
 from solutions.core.speculation import head_drafts
 from solutions.core.speculation.head_drafts import HeadDrafts
 from solutions.models.heads.eagle import CONFIG, WEIGHTS
-from solutions.tests.eagle_heads import Oracle, make_random_head
+from solutions.tests.eagle_heads import GREEDY, PROMPTS, Oracle, make_random_head, tokens
 from solutions.tests.slow_cases import slow_after
 
-GREEDY = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
 SETTINGS = {"dtype": "float32", "max_model_len": 256, "block_size": 4, "num_gpu_blocks_override": 256}
-PROMPTS = [{"prompt_token_ids": [(i * j + i) % 200 for j in range(3 + 5 * i)]} for i in range(1, 7)]
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +40,6 @@ def head(tmp_path_factory, target) -> Path:
 
 def eagle(head: Path, **others) -> dict:
     return {"method": "eagle", "model": str(head), "num_speculative_tokens": 3, "adaptive": False} | others
-
-
-def tokens(outputs) -> list[list[int]]:
-    return [completion.token_ids for output in outputs for completion in output.outputs]
 
 
 def watch(llm: LLM, plain=()) -> list[tuple[list[int], list[int], int]]:

@@ -17,13 +17,11 @@ from solutions.batching.tree_rows import TreeDraft
 from solutions.core.engine import LLM
 from solutions.core.platform import native
 from solutions.core.speculation.settings import SpeculativeConfig
-from solutions.tests.eagle_heads import Oracle, make_random_head
+from solutions.tests.eagle_heads import GREEDY, PROMPTS, Oracle, make_random_head, tokens
 from solutions.tests.slow_cases import slow_after
 from solutions.tests.tiny_models import make_tiny_llama
 
-GREEDY = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
 SETTINGS = {"dtype": "float32", "max_model_len": 256, "block_size": 4, "num_gpu_blocks_override": 512}
-PROMPTS = [{"prompt_token_ids": [(i * j + i) % 200 for j in range(3 + 5 * i)]} for i in range(1, 7)]
 PATHS = [[1], [0], [0, 1], [1, 0], [0, 0], [2], [0, 0, 0], [1, 0, 2], [1, 0, 0], [1, 0, 0, 1]]
 SORTED = [(0,), (0, 0), (0, 0, 0), (1,), (2,), (0, 1), (1, 0), (1, 0, 0), (1, 0, 2), (1, 0, 0, 1)]
 """The same in the order in which they are drafted: the likeliest chain, then level after level."""
@@ -43,10 +41,6 @@ def head(tmp_path_factory, target) -> Path:
 
 def branching(head: Path, **others) -> dict:
     return {"method": "eagle", "model": str(head), "speculative_token_tree": PATHS, "adaptive": False} | others
-
-
-def tokens(outputs) -> list[list[int]]:
-    return [completion.token_ids for output in outputs for completion in output.outputs]
 
 
 def guide(llm: LLM, plain=()) -> list[tuple[list[int], list[int]]]:

@@ -92,14 +92,18 @@ inline Halves narrow(Floats v) {
 }
 inline void store(bf16* p, Floats v) { store_as(p, narrow(v)); }
 
-// IEEE halves, not for infinity: to floats by shifting them into place and putting the exponent's bias right with a product.
+// IEEE halves, not for infinity: to floats, where no instruction does it by shifting them into place and putting the exponent's bias
+// right with a product.
 inline Floats load_half(const uint16_t* p) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
     return (Floats)_mm512_cvtph_ps(load_as<__m256i>(p));
-#endif
+#elif defined(__AVX2__) && defined(__F16C__)
+    return (Floats)_mm256_cvtph_ps(load_as<__m128i>(p));
+#else
     const Bits bits = __builtin_convertvector(load_as<Halves>(p), Bits);
     const Floats magnitude = (Floats)((bits & 0x7fff) << 13) * 0x1p112f;
     return (Floats)((Bits)magnitude | (bits & 0x8000) << 16);
+#endif
 }
 inline float half_to_float(uint16_t half) {
     const uint32_t bits = uint32_t{half} << 13;  // of a number that is not negative

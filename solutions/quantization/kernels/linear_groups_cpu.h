@@ -169,14 +169,14 @@ struct Int4Bytes {
     const Group* opened = nullptr;  // the panel's groups
 
     Int4Bytes open(int64_t panel, int64_t tiles) const {
-        Int4Bytes open = *this;
-        if (tiles == 1) return open;
+        Int4Bytes weights = *this;
+        if (tiles == 1) return weights;
         static thread_local std::vector<Group> all;
         all.resize(groups());
         const uint8_t* at = packed + panel * panel_bytes();
         for (int64_t g = 0; g < groups(); ++g, at += HEAD + group * PANEL / 2) all[g].fill(at, std::min(group, k - g * group));
-        open.opened = all.data();
-        return open;
+        weights.opened = all.data();
+        return weights;
     }
 
     template <int M, typename Y>
