@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..memory.cache_engine import write_kv, write_quantized
+from ..memory.cache_engine import write_kv
+from ..memory.int8_cache import read_quantized, write_quantized
 from .paged_attention import AttentionBackend, AttentionMetadata
 
 PIECE = 64
@@ -96,7 +97,7 @@ class TorchBackend(AttentionBackend):
         if metadata.plan is None or metadata.plan.sliding_window != sliding_window:
             metadata.plan = self.plan(metadata, sliding_window)
         keys, values = kv_cache.flatten(1, 3)  # [num_slots * H_kv, D] each
-        key_scales, value_scales = (None, None) if scales is None else scales.flatten(1, 3)[..., None]  # [num_slots * H_kv, 1]
+        key_scales, value_scales = (None, None) if scales is None else scales.flatten(1, 3)  # [num_slots * H_kv]
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         query = query.float() * scale
         for group in metadata.plan.groups:
@@ -118,11 +119,7 @@ class TorchBackend(AttentionBackend):
 
         q = query.index_select(0, group.tokens).view(size, queries, kv_heads, shared * dim)
         q = q.transpose(1, 2).reshape(batch, width, dim)
-        k = self._gather("k", keys, group.rows)
-        if k.dtype != torch.float32:
-            k = self._buffer("k", k.shape, torch.float32, k.device).copy_(k)
-        if key_scales is not None:
-            k.mul_(self._gather("k_scales", key_scales, group.rows))
+        k = self._floats("k", keys, key_scales, group.rows)
         scores = self._buffer("scores", (batch, width, length), torch.float32, k.device)
         torch.bmm(q, k.view(batch, length, dim).transpose(1, 2), out=scores)
         if soft_cap is not None:
@@ -133,12 +130,7 @@ class TorchBackend(AttentionBackend):
         if share is not None:
             by_head.mul_(share)
         if value_scales is not None:
-            v = self._gather("v", values, group.rows)
-            v = (
-                self._buffer("v", v.shape, torch.float32, v.device)
-                .copy_(v)
-                .mul_(self._gather("v_scales", value_scales, group.rows))
-            )
+            v = self._floats("v", values, value_scales, group.rows)
             out = torch.bmm(weights, v.view(batch, length, dim)).view(size, kv_heads, queries, shared * dim)
             return out.transpose(1, 2).reshape(size * queries, heads, dim)
         if values.dtype != torch.float32:
@@ -152,6 +144,15 @@ class TorchBackend(AttentionBackend):
         v = self._gather("v", values, group.rows).view(batch, length, dim)
         out = torch.bmm(weights, v).view(size, kv_heads, queries, shared * dim)
         return out.transpose(1, 2).reshape(size * queries, heads, dim)
+
+    def _floats(self, name: str, table: Tensor, scales: Tensor | None, rows: Tensor) -> Tensor:
+        """Rows of a table in float32, [R, D]."""
+        if table.dtype == torch.float32:
+            return self._gather(name, table, rows)
+        out = self._buffer(name, (rows.numel(), table.shape[1]), torch.float32, table.device)
+        if scales is None:
+            return out.copy_(self._gather(name, table, rows))
+        return read_quantized(table, scales, rows.view(-1), out)
 
     def _gather(self, name: str, table: Tensor, rows: Tensor) -> Tensor:
         out = self._buffer(name, (rows.numel(), table.shape[1]), table.dtype, table.device)

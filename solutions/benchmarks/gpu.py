@@ -29,7 +29,8 @@ from ..attention.backends import make_backend
 from ..core.capture import CudaGraphRecorder
 from ..core.engine import LLM, LLMEngine
 from ..core.platform.machine import processor_name, total_memory
-from ..memory.cache_engine import element_type, quantize_vectors
+from ..memory.cache_engine import element_type
+from ..memory.int8_cache import quantize_vectors
 from ..models.config.model_config import ModelConfig
 from ..models.costs.roofline import CARDS, Card, StepCost, decode_cost, prefill_cost
 from ..models.loader import resolve_model

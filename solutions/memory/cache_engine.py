@@ -44,24 +44,6 @@ def write_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor)
     slots[1].index_copy_(0, slot_mapping, value)
 
 
-def quantize_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each vector of x [..., D] as whole numbers of −127 to 127, int8, and what they are multiples of, float16 [...].
-
-    The scale is the largest magnitude / 127; it is made a little larger before float16 rounds it, so that nothing exceeds 127.
-    """
-    x = x.float()
-    scales = (x.abs().amax(dim=-1) * (1.001 / 127)).clamp_(max=65504).to(torch.float16)
-    steps = scales.float().unsqueeze(-1)
-    return (x / steps.masked_fill(steps == 0, 1.0)).round_().clamp_(-127, 127).to(torch.int8), scales
-
-
-def write_quantized(key: Tensor, value: Tensor, kv_cache: Tensor, kv_scales: Tensor, slot_mapping: Tensor) -> None:
-    """`write_kv` into an int8 cache with `kv_scales` [2, num_blocks, block_size, H_kv]."""
-    (key, key_scales), (value, value_scales) = quantize_vectors(key), quantize_vectors(value)
-    write_kv(key, value, kv_cache, slot_mapping)
-    write_kv(key_scales, value_scales, kv_scales, slot_mapping)
-
-
 def scale_bytes(num_layers: int, block_size: int, num_kv_heads: int, dtype: torch.dtype) -> int:
     """What the scales of a block take beside `block_bytes`: two bytes for each vector of an int8 cache."""
     return 2 * num_layers * block_size * num_kv_heads * 2 if dtype == torch.int8 else 0

@@ -12,7 +12,8 @@ from solutions.attention.paged_attention_torch import TorchBackend
 from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
 from solutions.core.platform import native
-from solutions.memory.cache_engine import CacheEngine, quantize_vectors
+from solutions.memory.cache_engine import CacheEngine
+from solutions.memory.int8_cache import quantize_vectors
 from solutions.tests.attention_cases import AttentionCase, contexts, make_case, mixed_lens, quantize_int8, relative_error
 from solutions.tests.tiny_models import make_tiny_llama
 

@@ -81,6 +81,7 @@ def small_models(folder: Path) -> None:
     make_tiny("deepseek_v2", folder / "latents")
     plain = {"prompt_token_ids": [1, 2] * 90}  # long enough to make its keys and values of the latents
     answer([crowd[0], plain], long, model=str(folder / "latents"), max_model_len=256)
+    answer(crowd[:1], long, model=tiny, attention_backend="torch", kv_cache_dtype="int8")
     make_tiny("gemma3_text", folder / "windows")
     answer(crowd[:2], long, model=str(folder / "windows"))
     transfer = {"kv_connector": "tcp", "kv_role": "kv_producer", "kv_addresses": ["127.0.0.1:0"]}

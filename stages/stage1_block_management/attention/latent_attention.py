@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..memory.int8_cache import read_quantized
 from .paged_attention import AttentionMetadata
 from .paged_attention_torch import Group, Plan, TorchBackend, cut_into_pieces, make_groups
 
@@ -105,9 +106,10 @@ class LatentBackend(TorchBackend):
         queries = group.mask.shape[2]
         vectors = self._buffer("vectors", (size * length, dim), torch.float32, query.device)
         for half, cached, scales in zip(vectors.chunk(2, dim=1), (keys, values), (key_scales, value_scales), strict=True):
-            half.copy_(self._gather("half", cached, group.rows))
-            if scales is not None:
-                half.mul_(self._gather("scales", scales, group.rows))
+            if scales is None:
+                half.copy_(self._gather("half", cached, group.rows))
+            else:
+                read_quantized(cached, scales, group.rows.view(-1), half)
         vectors = vectors.view(size, length, dim)
         q = query.index_select(0, group.tokens).view(size, queries * heads, dim)
         scores = torch.bmm(q, vectors.transpose(1, 2)).view(size, queries, heads, length)
