@@ -17,7 +17,8 @@ from ..models.config.model_config import ModelConfig
 from .lora.registry import Loaded, LoRARequest
 from .structured.grammar_processes import GrammarProcesses
 from .structured.grammar_queue import CompilingStoppedError
-from .structured.structured_output import GrammarCompiler, Guide
+from .structured.guide import Guide
+from .structured.structured_output import GrammarCompiler
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

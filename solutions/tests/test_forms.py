@@ -10,7 +10,8 @@ import torch
 
 from solutions.batching.sampling_params import StructuredOutput
 from solutions.core.grammar.lark import is_lark
-from solutions.core.structured.structured_output import GrammarCompiler, Guide
+from solutions.core.structured.guide import Guide
+from solutions.core.structured.structured_output import GrammarCompiler
 from solutions.serving.answer_forms import FormFields, ResponseFormat, StructuredOutputs, form_of
 from solutions.serving.errors import RequestError
 from solutions.serving.tool_calls.tool_format import as_form, as_output

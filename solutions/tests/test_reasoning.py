@@ -15,7 +15,8 @@ import torch
 
 from solutions.batching.sampling_params import RequestOutputKind, StructuredOutput
 from solutions.core.output import CompletionOutput, RequestOutput
-from solutions.core.structured.structured_output import GrammarCompiler, Guide
+from solutions.core.structured.guide import Guide
+from solutions.core.structured.structured_output import GrammarCompiler
 from solutions.core.text.detokenizer import Detokenizer
 from solutions.serving.openai_protocol import ChatCompletionRequest
 from solutions.serving.parsed_replies import ParsedReply

@@ -12,8 +12,9 @@ import torch
 from solutions.batching.sampling_params import SamplingParams, StructuredOutput
 from solutions.core.engine import LLM
 from solutions.core.input import InputProcessor
-from solutions.core.structured import structured_output
-from solutions.core.structured.structured_output import GrammarCompiler, Guide
+from solutions.core.structured import guide as guide_file
+from solutions.core.structured.guide import Guide
+from solutions.core.structured.structured_output import GrammarCompiler
 from solutions.models.loader import load_tokenizer, resolve_model
 from solutions.tests.slow_cases import slow_after
 from solutions.tests.tiny_models import byte_tokenizer, make_tiny_llama
@@ -130,8 +131,8 @@ def test_what_changes_no_other_answer_changes_none_of_these(llm: LLM, settings: 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"speculative_config": {"method": "ngram", "adaptive": False}}])
 def test_an_answer_that_holds_up_the_others_is_cut_off(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(structured_output, "TOKEN_SECONDS", 0.0)
-    monkeypatch.setattr(structured_output, "SLACK_SECONDS", 0.0)  # so that any automaton is too slow
+    monkeypatch.setattr(guide_file, "TOKEN_SECONDS", 0.0)
+    monkeypatch.setattr(guide_file, "SLACK_SECONDS", 0.0)  # so that any automaton is too slow
     llm = LLM(MODEL, max_model_len=256, num_gpu_blocks_override=64, dtype="float32", **settings)
     plain = SamplingParams(temperature=0, max_tokens=12)
     form = SamplingParams(temperature=0, max_tokens=60, structured_output=FORMS["json"])

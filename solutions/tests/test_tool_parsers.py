@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solutions.batching.sampling_params import StructuredOutput
-from solutions.core.structured.structured_output import GrammarCompiler, Guide
+from solutions.core.structured.guide import Guide
+from solutions.core.structured.structured_output import GrammarCompiler
 from solutions.core.text.chat_template import render_chat
 from solutions.core.text.detokenizer import Detokenizer
 from solutions.serving.tool_calls.calling import ToolCalling, ToolUse

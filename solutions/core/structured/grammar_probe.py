@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .structured_output import Guide
+from .guide import Guide
 
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...batching.sampling_params import SamplingParams
 from ...batching.sequence import TokenGuide
 from ..platform.transfer import to_device
-from ..structured.structured_output import by_guide, forbid
+from ..structured.guide import by_guide, forbid
 
 BANNED = -1e30
 """Logit of a token that may not come next. It is finite, so that where every allowed token is banned one of them comes
