@@ -106,7 +106,7 @@ def fix_columns(weight: Tensor, factor: Tensor, bits: int, group_size: int, symm
 
 
 def quantize_layer(layer: LayerInputs, recipe: Recipe) -> dict[str, GroupQuantized]:
-    """All matrices of a decoder layer, each with the statistics of its own inputs."""
+    """The matrices of a decoder layer that got any input, each with the statistics of its own."""
     return {
         name: gptq_quantize(
             layer.weight(name), layer.inputs[name].covariance, recipe.bits, recipe.group_size, recipe.symmetric,

@@ -21,19 +21,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..batching.sampling_params import SamplingParams
-from ..models.llama import MERGED_LAYERS
+from ..models.families import MODEL_CLASSES
+from ..models.llama import LlamaForCausalLM
 from ..models.loader import ModelSource, load_tokenizer, resolve_model
-from ..parallelism.linear import Linear
-from .calibration import MATRICES, Calibration, LayerInputs, matrix_of, pieces_of
+from ..models.model_files import weight_files
+from ..models.weight_headers import WeightHeaders
+from .as_stored import as_stored
+from .calibration import Calibration, LayerInputs
 from .layout.checkpoint import QuantizedFormat, write_model
-from .layout.groups import BITS, GroupQuantized
+from .layout.groups import BITS, GroupQuantized, quantize_groups
 
 WORK = "layers-so-far"
 """Folder in the output folder with the finished layers of a run that is not through."""
 MANIFEST = "recipe.json"
-
-QUANTIZABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "SmolLM3ForCausalLM")
-"""Architectures with the matrices that `calibration` knows, each behind a norm, and with files that keep their pieces apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +111,8 @@ def quantize_model(
     source = resolve_model(recipe.model)
     if source.path is None:
         raise ValueError(f"{recipe.model} has no weights here that could be quantized")
-    if source.config.architecture not in QUANTIZABLE:
-        raise ValueError(
-            f"{recipe.model}: models of {source.config.architecture} cannot be quantized here; those of "
-            f"{', '.join(QUANTIZABLE)} can"
-        )
+    if not issubclass(MODEL_CLASSES[source.config.architecture], LlamaForCausalLM):  # GPT-2, and encoders
+        raise ValueError(f"{recipe.model}: models of {source.config.architecture} cannot be quantized here")
     if source.config.quantization is not None:
         raise ValueError(f"{recipe.model} is quantized already; start from the whole model")
     work = output / WORK
@@ -133,31 +130,27 @@ def quantize_model(
             quantized, new = read_layer(file, recipe)
         else:
             layer = calibration.inputs_of(index)
-            quantized = quantize_layer(layer, recipe)
+            quantized = quantize_layer(layer, recipe) | round_untouched(layer, recipe, index)
             new = layer.changed
             write_layer(file, quantized, new)
         calibration.advance(index, quantized, new)
         prefix = f"model.layers.{index}"
-        for name, weight in quantized.items():
-            layers |= split_pieces(matrix_of(calibration.layers[index], name), f"{prefix}.{name}", weight)
+        layers |= {f"{prefix}.{name}": weight for name, weight in quantized.items()}
         changed |= {f"{prefix}.{name}": tensor for name, tensor in new.items()}
-    write_model(output, source.path, layers, form, recipe.symmetric, changed)
+    headers = WeightHeaders.open(weight_files(source.path, ""))
+    stored = as_stored(calibration.model, headers, layers, changed)
+    write_model(output, source.path, stored.layers, form, recipe.symmetric, stored.changed, headers.files)
     shutil.rmtree(work)
 
 
-def split_pieces(matrix: Linear, name: str, weight: GroupQuantized) -> dict[str, GroupQuantized]:
-    """A merged matrix as the layers that a checkpoint has, by name."""
-    parent = name.rpartition(".")[0]
-    names: dict[str | None, str] = {
-        piece: f"{parent}.{layer}" for layer, (merged, piece) in MERGED_LAYERS.items() if name.endswith(merged)
-    }
-    codes, scales, zeros = (pieces_of(matrix, tensor) for tensor in (weight.codes, weight.scales, weight.zeros))
-    return {
-        names.get(piece, name): GroupQuantized(
-            codes[piece], scales[piece], zeros[piece], weight.bits, weight.group_size, weight.order
-        )
-        for piece in codes
-    }
+def round_untouched(layer: LayerInputs, recipe: Recipe, index: int) -> dict[str, GroupQuantized]:
+    """The matrices of experts that no token of the calibration text went through: rounded to nearest, which needs no inputs."""
+    experts = sorted({int(name.split(".experts.")[1].split(".")[0]) for name in layer.untouched})
+    if experts:
+        named = ", ".join(map(str, experts))
+        print(f"layer {index}: no calibration token chose experts {named}; they are rounded to nearest", file=sys.stderr)
+    arguments = recipe.bits, recipe.group_size, recipe.symmetric
+    return {name: quantize_groups(layer.weight(name), *arguments) for name in layer.untouched}
 
 
 def finished_layers(recipe: Recipe, output: Path, work: Path) -> set[Path]:
@@ -196,7 +189,7 @@ def read_layer(file: Path, recipe: Recipe) -> tuple[dict[str, GroupQuantized], d
     """What `write_layer` was given."""
     tensors = load_file(file)
     quantized = {}
-    for name in MATRICES:
+    for name in [key.removeprefix("codes.") for key in tensors if key.startswith("codes.")]:
         codes = tensors[f"codes.{name}"]
         size = codes.shape[1] if recipe.group_size == -1 else recipe.group_size
         parts = tensors[f"scales.{name}"], tensors[f"zeros.{name}"]

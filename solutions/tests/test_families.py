@@ -259,23 +259,8 @@ REFUSED = {
         for family in ONE_BACKEND
     },
     ("gpt2", "GGUF"): "GGUF architecture 'gpt2' is not supported",
-    **{
-        (family, f"making {method}"): "cannot be quantized"
-        for family in (
-            "gpt2",
-            "phi3",
-            "olmo2",
-            "gemma2",
-            "gemma3_text",
-            "starcoder2",
-            "gpt_neox",
-            "mixtral",
-            "qwen2_moe",
-            "qwen3_moe",
-            *ONE_BACKEND,
-        )
-        for method in ("GPTQ", "AWQ")
-    },
+    ("gpt2", "making GPTQ"): "cannot be quantized",
+    ("gpt2", "making AWQ"): "cannot be quantized",
 }
 """What a family does not do: the message that says so."""
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,7 @@ def unpack_awq(packed: Tensor) -> Tensor:
 
 def write_model(
     folder: Path, source: Path, layers: dict[str, GroupQuantized], form: QuantizedFormat, symmetric: bool,
-    changed: dict[str, Tensor] | None = None,
+    changed: Mapping[str, Tensor | None] | None = None, files: Sequence[Path] | None = None,
 ) -> None:  # fmt: skip
     """Write a model in Hugging Face's format with some of its layers quantized.
 
@@ -201,18 +201,22 @@ def write_model(
         folder: to write to. source: the whole model's folder, from which everything else is copied.
         layers: by name, such as "model.layers.0.mlp.up_proj".
         form: the layout. symmetric: how it was quantized, which the file says.
-        changed: other tensors that differ from the source's.
+        changed: other tensors that differ from the source's; None: one that is left out.
+        files: those of the source that hold its weights; None: all that may.
 
     Raises:
         ValueError: a layer cannot be packed; the message names it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
-    for file in sorted(source.glob("*.safetensors")):
+    changed = changed or {}
+    for file in sorted(source.glob("*.safetensors")) if files is None else files:
         with safe_open(file, framework="pt", device="cpu") as reader:
             for name in reader.keys():  # noqa: SIM118 - not a dictionary
-                if name.removesuffix(".weight") not in layers:
-                    tensors[name] = changed[name] if changed and name in changed else reader.get_tensor(name)
+                if name.removesuffix(".weight") in layers or changed.get(name, ...) is None:
+                    continue
+                new = changed.get(name)
+                tensors[name] = reader.get_tensor(name) if new is None else new
     for name, weight in layers.items():
         try:
             tensors |= {f"{name}.{part}": tensor for part, tensor in form.pack(weight).items()}

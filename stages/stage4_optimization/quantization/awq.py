@@ -82,18 +82,19 @@ def quantize_clipped(weight: Tensor, covariance: Tensor, bits: int, group_size: 
 
 
 def quantize_layer(layer: LayerInputs, recipe: Recipe) -> dict[str, GroupQuantized]:
-    """Scale and quantize all matrices of a decoder layer; what is folded into norms is noted in ``layer.changed``."""
+    """Scale and quantize the matrices of a decoder layer; what is folded into norms is noted in ``layer.changed``.
+
+    Matrices with the same inputs have one scale: those of all experts of a layer, and with them its router is scaled.
+    """
     arguments = recipe.bits, recipe.group_size, recipe.symmetric
-    scaled: dict[str, Statistics] = {}
-    for name, inputs in layer.inputs.items():
-        if not layer.can_fold(name):  # with grouped-query attention several inputs of o_proj come from one row of v_proj
-            scaled[name] = inputs
-            continue
-        weight = layer.weight(name)
-        some = weight[:: -(-len(weight) // SEARCH_ROWS)]
+    scaled = dict(layer.inputs)
+    for fold in layer.folds():  # with grouped-query attention several inputs of o_proj come from one row of v_proj
+        inputs = Statistics.of_all(scaled[name] for name in fold.matrices if name in scaled)
+        step = -(-sum(len(layer.weight(name)) for name in fold.matrices) // SEARCH_ROWS)
+        some = torch.cat([layer.weight(name)[::step] for name in fold.matrices])
         scale = search_scale(some, inputs.magnitude, inputs.covariance, *arguments)
-        layer.fold(name, scale)
-        scaled[name] = inputs.divided_by(scale)
+        layer.fold(fold, scale)
+        scaled |= {name: scaled[name].divided_by(scale) for name in fold.matrices if name in scaled}
     return {name: quantize_clipped(layer.weight(name), inputs.covariance, *arguments) for name, inputs in scaled.items()}
 
 
