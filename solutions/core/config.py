@@ -156,10 +156,11 @@ class EngineConfig:
         None,
         'speculative decoding, as JSON: {"method": "ngram", "num_speculative_tokens": 4} drafts from the text itself, '
         '{"method": "draft_model", "model": ..., "quantization": ...} with a smaller model, {"method": "eagle", "model": '
-        "FOLDER} with a head that python -m solutions.core.eagle.train has trained for this model; as many as pay, by what is "
-        'measured, unless "adaptive": false; more keys: disable_by_batch_size, num_speculative_tokens_per_batch_size, '
-        "prompt_lookup_min, prompt_lookup_max; of a head also speculative_token_tree, drafts that branch: "
-        "[[0], [1], [0, 0]] is its two likeliest next tokens, and one behind the first",
+        'FOLDER} with a head that python -m solutions.core.eagle.train has trained for this model, {"method": "mtp"} with the '
+        'module that DeepSeek-V3 has for it; as many as pay, by what is measured, unless "adaptive": false; more keys: '
+        "disable_by_batch_size, num_speculative_tokens_per_batch_size, prompt_lookup_min, prompt_lookup_max; of a head also "
+        "speculative_token_tree, drafts that branch: [[0], [1], [0, 0]] is its two likeliest next tokens, and one behind the "
+        "first",
     )
     pooler_config: str | None = _flag(
         None,

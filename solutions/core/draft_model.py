@@ -8,8 +8,8 @@ about to compute, a prompt's chunk or a single token, which gives the first draf
 While nothing is drafted it computes nothing, and blocks that are filled meanwhile hold nothing of it. So it notes which blocks
 it has filled: of what the prefix cache finds for a sequence, the others are missing here.
 
-A head needs no step of its own to follow: it reads the hidden states of each step that the target has run
-(`speculation/head_drafts.py`).
+A head, trained for the target (EAGLE) or a part of it (MTP), needs no step of its own to follow: it reads the hidden states of
+each step that the target has run (`speculation/head_drafts.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from ..batching.scheduler_output import BlockPairs, Draft, SchedulerOutput
 from ..batching.sequence import Sequence
 from ..batching.tree_rows import TreeDraft, kept_rows
 from ..models.config.model_config import ModelConfig
-from ..models.heads.eagle import HeadFiles, find_head, load_head
+from ..models.heads.deepseek_mtp import find_mtp
+from ..models.heads.eagle import find_head
+from ..models.heads.head import FoundHead
 from ..models.kernels.attach import Plan, attach
 from ..models.llama import LlamaForCausalLM
 from ..models.loader import ModelSource, resolve_model
@@ -63,7 +65,7 @@ class FoundDraft:
 
     speculation: SpeculativeConfig
     model: DraftModel | None = None
-    head: HeadFiles | None = None
+    head: FoundHead | None = None
 
 
 class DraftModelProposer(Proposer):
@@ -184,27 +186,26 @@ class DraftModelProposer(Proposer):
             seq.tokens.append(token)
 
 
-class EagleProposer(Proposer):
+class HeadProposer(Proposer):
     """A head that drafts what it holds for the likeliest. The target's own draws decide what stays, so whatever a request asks
     for, the tokens are those of plain decoding.
 
     Args:
-        speculation: how many tokens to draft, and when. files: the head, which was checked. worker: the target's, loaded.
+        speculation: how many tokens to draft, and when. found: the head, which was checked. worker: the target's, loaded.
         limits: the target's.
     """
 
-    def __init__(self, speculation: SpeculativeConfig, files: HeadFiles, worker: Worker, limits: Limits) -> None:
+    def __init__(self, speculation: SpeculativeConfig, found: FoundHead, worker: Worker, limits: Limits) -> None:
         super().__init__(speculation)
         model, config = worker.model, worker.model_config
         assert isinstance(model, LlamaForCausalLM)  # `find_draft` sees to it
         body = model.model
-        head = load_head(files, config, body.embed_tokens.weight, limits.dtype)
+        head = found.load(model, limits.dtype)
         kernels = use_cpu_kernels(worker.config, limits.device)
-        for part in (head.fc, head.layer, head.norm, head.lm_head):
-            # embeddings are much smaller than features, so their weights in `fc` are larger and leave the others no steps
-            attach(part, Plan("cpu" if kernels else None, None if part is head.fc else speculation.quantization))
+        for part, rounds in head.parts:
+            attach(part, Plan("cpu" if kernels else None, speculation.quantization if rounds else None))
         if kernels and worker.backend.name == "cpu" and not worker.config.enforce_eager:
-            replay(head, head.run_layers, [*head.layer.modules(), head.norm], config.hidden_size, limits.dtype)
+            replay(head, head.run_layers, head.layers, config.hidden_size, limits.dtype)
         make = HeadDrafts if speculation.paths is None else partial(TreeDrafts, speculation.paths)
         self.drafts = make(
             head, body.embed_tokens, body.rotary_emb, worker.backend, min(MOST_ROWS, worker.config.max_num_seqs),
@@ -276,7 +277,7 @@ def check_fits(draft: ModelConfig, target: ModelConfig, max_model_len: int) -> M
     return laid_out
 
 
-def find_draft(config: EngineConfig, target: ModelConfig, limits: Limits) -> FoundDraft | None:
+def find_draft(config: EngineConfig, target: ModelSource, limits: Limits) -> FoundDraft | None:
     """What ``config.speculative_config`` asks for; None if it asks for nothing. A model that drafts has the engine's settings
     but for model and quantization, and is not cut over ranks.
 
@@ -288,13 +289,13 @@ def find_draft(config: EngineConfig, target: ModelConfig, limits: Limits) -> Fou
     speculation = SpeculativeConfig.parse(config.speculative_config)
     if speculation.method == "ngram":
         return FoundDraft(speculation)
-    if speculation.method == "eagle":
+    if speculation.is_head:
         return FoundDraft(speculation, head=_find_head(config, speculation, target, limits))
     if (flag := config.tier_flag) is not None:
         raise ValueError(f"{flag}: not with a draft model, whose keys and values would not come along; use method ngram")
     assert speculation.model is not None  # `SpeculativeConfig` sees to it
     source = resolve_model(speculation.model, quantization=speculation.quantization)
-    source = replace(source, config=check_fits(source.config, target, limits.max_model_len))
+    source = replace(source, config=check_fits(source.config, target.config, limits.max_model_len))
     settings = replace(
         config, model=speculation.model, quantization=speculation.quantization, tensor_parallel_size=1,
         enable_expert_parallel=False, distributed_executor_backend=None, enable_lora=False, lora_modules=(),
@@ -303,15 +304,15 @@ def find_draft(config: EngineConfig, target: ModelConfig, limits: Limits) -> Fou
     return FoundDraft(speculation, DraftModel(settings, source))
 
 
-def _find_head(config: EngineConfig, speculation: SpeculativeConfig, target: ModelConfig, limits: Limits) -> HeadFiles:
-    """The head that ``config.speculative_config`` names.
+def _find_head(config: EngineConfig, speculation: SpeculativeConfig, target: ModelSource, limits: Limits) -> FoundHead:
+    """The head that ``config.speculative_config`` asks for.
 
     Raises:
         ValueError: there is none, or it does not go together with the target or a setting.
     """
-    refused = "--speculative-config: method eagle: "
-    if target.architecture != "LlamaForCausalLM" or target.windows != (None,):
-        raise ValueError(f"{refused}only for models of the LLaMA family, and this is a {target.architecture}; use ngram")
+    model, refused = target.config, f"--speculative-config: method {speculation.method}: "
+    if speculation.method == "eagle" and (model.architecture != "LlamaForCausalLM" or model.windows != (None,)):
+        raise ValueError(f"{refused}only for models of the LLaMA family, and this is a {model.architecture}; use ngram")
     if config.tensor_parallel_size > 1 or config.distributed_executor_backend in ("mp", "ray"):
         raise ValueError(f"{refused}only with one rank in the engine's process; use ngram or draft_model")
     if limits.device.type != "cpu":
@@ -321,7 +322,7 @@ def _find_head(config: EngineConfig, speculation: SpeculativeConfig, target: Mod
     if speculation.quantization is not None and not use_cpu_kernels(config, limits.device):
         raise ValueError(f"{refused}quantization {speculation.quantization} needs the CPU kernels, which are off or not built")
     try:
-        return find_head(Path(speculation.model or ""), target)
+        return find_head(Path(speculation.model), model) if speculation.model else find_mtp(target)
     except ValueError as error:
         raise ValueError(f"{refused}{error}") from None
 
@@ -335,7 +336,7 @@ def make_proposer(draft: FoundDraft | None, limits: Limits, worker: Worker) -> P
     if draft is None:
         return None
     if draft.head is not None:
-        return EagleProposer(draft.speculation, draft.head, worker, limits)
+        return HeadProposer(draft.speculation, draft.head, worker, limits)
     if draft.model is None:
         return NgramProposer(draft.speculation)
     return DraftModelProposer(draft.speculation, draft.model, worker.model_config, limits)

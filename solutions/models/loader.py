@@ -177,7 +177,7 @@ def load_model(
         ModelError: a file is damaged, or its tensors are not those of the model that ``config.json`` describes.
     """
     progress = progress and parallel.rank == 0
-    with _defaults(dtype, device), torch.inference_mode(False), torch.no_grad():
+    with defaults(dtype, device), torch.inference_mode(False), torch.no_grad():
         if source.path is None:
             model = _build(source.config, parallel)
             fill_randomly(model, device, seed, progress)
@@ -224,7 +224,7 @@ def check_quantization(source: ModelSource, load_format: str, wanted: str | None
 
 
 @contextmanager
-def _defaults(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+def defaults(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """Tensors are created in this dtype on this device."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

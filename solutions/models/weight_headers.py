@@ -81,10 +81,15 @@ class WeightHeaders:
         embedding = next((name for name in EMBEDDINGS if name in self.shapes), None)
         if embedding is None:
             return config, {HEAD: EMBEDDINGS[1] if config.architecture == "GPT2LMHeadModel" else EMBEDDINGS[0]}
-        same = self.shapes[HEAD] == self.shapes[embedding] and torch.equal(self._read(HEAD), self._read(embedding))
+        same = self.shapes[HEAD] == self.shapes[embedding] and torch.equal(self.read(HEAD), self.read(embedding))
         return (config if same else replace(config, tie_word_embeddings=False)), {}
 
-    def _read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor of the files, by its name in `shapes`; it is the mapped file itself.
+
+        Raises:
+            ModelError: the file is damaged.
+        """
         file, stored = self.homes[name]
         try:
             with safe_open(file, framework="pt", device="cpu") as reader:

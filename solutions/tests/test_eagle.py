@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from solutions.batching.sampling_params import SamplingParams
-from solutions.core.draft_model import EagleProposer
+from solutions.core.draft_model import HeadProposer
 from solutions.core.engine import LLM
 from solutions.core.speculation import head_drafts
 from solutions.core.speculation.head_drafts import HeadDrafts
@@ -168,7 +168,7 @@ def test_features_that_nobody_reads_are_kept_in_bounds(target, head, monkeypatch
     monkeypatch.setattr(head_drafts, "MOST_PENDING", 16)
     llm = LLM(target, **SETTINGS, speculative_config=eagle(head, disable_by_batch_size=2))
     proposer, most = llm.llm_engine.drafter.proposer, 0
-    assert isinstance(proposer, EagleProposer)
+    assert isinstance(proposer, HeadProposer)
     take = HeadDrafts.take
 
     def taken(self, seq_id, start, features):

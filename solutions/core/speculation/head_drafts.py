@@ -19,7 +19,7 @@ from ...attention.paged_attention import AttentionBackend, AttentionMetadata, at
 from ...batching.sequence import Sequence
 from ...batching.step_arrays import PagedArrays
 from ...memory.cache_engine import CacheEngine
-from ...models.heads.eagle import EagleHead
+from ...models.heads.head import DraftHead
 from ...parallelism.linear import Layer
 
 MOST_ROWS = 32
@@ -61,7 +61,7 @@ class HeadDrafts:
     """
 
     def __init__(
-        self, head: EagleHead, embed: Layer, rotary: torch.nn.Module, backend: AttentionBackend, rows: int, longest: int,
+        self, head: DraftHead, embed: Layer, rotary: torch.nn.Module, backend: AttentionBackend, rows: int, longest: int,
         num_kv_heads: int, head_dim: int, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.head, self.embed, self.rotary, self.backend = head, embed, rotary, backend

@@ -10,7 +10,9 @@ from typing import Any
 
 from ...batching.token_tree import tree_of
 
-METHODS = ("ngram", "draft_model", "eagle")
+METHODS = ("ngram", "draft_model", "eagle", "mtp", "deepseek_mtp")
+HEADS = METHODS[2:]
+"""Those that draft by a head; the last two are two names of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,17 +21,17 @@ class SpeculativeConfig:
 
     Attributes:
         method: "ngram": what followed when the text last said the same; "draft_model": a smaller model; "eagle": a head that
-            was trained to go on from the target's hidden states.
+            was trained to go on from the target's hidden states; "mtp" or "deepseek_mtp": the module of DeepSeek-V3 that was.
         num_speculative_tokens: most tokens drafted for a sequence in a step.
         prompt_lookup_min, prompt_lookup_max: of "ngram", how many last tokens must have occurred before; the longest counts.
         model, quantization: of "draft_model"; the model's vocabulary must be the target's. A quantized copy of the target
-            will do. Of "eagle" the head's folder, and "int8" or "int4" for all its matrices but the first.
+            will do. Of "eagle" the head's folder, and "int8" or "int4" for all its matrices but the first; of "mtp" for all.
         adaptive: draft as many tokens as pay, by what steps cost and how many drafts were right, and none where none do; false:
             always as many as the other fields say.
         disable_by_batch_size: with more sequences in a step nothing is drafted; None: however many there are.
         num_speculative_tokens_per_batch_size: sequences in a step, as "first-last" → most tokens drafted for each, in place of
             `num_speculative_tokens` where that is more. Between two ranges the earlier one holds.
-        speculative_token_tree: of "eagle", the shape of drafts that branch: the path of each token, as a list of lists or in a
+        speculative_token_tree: of a head, the shape of drafts that branch: the path of each token, as a list of lists or in a
             string of Python tuples; see `token_tree.tree_of`. None: a chain.
 
     Raises:
@@ -76,14 +78,16 @@ class SpeculativeConfig:
             raise ValueError("--speculative-config: method draft_model needs a model, such as the target's own name")
         if self.method == "eagle" and self.model is None:
             raise ValueError("--speculative-config: method eagle needs a model, the folder of a head trained for the target")
-        if self.method == "eagle" and self.quantization not in (None, "int8", "int4"):
+        if self.model is not None and self.method in ("mtp", "deepseek_mtp"):
+            raise ValueError(f"--speculative-config: method {self.method} takes no model; the target's files hold its module")
+        if self.is_head and self.quantization not in (None, "int8", "int4"):
             raise ValueError(f"--speculative-config: quantization of a head is int8 or int4, got {self.quantization!r}")
         if self.speculative_token_tree is not None:
             self._check_tree()
 
     def _check_tree(self) -> None:
         refused = "--speculative-config: speculative_token_tree: "
-        if self.method != "eagle":
+        if not self.is_head:
             raise ValueError(f"{refused}method {self.method} drafts chains only; use eagle")
         paths = self.paths or []
         try:
@@ -94,6 +98,11 @@ class SpeculativeConfig:
             raise ValueError(f"{refused}it has {count} tokens; leave num_speculative_tokens out, or write {count}")
         if self.adaptive:
             raise ValueError(f'{refused}write "adaptive": false as well; how many tokens pay is known of chains only')
+
+    @property
+    def is_head(self) -> bool:
+        """Whether a head drafts, on top of what the target computes."""
+        return self.method in HEADS
 
     @property
     def paths(self) -> list[tuple[int, ...]] | None:

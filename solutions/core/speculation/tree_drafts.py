@@ -16,7 +16,7 @@ from ...attention.paged_attention import AttentionBackend
 from ...batching.sequence import Sequence
 from ...batching.step_arrays import PagedArrays
 from ...batching.token_tree import TokenTree, tree_of
-from ...models.heads.eagle import EagleHead
+from ...models.heads.head import DraftHead
 from ...parallelism.linear import Layer
 from .head_drafts import HeadDrafts
 
@@ -62,7 +62,7 @@ class TreeDrafts(HeadDrafts):
     """
 
     def __init__(
-        self, paths: Many[tuple[int, ...]], head: EagleHead, embed: Layer, rotary: Module, backend: AttentionBackend, rows: int,
+        self, paths: Many[tuple[int, ...]], head: DraftHead, embed: Layer, rotary: Module, backend: AttentionBackend, rows: int,
         longest: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.tree, self._ranks = tree_of(paths)

@@ -23,11 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...attention.paged_attention import AttentionMetadata
-from ...parallelism.linear import Layer, Linear, copy_weight
+from ...parallelism.linear import Linear, copy_weight
 from ...parallelism.tensor_parallel import SINGLE
 from ..config.model_config import ModelConfig
 from ..layers import RMSNorm
-from ..llama import LlamaDecoderLayer
+from ..llama import LlamaDecoderLayer, LlamaForCausalLM
+from .head import DraftHead
 
 ARCHITECTURE = "EagleHead"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -51,8 +52,12 @@ class HeadFiles:
     fingerprint: int
     num_drafted: int
 
+    def load(self, target: LlamaForCausalLM, dtype: torch.dtype) -> EagleHead:
+        """See `FoundHead.load`."""
+        return load_head(self, target.config, target.model.embed_tokens.weight, dtype)
 
-class EagleHead(Layer):
+
+class EagleHead(DraftHead):
     """One decoder layer of the target's shape, between a matrix that joins feature and embedding and a small vocabulary.
 
     Args:
@@ -75,25 +80,25 @@ class EagleHead(Layer):
         self.register_buffer("token_ids", torch.zeros(num_drafted, dtype=torch.int64))
 
     def forward(self, embedded: Tensor, features: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:
-        """What stands for the next features, [T, hidden], and gives `lm_head` its input.
-
-        Args:
-            embedded: [T, hidden], of the tokens behind T positions. features: [T, hidden], of the positions.
-            rope: of the positions. metadata: a step of one cached layer.
-        """
         return self.run_layers(self.fc(torch.cat((embedded, features), dim=1)), rope, metadata)
 
     def run_layers(self, hidden: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:
-        """The layer and the norm behind it: [T, hidden] -> [T, hidden]; overwrites `hidden`."""
         return self.norm(self.layer(hidden, rope, metadata))
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        return [*self.layer.modules(), self.norm]
+
     def likeliest(self, hidden: Tensor) -> Tensor:
-        """The token that it holds for the likeliest behind each row of [T, hidden]: [T] int64, ids of the target."""
         return self.token_ids[self.lm_head(hidden).argmax(dim=1)]
 
     def best(self, hidden: Tensor, count: int) -> Tensor:
-        """The `count` likeliest tokens behind each row of [T, hidden], in that order: [T, count] int64, ids of the target."""
         return self.token_ids[self.lm_head(hidden).topk(count, dim=1).indices]
+
+    @property
+    def parts(self) -> list[tuple[nn.Module, bool]]:
+        # embeddings are much smaller than features, so their weights in `fc` are larger and leave the others no steps
+        return [(self.fc, False), (self.layer, True), (self.norm, True), (self.lm_head, True)]
 
 
 def fingerprint(embedding: Tensor) -> int:

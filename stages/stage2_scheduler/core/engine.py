@@ -83,7 +83,7 @@ class LLMEngine:
         limits = resolve_limits(config, source)
         self.config = config = limits.settle(config)
         scheduler_config = make_scheduler_config(config, limits)
-        draft = find_draft(config, source.config, limits)
+        draft = find_draft(config, source, limits)
         clock.lap("find model")
         self.executor = make_executor(config, source, limits.device, limits.dtype)
         clock.lap("load weights")
