@@ -94,6 +94,8 @@ _NAMES = list(_DTYPES)
 class StepBoard:
     """Memory that several processes map, in which one of them lays out a step for the others.
 
+    Where a step does not fit, the memory grows to twice its bytes, so that it seldom grows. It never shrinks: others map it.
+
     Args:
         descriptor: of the file that another process has made; None: make one.
     """
@@ -107,7 +109,7 @@ class StepBoard:
         arrays = [np.ascontiguousarray(getattr(step, name), _DTYPES[name]) for name in _NAMES]
         size = sum(array.nbytes for array in arrays)
         if self._map is None or len(self._map) < size:
-            os.ftruncate(self.descriptor, max(1 << 16, 2 * size))
+            os.ftruncate(self.descriptor, 2 * size)
             self._map = mmap.mmap(self.descriptor, 0)
         at = 0
         for array in arrays:

@@ -96,6 +96,19 @@ def test_only_new_tokens_are_read() -> None:
     check_equal(tokens.num_read < 8000, True, f"whether few tokens were read ({tokens.num_read})")
 
 
+def test_a_long_text_has_many_tokens() -> None:
+    """A prompt of 600 different tokens, and an answer that repeats the last of them and brings a new one.
+
+    Why: places beyond a few hundred are numbers like any other.
+    """
+    seq = make(list(range(600)), [599, 700])
+    counts = TokenCounts(seq)
+    counts.update()
+    check_equal(
+        (list(counts.token_ids), list(counts.counts)), ([*range(600), 700], [0.0] * 599 + [1.0] * 2), "tokens and counts"
+    )
+
+
 # Bans
 
 
@@ -124,9 +137,9 @@ def test_a_bad_word_is_banned_at_its_last_token(
 
 
 @pytest.mark.parametrize("ignore_eos", [False, True])
-@pytest.mark.parametrize("written", range(4))
+@pytest.mark.parametrize("written", range(6))
 def test_no_end_before_min_tokens(written: int, ignore_eos: bool) -> None:
-    """`min_tokens` of 3 and stop tokens 7 and 8, behind a long prompt and 0 to 3 tokens: the end of sequence and the stop
+    """`min_tokens` of 3 and stop tokens 7 and 8, behind a long prompt and 0 to 5 tokens: the end of sequence and the stop
     tokens may not come before the third token is out.
 
     Why: who asks for three tokens gets three. A token that says "end" in the middle of an answer is none of them.
@@ -196,7 +209,7 @@ def test_rows_do_not_meet_and_counts_go_on(data: st.DataObject) -> None:
     processors = None
     for _ in range(data.draw(st.integers(1, 4))):
         batch = data.draw(st.lists(st.sampled_from(crowd), min_size=1, unique_by=id))
-        logits = torch.tensor([[ROW[(token + row) % 8] for token in range(8)] for row in range(len(batch))])
+        logits = torch.tensor([[ROW[(token + row) % 8] for token in range(11)] for row in range(len(batch))])
         expected = torch.stack([by_hand(row, seq) for row, seq in zip(logits.clone(), batch, strict=True)])
         processors = LogitsProcessors(batch, 8, logits.device, processors)
         for _ in range(2):

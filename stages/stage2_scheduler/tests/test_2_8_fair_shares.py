@@ -78,6 +78,28 @@ def test_arrival_decides_where_counters_do_not() -> None:
     """
     waiting = [asks(3, "b", 10), asks(2, "a", 10), asks(0, "b", 10), asks(1, "a", 10)]
     check_equal(admitted(FairOrder({}), waiting), [0, 1, 2, 3], "the order of the sequences")
+    waiting = [asks(9, "a", 10), asks(0, "a", 10), asks(3, "b", 10), asks(2, "a", 10), asks(1, "b", 10)]
+    check_equal(admitted(FairOrder({}), waiting), [0, 1, 2, 3, 9], "the order, where one client sends again much later")
+
+
+def test_many_short_ones_beside_a_long_one() -> None:
+    """b's first prompt has 8 tokens, a sends nine of one token: a gets as many places as b's prompt is long.
+
+    Why: what is added for each place is felt where one client has many.
+    """
+    waiting = [asks(0, "a", 1), asks(1, "b", 8), *(asks(i, "a", 1) for i in range(2, 10)), asks(10, "b", 8)]
+    check_equal(admitted(FairOrder({}), waiting), [*range(10), 10], "the order of the sequences")
+
+
+def test_a_single_place_is_dealt_out_too() -> None:
+    """There is room for one. a has been served and came first, b has not.
+
+    Why: a full engine admits one sequence at a time, and whoever came first would get each of these places.
+    """
+    order, first = FairOrder({}), asks(0, "a", 10)
+    order.before_admission([first, asks(1, "b", 10)], 1)
+    decide(order, {first: 10}, [asks(1, "b", 10)])
+    check_equal(admitted(order, [asks(2, "a", 5), asks(3, "b", 5)], room=1), [3, 2], "the order of the sequences")
 
 
 @settings(max_examples=60, deadline=None)
@@ -153,15 +175,16 @@ def test_a_token_is_charged_once() -> None:
     check_equal(order.served["a"], 4 + 2 * OUTPUT_COST, "the rest, with one token that is new")
 
 
-def test_a_chunk_may_end_behind_the_prompt() -> None:
-    """A sequence with 4 prompt tokens and 3 written ones, none paid for, computes all 7 at once.
+@pytest.mark.parametrize(("prompt", "written"), [(4, 3), (3, 2), (5, 1)])
+def test_a_chunk_may_end_behind_the_prompt(prompt: int, written: int) -> None:
+    """A sequence with some prompt tokens and some written ones, none paid for, computes all of them at once.
 
     Why: with speculation, or children of a prompt, a step goes over the border; what is behind it costs OUTPUT_COST each.
     """
-    order, seq = FairOrder({}), asks(0, "a", 4, new=3)
+    order, seq = FairOrder({}), asks(0, "a", prompt, new=written)
     order.before_admission([seq], 1)
-    decide(order, {seq: 7}, [])
-    check_equal(order.served["a"], 4 + 3 * OUTPUT_COST, "the counter")
+    decide(order, {seq: prompt + written}, [])
+    check_equal(order.served["a"], prompt + written * OUTPUT_COST, "the counter")
 
 
 def test_who_was_served_most_is_preempted_first() -> None:
@@ -212,6 +235,7 @@ def test_after_a_pause_it_begins_where_the_last_ones_were() -> None:
     decide(order, {first: 30, second: 20}, [])
     for _ in range(3):
         order.before_admission([], 2)
+        decide(order, {}, [])
     order.before_admission([asks(2, "c", 1)], 2)
     check_equal(order.served["c"], 20.0, "the counter of c")
 
@@ -226,6 +250,33 @@ def test_one_that_waits_on_is_not_lifted() -> None:
     decide(order, {ahead: 100, behind: 10}, [late := asks(2, "a", 5)])
     check_equal(admitted(order, [late, asks(3, "b", 5)]), [2, 3], "the order of the sequences")
     check_equal(order.served, {"b": 100.0, "a": 10.0}, "the counters")
+
+
+def test_one_that_has_left_the_queue_is_not_lifted() -> None:
+    """a waits at 10 and gives up; c begins to wait beside b, which waits at 40: c begins at 40, and a stays at 10.
+
+    Why: only who begins to wait is to begin where others are. Whoever has left is owed what it was owed.
+    """
+    order, gone, stays = FairOrder({}), asks(0, "a", 10), asks(1, "b", 10)
+    order.before_admission([gone, stays], 0)
+    decide(order, {}, [gone, stays])
+    order.served.update({"a": 10.0, "b": 40.0})
+    order.before_admission([stays, asks(2, "c", 10)], 0)
+    check_equal(order.served, {"a": 10.0, "b": 40.0, "c": 40.0}, "the counters")
+
+
+def test_who_is_ahead_is_remembered() -> None:
+    """a is at 300, b at 10 and c, which waits on, at 10; a and b are through. a's counter is kept, b's is not.
+
+    Why: a client that has had a lot would come back as a new one. One at the least counter comes back to the same counter.
+    """
+    order, waits = FairOrder({}), asks(2, "c", 10)
+    order.before_admission([asks(0, "a", 10), asks(1, "b", 10), waits], 0)
+    order.served.update({"a": 300.0, "b": 10.0, "c": 10.0})
+    for _ in range(2):
+        order.before_admission([waits], 1)
+        decide(order, {}, [waits])
+    check_equal(order.served, {"a": 300.0, "c": 10.0}, "the counters")
 
 
 def test_a_spray_of_clients_is_forgotten() -> None:

@@ -94,6 +94,8 @@ _NAMES = list(_DTYPES)
 class StepBoard:
     """Memory that several processes map, in which one of them lays out a step for the others.
 
+    Where a step does not fit, the memory grows to twice its bytes, so that it seldom grows. It never shrinks: others map it.
+
     Args:
         descriptor: of the file that another process has made; None: make one.
     """

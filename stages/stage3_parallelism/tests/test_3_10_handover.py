@@ -124,21 +124,36 @@ def test_what_was_found_goes_with_the_first_step() -> None:
     check_equal(engine.read, [[0, 1], [0, 1, 2], [3]], "blocks that were read, by call")
 
 
+def test_a_long_beginning_that_was_found_goes_too() -> None:
+    """A prompt of 410 tokens, of which 400 were in the prefix cache: all of its blocks go with its first step.
+
+    Why: a system prompt is long, and it is the very part that is always found.
+    """
+    engine, first = Engine(room=300), prompt(410)
+    engine.step(first, 410)
+    engine.outbox.release(engine.cache.block_hashes(first, 102))
+    second = prompt(410, seq_id=1)
+    second.num_computed_tokens, second.num_cached_tokens = 400, len(range(400))
+    engine.step(second, 10)
+    check_equal(engine.there(second), list(range(102)), "blocks in the outbox")
+
+
 def test_a_block_that_is_there_is_lent_twice() -> None:
-    """Two equal prompts: the blocks are stored once, and are there until both have been fetched.
+    """Three equal prompts: the blocks are stored once, and are there until all three have been fetched.
 
     Why: stored again they cost their bytes again; lent once, the second request finds that the first has taken them away.
     """
     engine = Engine()
-    for number in range(2):
+    for number in range(3):
         seq = prompt(13, number, cached=12 if number else 0)
         engine.step(seq, 1 if number else 13)
     hashes = engine.cache.block_hashes(seq, 3)
     check_equal(engine.stored, [3], "rows that were stored, by call")
+    for number in (1, 2):
+        engine.outbox.release(hashes)
+        check_equal(engine.there(seq), [0, 1, 2], f"blocks when {number} of the three requests have fetched them")
     engine.outbox.release(hashes)
-    check_equal(engine.there(seq), [0, 1, 2], "blocks when one request has fetched them")
-    engine.outbox.release(hashes)
-    check_equal(engine.there(seq), [], "blocks when both have")
+    check_equal(engine.there(seq), [], "blocks when all have")
 
 
 def test_a_full_outbox_takes_the_first_ones() -> None:

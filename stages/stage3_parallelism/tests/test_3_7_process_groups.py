@@ -35,7 +35,7 @@ def left() -> Iterator[None]:
 
 def given(monkeypatch: pytest.MonkeyPatch, cores: set[int], quota: int | None = None) -> None:
     """Let this process have these cores, and be allowed to keep `quota` of them busy."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: cores, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", {0: cores}.__getitem__, raising=False)  # 0: the process that asks
     monkeypatch.setattr(distributed, "available_cores", lambda: quota or len(cores))
 
 
@@ -139,6 +139,19 @@ def test_ranks_come_when_they_like(number: int) -> None:
         doors = Doors(*({rank for rank, look in looks.items() if look == turn} for turn in range(6)))
         wait_for_ranks(list(looks), doors, doors.look_for_the_dead, ENOUGH, pause=0.001)
         check_equal(doors.checks, max(looks.values()), f"calls of check while waiting for {sorted(looks)}")
+
+
+def test_a_look_every_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two looks it sleeps for a fiftieth of a second, or as long as it is told to.
+
+    Why: without a pause the driver takes a core from the ranks that it waits for; with a long one every start takes longer.
+    """
+    for named, expected in (({}, 0.02), ({"pause": 0.5}, 0.5)):
+        pauses: list[float] = []
+        monkeypatch.setattr(time, "sleep", pauses.append)
+        doors = Doors(set(), set(), {1})
+        wait_for_ranks([1], doors, doors.look_for_the_dead, ENOUGH, **named)
+        check_equal(pauses, [expected] * 2, f"seconds between looks with {named or 'nothing said'}")
 
 
 def test_a_death_ends_the_waiting() -> None:
@@ -277,6 +290,24 @@ def test_how_a_rank_joins(monkeypatch: pytest.MonkeyPatch, device: str, backend:
     check_equal(meeting.connected, [(host, int(port), 7.0)], "stores: host, port and seconds to wait")
     check_equal(meeting.groups, [(backend, 7.0)], "groups: what carries the tensors, and seconds to wait")
     check_equal(meeting.devices, devices, "devices that became the current one")
+
+
+def test_the_reason_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PyTorch says in several lines is told by its first.
+
+    Why: the others are a stack of its own C++ code, behind which nobody finds the sentence.
+    """
+    Meeting(monkeypatch)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("\nconnection refused\nException raised from connect\nframe #0")
+
+    monkeypatch.setattr(distributed.dist, "init_process_group", fail)
+    with pytest.raises(TimeoutError) as error:
+        join(1, 2, "10.0.0.7:29500", timeout=7.0)
+    check_equal(
+        str(error.value), "rank 1: not all of 2 ranks came to the rendezvous in 7 s (connection refused)", "what is said"
+    )
 
 
 def join_in_vain(rank: int, size: int, store: Any) -> None:

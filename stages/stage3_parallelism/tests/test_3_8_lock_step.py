@@ -82,6 +82,22 @@ def test_a_board_grows_and_its_readers_follow() -> None:
         check_step(reader.read(writer.write(step)), step, f"a step of {length}")
 
 
+def test_a_board_has_room_for_twice_the_step_and_keeps_it() -> None:
+    """The file behind it is twice as large as the step that it grew for, also when shorter ones follow.
+
+    Why: a prompt that grows a little with each step would map new memory at each. And who reads a map of a file that was cut
+    dies of SIGBUS.
+    """
+    board, _ = two_boards()
+    step = step_of(1000)
+    num_bytes = sum(getattr(step, field.name).nbytes for field in fields(StepArrays))
+    board.write(step)
+    check_equal(os.fstat(board.descriptor).st_size, 2 * num_bytes, "bytes of the file")
+    for length in (1500, 3):
+        board.write(step_of(length))
+        check_equal(os.fstat(board.descriptor).st_size, 2 * num_bytes, f"bytes of the file after a step of {length}")
+
+
 def test_a_step_that_was_read_stays_as_it_is() -> None:
     """The next step is written while the last one is still in use: what was read does not change.
 
@@ -204,6 +220,7 @@ def test_a_rank_moves_blocks_computes_and_takes_part_in_every_gathering() -> Non
     log = Log()
     step = step_arrays(mixed_batch())
     bare_worker(log, num_tokens=9).execute_without_sampling(step)
+    check_equal(log.tracked, [False] * 3, "whether PyTorch noted what the model does, to go back through it")
     moves = [(what, [tuple(map(int, pair)) for pair in args[0]]) for who, what, args in log.events if who == "cache"]
     check_equal(moves, [("swap_out", [(7, 0)]), ("swap_in", [(1, 3), (2, 4)]), ("copy_blocks", [(5, 6)])], "block moves")
     check_equal([event[0] for event in log.events], ["cache"] * 3 + ["model"] * 3, "order")

@@ -155,10 +155,10 @@ def test_a_tensor_of_all_experts_is_a_tensor_for_each(matrix: str, end: str) -> 
     ("name", "shape"),
     [("model.layers.0.mlp.experts.3.down_proj.weight", (3, 5)), ("model.layers.0.mlp.gate.weight", (4, 6)),
      ("model.layers.0.self_attn.q_proj.weight", (6, 6)), ("model.layers.0.conv.weight", (2, 3, 4)),
-     ("model.layers.0.mlp.experts.gate_up_proj_bias", (4, 10))],
+     ("model.layers.0.mlp.experts.gate_up_proj_bias", (4, 10)), ("model.layers.0.mlp.experts.down_proj.blocks", (4, 3, 5, 2))],
 )  # fmt: skip
 def test_any_other_tensor_is_one_piece(name: str, shape: tuple[int, ...]) -> None:
-    """A single expert's, the router's, attention's, and one of three dimensions that is no expert's: as it is.
+    """A single expert's, the router's, attention's, one of three dimensions that is no expert's, and one of four: as it is.
 
     Why: what is cut by its shape alone is cut where somebody else's tensor has three dimensions, too.
     """
@@ -221,12 +221,12 @@ def test_cut_experts_are_everybodys() -> None:
 
 
 def test_what_no_rank_has_is_not_dropped() -> None:
-    """Expert 4 of four, on both ranks, and layers that are no experts'.
+    """Experts 4 and 7 of four, on both ranks, and layers that are no experts'.
 
     Why: a checkpoint with more experts than its configuration says is another model. Dropped without a word, it would load.
     """
     for rank in range(2):
         model = model_of(rank, 2)
-        for name in (*owner_names(4), "model.norm.weight", "model.layers.0.self_attn.o_proj.weight"):
+        for name in (*owner_names(4), *owner_names(7), "model.norm.weight", "model.layers.0.self_attn.o_proj.weight"):
             assert model.place(name, random(6, 6)) is not None, f"rank {rank} drops {name}"
         check_equal(model.place("model.rotary_emb.inv_freq", random(3)), None, "what is computed and not loaded")

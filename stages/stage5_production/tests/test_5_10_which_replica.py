@@ -109,16 +109,19 @@ def test_a_conversation_stays_where_it_began() -> None:
     check_equal(sorted(homes.values()), ["a", "b", "c"], "engines of the three conversations")
 
 
-@pytest.mark.parametrize(("load", "expected"), [(0, "a"), (10, "a"), (16, "a"), (17, "b"), (40, "b")])
-def test_too_much_to_do_is_more_than_both_limits(load: int, expected: str) -> None:
-    """Engine a knows the beginning and has so many requests, b has none: up to 16 more it is still a.
+@pytest.mark.parametrize(
+    ("load", "least", "expected"),
+    [(0, 0, "a"), (10, 0, "a"), (16, 0, "a"), (17, 0, "b"), (40, 0, "b"), (32, 16, "a"), (33, 16, "b"), (41, 25, "a")],
+)
+def test_too_much_to_do_is_more_than_both_limits(load: int, least: int, expected: str) -> None:
+    """Engine a knows the beginning and has so many requests, b has the least: up to 16 more it is still a.
 
     Why: a popular system prompt would otherwise make one engine answer everybody while all others idle.
     """
     policy = PrefixAffinity()
     keys = keys_of("x", "y")
     policy._remember(keys, "a")
-    check_equal(policy.choose(keys, {"a": load, "b": 0}), expected, "the engine")
+    check_equal(policy.choose(keys, {"a": load, "b": least}), expected, "the engine")
 
 
 @pytest.mark.parametrize(("load", "expected"), [(117, "a"), (150, "a"), (151, "b")])
@@ -196,6 +199,8 @@ def test_of_equals_the_one_that_has_seen_least() -> None:
     check_equal(policy.choose(keys_of(*"yz"), {"a": 1, "b": 1, "c": 2}), "b", "the engine: b has seen one key, a two")
     check_equal(policy.choose([], {"b": 0, "a": 0}), "a", "the engine of a prompt without keys: a has seen two, b three")
     check_equal(PrefixAffinity().choose([], {"b": 0, "a": 0}), "a", "the engine by name")
+    policy = PrefixAffinity()
+    check_equal([policy.choose([], {"b": 0, "a": 0}) for _ in range(2)], ["a", "a"], "a has seen no key, like b")
 
 
 # Remembering

@@ -159,6 +159,8 @@ def problem(request: type[Any], body: Any) -> tuple[str, str | None]:
          'stream_options."" is not a field of this request', 'stream_options.""'),
         ({"model": "m", "prompt": "x", "logit_bias": {"50": "much"}},
          "logit_bias.50: Input should be a valid number", "logit_bias.50"),
+        ({"model": "m", "prompt": "x", "stream": "perhaps"},
+         "stream: Input should be a valid boolean", "stream"),
         ({"model": "m", "prompt": []}, "prompt: must be a string, token ids, or a list of either, and not empty", "prompt"),
         ([1], "the body must be a JSON object, sent with Content-Type: application/json", None),
     ],

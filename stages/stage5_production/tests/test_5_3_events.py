@@ -318,18 +318,18 @@ def test_an_opening_has_a_usage_of_no_token(wanted: bool) -> None:
     check_equal(got, [(3, 0) if wanted else None] * 2, "prompt and completion tokens of each opening chunk")
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("wanted", [False, True])
-def test_the_first_chunk_says_the_prompt(wanted: bool) -> None:
-    """With ``return_token_ids`` the first of two opening chunks has the prompt's ids, the second none; without it neither.
+def test_the_first_chunk_says_the_prompt(wanted: bool, count: int) -> None:
+    """With ``return_token_ids`` the first of the opening chunks has the prompt's ids, another one none; without it none has.
 
     Why: who trains on answers needs the very ids that were computed, and two choices share one prompt: once is enough.
     """
     messages = [{"role": "user", "content": "hi"}]
-    body = ChatCompletionRequest(model="m", messages=messages, n=2, stream=True, return_token_ids=wanted)
+    body = ChatCompletionRequest(model="m", messages=messages, n=count, stream=True, return_token_ids=wanted)
     chunks = ChatReply("id", body, {"r": [7, 8, 9]}, None).opening()
-    check_equal(
-        [chunk.prompt_token_ids for chunk in chunks], [[7, 8, 9] if wanted else None, None], "ids of each opening chunk"
-    )
+    expected = [[7, 8, 9] if wanted else None, None][:count]
+    check_equal([chunk.prompt_token_ids for chunk in chunks], expected, "ids of each opening chunk")
 
 
 def test_the_openai_client_reads_it() -> None:

@@ -173,7 +173,7 @@ def test_a_prompt_and_its_first_token_are_of_one_step() -> None:
     Why: over all steps that is what went in and what came out, as vLLM counts; dashboards compare the two.
     """
     metrics, seq = make(), sequence(prompt=3)
-    for now, tokens in ((1.0, 1), (2.0, 1), (3.0, 5)):
+    for now, tokens in ((10.5, 1), (20.5, 1), (30.5, 5)):
         step(metrics, now, seq, tokens=tokens)
     check_equal(entered(metrics.step_size), (3, 3.0 + 7.0), "tokens of three steps: count, sum")
 
@@ -187,6 +187,9 @@ def test_a_pooled_prompt_generates_nothing() -> None:
     other.tokens.append(7)
     metrics.on_step(SchedulerOutput({pooled: 5, other: 3}, [pooled, other]), 1.0)
     check_equal(entered(metrics.step_size), (1, 9.0), "tokens of steps: count, sum")
+    metrics.on_step(SchedulerOutput({}, [finish(pooled, "stop")]), 2.0)
+    check_equal(entered(metrics.whole), (1, 2.0), "whole requests: count, sum")
+    check_equal(entered(metrics.per_token), (0, 0.0), "time per token: count, sum")
 
 
 def test_what_is_computed_again_is_not_counted_again() -> None:
