@@ -9,12 +9,13 @@ import torch
 
 from .full_attention import FullBackend
 from .latent_attention import LatentBackend
+from .latent_in_order import LatentInOrder
 from .paged_attention import AttentionBackend, NaiveBackend
 
 BACKEND_NAMES = ("torch", "cpu", "triton", "cuda")
 """Backends in files of their own: ``paged_attention_<name>.py`` with a class ``<Name>Backend`` and a function ``problem``."""
-OF_KINDS = ("torch", "triton")
-"""Those that compute attention with sinks; and over latents, by classes of their own."""
+OF_KINDS = {"over latents": ("torch", "triton"), "with sinks": ("torch", "cpu", "triton")}
+"""Those that compute attention of these kinds; over latents by classes of their own."""
 
 
 def make_backend(
@@ -25,25 +26,27 @@ def make_backend(
 
     Args:
         dtype, head_dim: of the model. block_size: tokens in a KV block. cpu_kernels: whether "auto" may pick the C++ kernels.
-        batch_invariant: a query's result may not depend on what else is in the step; only the C++ kernels can do that.
+        batch_invariant: a query's result may not depend on what else is in the step; only the C++ kernels can do that, and over
+            latents PyTorch, a token at a time.
         kind: "over latents" or "with sinks"; None: neither.
 
     Raises:
         ValueError: no backend has this name, or it cannot run here; the message says why.
     """
     device = torch.device(device)
-    if kind is not None and name not in ("auto", *OF_KINDS):
-        raise ValueError(f"--attention-backend {name}: attention {kind} is computed by {' and '.join(OF_KINDS)} alone")
+    if kind is not None and name not in ("auto", *OF_KINDS[kind]):
+        able = f"{', '.join(OF_KINDS[kind][:-1])} and {OF_KINDS[kind][-1]}"
+        raise ValueError(f"--attention-backend {name}: attention {kind} is computed by {able} alone")
     if name == "naive":
         return NaiveBackend()
     if name == "full":
         return FullBackend()
-    preferred = "triton" if device.type == "cuda" else "cpu" if cpu_kernels and kind is None else "torch"
+    preferred = "triton" if device.type == "cuda" else "cpu" if cpu_kernels and kind != "over latents" else "torch"
     for candidate in (preferred, "torch") if name == "auto" else (name,):
         if candidate not in BACKEND_NAMES:
             raise ValueError(f"attention backend must be auto, naive or one of {', '.join(BACKEND_NAMES)}; got {name!r}")
         if kind == "over latents" and candidate == "torch":
-            return LatentBackend()
+            return LatentInOrder() if batch_invariant else LatentBackend()
         family = "paged" if kind != "over latents" else "latent"
         module = importlib.import_module(f".{family}_attention_{candidate}", __package__)
         problem = module.problem(device, dtype, head_dim, block_size)

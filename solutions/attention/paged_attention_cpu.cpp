@@ -56,15 +56,18 @@ Work<T> prepare(const Step& step, const Item& item, int64_t kv_head, const T* qu
     return work;
 }
 
+// What a head's sink adds to a sum of weights whose largest score is `top`; its value is zeros.
+inline float beside(const float* sinks, int64_t head, float top) { return sinks ? std::exp(sinks[head] - top) : 0.0f; }
+
 template <typename T>
-void finish(const Work<T>& work, T* output) {
+void finish(const Work<T>& work, T* output, const float* sinks) {
     const Step& step = work.step;
     const int64_t dim = work.dim;
     for (int64_t r = 0; r < work.rows; ++r) {
         const int64_t head = work.kv_head * work.group + r % work.group, query = r / work.group;
         if (work.item.partial < 0) {
             T* to = output + ((work.item.row + query) * step.num_heads + head) * dim;
-            const float factor = 1.0f / work.sum[r];
+            const float factor = 1.0f / (work.sum[r] + beside(sinks, head, work.top[r]));
             for (int64_t i = 0; i < dim; i += LANES) store(to + i, load(work.out + r * dim + i) * factor);
         } else {
             float* to = step.partials + ((work.item.partial + query) * step.num_heads + head) * (dim + 2);
@@ -94,7 +97,8 @@ struct Units {
 };
 
 template <typename T>
-void attend_unit(const Units& units, int64_t unit, const T* query, int64_t ldq, const Cache<T>& cache, T* output, Arena& arena) {
+void attend_unit(const Units& units, int64_t unit, const T* query, int64_t ldq, const Cache<T>& cache, T* output, const float* sinks,
+                 Arena& arena) {
     const Step& step = units.step;
     const Item& item = units.item(unit);
     const int64_t dim = step.head_dim, heads = units.heads(unit), upcoming = unit + heads, rows = item.queries * units.group;
@@ -110,22 +114,23 @@ void attend_unit(const Units& units, int64_t unit, const T* query, int64_t ldq, 
             few_rows(works.data(), heads, next, InOrder<Operand<T>>(arena, dim));
         else
             few_rows(works.data(), heads, next, InAnyOrder());
-        for (const Work<T>& work : works) finish(work, output);
+        for (const Work<T>& work : works) finish(work, output, sinks);
     } else {
         const Work<T> work = prepare(step, item, units.kv_head(unit), query, ldq, cache, arena);
         many_rows(work, arena);
-        finish(work, output);
+        finish(work, output, sinks);
     }
 }
 
 template <typename T>
-void merge(const Step& step, const Merge& merge, int64_t head, T* output) {
+void merge(const Step& step, const Merge& merge, int64_t head, T* output, const float* sinks) {
     const int64_t dim = step.head_dim, stride = step.num_heads * (dim + 2);
     for (int64_t query = 0; query < merge.queries; ++query) {
         const float* first = step.partials + ((merge.partial + query) * step.num_heads + head) * (dim + 2);
-        float top = MINUS_INFINITY, total = 0;
+        float top = MINUS_INFINITY;
         for (int64_t s = 0; s < merge.splits; ++s) top = std::max(top, first[s * merge.queries * stride]);
         T* to = output + ((merge.row + query) * step.num_heads + head) * dim;
+        float total = beside(sinks, head, top);
         for (int64_t s = 0; s < merge.splits; ++s) {
             const float* part = first + s * merge.queries * stride;
             total += part[1] * std::exp(part[0] - top);
@@ -144,13 +149,14 @@ void merge(const Step& step, const Merge& merge, int64_t head, T* output) {
 }  // namespace
 
 // One layer's arguments: query [m, H, D] with rows ldq apart, key and value [m, H_kv, D] with rows ldkv apart, cache [2, num_blocks,
-// block_size, H_kv, D], of the queries' type or with scales [2, num_blocks, block_size, H_kv] of int8, output [m, H, D]. D is a
-// multiple of 16.
+// block_size, H_kv, D], of the queries' type or with scales [2, num_blocks, block_size, H_kv] of int8, output [m, H, D], sinks [H]
+// or null. D is a multiple of 16.
 extern "C" struct Attend {
     int64_t m;
     const Step* step;
     const void *query, *key, *value;
     void *cache, *output, *scales;
+    const float* sinks;
     int64_t ldq, ldkv;
 };
 
@@ -172,10 +178,10 @@ void attend(const Attend& a) {
     });
     parallel_for(units.count, 1, [&](int64_t unit) {
         static thread_local Arena arena;
-        if (!units.is_empty(unit)) attend_unit(units, unit, query, a.ldq, cache, output, arena);
+        if (!units.is_empty(unit)) attend_unit(units, unit, query, a.ldq, cache, output, a.sinks, arena);
     });
     parallel_for(step.num_merges * step.num_heads, 1, [&](int64_t i) {
-        merge(step, step.merges[i / step.num_heads], i % step.num_heads, output);
+        merge(step, step.merges[i / step.num_heads], i % step.num_heads, output, a.sinks);
     });
 }
 

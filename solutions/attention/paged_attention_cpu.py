@@ -43,7 +43,7 @@ class _Attend(native.Arguments):
     """`Attend` of the C++ file."""
 
     _fields_ = tuple(
-        (name, ctypes.c_void_p) for name in ("step", "query", "key", "value", "cache", "output", "scales")
+        (name, ctypes.c_void_p) for name in ("step", "query", "key", "value", "cache", "output", "scales", "sinks")
     ) + tuple((name, ctypes.c_int64) for name in ("ldq", "ldkv"))
 
 
@@ -148,6 +148,8 @@ class CpuBackend(AttentionBackend):
         arguments.query, arguments.ldq = query.data_ptr(), query.stride(0)
         arguments.key, arguments.value, arguments.ldkv = key.data_ptr(), value.data_ptr(), key.stride(0)
         arguments.output = output.data_ptr()
+        sinks = None if self.sinks is None else self.sinks.float()  # which is kept until the kernel is through
+        arguments.sinks = None if sinks is None else sinks.data_ptr()
         self._kernels[query.dtype]()
         return output.view(query.shape)
 

@@ -29,6 +29,7 @@ from ..models.costs import memory as costs
 from ..models.generation_files import with_sampling
 from ..models.identity import kv_identity
 from ..models.kernels.choice import Choice, Way, choose, is_worth_measuring
+from ..models.kernels.invariant import NEEDS_CPU_KERNELS
 from ..models.loader import ModelSource, check_quantization
 from ..models.lora.adapter_files import refuse_experts
 from ..parallelism.tensor_parallel import TensorParallel
@@ -39,7 +40,7 @@ from .lora.registry import AdapterRegistry, folder_at
 from .platform import native
 from .platform.machine import available_memory, cpu_has_bf16, format_bytes, pick_threads
 from .scheduler import Scheduler
-from .worker import NEEDS_CPU_KERNELS, Worker, pick_device, pick_dtype, use_cpu_kernels
+from .worker import Worker, pick_device, pick_dtype, use_cpu_kernels
 
 CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET = 512, 8192
 """Tokens in a step unless the user says otherwise: on a CPU a larger step gains nothing and delays everyone's next token."""
@@ -263,7 +264,7 @@ def check_settings(config: EngineConfig, source: ModelSource, device: torch.devi
     float8 = attention == "triton" and not kernels and has_float8(device)
     check_quantization(source, config.load_format, config.quantization, float8)
     if config.batch_invariant:
-        if attention != "cpu" or not kernels:
+        if not kernels or (attention != "cpu" and source.config.latent is None):
             raise ValueError(NEEDS_CPU_KERNELS.format(attention))
         if not mp or (size > 1 and config.collective_backend == "ring"):
             raise ValueError(

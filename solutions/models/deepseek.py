@@ -28,12 +28,13 @@ class GroupedExperts(Experts):
 
     Attributes:
         e_score_correction_bias: [E] float32, of V3: added to scores for the choice.
+        activation: what makes V3's scores of logits.
     """
 
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__(config, parallel)
         assert self.mixture.routing is not None
-        self.routing = self.mixture.routing
+        self.routing, self.activation = self.mixture.routing, torch.sigmoid
         corrected = self.routing.corrected
         self.e_score_correction_bias = parameter(self.mixture.count, dtype=torch.float32) if corrected else None
 
@@ -41,7 +42,7 @@ class GroupedExperts(Experts):
         """See `Experts.choose`; the shared expert's weight is 1. Of the groups those are kept whose best experts (V2), or best
         two together (V3), have the highest scores."""
         mixture, routing, logits = self.mixture, self.routing, logits.float()
-        scores = logits.sigmoid() if routing.corrected else logits.softmax(dim=-1)
+        scores = self.activation(logits) if routing.corrected else logits.softmax(dim=-1)
         ranked = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
         by_group = ranked.unflatten(-1, (routing.groups, -1))  # [T, groups, E / groups]
         best = by_group.topk(2 if routing.corrected else 1, dim=-1).values.sum(dim=-1)

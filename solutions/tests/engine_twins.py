@@ -135,11 +135,10 @@ def draw_settings(rng: random.Random, name: str) -> dict[str, Any]:
     kv = rng.choice(["auto", "auto", "int8"])
     if "deepseek" in name:  # which has a backend of its own
         backend, kv = "auto", "auto"
-    backend = "torch" if name == "gpt_oss" else backend
     kernels = rng.random() < 0.5
     windows = resolve_model(str(folder(name))).config.windows
     needed = blocks_of_one(windows, max_model_len, size, max(64, max_model_len))
-    fits = backend == "cpu" and kernels and name != "mistral" and "gemma" not in name and name != "gpt_oss"
+    fits = kernels and (backend == "cpu" or ("deepseek" in name and native.compiler() is not None))
     return {
         "dtype": "float32", "block_size": size, "max_model_len": max_model_len,
         "num_gpu_blocks_override": needed + rng.choice([0, 1, 2, 8]),

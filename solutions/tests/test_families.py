@@ -30,8 +30,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 SETTINGS: dict[str, Any] = {"dtype": "float32", "max_model_len": 96, "block_size": 8, "num_gpu_blocks_override": 200}
 
 
-ONE_BACKEND = ("deepseek_v2", "deepseek_v3", "gpt_oss")
-"""Families whose attention only one backend computes on a CPU, and not that of its own kernels."""
+OVER_LATENTS = ("deepseek_v2", "deepseek_v3")
+"""Families whose attention only PyTorch computes on a CPU."""
 
 
 def generate(llm: LLM) -> list[list[int]]:
@@ -106,7 +106,7 @@ def cpu_replay(family: str, path: Path) -> None:
 
 
 def int8_kv(family: str, path: Path) -> None:
-    answers(family, kv_cache_dtype="int8", attention_backend="auto" if family in ONE_BACKEND else "cpu")
+    answers(family, kv_cache_dtype="int8", attention_backend="auto" if family in OVER_LATENTS else "cpu")
 
 
 def ngram_drafts(family: str, path: Path) -> None:
@@ -252,11 +252,7 @@ FEATURES: dict[str, Callable[[str, Path], None]] = {
 REFUSED = {
     **{
         (family, "CPU kernels, replayed"): "the layers are not replayed"
-        for family in ("gpt2", "gemma2", "gemma3_text", "starcoder2", "gpt_neox", *ONE_BACKEND)
-    },
-    **{
-        (family, "batch invariance"): "it needs the C\\+\\+ kernels of a CPU, and attention runs on torch"
-        for family in ONE_BACKEND
+        for family in ("gpt2", "gemma2", "gemma3_text", "starcoder2", "gpt_neox", "gpt_oss", *OVER_LATENTS)
     },
     ("gpt2", "GGUF"): "GGUF architecture 'gpt2' is not supported",
     ("gpt2", "making GPTQ"): "cannot be quantized",

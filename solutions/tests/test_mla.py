@@ -259,7 +259,10 @@ def test_what_predicts_one_token_more_is_passed_over(tmp_path: Path) -> None:
     [
         ({"attention_backend": "cpu"}, "--attention-backend cpu: attention over latents is computed by torch and triton alone"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8: not with a model that caches latents"),
-        ({"batch_invariant": True}, "--batch-invariant: it needs the C\\+\\+ kernels of a CPU, and attention runs on torch"),
+        (
+            {"batch_invariant": True, "enable_cpu_kernels": False},
+            "--batch-invariant: it needs the C\\+\\+ kernels of a CPU, and attention runs on torch",
+        ),
         ({"tensor_parallel_size": 4}, "cannot be cut for 4 ranks; --tensor-parallel-size must be one of 1, 2, 3, 6"),
     ],
 )

@@ -19,10 +19,10 @@ from ..batching.tree_rows import enter_trees, has_trees
 from ..batching.wanted_rows import pool, prompt_spans, sampling_rows
 from ..memory.cache_engine import CacheEngine, element_type
 from ..models.config.model_config import ModelConfig
-from ..models.kernels.attach import Plan, attach, packed_of
+from ..models.kernels.attach import Plan, attach
+from ..models.kernels.invariant import make_invariant
 from ..models.loader import ModelSource, load_model
 from ..models.lora.attach import ModelAdapters
-from ..parallelism.linear import Linear
 from ..parallelism.tensor_parallel import SINGLE, TensorParallel
 from .capture import CudaGraphRecorder, DecodeGraphs, Step, graph_sizes, replay_adapted_steps, replay_layers
 from .config import EngineConfig
@@ -34,7 +34,6 @@ from .sampling.rejection_sampler import verify
 from .sampling.sampler import Sampler, TokenLogprobs
 from .sampling.tree_verifier import verify_trees
 
-NEEDS_CPU_KERNELS = "--batch-invariant: it needs the C++ kernels of a CPU, and attention runs on {}"
 _ARRAYS = [each.name for each in fields(FlatArrays)]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -136,7 +135,7 @@ class Worker:
         plan = plan_for(config, source.config, cpu_kernels, self.backend.name)
         attach(self.model, plan)
         if config.batch_invariant:
-            self._check_batch_invariance()
+            make_invariant(self.model, self.backend)
         if self.backend.name == "cpu" and not config.enforce_eager:
             replay_layers(self.model, parallel)
         self.adapters: ModelAdapters | None = None
@@ -151,16 +150,6 @@ class Worker:
         self.ahead: Lookahead[Tensor, StepResult] | None = None
         self.listener: Callable[[FlatBatch, Tensor], None] | None = None
         self.tiers: TieredBlockManager | None = None
-
-    def _check_batch_invariance(self) -> None:
-        """See that every layer, as it was loaded, has the kernels that compute a token the same whatever else is in the step.
-
-        Raises:
-            ValueError: one has not.
-        """
-        layers = [layer for layer in self.model.modules() if isinstance(layer, Linear)]
-        if self.backend.name != "cpu" or None in map(packed_of, layers):
-            raise ValueError(NEEDS_CPU_KERNELS.format(self.backend.name))
 
     @property
     def weight_bytes(self) -> int:
