@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..memory.cache_engine import write_kv, write_quantized
+from ..memory.cache_engine import write_kv
+from ..memory.int8_cache import write_quantized
 from .latent_attention import LatentBackend, LatentPlan
 from .paged_attention import AttentionMetadata
 
