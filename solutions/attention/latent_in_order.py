@@ -19,7 +19,7 @@ from .paged_attention import AttentionMetadata
 
 @dataclass(slots=True)
 class OrderedPlan(LatentPlan):
-    """A plan for each token of the step.
+    """A step's plan as `LatentBackend` makes it, which heads that draft go by, and each token's.
 
     Attributes:
         single: the step of each token alone.
@@ -48,7 +48,8 @@ class LatentInOrder(LatentBackend):
                 )  # fmt: skip
                 single.plan = super().plan(single, sliding_window)
                 singles.append(single)
-        return OrderedPlan(sliding_window, [], [], slice(None), singles)
+        whole = super().plan(metadata, sliding_window)
+        return OrderedPlan(sliding_window, whole.groups, whole.prompts, whole.absorbed, singles)
 
     def write(self, layer: int, vectors: Tensor, metadata: AttentionMetadata) -> None:
         """Put the vectors of all tokens [T, 2·D] into the cache, before any token reads those of others."""

@@ -49,7 +49,9 @@ class GptOssAttention(LlamaAttention):
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None, metadata: AttentionMetadata, add_to: Tensor | None
     ) -> Tensor:
         metadata.backend.sinks = self.sinks.weight
-        return super().forward(x, rope, metadata, add_to)
+        out = super().forward(x, rope, metadata, add_to)
+        metadata.backend.sinks = None  # a head that drafts has none, and shares the backend
+        return out
 
 
 class ClampedGateUp(GateUpParallelLinear):

@@ -21,6 +21,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Decod
 
 from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
+from solutions.core.platform import native
 from solutions.core.speculation.settings import SpeculativeConfig
 from solutions.models.config.entries import ModelError
 from solutions.models.heads.deepseek_mtp import MtpHead, find_mtp
@@ -150,6 +151,17 @@ def test_long_prompts_go_the_plain_way_through_the_module_as_well(target, oracle
     seen = watch(llm)
     llm.generate(PROMPTS[4:], dataclasses.replace(GREEDY, max_tokens=4), use_tqdm=False)
     assert {first for _, _, first in seen} == {0}
+    assert all(draft == oracle.draft(text, chain(len(draft))) for text, draft, _ in seen)
+
+
+@pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler here")
+def test_with_batch_invariance_it_drafts_what_it_would_draft(target, oracle):
+    """The target computes a token at a time then, and the module does not."""
+    llm = LLM(target, **SETTINGS, speculative_config=MTP, batch_invariant=True)
+    plain = LLM(target, **SETTINGS).generate(PROMPTS[:3], GREEDY, use_tqdm=False)
+    seen = watch(llm, plain)
+    assert tokens(llm.generate(PROMPTS[:3], GREEDY, use_tqdm=False)) == tokens(plain)
+    assert seen
     assert all(draft == oracle.draft(text, chain(len(draft))) for text, draft, _ in seen)
 
 

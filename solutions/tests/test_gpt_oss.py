@@ -48,6 +48,7 @@ def test_logits_of_the_engine() -> None:
     llm = LLM(str(folder("gpt_oss")), **SETTINGS, max_num_batched_tokens=24)
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, prompt_logprobs=0)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
+    assert llm.llm_engine.executor.worker.backend.sinks is None  # or a head that drafts would have the last layer's
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         check_answer("gpt_oss", "auto", "torch", prompt, list(output.outputs[0].token_ids))
         with torch.inference_mode():
