@@ -182,7 +182,7 @@ class Names:
                 if isinstance(node, ast.ClassDef):
                     bases[node.name] = [base.id for base in node.bases if isinstance(base, ast.Name)]
                     names.members.setdefault(node.name, set()).update(_members(node))
-        for path in folder.rglob("*.cu"):
+        for path in (*folder.rglob("*.cu"), *folder.rglob("*.cpp")):
             names.functions.update(re.findall(r"\b(\w+)\(", path.read_text(encoding="utf-8")))
         names.all |= names.functions
         for name, parents in bases.items():

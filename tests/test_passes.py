@@ -36,7 +36,8 @@ def is_kernel(file: str) -> bool:
     """
     interfaces = ("attention/paged_attention.py", "attention/latent_attention.py")
     is_backend = file.startswith("attention/") and file not in interfaces
-    return "kernels/" in file or is_backend or file in ("core/capture.py", "core/platform/native.py")
+    recordings = ("core/capture.py", "core/graphs/decode_graphs.py", "core/platform/native.py")
+    return "kernels/" in file or is_backend or file in recordings
 
 
 def kernels_of(path: Path, source: str) -> set[str]:

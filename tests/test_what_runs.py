@@ -19,10 +19,14 @@ from stages.course.tools.catalog import load_course
 ROOT = Path(__file__).parents[1]
 COUNTING = ROOT / "tests" / "counting"
 CUDA = "attention/paged_attention_kernel.cu:"
+SUMS = "parallelism/shared_memory_cpu.cpp:"
 STAND_INS = {
     f"{CUDA}attend": "attention/paged_attention_cuda.py:CudaBackend.attend",  # launches it; C++ cannot be noted from Python
     f"{CUDA}sum_over_lanes": "attention/paged_attention_cuda.py:CudaBackend.attend",  # is called by `attend` for each key
     f"{CUDA}merge": "attention/paged_attention_cuda.py:CudaBackend.attend",  # is called by `attend` at its end
+    f"{SUMS}meet": "parallelism/shared_memory.py:SharedMemory.call",  # runs all three
+    f"{SUMS}exchange_part": "parallelism/shared_memory.py:SharedMemory.call",
+    f"{SUMS}add_slots": "parallelism/shared_memory.py:SharedMemory.call",
 }
 """Functions whose calls cannot be seen → who calls them."""
 TARGETS = [f"{target.file}:{target.name}" for stage in load_course() for task in stage.tasks for target in task.targets]

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from ..attention.backends import make_backend
-from ..core.capture import CudaGraphRecorder
 from ..core.engine import LLM, LLMEngine
+from ..core.graphs.decode_graphs import CudaGraphRecorder
 from ..core.platform.machine import processor_name, total_memory
 from ..memory.cache_engine import element_type
 from ..memory.int8_cache import quantize_vectors

@@ -154,7 +154,7 @@ def init_worker_distributed(setup: Setup, store: dist.Store | str) -> TensorPara
     if setup.config.collective_backend == "ring":
         return TensorParallel(setup.rank, setup.size, RingCommunicator())
     wanted = setup.device.type == "cpu" and setup.config.enable_cpu_kernels
-    if wanted and setup.memory is not None and native.load() is not None:
+    if wanted and setup.memory is not None and native.have_sums():
         communicator = SharedMemoryCommunicator(setup.memory, pick_threads(ranks=setup.size))
     return TensorParallel(setup.rank, setup.size, communicator)
 

@@ -41,6 +41,7 @@ class _Memory(ctypes.Structure):
     _fields_ = (
         ("base", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("rank", "size", "parts", "part_bytes", "timeout_ns", "parent", "nanoseconds")),
+        ("run_parts", ctypes.c_void_p),
     )
 
 
@@ -50,35 +51,37 @@ class _Collective(native.Arguments):
     _fields_ = (*((name, ctypes.c_void_p) for name in ("x", "y", "memory")), ("width", ctypes.c_int64))
 
 
-class SharedMemoryCommunicator(Communicator):
-    """Sums and gathers of float32 and bfloat16 through shared memory; all else, and other types, through the library.
+class SharedMemory:
+    """A rank's view of memory in which some ranks add and gather float32 and bfloat16.
 
     Sums are made in float32 in the order of ranks and rounded once.
 
     Args:
-        descriptor: of the file, the same on all ranks; see `nameless_file`.
+        descriptor: of the file, the same on all ranks; see `nameless_file`. rank, size: this one, and how many there are.
         threads: of each rank, the same on all. timeout: seconds until a rank that does not come is given up.
+        part_bytes: what a thread writes at once, the same on all ranks. library: of `native.SUMS`; None: that of the engine.
+
+    Raises:
+        BuildError: there is no such library.
     """
 
-    is_native = True
-
     def __init__(
-        self, descriptor: int, threads: int, timeout: float = TIMEOUT_SECONDS, group: dist.ProcessGroup | None = None,
-        part_bytes: int = PART_BYTES,
+        self, descriptor: int, rank: int, size: int, threads: int, timeout: float = TIMEOUT_SECONDS,
+        part_bytes: int = PART_BYTES, library: ctypes.CDLL | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(group)
-        library = native.loaded()
+        self.rank, self.size = rank, size
+        library = self._library = library or native.sums()
         library.shared_memory_bytes.restype = library.shared_memory_trouble.restype = ctypes.c_int64
-        size = library.shared_memory_bytes(*map(ctypes.c_int64, (self.size, threads, part_bytes)))
-        os.ftruncate(descriptor, size)  # the same for all, so whoever comes first makes it
-        self._map = mmap.mmap(descriptor, size)
+        length = library.shared_memory_bytes(*map(ctypes.c_int64, (size, threads, part_bytes)))
+        os.ftruncate(descriptor, length)  # the same for all, so whoever comes first makes it
+        self._map = mmap.mmap(descriptor, length)
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        nanoseconds = int(timeout * 1e9)
-        self._memory = _Memory(base, self.rank, self.size, threads, part_bytes, nanoseconds, os.getppid(), 0)
+        loop = ctypes.cast(native.loaded().run_parts, ctypes.c_void_p)
+        self._memory = _Memory(base, rank, size, threads, part_bytes, int(timeout * 1e9), os.getppid(), 0, loop)
         library.shared_memory_enter(ctypes.byref(self._memory))
         self._arguments = _Collective(memory=ctypes.addressof(self._memory))
         self._kernels = {
-            (call, dtype): native.Kernel(f"{call}_{name}", self._arguments)
+            (call, dtype): native.Kernel(f"{call}_{name}", self._arguments, library)
             for call in ("all_reduce", "all_gather")
             for dtype, name in _NAMES.items()
         }
@@ -89,29 +92,68 @@ class SharedMemoryCommunicator(Communicator):
         nanoseconds: int = self._memory.nanoseconds
         return nanoseconds / 1e9
 
+    def call(self, name: str, x: Tensor, y: Tensor) -> None:
+        """What all ranks call at once: "all_reduce", y = the sum of all x, or "all_gather", y = all x behind one another.
+
+        Args:
+            x, y: contiguous, with a dimension at least; of a sum they may be the same.
+
+        Raises:
+            CommunicationError: as `check` does.
+        """
+        arguments = self._arguments
+        arguments.x, arguments.y = x.data_ptr(), y.data_ptr()
+        arguments.rows, arguments.width = len(x), x.numel() // max(1, len(x))
+        self._kernels[name, x.dtype]()
+        self.check()
+
+    def check(self) -> None:
+        """See whether all ranks have come to all calls.
+
+        Raises:
+            CommunicationError: one has ended or has not come in time; from then on no call brings anything.
+        """
+        trouble = self._library.shared_memory_trouble(ctypes.byref(self._memory))
+        if trouble:
+            rank, reason = divmod(trouble, 4)
+            raise CommunicationError(f"rank {self.rank} of {self.size}: rank {rank} {_TROUBLE[reason]}")
+
+
+class SharedMemoryCommunicator(Communicator):
+    """Sums and gathers of float32 and bfloat16 through `SharedMemory`; all else, and other types, through the library.
+
+    Args:
+        descriptor, threads, timeout, part_bytes: as in `SharedMemory`.
+    """
+
+    is_native = True
+
+    def __init__(
+        self, descriptor: int, threads: int, timeout: float = TIMEOUT_SECONDS, group: dist.ProcessGroup | None = None,
+        part_bytes: int = PART_BYTES,
+    ) -> None:  # fmt: skip
+        super().__init__(group)
+        self._shared = SharedMemory(descriptor, self.rank, self.size, threads, timeout, part_bytes)
+
+    def check(self) -> None:
+        self._shared.check()
+
+    @property
+    def seconds_in_kernels(self) -> float:
+        """Time in calls so far, see `SharedMemory`."""
+        return self._shared.seconds_in_kernels
+
     def all_reduce(self, x: Tensor) -> Tensor:
         if x.dtype not in _NAMES or not x.is_contiguous() or not x.dim():
             return super().all_reduce(x)
-        self._call("all_reduce", x, x)
+        with self._counted("all_reduce", x.nbytes):
+            self._shared.call("all_reduce", x, x)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         if x.dtype not in _NAMES:
             return super().all_gather(x)
         out = x.new_empty((self.size * len(x), *x.shape[1:]))
-        self._call("all_gather", x.contiguous(), out)
+        with self._counted("all_gather", x.nbytes):
+            self._shared.call("all_gather", x.contiguous(), out)
         return out
-
-    def _call(self, name: str, x: Tensor, y: Tensor) -> None:
-        arguments = self._arguments
-        arguments.x, arguments.y = x.data_ptr(), y.data_ptr()
-        arguments.rows, arguments.width = len(x), x.numel() // max(1, len(x))
-        with self._counted(name, x.nbytes):
-            self._kernels[name, x.dtype]()
-            self.check()
-
-    def check(self) -> None:
-        trouble = native.loaded().shared_memory_trouble(ctypes.byref(self._memory))
-        if trouble:
-            rank, reason = divmod(trouble, 4)
-            raise CommunicationError(f"rank {self.rank} of {self.size}: rank {rank} {_TROUBLE[reason]}")

@@ -7,6 +7,9 @@
 //
 // A call's elements are dealt out to `parts`, each with flags and slots of its own. Every rank begins its parts in their order, so the
 // first part that is not done everywhere is begun, or will be by whoever is free, in every rank: nobody waits in a circle.
+//
+// This is a library by itself; the threads are the kernels' library's, which lends its loop.
+// The marks TASK say which parts the course leaves to its learners (stages/stage3_parallelism).
 #include "core/platform/native.h"
 #include "core/platform/shares.h"
 
@@ -22,13 +25,14 @@
 
 using namespace native;
 
-// What a rank knows of the memory; `SharedMemory` in Python.
+// What a rank knows of the memory; `_Memory` in Python.
 extern "C" struct Memory {
     char* base;
     int64_t rank, size, parts, part_bytes, timeout_ns, parent;
     int64_t nanoseconds;  // spent in calls so far
+    void (*run_parts)(int64_t count, void (*body)(const void*, int64_t), const void* context);
 };
-// Arguments as ctypes fills them in: m rows of `width` elements. A sum may have y = x; a gather fills y with [size · m, width].
+// Arguments as ctypes fills them in; `_Collective` in Python: m rows of `width` elements. A sum may have y = x; a gather fills y with [size · m, width].
 extern "C" struct Collective {
     int64_t m;
     const void* x;
@@ -93,38 +97,50 @@ bool wait_for(const Memory& m, int64_t rank, int64_t part, int64_t call) {
     return true;
 }
 
-// Raise this rank's flag to `call` and wait for all others.
+// Say that this rank has come to `call` of a part, with all that it has written for it, and wait for all others, who may be further
+// already. False if one will never come; then nothing may be read.
 bool meet(const Memory& m, int64_t part, int64_t call) {
+    // TASK 3.11 begin: meet
     flag(m, m.rank, part).store(call, std::memory_order_release);
     for (int64_t rank = 0; rank < m.size; ++rank) {
         if (rank != m.rank && !wait_for(m, rank, part, call)) return false;
     }
     return true;
+    // TASK 3.11 end
 }
 
-// Deal a call's elements out to parts and each part's to slots: read(part, call, first element, count) once all have written theirs.
+// Bring a part's elements x[first] … x[stop - 1] to all ranks, as many at a time as a slot of part_bytes holds; there may be none. Each
+// time is a call of its own, whose number follows on that of the part's last one, which this rank's flag says. This rank's elements lie
+// at the beginning of its slot for the call; when all have come, read(call, first element, how many of them) reads all ranks' slots.
+// Where a rank never comes, the part ends.
+template <typename T, typename Read>
+void exchange_part(const Memory& m, int64_t part, const T* x, int64_t first, int64_t stop, const Read& read) {
+    // TASK 3.11 begin: exchange_part
+    const int64_t capacity = m.part_bytes / sizeof(T);
+    for (; first < stop; first += capacity) {
+        const int64_t count = std::min(capacity, stop - first);
+        const int64_t call = flag(m, m.rank, part).load(std::memory_order_relaxed) + 1;
+        std::memcpy(slot(m, m.rank, part, call), x + first, count * sizeof(T));
+        if (!meet(m, part, call)) break;
+        read(call, first, count);
+    }
+    // TASK 3.11 end
+}
+
+// Deal a call's elements out to parts: read(part, call, first element, count) once all have written theirs.
 template <typename T, typename Read>
 void exchange(const Collective& a, const Read& read) {
     Memory& m = *a.memory;
-    const int64_t n = a.m * a.width, share = (n / m.parts + LANES) / LANES * LANES, capacity = m.part_bytes / sizeof(T);
+    const int64_t n = a.m * a.width, share = (n / m.parts + LANES) / LANES * LANES;
     const T* x = static_cast<const T*>(a.x);
     std::atomic<int64_t> begun{0};
-    parallel_for(m.parts, 1, [&](int64_t) {
-        const int64_t part = begun.fetch_add(1), start = now(), stop = std::min(n, (part + 1) * share);
-        for (int64_t first = part * share; first < stop; first += capacity) {
-            const int64_t count = std::min(capacity, stop - first);
-            const int64_t call = flag(m, m.rank, part).load(std::memory_order_relaxed) + 1;
-            std::memcpy(slot(m, m.rank, part, call), x + first, count * sizeof(T));
-            if (!meet(m, part, call)) break;
-            read(part, call, first, count);
-        }
+    const auto take = [&] {
+        const int64_t part = begun.fetch_add(1), start = now(), first = part * share;
+        exchange_part(m, part, x, first, std::min(n, first + share),
+                      [&](int64_t call, int64_t at, int64_t count) { read(part, call, at, count); });
         if (part == 0) m.nanoseconds += now() - start;
-    });
-}
-
-template <typename T>
-float value(const Memory& m, int64_t rank, int64_t part, int64_t call, int64_t i) {
-    return to_float(reinterpret_cast<const T*>(slot(m, rank, part, call))[i]);
+    };
+    m.run_parts(m.parts, [](const void* run, int64_t) { (*static_cast<const decltype(take)*>(run))(); }, &take);
 }
 
 inline void store_one(float* to, float v) { *to = v; }
@@ -134,23 +150,33 @@ inline void store_one(bf16* to, float v) {
     *to = {narrow(all)[0]};
 }
 
-// y = the sum over the ranks, in float32 whatever the type.
+// y[0] … y[count - 1] = the sums of what the slots of all ranks hold for a call, in float32 whatever the type, begun with 0 and added in
+// the order of ranks, so that all ranks have the same bits; rounded once, at the end. `load` and `store` take LANES numbers at a time,
+// `to_float` and `store_one` one. Behind `count` nothing is read or written.
+template <typename T>
+void add_slots(const Memory& m, int64_t part, int64_t call, int64_t count, T* y) {
+    // TASK 3.11 begin: add_slots
+    const auto of = [&](int64_t rank) { return reinterpret_cast<const T*>(slot(m, rank, part, call)); };
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        Floats sum{};
+        for (int64_t rank = 0; rank < m.size; ++rank) sum += load(of(rank) + i);
+        store(y + i, sum);
+    }
+    for (; i < count; ++i) {
+        float sum = 0;
+        for (int64_t rank = 0; rank < m.size; ++rank) sum += to_float(of(rank)[i]);
+        store_one(y + i, sum);
+    }
+    // TASK 3.11 end
+}
+
+// y = the sum over the ranks.
 template <typename T>
 void all_reduce(const Collective& a) {
-    const Memory& m = *a.memory;
     T* y = static_cast<T*>(a.y);
     exchange<T>(a, [&](int64_t part, int64_t call, int64_t first, int64_t count) {
-        int64_t i = 0;
-        for (; i + LANES <= count; i += LANES) {
-            Floats sum{};
-            for (int64_t rank = 0; rank < m.size; ++rank) sum += load(reinterpret_cast<const T*>(slot(m, rank, part, call)) + i);
-            store(y + first + i, sum);
-        }
-        for (; i < count; ++i) {
-            float sum = 0;
-            for (int64_t rank = 0; rank < m.size; ++rank) sum += value<T>(m, rank, part, call, i);
-            store_one(y + first + i, sum);
-        }
+        add_slots(*a.memory, part, call, count, y + first);
     });
 }
 

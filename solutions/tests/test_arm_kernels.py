@@ -66,7 +66,7 @@ int main(int, char** argv) {
 
 
 def test_the_kernels_are_valid_for_arm() -> None:
-    files = [str(native.find_source(name)) for name in native.SOURCES]
+    files = [str(native.find_source(name)) for name in (*native.SOURCES, *native.SUMS)]
     command = [COMPILER, "-std=c++17", "-march=armv8-a", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", f"-I{INCLUDE}", *files]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
@@ -77,7 +77,7 @@ def test_the_kernels_are_valid_for_arm() -> None:
 def test_all_kernels_build_without_a_warning(processor: str, tmp_path: Path) -> None:
     flags = [flag for flag in native.FLAGS if flag != "-march=native"]
     command = [COMPILER, *flags, f"-march={processor}", "-Werror", "-O1", f"-I{INCLUDE}"]
-    sources = [str(native.find_source(name)) for name in native.SOURCES]
+    sources = [str(native.find_source(name)) for name in (*native.SOURCES, *native.SUMS)]
     run = subprocess.run([*command, *sources, "-o", str(tmp_path / "kernels.so")], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 

@@ -62,6 +62,7 @@ def test_builds_all_kernels_without_a_warning(name: str, tmp_path: Path, monkeyp
     monkeypatch.setenv("CXX", name)
     monkeypatch.setenv("CXXFLAGS", "-O0 -Werror -Wno-psabi")
     native.build(tmp_path / "native")
+    native.build(tmp_path / "native", "sums", native.SUMS)
     cuda_build.build(torch.device("cpu"), tmp_path / "native")
     environment = os.environ | {"BYOV_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", NORM], env=environment, capture_output=True, text=True, check=False)

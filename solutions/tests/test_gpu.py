@@ -24,9 +24,9 @@ from solutions.benchmarks import gpu as command
 from solutions.benchmarks.gpu import measure_attention, measure_card, measure_decode, measure_prefill, nano_requests
 from solutions.benchmarks.kernels import Ceilings
 from solutions.benchmarks.timing import made_up
-from solutions.core.capture import PADDING_SLOT, CudaGraphRecorder, DecodeGraphs, Step, graph_sizes
 from solutions.core.config import EngineConfig
 from solutions.core.engine import LLM, LLMEngine
+from solutions.core.graphs.decode_graphs import PADDING_SLOT, CudaGraphRecorder, DecodeGraphs, Step, graph_sizes
 from solutions.models.config.aliases import ALIASES
 from solutions.models.costs.roofline import CARDS, Card, decode_cost, num_product_weights, prefill_cost
 from solutions.models.kernels.attach import Plan, add_inside, attach

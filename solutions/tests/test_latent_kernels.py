@@ -11,8 +11,8 @@ from solutions.attention.latent_attention import LatentBackend
 from solutions.attention.paged_attention import AttentionBackend
 from solutions.attention.paged_attention_torch import TorchBackend
 from solutions.batching.sampling_params import SamplingParams
-from solutions.core.capture import Step
 from solutions.core.engine import LLM
+from solutions.core.graphs.decode_graphs import Step
 from solutions.tests.attention_cases import AttentionCase, make_case, quantize_int8, relative_error
 from solutions.tests.engine_twins import check_answer, folder
 from solutions.tests.test_families import PROMPTS, SETTINGS

@@ -22,6 +22,7 @@ from solutions.attention import paged_attention_triton, paged_kernels_triton
 from solutions.batching.sampling_params import SamplingParams, StructuredOutput
 from solutions.benchmarks.servers import as_flags, running_server
 from solutions.core.engine import LLM
+from solutions.core.graphs.decode_graphs import graph_sizes
 from solutions.quantization import awq, gptq
 from solutions.quantization.kernels import w4a16_triton
 from solutions.serving.replicas.two_phase_proxy import create_proxy
@@ -82,6 +83,7 @@ def small_models(folder: Path) -> None:
     plain = {"prompt_token_ids": [1, 2] * 90}  # long enough to make its keys and values of the latents
     answer([crowd[0], plain], long, model=str(folder / "latents"), max_model_len=256)
     answer(crowd[:1], long, model=tiny, attention_backend="torch", kv_cache_dtype="int8")
+    answer(crowd[:1], long, model=tiny, tensor_parallel_size=2)
     make_tiny("gemma3_text", folder / "windows")
     answer(crowd[:2], long, model=str(folder / "windows"))
     transfer = {"kv_connector": "tcp", "kv_role": "kv_producer", "kv_addresses": ["127.0.0.1:0"]}
@@ -101,7 +103,9 @@ def small_models(folder: Path) -> None:
     prompt, two = [{"prompt_token_ids": [1, 2, 3] * 11}], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
     for method in ("gptq", "awq"):
         answer(prompt, two, model=str(folder / method), enable_cpu_kernels=False)
-    answer(prompt, two, model=tiny, attention_backend="cuda")
+    llm = LLM(**(SETTINGS | {"model": tiny, "attention_backend": "cuda"}))
+    llm.llm_engine.executor.worker.capture_graphs(graph_sizes(4), lambda step: step)  # there may be no card to record them
+    llm.generate(prompt, two, use_tqdm=False)
     paged_attention_triton.MIN_SPLIT = 16  # a short context is cut, too
     sys.setprofile(note_kernels)
     answer(prompt, two, model=str(folder / "gptq"), attention_backend="triton", enable_cpu_kernels=False)

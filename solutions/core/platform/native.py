@@ -35,8 +35,9 @@ SOURCES = (
     "models/kernels/experts_cpu.cpp",
     "models/lora/lora_cpu.cpp",
     "core/sampling/selection_cpu.cpp",
-    "parallelism/shared_memory_cpu.cpp",
 )
+SUMS = ("parallelism/shared_memory_cpu.cpp",)
+"""A library by itself: without it ranks add by other means, and all other kernels are there."""
 HEADERS = (
     "core/platform/native.h",
     "core/platform/cores.h",
@@ -90,8 +91,8 @@ def need_compiler() -> str:
     raise BuildError("no C++ compiler (g++ or clang++) was found")
 
 
-def build(folder: Path) -> Path:
-    """Compile the kernels, unless that has been done: returns the shared library in `folder`.
+def build(folder: Path, name: str = "kernels", sources: Sequence[str] = SOURCES) -> Path:
+    """Compile some of the kernels, unless that has been done: returns the shared library in `folder`.
 
     Flags in `CXXFLAGS` come after the usual ones, so they can overrule them.
 
@@ -101,7 +102,7 @@ def build(folder: Path) -> Path:
     program = need_compiler()
     flags = [*FLAGS, *without_amx(), *extra_flags()]
     facts = [platform.machine(), *sorted(cpu_flags())]
-    return compile_library(folder, "kernels", program, flags, map(find_source, SOURCES), map(find_source, HEADERS), facts)
+    return compile_library(folder, name, program, flags, map(find_source, sources), map(find_source, HEADERS), facts)
 
 
 def without_amx() -> list[str]:
@@ -173,6 +174,27 @@ def loaded() -> ctypes.CDLL:
     return library
 
 
+@functools.cache
+def sums() -> ctypes.CDLL:
+    """The library of `SUMS`, for which the kernels lend their threads.
+
+    Raises:
+        BuildError: one of both cannot be built.
+    """
+    if load() is None:
+        raise BuildError(why_not)
+    return ctypes.CDLL(str(build(cache_root() / "native", "sums", SUMS)))
+
+
+def have_sums() -> bool:
+    """Whether `sums` can be had; where the compiler refuses them alone, standard error says why."""
+    try:
+        return load() is not None and sums() is not None
+    except BuildError as error:
+        print(f"Ranks do not add through shared memory: {error}", file=sys.stderr)
+        return False
+
+
 def set_threads(count: int) -> None:
     """Threads of every kernel from now on, in this process."""
     loaded().set_num_threads(ctypes.c_int64(count))
@@ -193,10 +215,11 @@ class Kernel:
 
     Args:
         name: of the function. arguments: the structure, whose fields are set before each call.
+        library: that has it; None: the kernels'.
     """
 
-    def __init__(self, name: str, arguments: Arguments) -> None:
-        self.function = getattr(loaded(), name)
+    def __init__(self, name: str, arguments: Arguments, library: ctypes.CDLL | None = None) -> None:
+        self.function = getattr(library or loaded(), name)
         self.function.argtypes, self.function.restype = [ctypes.c_void_p], None
         self.arguments = arguments
         self._address = ctypes.addressof(arguments)
@@ -291,6 +314,7 @@ def main() -> None:
     if load() is None:
         print(f"No C++ kernels, the engine runs on PyTorch's: {why_not}")
     else:
+        have_sums()
         print(f"C++ kernels are ready ({time.perf_counter() - start:.1f} s)")
 
 

@@ -122,6 +122,10 @@ void norm_pieces_bf16(const PiecesNorm* a) { norm_pieces<bf16>(*a); }
 void rotate_f32(const Rotation* a) { rotate<float>(*a); }
 void rotate_bf16(const Rotation* a) { rotate<bf16>(*a); }
 
+// The loop of another library: body(context, 0 … count - 1), on this one's threads.
+void run_parts(int64_t count, void (*body)(const void*, int64_t), const void* context) {
+    parallel_for(count, 1, [&](int64_t i) { body(context, i); });
+}
 void set_num_threads(int64_t count) { threads() = static_cast<int>(std::min<int64_t>(count, MAX_THREADS)); }
 
 // Make the calls of a recording again with m rows, one after the other.

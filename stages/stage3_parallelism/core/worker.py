@@ -24,8 +24,9 @@ from ..models.kernels.invariant import make_invariant
 from ..models.loader import ModelSource, load_model
 from ..models.lora.attach import ModelAdapters
 from ..parallelism.tensor_parallel import SINGLE, TensorParallel
-from .capture import CudaGraphRecorder, DecodeGraphs, Step, graph_sizes, replay_adapted_steps, replay_layers
+from .capture import replay_adapted_steps, replay_layers
 from .config import EngineConfig
+from .graphs.decode_graphs import CudaGraphRecorder, DecodeGraphs, Step, graph_sizes
 from .overlap.lookahead import Lookahead, Meanwhile, known_ids
 from .platform import native
 from .platform.machine import cpu_flags, cpu_has_bf16, pick_threads
