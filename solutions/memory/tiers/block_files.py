@@ -84,6 +84,8 @@ def read_block(path: Path, identity: bytes, block_hash: bytes, row: memoryview) 
 
     Raises:
         BadBlockError: it is not the block that was asked for, whole and undamaged and as long as `row`, or there is more in it.
+            The message is the first that fits of: it ends too early; it is no KV block; it is another model's, or another
+            block; it is of another size; its checksum is wrong.
         OSError: it cannot be read; FileNotFoundError: there is none.
     """
     with path.open("rb", buffering=0) as file:

@@ -139,13 +139,17 @@ def test_the_distribution_is_the_targets_and_as_much_as_possible_is_accepted() -
         ([1, 2, 3], [9, 8, 3, 4], [9]),
         ([1, 2, 3], [1, 9, 8, 4], [1, 9]),
         ([1, 2, 3], [1, 2, 9, 4], [1, 2, 9]),
+        ([5, 6, 7], [5, 0, 7, 4], [5, 0]),
     ],
 )
 def test_without_a_distribution_drafts_stay_while_they_are_the_targets_own(
     draft: list[int], own: list[int], expected: list[int]
 ) -> None:
     """The target's tokens up to the first that differs from the draft, that one included: as plain decoding would have it.
+    With small token ids and with large ones.
 
     Why: with greedy requests, speculation then changes no token at all.
     """
-    check_equal(_while_equal(draft, own), expected, f"tokens of draft {draft} and own {own}")
+    for more in (0, 40_000):
+        drafted, of_target, right = ([token + more for token in tokens] for tokens in (draft, own, expected))
+        check_equal(_while_equal(drafted, of_target), right, f"tokens of draft {drafted} and own {of_target}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import signal
 import threading
@@ -23,6 +24,7 @@ from stages.memory.tiers.block_files import MAGIC, BadBlockError, file_bytes, re
 MODEL, KEY = bytes(range(32)), bytes(range(100, 132))
 HEADER = file_bytes(0)
 FULL = os.strerror(errno.EFBIG)
+OTHER, DAMAGED = "it is another model's, or another block", "its checksum is wrong"
 
 
 def some_row(size: int, first: int = 0) -> bytes:
@@ -62,28 +64,36 @@ def test_what_was_written_is_read(tmp_path: Path, size: int) -> None:
 
     Why: other processes know a block by its file's name and its header; an unfinished file beside it is counted by nobody.
     """
-    path, row = where(tmp_path), some_row(size)
+    path, row, start = where(tmp_path), some_row(size), time.time()
     write_block(path, MODEL, KEY, memoryview(row))
     check_equal(read(path, size), row, "the row")
+    assert start - 0.5 < path.stat().st_mtime < time.time() + 0.5, "it was last used now"
     content = path.read_bytes()
     check_equal((content[: len(MAGIC)], len(content)), (MAGIC, HEADER + size), "magic and length")
     check_equal(content[HEADER:], row, "what stands behind the header")
     check_equal(names(tmp_path), [path.name], "what is in the folder")
 
 
-@pytest.mark.parametrize("place", ["magic", "size", "identity", "hash", "checksum", "row's first byte", "row's last byte"])
-def test_a_bit_that_flips_is_noticed(tmp_path: Path, place: str) -> None:
-    """One bit of a file is another, wherever it stands.
+@pytest.mark.parametrize("change", [1, -1])
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("magic", "it is no KV block"), ("size", "it is of another size"), ("identity", OTHER), ("hash", OTHER),
+     ("checksum", DAMAGED), ("row's first byte", DAMAGED), ("row's last byte", DAMAGED)],
+)  # fmt: skip
+def test_a_byte_that_changes_is_noticed(tmp_path: Path, place: str, message: str, change: int) -> None:
+    """One byte of a file is one more or one less, wherever it stands; the message says where.
 
-    Why: the model would go on from a wrong key, and say something else without a complaint.
+    Why: the model would go on from a wrong key, and say something else without a complaint. And who reads the log wants to
+    know whether a disk is bad or a folder is somebody else's.
     """
     path, size = where(tmp_path), 300
     write_block(path, MODEL, KEY, memoryview(some_row(size)))
     content = bytearray(path.read_bytes())
     offsets = {"magic": 3, "size": 8, "identity": 20, "hash": 60, "checksum": 90, "row's first byte": HEADER}
-    content[offsets.get(place, -1)] ^= 16
+    at = offsets.get(place, -1)
+    content[at] = (content[at] + change) % 256
     path.write_bytes(content)
-    with pytest.raises(BadBlockError):
+    with pytest.raises(BadBlockError, match=f"^{message}$"):
         read(path, size)
 
 
@@ -114,8 +124,11 @@ def test_a_file_of_another_length_is_noticed(tmp_path: Path, length: int) -> Non
     path = where(tmp_path)
     write_block(path, MODEL, KEY, memoryview(some_row(300)))
     path.write_bytes((path.read_bytes() + b"x")[:length])
-    with pytest.raises(BadBlockError):
+    with pytest.raises(BadBlockError, match="it ends too early" if length < HEADER + 300 else "it is of another size"):
         read(path, 300)
+    path.write_bytes(bytes(HEADER - 1))
+    with pytest.raises(BadBlockError, match="it ends too early"):
+        read(path, 0)
 
 
 @pytest.mark.parametrize("size", [299, 301])
@@ -162,15 +175,18 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, limit: int) -> None:
 
 
 def test_nobody_meets_half_of_a_file(tmp_path: Path) -> None:
-    """While a file of 64 MiB is written, whoever looks at its path finds none, or all of it.
+    """While a file of 64 MiB is written, whoever looks at its path finds none, or all of it. What else is in the folder has the
+    block's name, a dot, 16 hexadecimal digits and ``.tmp``.
 
     Why: another server that shares the folder may look at any moment. It would find a bad file, and remove it.
     """
     path, row, seen, done = where(tmp_path), bytes(64 << 20), set(), threading.Event()
+    others = set[str]()
 
     def look() -> None:
         while not done.is_set():
             seen.add(path.stat().st_size if path.exists() else None)
+            others.update(name for name in names(tmp_path) if name != path.name)
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -180,6 +196,7 @@ def test_nobody_meets_half_of_a_file(tmp_path: Path) -> None:
         done.set()
         thread.join()
     assert seen <= {None, HEADER + len(row)}, f"sizes that were seen: {seen}"
+    assert all(re.fullmatch(KEY.hex() + r"\.[0-9a-f]{16}\.tmp", name) for name in others), f"names that were seen: {others}"
 
 
 def test_several_may_write_one_block(tmp_path: Path) -> None:

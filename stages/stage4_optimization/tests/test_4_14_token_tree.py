@@ -114,7 +114,9 @@ def test_the_walk_follows_what_the_target_says(own: list[int], path: list[int]) 
     Why: what comes out is what the target alone would have written. A right token at another place of the tree was computed
     behind another text.
     """
-    check_equal(accepted_path(PARENTS, DRAFTED, own), path, f"accepted_path of {PARENTS}")
+    for more in (0, 40_000):
+        drafted, of_target = ([token + more for token in tokens] for tokens in (DRAFTED, own))
+        check_equal(accepted_path(PARENTS, drafted, of_target), path, f"accepted_path of {PARENTS}, {drafted}")
 
 
 def test_a_right_guess_behind_a_wrong_one_is_worth_nothing() -> None:

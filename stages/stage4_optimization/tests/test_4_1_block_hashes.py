@@ -50,6 +50,21 @@ def test_the_same_tokens_behind_others_are_another_block() -> None:
     check_equal(len(hashes), 9, "different hashes of three blocks behind three parents")
 
 
+@pytest.mark.parametrize("changed", range(6))
+def test_a_block_changes_all_behind_it(changed: int) -> None:
+    """Two texts of six blocks that differ in one: hashes before it are equal, its own and all behind it are not.
+
+    Why: equal blocks behind different texts have different keys and values. Found in the cache, they would answer for another
+    text.
+    """
+    tokens = list(range(12))
+    other = [*tokens]
+    other[2 * changed] += 100
+    cache = PrefixCache(2)
+    pairs = zip(cache.block_hashes(make(tokens), 6), cache.block_hashes(make(other), 6), strict=True)
+    check_equal([a == b for a, b in pairs], [index < changed for index in range(6)], "whether hashes are equal")
+
+
 def test_tenants_with_different_salts_share_nothing() -> None:
     """Each salt, the empty one too, and none, gives another first hash, and with it another chain.
 

@@ -48,7 +48,7 @@ def test_the_end_does_not_find_itself() -> None:
     check_equal(propose([4, 5, 6, 7, 4, 5, 6], 2), [7, 4], "draft behind the second 4 5 6")
 
 
-@pytest.mark.parametrize(("period", "count"), [(1, 4), (2, 5), (3, 3), (3, 7)])
+@pytest.mark.parametrize(("period", "count"), [(1, 4), (2, 5), (3, 3), (3, 7), (3, 1000)])
 def test_a_copy_that_reaches_the_end_goes_on_with_itself(period: int, count: int) -> None:
     """A text that repeats with a short period is continued with that period, as far as is asked.
 

@@ -72,6 +72,8 @@ def read_block(path: Path, identity: bytes, block_hash: bytes, row: memoryview) 
 
     Raises:
         BadBlockError: it is not the block that was asked for, whole and undamaged and as long as `row`, or there is more in it.
+            The message is the first that fits of: it ends too early; it is no KV block; it is another model's, or another
+            block; it is of another size; its checksum is wrong.
         OSError: it cannot be read; FileNotFoundError: there is none.
     """
     raise NotImplementedError("Stage 4 · Task 4.12: read_block, see stages/stage4_optimization/GUIDE.md#task-4-12")
