@@ -6,7 +6,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from stages.batching.scheduler_output import SchedulerOutput
+from stages.batching.scheduler_output import Draft, SchedulerOutput
 from stages.batching.sequence import Sequence, SequenceStatus
 from stages.course.fixtures.checks import check_equal
 from stages.course.fixtures.simulation import Simulation, counts, ids, make_sequence
@@ -67,6 +67,18 @@ def test_prompt_goes_on_with_its_next_chunk(left: int, count: int, budget_left: 
     sim = Simulation(max_num_batched_tokens=16)
     sim.start(40, computed=40 - left)
     check_equal(serve(sim), ({0: count}, budget_left), "scheduled tokens and the budget left")
+
+
+@pytest.mark.parametrize("left", [2, 3])
+def test_few_tokens_are_cut_too(left: int) -> None:
+    """Two or three tokens are left of a prompt, and the budget, or the longest chunk, is one less than that.
+
+    Why: where the budget is one, two tokens are one too many, for arrays that were made for one.
+    """
+    for limits in ({"max_num_batched_tokens": left - 1}, {"long_prefill_token_threshold": left - 1}):
+        sim = Simulation(**limits)
+        sim.start(9, computed=9 - left)
+        check_equal(serve(sim)[0], {0: left - 1}, f"scheduled tokens with {limits}")
 
 
 @pytest.mark.parametrize("behind", [0, 1, 2, 3, 4])
@@ -326,6 +338,26 @@ def test_update_moves_everyone_and_appends_to_the_sampled() -> None:
     check_equal([len(seq.tokens) for seq in (chunk, first, second)], [10, 6, 8], "number of tokens")
     check_equal([first.tokens[-1], second.tokens[-1]], [71, 72], "the new tokens")
     check_equal(ids(sim.scheduler.running), [0, 1, 2], "running sequences")
+
+
+@pytest.mark.parametrize(("new", "computed"), [([71, 72, 73, 74], 8), ([71, 72, 9], 7), ([9], 5)])
+def test_drafts_that_stay_were_computed_with_the_step(new: list[int], computed: int) -> None:
+    """Three tokens are on trial behind a sequence with a prompt of 4 and one token; all, two or none of them stay, and one more
+    comes. Those that stay are computed, the last one is not; what was on trial is gone.
+
+    Why: a draft that is still there when the new tokens come stands in the answer twice; and what the step has computed would
+    be computed again.
+    """
+    sim = Simulation()
+    seq = sim.start(4)
+    first = seq.tokens[-1]
+    seq.tokens += [71, 72, 73]
+    output = SchedulerOutput(scheduled={seq: 4}, sampled=[seq], drafts={seq: Draft([71, 72, 73])})
+    sim.manager.append_slots(seq, 4, output.copies)
+    sim.scheduler.update(output, [new])
+    check_equal(seq.tokens[4:], [first, *new], "tokens behind the prompt")
+    check_equal(seq.num_computed_tokens, computed, "num_computed_tokens")
+    check_equal(output.scheduled[seq], len(new), "tokens of the step that count")
 
 
 def test_finished_sequence_leaves_and_gives_its_blocks_back() -> None:

@@ -55,6 +55,17 @@ def test_the_last_token_is_not_found(length: int, blocks: int, part: int) -> Non
         check_equal(got[1][0], 10 + blocks, "the block that they are in")
 
 
+def test_a_block_that_shares_nothing_is_none() -> None:
+    """There is a text; another one begins with another token, and a third one does so behind the first block.
+
+    Why: a block of which no token is right is one more copy, and is held for nothing.
+    """
+    cache = RadixCache(SIZE)
+    enter(cache, list(range(16)), 10)
+    check_equal(found(cache, [50, *range(1, 9)]), ([], (0, 0)), "what is found of a text that begins with another token")
+    check_equal(found(cache, [0, 1, 2, 3, 50, 51, 52]), ([10], (0, 0)), "what is found behind the first block")
+
+
 def test_nothing_is_there_at_first() -> None:
     """In an empty tree, and with another salt, nothing is found; and looking makes nothing.
 
