@@ -85,12 +85,29 @@ class Detokenizer:
             if not str(error).startswith("Invalid prefix"):
                 raise
             return self._settle(self.offset)
-        if text is None:
+        if text is None and self._held + 1 < MAX_HELD:
             self._held += 1
-            return "" if self._held < MAX_HELD else self._release()
-        if self._in_character:  # the stream's first text then repeats its context
-            self._in_character = False
-            text = self._added(self._settled, self.offset)
+            return ""
+        if text is None or self._in_character:
+            return self._decide(text)
+        self._settled = self.offset
+        self._held = 0
+        return text
+
+    def _decide(self, text: str | None) -> str:
+        """What a step gives where it is not what its stream gives. The token is read: `offset` lies behind it.
+
+        Where `MAX_HELD` tokens wait for the rest of a character, this one among them, what cannot be one goes out (`_release`).
+        Where the stream began inside a character, its first text repeats that of its context. What the tokens from `_settled`
+        on add is given out instead (`_added`), is settled, and nothing is held; from there on the stream is like any other.
+
+        Args:
+            text: the stream's, which began inside a character; None: it has none, and `MAX_HELD` tokens wait.
+        """
+        if text is None:
+            return self._release()
+        self._in_character = False
+        text = self._added(self._settled, self.offset)
         self._settled = self.offset
         self._held = 0
         return text
