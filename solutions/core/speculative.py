@@ -176,7 +176,9 @@ class Drafter:
         self._clock = clock
         self._guesses: list[tuple[Sequence, int, list[int]]] = []
         """Sequence, its length before the step, what was drafted for it, on trial or not."""
-        self._begin, self._overhead = 0.0, 0.0
+        self._begin = 0.0
+        self._spent = 0.0
+        """Seconds that the proposer took since the last step of decoding alone."""
 
     @property
     def mean_length(self) -> float:
@@ -197,7 +199,6 @@ class Drafter:
     def _draft_what_pays(self, output: SchedulerOutput, lengths: DraftLengths) -> None:
         """`draft`, with as many tokens as pay. A step that holds parts of prompts computes all the time: it gets no drafts, but
         a draft model reads the prompt along."""
-        start = self._clock()
         lengths.forget(output.removed)
         sampled, proposer = output.sampled, self.proposer
         self._guesses = []
@@ -213,11 +214,12 @@ class Drafter:
             missed = [proposer.num_missed(seq) for seq in wanted]
             begin = self._clock()
             drafts = proposer.propose(output, wanted)
+            seconds = self._clock() - begin
+            self._spent += seconds
             if wanted:
-                lengths.drafted(self._clock() - begin, max(wanted.values()), missed)
+                lengths.drafted(seconds, max(wanted.values()), missed)
             self._guesses = [(seq, len(seq.tokens), draft.token_ids) for seq, draft in drafts.items()]
             self._put_on_trial(output, drafts)
-        self._overhead += self._clock() - start
         others = {seq: 1 for seq in sampled if seq not in wanted} if decodes and lengths.may_look() else {}
         if others:
             self._look(output, others, lengths)
@@ -233,7 +235,6 @@ class Drafter:
     def on_step(self, decision: SchedulerOutput, now: float) -> None:
         """See which drafts were right, and what the step took."""
         assert self.lengths is not None  # or nobody would be told
-        start = self._clock()
         num_new = len(decision.sampled)
         for seq, length, draft in self._guesses:
             came = seq.tokens[length : length + len(draft)]
@@ -244,8 +245,8 @@ class Drafter:
                 num_new += len(seq.tokens) - length - 1
         num_drafted = sum(len(draft.token_ids) for draft in decision.drafts.values())
         if sum(decision.scheduled.values()) == num_new and len(decision.scheduled) == len(decision.sampled):
-            self.lengths.ran(len(decision.sampled), num_drafted, num_new, now - self._begin, self._overhead)
-        self._overhead = self._clock() - start
+            self.lengths.ran(len(decision.sampled), num_drafted, num_new, now - self._begin, self._spent)
+            self._spent = 0.0
 
     def on_abort(self, sequences: list[Sequence], now: float) -> None:
         """Nothing: what is known of a sequence is forgotten with the next step."""

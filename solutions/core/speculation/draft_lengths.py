@@ -14,12 +14,14 @@ the first token of such a draft is the one that then comes is seen without the m
 `ALLOWANCE` of the time that passes is paid in, and so is what drafts win, up to `MOST_SAVED` steps. A step may draft only what
 the account could pay if all of it were rejected. So speculation loses at most `ALLOWANCE` of the time and `MOST_SAVED` steps,
 whatever the text does, and `FOR_LOOKS` for drafts that are only looked at. Each number of sequences has an account of its own,
-so that what 32 have lost holds nobody up who is alone. One thing is lent and not paid: what a draft model computes of a text
-that it has missed, where drafts pay.
+so that what 32 have lost holds nobody up who is alone. What it takes to decide is not paid from it: that is the same in every
+step, and of a small model it is more than the share, so that nothing would ever be tried again. One thing is lent and not paid:
+what a draft model computes of a text that it has missed, where drafts pay.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Any
@@ -27,13 +29,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .step_costs import Average, StepCosts, size_class
+from .step_costs import MOST_OFF, Average, StepCosts, size_class
 
 ALLOWANCE = 0.01
 FOR_LOOKS, MOST_LOOKED = 0.005, 0.2
 """The share of the time that drafts may take of which nothing is put on trial, and what may be saved or owed of it, in steps: a
 first look reads the whole prompt, and must not be the last for long."""
-AT_FIRST, MOST_SAVED, MOST_OWED = 1.0, 2.0, 1.0
+AT_FIRST, MOST_SAVED, MOST_OWED = 1.0, 2.0, 0.25
 """What the account holds at the start, at most and at least, in steps without drafts. It falls below 0 if a step took longer
 than anything that was measured before."""
 FOR_A_MODEL = 4.0
@@ -78,7 +80,8 @@ class DraftLengths:
         foretold: whether drafts follow from the text alone, so that they can be judged without a trial.
 
     Attributes:
-        accounts: class of the number of sequences (`size_class`) → seconds that may be lost.
+        accounts: class of the number of sequences (`size_class`) → what may be lost, in steps without drafts. A machine that
+            becomes busy or idle changes what they take, and not what they hold.
         mean_length: tokens for each sequence, on average, as it was last decided; 0: drafts do not pay at the moment.
     """
 
@@ -94,8 +97,8 @@ class DraftLengths:
         self._most_saved = MOST_SAVED if foretold else FOR_A_MODEL
         self._chances: dict[int, Chance] = {}
         self._all = Chance(UNSEEN, 1.0)
-        self._drafting: Average = Average()
-        """Seconds that the proposer takes for one token of each of some sequences."""
+        self._drafting: defaultdict[int, Average] = defaultdict(Average)
+        """Class of the number of sequences → seconds that the proposer takes for one token of each."""
         self._is_first = True
         self._reading: Average = Average()
         """Seconds that it takes for a token that it has missed."""
@@ -115,8 +118,8 @@ class DraftLengths:
             As many as pay, or as are worth knowing about; 0 for all where nothing is.
         """
         num_seqs = len(seq_ids)
-        counts, plain = [0] * num_seqs, self.costs.plain(num_seqs)
-        if self._drafting.value is None and not self._foretold:  # what a token takes is to be known before there are many
+        counts, plain, drafting = [0] * num_seqs, self.costs.plain(num_seqs), self._drafting[size_class(num_seqs)].value
+        if drafting is None and not self._foretold:  # what a token takes is to be known before there are many
             most = [min(room, 1) for room in most]
         longest = max(most, default=0)
         self._lent = 0.0
@@ -124,7 +127,7 @@ class DraftLengths:
             self._rest = max(0, self._rest - 1)
             return counts
         self._rest, self._size = REST, size_class(num_seqs)
-        account = self.accounts.setdefault(self._size, (AT_FIRST if self._foretold else FOR_A_MODEL) * plain)
+        account = self.accounts.setdefault(self._size, AT_FIRST if self._foretold else FOR_A_MODEL) * plain
         if account <= 0:
             self.mean_length, self._paying[self._size] = 0.0, False
             return counts
@@ -138,7 +141,7 @@ class DraftLengths:
         rows, depths = np.divmod(order, longest)
         gains, behind = powers.flat[order], np.where(depths == 0, np.array(missed)[rows], 0)
         # where drafts cost a pass of a model for each place, a shorter one of all may be better than the best tokens
-        best, is_dear = (LEAST_GAIN * num_seqs / plain, 0, longest), (self._drafting.value or 0.0) > 0.01 * plain
+        best, is_dear = (LEAST_GAIN * num_seqs / plain, 0, longest), (drafting or 0.0) > 0.01 * plain
         for depth in range(1 if is_dear else longest, longest + 1):
             taken = depths < depth
             best = max(best, (*self._best(account, plain, num_seqs, gains[taken], depths[taken], behind[taken]), depth))
@@ -156,7 +159,7 @@ class DraftLengths:
         """The best rate, and how many of the tokens to draft for it; 0 and 0 where nothing can be paid. All are [N], in the
         order in which tokens are taken: the chance of each, how many are before it in its draft, what it must read first."""
         least, greatest = self.costs.ratios(num_seqs, len(gains))
-        drafting = (self._drafting.value or 0.0) * (1 + np.maximum.accumulate(depths))
+        drafting = (self._drafting[self._size].value or 0.0) * (1 + np.maximum.accumulate(depths))
         reading = (self._reading.value or 0.0) * np.cumsum(missed) / HORIZON
         tokens = num_seqs + np.cumsum(gains)
         affordable = plain * (greatest - 1) + drafting <= account
@@ -173,7 +176,7 @@ class DraftLengths:
         self._turn += 1
         row = min((row for row, room in enumerate(most) if room), key=lambda row: (missed[row], (row + self._turn) % len(most)))
         ratio = self.costs.ratios(len(most), 1)[1][0] - 1
-        cost = plain * ratio + (self._drafting.value or 0.0) + missed[row] * (self._reading.value or 0.0)
+        cost = plain * ratio + (self._drafting[self._size].value or 0.0) + missed[row] * (self._reading.value or 0.0)
         if cost <= account:
             counts[row] = 1
         return counts
@@ -196,11 +199,11 @@ class DraftLengths:
             self._is_first = False
             return
         if max(missed) <= MISSED_AT_ONCE:
-            self._drafting.add(seconds / depth)
+            self._drafting[self._size].add(seconds / depth)
             return
-        reading = max(0.0, seconds - depth * (self._drafting.value or 0.0))
+        reading = max(0.0, seconds - depth * (self._drafting[self._size].value or 0.0))
         self._lent = reading if self._paying.get(self._size, True) else 0.0
-        if self._drafting.value is not None:
+        if self._drafting[self._size].value is not None:
             self._reading.add(reading / sum(missed))
 
     def judge(self, seq_id: int, num_right: int, num_drafted: int) -> None:
@@ -208,17 +211,20 @@ class DraftLengths:
         self._chances.setdefault(seq_id, Chance()).add(num_right, num_drafted, MEMORY)
         self._all.add(num_right, num_drafted, MEMORY ** (1 / 8))
 
-    def ran(self, num_seqs: int, num_drafted: int, num_new: int, seconds: float, overhead: float) -> None:
-        """A step has ended in which each sequence was to get one token: they got `num_new` together, in `seconds`, after
-        `overhead` seconds for all that concerns drafts."""
+    def ran(self, num_seqs: int, num_drafted: int, num_new: int, seconds: float, spent: float) -> None:
+        """A step has ended in which each sequence was to get one token: they got `num_new` together, in `seconds`, after the
+        proposer had `spent` some. A step that takes far longer than it may is the machine's doing and no fault of drafts."""
         plain = self.costs.plain(num_seqs)
         self.costs.add(num_seqs, num_drafted, seconds)
         size = size_class(num_seqs)
         if plain is None or size not in self.accounts:
             return
-        won = plain * num_new / num_seqs - seconds if num_drafted else 0.0
-        account = self.accounts[size] + won + self._lent - overhead + ALLOWANCE * (seconds + overhead)
-        self.accounts[size] = min(max(account, -MOST_OWED * plain), self._most_saved * plain)
+        won = 0.0
+        if num_drafted:
+            usual = plain * self.costs.measured(num_seqs, num_drafted)
+            won = plain * num_new / num_seqs - min(seconds, MOST_OFF * usual)
+        paid = won + self._lent - spent + ALLOWANCE * (seconds + spent)
+        self.accounts[size] = min(max(self.accounts[size] + paid / plain, -MOST_OWED), self._most_saved)
         self._for_looks = min(max(self._for_looks, -MOST_LOOKED * plain) + FOR_LOOKS * seconds, MOST_LOOKED * plain)
 
     def forget(self, seq_ids: Many[int]) -> None:
