@@ -20,7 +20,9 @@ from collections.abc import Callable
 from ..attention.block_manager import BlockManager
 from ..batching.scheduler_output import Draft, SchedulerOutput
 from ..batching.sequence import Sequence
+from ..batching.tree_rows import TreeDraft
 from ..models.config.model_config import ModelConfig
+from .speculation.draft_gains import Gains
 from .speculation.draft_lengths import DraftLengths
 from .speculation.settings import SpeculativeConfig
 from .startup import Limits
@@ -35,10 +37,12 @@ class Proposer(abc.ABC):
     Attributes:
         model_config: of the model that drafts, whose KV cache has blocks like the target's; None: there is no such model.
         foretells: what it drafts follows from the text alone and costs little, so it may be asked only to see if it is right.
+        gains: what its drafts are worth, if they branch.
     """
 
     model_config: ModelConfig | None = None
     foretells = False
+    gains: Gains | None = None
 
     def __init__(self, config: SpeculativeConfig) -> None:
         self.config = config
@@ -237,12 +241,15 @@ class Drafter:
         assert self.lengths is not None  # or nobody would be told
         num_new = len(decision.sampled)
         for seq, length, draft in self._guesses:
+            if seq in decision.drafts:
+                num_new += len(seq.tokens) - length - 1
+            if isinstance(tree := decision.drafts.get(seq), TreeDraft):
+                self.lengths.judge_tree(seq.seq_id, len(draft), tree.kept)
+                continue
             came = seq.tokens[length : length + len(draft)]
             wrong = (place for place, token in enumerate(came) if token != draft[place])
             num_right = next(wrong, len(came))
             self.lengths.judge(seq.seq_id, num_right, len(draft) if num_right < len(came) else len(came))
-            if seq in decision.drafts:
-                num_new += len(seq.tokens) - length - 1
         num_drafted = sum(len(draft.token_ids) for draft in decision.drafts.values())
         if sum(decision.scheduled.values()) == num_new and len(decision.scheduled) == len(decision.sampled):
             self.lengths.ran(len(decision.sampled), num_drafted, num_new, now - self._begin, self._spent)
@@ -291,5 +298,5 @@ def make_drafter(proposer: Proposer | None, block_manager: BlockManager, limits:
     if proposer is None:
         return NoDrafter()
     proposer.create_cache(limits, block_manager.tables)
-    lengths = DraftLengths(proposer.foretells) if proposer.config.adaptive else None
+    lengths = DraftLengths(proposer.foretells, proposer.gains) if proposer.config.adaptive else None
     return Drafter(proposer, block_manager, limits.max_num_batched_tokens, lengths)

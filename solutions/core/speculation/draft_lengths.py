@@ -1,10 +1,11 @@
 """How many tokens are drafted for each sequence of a step: as many as pay, or none.
 
 With S sequences and the chance a that a drafted token is right, k drafted tokens bring a + a² + … + aᵏ more (Leviathan et al.,
-2023, §3.1). The sum of new tokens over the batch, by the seconds that the step and its drafts take, is the rate to be made
-large. Tokens are put in the order of their chances, over all sequences, so a sequence whose text repeats itself gets many and
-its neighbour none; how many of them are drafted is where the rate is highest. To measure by goodput is the idea of Liu et al.,
-"Optimizing Speculative Decoding for Serving Large Language Models Using Goodput", 2024.
+2023, §3.1); of drafts that branch the first k nodes are made (`draft_gains.py`). The sum of new tokens over the batch, by the
+seconds that the step and its drafts take, is the rate to be made large. Tokens are put in the order of their chances, over all
+sequences, so a sequence whose text repeats itself gets many and its neighbour none; how many of them are drafted is where the
+rate is highest. To measure by goodput is the idea of Liu et al., "Optimizing Speculative Decoding for Serving Large Language
+Models Using Goodput", 2024.
 
 *What is known.* Costs are measured (`step_costs.py`). Chances are counted: for each sequence, its last drafts count most. Where
 drafts follow from the text alone, as n-grams do, they are also made for sequences for which nothing is put on trial: whether
@@ -29,13 +30,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .draft_gains import Gains
 from .step_costs import MOST_OFF, Average, StepCosts, size_class
 
 ALLOWANCE = 0.01
 FOR_LOOKS, MOST_LOOKED = 0.005, 0.2
 """The share of the time that drafts may take of which nothing is put on trial, and what may be saved or owed of it, in steps: a
 first look reads the whole prompt, and must not be the last for long."""
-AT_FIRST, MOST_SAVED, MOST_OWED = 1.0, 2.0, 0.25
+AT_FIRST, MOST_SAVED, MOST_OWED = 1.0, 2.0, 0.1
 """What the account holds at the start, at most and at least, in steps without drafts. It falls below 0 if a step took longer
 than anything that was measured before."""
 FOR_A_MODEL = 4.0
@@ -46,6 +48,8 @@ REST = 3
 """Steps after one for which nothing was drafted in which nothing is decided anew."""
 MEMORY = 0.9
 """Weight of what was counted before, against the newest draft of a sequence."""
+MEMORY_OF_A_MODEL = 0.96
+"""The same for a model that drafts: where copies of the text are right or wrong for long, its tokens are now and then."""
 DOUBT = 2.0
 """What is known of all sequences counts for a new one like so many tokens of its own."""
 UNSEEN = 0.5
@@ -65,8 +69,11 @@ class Chance:
 
     def add(self, num_right: int, num_drafted: int, memory: float) -> None:
         """A draft was compared: its first `num_right` tokens were right, and those behind the first wrong one say nothing."""
-        self.hits = memory * self.hits + num_right
-        self.tries = memory * self.tries + min(num_right + 1, num_drafted)
+        self.count(num_right, min(num_right + 1, num_drafted), memory)
+
+    def count(self, hits: int, tries: int, memory: float) -> None:
+        """So many tokens more were right, of so many."""
+        self.hits, self.tries = memory * self.hits + hits, memory * self.tries + tries
 
     def value(self, expected: float) -> float:
         """The chance of the next token, with `expected` in the place of what is not known."""
@@ -78,6 +85,7 @@ class DraftLengths:
 
     Args:
         foretold: whether drafts follow from the text alone, so that they can be judged without a trial.
+        gains: of drafts that branch; None: they are chains.
 
     Attributes:
         accounts: class of the number of sequences (`size_class`) → what may be lost, in steps without drafts. A machine that
@@ -85,8 +93,8 @@ class DraftLengths:
         mean_length: tokens for each sequence, on average, as it was last decided; 0: drafts do not pay at the moment.
     """
 
-    def __init__(self, foretold: bool = False) -> None:
-        self.costs = StepCosts()
+    def __init__(self, foretold: bool = False, gains: Gains | None = None) -> None:
+        self.costs, self._gains = StepCosts(), gains or Gains()
         self.accounts: dict[int, float] = {}
         self.mean_length = 0.0
         self._paying: dict[int, bool] = {}
@@ -95,6 +103,7 @@ class DraftLengths:
         """The class for which it was decided last."""
         self._foretold = foretold
         self._most_saved = MOST_SAVED if foretold else FOR_A_MODEL
+        self._memory = MEMORY if foretold else MEMORY_OF_A_MODEL
         self._chances: dict[int, Chance] = {}
         self._all = Chance(UNSEEN, 1.0)
         self._drafting: defaultdict[int, Average] = defaultdict(Average)
@@ -135,7 +144,7 @@ class DraftLengths:
         if self._foretold and sum(chances) < (LEAST_GAIN - 1) * (1 - max(chances)) * num_seqs:  # not even if they cost nothing
             self.mean_length, self._paying[self._size] = 0.0, False
             return counts
-        powers: NDArray[np.float64] = np.array(chances, np.float64)[:, None] ** np.arange(1, longest + 1)  # [S, longest]
+        powers = self._gains.of(chances, longest)  # [S, longest]
         powers[np.arange(longest) >= np.array(most)[:, None]] = -1.0  # there is no room for these
         order = np.argsort(-powers, axis=None, kind="stable")[: sum(most)]
         rows, depths = np.divmod(order, longest)
@@ -159,7 +168,7 @@ class DraftLengths:
         """The best rate, and how many of the tokens to draft for it; 0 and 0 where nothing can be paid. All are [N], in the
         order in which tokens are taken: the chance of each, how many are before it in its draft, what it must read first."""
         least, greatest = self.costs.ratios(num_seqs, len(gains))
-        drafting = (self._drafting[self._size].value or 0.0) * (1 + np.maximum.accumulate(depths))
+        drafting = (self._drafting[self._size].value or 0.0) * self._gains.passes(1 + np.maximum.accumulate(depths))
         reading = (self._reading.value or 0.0) * np.cumsum(missed) / HORIZON
         tokens = num_seqs + np.cumsum(gains)
         affordable = plain * (greatest - 1) + drafting <= account
@@ -193,11 +202,12 @@ class DraftLengths:
         """Drafts that are on no trial took so long."""
         self._for_looks -= seconds
 
-    def drafted(self, seconds: float, depth: int, missed: Many[int]) -> None:
-        """The proposer has taken so long for drafts of up to `depth` tokens, and for what it had `missed` of each sequence."""
+    def drafted(self, seconds: float, most: int, missed: Many[int]) -> None:
+        """The proposer has taken so long for drafts of up to `most` tokens, and for what it had `missed` of each sequence."""
         if self._is_first:  # which is slower than those that follow, and is paid, but no measure
             self._is_first = False
             return
+        depth = int(self._gains.passes(np.array([most]))[0])
         if max(missed) <= MISSED_AT_ONCE:
             self._drafting[self._size].add(seconds / depth)
             return
@@ -208,8 +218,14 @@ class DraftLengths:
 
     def judge(self, seq_id: int, num_right: int, num_drafted: int) -> None:
         """A sequence's draft, on trial or not, began with so many right tokens."""
-        self._chances.setdefault(seq_id, Chance()).add(num_right, num_drafted, MEMORY)
-        self._all.add(num_right, num_drafted, MEMORY ** (1 / 8))
+        self._chances.setdefault(seq_id, Chance()).add(num_right, num_drafted, self._memory)
+        self._all.add(num_right, num_drafted, self._memory ** (1 / 8))
+
+    def judge_tree(self, seq_id: int, num_drafted: int, kept: Many[int]) -> None:
+        """A sequence's draft was the first nodes of the tree, so many; these of them stay."""
+        hits, tries = self._gains.walk(num_drafted, kept)
+        self._chances.setdefault(seq_id, Chance()).count(hits, tries, self._memory)
+        self._all.count(hits, tries, self._memory ** (1 / 8))
 
     def ran(self, num_seqs: int, num_drafted: int, num_new: int, seconds: float, spent: float) -> None:
         """A step has ended in which each sequence was to get one token: they got `num_new` together, in `seconds`, after the
