@@ -216,7 +216,7 @@ def heads() -> Table:
     """A head's drafts: what each shape brings a step, and what becomes of the speed."""
     names = {"ordinary": "ordinary answers", "repetitive": "text that repeats itself", "random": "random text"}
     methods = {"one token": "one token", "a chain of three": "three in a chain", "a tree of seven": "a tree of seven"}
-    methods |= {"eagle": "up to three, as many as pay"}
+    methods |= {"eagle": "up to three, as many as pay", "eagle, tree": "of the tree, as much as pays"}
     cases = record(f"{CPU}_eagle")["cases"]
     rows = []
     for text, batch, method in itertools.product(names, (1, 4), methods):

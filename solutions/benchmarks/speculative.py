@@ -116,7 +116,7 @@ def draw(summary: list[dict[str, Any]], path: Path) -> None:
     """Speed-up by batch size, a panel for each kind of text."""
     batches = sorted({case["batch"] for case in summary})
     colours = {PLAIN: "#999999", "ngram": "#0072B2", "ngram, always": "#0072B2", "draft model": "#E69F00", "eagle": "#009E73"}
-    colours |= dict(zip(SHAPES, ("#0072B2", "#56B4E9", "#E69F00"), strict=True))
+    colours |= dict(zip((*SHAPES, "eagle, tree"), ("#0072B2", "#56B4E9", "#E69F00", "#CC79A7"), strict=True))
     lines = [(name, colours[name], "x:" if "always" in name else "o-") for name in dict.fromkeys(c["method"] for c in summary)]
     with drawing(path, len(TEXTS), figsize=(9, 3.2), sharey=True) as panels:
         for axes, text in zip(panels, TEXTS, strict=True):
@@ -149,7 +149,8 @@ def main(argv: list[str] | None = None) -> None:
     settings["draft model"] = draft | {"method": "draft_model", "model": args.draft_model or args.model}
     if args.eagle_head:
         head = {"method": "eagle", "model": args.eagle_head, "quantization": quantization}
-        settings = {name: head | shape | ALWAYS for name, shape in SHAPES.items()} | {"eagle": draft | head}
+        settings = {name: head | shape | ALWAYS for name, shape in SHAPES.items()}
+        settings |= {"eagle": draft | head, "eagle, tree": head | SHAPES["a tree of seven"]}
     total = args.repeats * len(TEXTS) * len(args.batches) * (1 + len(settings))
     with one_line_errors():
         runs = measure(

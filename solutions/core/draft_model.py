@@ -211,6 +211,7 @@ class HeadProposer(Proposer):
             head, body.embed_tokens, body.rotary_emb, worker.backend, min(MOST_ROWS, worker.config.max_num_seqs),
             limits.max_model_len, config.num_kv_heads, config.head_dim, limits.dtype,
         )  # fmt: skip
+        self.gains = self.drafts.gains if isinstance(self.drafts, TreeDrafts) else None
         self._heard: tuple[FlatBatch, Tensor] | None = None
         worker.listener = self._listen
 

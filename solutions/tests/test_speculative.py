@@ -312,7 +312,7 @@ def test_drafts_take_nobodys_tokens_or_blocks(folders):
         ("{", "not valid JSON"),
         ("[]", "must be a JSON object with a method"),
         ('{"num_speculative_tokens": 3}', "must be a JSON object with a method"),
-        ('{"method": "medusa"}', "method must be one of ngram, draft_model, eagle, got 'medusa'"),
+        ('{"method": "medusa"}', "method must be one of ngram, draft_model, eagle, mtp, deepseek_mtp, got 'medusa'"),
         ('{"method": "ngram", "tokens": 3}', "there is no 'tokens'; the keys are method, num_speculative_tokens"),
         ('{"method": "ngram", "num_speculative_tokens": 0}', "num_speculative_tokens must be an integer of at least 1, got 0"),
         ('{"method": "ngram", "num_speculative_tokens": true}', "must be an integer of at least 1, got True"),

@@ -176,6 +176,26 @@ def test_sampled_tokens_follow_the_targets_distribution(target, head):
     assert accepted[2] > 100
 
 
+def test_as_much_of_a_tree_as_pays_is_drafted_by_default(target, head):
+    """All that the learning may decide on: nothing, chains, beginnings of the tree, the whole of it."""
+    plain = LLM(target, **SETTINGS).generate(PROMPTS[:2], GREEDY, use_tqdm=False)
+    llm = LLM(target, **SETTINGS, speculative_config=branching(head, adaptive=True))
+    lengths, sizes, chance = llm.llm_engine.drafter.lengths, set(), random.Random(0)
+
+    def choose(seq_ids, most, missed):
+        counts = [chance.randint(0, room) for room in most]
+        sizes.update(counts)
+        return counts
+
+    lengths.choose = choose
+    guide(llm, plain)
+    for _ in range(3):
+        assert tokens(llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False)) == tokens(plain)
+    assert len(sizes) > 6
+    assert 0 < lengths._all.hits < lengths._all.tries
+    assert llm.llm_engine.stats().spec_decode_num_accepted_tokens > 20
+
+
 def test_a_form_is_followed_along_the_likeliest_chain(target, head):
     llm = LLM(target, **SETTINGS, speculative_config=branching(head))
     params = SamplingParams(temperature=0, max_tokens=12, structured_output=StructuredOutput("regex", "[ab]{8}c"))
@@ -201,7 +221,6 @@ def test_at_the_end_of_the_context_the_tree_is_cut_and_nothing_else_changes(targ
     ("changes", "message"),
     [
         ({"method": "ngram", "model": None}, "method ngram drafts chains only; use eagle"),
-        ({"adaptive": True}, 'write "adaptive": false as well'),
         ({"num_speculative_tokens": 3}, "it has 10 tokens; leave num_speculative_tokens out, or write 10"),
         ({"speculative_token_tree": []}, "it must have 1 to 63 tokens, and has 0"),
         ({"speculative_token_tree": [[0], [1, 0]]}, r"\(1, 0\) goes on from \(1,\), which is missing"),

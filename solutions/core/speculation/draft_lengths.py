@@ -1,10 +1,11 @@
 """How many tokens are drafted for each sequence of a step: as many as pay, or none.
 
 With S sequences and the chance a that a drafted token is right, k drafted tokens bring a + a² + … + aᵏ more (Leviathan et al.,
-2023, §3.1). The sum of new tokens over the batch, by the seconds that the step and its drafts take, is the rate to be made
-large. Tokens are put in the order of their chances, over all sequences, so a sequence whose text repeats itself gets many and
-its neighbour none; how many of them are drafted is where the rate is highest. To measure by goodput is the idea of Liu et al.,
-"Optimizing Speculative Decoding for Serving Large Language Models Using Goodput", 2024.
+2023, §3.1); of drafts that branch the first k nodes are made (`draft_gains.py`). The sum of new tokens over the batch, by the
+seconds that the step and its drafts take, is the rate to be made large. Tokens are put in the order of their chances, over all
+sequences, so a sequence whose text repeats itself gets many and its neighbour none; how many of them are drafted is where the
+rate is highest. To measure by goodput is the idea of Liu et al., "Optimizing Speculative Decoding for Serving Large Language
+Models Using Goodput", 2024.
 
 *What is known.* Costs are measured (`step_costs.py`). Chances are counted: for each sequence, its last drafts count most. Where
 drafts follow from the text alone, as n-grams do, they are also made for sequences for which nothing is put on trial: whether
@@ -14,12 +15,14 @@ the first token of such a draft is the one that then comes is seen without the m
 `ALLOWANCE` of the time that passes is paid in, and so is what drafts win, up to `MOST_SAVED` steps. A step may draft only what
 the account could pay if all of it were rejected. So speculation loses at most `ALLOWANCE` of the time and `MOST_SAVED` steps,
 whatever the text does, and `FOR_LOOKS` for drafts that are only looked at. Each number of sequences has an account of its own,
-so that what 32 have lost holds nobody up who is alone. One thing is lent and not paid: what a draft model computes of a text
-that it has missed, where drafts pay.
+so that what 32 have lost holds nobody up who is alone. What it takes to decide is not paid from it: that is the same in every
+step, and of a small model it is more than the share, so that nothing would ever be tried again. One thing is lent and not paid:
+what a draft model computes of a text that it has missed, where drafts pay.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Any
@@ -27,13 +30,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .step_costs import Average, StepCosts, size_class
+from .draft_gains import Gains
+from .step_costs import MOST_OFF, Average, StepCosts, size_class
 
 ALLOWANCE = 0.01
 FOR_LOOKS, MOST_LOOKED = 0.005, 0.2
 """The share of the time that drafts may take of which nothing is put on trial, and what may be saved or owed of it, in steps: a
 first look reads the whole prompt, and must not be the last for long."""
-AT_FIRST, MOST_SAVED, MOST_OWED = 1.0, 2.0, 1.0
+AT_FIRST, MOST_SAVED, MOST_OWED = 1.0, 2.0, 0.1
 """What the account holds at the start, at most and at least, in steps without drafts. It falls below 0 if a step took longer
 than anything that was measured before."""
 FOR_A_MODEL = 4.0
@@ -44,6 +48,8 @@ REST = 3
 """Steps after one for which nothing was drafted in which nothing is decided anew."""
 MEMORY = 0.9
 """Weight of what was counted before, against the newest draft of a sequence."""
+MEMORY_OF_A_MODEL = 0.96
+"""The same for a model that drafts: where copies of the text are right or wrong for long, its tokens are now and then."""
 DOUBT = 2.0
 """What is known of all sequences counts for a new one like so many tokens of its own."""
 UNSEEN = 0.5
@@ -63,8 +69,11 @@ class Chance:
 
     def add(self, num_right: int, num_drafted: int, memory: float) -> None:
         """A draft was compared: its first `num_right` tokens were right, and those behind the first wrong one say nothing."""
-        self.hits = memory * self.hits + num_right
-        self.tries = memory * self.tries + min(num_right + 1, num_drafted)
+        self.count(num_right, min(num_right + 1, num_drafted), memory)
+
+    def count(self, hits: int, tries: int, memory: float) -> None:
+        """So many tokens more were right, of so many."""
+        self.hits, self.tries = memory * self.hits + hits, memory * self.tries + tries
 
     def value(self, expected: float) -> float:
         """The chance of the next token, with `expected` in the place of what is not known."""
@@ -76,14 +85,16 @@ class DraftLengths:
 
     Args:
         foretold: whether drafts follow from the text alone, so that they can be judged without a trial.
+        gains: of drafts that branch; None: they are chains.
 
     Attributes:
-        accounts: class of the number of sequences (`size_class`) → seconds that may be lost.
+        accounts: class of the number of sequences (`size_class`) → what may be lost, in steps without drafts. A machine that
+            becomes busy or idle changes what they take, and not what they hold.
         mean_length: tokens for each sequence, on average, as it was last decided; 0: drafts do not pay at the moment.
     """
 
-    def __init__(self, foretold: bool = False) -> None:
-        self.costs = StepCosts()
+    def __init__(self, foretold: bool = False, gains: Gains | None = None) -> None:
+        self.costs, self._gains = StepCosts(), gains or Gains()
         self.accounts: dict[int, float] = {}
         self.mean_length = 0.0
         self._paying: dict[int, bool] = {}
@@ -92,10 +103,11 @@ class DraftLengths:
         """The class for which it was decided last."""
         self._foretold = foretold
         self._most_saved = MOST_SAVED if foretold else FOR_A_MODEL
+        self._memory = MEMORY if foretold else MEMORY_OF_A_MODEL
         self._chances: dict[int, Chance] = {}
         self._all = Chance(UNSEEN, 1.0)
-        self._drafting: Average = Average()
-        """Seconds that the proposer takes for one token of each of some sequences."""
+        self._drafting: defaultdict[int, Average] = defaultdict(Average)
+        """Class of the number of sequences → seconds that the proposer takes for one token of each."""
         self._is_first = True
         self._reading: Average = Average()
         """Seconds that it takes for a token that it has missed."""
@@ -115,8 +127,8 @@ class DraftLengths:
             As many as pay, or as are worth knowing about; 0 for all where nothing is.
         """
         num_seqs = len(seq_ids)
-        counts, plain = [0] * num_seqs, self.costs.plain(num_seqs)
-        if self._drafting.value is None and not self._foretold:  # what a token takes is to be known before there are many
+        counts, plain, drafting = [0] * num_seqs, self.costs.plain(num_seqs), self._drafting[size_class(num_seqs)].value
+        if drafting is None and not self._foretold:  # what a token takes is to be known before there are many
             most = [min(room, 1) for room in most]
         longest = max(most, default=0)
         self._lent = 0.0
@@ -124,7 +136,7 @@ class DraftLengths:
             self._rest = max(0, self._rest - 1)
             return counts
         self._rest, self._size = REST, size_class(num_seqs)
-        account = self.accounts.setdefault(self._size, (AT_FIRST if self._foretold else FOR_A_MODEL) * plain)
+        account = self.accounts.setdefault(self._size, AT_FIRST if self._foretold else FOR_A_MODEL) * plain
         if account <= 0:
             self.mean_length, self._paying[self._size] = 0.0, False
             return counts
@@ -132,13 +144,13 @@ class DraftLengths:
         if self._foretold and sum(chances) < (LEAST_GAIN - 1) * (1 - max(chances)) * num_seqs:  # not even if they cost nothing
             self.mean_length, self._paying[self._size] = 0.0, False
             return counts
-        powers: NDArray[np.float64] = np.array(chances, np.float64)[:, None] ** np.arange(1, longest + 1)  # [S, longest]
+        powers = self._gains.of(chances, longest)  # [S, longest]
         powers[np.arange(longest) >= np.array(most)[:, None]] = -1.0  # there is no room for these
         order = np.argsort(-powers, axis=None, kind="stable")[: sum(most)]
         rows, depths = np.divmod(order, longest)
         gains, behind = powers.flat[order], np.where(depths == 0, np.array(missed)[rows], 0)
         # where drafts cost a pass of a model for each place, a shorter one of all may be better than the best tokens
-        best, is_dear = (LEAST_GAIN * num_seqs / plain, 0, longest), (self._drafting.value or 0.0) > 0.01 * plain
+        best, is_dear = (LEAST_GAIN * num_seqs / plain, 0, longest), (drafting or 0.0) > 0.01 * plain
         for depth in range(1 if is_dear else longest, longest + 1):
             taken = depths < depth
             best = max(best, (*self._best(account, plain, num_seqs, gains[taken], depths[taken], behind[taken]), depth))
@@ -156,7 +168,7 @@ class DraftLengths:
         """The best rate, and how many of the tokens to draft for it; 0 and 0 where nothing can be paid. All are [N], in the
         order in which tokens are taken: the chance of each, how many are before it in its draft, what it must read first."""
         least, greatest = self.costs.ratios(num_seqs, len(gains))
-        drafting = (self._drafting.value or 0.0) * (1 + np.maximum.accumulate(depths))
+        drafting = (self._drafting[self._size].value or 0.0) * self._gains.passes(1 + np.maximum.accumulate(depths))
         reading = (self._reading.value or 0.0) * np.cumsum(missed) / HORIZON
         tokens = num_seqs + np.cumsum(gains)
         affordable = plain * (greatest - 1) + drafting <= account
@@ -173,7 +185,7 @@ class DraftLengths:
         self._turn += 1
         row = min((row for row, room in enumerate(most) if room), key=lambda row: (missed[row], (row + self._turn) % len(most)))
         ratio = self.costs.ratios(len(most), 1)[1][0] - 1
-        cost = plain * ratio + (self._drafting.value or 0.0) + missed[row] * (self._reading.value or 0.0)
+        cost = plain * ratio + (self._drafting[self._size].value or 0.0) + missed[row] * (self._reading.value or 0.0)
         if cost <= account:
             counts[row] = 1
         return counts
@@ -190,35 +202,45 @@ class DraftLengths:
         """Drafts that are on no trial took so long."""
         self._for_looks -= seconds
 
-    def drafted(self, seconds: float, depth: int, missed: Many[int]) -> None:
-        """The proposer has taken so long for drafts of up to `depth` tokens, and for what it had `missed` of each sequence."""
+    def drafted(self, seconds: float, most: int, missed: Many[int]) -> None:
+        """The proposer has taken so long for drafts of up to `most` tokens, and for what it had `missed` of each sequence."""
         if self._is_first:  # which is slower than those that follow, and is paid, but no measure
             self._is_first = False
             return
+        depth = int(self._gains.passes(np.array([most]))[0])
         if max(missed) <= MISSED_AT_ONCE:
-            self._drafting.add(seconds / depth)
+            self._drafting[self._size].add(seconds / depth)
             return
-        reading = max(0.0, seconds - depth * (self._drafting.value or 0.0))
+        reading = max(0.0, seconds - depth * (self._drafting[self._size].value or 0.0))
         self._lent = reading if self._paying.get(self._size, True) else 0.0
-        if self._drafting.value is not None:
+        if self._drafting[self._size].value is not None:
             self._reading.add(reading / sum(missed))
 
     def judge(self, seq_id: int, num_right: int, num_drafted: int) -> None:
         """A sequence's draft, on trial or not, began with so many right tokens."""
-        self._chances.setdefault(seq_id, Chance()).add(num_right, num_drafted, MEMORY)
-        self._all.add(num_right, num_drafted, MEMORY ** (1 / 8))
+        self._chances.setdefault(seq_id, Chance()).add(num_right, num_drafted, self._memory)
+        self._all.add(num_right, num_drafted, self._memory ** (1 / 8))
 
-    def ran(self, num_seqs: int, num_drafted: int, num_new: int, seconds: float, overhead: float) -> None:
-        """A step has ended in which each sequence was to get one token: they got `num_new` together, in `seconds`, after
-        `overhead` seconds for all that concerns drafts."""
+    def judge_tree(self, seq_id: int, num_drafted: int, kept: Many[int]) -> None:
+        """A sequence's draft was the first nodes of the tree, so many; these of them stay."""
+        hits, tries = self._gains.walk(num_drafted, kept)
+        self._chances.setdefault(seq_id, Chance()).count(hits, tries, self._memory)
+        self._all.count(hits, tries, self._memory ** (1 / 8))
+
+    def ran(self, num_seqs: int, num_drafted: int, num_new: int, seconds: float, spent: float) -> None:
+        """A step has ended in which each sequence was to get one token: they got `num_new` together, in `seconds`, after the
+        proposer had `spent` some. A step that takes far longer than it may is the machine's doing and no fault of drafts."""
         plain = self.costs.plain(num_seqs)
         self.costs.add(num_seqs, num_drafted, seconds)
         size = size_class(num_seqs)
         if plain is None or size not in self.accounts:
             return
-        won = plain * num_new / num_seqs - seconds if num_drafted else 0.0
-        account = self.accounts[size] + won + self._lent - overhead + ALLOWANCE * (seconds + overhead)
-        self.accounts[size] = min(max(account, -MOST_OWED * plain), self._most_saved * plain)
+        won = 0.0
+        if num_drafted:
+            usual = plain * self.costs.measured(num_seqs, num_drafted)
+            won = plain * num_new / num_seqs - min(seconds, MOST_OFF * usual)
+        paid = won + self._lent - spent + ALLOWANCE * (seconds + spent)
+        self.accounts[size] = min(max(self.accounts[size] + paid / plain, -MOST_OWED), self._most_saved)
         self._for_looks = min(max(self._for_looks, -MOST_LOOKED * plain) + FOR_LOOKS * seconds, MOST_LOOKED * plain)
 
     def forget(self, seq_ids: Many[int]) -> None:

@@ -96,8 +96,6 @@ class SpeculativeConfig:
             raise ValueError(f"{refused}{error}") from None
         if self.num_speculative_tokens != (count := len(paths)):
             raise ValueError(f"{refused}it has {count} tokens; leave num_speculative_tokens out, or write {count}")
-        if self.adaptive:
-            raise ValueError(f'{refused}write "adaptive": false as well; how many tokens pay is known of chains only')
 
     @property
     def is_head(self) -> bool:

@@ -88,6 +88,10 @@ class StepCosts:
             self._ratios[size][size_class(num_drafted)].add(max(1.0, seconds / plain))
             self._limits = {key: limits for key, limits in self._limits.items() if key[0] != size}
 
+    def measured(self, num_seqs: int, num_drafted: int) -> float:
+        """What was measured of q(S, N), which a step has run with."""
+        return self._ratios[size_class(num_seqs)][size_class(num_drafted)].value or 1.0
+
     def ratios(self, num_seqs: int, most: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The least and the most that q(S, N) may be, for N from 1 to `most`: [N] each, equal where it was measured."""
         key = size_class(num_seqs), most

@@ -18,6 +18,7 @@ from ...batching.step_arrays import PagedArrays
 from ...batching.token_tree import TokenTree, tree_of
 from ...models.heads.head import DraftHead
 from ...parallelism.linear import Layer
+from .draft_gains import Gains
 from .head_drafts import HeadDrafts
 
 
@@ -58,7 +59,8 @@ class TreeDrafts(HeadDrafts):
         paths: of the tree's nodes, see `token_tree.tree_of`. The rest: as of `HeadDrafts`.
 
     Attributes:
-        tree: of all drafts. num_in_chain: drafted tokens that it begins with and that are a chain.
+        tree: of all drafts. num_in_chain: drafted tokens that it begins with and that are a chain. gains: what its nodes are
+            worth.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class TreeDrafts(HeadDrafts):
         longest: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.tree, self._ranks = tree_of(paths)
+        self.gains = Gains(self.tree, self._ranks)
         self._levels, self._last = levels_of(self.tree), longest - 1
         room = sum(len(level.nodes) for level in self._levels)  # behind a sequence that is as long as can be
         super().__init__(head, embed, rotary, backend, rows, longest + room, num_kv_heads, head_dim, dtype)
@@ -77,8 +80,9 @@ class TreeDrafts(HeadDrafts):
         lengths = torch.tensor([context.length for context in contexts])[:, None]
         firsts = torch.tensor([context.first for context in contexts])[:, None]
         longest, num_seqs, num_computed = int(lengths.max()), len(drafting), 0
-        tokens = torch.empty(num_seqs, len(self.tree.parents), dtype=torch.int64)
-        for depth, level in enumerate(self._levels):
+        tokens = torch.zeros(num_seqs, len(self.tree.parents), dtype=torch.int64)
+        deepest = int(self.tree.depths[1 : 1 + max(wanted[seq] for seq in drafting)].max())
+        for depth, level in enumerate(self._levels[:deepest]):
             count = len(level.nodes)
             if depth:  # the root's output is there
                 places = num_computed + torch.arange(count)
