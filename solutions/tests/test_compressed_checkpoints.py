@@ -21,7 +21,7 @@ from solutions.quantization.kernels.linear_cpu import PackedLinear
 from solutions.quantization.layout.formats import read_format
 from solutions.quantization.layout.groups import GroupQuantized
 from solutions.tests.quantized_folders import PROMPTS, SETTINGS, check_against_transformers, words
-from solutions.tests.tiny_models import make_tiny_llama
+from solutions.tests.tiny_models import FAMILIES, make_tiny, make_tiny_llama
 
 Written = tuple[dict[str, np.ndarray | Tensor], np.ndarray]
 """A layer's tensors in a file, and the weight [out, in] that they stand for."""
@@ -123,13 +123,22 @@ CASES: dict[str, tuple[dict[str, Any], Write]] = {
 }
 
 
-def make(path: Path, description: dict[str, Any], write: Write, only: str = "_proj", **sizes: Any) -> tuple[Path, Path]:
-    """A tiny model in `plain`, and in `packed` the same with layers as `write` keeps them."""
+NO_MATRICES = ("embed", "lm_head", "gate.weight", "router", "_bias", "sinks")
+"""What names of tensors have in them that stay as they are: routers among them."""
+
+
+def make(
+    path: Path, description: dict[str, Any], write: Write, only: str = "_proj", family: str | None = None, **sizes: Any
+) -> tuple[Path, Path]:
+    """A tiny model in `plain`, LLaMA or one of another family, and in `packed` the same with layers as `write` keeps them."""
     plain, target = path / "plain", path / "packed"
-    make_tiny_llama(plain, **({"num_hidden_layers": 1} | sizes))
+    if family is None:
+        make_tiny_llama(plain, **({"num_hidden_layers": 1} | sizes))
+    else:
+        make_tiny(family, plain)
     tensors, stored, numbers = load_file(plain / "model.safetensors"), {}, np.random.default_rng(0)
     for name in list(tensors):
-        if only not in name:
+        if only not in name or tensors[name].ndim != 2 or any(word in name for word in NO_MATRICES):
             stored[name] = tensors[name]
             continue
         parts, weight = write(numbers, *tensors[name].shape)
@@ -150,6 +159,14 @@ def make(path: Path, description: dict[str, Any], write: Write, only: str = "_pr
 @pytest.mark.parametrize("case", CASES)
 def test_a_checkpoint_says_what_its_plain_weights_say(case: str, tmp_path: Path) -> None:
     check_against_transformers(*make(tmp_path, *CASES[case]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["W4A16, zeros", "W4A16, sorted", "int8, zeros", "FP8, rows", "DeepSeek"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt2"])
+def test_every_family_reads_them(family: str, case: str, tmp_path: Path) -> None:
+    """Fused and turned rows, experts, latents: codes and scales go where the weights would."""
+    check_against_transformers(*make(tmp_path, *CASES[case], only=".weight", family=family), 2e-3)
 
 
 @pytest.mark.slow
