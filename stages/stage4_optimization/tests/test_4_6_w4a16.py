@@ -86,13 +86,13 @@ def test_every_group_has_its_own_scale(inputs: int, size: int) -> None:
 
     Why: a group may be larger than a tile: the tile's number is not the group's.
     """
-    weight = quantized(64, inputs, size)
+    weight = quantized(72, inputs, size)
     x = random(3, inputs)
     check_close(product(weight, x), exact(weight, x), "outputs")
 
 
-@pytest.mark.parametrize("rows", [1, 15, 16, 17, 65])
-@pytest.mark.parametrize(("outputs", "inputs"), [(64, 64), (63, 40), (65, 72), (8, 8)])
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 35, 130])
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 64), (63, 40), (65, 72), (130, 40), (8, 8)])
 def test_rows_outputs_and_inputs_end_where_they_like(rows: int, outputs: int, inputs: int) -> None:
     """No size is a multiple of its tile; what lies beside a row of x is NaN, and behind its last one, as behind words, scales
     and zeros, there is no memory.
@@ -113,8 +113,8 @@ def test_parts_of_the_inputs_add_up(inputs: int, splits: int) -> None:
 
     Why: a decode step has one row, too few tiles of outputs to keep a card busy; parts of the inputs do.
     """
-    weight = quantized(64, inputs, 32)
-    x = random(2, inputs)
+    weight = quantized(72, inputs, 32)
+    x = random(3, inputs)
     check_close(product(weight, x, splits), exact(weight, x), "outputs", 1e-4)
 
 

@@ -215,6 +215,21 @@ def test_what_may_not_come_has_no_chance_and_all_else_stays(dtype: torch.dtype) 
         check_equal(logits[row].float(), expected[row].float(), f"logits of row {row}")
 
 
+def test_several_guides_have_a_mask_for_each_of_their_rows() -> None:
+    """Four answers of four forms, the second of them with two drafts: every row has what its own form allows.
+
+    Why: masks lie one behind the other, and a guide fills as many as it has rows. One row further, it is another's form.
+    """
+    forms = [("ab",), ("abcd",), ("cd",), ("dab",)]
+    guides = [Guide(compiled(form)) for form in forms]
+    rows = [(0, []), (1, []), (1, [A]), (1, [A, B]), (2, []), (3, [])]
+    logits = torch.zeros(len(rows), SIZE)
+    forbid(logits, by_guide([Place(output, guides[number]) for number, output in rows]), SIZE)
+    for row, (number, output) in enumerate(rows):
+        found = (logits[row] == 0).nonzero().flatten().tolist()
+        check_equal(found, sorted(may_follow(output, forms[number])), f"tokens with a chance in row {row}")
+
+
 def test_the_highest_bit_of_a_word_is_a_token() -> None:
     """Token 31, which ends answers: forbidden where the text is not whole, and alone allowed where it is.
 
