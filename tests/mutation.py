@@ -37,7 +37,7 @@ from tests.classroom import Classroom
 from tests.mutants.bank import TEST_LIMIT
 
 SURVIVORS = Path(__file__).parent / "mutants" / "survivors.toml"
-KILLED_SHARE = 0.9
+KILLED_SHARE = 0.95
 RUN_LIMIT = 120
 """Seconds for the tests of one task on a mutant."""
 
