@@ -211,7 +211,7 @@ def test_rows_do_not_meet_and_counts_go_on(data: st.DataObject) -> None:
         batch = data.draw(st.lists(st.sampled_from(crowd), min_size=1, unique_by=id))
         logits = torch.tensor([[ROW[(token + row) % 8] for token in range(11)] for row in range(len(batch))])
         expected = torch.stack([by_hand(row, seq) for row, seq in zip(logits.clone(), batch, strict=True)])
-        processors = LogitsProcessors(batch, 8, logits.device, processors)
+        processors = LogitsProcessors(batch, 11, logits.device, processors)
         for _ in range(2):
             again = logits.clone()
             processors(again)
