@@ -32,7 +32,8 @@ def render(source: str, file: str, tasks: Iterable[Task]) -> str:
     cuts: list[tuple[slice, list[str]]] = []
     for task in tasks:
         names = [target.name for target in task.targets if target.file == file]
-        cuts += [emptied(source, file, task, name, next(iter(task.hints), None) if name == names[0] else None) for name in names]
+        hints = dict(zip(names, task.hints[:1], strict=False))  # the first of them has the first hint
+        cuts += [emptied(source, file, task, name, hints.get(name)) for name in names]
     for place, text in sorted(cuts, key=lambda cut: cut[0].start, reverse=True):
         lines[place] = text
     return "\n".join(lines) + "\n"
