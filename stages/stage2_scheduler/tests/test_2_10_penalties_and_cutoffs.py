@@ -190,6 +190,18 @@ def test_each_penalty_by_hand(params: dict[str, float], expected: list[float]) -
     check_close(processed([ROW], [seq]), torch.tensor([expected]), "the logits")
 
 
+def test_penalties_are_of_their_own_rows() -> None:
+    """Four requests, of which the second and the last have a penalty, over a vocabulary of eleven tokens.
+
+    Why: rows are numbered in the batch and not among those that have penalties.
+    """
+    crowd = [make([1], [2]), make([1, 2], [3], frequency_penalty=0.5), make([3], [4]), make([1], [2, 2], presence_penalty=0.5)]
+    logits = torch.tensor([[*ROW, *ROW[:3]]]).repeat(len(crowd), 1)
+    expected = torch.stack([by_hand(row, seq) for row, seq in zip(logits.clone(), crowd, strict=True)])
+    LogitsProcessors(crowd, 11, logits.device)(logits)
+    check_close(logits, expected, "the logits of four rows")
+
+
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_rows_do_not_meet_and_counts_go_on(data: st.DataObject) -> None:
