@@ -59,9 +59,9 @@ def milliseconds(seconds: float, digits: int = 0) -> str:
 
 
 def headline_workloads() -> Table:
-    runs = record(f"{CPU}_compare_vllm")
-    rows = [[text, *(rate(runs[name][system]) for system in ("bf16", "int8", "vllm"))] for name, text in WORKLOADS.items()]
-    return table("output tokens a second | bfloat16 | int8 | vLLM 0.32", rows)
+    runs, systems = record(f"{CPU}_compare_peers"), ("bf16", "int8", "vllm", "llama.cpp")
+    rows = [[text, *(rate(runs[name][system]) for system in systems)] for name, text in WORKLOADS.items()]
+    return table("output tokens a second | bfloat16 | int8 | vLLM 0.32 | llama.cpp", rows)
 
 
 def headlines() -> Table:
@@ -86,14 +86,15 @@ def headlines() -> Table:
 # benchmarks/README.md
 
 
-def against_vllm() -> Table:
-    runs = record(f"{CPU}_compare_vllm")
+def against_peers() -> Table:
+    runs = record(f"{CPU}_compare_peers")
     rows = []
     for name, text in WORKLOADS.items():
-        ratio = runs[name]["vllm"]["bf16_over_this"]
-        rates = [rate(runs[name][system]) for system in ("bf16", "int8", "vllm")]
-        rows.append([text, *rates, *(f"{ratio[key]:.1f}" for key in ("mean", "low", "high"))])
-    return table("workload | bfloat16 | int8 | vLLM | bfloat16 / vLLM | from | to", rows)
+        rates = [rate(runs[name][system]) for system in ("bf16", "int8", "gguf", "vllm", "llama.cpp")]
+        ratios = [runs[name][peer]["bf16_over_this"]["low"] for peer in ("vllm", "llama.cpp")]
+        rows.append([text, *rates, *(f"{ratio:.1f}" for ratio in ratios)])
+    peers = "vLLM | llama.cpp | at least, of vLLM | at least, of llama.cpp"
+    return table(f"workload | bfloat16 | int8 | 4-bit blocks | {peers}", rows)
 
 
 def against_transformers(machine: str = CPU) -> Table:
@@ -463,7 +464,7 @@ def gpu_latency() -> Table:
 DOCUMENTS = {
     "README.md": (headline_workloads, headlines),
     "benchmarks/README.md": (
-        against_vllm, against_transformers, throughput, with_amx, fewer_bits_with_amx, weights, beside_busy_processes,
+        against_peers, against_transformers, throughput, with_amx, fewer_bits_with_amx, weights, beside_busy_processes,
         quota, narrow_registers, shares,
         quality_plain, quality_groups, speculation, heads, memory, prefix_cache, radix, tiers, overhead, kernels, ranks, sums,
         serving, page, replicas, two_phase, two_phase_at_once, fairness, adapters,
