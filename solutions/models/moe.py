@@ -59,6 +59,7 @@ class Experts(WeightLayer):
 
     Attributes:
         kind: the class of an expert, for families that differ there.
+        activation: what makes a shared expert's weight of its logit.
         load: [E] int64, tokens that each expert was chosen for since the start, those of other ranks too.
     """
 
@@ -72,6 +73,7 @@ class Experts(WeightLayer):
         for number in range(self.mine.start, self.mine.stop):
             expert = replace(config, intermediate_size=sizes[number], mlp_bias=self.mixture.clamped is not None)
             self.add_module(str(number), self.kind(expert, cut))
+        self.activation = torch.sigmoid
         self.load: Tensor
         self.register_buffer("load", torch.zeros(len(sizes), dtype=torch.int64), persistent=False)
 
@@ -86,7 +88,7 @@ class Experts(WeightLayer):
         A token's scores are the softmax of its logits over all routed experts, in float32 whatever the logits are. It chooses
         the `mixture.chosen` experts with the highest scores, and these are their weights; with `mixture.renormalise` divided by
         their sum. A shared expert (`mixture.shared_size` is not 0) is chosen by every token as well; its weight is the sigmoid
-        of its own logit, which no softmax sees.
+        of its own logit (`activation`), which no softmax sees.
 
         Args:
             logits: [T, E], the router's; a shared expert's column is the last, number ``mixture.count``.
@@ -100,7 +102,7 @@ class Experts(WeightLayer):
         if mixture.renormalise:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         if mixture.shared_size:
-            weights = torch.cat((weights, logits[:, mixture.count :].float().sigmoid()), dim=-1)
+            weights = torch.cat((weights, self.activation(logits[:, mixture.count :].float())), dim=-1)
             chosen = torch.cat((chosen, torch.full_like(chosen[:, :1], mixture.count)), dim=-1)
         return weights, chosen
 

@@ -18,6 +18,7 @@ from solutions.core.engine import LLM
 from solutions.core.platform import native
 from solutions.core.sampling.sampler import Sampler
 from solutions.models.kernels.invariant import in_whole_vectors, token_by_token
+from solutions.models.moe import Experts
 from solutions.parallelism.tensor_parallel import ACTIVATION_FUNCTIONS
 from solutions.tests.attention_cases import make_case, quantize_int8
 from solutions.tests.engine_twins import folder as tiny_folder
@@ -30,7 +31,7 @@ PROMPTS = [
 ]
 
 
-OTHERS = ("starcoder2", "gemma3_text", "gpt_oss", "deepseek_v2", "deepseek_v3")
+OTHERS = ("starcoder2", "gemma3_text", "gpt_oss", "qwen2_moe", "deepseek_v2", "deepseek_v3")
 """What PyTorch computes a part of: GELU, clamped gates, scores of experts, attention over latents."""
 
 
@@ -146,6 +147,18 @@ def test_rows_that_are_no_whole_vectors(family, tmp_path, monkeypatch):
     alone = {(i, n): row for i, p in enumerate(prompts) for (_, n), row in logits_of(llm, [p], monkeypatch).items()}
     together = logits_of(llm, prompts, monkeypatch)
     assert all(torch.equal(together[key], alone[key]) for key in alone)
+
+
+@pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler here, so there are no kernels to test")
+def test_a_shared_experts_weight_is_the_same_in_any_batch():
+    """Its sigmoid is PyTorch's, of one number a token: some differ where the end of a tensor is."""
+    settings = SETTINGS | {"dtype": "bfloat16", "batch_invariant": True, "max_model_len": 256}
+    model = LLM(str(tiny_folder("qwen2_moe")), **settings).llm_engine.executor.worker.model
+    experts = next(layer for layer in model.modules() if isinstance(layer, Experts))
+    logits = torch.randn(3001, experts.mixture.count + 1, generator=torch.Generator().manual_seed(0)).bfloat16() * 4
+    together = experts.choose(logits)[0]
+    assert torch.equal(torch.cat([experts.choose(row[None])[0] for row in logits]), together)
+    assert torch.equal(experts.choose(logits[5:2999])[0], together[5:2999])
 
 
 def test_a_token_reads_latents_that_a_later_sequence_of_the_step_writes():
