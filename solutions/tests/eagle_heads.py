@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -11,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from solutions.batching.sampling_params import SamplingParams
+from solutions.core.engine import LLM
 from solutions.models.heads.eagle import WEIGHTS, EagleHead, save_head
 from solutions.models.loader import load_model, resolve_model
 
@@ -89,3 +93,49 @@ class Oracle:
             out = self.outputs(text, drafted, first)[-1]
             drafted.append(int(self.token_ids[(out @ self.weights["lm_head.weight"].T).argmax()]))
         return drafted
+
+
+def three_tokens(model: Any, prompt: list[int]) -> dict[tuple[int, ...], float]:
+    """The chances of what transformers' model says behind a prompt: three tokens, each of the three likeliest, at a temperature
+    of 4."""
+    expected: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(3):
+        longer = {}
+        for said, chance in expected.items():
+            with torch.no_grad():
+                top = model(torch.tensor([[*prompt, *said]])).logits[0, -1].topk(3)
+            for token, p in zip(top.indices.tolist(), top.values.div(4.0).softmax(0).tolist(), strict=True):
+                longer[*said, token] = chance * p
+        expected = longer
+    return expected
+
+
+def check_chances(llm: LLM, prompt: dict[str, list[int]], expected: dict[tuple[int, ...], float], count: int = 1500) -> None:
+    """An engine's answers, of which there are `count`, follow the chances of `three_tokens`."""
+    params = SamplingParams(temperature=4.0, top_k=3, max_tokens=3, ignore_eos=True)
+    said = Counter(tuple(each) for each in tokens(llm.generate([prompt] * count, params, use_tqdm=False)))
+    assert said.keys() <= expected.keys()
+    chi_square = sum((said[key] - count * p) ** 2 / (count * p) for key, p in expected.items())
+    assert chi_square < 60  # 26 degrees of freedom: the chance of more is 0.0002
+
+
+def watch(llm: LLM, plain=()) -> list[tuple[list[int], list[int], int]]:
+    """(text, what was drafted behind it, where its context begins) of all that is drafted from now on. What a random head
+    drafts is never right, so some of it is replaced by what `plain` says, outputs of plain decoding, before it is on trial."""
+    proposer, seen, chance = llm.llm_engine.drafter.proposer, [], random.Random(0)
+    propose = proposer.propose
+    right = {(tuple(o.prompt_token_ids), o.outputs[0].token_ids[0]): o.outputs[0].token_ids for o in plain}
+
+    def watched(output, wanted):
+        texts = {seq: list(seq.tokens) for seq in wanted}
+        drafts = propose(output, wanted)
+        for seq, draft in drafts.items():
+            seen.append((texts[seq], list(draft.token_ids), proposer.drafts.contexts[seq.seq_id].first))
+            said = right.get((tuple(seq.prompt_token_ids), texts[seq][seq.num_prompt_tokens]))
+            if said is not None:
+                count = chance.randint(0, len(draft.token_ids))
+                draft.token_ids[:count] = said[seq.num_output_tokens :][:count]
+        return drafts
+
+    proposer.propose = watched
+    return seen

@@ -6,6 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from solutions.quantization.calibration import LayerInputs
+from solutions.quantization.matrices import Fold
+
 
 def correlated(count: int, size: int, seed: int = 0) -> Tensor:
     """Inputs [count, size] that go together, some channels much larger than others."""
@@ -36,3 +39,13 @@ def optimal_brain_quantization(weight, hessian, bits, size, damping) -> np.ndarr
         weight -= np.outer(error, inverse[j])
         inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
     return result
+
+
+def fold_randomly(layer: LayerInputs, seed: int) -> list[Fold]:
+    """Divide the inputs of every fold of a layer by random factors from 0.5 to 1.5; returns the folds."""
+    folds = list(layer.folds())
+    for fold in folds:
+        scale = torch.rand(layer.weight(fold.matrices[0]).shape[1], generator=torch.Generator().manual_seed(seed)) + 0.5
+        with torch.inference_mode():
+            layer.fold(fold, scale)
+    return folds

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import random
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,17 +18,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer
 
-from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
 from solutions.core.platform import native
 from solutions.core.speculation.settings import SpeculativeConfig
 from solutions.models.config.entries import ModelError
 from solutions.models.heads.deepseek_mtp import MtpHead, find_mtp
 from solutions.models.loader import resolve_model
-from solutions.tests.eagle_heads import GREEDY, PROMPTS, tokens
+from solutions.tests.eagle_heads import GREEDY, PROMPTS, check_chances, three_tokens, tokens, watch
 from solutions.tests.engine_twins import folder
 from solutions.tests.slow_cases import slow_after
-from solutions.tests.test_eagle import watch
 from solutions.tests.tiny_models import make_tiny
 
 SETTINGS = {"dtype": "float32", "max_model_len": 256, "block_size": 4, "num_gpu_blocks_override": 256}
@@ -234,16 +231,7 @@ def test_greedy_and_seeded_tokens_are_those_of_plain_decoding(target, mode):
 @pytest.mark.slow
 def test_sampled_tokens_follow_the_targets_distribution(target):
     """Chi-square over pairs of tokens, the second of which was on trial; the chances are transformers'."""
-    model, prompt = Oracle(folder("deepseek_v3")).model, PROMPTS[1]["prompt_token_ids"]
-    expected: dict[tuple[int, ...], float] = {(): 1.0}
-    for _ in range(3):
-        longer = {}
-        for said, chance in expected.items():
-            with torch.no_grad():
-                top = model(torch.tensor([[*prompt, *said]])).logits[0, -1].topk(3)
-            for token, p in zip(top.indices.tolist(), top.values.div(4.0).softmax(0).tolist(), strict=True):
-                longer[*said, token] = chance * p
-        expected = longer
+    expected = three_tokens(Oracle(folder("deepseek_v3")).model, PROMPTS[1]["prompt_token_ids"])
     llm = LLM(target, **SETTINGS | {"num_gpu_blocks_override": 2048}, max_num_seqs=16, speculative_config=MTP, seed=5)
     proposer, chance = llm.llm_engine.drafter.proposer, random.Random(0)
     propose = proposer.propose
@@ -258,11 +246,7 @@ def test_sampled_tokens_follow_the_targets_distribution(target):
         return drafts
 
     proposer.propose = informed
-    params, count = SamplingParams(temperature=4.0, top_k=3, max_tokens=3, ignore_eos=True), 1500
-    said = Counter(tuple(each) for each in tokens(llm.generate([PROMPTS[1]] * count, params, use_tqdm=False)))
-    assert said.keys() <= expected.keys()
-    chi_square = sum((said[key] - count * p) ** 2 / (count * p) for key, p in expected.items())
-    assert chi_square < 60  # 26 degrees of freedom: the chance of more is 0.0002
+    check_chances(llm, PROMPTS[1], expected)
     assert llm.llm_engine.stats().spec_decode_num_accepted_tokens > 100
 
 

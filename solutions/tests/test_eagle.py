@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,13 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from solutions.batching.sampling_params import SamplingParams
 from solutions.core.draft_model import HeadProposer
 from solutions.core.engine import LLM
 from solutions.core.speculation import head_drafts
 from solutions.core.speculation.head_drafts import HeadDrafts
 from solutions.models.heads.eagle import CONFIG, WEIGHTS
-from solutions.tests.eagle_heads import GREEDY, PROMPTS, Oracle, make_random_head, tokens
+from solutions.tests.eagle_heads import GREEDY, PROMPTS, Oracle, check_chances, make_random_head, three_tokens, tokens, watch
 from solutions.tests.slow_cases import slow_after
 
 SETTINGS = {"dtype": "float32", "max_model_len": 256, "block_size": 4, "num_gpu_blocks_override": 256}
@@ -40,28 +37,6 @@ def head(tmp_path_factory, target) -> Path:
 
 def eagle(head: Path, **others) -> dict:
     return {"method": "eagle", "model": str(head), "num_speculative_tokens": 3, "adaptive": False} | others
-
-
-def watch(llm: LLM, plain=()) -> list[tuple[list[int], list[int], int]]:
-    """(text, what was drafted behind it, where its context begins) of all that is drafted from now on. What a random head
-    drafts is never right, so some of it is replaced by what `plain` says, outputs of plain decoding, before it is on trial."""
-    proposer, seen, chance = llm.llm_engine.drafter.proposer, [], random.Random(0)
-    propose = proposer.propose
-    right = {(tuple(o.prompt_token_ids), o.outputs[0].token_ids[0]): o.outputs[0].token_ids for o in plain}
-
-    def watched(output, wanted):
-        texts = {seq: list(seq.tokens) for seq in wanted}
-        drafts = propose(output, wanted)
-        for seq, draft in drafts.items():
-            seen.append((texts[seq], list(draft.token_ids), proposer.drafts.contexts[seq.seq_id].first))
-            said = right.get((tuple(seq.prompt_token_ids), texts[seq][seq.num_prompt_tokens]))
-            if said is not None:
-                count = chance.randint(0, len(draft.token_ids))
-                draft.token_ids[:count] = said[seq.num_output_tokens :][:count]
-        return drafts
-
-    proposer.propose = watched
-    return seen
 
 
 @pytest.mark.parametrize("kernels", [True, False])
@@ -144,24 +119,10 @@ def test_as_many_as_pay_are_drafted_by_default(target, head):
 
 def test_sampled_tokens_follow_the_targets_distribution(target, head):
     """Chi-square over pairs of tokens, the second of which was on trial; the chances are transformers'."""
-    model, prompt = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32), PROMPTS[1]["prompt_token_ids"]
-    expected: dict[tuple[int, ...], float] = {(): 1.0}
-    for _ in range(3):
-        longer = {}
-        for said, chance in expected.items():
-            with torch.no_grad():
-                top = model(torch.tensor([[*prompt, *said]])).logits[0, -1].topk(3)
-            for token, p in zip(top.indices.tolist(), top.values.div(4.0).softmax(0).tolist(), strict=True):
-                longer[*said, token] = chance * p
-        expected = longer
+    expected = three_tokens(AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32), PROMPTS[1]["prompt_token_ids"])
     llm = LLM(target, **SETTINGS | {"num_gpu_blocks_override": 2048}, speculative_config=eagle(head), seed=5)
     # the head drafts the likeliest token always, so that many are accepted
-    params = SamplingParams(temperature=4.0, top_k=3, max_tokens=3, ignore_eos=True)
-    count = 1500
-    said = Counter(tuple(each) for each in tokens(llm.generate([PROMPTS[1]] * count, params, use_tqdm=False)))
-    assert said.keys() <= expected.keys()
-    chi_square = sum((said[key] - count * p) ** 2 / (count * p) for key, p in expected.items())
-    assert chi_square < 60  # 26 degrees of freedom: the chance of more is 0.0002
+    check_chances(llm, PROMPTS[1], expected)
 
 
 def test_features_that_nobody_reads_are_kept_in_bounds(target, head, monkeypatch):

@@ -22,7 +22,7 @@ from solutions.quantization.calibration import Calibration, Statistics
 from solutions.quantization.gptq import gptq_quantize
 from solutions.quantization.layout.groups import quantize_groups
 from solutions.quantization.matrices import Fold
-from solutions.tests.quantization_cases import correlated, optimal_brain_quantization, random_weight
+from solutions.tests.quantization_cases import correlated, fold_randomly, optimal_brain_quantization, random_weight
 from solutions.tests.tiny_models import make_tiny_gpt2, make_tiny_llama, make_tiny_mistral
 
 
@@ -140,11 +140,7 @@ def test_folding_scales_leaves_the_models_outputs_as_they_were(tmp_path, make, s
     plain, folded = Calibration(source, texts()), Calibration(source, texts())
     for index in range(len(plain.layers)):
         layer = folded.inputs_of(index)
-        folds = list(layer.folds())
-        for fold in folds:
-            scale = torch.rand(layer.weight(fold.matrices[0]).shape[1], generator=torch.Generator().manual_seed(index)) + 0.5
-            with torch.inference_mode():
-                layer.fold(fold, scale)
+        folds = fold_randomly(layer, seed=index)
         assert (Fold(("self_attn.o_proj",)) in folds) == (sizes == {"num_key_value_heads": 4})
         assert set(layer.changed) == {"input_layernorm.weight", "post_attention_layernorm.weight"}
         plain.advance(index, {}, {})

@@ -18,6 +18,7 @@ from solutions.quantization import awq, gptq
 from solutions.quantization.calibration import Calibration
 from solutions.quantization.rtn import write_rounded
 from solutions.tests.engine_twins import folder
+from solutions.tests.quantization_cases import fold_randomly
 from solutions.tests.quantized_folders import AWQ_NIBBLES, check_against_transformers
 from solutions.tests.tiny_models import FAMILIES, make_tiny
 
@@ -125,11 +126,7 @@ def test_folding_leaves_what_a_layer_says_as_it_was(family):
     whole, folded = Calibration(source, tokens), Calibration(source, tokens)
     for index in range(len(whole.layers)):
         layer = folded.inputs_of(index)
-        folds = list(layer.folds())
-        for fold in folds:
-            scale = torch.rand(layer.weight(fold.matrices[0]).shape[1], generator=torch.Generator().manual_seed(index)) + 0.5
-            with torch.inference_mode():
-                layer.fold(fold, scale)
+        folds = fold_randomly(layer, seed=index)
         found = [name for fold in folds for name in fold.matrices]
         assert len(found) == len(set(found))
         assert (family == "olmo2") == all(fold.norm is None for fold in folds)
