@@ -175,6 +175,7 @@ def _work(job: Job) -> int:
         runpy.run_module(job.module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         if isinstance(end.code, str):
+            sys.stdout.flush()  # what was printed before comes before
             print(end.code, file=sys.stderr)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
