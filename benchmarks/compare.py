@@ -48,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an
 from solutions.benchmarks.comparison import in_turns, rates, ratio
 from solutions.benchmarks.datasets import WORKLOADS, BenchRequest, make_requests
 from solutions.benchmarks.end_to_end import first_model, run_server
-from solutions.benchmarks.report import Flags, Parser, drawing, finish, one_line_errors, place, say, show_table, spread
+from solutions.benchmarks.report import Flags, Parser, drawing, finish, one_line_errors, say, show_table, spread
 from solutions.benchmarks.servers import MAX_SEQUENCES, STARTERS, running_server, start
 from solutions.benchmarks.throughput import Measurement, load_hf, run_engine, run_hf, warm_up_requests
 from solutions.core.config import DEFAULT_MODEL
@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
             for name in args.workloads:
                 found[f"{name} beside {busy}" if busy else name] = measure(runners, name, args.repeats, pause)
     summary = summarise(found)
-    show(summary, place(device))
+    show(summary, torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads")
     finish(args, "compare", summary, partial(draw, summary), threads=torch.get_num_threads())
 
 

@@ -17,6 +17,7 @@ import itertools
 import random
 import re
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -98,9 +99,9 @@ def measure_card(device: torch.device, copy_bytes: int = 2 << 30, size: int = 81
     return Card(name, 2 * copy_bytes / copy, 2 * size**3 / product, memory)
 
 
-def measure_decode(engine: LLMEngine, card: Card, batch: int, context: int, steps: int) -> StepTime:
+def measure_decode(engine: LLMEngine, looks: Sequence[Callable[[], Card]], batch: int, context: int, steps: int) -> StepTime:
     """Decode steps of `batch` sequences, around `context` tokens of each, or as many as the KV cache holds."""
-    limits, scheduler, lengths = engine.limits, engine.scheduler, []
+    limits, scheduler, each = engine.limits, engine.scheduler, -(-steps // len(looks))
     room = limits.num_blocks // batch * engine.config.block_size - engine.config.block_size
     prompt_len = min(context, room, limits.max_model_len - 1) - 2 * steps
     if prompt_len < 1:
@@ -108,14 +109,19 @@ def measure_decode(engine: LLMEngine, card: Card, batch: int, context: int, step
     submit(engine, batch, prompt_len, limits.max_model_len - prompt_len - 1)
     while scheduler.waiting or any(seq.num_output_tokens < 2 for seq in scheduler.running):
         engine.step()
-    seconds = median_seconds(engine.step, steps, before=lambda: lengths.extend(len(seq.tokens) for seq in scheduler.running))
+
+    def measure(card: Card) -> StepTime:
+        mean = statistics.fmean(len(seq.tokens) for seq in scheduler.running) + (each - 1) / 2
+        cost = decode_cost(engine.model_config, batch, mean, engine.executor.dtype)
+        return step_time("decode", batch, mean, median_seconds(engine.step, each), cost, card)
+
+    step = typical(looks, measure)
     for seq in [*scheduler.running, *scheduler.waiting]:
         engine.abort_request(seq.request_id)
-    mean = statistics.fmean(lengths)
-    return step_time("decode", batch, mean, seconds, decode_cost(engine.model_config, batch, mean, engine.executor.dtype), card)
+    return step
 
 
-def measure_prefill(engine: LLMEngine, card: Card, length: int, repeats: int) -> StepTime:
+def measure_prefill(engine: LLMEngine, looks: Sequence[Callable[[], Card]], length: int, repeats: int) -> StepTime:
     """One prompt of `length` tokens on an idle engine: time to its first token."""
 
     def run() -> None:
@@ -124,7 +130,13 @@ def measure_prefill(engine: LLMEngine, card: Card, length: int, repeats: int) ->
             engine.step()
 
     cost = prefill_cost(engine.model_config, length, engine.executor.dtype)
-    return step_time("prefill", 1, length, median_seconds(run, repeats), cost, card)
+    measure = partial(median_seconds, run, -(-repeats // len(looks)))
+    return typical(looks, lambda card: step_time("prefill", 1, length, measure(), cost, card))
+
+
+def typical(looks: Sequence[Callable[[], Card]], measure: Callable[[Card], StepTime]) -> StepTime:
+    """The median by share of the floor: a CPU that others share is not the same for long, so each round looks at it first."""
+    return sorted((measure(look()) for look in looks), key=lambda step: step.floor / step.seconds)[len(looks) // 2]
 
 
 def step_time(what: str, batch: int, context: float, seconds: float, cost: StepCost, card: Card) -> StepTime:
@@ -212,13 +224,12 @@ def measure_model(args: Flags, name: str, card: Card, whole: bool = True, eager:
         llm = LLM(place, dtype="bfloat16", load_format="dummy", max_model_len=longest, max_num_seqs=max(batches), **more)
     engine, worker = llm.llm_engine, llm.llm_engine.executor.worker
     title = f"{name} on {card.name}, {worker.backend.name} attention"
-    # a CPU that others share is not the same for long
-    now = partial(measure_card, worker.device) if worker.device.type == "cpu" else lambda: card
+    looks = [partial(measure_card, worker.device, repeats=3)] * 9 if worker.device.type == "cpu" else [lambda: card]
 
     def decode() -> list[StepTime]:
-        return [measure_decode(engine, now(), batch, args.context, args.steps) for batch in batches]
+        return [measure_decode(engine, looks, batch, args.context, args.steps) for batch in batches]
 
-    steps = decode() + [measure_prefill(engine, now(), length, args.steps) for length in (args.prompts if whole else ())]
+    steps = decode() + [measure_prefill(engine, looks, length, args.steps) for length in (args.prompts if whole else ())]
     results: dict[str, Any] = {"steps": show_steps(f"{title}, {'CUDA graphs' if worker.graphs else 'no graphs'}", steps)}
     if whole and args.requests:
         run = run_engine(llm, nano_requests(args.requests, args.longest, min(10000, engine.model_config.vocab_size - 1)))

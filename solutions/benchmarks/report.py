@@ -95,11 +95,6 @@ def one_line_errors(*more: type[Exception]) -> Iterator[None]:
         sys.exit(130)
 
 
-def place(device: torch.device) -> str:
-    """What computes: a GPU's name, or the number of threads."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-
-
 def say(line: str) -> None:
     """A line about what is going on, beside the results."""
     print(line, file=sys.stderr, flush=True)

@@ -82,7 +82,7 @@ def measure_ranks(args: Flags, model: str, size: int) -> list[RankTime]:
         enable_cpu_kernels=not args.disable_cpu_kernels,
     )  # fmt: skip
     engine = LLMEngine(config)
-    nothing = Card("", float("inf"), float("inf"), 0)  # no floors here
+    nothing = [lambda: Card("", float("inf"), float("inf"), 0)]  # no floors here
     weights = num_product_weights(engine.model_config) * engine.executor.dtype.itemsize
     measure_decode(engine, nothing, max(batches), args.context, 2)  # all memory is touched, all steps are recorded
     todo = [partial(measure_decode, engine, nothing, batch, args.context, args.steps) for batch in batches]
@@ -167,13 +167,6 @@ def show_ranks(model: str, times: list[RankTime]) -> None:
     show_table(f"{model} in bfloat16, random weights", columns, rows)
 
 
-def show_collectives(times: list[dict[str, Any]]) -> None:
-    seconds = {(t["method"], t["bytes"]): t["seconds"] for t in times}
-    sizes = sorted({t["bytes"] for t in times})
-    rows = [[f"{size:,}", *(f"{seconds[method, size] * 1e6:,.1f}" for method in WAYS)] for size in sizes]
-    show_table(f"One sum over {times[0]['ranks']} ranks of one core each, µs", ["bytes", *WAYS], rows)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("scaling", __doc__)
     parser.add_flag("--model", "1b", "alias or folder; 1b: the shape of TinyLlama-1.1B")
@@ -203,7 +196,9 @@ def main(argv: list[str] | None = None) -> None:
             memory = Path(folder) / "memory"
             memory.touch()
             collectives = measure_collectives(2, COLLECTIVE_SIZES, COLLECTIVE_REPEATS, memory)
-            show_collectives(collectives)
+            cells = [f"{t['seconds'] * 1e6:,.1f}" for t in collectives]
+            rows = [[f"{size:,}", *cells[i :: len(COLLECTIVE_SIZES)]] for i, size in enumerate(COLLECTIVE_SIZES)]
+            show_table("One sum over 2 ranks of one core each, µs", ["bytes", *WAYS], rows)
     results = {"steps": [asdict(t) for t in times], "runs": [asdict(t) for t in runs]}
     results |= {"collectives": collectives} if collectives else {}
     finish(args, "scaling", results)

@@ -279,19 +279,19 @@ def test_floor_of_a_prompt() -> None:
 def test_measured_steps_are_the_steps_asked_for(tmp_path: Path) -> None:
     make_tiny_llama(tmp_path)
     engine = LLMEngine(EngineConfig(model=str(tmp_path), max_model_len=128, device=DEVICE, num_gpu_blocks_override=64))
-    card = Card("toy", 1e9, 1e9, 1e9)
-    step = measure_decode(engine, card, batch=3, context=64, steps=4)
+    looks = [lambda: Card("toy", 1e9, 1e9, 1e9)]
+    step = measure_decode(engine, looks, batch=3, context=64, steps=4)
     assert (step.what, step.batch) == ("decode", 3)
     assert 56 <= step.context <= 64
     assert step.tokens_per_second == pytest.approx(3 / step.seconds)
     assert not engine.has_unfinished_requests()
-    short = measure_decode(engine, card, batch=16, context=120, steps=2)
+    short = measure_decode(engine, looks, batch=16, context=120, steps=2)
     assert short.context <= 48  # 64 blocks of 16 hold 16 sequences of no more
-    prompt = measure_prefill(engine, card, 40, repeats=2)
+    prompt = measure_prefill(engine, looks, 40, repeats=2)
     assert (prompt.what, prompt.context) == ("prefill", 40)
     assert engine.stats().prefix_cache_hits == 0
     with pytest.raises(ValueError, match="no room for 60 sequences"):
-        measure_decode(engine, card, batch=60, context=100, steps=8)
+        measure_decode(engine, looks, batch=60, context=100, steps=8)
 
 
 def test_the_requests_are_those_of_nano_vllm() -> None:
