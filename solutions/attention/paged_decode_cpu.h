@@ -141,7 +141,7 @@ void score(const Work<T>& work, int64_t row, int64_t count, const int64_t* offse
 
 template <int R, typename T>
 void add(const Work<T>& work, int64_t row, int64_t count, const int64_t* offsets, const int64_t* ahead) {
-    if constexpr (IN_PAIRS<T>) {
+    if constexpr (IN_PAIRS<T> && LANES == 16) {
         switch (work.dim) {
             case 64: add_value_pairs<R, 32 / LANES>(work, row, count, offsets, ahead); break;
             case 96: add_value_pairs<R, 48 / LANES>(work, row, count, offsets, ahead); break;

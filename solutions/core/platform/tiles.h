@@ -25,24 +25,52 @@ constexpr int WIDE_TILE_ROWS = 16;         // the same of bfloat16s and of bytes
 constexpr int WIDE_TILE_ROWS = TILE_ROWS;
 #endif
 
-#ifdef __AVX512BF16__
-constexpr bool MULTIPLIES_BF16 = true;
+// 2 bfloat16s with 2 others.
+#if defined(__AVX512BF16__)
+#define HAS_DOT_PAIRS
 inline Floats dot_pairs(Floats acc, Bits x, Bits w) {
     return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)w);
 }
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define HAS_DOT_PAIRS
+inline Floats dot_pairs(Floats acc, Bits x, Bits w) {
+    return (Floats)vbfdotq_f32((float32x4_t)acc, vreinterpretq_bf16_u32((uint32x4_t)x), vreinterpretq_bf16_u32((uint32x4_t)w));
+}
+#endif
+#ifdef HAS_DOT_PAIRS
+constexpr bool MULTIPLIES_BF16 = true;
 #else
 constexpr bool MULTIPLIES_BF16 = false;
 #endif
 
-// 4 unsigned bytes with 4 signed ones.
+// 4 unsigned bytes with 4 signed ones. Where both must be signed, activations are bytes around 0 instead of MIDDLE.
 #if defined(__AVX512VNNI__)
-constexpr bool MULTIPLIES_BYTES = true;
+#define HAS_DOT_QUADS
 inline Ints dot_quads(Ints acc, Ints x, Ints w) { return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)x, (__m512i)w); }
 #elif defined(__AVXVNNI__)
-constexpr bool MULTIPLIES_BYTES = true;
+#define HAS_DOT_QUADS
 inline Ints dot_quads(Ints acc, Ints x, Ints w) { return (Ints)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)x, (__m256i)w); }
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+#define HAS_DOT_QUADS
+inline Ints dot_quads(Ints acc, Ints x, Ints w) {
+    return (Ints)vusdotq_s32((int32x4_t)acc, vreinterpretq_u8_s32((int32x4_t)x), vreinterpretq_s8_s32((int32x4_t)w));
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define HAS_DOT_QUADS
+#define HAS_SIGNED_BYTES
+inline Ints dot_quads(Ints acc, Ints x, Ints w) {
+    return (Ints)vdotq_s32((int32x4_t)acc, vreinterpretq_s8_s32((int32x4_t)x), vreinterpretq_s8_s32((int32x4_t)w));
+}
+#endif
+#ifdef HAS_DOT_QUADS
+constexpr bool MULTIPLIES_BYTES = true;
 #else
 constexpr bool MULTIPLIES_BYTES = false;
+#endif
+#ifdef HAS_SIGNED_BYTES
+constexpr int MIDDLE = 0;
+#else
+constexpr int MIDDLE = 128;
 #endif
 
 // Two signed words each. `vpmaddubsw` would take bytes, but saturates: 255 · 127 + 255 · 127 is beyond 16 bits.
@@ -126,7 +154,7 @@ inline void tile(const uint8_t* a, int64_t lda, const int8_t* panel, int64_t k, 
 }
 #endif
 
-#if defined(__AVX512BF16__) && !defined(HAS_AMX)
+#if defined(HAS_DOT_PAIRS) && !defined(HAS_AMX)
 template <int M, bool AHEAD = false>
 inline void tile(const bf16* a, int64_t lda, const bf16* panel, int64_t ldp, int64_t k, Floats (&c)[M][2], Ahead ahead = {}, int64_t step = 2) {
     for (int64_t i = 0; i < k; i += 2, panel += 2 * ldp, a += step) {
@@ -164,7 +192,7 @@ TILE_FUNCTION void tile(const float* a, int64_t lda, const bf16* panel, int64_t 
     std::memcpy(to, c, sizeof(c));
 }
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#ifdef HAS_DOT_QUADS
 // Where x has signed bytes, those of the panel are not negative.
 template <int M, bool AHEAD = false, typename Byte>
 inline std::enable_if_t<sizeof(Byte) == 1> tile(const Byte* a, int64_t lda, const int8_t* panel, int64_t k, Ints (&c)[M][2], Ahead ahead = {}) {

@@ -65,7 +65,7 @@ void linear_int8(const Linear& a) {
     parallel_for(a.m, ROWS, [&](int64_t row) {
         for (int64_t g = 0, i = 0; g < groups; ++g, i += a.group)
             a.of_groups[row * groups + g] =
-                quantize(static_cast<const T*>(a.x) + row * a.ldx + i, bytes + row * a.k + i, std::min(a.group, a.k - i), 128).scale;
+                quantize(static_cast<const T*>(a.x) + row * a.ldx + i, bytes + row * a.k + i, std::min(a.group, a.k - i), MIDDLE).scale;
     });
     multiply(weights, output<T>(a), a.m, a.n);
 }

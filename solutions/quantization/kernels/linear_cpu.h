@@ -59,8 +59,8 @@ struct Plain {
     }
 };
 
-// int8 weights with a scale for each column; activations as unsigned bytes around 128, with a scale for each group of a row's. What
-// the 128 adds, 128 times the sum of the group's weights, is where the sums begin.
+// int8 weights with a scale for each column; activations as bytes around MIDDLE, with a scale for each group of a row's. What that
+// adds, MIDDLE times the sum of the group's weights, is where the sums begin.
 // A panel holds for each group PANEL such sums, less the factor, in 16 bits, then the weights of the group as tiles.h wants them.
 struct Int8 {
     static constexpr int ROWS = WIDE_TILE_ROWS;
@@ -84,7 +84,7 @@ struct Int8 {
             const int64_t begin = g * group, count = std::min(group, k - begin);
             Ints sums[M][2];
             for (int h = 0; h < 2; ++h) {
-                const Ints start = __builtin_convertvector(load_as<Shorts>(at + h * PANEL), Ints) * -128;
+                const Ints start = __builtin_convertvector(load_as<Shorts>(at + h * PANEL), Ints) * -MIDDLE;
                 for (int m = 0; m < M; ++m) sums[m][h] = start;
             }
             at += HEAD;

@@ -69,7 +69,7 @@ inline void add_codes(const float* x, int64_t ldx, const Codes* at, Floats (&c)[
         }
     }
 }
-#ifdef __AVX512BF16__
+#ifdef HAS_DOT_PAIRS
 template <int M, typename Codes>
 inline void add_codes(const bf16* x, int64_t ldx, const Codes* at, Floats (&c)[M][2]) {
     Bits pairs[2];
