@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from .config.entries import Entries, ModelError
 from .config.families import FAMILIES
 from .config.readers import KINDS
+from .gguf_bert import LAYER_NAMES, OUTER_NAMES, bert_config
 from .gguf_deepseek import SIGMOID, SOFTMAX, latents
 from .gguf_tokenizer import end_tokens
 from .rope import periods, scale_llama3
@@ -91,6 +92,8 @@ class GgufFamily:
     one_added: bool = False
     norm: str = RMS
     joined: dict[str, str] = field(default_factory=dict)
+    outer: dict[str, str] = field(default_factory=_OUTER_NAMES.copy)
+    layers: str = "model.layers"
 
     def other(self, name: str) -> str | None:
         """The name of the tensor that is joined to this one, if any is."""
@@ -109,10 +112,10 @@ class GgufFamily:
             ours = names.get(part if expert is None else f"{part}_exps")
             if ours is not None:
                 ours = ours if expert is None else ours.replace(".experts.", f".experts.{expert}.")
-                return f"model.layers.{layer}.{ours}{'' if ours.endswith('_bias') else f'.{kind}'}"
+                return f"{self.layers}.{layer}.{ours}{'' if ours.endswith('_bias') else f'.{kind}'}"
         part, _, kind = name.rpartition(".")
-        if part in _OUTER_NAMES:
-            return f"{_OUTER_NAMES[part]}.{kind}"
+        if part in self.outer:
+            return f"{self.outer[part]}.{kind}"
         raise ModelError(f"tensor {name!r} in the GGUF file belongs to no layer of a {self.architecture}")
 
 
@@ -137,6 +140,7 @@ GGUF_FAMILIES = {
     "gemma2": GgufFamily("Gemma2ForCausalLM", _FOUR_NORMS, taken_for_granted=_GELU, one_added=True),
     "gemma3": GgufFamily("Gemma3ForCausalLM", _FOUR_NORMS | _HEAD_NORMS, taken_for_granted=_GELU, one_added=True),
     "deepseek2": GgufFamily("DeepseekV2ForCausalLM", _EXPERTS | _SHARED_EXPERTS | _LATENTS, joined={"attn_k_b": "attn_v_b"}),
+    "bert": GgufFamily("BertModel", LAYER_NAMES, norm="layer_norm_eps", outer=OUTER_NAMES, layers="encoder.layer"),
     "gpt-oss": GgufFamily("GptOssForCausalLM", _EXPERTS | _POST_NORMS | {"attn_sinks": "self_attn.sinks"}),
 }
 """By ``general.architecture``."""
@@ -171,6 +175,9 @@ def hf_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[
         KeyError: a tensor is missing.
     """
     family, name = gguf_family(metadata), metadata.text("general.architecture")
+    dtype = str(EXACT_DTYPES.get(tensors["token_embd.weight"].tensor_type, torch.float32)).removeprefix("torch.")
+    if name == "bert":
+        return bert_config(metadata, tensors, dtype)
     if any(isinstance(metadata.content.get(f"{name}.attention.head_count{kind}"), list) for kind in ("", "_kv")):
         raise ModelError("GGUF files whose layers differ in their numbers of heads are not supported")
     if not metadata.flag(f"{name}.attention.causal", True):
@@ -216,7 +223,7 @@ def hf_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[
         "bos_token_id": next(iter(metadata.token_ids("tokenizer.ggml.bos_token_id", vocab_size) or ()), None),
         "eos_token_id": [token for token in end_tokens(metadata) if token < vocab_size] or None,
         "pad_token_id": next(iter(metadata.token_ids("tokenizer.ggml.padding_token_id", vocab_size) or ()), None),
-        "dtype": str(EXACT_DTYPES.get(embedding.tensor_type, torch.float32)).removeprefix("torch."),
+        "dtype": dtype,
     } | family.taken_for_granted | parts | windows | _experts(metadata, name) | latents(metadata, scaling)  # fmt: skip
 
 

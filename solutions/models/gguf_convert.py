@@ -28,6 +28,7 @@ from ..quantization.layout.blocks import BlockFormat
 from ..quantization.layout.groups import GroupQuantized
 from .config.entries import Entries, ModelError
 from .config.model_config import ModelConfig
+from .gguf_bert import write_pooling
 from .gguf_blocks import TYPES, formats, read_groups
 from .gguf_config import EXACT_DTYPES, ROPE_TENSORS, GgufFamily, gguf_family, hf_config
 from .gguf_fused import unfused
@@ -109,6 +110,7 @@ def _convert(paths: list[Path], folder: Path, progress: bool, as_codes: bool) ->
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
         _write_json(folder / "generation_config.json", ids)
         tokenizer.save_pretrained(folder)
+        write_pooling(header, folder)
         others = {f".{other}." for other in family.joined.values()}
         names = {n: family.hf_name(n) for n in tensors if n not in ROPE_TENSORS and not any(other in n for other in others)}
         _write_weights(_Weights(tensors, names, config, family, kept), folder, progress)

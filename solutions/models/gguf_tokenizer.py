@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
 from .config.entries import Entries, ModelError
+from .gguf_bert import word_piece_tokenizer, word_pieces
 from .gguf_cutting import CUTTINGS
 
 if TYPE_CHECKING:
@@ -55,13 +56,16 @@ def tokenizer_from_gguf(metadata: Entries, context: int) -> PreTrainedTokenizerF
     """
     from transformers import PreTrainedTokenizerFast  # takes a second to import
 
-    kind, tokens = metadata.text("ggml.model", None), metadata.many("ggml.tokens", str)
+    kind, tokens, words = metadata.text("ggml.model", None), metadata.many("ggml.tokens", str), dict[str, str]()
     if kind == "gpt2":
         tokenizer = _byte_level_bpe(metadata, tokens)
     elif kind == "llama":
         tokenizer = _sentencepiece_bpe(metadata, tokens)
+    elif kind == "bert":
+        tokens = word_pieces(metadata, tokens)
+        tokenizer, words = word_piece_tokenizer(metadata, tokens)
     else:
-        raise ModelError(f"tokenizer {kind!r} in the GGUF file is not supported; supported are gpt2 and llama")
+        raise ModelError(f"tokenizer {kind!r} in the GGUF file is not supported; supported are gpt2, llama and bert")
     types = metadata.many("ggml.token_type", int, [])
     for token, token_type in zip_longest(tokens, types[: len(tokens)]):
         if token in END_TOKENS:
@@ -70,17 +74,24 @@ def tokenizer_from_gguf(metadata: Entries, context: int) -> PreTrainedTokenizerF
             tokenizer.add_tokens([AddedToken(token, special=token_type != _USER_DEFINED, normalized=False)])
     named = {name: _special_id(metadata, key, len(tokens)) for name, key in _SPECIAL_TOKENS.items()}
     special = {f"{name}_token": tokens[index] for name, index in named.items() if index is not None}
-    around = {"bos": _adds_bos(metadata), "eos": metadata.flag("ggml.add_eos_token", False)}
-    before, after = ([special[f"{end}_token"]] if around[end] and named[end] is not None else [] for end in around)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=[*before, "$A", *after],
-        pair=[*before, "$A", *after, *(f"{token}:1" for token in before), "$B:1", *(f"{token}:1" for token in after)],
-        special_tokens=[(tokens[named[end]], named[end]) for end in around if named[end] is not None],
-    )
+    if kind != "bert":
+        tokenizer.post_processor = _around(metadata, special)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **special, chat_template=_chat_template(metadata), model_max_length=context,
+        tokenizer_object=tokenizer, **(special | words), chat_template=_chat_template(metadata), model_max_length=context,
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
+
+
+def _around(metadata: Entries, special: dict[str, str]) -> processors.TemplateProcessing:
+    """BOS in front of a text and EOS behind it, where a file wants them and has them."""
+    wanted = {"bos_token": _adds_bos(metadata), "eos_token": metadata.flag("ggml.add_eos_token", False)}
+    before, after = ([special[name]] if wanted[name] and name in special else [] for name in wanted)
+    second = [f"{token}:1" for token in (*before, "$B", *after)]
+    tokens = metadata.many("ggml.tokens", str)
+    known = [(token, tokens.index(token)) for token in dict.fromkeys((*before, *after))]
+    return processors.TemplateProcessing(
+        single=[*before, "$A", *after], pair=[*before, "$A", *after, *second], special_tokens=known
+    )
 
 
 def _chat_template(metadata: Entries) -> str | dict[str, str] | None:

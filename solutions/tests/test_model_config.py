@@ -35,6 +35,14 @@ def raises(what: str) -> Any:
     return pytest.raises(ModelError, match=what)
 
 
+def test_the_first_spelling_of_llama() -> None:
+    config = LlamaConfig().to_dict()
+    first, today = (
+        ModelConfig.from_hf(config | {"architectures": [name]}) for name in ("LLaMAForCausalLM", "LlamaForCausalLM")
+    )
+    assert first == today
+
+
 @pytest.mark.parametrize(
     ("alias", "reference"),
     [
