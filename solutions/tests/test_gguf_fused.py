@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from gguf import GGMLQuantizationType as GGMLType
@@ -12,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 from solutions.models.config.entries import ModelError
 from solutions.models.gguf_convert import convert_gguf
+from solutions.models.gguf_fused import unfused
 from solutions.models.loader import load_model, resolve_model
 from solutions.tests.gguf_files import cache, write_gguf
 from solutions.tests.test_models import run
@@ -53,6 +55,23 @@ def test_blocks_are_the_same(tmp_path: Path, cache: Path, kind: GGMLType, how: s
                 plain[name.replace(".experts.", f".experts.{number}.")] = expert
     assert plain.keys() == other.keys()
     assert all(torch.equal(plain[name], other[name]) for name in plain)
+
+
+def test_parts_are_tensors_as_other_files_have_them(tmp_path: Path) -> None:
+    model = make_tiny("mixtral", tmp_path / "hf")
+    config = {"num_attention_heads": 6, "num_key_value_heads": 3}
+    files = [
+        gguf.GGUFReader(write_gguf(tmp_path / f"{how}.gguf", model, GGMLType.Q8_0, fused=how == "one"))
+        for how in ("own", "one")
+    ]
+    expected, fused = ({tensor.name: tensor for tensor in file.tensors} for file in files)
+    found = unfused(fused, config, {})
+    assert found.keys() == expected.keys() != fused.keys()
+    for name, tensor in found.items():
+        assert (tensor.name, tensor.shape.tolist()) == (name, expected[name].shape.tolist())
+        assert (tensor.n_elements, tensor.tensor_type) == (expected[name].n_elements, expected[name].tensor_type)
+        assert (tensor.data == expected[name].data).all()
+    assert unfused(fused, config, {"attn_qkv": "", "ffn_gate_up_exps": ""}) == fused
 
 
 def test_rows_that_are_no_three_matrices(tmp_path: Path, cache: Path) -> None:
