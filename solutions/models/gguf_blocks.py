@@ -91,9 +91,9 @@ def formats(tensors: Iterable[gguf.ReaderTensor]) -> dict[str, BlockFormat]:
         if each.name.startswith("blk.") and each.name.endswith(".weight") and each.tensor_type in TYPES and len(each.shape) > 1
     }
     for name, form in list(kept.items()):
-        _, layer, part, _ = name.split(".")
+        _, layer, part, *rest = name.split(".")  # the rest is "weight", or the number of an expert before it
         parts = next((parts for parts in FUSED if part in parts), (part,))
-        others = [kept[other] for each in parts if (other := f"blk.{layer}.{each}.weight") in kept]
+        others = [kept[other] for each in parts if (other := ".".join(("blk", layer, each, *rest))) in kept]
         kept[name] = replace(form, bits=max(o.bits for o in others), group_size=min(o.group_size for o in others))
     return kept
 

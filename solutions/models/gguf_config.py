@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType as GGMLType
 from .config.entries import Entries, ModelError
 from .config.families import FAMILIES
 from .config.readers import KINDS
+from .gguf_bert import LAYER_NAMES, OUTER_NAMES, bert_config
 from .gguf_deepseek import SIGMOID, SOFTMAX, latents
 from .gguf_tokenizer import end_tokens
 from .rope import periods, scale_llama3
@@ -91,6 +92,8 @@ class GgufFamily:
     one_added: bool = False
     norm: str = RMS
     joined: dict[str, str] = field(default_factory=dict)
+    outer: dict[str, str] = field(default_factory=_OUTER_NAMES.copy)
+    layers: str = "model.layers"
 
     def other(self, name: str) -> str | None:
         """The name of the tensor that is joined to this one, if any is."""
@@ -98,19 +101,21 @@ class GgufFamily:
         return f"{before}.{self.joined[part]}.weight" if part in self.joined else None
 
     def hf_name(self, name: str) -> str:
-        """A tensor's name in a checkpoint of Hugging Face.
+        """A tensor's name in a checkpoint of Hugging Face. The first files with experts have a tensor for each.
 
         Raises:
             ModelError: the family has no such tensor.
         """
         names = _LAYER_NAMES | self.names
-        if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
-            layer, part, kind = match.groups()
-            if part in names:
-                return f"model.layers.{layer}.{names[part]}{'' if names[part].endswith('_bias') else f'.{kind}'}"
+        if match := re.fullmatch(r"blk\.(\d+)\.(\w+?)(?:\.(\d+))?\.(weight|bias)", name):
+            layer, part, expert, kind = match.groups()
+            ours = names.get(part if expert is None else f"{part}_exps")
+            if ours is not None:
+                ours = ours if expert is None else ours.replace(".experts.", f".experts.{expert}.")
+                return f"{self.layers}.{layer}.{ours}{'' if ours.endswith('_bias') else f'.{kind}'}"
         part, _, kind = name.rpartition(".")
-        if part in _OUTER_NAMES:
-            return f"{_OUTER_NAMES[part]}.{kind}"
+        if part in self.outer:
+            return f"{self.outer[part]}.{kind}"
         raise ModelError(f"tensor {name!r} in the GGUF file belongs to no layer of a {self.architecture}")
 
 
@@ -135,6 +140,7 @@ GGUF_FAMILIES = {
     "gemma2": GgufFamily("Gemma2ForCausalLM", _FOUR_NORMS, taken_for_granted=_GELU, one_added=True),
     "gemma3": GgufFamily("Gemma3ForCausalLM", _FOUR_NORMS | _HEAD_NORMS, taken_for_granted=_GELU, one_added=True),
     "deepseek2": GgufFamily("DeepseekV2ForCausalLM", _EXPERTS | _SHARED_EXPERTS | _LATENTS, joined={"attn_k_b": "attn_v_b"}),
+    "bert": GgufFamily("BertModel", LAYER_NAMES, norm="layer_norm_eps", outer=OUTER_NAMES, layers="encoder.layer"),
     "gpt-oss": GgufFamily("GptOssForCausalLM", _EXPERTS | _POST_NORMS | {"attn_sinks": "self_attn.sinks"}),
 }
 """By ``general.architecture``."""
@@ -169,8 +175,13 @@ def hf_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[
         KeyError: a tensor is missing.
     """
     family, name = gguf_family(metadata), metadata.text("general.architecture")
+    dtype = str(EXACT_DTYPES.get(tensors["token_embd.weight"].tensor_type, torch.float32)).removeprefix("torch.")
+    if name == "bert":
+        return bert_config(metadata, tensors, dtype)
     if any(isinstance(metadata.content.get(f"{name}.attention.head_count{kind}"), list) for kind in ("", "_kv")):
         raise ModelError("GGUF files whose layers differ in their numbers of heads are not supported")
+    if not metadata.flag(f"{name}.attention.causal", True):
+        raise ModelError(f"GGUF files of {name} whose tokens see later ones (attention.causal) are not supported")
     heads, hidden = metadata.whole(f"{name}.attention.head_count"), metadata.whole(f"{name}.embedding_length")
     head_dim = metadata.whole(f"{name}.attention.key_length", hidden // heads)
     window = metadata.whole(f"{name}.attention.sliding_window", 0, low=0)
@@ -212,7 +223,7 @@ def hf_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[
         "bos_token_id": next(iter(metadata.token_ids("tokenizer.ggml.bos_token_id", vocab_size) or ()), None),
         "eos_token_id": [token for token in end_tokens(metadata) if token < vocab_size] or None,
         "pad_token_id": next(iter(metadata.token_ids("tokenizer.ggml.padding_token_id", vocab_size) or ()), None),
-        "dtype": str(EXACT_DTYPES.get(embedding.tensor_type, torch.float32)).removeprefix("torch."),
+        "dtype": dtype,
     } | family.taken_for_granted | parts | windows | _experts(metadata, name) | latents(metadata, scaling)  # fmt: skip
 
 
@@ -250,7 +261,7 @@ def _decimal(value: float) -> float:
 def _rope_scaling(metadata: Entries, prefix: str, tensors: dict[str, gguf.ReaderTensor]) -> dict[str, Any] | None:
     """Older files give linear scaling's factor alone, as ``rope.scale_linear``; one that names no kind means linear."""
     if "rope_freqs.weight" in tensors:
-        return _llama3_scaling(metadata, prefix, tensors["rope_freqs.weight"].data)
+        return _divided(metadata, prefix, tensors["rope_freqs.weight"].data)
     original = metadata.whole(f"{prefix}.scaling.original_context_length", None)
     sizes = {} if original is None else {"original_max_position_embeddings": original}
     magnitude = metadata.number(f"{prefix}.scaling.attn_factor", 1.0, above=True)
@@ -264,27 +275,33 @@ def _rope_scaling(metadata: Entries, prefix: str, tensors: dict[str, gguf.Reader
         return None
     scaling = {"rope_type": kind, "factor": _decimal(factor) if factor else None} | sizes
     if kind == "yarn":
-        if magnitude != 1.0:
-            raise ModelError(f"YaRN with an attn_factor of {magnitude:g} in a GGUF file is not supported")
+        share = metadata.number(f"{prefix}.scaling.yarn_ext_factor", 1.0)
+        if magnitude != 1.0 or share != 1.0:
+            raise ModelError(f"YaRN with attn_factor {magnitude:g} and ext_factor {share:g} in a GGUF file is not supported")
+        if (factor := metadata.number(f"{prefix}.scaling.yarn_attn_factor", None, above=True)) is not None:
+            scaling |= {"attention_factor": _decimal(factor)}
         betas = {name: metadata.number(f"{prefix}.scaling.yarn_{name}", None) for name in ("beta_fast", "beta_slow")}
         scaling |= {name: _decimal(value) for name, value in betas.items() if value is not None}
     return scaling
 
 
-def _llama3_scaling(metadata: Entries, prefix: str, divisors: np.ndarray) -> dict[str, Any]:
-    """Llama 3's scaling from what llama.cpp keeps of it: the number that divides each frequency, [D / 2].
+def _divided(metadata: Entries, prefix: str, divisors: np.ndarray) -> dict[str, Any]:
+    """The scaling that divides each frequency by a number of its own, [D / 2]: Llama 3's, or one without a name.
 
-    Only the factor varies between the published models (8 in Llama 3.1, 32 in Llama 3.2), and the slowest pair, which
-    is scaled in full, shows it.
+    Of Llama 3's only the factor varies between the published models (8 in Llama 3.1, 32 in Llama 3.2), and the slowest pair,
+    which is scaled in full, shows it. LongRoPE divides by any numbers.
 
     Raises:
-        ModelError: the divisors are not those of Llama 3 with that factor.
+        ModelError: they are no divisors.
     """
+    if not (np.isfinite(divisors) & (divisors > 0)).all():
+        raise ModelError("the RoPE frequencies in the GGUF file (rope_freqs.weight) are divided by what is no number above 0")
     factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
     plain = 1.0 / periods(metadata.number(f"{prefix}.freq_base", 10000.0, above=True), 2 * len(divisors))
     expected = plain / scale_llama3(plain, factor, low, high, original)
     if not torch.allclose(expected, torch.tensor(divisors), rtol=1e-3):
-        raise ModelError("the RoPE frequencies in the GGUF file (rope_freqs.weight) are not those of Llama 3")
+        given = [_decimal(value) for value in divisors]
+        return {"rope_type": "longrope", "attention_factor": 1.0, "short_factor": given, "long_factor": given}
     return {
         "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
         "original_max_position_embeddings": original,

@@ -28,12 +28,14 @@ from ..quantization.layout.blocks import BlockFormat
 from ..quantization.layout.groups import GroupQuantized
 from .config.entries import Entries, ModelError
 from .config.model_config import ModelConfig
+from .gguf_bert import write_pooling
 from .gguf_blocks import TYPES, formats, read_groups
 from .gguf_config import EXACT_DTYPES, ROPE_TENSORS, GgufFamily, gguf_family, hf_config
+from .gguf_fused import unfused
 from .gguf_shards import check_shards, shards_of
 from .gguf_tokenizer import tokenizer_from_gguf
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raise it when the same file converts to something else than before: older folders are then made anew."""
 
 MAX_SHARD_BYTES = 2 << 30
@@ -96,6 +98,7 @@ def _convert(paths: list[Path], folder: Path, progress: bool, as_codes: bool) ->
         header = Entries(metadata, str(path))
         config, family = hf_config(header, tensors), gguf_family(header)
         ModelConfig.from_hf(config)  # refuse before the long part what the engine cannot run
+        tensors = unfused(tensors, config, family.names)
         whole = [tensor for name, tensor in tensors.items() if family.other(name) is None]  # whose rows are a matrix
         kept = formats(whole) if as_codes else {}
         if as_codes and not kept:
@@ -107,6 +110,7 @@ def _convert(paths: list[Path], folder: Path, progress: bool, as_codes: bool) ->
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
         _write_json(folder / "generation_config.json", ids)
         tokenizer.save_pretrained(folder)
+        write_pooling(header, folder)
         others = {f".{other}." for other in family.joined.values()}
         names = {n: family.hf_name(n) for n in tensors if n not in ROPE_TENSORS and not any(other in n for other in others)}
         _write_weights(_Weights(tensors, names, config, family, kept), folder, progress)

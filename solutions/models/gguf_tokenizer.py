@@ -1,7 +1,6 @@
 """The tokenizer inside a GGUF file, as a Hugging Face fast tokenizer.
 
-A GGUF stores vocabulary, merges or scores, and special ids; how text is cut before that is only named
-(``tokenizer.ggml.pre``), so each name's meaning is written here, as the model's original ``tokenizer.json`` has it.
+A GGUF stores vocabulary, merges or scores, and special ids; how text is cut before that is only named, see `gguf_cutting`.
 """
 
 from __future__ import annotations
@@ -9,10 +8,12 @@ from __future__ import annotations
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
 from .config.entries import Entries, ModelError
+from .gguf_bert import word_piece_tokenizer, word_pieces
+from .gguf_cutting import CUTTINGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -29,54 +30,6 @@ _SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 """Token types of llama.cpp that are not cut by the tokenizer's model."""
-
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_TEKKEN_SPLIT = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_GPT4O_SPLIT = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _CONTRACTIONS
-    + r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _CONTRACTIONS
-    + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)  # fmt: skip
-
-
-def _byte_level(*before: pre_tokenizers.PreTokenizer, use_regex: bool) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([*before, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)])
-
-
-def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
-    return _byte_level(pre_tokenizers.Split(Regex(pattern), behavior="isolated"), use_regex=False)
-
-
-_GPT2 = _byte_level(use_regex=True)
-_SINGLE_DIGITS = _byte_level(pre_tokenizers.Digits(individual_digits=True), use_regex=True)
-_LLAMA3 = _split(_LLAMA3_SPLIT)
-_QWEN2 = _split(_QWEN2_SPLIT)
-PRE_TOKENIZERS = {
-    "default": _GPT2,
-    "gpt-2": _GPT2,
-    "smollm": _SINGLE_DIGITS,
-    "starcoder": _SINGLE_DIGITS,
-    "refact": _SINGLE_DIGITS,
-    "olmo": _GPT2,  # GPT-NeoX, too
-    "command-r": _SINGLE_DIGITS,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "llama-bpe": _LLAMA3,
-    "dbrx": _split(_LLAMA3_SPLIT),  # OLMo 2
-    "qwen2": _QWEN2,
-    "gpt-4o": _split(_GPT4O_SPLIT),  # Phi-4-mini
-    "tekken": _split(_TEKKEN_SPLIT),
-}
-"""By ``tokenizer.ggml.pre``."""
 
 
 def end_tokens(metadata: Entries) -> list[int]:
@@ -103,13 +56,16 @@ def tokenizer_from_gguf(metadata: Entries, context: int) -> PreTrainedTokenizerF
     """
     from transformers import PreTrainedTokenizerFast  # takes a second to import
 
-    kind, tokens = metadata.text("ggml.model", None), metadata.many("ggml.tokens", str)
+    kind, tokens, words = metadata.text("ggml.model", None), metadata.many("ggml.tokens", str), dict[str, str]()
     if kind == "gpt2":
         tokenizer = _byte_level_bpe(metadata, tokens)
     elif kind == "llama":
         tokenizer = _sentencepiece_bpe(metadata, tokens)
+    elif kind == "bert":
+        tokens = word_pieces(metadata, tokens)
+        tokenizer, words = word_piece_tokenizer(metadata, tokens)
     else:
-        raise ModelError(f"tokenizer {kind!r} in the GGUF file is not supported; supported are gpt2 and llama")
+        raise ModelError(f"tokenizer {kind!r} in the GGUF file is not supported; supported are gpt2, llama and bert")
     types = metadata.many("ggml.token_type", int, [])
     for token, token_type in zip_longest(tokens, types[: len(tokens)]):
         if token in END_TOKENS:
@@ -118,15 +74,31 @@ def tokenizer_from_gguf(metadata: Entries, context: int) -> PreTrainedTokenizerF
             tokenizer.add_tokens([AddedToken(token, special=token_type != _USER_DEFINED, normalized=False)])
     named = {name: _special_id(metadata, key, len(tokens)) for name, key in _SPECIAL_TOKENS.items()}
     special = {f"{name}_token": tokens[index] for name, index in named.items() if index is not None}
-    if named["bos"] is not None and _adds_bos(metadata):
-        bos = special["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos}:0 $A:0", pair=f"{bos}:0 $A:0 {bos}:1 $B:1", special_tokens=[(bos, named["bos"])]
-        )
+    if kind != "bert":
+        tokenizer.post_processor = _around(metadata, special)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **special, chat_template=metadata.text("chat_template", None), model_max_length=context,
+        tokenizer_object=tokenizer, **(special | words), chat_template=_chat_template(metadata), model_max_length=context,
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
+
+
+def _around(metadata: Entries, special: dict[str, str]) -> processors.TemplateProcessing:
+    """BOS in front of a text and EOS behind it, where a file wants them and has them."""
+    wanted = {"bos_token": _adds_bos(metadata), "eos_token": metadata.flag("ggml.add_eos_token", False)}
+    before, after = ([special[name]] if wanted[name] and name in special else [] for name in wanted)
+    second = [f"{token}:1" for token in (*before, "$B", *after)]
+    tokens = metadata.many("ggml.tokens", str)
+    known = [(token, tokens.index(token)) for token in dict.fromkeys((*before, *after))]
+    return processors.TemplateProcessing(
+        single=[*before, "$A", *after], pair=[*before, "$A", *after, *second], special_tokens=known
+    )
+
+
+def _chat_template(metadata: Entries) -> str | dict[str, str] | None:
+    """The file's template; with those that it names besides ("tool_use", "rag"), if there are some."""
+    default, prefix = metadata.text("chat_template", None), "chat_template."
+    others = {key.removeprefix(prefix): metadata.text(key) for key in metadata.content if key.startswith(prefix)}
+    return others | ({} if default is None else {"default": default}) if others else default
 
 
 def _special_id(metadata: Entries, key: str, num_tokens: int) -> int | None:
@@ -143,21 +115,23 @@ def _special_id(metadata: Entries, key: str, num_tokens: int) -> int | None:
 
 
 def _adds_bos(metadata: Entries) -> bool:
-    """Files that do not say: llama.cpp begins every text with BOS for SentencePiece and for Llama 3."""
-    silent = metadata.text("ggml.model") == "llama" or PRE_TOKENIZERS.get(metadata.text("ggml.pre", "")) is _LLAMA3
+    """Files that do not say: llama.cpp begins every text with BOS for SentencePiece, and where `Cutting.begins` says so."""
+    cutting = CUTTINGS.get(metadata.text("ggml.pre", ""))
+    silent = metadata.text("ggml.model") == "llama" or (cutting is not None and cutting.begins)
     return metadata.flag("ggml.add_bos_token", silent)
 
 
 def _byte_level_bpe(metadata: Entries, tokens: list[str]) -> Tokenizer:
     pre = metadata.text("ggml.pre", "default")
-    if pre not in PRE_TOKENIZERS:
-        raise ModelError(f"pre-tokenizer {pre!r} in the GGUF file is not supported; known: {', '.join(PRE_TOKENIZERS)}")
+    if pre not in CUTTINGS:
+        raise ModelError(f"pre-tokenizer {pre!r} in the GGUF file is not supported; known: {', '.join(CUTTINGS)}")
+    cutting = CUTTINGS[pre]
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.many("ggml.merges", str)]
-    tokenizer = Tokenizer(_bpe(vocab=vocab, merges=merges, ignore_merges=PRE_TOKENIZERS[pre] is _LLAMA3))
-    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
-    if PRE_TOKENIZERS[pre] is _QWEN2:
-        tokenizer.normalizer = normalizers.NFC()
+    tokenizer = Tokenizer(_bpe(vocab=vocab, merges=merges, ignore_merges=cutting.whole_words))
+    tokenizer.pre_tokenizer = cutting.words
+    if cutting.normalizer is not None:
+        tokenizer.normalizer = cutting.normalizer
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

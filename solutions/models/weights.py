@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..core.platform.machine import available_memory, format_bytes
 from ..core.platform.progress import LateBar
 from ..parallelism.linear import Linear, WeightLayer
 from ..parallelism.quantized_linear import QuantizedLinear
@@ -87,11 +88,28 @@ def _weights(model: nn.Module) -> dict[str, tuple[WeightLayer, nn.Parameter]]:
     return {name: (owners[name], param) for name, param in model.named_parameters()}
 
 
+def check_memory(model: nn.Module) -> None:
+    """See that there is memory for the weights before any is written: a system promises more than it has, and ends a process
+    that takes it. A GPU has refused by itself.
+
+    Raises:
+        ModelError: there is not.
+    """
+    weights = [*model.parameters(), *model.buffers()]
+    needed, free = sum(weight.nbytes for weight in weights if weight.device.type == "cpu"), available_memory()
+    if needed > free:
+        raise ModelError(
+            f"the weights take {format_bytes(needed)}, and {format_bytes(free)} of memory are free; use a smaller model, or a "
+            f"quantized checkpoint"
+        )
+
+
 def load_weights(
     model: CausalLM, files: list[Path], stored: dict[str, StoredLayer], names: dict[str, str], progress: bool
 ) -> None:
     """Fill the model; `names` are other names for tensors of the files."""
     dense = expect_quantized(model, stored)
+    check_memory(model)
     unpack: Unpack = Unpacker(stored, dense) if stored else iter
     if dense and progress:
         log.warning("%d of %d quantized layers are computed as plain weights", len(dense), len(stored))
@@ -164,6 +182,7 @@ def _read_tensors(file: Path, bar: LateBar) -> Iterator[tuple[str, torch.Tensor]
 
 def fill_randomly(model: nn.Module, device: torch.device, seed: int, progress: bool) -> None:
     """Matrices with a standard deviation of 0.02 as fresh models have, norms that change nothing, no biases."""
+    check_memory(model)
     generator = torch.Generator(device).manual_seed(seed)
     weights = _weights(model)
     limit = 0.02 * 3**0.5

@@ -120,18 +120,25 @@ def write_model(
 
     Args:
         kind: of the matrices; `others` among `extra` names some that have another one. drop: a tensor that is left out.
-        extra: arrays are tensors more, all else are keys of the header, with `__` for a dot.
+        extra: arrays are tensors more, all else are keys of the header, with `__` for a dot. "fused": some tensors are laid
+            into one. "apart": each expert has tensors of its own.
     """
     others = extra.pop("others", {})
     _write_sizes(writer, model.config)
     extra |= _write_positions(writer, model.config)
     tensors = dict(llama_cpp_names(model)) | {k: v for k, v in extra.items() if isinstance(v, np.ndarray)}
     tensors.pop(drop, None)
+    if extra.pop("fused", False):
+        tensors = _fused(tensors)
+    if extra.pop("apart", False):  # as the first files with experts have them
+        tensors = {each: rows for name, values in tensors.items() for each, rows in _apart(name, values)}
     _write_tensors(writer, tensors, kind, others)
     for key, value in extra.items():
         key = key.replace("__", ".")
         if isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
         elif isinstance(value, int):
@@ -140,6 +147,25 @@ def write_model(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _fused(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Queries, keys and values in one, and gates and ups of experts, as flags of the converter lay them."""
+    found = dict(tensors)
+    for whole, parts in {
+        "attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
+    }.items():  # fmt: skip
+        for name in tensors:
+            before, _, kind = name.rpartition(f".{parts[0]}.")
+            if before and f"{before}.{parts[1]}.{kind}" in tensors:
+                rows = [found.pop(f"{before}.{part}.{kind}") for part in parts]
+                found[f"{before}.{whole}.{kind}"] = np.concatenate(rows, axis=-2 if kind == "weight" else -1)
+    return found
+
+
+def _apart(name: str, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    before, _, kind = name.rpartition("_exps.")
+    yield from ((f"{before}.{i}.{kind}", rows) for i, rows in enumerate(values)) if before else ((name, values),)
 
 
 def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:

@@ -53,7 +53,7 @@ def test_garbage_after_the_first_bytes(tmp_path: Path, cache: Path, seed: int) -
     ("changes", "message"),
     [
         ({"merges": ["a c"]}, "tokenizer in the GGUF file is damaged .*`ac` out of vocabulary"),
-        ({"pre": "stablelm2"}, "pre-tokenizer 'stablelm2' .* known: default, gpt-2, smollm"),
+        ({"pre": "stablelm2"}, "pre-tokenizer 'stablelm2' .* known: default, gpt-2, gigachat"),
         ({"llama__expert_count": 8}, "no entry 'llama.expert_used_count'"),
         ({"llama__rope__dimension_count": 16}, "RoPE over a part of the head .* not supported in this family"),
         ({"llama__rope__scaling__type": "ntk", "llama__rope__scaling__factor": 2.0}, "'ntk' is not supported"),
@@ -63,8 +63,18 @@ def test_garbage_after_the_first_bytes(tmp_path: Path, cache: Path, seed: int) -
                 "llama__rope__scaling__factor": 2.0,
                 "llama__rope__scaling__attn_factor": 0.5,
             },
-            "YaRN with an attn_factor of 0.5",
+            "YaRN with attn_factor 0.5 and ext_factor 1",
         ),
+        (
+            {
+                "llama__rope__scaling__type": "yarn",
+                "llama__rope__scaling__factor": 2.0,
+                "llama__rope__scaling__yarn_ext_factor": 0.5,
+            },
+            "YaRN with attn_factor 1 and ext_factor 0.5",
+        ),
+        ({"llama__attention__causal": False}, r"GGUF files of llama whose tokens see later ones \(attention.causal\)"),
+        ({"rope_freqs.weight": np.array([1.0] * 31 + [np.inf], np.float32)}, "rope_freqs.weight.* no number above 0"),
         ({"blk.0.attn_q_norm.weight": np.ones(64, np.float32)}, "'blk.0.attn_q_norm.weight' .* no layer of a LlamaForCausalLM"),
         ({"drop": "token_embd.weight"}, "no entry 'token_embd.weight'"),
         ({"merges": ["ab"]}, "tokenizer in the GGUF file is damaged"),

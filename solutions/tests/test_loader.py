@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
 from solutions.core.platform import progress
-from solutions.models import loader
+from solutions.models import loader, weights
 from solutions.models.config.entries import ModelError
 from solutions.models.loader import load_model, load_tokenizer, resolve_model
 from solutions.tests.test_models import run
@@ -166,6 +167,19 @@ def test_sizes_far_beyond_the_weights_are_refused_before_memory_is_taken(copy: P
     edit_json(copy / "config.json", **sizes)
     with raises("config.json and weights are of different models"):
         load(copy)
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_weights_that_memory_does_not_hold(copy: Path, monkeypatch: pytest.MonkeyPatch, load_format: str) -> None:
+    source = resolve_model(str(copy), load_format)
+    source = source if load_format == "auto" else replace(source, path=None)
+    needed = sum(tensor.nbytes for tensor in load_file(copy / "model.safetensors").values())
+    tables = 2 * 512 * 12 * 4  # cosines and sines of 512 positions for 12 elements
+    monkeypatch.setattr(weights, "available_memory", lambda: needed + tables - 1)
+    with raises(r"the weights take .* memory are free; use a smaller model, or a quantized checkpoint"):
+        load_model(source, torch.float32, CPU)
+    monkeypatch.setattr(weights, "available_memory", lambda: needed + tables)
+    load_model(source, torch.float32, CPU)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 1000, -100])

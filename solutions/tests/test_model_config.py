@@ -19,20 +19,37 @@ from transformers import (
     MistralConfig,
     SmolLM3Config,
 )
+from transformers.activations import ACT2FN
 
 from solutions.batching.sampling_params import SamplingParams
 from solutions.core.engine import LLM
 from solutions.models.config.aliases import ALIASES
 from solutions.models.config.entries import ModelError
 from solutions.models.config.families import FAMILIES
-from solutions.models.config.model_config import ModelConfig
+from solutions.models.config.model_config import ACTIVATIONS, OTHER_NAMES, ModelConfig
 from solutions.models.config.readers import KINDS
+from solutions.parallelism.tensor_parallel import ACTIVATION_FUNCTIONS
 from solutions.tests import tiny_models
 from solutions.tests.tiny_models import make_tiny_llama
 
 
 def raises(what: str) -> Any:
     return pytest.raises(ModelError, match=what)
+
+
+@pytest.mark.parametrize("name", [*ACTIVATIONS, *OTHER_NAMES])
+def test_activations_are_those_of_transformers(name: str) -> None:
+    config = ModelConfig.from_hf(LlamaConfig(hidden_act=name, architectures=["LlamaForCausalLM"]).to_dict())
+    x = torch.linspace(-6, 6, 1001)
+    torch.testing.assert_close(ACTIVATION_FUNCTIONS[config.hidden_act](x), ACT2FN[name](x), atol=1e-6, rtol=1e-6)
+
+
+def test_the_first_spelling_of_llama() -> None:
+    config = LlamaConfig().to_dict()
+    first, today = (
+        ModelConfig.from_hf(config | {"architectures": [name]}) for name in ("LLaMAForCausalLM", "LlamaForCausalLM")
+    )
+    assert first == today
 
 
 @pytest.mark.parametrize(

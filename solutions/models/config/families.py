@@ -33,7 +33,9 @@ def find_family(hf: Entries) -> Family:
         ModelError: none is supported.
     """
     model_type = hf.text("model_type", "")
-    named = hf.many("architectures", str, None) or [name for name, family in KNOWN.items() if family.model_type == model_type]
+    named = [OLDER_NAMES.get(name, name) for name in hf.many("architectures", str, [])] or [
+        name for name, family in KNOWN.items() if family.model_type == model_type
+    ]
     if known := next((name for name in named if name in KNOWN), None):
         return KNOWN[known]
     asked = next(iter(named), model_type) or "none named"
@@ -74,3 +76,5 @@ ENCODERS = {
 }
 """Those that only read them."""
 KNOWN = FAMILIES | ENCODERS
+OLDER_NAMES = {"LLaMAForCausalLM": "LlamaForCausalLM"}
+"""As the first checkpoints have them."""

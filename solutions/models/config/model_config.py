@@ -14,6 +14,12 @@ from .latent import Latent
 
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
+OTHER_NAMES = {
+    "swish": "silu", "gelu_python": "gelu",
+    "gelu_python_tanh": "gelu_new", "gelu_accurate": "gelu_new", "gelu_fast": "gelu_new",
+}  # fmt: skip
+"""What transformers also calls them; GPT-NeoX-20B says "gelu_fast"."""
+
 MAX_POSITIONS = 1 << 24
 """Positions are float32 on their way to an angle, which is exact up to here."""
 
@@ -190,7 +196,9 @@ class ModelConfig:
             quantization = read_format(quantized) if quantized else None
         except ValueError as error:
             raise ModelError(str(error)) from None
-        config = cls(architecture=family.architecture, quantization=quantization, **family.read(Entries(hf)))
+        fields = family.read(Entries(hf))
+        fields["hidden_act"] = OTHER_NAMES.get(fields["hidden_act"], fields["hidden_act"])
+        config = cls(architecture=family.architecture, quantization=quantization, **fields)
         config._check()
         return config
 
