@@ -88,10 +88,11 @@ class HeadDrafts:
         context.pending.append(features)
         context.num_pending += len(features)
 
-    def num_missed(self, seq_id: int) -> int:
-        """Positions that the head reads before it drafts, beside the one that it always does."""
+    def num_missed(self, seq_id: int, num_kept: int = 0) -> int:
+        """Positions that the head reads before it drafts, beside the one that it always does. `num_kept`: those whose features
+        are elsewhere yet."""
         context = self.contexts.get(seq_id)
-        return 0 if context is None else max(0, context.num_pending - 1)
+        return 0 if context is None else max(0, context.num_pending + num_kept - 1)
 
     @torch.inference_mode()
     def draft(self, wanted: dict[Sequence, int]) -> dict[Sequence, list[int]]:
