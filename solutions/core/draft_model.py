@@ -233,7 +233,7 @@ class HeadProposer(Proposer):
         num_in_chain = self.drafts.num_in_chain
         if seq.guide is not None or len(token_ids) <= num_in_chain:
             return Draft(token_ids[:num_in_chain])
-        return TreeDraft(token_ids, tree=self.drafts.tree.first(len(token_ids)))
+        return TreeDraft(token_ids, tree=self.drafts.beginnings[len(token_ids)])
 
 
 def check_fits(draft: ModelConfig, target: ModelConfig, max_model_len: int) -> ModelConfig:

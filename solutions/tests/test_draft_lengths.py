@@ -14,7 +14,13 @@ import pytest
 from solutions.batching.scheduler_output import Draft, SchedulerOutput
 from solutions.batching.sequence import Sequence
 from solutions.core.speculation.draft_lengths import (
-    ALLOWANCE, AT_FIRST, FOR_PROBES, MOST_PROBED, MOST_SAVED, SAVED_FOR_A_MODEL, DraftLengths,
+    ALLOWANCE,
+    AT_FIRST,
+    FOR_PROBES,
+    MOST_PROBED,
+    MOST_SAVED,
+    SAVED_FOR_A_MODEL,
+    DraftLengths,
 )  # fmt: skip
 from solutions.core.speculation.settings import SpeculativeConfig
 from solutions.core.speculation.step_costs import DOUBTED, ENOUGH, FRESH, NEAR, PassCosts, StepCosts, size_class

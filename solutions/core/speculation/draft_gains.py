@@ -30,7 +30,7 @@ class Gains:
 
     def __init__(self, tree: TokenTree | None = None, ranks: Many[int] = ()) -> None:
         self._tree, self._ranks = tree, [0, *ranks]
-        self._sides = {rank: (SIDE * DOUBT, DOUBT) for rank in sorted(set(ranks) - {0})}
+        self._sides = dict.fromkeys(sorted(set(ranks) - {0}), (SIDE * DOUBT, DOUBT))
         """Rank → how often such children were right; the sum of their likeliest siblings' chances. Both fade."""
 
     def of(self, chances: Many[float], longest: int) -> NDArray[np.float64]:
@@ -47,7 +47,8 @@ class Gains:
         columns, sides = [np.ones(len(own))], {rank: hits / total for rank, (hits, total) in self._sides.items()}
         for node, parent in enumerate(self._tree.parents[1 : longest + 1], 1):
             rank = self._ranks[node]
-            columns.append(columns[parent] * (own[:, 0] if rank == 0 else (1 - own[:, 0]) * np.minimum(sides[rank] * own[:, 0], 1)))
+            likely = own[:, 0] if rank == 0 else (1 - own[:, 0]) * np.minimum(sides[rank] * own[:, 0], 1)
+            columns.append(columns[parent] * likely)
         columns += [np.zeros(len(own))] * (longest + 1 - len(columns))
         return np.array([pooled(row) for row in np.stack(columns[1:], axis=1)])
 

@@ -60,8 +60,8 @@ class TreeDrafts(HeadDrafts):
         paths: of the tree's nodes, see `token_tree.tree_of`. The rest: as of `HeadDrafts`.
 
     Attributes:
-        tree: of all drafts. num_in_chain: drafted tokens that it begins with and that are a chain. gains: what its nodes are
-            worth.
+        tree: of all drafts. beginnings: [n + 1], the tree of its first n drafted tokens. num_in_chain: drafted tokens that it
+            begins with and that are a chain. gains: what its nodes are worth.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class TreeDrafts(HeadDrafts):
         longest: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.tree, self._ranks = tree_of(paths)
+        self.beginnings = [self.tree.first(count) for count in range(len(self._ranks) + 1)]
         self.gains = Gains(self.tree, self._ranks)
         self._levels, self._last = levels_of(self.tree), longest - 1
         self._ranks_of = [[self._ranks[node - 1] for node in level.children] for level in self._levels]
@@ -93,4 +94,5 @@ class TreeDrafts(HeadDrafts):
                 hidden = self._run(torch.from_numpy(tokens[:, level.nodes].ravel()), features, positions, metadata)
             best = self.head.best(hidden, 1 + max(ranks)).view(num_seqs, count, -1).numpy()
             tokens[:, level.children] = best[:, level.places, ranks]
-        return tokens[:, 1:].tolist()
+        drafts: list[list[int]] = tokens[:, 1:].tolist()
+        return drafts
