@@ -27,7 +27,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +41,7 @@ first look reads the whole prompt, and must not be the last for long."""
 AT_FIRST, MOST_SAVED, MOST_OWED = 1.0, 2.0, 0.1
 """What the account holds at the start, at most and at least, in steps without drafts. It falls below 0 if a step took longer
 than anything that was measured before."""
-FOR_A_MODEL, SAVED_FOR_A_MODEL = 4.0, 8.0
+FOR_A_MODEL, SAVED_FOR_A_MODEL = 3.5, 8.0
 """The same for a model that drafts, at the start and at most: its first steps are slow, each token of a draft is one, and what
 drafts win comes in lumps, so that some in a row may win nothing where they pay."""
 FOR_PROBES, MOST_PROBED, DEAREST = 0.0075, 0.4, 4.0
@@ -55,13 +54,14 @@ REST, MOST_REST = 3, 12
 it is worth, twice as many each time, up to so many."""
 MEMORY = 0.9
 """Weight of what was counted before, against the newest draft of a sequence."""
-MEMORY_OF_A_MODEL = 0.96
+MEMORY_OF_A_MODEL = 0.97
 """The same for a model that drafts: where copies of the text are right or wrong for long, its tokens are now and then."""
 DOUBT, DOUBT_OF_A_MODEL = 2.0, 3.0
 """What is known of all sequences counts for a new one like so many tokens of its own; of a model that drafts, whose sequences
 differ less."""
-HOPE = 0.3
-"""The least that is expected of a new sequence by a model that drafts, whatever it was right in before: a few drafts tell."""
+HOPE, TRIALS = 0.35, 8.0
+"""The least that a model that drafts expects of a sequence, whatever it was right in before, until it was tried so often:
+a few drafts tell."""
 UNSEEN = 0.5
 """The chance of a token at the start; where chances can be seen without a trial, also the most that a new sequence gets."""
 MISSED_AT_ONCE = 8
@@ -163,9 +163,12 @@ class DraftLengths:
         gains, behind = powers.flat[order], np.where(depths == 0, np.array(missed)[rows], 0)
         # where drafts cost a pass of a model for each place, a shorter one of all may be better than the best tokens
         best, is_dear = (LEAST_GAIN * num_seqs / plain, 0, longest), drafting.of(1) > 0.01 * plain
-        for depth in range(1 if is_dear else longest, longest + 1):
+        passes = self._gains.passes(np.arange(1, longest + 1))
+        seconds = np.array([drafting.of(count) for count in range(passes[-1] + 1)])[passes]
+        for depth in np.flatnonzero(np.diff(passes, append=passes[-1] + 1)) + 1 if is_dear else [longest]:
             taken = depths < depth
-            best = max(best, (*self._best(account, plain, num_seqs, gains[taken], depths[taken], behind[taken]), depth))
+            spent = seconds[np.maximum.accumulate(depths[taken])]
+            best = max(best, (*self._best(account, plain, num_seqs, gains[taken], spent, behind[taken]), int(depth)))
         _, chosen, depth = best
         for row in rows[depths < depth][:chosen]:
             counts[row] += 1
@@ -184,15 +187,12 @@ class DraftLengths:
         self._rest, self._patience = 0, REST
 
     def _best(
-        self, account: float, plain: float, num_seqs: int, gains: NDArray[np.float64], depths: NDArray[np.integer[Any]],
+        self, account: float, plain: float, num_seqs: int, gains: NDArray[np.float64], drafting: NDArray[np.float64],
         missed: NDArray[np.int64],
     ) -> tuple[float, int]:  # fmt: skip
         """The best rate, and how many of the tokens to draft for it; 0 and 0 where nothing can be paid. All are [N], in the
-        order in which tokens are taken: the chance of each, how many are before it in its draft, what it must read first."""
+        order in which tokens are taken: the chance of each, seconds for drafts up to it, what it must read first."""
         least, greatest = self.costs.ratios(num_seqs, len(gains))
-        passes = self._gains.passes(1 + np.maximum.accumulate(depths))
-        seconds = [self._drafting[self._size].of(count) for count in range(int(passes.max(initial=0)) + 1)]
-        drafting = np.array(seconds)[passes]
         reading = (self._reading.value or 0.0) * np.cumsum(missed) / HORIZON
         tokens = num_seqs + np.cumsum(gains)
         affordable = plain * (greatest - 1) + drafting <= account
@@ -280,4 +280,4 @@ class DraftLengths:
         expected, known = self._all.value(UNSEEN), self._chances.get(seq_id) or Chance()
         if self._foretold:
             return known.value(min(expected, UNSEEN))
-        return known.value(max(expected, HOPE), DOUBT_OF_A_MODEL)
+        return known.value(max(expected, HOPE) if known.tries < TRIALS else expected, DOUBT_OF_A_MODEL)

@@ -25,7 +25,7 @@ MOST_OFF = 1.25
 with something else, and one such step must not decide what the next hundred do."""
 DOUBTED = 128
 """Steps after which a ratio has to be measured once more, so that one that was measured too high is not believed for ever."""
-FRESH = 32
+FRESH = 64
 """Steps of S sequences with drafts after which one without is due: p(S) grows with the context."""
 LEAST_SLOPE, STEEPER = 0.1, 2.0
 """What a token on trial may add to q at most, beyond what was measured: so many times what it added up to there, on average,
