@@ -320,6 +320,8 @@ def test_passes_are_measured_by_their_number() -> None:
     assert [passes.of(count) for count in range(4)] == [0.0, 5.0, 10.0, 15.0]
     passes.add(4, 8.0)
     assert [passes.of(count) for count in (1, 2, 3, 4, 8)] == [5.0, 6.0, 7.0, 8.0, 16.0]
+    passes.add(2, 90.0)  # the machine was busy
+    assert [passes.of(count) for count in (1, 2, 3, 4)] == [5.0, 8.0, 8.0, 8.0]
 
 
 def test_a_step_without_drafts_is_due_now_and_then() -> None:

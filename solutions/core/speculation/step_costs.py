@@ -147,9 +147,10 @@ class PassCosts:
         self._seconds[num_passes].add(seconds)
 
     def of(self, num_passes: int) -> float:
-        """Seconds of so many; of more than were measured each other one takes as long as those that were, on average; 0.0 where
-        nothing was measured."""
-        known = sorted((count, average.value or 0.0) for count, average in self._seconds.items())
+        """Seconds of so many, no more than of a greater number. Of more than were measured each takes as long as
+        those did, on average; 0.0 where nothing was measured."""
+        measured = sorted((count, average.value or 0.0) for count, average in self._seconds.items())
+        known = [(count, min(seconds for _, seconds in measured[place:])) for place, (count, _) in enumerate(measured)]
         if not known:
             return 0.0
         place = bisect_left(known, (num_passes, 0.0))
