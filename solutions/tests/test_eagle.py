@@ -164,6 +164,23 @@ def test_what_was_decoded_without_drafts_is_read_when_they_are_made_again(target
         assert draft == oracle.draft(text, len(draft))
 
 
+def test_a_prompt_of_one_token_joins_those_that_decode(target, head):
+    """No step tells by its size that there is one more sequence. Two sequences get no drafts, the last one alone does."""
+    llm = LLM(target, **SETTINGS, enable_prefix_caching=False, speculative_config=eagle(head, disable_by_batch_size=1))
+    seen, oracle, engine = watch(llm), Oracle(target, head), llm.llm_engine
+    for number, count in enumerate((40, 20)):
+        engine.add_request(str(number), PROMPTS[number], dataclasses.replace(GREEDY, max_tokens=count))
+    for _ in range(6):
+        engine.step()
+    engine.add_request("2", {"prompt_token_ids": [7]}, dataclasses.replace(GREEDY, max_tokens=12))
+    while engine.has_unfinished_requests():
+        engine.step()
+    assert len(seen) > 10
+    for text, draft, first in seen:
+        assert first == 0
+        assert draft == oracle.draft(text, len(draft))
+
+
 # What is refused when a head is loaded
 
 
