@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise, product
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -90,12 +91,14 @@ class TreeRun:
             drafted; None: as many as pay.
     """
 
-    def __init__(self, chances, num_seqs: int, per_row: float, a_pass: float, fixed: int | None = None) -> None:
+    def __init__(
+        self, chances, num_seqs: int, per_row: float, a_pass: float, fixed: int | None = None, seed: int = 1
+    ) -> None:  # fmt: skip
         self.chances, self.per_row, self.a_pass, self.fixed = chances, per_row, a_pass, fixed
         self.tree, self.ranks = tree_of(PATHS)
         self.lengths = DraftLengths(gains=of_tree())
         self.positions, self.time, self.drafted = [0] * num_seqs, 0.0, list[int]()
-        self.random = random.Random(1)
+        self.random = random.Random(seed)
 
     def step(self) -> None:
         num_seqs, lengths = len(self.positions), self.lengths
@@ -136,19 +139,22 @@ class TreeRun:
 @pytest.mark.parametrize("per_row", [0.05, 0.6, 4.0])
 def test_as_much_of_a_tree_is_drafted_as_pays(chances, num_seqs, per_row):
     rates = {n: TreeRun(chances, num_seqs, per_row, 0.3, n).rate(1200 * num_seqs) for n in range(8)}
-    run = TreeRun(chances, num_seqs, per_row, 0.3)
-    assert run.rate(1200 * num_seqs) >= 0.94 * max(rates.values())
-    assert run.rate(1200 * num_seqs) >= 0.97 * rates[0]
+    adapted = fmean(TreeRun(chances, num_seqs, per_row, 0.3, seed=seed).rate(1200 * num_seqs) for seed in range(4))
+    assert adapted >= 0.94 * max(rates.values())
+    assert adapted >= 0.97 * rates[0]
 
 
 def test_after_a_text_of_which_nothing_was_foreseen_a_head_is_tried_again():
     """A small model, of whose step the head's pass is a tenth: 300 tokens of which hardly any is foreseen, and then better."""
-    run = TreeRun(lambda position: (0.02, 0.0, 0.0) if position < 300 else (0.5, 0.2, 0.1), 1, 0.1, 1.0)
-    while run.positions[0] < 300:
-        run.step()
-    before, first = run.time, len(run.drafted)
-    while run.positions[0] < 600:
-        run.step()
     best = max(TreeRun((0.5, 0.2, 0.1), 1, 0.1, 1.0, count).rate(600) for count in range(8))
-    assert 300 / (run.time - before) >= 0.85 * best
-    assert sum(run.drafted[first : first + 60]) > 0
+    shares = []
+    for seed in range(8):
+        run = TreeRun(lambda position: (0.02, 0.0, 0.0) if position < 300 else (0.5, 0.2, 0.1), 1, 0.1, 1.0, seed=seed)
+        while run.positions[0] < 300:
+            run.step()
+        before, first = run.time, len(run.drafted)
+        while run.positions[0] < 600:
+            run.step()
+        shares.append(300 / (run.time - before) / best)
+        assert sum(run.drafted[first : first + 60]) > 0
+    assert fmean(shares) >= 0.83

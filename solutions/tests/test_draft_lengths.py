@@ -14,6 +14,7 @@ import pytest
 from solutions.batching.scheduler_output import Draft, SchedulerOutput
 from solutions.batching.sequence import Sequence
 from solutions.core.speculation.draft_lengths import (
+    AGAIN,
     ALLOWANCE,
     AT_FIRST,
     FOR_PROBES,
@@ -247,6 +248,7 @@ def test_what_a_draft_model_has_missed_is_computed_where_it_pays_back() -> None:
         lengths.judge(0, 4, 4)
         lengths.ran(1, 4, 5, 10.0, 0.0)
         lengths.ran(1, 0, 1, 10.0, 0.0)
+    lengths.wake()
     assert sum(lengths.choose([0], [4], [0])) == 4
     assert sum(lengths.choose([0], [4], [100])) == 4  # 50 lost once, over 32 steps
     lengths.drafted(51.0, 4, [100])
@@ -254,6 +256,28 @@ def test_what_a_draft_model_has_missed_is_computed_where_it_pays_back() -> None:
     lengths.ran(1, 4, 5, 10.0, 51.0)
     assert lengths.accounts[1] >= before
     assert sum(lengths.choose([0], [4], [10_000])) == 0
+
+
+def test_a_model_whose_drafts_have_won_drafts_as_much_again() -> None:
+    """For the same sequences in the next steps, as far as there is room and nothing was missed; then it is decided anew."""
+    run = Run(COSTS["waits for memory"], TEXTS["repetitive"], 2, drafting=0.5)
+    while run.positions[0] < 200:
+        run.step()
+    lengths = run.lengths
+    lengths.wake()
+    assert lengths.choose([0, 1], [5, 5], [0, 0]) == [5, 5]
+    for _ in range(100):
+        lengths.judge(1, 0, 5)
+    assert [lengths.choose([0, 1], [5, 3], [0, 0]) for _ in range(AGAIN)] == [[5, 3]] * AGAIN
+    assert lengths.choose([0, 1], [5, 5], [0, 0])[1] < 5
+    for others, missed in (([0, 2], [0, 0]), ([0, 1], [0, 1000])):
+        for _ in range(100):
+            lengths.judge(1, 5, 5)
+        lengths.wake()
+        assert lengths.choose([0, 1], [5, 5], [0, 0]) == [5, 5]
+        for _ in range(100):
+            lengths.judge(others[1], 0, 5)
+        assert lengths.choose(others, [5, 5], missed)[1] < 5
 
 
 def test_what_many_have_lost_holds_nobody_up_who_is_alone() -> None:

@@ -52,6 +52,9 @@ LEAST_GAIN = 1.02
 REST, MOST_REST = 3, 12
 """Steps after one for which nothing was drafted in which nothing is decided anew; of a model, which has to be tried to see what
 it is worth, twice as many each time, up to so many."""
+AGAIN = 2
+"""Steps after one for which something was drafted in which a model drafts as much again, if its drafts have won something. To
+decide takes longer than a pass of a small one."""
 MEMORY = 0.9
 """Weight of what was counted before, against the newest draft of a sequence."""
 MEMORY_OF_A_MODEL = 0.97
@@ -123,6 +126,9 @@ class DraftLengths:
         """Seconds that it takes for a token that it has missed."""
         self._turn = self._rest = 0
         self._patience = REST
+        self._again: list[tuple[int, int]] = []
+        """(sequence, tokens) as it was decided. `_num_again`: steps in which that holds."""
+        self._num_again = 0
         self._for_looks = 0.0
         self._for_probes, self._is_probe = 0.0, False
         self._lent = 0.0
@@ -147,6 +153,9 @@ class DraftLengths:
         self._is_probe = False
         if plain is None or longest == 0:
             return counts
+        if self._num_again and max(missed) <= MISSED_AT_ONCE and [seq_id for seq_id, _ in self._again] == list(seq_ids):
+            self._num_again -= 1
+            return [min(count, room) for (_, count), room in zip(self._again, most, strict=True)]
         self._rest, self._size = self._patience, size_class(num_seqs)
         account = self.accounts.setdefault(self._size, AT_FIRST if self._foretold else FOR_A_MODEL) * plain
         if account <= 0:
@@ -174,6 +183,9 @@ class DraftLengths:
             counts[row] += 1
         self.mean_length, self._paying[self._size] = chosen / num_seqs, chosen > 0
         self._rest = 0 if chosen else self._patience
+        self._num_again = 0
+        if chosen and not self._foretold and account > FOR_A_MODEL * plain:
+            self._num_again, self._again = AGAIN, list(zip(seq_ids, counts, strict=True))
         self._patience = REST if chosen or self._foretold else min(2 * self._patience, MOST_REST)
         return counts if chosen or self._foretold else self._probe(plain, most, missed)
 
@@ -184,7 +196,7 @@ class DraftLengths:
 
     def wake(self) -> None:
         """Something new has come, so decide with the next step."""
-        self._rest, self._patience = 0, REST
+        self._rest, self._patience, self._num_again = 0, REST, 0
 
     def _best(
         self, account: float, plain: float, num_seqs: int, gains: NDArray[np.float64], drafting: NDArray[np.float64],
