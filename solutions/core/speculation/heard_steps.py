@@ -57,7 +57,7 @@ class HeardSteps:
                 self._keep(batch, hidden)
             else:
                 self.hand_over(gone)
-                self._hand_out(batch, hidden.clone(), gone)
+                self._hand_out(batch, hidden, gone)
         if gone:
             self.hand_over(gone)
             self._drafts.forget(gone)
@@ -95,4 +95,5 @@ class HeardSteps:
             count = seq.num_computed_tokens - start  # behind it are drafts that were rejected
             if count > 0 and seq.seq_id not in gone:
                 rows = kept_rows(batch.decision.drafts.get(seq), row, end)
-                self._drafts.take(seq.seq_id, start, hidden[rows][:count])
+                features = hidden[rows][:count]  # with a list, of a tree's rows, that is a copy
+                self._drafts.take(seq.seq_id, start, features.clone() if isinstance(rows, slice) else features)
