@@ -78,8 +78,7 @@ def run(llm: LLM, method: str, text: str, batch: int, output_len: int) -> Row:
     prompts = [{"prompt_token_ids": make_prompt(llm, text, index)} for index in range(max(batch, 4))]
     params = SamplingParams(max_tokens=output_len, ignore_eos=True, seed=0, temperature=TEXTS[text])
     llm.generate(prompts, replace(params, max_tokens=1), use_tqdm=False)
-    before = llm.llm_engine.stats()
-    start = time.perf_counter()
+    before, start = llm.llm_engine.stats(), time.perf_counter()
     for first in range(0, len(prompts), batch):
         llm.generate(prompts[first : first + batch], params, use_tqdm=False)
     num_tokens, seconds = len(prompts) * output_len, time.perf_counter() - start
