@@ -220,7 +220,7 @@ def heads() -> Table:
     methods |= {"eagle": "up to three, as many as pay", "eagle, tree": "of the tree, as much as pays"}
     cases = record(f"{CPU}_eagle")["cases"]
     rows = []
-    for text, batch, method in itertools.product(names, (1, 4), methods):
+    for text, batch, method in itertools.product(names, sorted({case["batch"] for case in cases}), methods):
         case = find(cases, text=text, batch=batch, method=method)
         rows.append([names[text], batch, methods[method], f"{case['tokens_per_step']:.2f}", f"{case['speedup']:.2f}x"])
     return table("text | batch | drafted for each | tokens a step | as fast as plain", rows)

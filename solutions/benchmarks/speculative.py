@@ -74,19 +74,19 @@ def measure(
 
 
 def run(llm: LLM, method: str, text: str, batch: int, output_len: int) -> Row:
-    """Generate once, with prompts that are in the prefix cache already, so that decoding is what is timed."""
-    prompts = [{"prompt_token_ids": make_prompt(llm, text, index)} for index in range(batch)]
+    """Generate four answers at least, so many at once, of prompts in the prefix cache, so that decoding is what is timed."""
+    prompts = [{"prompt_token_ids": make_prompt(llm, text, index)} for index in range(max(batch, 4))]
     params = SamplingParams(max_tokens=output_len, ignore_eos=True, seed=0, temperature=TEXTS[text])
     llm.generate(prompts, replace(params, max_tokens=1), use_tqdm=False)
-    before = llm.llm_engine.stats()
-    start = time.perf_counter()
-    llm.generate(prompts, params, use_tqdm=False)
-    rate = batch * output_len / (time.perf_counter() - start)
+    before, start = llm.llm_engine.stats(), time.perf_counter()
+    for first in range(0, len(prompts), batch):
+        llm.generate(prompts[first : first + batch], params, use_tqdm=False)
+    num_tokens, seconds = len(prompts) * output_len, time.perf_counter() - start
     after = llm.llm_engine.stats()
     drafted = after.spec_decode_num_draft_tokens - before.spec_decode_num_draft_tokens
     accepted = after.spec_decode_num_accepted_tokens - before.spec_decode_num_accepted_tokens
-    steps = batch * output_len - accepted
-    return Row(method, text, batch, rate, batch * output_len / steps, accepted / drafted if drafted else None)
+    each = num_tokens / (num_tokens - accepted)
+    return Row(method, text, batch, num_tokens / seconds, each, accepted / drafted if drafted else None)
 
 
 def summarize(rows: list[Row]) -> list[dict[str, Any]]:

@@ -16,17 +16,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, pairwise, takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..batching.continuous_batch import FlatBatch
 from ..batching.grouped_batch import make_batch
 from ..batching.scheduler_output import BlockPairs, Draft, SchedulerOutput
 from ..batching.sequence import Sequence
-from ..batching.tree_rows import TreeDraft, kept_rows
+from ..batching.tree_rows import TreeDraft
 from ..models.config.model_config import ModelConfig
 from ..models.heads.deepseek_mtp import find_mtp
 from ..models.heads.eagle import find_head
@@ -39,6 +38,7 @@ from .config import EngineConfig
 from .sampling.rejection_sampler import Prefix, draw_one
 from .speculation.draft_tables import DraftTables, with_room
 from .speculation.head_drafts import MOST_ROWS, HeadDrafts
+from .speculation.heard_steps import HeardSteps
 from .speculation.settings import SpeculativeConfig
 from .speculation.tree_drafts import TreeDrafts
 from .speculative import NgramProposer, Proposer
@@ -212,29 +212,17 @@ class HeadProposer(Proposer):
             limits.max_model_len, config.num_kv_heads, config.head_dim, limits.dtype,
         )  # fmt: skip
         self.gains = self.drafts.gains if isinstance(self.drafts, TreeDrafts) else None
-        self._heard: tuple[FlatBatch, Tensor] | None = None
-        worker.listener = self._listen
-
-    def _listen(self, batch: FlatBatch, hidden: Tensor) -> None:
-        self._heard = batch, hidden
+        self.heard = HeardSteps(self.drafts)
+        worker.listener = self.heard.listen
 
     def update_states(self, output: SchedulerOutput) -> None:
-        self.drafts.forget(output.removed)
-        if self._heard is None:
-            return
-        (batch, hidden), self._heard = self._heard, None
-        hidden, gone = hidden.clone(), set(output.removed)
-        for seq, (row, end) in zip(batch.sequences, pairwise(batch.query_start_loc.tolist()), strict=True):
-            start = int(batch.positions[row])
-            count = seq.num_computed_tokens - start  # behind it are drafts that were rejected
-            if count > 0 and seq.seq_id not in gone:
-                rows = kept_rows(batch.decision.drafts.get(seq), row, end)
-                self.drafts.take(seq.seq_id, start, hidden[rows][:count])
+        self.heard.note(output.removed)
 
     def num_missed(self, seq: Sequence) -> int:
-        return self.drafts.num_missed(seq.seq_id)
+        return self.drafts.num_missed(seq.seq_id, self.heard.num_kept(seq.seq_id))
 
     def propose(self, output: SchedulerOutput, wanted: dict[Sequence, int]) -> dict[Sequence, Draft]:
+        self.heard.hand_over()
         return {seq: self._shaped(seq, token_ids) for seq, token_ids in self.drafts.draft(wanted).items()}
 
     def _shaped(self, seq: Sequence, token_ids: list[int]) -> Draft:
@@ -245,7 +233,7 @@ class HeadProposer(Proposer):
         num_in_chain = self.drafts.num_in_chain
         if seq.guide is not None or len(token_ids) <= num_in_chain:
             return Draft(token_ids[:num_in_chain])
-        return TreeDraft(token_ids, tree=self.drafts.tree.first(len(token_ids)))
+        return TreeDraft(token_ids, tree=self.drafts.beginnings[len(token_ids)])
 
 
 def check_fits(draft: ModelConfig, target: ModelConfig, max_model_len: int) -> ModelConfig:

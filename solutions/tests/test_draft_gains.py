@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise, product
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solutions.batching.token_tree import accepted_path, tree_of
-from solutions.core.speculation.draft_gains import LEARNED, SIDE, Gains, pooled
+from solutions.core.speculation.draft_gains import DOUBT, LEARNED, SIDE, Gains, pooled
 from solutions.core.speculation.draft_lengths import DraftLengths
 
 PATHS = [[0], [0, 0], [0, 0, 0], [1], [2], [0, 1], [1, 0]]
@@ -32,13 +33,15 @@ def test_a_chain_is_worth_powers_of_its_chance():
 
 def test_a_tree_is_worth_the_chances_of_its_paths():
     """Each node's chance is that of its path; from where a node brings more than the one before, means of both."""
-    raw = [0.6, 0.36, 0.216, 0.4 * SIDE, 0.4 * SIDE, 0.6 * 0.4 * SIDE, 0.4 * SIDE * 0.6]
+    side = 0.6 * SIDE
+    raw = [0.6, 0.36, 0.216, 0.4 * side, 0.4 * side, 0.6 * 0.4 * side, 0.4 * side * 0.6]
     (row,) = of_tree().of([0.6], 7)
     assert row.tolist() == pytest.approx(raw)  # falls anyway
     (row,) = of_tree().of([0.2], 9)
-    raw = [0.2, 0.04, 0.008, 0.8 * SIDE, 0.8 * SIDE, 0.2 * 0.8 * SIDE, 0.8 * SIDE * 0.2, 0, 0]
-    mean = (0.04 + 0.008 + 2 * 0.8 * SIDE) / 4  # 00 and 000 are worth less than the two behind them
-    assert row.tolist() == pytest.approx([0.2, mean, mean, mean, mean, *raw[5:]])
+    side = 0.2 * SIDE
+    mean = (0.04 + 0.008 + 2 * 0.8 * side) / 4  # 00 and 000 are worth less than the two behind them
+    assert row.tolist() == pytest.approx([0.2, mean, mean, mean, mean, 0.2 * 0.8 * side, 0.8 * side * 0.2, 0, 0])
+    assert of_tree().of([0.0], 7).tolist() == [[0.0] * 7]
 
 
 def test_passes_of_a_tree_are_its_levels():
@@ -46,12 +49,22 @@ def test_passes_of_a_tree_are_its_levels():
 
 
 def test_of_a_walk_each_rank_counts_where_it_was_tried():
+    """As multiples of the likeliest's chance, which is 0.5 here and then 0.25."""
+
+    def sides() -> list[float]:
+        rows = gains.of([0.9], 5)[0]
+        return [float(rows[3]) / 0.09, float(rows[4]) / 0.09]  # of nodes 1 and 2, where 0 is wrong
+
     gains = of_tree()
-    assert gains.walk(7, [1, 2]) == (2, 3)  # 0 and 00 were right, 000 was not
-    assert gains._sides == {1: SIDE, 2: SIDE}  # siblings of a right child were not tried
-    assert gains.walk(7, [4]) == (0, 2)  # 1 was right instead of 0, and 10 was not
-    assert gains._sides == pytest.approx({1: LEARNED * SIDE + 1 - LEARNED, 2: LEARNED * SIDE})
-    assert gains.walk(3, []) == (0, 1)  # a beginning that is a chain
+    assert gains.walk(7, [1, 2], 0.5) == (2, 3)  # 0 and 00 were right, 000 was not
+    assert sides() == pytest.approx([SIDE, SIDE])  # siblings of a right child were not tried
+    assert gains.walk(7, [4], 0.5) == (0, 2)  # 1 was right instead of 0, and 10 was not
+    hits, total = LEARNED * SIDE * DOUBT, LEARNED * DOUBT + 0.5
+    assert sides() == pytest.approx([(hits + 1) / total, hits / total])
+    assert gains.walk(3, [], 0.5) == (0, 1)  # a beginning that is a chain
+    gains.walk(4, [], 0.25)
+    hits, total = LEARNED * (hits + 1), LEARNED * total + 0.25
+    assert sides()[0] == pytest.approx(hits / total)
 
 
 @given(st.lists(st.floats(0, 1), max_size=12))
@@ -78,17 +91,19 @@ class TreeRun:
             drafted; None: as many as pay.
     """
 
-    def __init__(self, chances, num_seqs: int, per_row: float, a_pass: float, fixed: int | None = None) -> None:
+    def __init__(
+        self, chances, num_seqs: int, per_row: float, a_pass: float, fixed: int | None = None, seed: int = 1
+    ) -> None:  # fmt: skip
         self.chances, self.per_row, self.a_pass, self.fixed = chances, per_row, a_pass, fixed
         self.tree, self.ranks = tree_of(PATHS)
         self.lengths = DraftLengths(gains=of_tree())
         self.positions, self.time, self.drafted = [0] * num_seqs, 0.0, list[int]()
-        self.random = random.Random(1)
+        self.random = random.Random(seed)
 
     def step(self) -> None:
         num_seqs, lengths = len(self.positions), self.lengths
         counts = [self.fixed or 0] * num_seqs
-        if self.fixed is None:
+        if self.fixed is None and not lengths.rests():
             counts = lengths.choose(range(num_seqs), [7] * num_seqs, [0] * num_seqs)
         spent = self.a_pass * (int(self.tree.depths[1 : max(counts) + 1].max()) if max(counts) else 0)
         if max(counts):
@@ -124,20 +139,22 @@ class TreeRun:
 @pytest.mark.parametrize("per_row", [0.05, 0.6, 4.0])
 def test_as_much_of_a_tree_is_drafted_as_pays(chances, num_seqs, per_row):
     rates = {n: TreeRun(chances, num_seqs, per_row, 0.3, n).rate(1200 * num_seqs) for n in range(8)}
-    run = TreeRun(chances, num_seqs, per_row, 0.3)
-    assert run.rate(1200 * num_seqs) >= 0.94 * max(rates.values())
-    assert run.rate(1200 * num_seqs) >= 0.97 * rates[0]
+    adapted = fmean(TreeRun(chances, num_seqs, per_row, 0.3, seed=seed).rate(1200 * num_seqs) for seed in range(4))
+    assert adapted >= 0.94 * max(rates.values())
+    assert adapted >= 0.97 * rates[0]
 
 
-def test_after_a_text_that_cost_all_that_was_saved_a_head_is_tried_again():
+def test_after_a_text_of_which_nothing_was_foreseen_a_head_is_tried_again():
     """A small model, of whose step the head's pass is a tenth: 300 tokens of which hardly any is foreseen, and then better."""
-    run = TreeRun(lambda position: (0.02, 0.0, 0.0) if position < 300 else (0.5, 0.2, 0.1), 1, 0.1, 1.0)
-    while run.positions[0] < 300:
-        run.step()
-    assert run.lengths.accounts[1] < 1.0
-    before, first = run.time, len(run.drafted)
-    while run.positions[0] < 600:
-        run.step()
     best = max(TreeRun((0.5, 0.2, 0.1), 1, 0.1, 1.0, count).rate(600) for count in range(8))
-    assert 300 / (run.time - before) >= 0.85 * best
-    assert sum(run.drafted[first : first + 60]) > 0
+    shares = []
+    for seed in range(8):
+        run = TreeRun(lambda position: (0.02, 0.0, 0.0) if position < 300 else (0.5, 0.2, 0.1), 1, 0.1, 1.0, seed=seed)
+        while run.positions[0] < 300:
+            run.step()
+        before, first = run.time, len(run.drafted)
+        while run.positions[0] < 600:
+            run.step()
+        shares.append(300 / (run.time - before) / best)
+        assert sum(run.drafted[first : first + 60]) > 0
+    assert fmean(shares) >= 0.83

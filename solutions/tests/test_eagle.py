@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from solutions.core.draft_model import HeadProposer
 from solutions.core.engine import LLM
-from solutions.core.speculation import head_drafts
+from solutions.core.speculation import head_drafts, heard_steps
 from solutions.core.speculation.head_drafts import HeadDrafts
 from solutions.models.heads.eagle import CONFIG, WEIGHTS
 from solutions.tests.eagle_heads import GREEDY, PROMPTS, Oracle, check_chances, make_random_head, three_tokens, tokens, watch
@@ -126,22 +126,59 @@ def test_sampled_tokens_follow_the_targets_distribution(target, head):
 
 
 def test_features_that_nobody_reads_are_kept_in_bounds(target, head, monkeypatch):
+    """At most 16 positions and those of 4 steps for each of six sequences; and they are sorted once in four steps."""
     monkeypatch.setattr(head_drafts, "MOST_PENDING", 16)
+    monkeypatch.setattr(heard_steps, "MOST_ALIKE", 4)
     llm = LLM(target, **SETTINGS, speculative_config=eagle(head, disable_by_batch_size=2))
-    proposer, most = llm.llm_engine.drafter.proposer, 0
-    assert isinstance(proposer, HeadProposer)
-    take = HeadDrafts.take
+    assert isinstance(llm.llm_engine.drafter.proposer, HeadProposer)
+    take, counts, pending = HeadDrafts.take, [], []
 
     def taken(self, seq_id, start, features):
-        nonlocal most
         take(self, seq_id, start, features)
         context = self.contexts[seq_id]
         assert context.num_pending == sum(map(len, context.pending))
-        most = max(most, len(context.pending))
+        counts.append(len(features))
+        if context.first > 0:  # the prompt's own are a step's
+            pending.append(context.num_pending)
 
     monkeypatch.setattr(HeadDrafts, "take", taken)
     llm.generate(PROMPTS, dataclasses.replace(GREEDY, max_tokens=60), use_tqdm=False)
-    assert 10 < most <= 17
+    assert 16 < max(pending) <= 20
+    assert len(counts) == 6 * (1 + 59 // 4)  # of the last three steps nobody asks
+    assert sum(counts) == sum(len(prompt["prompt_token_ids"]) + 56 for prompt in PROMPTS)
+
+
+def test_what_was_decoded_without_drafts_is_read_when_they_are_made_again(target, head, monkeypatch):
+    """Five sequences get no drafts, two do: those that go on alone have the whole text as context, also that of a sequence
+    which began when the steps of others were kept already."""
+    monkeypatch.setattr(heard_steps, "MOST_ALIKE", 7)
+    settings = SETTINGS | {"max_num_batched_tokens": 32, "enable_prefix_caching": False}
+    llm = LLM(target, **settings, speculative_config=eagle(head, disable_by_batch_size=2))
+    seen, oracle = watch(llm), Oracle(target, head)
+    params = [dataclasses.replace(GREEDY, max_tokens=count) for count in (40, 12, 40, 20, 9)]
+    plain = LLM(target, **settings).generate(PROMPTS[:5], params, use_tqdm=False)
+    assert tokens(llm.generate(PROMPTS[:5], params, use_tqdm=False)) == tokens(plain)
+    assert len(seen) > 20
+    for text, draft, first in seen:
+        assert first == 0
+        assert draft == oracle.draft(text, len(draft))
+
+
+def test_a_prompt_of_one_token_joins_those_that_decode(target, head):
+    """No step tells by its size that there is one more sequence. Two sequences get no drafts, the last one alone does."""
+    llm = LLM(target, **SETTINGS, enable_prefix_caching=False, speculative_config=eagle(head, disable_by_batch_size=1))
+    seen, oracle, engine = watch(llm), Oracle(target, head), llm.llm_engine
+    for number, count in enumerate((40, 20)):
+        engine.add_request(str(number), PROMPTS[number], dataclasses.replace(GREEDY, max_tokens=count))
+    for _ in range(6):
+        engine.step()
+    engine.add_request("2", {"prompt_token_ids": [7]}, dataclasses.replace(GREEDY, max_tokens=12))
+    while engine.has_unfinished_requests():
+        engine.step()
+    assert len(seen) > 10
+    for text, draft, first in seen:
+        assert first == 0
+        assert draft == oracle.draft(text, len(draft))
 
 
 # What is refused when a head is loaded

@@ -1,7 +1,8 @@
 """How likely the tokens of a draft are to stay, in chains and in trees, and how many passes of a drafting model they take.
 
 In a chain each token stays with a chance a if all before it do, the sequence's own chance. In a tree a likeliest child does;
-where it does not, another child may be right, with a chance that is counted for its rank over all sequences.
+where it does not, another child may be right. Its chance is counted for its rank over all sequences, as a multiple of a: of a
+text of which the head foresees nothing, its second thoughts are worth nothing either.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from numpy.typing import NDArray
 
 from ...batching.token_tree import TokenTree
 
-SIDE = 0.15
-"""The chance of a child of another rank at the start, where the likeliest is wrong."""
+SIDE, DOUBT = 0.4, 4.0
+"""The chance of a child of another rank at the start, where the likeliest is wrong, as a share of that of the likeliest; it
+counts like children whose likeliest siblings have such a sum of chances."""
 LEARNED = 0.98
 """Weight of what was counted of a rank before, against the newest step that had such a child."""
 
@@ -28,7 +30,8 @@ class Gains:
 
     def __init__(self, tree: TokenTree | None = None, ranks: Many[int] = ()) -> None:
         self._tree, self._ranks = tree, [0, *ranks]
-        self._sides = dict.fromkeys(sorted(set(ranks) - {0}), SIDE)
+        self._sides = dict.fromkeys(sorted(set(ranks) - {0}), (SIDE * DOUBT, DOUBT))
+        """Rank → how often such children were right; the sum of their likeliest siblings' chances. Both fade."""
 
     def of(self, chances: Many[float], longest: int) -> NDArray[np.float64]:
         """The chance of each token to stay, [S, longest], falling along each draft: where a token of a tree brings more than
@@ -41,10 +44,11 @@ class Gains:
         if self._tree is None:
             powers: NDArray[np.float64] = own ** np.arange(1, longest + 1)
             return powers
-        columns = [np.ones(len(own))]
+        columns, sides = [np.ones(len(own))], {rank: hits / total for rank, (hits, total) in self._sides.items()}
         for node, parent in enumerate(self._tree.parents[1 : longest + 1], 1):
             rank = self._ranks[node]
-            columns.append(columns[parent] * (own[:, 0] if rank == 0 else (1 - own[:, 0]) * self._sides[rank]))
+            likely = own[:, 0] if rank == 0 else (1 - own[:, 0]) * np.minimum(sides[rank] * own[:, 0], 1)
+            columns.append(columns[parent] * likely)
         columns += [np.zeros(len(own))] * (longest + 1 - len(columns))
         return np.array([pooled(row) for row in np.stack(columns[1:], axis=1)])
 
@@ -55,8 +59,9 @@ class Gains:
         deepest = np.maximum.accumulate(self._tree.depths)
         return deepest[np.minimum(counts, len(deepest) - 1)]
 
-    def walk(self, count: int, kept: Many[int]) -> tuple[int, int]:
-        """The first `count` nodes of the tree were checked, and `kept` of them stay: count the other ranks.
+    def walk(self, count: int, kept: Many[int], chance: float) -> tuple[int, int]:
+        """The first `count` nodes of the tree were checked, and `kept` of them stay: count the other ranks. `chance`: of the
+        sequence's likeliest tokens.
 
         Returns:
             How often a likeliest child was right, and how often there was one to be right.
@@ -70,7 +75,8 @@ class Gains:
                 if rank == 0:
                     hits, tries = hits + (right == 0), tries + 1
                 elif right != 0:
-                    self._sides[rank] = LEARNED * self._sides[rank] + (1 - LEARNED) * (right == rank)
+                    found, total = self._sides[rank]
+                    self._sides[rank] = LEARNED * found + (right == rank), LEARNED * total + chance
         return hits, tries
 
 

@@ -9,15 +9,17 @@ Models Using Goodput", 2024.
 
 *What is known.* Costs are measured (`step_costs.py`). Chances are counted: for each sequence, its last drafts count most. Where
 drafts follow from the text alone, as n-grams do, they are also made for sequences for which nothing is put on trial: whether
-the first token of such a draft is the one that then comes is seen without the model.
+the first token of such a draft is the one that then comes is seen without the model. What a model drafts has to be tried: of
+each new sequence at least `HOPE` is expected, and where nothing is drafted, a token for one sequence is a probe now and then.
 
 *What it may cost.* All that is tried for the sake of knowledge, and all that turns out wrong, is paid from an account. A share
 `ALLOWANCE` of the time that passes is paid in, and so is what drafts win, up to `MOST_SAVED` steps. A step may draft only what
 the account could pay if all of it were rejected. So speculation loses at most `ALLOWANCE` of the time and `MOST_SAVED` steps,
 whatever the text does, and `FOR_LOOKS` for drafts that are only looked at. Each number of sequences has an account of its own,
 so that what 32 have lost holds nobody up who is alone. What it takes to decide is not paid from it: that is the same in every
-step, and of a small model it is more than the share, so that nothing would ever be tried again. One thing is lent and not paid:
-what a draft model computes of a text that it has missed, where drafts pay.
+step, and of a small model it is more than the share, so that nothing would ever be tried again. Probes have an account of their
+own, into which `FOR_PROBES` of the time is paid: what a text costs of which nothing can be foreseen is not missing where the
+next one can be. One thing is lent and not paid: what a draft model computes of a text that it has missed, where drafts pay.
 """
 
 from __future__ import annotations
@@ -25,13 +27,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .draft_gains import Gains
-from .step_costs import MOST_OFF, Average, StepCosts, size_class
+from .step_costs import MOST_OFF, Average, PassCosts, StepCosts, size_class
 
 ALLOWANCE = 0.01
 FOR_LOOKS, MOST_LOOKED = 0.005, 0.2
@@ -40,18 +41,30 @@ first look reads the whole prompt, and must not be the last for long."""
 AT_FIRST, MOST_SAVED, MOST_OWED = 1.0, 2.0, 0.1
 """What the account holds at the start, at most and at least, in steps without drafts. It falls below 0 if a step took longer
 than anything that was measured before."""
-FOR_A_MODEL = 4.0
-"""The same for a model that drafts, at the start and at most: its first steps are slow, and each token of a draft is one."""
+FOR_A_MODEL, SAVED_FOR_A_MODEL = 3.5, 8.0
+"""The same for a model that drafts, at the start and at most: its first steps are slow, each token of a draft is one, and what
+drafts win comes in lumps, so that some in a row may win nothing where they pay."""
+FOR_PROBES, MOST_PROBED, DEAREST = 0.0075, 0.4, 4.0
+"""The share of the time that a model's drafts may take that are only made to see whether they pay by now, and what may be saved
+of it and what one may take, in steps."""
 LEAST_GAIN = 1.02
 """Drafts are made where they bring this much more than none."""
-REST = 3
-"""Steps after one for which nothing was drafted in which nothing is decided anew."""
+REST, MOST_REST = 3, 12
+"""Steps after one for which nothing was drafted in which nothing is decided anew; of a model, which has to be tried to see what
+it is worth, twice as many each time, up to so many."""
+AGAIN = 2
+"""Steps after one for which something was drafted in which a model drafts as much again, if its drafts have won something. To
+decide takes longer than a pass of a small one."""
 MEMORY = 0.9
 """Weight of what was counted before, against the newest draft of a sequence."""
-MEMORY_OF_A_MODEL = 0.96
+MEMORY_OF_A_MODEL = 0.97
 """The same for a model that drafts: where copies of the text are right or wrong for long, its tokens are now and then."""
-DOUBT = 2.0
-"""What is known of all sequences counts for a new one like so many tokens of its own."""
+DOUBT, DOUBT_OF_A_MODEL = 2.0, 3.0
+"""What is known of all sequences counts for a new one like so many tokens of its own; of a model that drafts, whose sequences
+differ less."""
+HOPE, TRIALS = 0.35, 8.0
+"""The least that a model that drafts expects of a sequence, whatever it was right in before, until it was tried so often:
+a few drafts tell."""
 UNSEEN = 0.5
 """The chance of a token at the start; where chances can be seen without a trial, also the most that a new sequence gets."""
 MISSED_AT_ONCE = 8
@@ -75,9 +88,9 @@ class Chance:
         """So many tokens more were right, of so many."""
         self.hits, self.tries = memory * self.hits + hits, memory * self.tries + tries
 
-    def value(self, expected: float) -> float:
+    def value(self, expected: float, doubt: float = DOUBT) -> float:
         """The chance of the next token, with `expected` in the place of what is not known."""
-        return (self.hits + DOUBT * expected) / (self.tries + DOUBT)
+        return (self.hits + doubt * expected) / (self.tries + doubt)
 
 
 class DraftLengths:
@@ -102,17 +115,22 @@ class DraftLengths:
         self._size = 0
         """The class for which it was decided last."""
         self._foretold = foretold
-        self._most_saved = MOST_SAVED if foretold else FOR_A_MODEL
+        self._most_saved = MOST_SAVED if foretold else SAVED_FOR_A_MODEL
         self._memory = MEMORY if foretold else MEMORY_OF_A_MODEL
         self._chances: dict[int, Chance] = {}
         self._all = Chance(UNSEEN, 1.0)
-        self._drafting: defaultdict[int, Average] = defaultdict(Average)
-        """Class of the number of sequences → seconds that the proposer takes for one token of each."""
+        self._drafting: defaultdict[int, PassCosts] = defaultdict(PassCosts)
+        """Class of the number of sequences → what the proposer takes."""
         self._is_first = True
         self._reading: Average = Average()
         """Seconds that it takes for a token that it has missed."""
         self._turn = self._rest = 0
+        self._patience = REST
+        self._again: list[tuple[int, int]] = []
+        """(sequence, tokens) as it was decided. `_num_again`: steps in which that holds."""
+        self._num_again = 0
         self._for_looks = 0.0
+        self._for_probes, self._is_probe = 0.0, False
         self._lent = 0.0
         """Seconds of this step that drafts are expected to earn back."""
 
@@ -127,15 +145,18 @@ class DraftLengths:
             As many as pay, or as are worth knowing about; 0 for all where nothing is.
         """
         num_seqs = len(seq_ids)
-        counts, plain, drafting = [0] * num_seqs, self.costs.plain(num_seqs), self._drafting[size_class(num_seqs)].value
-        if drafting is None and not self._foretold:  # what a token takes is to be known before there are many
+        counts, plain, drafting = [0] * num_seqs, self.costs.plain(num_seqs), self._drafting[size_class(num_seqs)]
+        if not drafting.is_known and not self._foretold:  # what a token takes is to be known before there are many
             most = [min(room, 1) for room in most]
         longest = max(most, default=0)
         self._lent = 0.0
-        if self._rest or plain is None or longest == 0:
-            self._rest = max(0, self._rest - 1)
+        self._is_probe = False
+        if plain is None or longest == 0:
             return counts
-        self._rest, self._size = REST, size_class(num_seqs)
+        if self._num_again and max(missed) <= MISSED_AT_ONCE and [seq_id for seq_id, _ in self._again] == list(seq_ids):
+            self._num_again -= 1
+            return [min(count, room) for (_, count), room in zip(self._again, most, strict=True)]
+        self._rest, self._size = self._patience, size_class(num_seqs)
         account = self.accounts.setdefault(self._size, AT_FIRST if self._foretold else FOR_A_MODEL) * plain
         if account <= 0:
             self.mean_length, self._paying[self._size] = 0.0, False
@@ -150,25 +171,40 @@ class DraftLengths:
         rows, depths = np.divmod(order, longest)
         gains, behind = powers.flat[order], np.where(depths == 0, np.array(missed)[rows], 0)
         # where drafts cost a pass of a model for each place, a shorter one of all may be better than the best tokens
-        best, is_dear = (LEAST_GAIN * num_seqs / plain, 0, longest), (drafting or 0.0) > 0.01 * plain
-        for depth in range(1 if is_dear else longest, longest + 1):
+        best, is_dear = (LEAST_GAIN * num_seqs / plain, 0, longest), drafting.of(1) > 0.01 * plain
+        passes = self._gains.passes(np.arange(1, longest + 1))
+        seconds = np.array([drafting.of(count) for count in range(passes[-1] + 1)])[passes]
+        for depth in np.flatnonzero(np.diff(passes, append=passes[-1] + 1)) + 1 if is_dear else [longest]:
             taken = depths < depth
-            best = max(best, (*self._best(account, plain, num_seqs, gains[taken], depths[taken], behind[taken]), depth))
+            spent = seconds[np.maximum.accumulate(depths[taken])]
+            best = max(best, (*self._best(account, plain, num_seqs, gains[taken], spent, behind[taken]), int(depth)))
         _, chosen, depth = best
         for row in rows[depths < depth][:chosen]:
             counts[row] += 1
         self.mean_length, self._paying[self._size] = chosen / num_seqs, chosen > 0
-        self._rest = 0 if chosen else REST
-        return counts if chosen or self._foretold else self._probe(account, plain, most, missed)
+        self._rest = 0 if chosen else self._patience
+        self._num_again = 0
+        if chosen and not self._foretold and account > FOR_A_MODEL * plain:
+            self._num_again, self._again = AGAIN, list(zip(seq_ids, counts, strict=True))
+        self._patience = REST if chosen or self._foretold else min(2 * self._patience, MOST_REST)
+        return counts if chosen or self._foretold else self._probe(plain, most, missed)
+
+    def rests(self) -> bool:
+        """Whether nothing is to be decided for the next step, as nothing was drafted for one just now."""
+        rests, self._rest = self._rest > 0, max(0, self._rest - 1)
+        return rests
+
+    def wake(self) -> None:
+        """Something new has come, so decide with the next step."""
+        self._rest, self._patience, self._num_again = 0, REST, 0
 
     def _best(
-        self, account: float, plain: float, num_seqs: int, gains: NDArray[np.float64], depths: NDArray[np.integer[Any]],
+        self, account: float, plain: float, num_seqs: int, gains: NDArray[np.float64], drafting: NDArray[np.float64],
         missed: NDArray[np.int64],
     ) -> tuple[float, int]:  # fmt: skip
         """The best rate, and how many of the tokens to draft for it; 0 and 0 where nothing can be paid. All are [N], in the
-        order in which tokens are taken: the chance of each, how many are before it in its draft, what it must read first."""
+        order in which tokens are taken: the chance of each, seconds for drafts up to it, what it must read first."""
         least, greatest = self.costs.ratios(num_seqs, len(gains))
-        drafting = (self._drafting[self._size].value or 0.0) * self._gains.passes(1 + np.maximum.accumulate(depths))
         reading = (self._reading.value or 0.0) * np.cumsum(missed) / HORIZON
         tokens = num_seqs + np.cumsum(gains)
         affordable = plain * (greatest - 1) + drafting <= account
@@ -179,15 +215,15 @@ class DraftLengths:
                 return float(rates[place]), place + 1
         return 0.0, 0
 
-    def _probe(self, account: float, plain: float, most: Many[int], missed: Many[int]) -> list[int]:
-        """One token for one sequence, where the account can pay for it; they take turns."""
+    def _probe(self, plain: float, most: Many[int], missed: Many[int]) -> list[int]:
+        """One token for one sequence, where what is set apart for that pays for it; they take turns."""
         counts = [0] * len(most)
         self._turn += 1
         row = min((row for row, room in enumerate(most) if room), key=lambda row: (missed[row], (row + self._turn) % len(most)))
         ratio = self.costs.ratios(len(most), 1)[1][0] - 1
-        cost = plain * ratio + (self._drafting[self._size].value or 0.0) + missed[row] * (self._reading.value or 0.0)
-        if cost <= account:
-            counts[row] = 1
+        cost = plain * ratio + self._drafting[self._size].of(1) + missed[row] * (self._reading.value or 0.0)
+        if self._for_probes > 0 and cost <= DEAREST * plain:
+            counts[row], self._is_probe = 1, True
         return counts
 
     def pays(self, num_seqs: int) -> bool:
@@ -209,11 +245,11 @@ class DraftLengths:
             return
         depth = int(self._gains.passes(np.array([most]))[0])
         if max(missed) <= MISSED_AT_ONCE:
-            self._drafting[self._size].add(seconds / depth)
+            self._drafting[self._size].add(depth, seconds)
             return
-        reading = max(0.0, seconds - depth * (self._drafting[self._size].value or 0.0))
+        reading = max(0.0, seconds - self._drafting[self._size].of(depth))
         self._lent = reading if self._paying.get(self._size, True) else 0.0
-        if self._drafting[self._size].value is not None:
+        if self._drafting[self._size].is_known:
             self._reading.add(reading / sum(missed))
 
     def judge(self, seq_id: int, num_right: int, num_drafted: int) -> None:
@@ -223,7 +259,7 @@ class DraftLengths:
 
     def judge_tree(self, seq_id: int, num_drafted: int, kept: Many[int]) -> None:
         """A sequence's draft was the first nodes of the tree, so many; these of them stay."""
-        hits, tries = self._gains.walk(num_drafted, kept)
+        hits, tries = self._gains.walk(num_drafted, kept, self._chance(seq_id))
         self._chances.setdefault(seq_id, Chance()).count(hits, tries, self._memory)
         self._all.count(hits, tries, self._memory ** (1 / 8))
 
@@ -239,8 +275,12 @@ class DraftLengths:
         if num_drafted:
             usual = plain * self.costs.measured(num_seqs, num_drafted)
             won = plain * num_new / num_seqs - min(seconds, MOST_OFF * usual)
-        paid = won + self._lent - spent + ALLOWANCE * (seconds + spent)
+        won += self._lent - spent
+        if self._is_probe:
+            self._for_probes, won = self._for_probes + won, 0.0
+        paid = won + ALLOWANCE * (seconds + spent)
         self.accounts[size] = min(max(self.accounts[size] + paid / plain, -MOST_OWED), self._most_saved)
+        self._for_probes = min(max(self._for_probes, -DEAREST * plain) + FOR_PROBES * seconds, MOST_PROBED * plain)
         self._for_looks = min(max(self._for_looks, -MOST_LOOKED * plain) + FOR_LOOKS * seconds, MOST_LOOKED * plain)
 
     def forget(self, seq_ids: Many[int]) -> None:
@@ -249,6 +289,7 @@ class DraftLengths:
             self._chances.pop(seq_id, None)
 
     def _chance(self, seq_id: int) -> float:
-        expected = self._all.value(UNSEEN)
-        known = self._chances.get(seq_id)
-        return (known or Chance()).value(min(expected, UNSEEN) if self._foretold else expected)
+        expected, known = self._all.value(UNSEEN), self._chances.get(seq_id) or Chance()
+        if self._foretold:
+            return known.value(min(expected, UNSEEN))
+        return known.value(max(expected, HOPE) if known.tries < TRIALS else expected, DOUBT_OF_A_MODEL)

@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...attention.paged_attention import AttentionBackend, AttentionMetadata, attention_metadata
@@ -21,6 +23,8 @@ from ...batching.step_arrays import PagedArrays
 from ...memory.cache_engine import CacheEngine
 from ...models.heads.head import DraftHead
 from ...parallelism.linear import Layer
+
+Int64s = NDArray[np.int64]
 
 MOST_ROWS = 32
 """Most sequences with a context of the head; who comes while there are so many gets no drafts. With more in a step, drafts
@@ -88,10 +92,11 @@ class HeadDrafts:
         context.pending.append(features)
         context.num_pending += len(features)
 
-    def num_missed(self, seq_id: int) -> int:
-        """Positions that the head reads before it drafts, beside the one that it always does."""
+    def num_missed(self, seq_id: int, num_kept: int = 0) -> int:
+        """Positions that the head reads before it drafts, beside the one that it always does. `num_kept`: those whose features
+        are elsewhere yet."""
         context = self.contexts.get(seq_id)
-        return 0 if context is None else max(0, context.num_pending - 1)
+        return 0 if context is None else max(0, context.num_pending + num_kept - 1)
 
     @torch.inference_mode()
     def draft(self, wanted: dict[Sequence, int]) -> dict[Sequence, list[int]]:
@@ -106,23 +111,21 @@ class HeadDrafts:
     def _go_on(self, hidden: Tensor, drafting: list[Sequence], wanted: dict[Sequence, int]) -> list[list[int]]:
         """What follows the head's outputs [S, hidden] behind the last tokens of the S sequences: as many tokens for each as one
         of them wants, or more."""
-        contexts = [self.contexts[seq.seq_id] for seq in drafting]
         tokens = self.head.likeliest(hidden)  # [S]
         columns = [tokens]
-        depth = max(wanted[seq] for seq in drafting)
-        rows = torch.tensor([context.row for context in contexts])
-        lengths = torch.tensor([context.length for context in contexts])
-        firsts = torch.tensor([context.first for context in contexts])
-        starts = torch.arange(len(drafting) + 1, dtype=torch.int32)
-        tables = rows[:, None].int()
-        longest = max(context.length for context in contexts)
-        for place in range(depth - 1):
+        rows, lengths, firsts = self._places(drafting)
+        starts = np.arange(len(drafting) + 1)
+        for place in range(max(wanted[seq] for seq in drafting) - 1):
             at = lengths + place
-            arrays = PagedArrays(rows * self.longest + at, tables, starts, (at + 1).int())
-            hidden = self._run(tokens, hidden, firsts + at, self._metadata(arrays, 1, longest + place + 1))
+            hidden = self._run(tokens, hidden, firsts + at, self._metadata(rows * self.longest + at, rows, starts, at + 1))
             tokens = self.head.likeliest(hidden)
             columns.append(tokens)
         return torch.stack(columns, dim=1).tolist()
+
+    def _places(self, sequences: list[Sequence]) -> Int64s:
+        """[3, S]: of each sequence's context the row, its length, and the position that stands first in it."""
+        contexts = [self.contexts[seq.seq_id] for seq in sequences]
+        return np.array([(context.row, context.length, context.first) for context in contexts]).T
 
     def _is_ready(self, seq: Sequence) -> bool:
         context = self.contexts.get(seq.seq_id)
@@ -130,32 +133,33 @@ class HeadDrafts:
 
     def _read(self, sequences: list[Sequence], contexts: list[Context]) -> Tensor:
         """Take the pending features of all of them into the cache; the head's output behind the last of each, [S, hidden]."""
-        ids: list[int] = []
-        positions, slots, starts, lens = [], [], [0], []
-        for seq, context in zip(sequences, contexts, strict=True):
-            begin, count = context.first + context.length, context.num_pending
+        rows, lengths, firsts = self._places(sequences)
+        counts = np.array([context.num_pending for context in contexts])
+        starts = np.zeros(len(counts) + 1, np.int64)
+        np.cumsum(counts, out=starts[1:])
+        begins, ids = firsts + lengths, list[int]()
+        for seq, begin, count in zip(sequences, begins.tolist(), counts.tolist(), strict=True):
             ids += seq.tokens[begin + 1 : begin + count + 1]
-            positions.append(torch.arange(begin, begin + count))
-            slots.append(positions[-1] + (context.row * self.longest - context.first))
-            starts.append(starts[-1] + count)
-            lens.append(context.length + count)
-        features = torch.cat([each for context in contexts for each in context.pending])
-        arrays = PagedArrays(
-            torch.cat(slots), torch.tensor([[context.row] for context in contexts], dtype=torch.int32),
-            torch.tensor(starts, dtype=torch.int32), torch.tensor(lens, dtype=torch.int32),
-        )  # fmt: skip
-        most = max(context.num_pending for context in contexts)
-        out = self._run(torch.tensor(ids), features, torch.cat(positions), self._metadata(arrays, most, max(lens)))
+        positions = np.arange(starts[-1]) + np.repeat(begins - starts[:-1], counts)
+        slots = positions + np.repeat(rows * self.longest - firsts, counts)
+        pending = [each for context in contexts for each in context.pending]
+        metadata = self._metadata(slots, rows, starts, lengths + counts)
+        out = self._run(torch.tensor(ids), pending[0] if len(pending) == 1 else torch.cat(pending), positions, metadata)
         for context in contexts:
             context.length += context.num_pending
             context.pending, context.num_pending = [], 0
-        return out[torch.tensor(starts[1:]) - 1]
+        return out if len(out) == len(counts) else out[torch.from_numpy(starts[1:] - 1)]
 
-    def _run(self, tokens: Tensor, features: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
-        hidden: Tensor = self.head(self.embed(tokens), features, self.rotary(positions), metadata)
+    def _run(self, tokens: Tensor, features: Tensor, positions: Int64s, metadata: AttentionMetadata) -> Tensor:
+        hidden: Tensor = self.head(self.embed(tokens), features, self.rotary(torch.from_numpy(positions)), metadata)
         return hidden
 
     def _metadata(
-        self, arrays: PagedArrays[Tensor, Tensor], most_new: int, longest: int, hidden_keys: Tensor | None = None
+        self, slots: Int64s, rows: Int64s, starts: Int64s, lens: Int64s, hidden_keys: Tensor | None = None
     ) -> AttentionMetadata:
-        return attention_metadata(arrays, (most_new, longest), self.cache.kv_caches, None, self.backend, (None,), hidden_keys)
+        """Of a pass over T tokens of S sequences: slots [T], rows [S], where each one's tokens start [S + 1], its length with
+        them [S]."""
+        short = (torch.from_numpy(each.astype(np.int32)) for each in (rows[:, None], starts, lens))
+        arrays = PagedArrays[Tensor, Tensor](torch.from_numpy(slots), *short)
+        longest = int((starts[1:] - starts[:-1]).max()), int(lens.max())
+        return attention_metadata(arrays, longest, self.cache.kv_caches, None, self.backend, (None,), hidden_keys)

@@ -3,7 +3,11 @@
 Nothing here comes from a table of machines. A step of S sequences without drafts takes p(S) seconds. One with N drafted tokens
 takes q(S, N) times as long, and q is what tells whether drafts pay: near 1 while the model waits for memory, near (S + N) / S
 where it computes all the time. Both are averages of what was measured, the latest steps counting most. Where nothing was
-measured yet, q lies between two limits: it does not fall with N, and a token on trial costs no more than one in a step without.
+measured yet, q lies between two limits: it does not fall with N, and a token on trial costs no more than one in a step without,
+nor much more than those did that were measured.
+
+A machine's speed changes, so q is measured in the first steps behind one without drafts. In later ones what is known of q tells
+p: else each change of speed would be taken for what drafts cost.
 """
 
 from __future__ import annotations
@@ -21,8 +25,13 @@ MOST_OFF = 1.25
 with something else, and one such step must not decide what the next hundred do."""
 DOUBTED = 128
 """Steps after which a ratio has to be measured once more, so that one that was measured too high is not believed for ever."""
-FRESH = 32
+FRESH = 64
 """Steps of S sequences with drafts after which one without is due: p(S) grows with the context."""
+LEAST_SLOPE, STEEPER = 0.1, 2.0
+"""What a token on trial may add to q at most, beyond what was measured: so many times what it added up to there, on average,
+and a part of what a token costs in a step without."""
+NEAR = 4
+"""Steps after one without drafts that tell of a ratio; in those behind them, a ratio that is known tells of p(S)."""
 ENOUGH = 2
 """The first measurements, of which the least counts, as the first step of a kind is often slow; after them p(S) is known."""
 
@@ -84,8 +93,13 @@ class StepCosts:
             self._num_since_plain[size] = 0
             return
         self._num_since_plain[size] += 1
-        if plain := self._plain[size].value:
-            self._ratios[size][size_class(num_drafted)].add(max(1.0, seconds / plain))
+        if (plain := self._plain[size].value) is None:
+            return
+        ratio = self._ratios[size][size_class(num_drafted)]
+        if ratio.count >= ENOUGH and ratio.value and self._num_since_plain[size] > NEAR:
+            self._plain[size].add(seconds / ratio.value)
+        else:
+            ratio.add(max(1.0, seconds / plain))
             self._limits = {key: limits for key, limits in self._limits.items() if key[0] != size}
 
     def measured(self, num_seqs: int, num_drafted: int) -> float:
@@ -105,10 +119,46 @@ class StepCosts:
         found = [1.0, *(average.value or 1.0 for _, average in known)]
         values = np.minimum.accumulate(found[::-1])[::-1]  # where more tokens were quicker, fewer are no slower
         least, greatest = np.empty(most), np.empty(most)
+        steepest = max((float(value - 1) / count for count, value in zip(counts, values, strict=True) if count), default=1.0)
+        a_token = min(1 / size, LEAST_SLOPE / size + STEEPER * steepest)
         for num_drafted in range(1, most + 1):
             place = bisect_left(counts, size_class(num_drafted))
             is_known = place < len(counts) and counts[place] == size_class(num_drafted)
             below, above = values[place - 1], values[place] if place < len(counts) else np.inf
             least[num_drafted - 1] = above if is_known and known[place - 1][1].count >= ENOUGH else below
-            greatest[num_drafted - 1] = min(above, below + (num_drafted - counts[place - 1]) / size)
+            greatest[num_drafted - 1] = min(above, below + (num_drafted - counts[place - 1]) * a_token)
         return least, np.maximum(least, greatest)
+
+
+class PassCosts:
+    """Seconds that a proposer takes for drafts of so many passes of its model, one behind the other: measured for each number.
+    The first takes longer than those behind it, as what has come since the last draft is read in it."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, Average] = defaultdict(Average)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything was measured."""
+        return bool(self._seconds)
+
+    def add(self, num_passes: int, seconds: float) -> None:
+        """Drafts of so many passes were made."""
+        self._seconds[num_passes].add(seconds)
+
+    def of(self, num_passes: int) -> float:
+        """Seconds of so many, no more than of a greater number. Of more than were measured each takes as long as
+        those did, on average; 0.0 where nothing was measured."""
+        measured = sorted((count, average.value or 0.0) for count, average in self._seconds.items())
+        known = [(count, min(seconds for _, seconds in measured[place:])) for place, (count, _) in enumerate(measured)]
+        if not known:
+            return 0.0
+        place = bisect_left(known, (num_passes, 0.0))
+        if place == len(known):
+            count, seconds = known[-1]
+            return seconds * num_passes / count
+        count, seconds = known[place]
+        if count == num_passes:
+            return seconds
+        fewer, quicker = known[place - 1] if place else (0, 0.0)
+        return quicker + (seconds - quicker) * (num_passes - fewer) / (count - fewer)

@@ -200,7 +200,9 @@ class Drafter:
         decodes = len(sampled) == len(output.scheduled) == sum(output.scheduled.values())
         most = proposer.config.most(len(sampled)) if decodes else 0
         wanted: dict[Sequence, int] = {}
-        if most:
+        if not decodes:
+            lengths.wake()
+        elif most and not lengths.rests():
             room = [min(most, seq.max_len - len(seq.tokens) - 1) for seq in sampled]
             counts = lengths.choose([seq.seq_id for seq in sampled], room, [proposer.num_missed(seq) for seq in sampled])
             wanted = self._find_room(output, dict(zip(sampled, counts, strict=True)))
