@@ -17,6 +17,7 @@ STAGE    := 1
 PROMPT   := What is the capital of France?
 YES      :=
 FORCE    :=
+STARRED  :=
 # for make grade: what is graded, where the grades go; STAGE=2 on the command line grades this stage alone
 SUBMISSION := .
 OUTPUT   := grades
@@ -126,8 +127,8 @@ diff: $(STAMP) ## The reference beside your version of TASK=1.3, once it passes 
 watch: $(STAMP) ## Test STAGE=1 again each time you save (TASK, WITH)
 	@$(COURSE) watch --stage $(STAGE) $(TEST_STAGE)
 
-break-it: $(STAMP) ## Try your own tests of STAGE=1 (its break_it.py) on wrong versions (LEVEL=1 and 2 say more of those that live)
-	@$(COURSE) break-it --stage $(STAGE) --level $(if $(filter command line,$(origin LEVEL)),$(LEVEL),0)
+break-it: $(STAMP) ## Try your own tests of STAGE=1 (its break_it.py) on wrong versions (LEVEL=1 and 2 say more; STARRED=1)
+	@$(COURSE) break-it --stage $(STAGE) --level $(if $(filter command line,$(origin LEVEL)),$(LEVEL),0) $(if $(STARRED),--starred)
 
 scoreboard: $(STAMP) ## Judge your open tasks beside what the engine has (NAME=you; CLASS=DIR: a class's; SEED=word, OUTPUT=file)
 	@$(COURSE) scoreboard --name "$(NAME)" --class "$(CLASS)" --seed "$(if $(filter command line,$(origin SEED)),$(SEED))" \

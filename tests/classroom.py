@@ -67,11 +67,15 @@ class Classroom:
         folder: where it comes to be; made if it is not there.
         root: the repository to copy. Its `solutions/` is linked, not copied.
         warm: the server that runs the tests; without it the classroom starts one of its own, which `close` ends.
+
+    Attributes:
+        on_starters: stage → what its tests say on its fresh starters; kept for the gate, see `tests/gate_runs.py`.
     """
 
     def __init__(self, folder: Path, root: Path = ROOT, warm: Warm | None = None) -> None:
         self.folder = folder.resolve()
         self.root = root.resolve()
+        self.on_starters: dict[int, Results] = {}
         self._own_warm = warm is None
         self.warm = Warm() if warm is None else warm
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -154,11 +158,13 @@ class Classroom:
             flags: further arguments for pytest.
             limit: seconds for all of them. test_limit: seconds that one may compute; None: what the course gives.
         """
-        arguments = [*PYTEST, *flags, *tests]
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder) / "results.jsonl"
-            environment = {"STAGES": stages, "COURSE_RESULTS": str(log)}
-            job = Job(str(self.folder), "pytest", arguments, environment, limit, test_limit)
+            # without `STAGES` pytest's settings depend on which tests there are
+            settings, free = ([], [*tests]) if stages is not None else ([*tests], [])
+            arguments, environment = [*PYTEST, *flags, *settings], {"STAGES": stages}
+            results = {"COURSE_RESULTS": str(log)}
+            job = Job(str(self.folder), "pytest", arguments, environment, limit, test_limit, free, results)
             ended = self.warm.run(job)
             lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
         return Results(tuple(result(record) for record in map(json.loads, lines) if "task" in record), ended)

@@ -17,6 +17,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 
 from rich.console import Console
 from rich.markup import escape
@@ -37,10 +38,13 @@ from tests.gate_texts import (
 )
 from tests.gate_ties import promises_are_tied
 from tests.mutants.bank import killer, remember
+from tests.warm import Warm
 
 MUTANTS_PER_STAGE = 13
 JOBS = 2
-"""Stages that are checked at once."""
+"""Parts that are checked at once."""
+RULES_COST = 16
+"""Mutants that take about as long as all rules together take for one task."""
 
 Rule = Callable[[Classroom, Stage], list[str]]
 
@@ -124,15 +128,17 @@ def check_mutant(room: Classroom, stage: Stage, mutant: Mutant) -> Kill:
 
 
 def check(
-    room: Classroom, stages: list[Stage], *, mutants: bool = True, on_step: Callable[[int, int, str], None] = lambda *_: None
-) -> Report:
+    room: Classroom, stages: list[Stage], *, rules: bool = True, mutants: bool = True,
+    on_step: Callable[[int, int, str], None] = lambda *_: None,
+) -> Report:  # fmt: skip
     """Apply every rule to every stage.
 
     Args:
+        rules, mutants: whether to apply the rules, and the last one, that mutants die.
         on_step: called with (steps done, steps in all, what comes now).
     """
     report = Report()
-    todo = [(stage, rule) for stage in stages for rule in RULES]
+    todo = [(stage, rule) for stage in stages for rule in RULES] if rules else []
     wrong = [(stage, mutant) for stage in stages for mutant in load_mutants(room.root, stage)] if mutants else []
     total = len(todo) + len(wrong)
     for done, (stage, rule) in enumerate(todo):
@@ -149,40 +155,61 @@ def check(
     return report
 
 
+class GateEnded(CourseError):
+    """Nothing is wrong with this part, but with another."""
+
+
 def check_stages(folder: Path, stages: list[Stage], mutants: bool, progress: Progress) -> Report:
-    """`check` several stages, `JOBS` at a time, each in a classroom of its own: most of the time a gate waits for tests.
+    """`check` several stages, `JOBS` parts at a time, each in a classroom of its own: most of the time a gate waits for tests.
+
+    A part is a stage's rules or its mutants. Those that take longest come first, or one would run alone at the end.
 
     Raises:
         CourseError: starters cannot be made.
     """
     ending = threading.Event()
+    servers = [Warm() for _ in range(JOBS)]
+    free = SimpleQueue[Warm]()
+    for server in servers:
+        free.put(server)
 
-    def check_one(number: int) -> Report:
-        bar = progress.add_task(f"stage {number}: copying the course", total=None)
+    def check_part(number: int, rules: bool) -> Report:
+        what = "rules" if rules else "mutants"
+        bar = progress.add_task(f"stage {number}: {what}", total=None)
 
-        def show(done: int, total: int, what: str) -> None:
+        def show(done: int, total: int, step: str) -> None:
             if ending.is_set():
-                raise CourseError("another stage has ended the gate")
-            progress.update(bar, completed=done, total=total, description=what)
+                raise GateEnded("another part has ended the gate")
+            progress.update(bar, completed=done, total=total, description=step)
 
-        with closing(Classroom(folder / f"course-{number}")) as room:
-            report = check(room, [find_stage(room.course, number)], mutants=mutants, on_step=show)
-        progress.remove_task(bar)
-        return report
+        server = free.get()
+        try:
+            show(0, 1, f"stage {number}: copying the course")
+            with closing(Classroom(folder / f"{what}-{number}", warm=server)) as room:
+                return check(room, [find_stage(room.course, number)], rules=rules, mutants=not rules, on_step=show)
+        except BaseException:
+            ending.set()
+            raise
+        finally:
+            free.put(server)
+            progress.remove_task(bar)
 
-    # first the one with the most mutants, which would else run alone at the end
-    longest_first = sorted(stages, key=lambda stage: len(load_mutants(ROOT, stage)), reverse=True)
+    parts = {(stage.number, True): RULES_COST * len(stage.tasks) for stage in stages}
+    parts |= {(stage.number, False): len(load_mutants(ROOT, stage)) for stage in stages if mutants}
     pool = ThreadPoolExecutor(JOBS)
     try:
-        futures = {stage.number: pool.submit(check_one, stage.number) for stage in longest_first}
+        futures = {part: pool.submit(check_part, *part) for part in sorted(parts, key=parts.__getitem__, reverse=True)}
         done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()  # an error ends the gate
+        errors = [error for future in done if (error := future.exception()) is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, GateEnded)):
+            raise error  # it ends the gate
     finally:
         ending.set()
         pool.shutdown(cancel_futures=True)  # waits for the step under way: the folder is about to go
-    parts = [futures[stage.number].result() for stage in stages]
-    return Report([v for part in parts for v in part.verdicts], [k for part in parts for k in part.kills])
+        for server in servers:
+            server.close()
+    reports = [futures[part].result() for part in parts]
+    return Report([v for report in reports for v in report.verdicts], [k for report in reports for k in report.kills])
 
 
 def title(name: str) -> str:

@@ -3,7 +3,7 @@
 cosmic-ray's operators make the mutants: another operator or comparison, a number one higher or lower, `break` for `continue`, a
 loop that never runs, and so on. Only the functions that a task asks for are broken. A mutant that differs from the original in
 nothing but annotations, docstrings and what a `raise` says in its message is none, and neither is one that Python reads as the
-same program as an earlier one.
+same program as an earlier one. Parts of C++ files have operators of their own (`tests/native_mutants.py`).
 
 The mutant stands in the learner's file of a stage that is done otherwise. The tests of its task run first, then those of the
 later tasks. What survives must be explained in `tests/mutants/survivors.toml`, by file, function and both versions of the line.
@@ -32,12 +32,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from stages.course.tools.catalog import CourseError, Stage, Target, Task, find_stage, find_task
-from stages.course.tools.targets import find_function, is_python
+from stages.course.tools.targets import find_function, find_lines, is_python
 from tests.classroom import Classroom
 from tests.mutants.bank import TEST_LIMIT
+from tests.native_mutants import native_mutants
 
 SURVIVORS = Path(__file__).parent / "mutants" / "survivors.toml"
 KILLED_SHARE = 0.95
+NO_PROGRAM = "could not compile the"
+"""What `BuildError` says of C++ that is none."""
 RUN_LIMIT = 120
 """Seconds for the tests of one task on a mutant."""
 
@@ -169,15 +172,33 @@ def function_mutants(text: str, task: Task, target: Target) -> list[Machine]:
     return mutants
 
 
+def part_mutants(text: str, task: Task, target: Target) -> list[Machine]:
+    """All mutants of a marked part of a C++ file; a few are no C++, as only the compiler knows."""
+    lines, place = text.splitlines(keepends=True), find_lines(text, target.file, target.name)
+    if place is None:
+        raise CourseError(f"task {task.id}: there are no markers for {target.name} in solutions/{target.file}")
+    first, last = place.start + 1, place.stop - 1
+    mutants = {}
+    for number, new in native_mutants(lines[first:last]):
+        whole = "".join([*lines[: first + number], new, *lines[first + number + 1 :]])
+        mutants[whole] = Machine(task.id, target.file, target.name, *changed_lines(text, whole), whole)
+    return list(mutants.values())
+
+
 def machine_mutants(room: Classroom, task: Task) -> list[Machine]:
-    """All mutants of the functions that a task asks for; parts of CUDA files have the bank's alone."""
-    targets = [target for target in task.targets if is_python(target.file)]
-    return [each for target in targets for each in function_mutants(room.reference(target.file), task, target)]
+    """All mutants of the functions that a task asks for; parts of CUDA files, slow to compile, have the bank's alone."""
+    mutants: list[Machine] = []
+    for target in task.targets:
+        if is_python(target.file):
+            mutants += function_mutants(room.reference(target.file), task, target)
+        elif target.file.endswith(".cpp"):
+            mutants += part_mutants(room.reference(target.file), task, target)
+    return mutants
 
 
 # ------------------------------------------------------------------------------------------------------------- fates
-def try_mutant(room: Classroom, stage: Stage, mutant: Machine) -> Fate:
-    """Run the tests of the mutant's task, then those of each later one, until one fails."""
+def try_mutant(room: Classroom, stage: Stage, mutant: Machine) -> Fate | None:
+    """Run the tests of the mutant's task, then those of each later one, until one fails. None: it does not compile."""
     path = room.path(stage.number, mutant.file)
     room.write(path, mutant.text)
     try:
@@ -185,6 +206,8 @@ def try_mutant(room: Classroom, stage: Stage, mutant: Machine) -> Fate:
         tasks += list(stage.tasks[stage.tasks.index(tasks[0]) + 1 :])
         for task in tasks:
             results = room.run(str(stage.number), [room.tests(task)], "-x", limit=RUN_LIMIT, test_limit=TEST_LIMIT)
+            if results.failed and NO_PROGRAM in results.failed[0].text:
+                return None
             if results.failed:
                 return Fate(mutant, results.failed[0].name, task.id)
             if results.complaint:  # the process died or hung in native code: nobody can miss that
@@ -276,7 +299,8 @@ def run(room: Classroom, stage: Stage, mutants: list[Machine], on_step: Callable
     fates = []
     for done, mutant in enumerate(mutants):
         on_step(done, mutant)
-        fates.append(try_mutant(room, stage, mutant))
+        if (fate := try_mutant(room, stage, mutant)) is not None:
+            fates.append(fate)
     return fates
 
 

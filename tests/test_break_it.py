@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,28 @@ def test_wrong_versions_are_of_different_tasks_and_the_seed_draws_them(stage: St
     assert exercises(ROOT, stage)[0].points == POINTS
 
 
+@pytest.mark.parametrize("stage", COURSE, ids=lambda stage: f"stage {stage.number}")
+def test_starred_tasks_are_a_game_of_their_own(stage: Stage) -> None:
+    """Who has left a starred task out meets no version of it where there are points; who has not breaks them by themselves."""
+    workshop = Workshop(ROOT)
+    starred = {task.id for task in stage.tasks if task.starred}
+    for seed in map(str, range(20)):
+        assert starred.isdisjoint(version.wrong.task for version in versions(workshop, stage, seed) if version.wrong)
+    if not starred:
+        with pytest.raises(CourseError, match="no starred task"):
+            versions(workshop, stage, "a", starred=True)
+        return
+    drawn = versions(workshop, stage, "a", starred=True)
+    tasks = Counter(version.wrong.task for version in drawn if version.wrong is not None)
+    assert tasks.total() == WRONG
+    assert len({tuple(sorted(version.texts.items())) for version in drawn}) == len(drawn)
+    native = {task.id for task in stage.tasks if task.targets[0].file.endswith(".cpp")}
+    assert tasks.keys() <= starred - native
+    assert len(tasks) == min(WRONG, len(starred - native))
+    assert max(tasks.values()) - min(tasks.values()) <= 1
+    assert starred - native == {right.task for right in load_others(ROOT, stage, RIGHT)} & starred
+
+
 def test_versions_beside_the_banks_can_be_made() -> None:
     """Their old texts stand in the reference once; a version of those that were never tried on it proves nothing."""
     others = [each for stage in COURSE for file in (RIGHT, FRESH) for each in load_others(ROOT, stage, file)]
@@ -98,6 +121,18 @@ def test_a_learner_tries_tests_of_their_own(toy: Toy, tests: str, code: int, sai
     workshop = Workshop(toy.root)
     assert break_it(console, workshop, workshop.course[1], 2) == code
     assert said in console.export_text()
+
+
+def test_a_learner_tries_tests_of_a_starred_task(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, starred="2.1")
+    workshop = Workshop(toy.root)
+    for tests, code, said in ((SHARP, 0, "all told right"), (GIVEN, 1, "not all told right")):
+        toy.write(FILE, tests)
+        console = Console(width=100, record=True)
+        assert break_it(console, workshop, workshop.course[1], 2, starred=True) == code
+        assert f"\n{said} (starred tasks give no points)" in console.export_text()
+    with pytest.raises(CourseError, match="stage 2 has no task"):
+        break_it(Console(quiet=True), workshop, workshop.course[1], 2)
 
 
 def test_the_first_test_that_failed_is_named() -> None:

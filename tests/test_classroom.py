@@ -112,6 +112,39 @@ def test_runs_know_nothing_of_each_other(tmp_path: Path, warm: Warm) -> None:
     assert "A" not in os.environ
 
 
+PARENT = "import os\n\ndef test_parent() -> None:\n    assert os.environ.pop('A', '') + str(os.getppid()) == ''\n"
+
+
+def test_one_pytest_stands_ready_for_tests_of_one_kind(room: Classroom) -> None:
+    """As long as no file changes that it has read, and the jobs differ in their tests alone."""
+
+    def parent(file: str, *flags: str) -> str:
+        (test,) = room.run("1", [file], *flags).failed
+        return next(line for line in test.text.splitlines() if "assert" in line)
+
+    room.write(FIRST, PARENT)
+    room.write(SECOND, PARENT)
+    first = parent(FIRST)
+    assert parent(SECOND) == first != parent(FIRST, "-x")
+    conftest = room.read("stages/conftest.py")
+    room.write("stages/conftest.py", f"{conftest}\nos.environ['A'] = 'new'\n")
+    assert "'new" in (changed := parent(FIRST))
+    assert parent(FIRST) == changed, "what one job does to the environment is not the next one's"
+    hints = "stages/stage1_sums/hints.toml"
+    room.write(hints, room.read(hints) + "\n# another\n")
+    assert parent(FIRST) != changed
+
+
+def test_a_pytest_that_cannot_begin_says_so(room: Classroom) -> None:
+    conftest = room.read("stages/conftest.py")
+    room.write("stages/conftest.py", "import nothing_of_this_name\n")
+    ended = room.run("1", [FIRST]).ended
+    assert (ended.code, ended.timed_out) == (4, False)
+    assert "nothing_of_this_name" in ended.output
+    room.write("stages/conftest.py", conftest)
+    assert room.run("", [FIRST]).passed("1.1")
+
+
 @pytest.mark.parametrize("end", ["", "while True: pass"])
 def test_temporary_files_go_with_the_job(tmp_path: Path, warm: Warm, end: str) -> None:
     """However it ended: a job has no time to tidy up."""

@@ -189,6 +189,18 @@ def test_a_stage_may_be_given_a_later_one(toy: Toy, warm: Warm) -> None:
     assert complaints(toy, warm, gate.stages_pass_together) == []
 
 
+def test_only_what_may_say_something_else_runs_again(toy: Toy, warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test of 1.2 that meets 1.1 first says something new once that is written; the others still miss their own task."""
+    both = "from stages.toys.sums import double; assert double(1) == 2 and fourfold(1) == 4"
+    toy.edit(SECOND, "assert fourfold(1) == 4", both)
+    room = Classroom(toy.root.parent / "room", toy.root, warm)
+    runs: list[list[str]] = []
+    run = room.run
+    monkeypatch.setattr(room, "run", lambda stages, tests: runs.append([*tests]) or run(stages, tests))
+    assert gate.starters_say_what_is_missing(room, room.course[0]) == gate.earlier_tasks_suffice(room, room.course[0]) == []
+    assert runs == [[FIRST, SECOND], [FIRST, f"{SECOND}::test_fourfold_0"], [SECOND]]
+
+
 def test_every_rule_is_shown_to_fail() -> None:
     assert {case[0] for case in BREAKS} == set(gate.RULES)
 
@@ -250,6 +262,15 @@ def test_the_test_that_is_remembered_runs_first_and_all_others_if_it_passes(
     room = Classroom(toy.root.parent / "room", toy.root, warm)
     kill = gate.check_mutant(room, room.course[0], load_mutants(room.root, room.course[0])[0])
     assert kill.killed_by == ("test_double_3" if remembered == "test_double_3" else "test_double_0")  # double(2) is still 4
+
+
+def test_the_quickest_of_those_that_notice(toy: Toy, warm: Warm) -> None:
+    waits = "import time; end = time.monotonic() + 0.3\n    while time.monotonic() < end: pass\n    assert double(1) == 2"
+    toy.edit(FIRST, "assert double(1) == 2", waits)
+    room = Classroom(toy.root.parent / "room", toy.root, warm)
+    mutant = load_mutants(room.root, room.course[0])[0]
+    assert bank.killer(room, room.course[0], mutant).name == "test_double_0"
+    assert bank.quickest_killer(room, room.course[0], mutant) == "test_double_2"  # double(2) is still 4
 
 
 def test_what_is_remembered_of_one_stage_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -342,13 +363,13 @@ def test_the_command_ends_when_all_its_stages_have(
     left: list[str] = []
 
     class Room(Classroom):
-        def __init__(self, folder: Path) -> None:
-            if folder.name == "course-1":
+        def __init__(self, folder: Path, warm: Warm) -> None:
+            if folder.name == "rules-1":
                 begun.wait(10)
                 raise CourseError("the first stage breaks down")
             begun.set()
             time.sleep(0.3)
-            super().__init__(folder, toy.root)
+            super().__init__(folder, toy.root, warm)
             left.append(folder.name)
 
     monkeypatch.setattr(gate, "Classroom", Room)
@@ -357,7 +378,7 @@ def test_the_command_ends_when_all_its_stages_have(
         gate.main([])
     assert end.value.code == 1
     assert "the first stage breaks down" in capsys.readouterr().err
-    assert left == ["course-2"]
+    assert left == ["rules-2"]
 
 
 def test_the_toy_is_what_it_says() -> None:

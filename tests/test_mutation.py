@@ -13,7 +13,7 @@ from stages.course.tools.catalog import CourseError, Target, Task
 from stages.course.tools.targets import function_source
 from tests import mutation
 from tests.classroom import ROOT, Classroom
-from tests.mutation import Explanation, Fate, complaints_of, essence, function_mutants, load_explanations
+from tests.mutation import Explanation, Fate, complaints_of, essence, function_mutants, load_explanations, part_mutants
 from tests.toy_course import REFERENCE, make_toy, text_of_tests
 from tests.warm import Warm
 
@@ -86,6 +86,37 @@ def test_a_function_that_is_gone_is_named() -> None:
 def test_what_makes_a_difference(old: str, new: str, same: bool) -> None:
     assert old in SOURCE
     assert (essence(SOURCE.replace(old, new)) == essence(SOURCE)) is same
+
+
+PART = """int before(int x) { return x + 1; }
+int count(const int* x, int n) {
+    // TASK 1.1 begin: count
+    int found = 0;
+    for (int i = 0; i < n && !x[i]; ++i) {
+        if (x[i] == 2) break;
+        note(x[i], found);  // all but 1 + 1
+        found += 1;
+    }
+    return found;
+    // TASK 1.1 end
+}
+"""
+
+
+def test_parts_of_cpp_are_broken_line_by_line() -> None:
+    made = part_mutants(PART, TASK, Target("box.cpp", "count"))
+    changes = {(each.line, each.new) for each in made}
+    assert changes >= {
+        (4, "int found = 1;"), (4, "int found = -1;"), (5, "for (int i = 0; i <= n && !x[i]; ++i) {"),
+        (5, "for (int i = 0; i < n || !x[i]; ++i) {"), (5, "for (int i = 0; i < n && x[i]; ++i) {"),
+        (6, "if (x[i] != 2) break;"), (6, "if (x[i] == 2) continue;"), (6, "if (x[i] == 3) break;"), (7, ""),
+        (8, "found = 1;"), (8, "found -= 1;"), (8, "found += 2;"), (8, ""),
+    }  # fmt: skip
+    assert {each.line for each in made} == {4, 5, 6, 7, 8}
+    assert [each.new for each in made if each.line == 7] == [""], "a comment is no code"
+    assert len({each.text for each in made}) == len(made)
+    with pytest.raises(CourseError, match=r"task 1\.1: there are no markers for sum in solutions/box\.cpp"):
+        part_mutants(PART, TASK, Target("box.cpp", "sum"))
 
 
 # ------------------------------------------------------------------------------------------------------- explanations

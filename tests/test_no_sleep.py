@@ -46,7 +46,7 @@ ABOUT_TIME = {
     "stages/stage6_benchmark/tests/test_6_2_load.py:test_an_open_loop_begins_now": "seconds of a clock that the test winds",
     "tests/test_gate.py:test_the_command_ends_when_all_its_stages_have": "lets a gate that does not wait take the folder away",
     "tests/fuzz/driver.py:_answer": "gives a case that hangs the time to write where; if it does not, the report says less",
-    "tests/warm.py:_fork_in": "looks until a process has ended or its time is over",
+    "tests/warm.py:_wait": "looks until a process has ended or its time is over",
     "tests/test_load_benchmarks.py:test_a_closed_loop_keeps_its_number_under_way": "a step takes time",
 }
 """File and function that sleep → why."""

@@ -134,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("break-it", help="your own tests on wrong versions that you have not seen")
     command.add_argument("--stage", type=int, required=True)
     command.add_argument("--level", type=int, default=0, help="of a wrong version that lives say 1: its task, 2: what is wrong")
+    command.add_argument("--starred", action="store_true", help="wrong versions of the starred tasks, for no points")
     command = commands.add_parser("scoreboard", help="judge what is handed in for the open tasks, beside what the engine has")
     command.add_argument("--name", default="", help="how your rows are called (default: you)")
     command.add_argument("--class", dest="folder", default="", help="a folder of checkouts, to be judged in one table")
@@ -165,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
             show_diff(console, *_task_and_stage(with_warm_up, args.task), args.force)
             return 0
         if args.command == "break-it":
-            return break_it(console, Workshop(ROOT), find_stage(course, args.stage), args.level)
+            return break_it(console, Workshop(ROOT), find_stage(course, args.stage), args.level, args.starred)
         if args.command == "scoreboard":
             return scoreboard(console, course, args)
         if args.command == "reset":

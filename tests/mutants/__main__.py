@@ -15,7 +15,7 @@ from rich.table import Table
 from stages.course.tools.catalog import CourseError, find_stage
 from stages.course.tools.wrong_versions import FRESH, load_mutants, load_others
 from tests.classroom import Classroom
-from tests.mutants.bank import killer
+from tests.mutants.bank import killer, quickest_killer, remember
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,9 +24,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--task", help="this task only, such as 5.1")
     parser.add_argument("--name", help="this mutant only")
     parser.add_argument("--fresh", action="store_true", help="those that were written without a look at the tests")
+    parser.add_argument(
+        "--quickest", action="store_true", help="find the test that notices soonest, and let the gate begin with it"
+    )
     args = parser.parse_args(argv)
     console = Console()
-    survivors = 0
+    survivors, found = 0, dict[str, str]()
     table = Table("task", title="mutants", title_justify="left")
     table.add_column("mutant", overflow="fold")
     table.add_column("killed by", overflow="fold")
@@ -40,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
             for stage, mutant in track(jobs, "mutants", console=console, transient=True):
                 try:
                     test = killer(room, stage, mutant)
+                    if args.quickest and (quickest := quickest_killer(room, stage, mutant)) is not None:
+                        found[f"{mutant.task} {mutant.name}"] = quickest
                     killed = f"[red]nothing: {escape(mutant.why)}[/]" if test is None else escape(test.name)
                 except CourseError as error:
                     test, killed = None, f"[red]{escape(str(error))}[/]"
@@ -51,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.exit(130, "stopped\n")
         finally:
             room.close()
+    if found:
+        remember(found)
     console.print(table)
     console.print(f"{len(jobs) - survivors} of {len(jobs)} mutants are killed")
     return 1 if survivors or not jobs else 0

@@ -2,6 +2,9 @@
 
 The wrong ones are drawn by a seed from those of the bank that break a promise: a trap of the guide, an error or a number of a
 docstring. Tests that fail on a right version, which may look unusual, prove nothing about a wrong one.
+
+Points are for versions of tasks with points: who has left a starred task out has not read its promises. Those of the starred
+tasks are a game of their own, for none.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ WRONG, POINTS, MINUTES = 5, 10, 60
 SECONDS = 120
 """What the tests may take on one version."""
 PYTEST = ["-m", "pytest", "-q", "-x", "--color=no", "--tb=short", "-rfE", *NO_PLUGINS]
-KERNELS = (".cu", "_triton.py")
+KERNELS = (".cu", ".cpp", "_triton.py")
 """What ends the names of files that need a compiler or an interpreter of kernels; these are left out."""
 
 
@@ -65,24 +68,44 @@ def exercises(root: Path, stage: Stage) -> list[Task]:
     return [Task(name, title, (), BREAK_IT, GUIDE, "break-it-yourself", POINTS, MINUTES, purpose, ())]
 
 
-def versions(workshop: Workshop, stage: Stage, seed: str) -> list[Version]:
-    """The reference, right versions that look unusual, and wrong ones, each of another task."""
+def versions(workshop: Workshop, stage: Stage, seed: str, starred: bool = False) -> list[Version]:
+    """The reference, right versions that look unusual, and wrong ones.
+
+    Args:
+        starred: of the starred tasks; else of those with points.
+
+    Raises:
+        CourseError: the stage has none of those.
+    """
     whole = {file: workshop.reference(file) for file in stage.files}
 
     def changed(name: str, mutant: Mutant, wrong: Mutant | None) -> Version:
         return Version(name, whole | {mutant.file: mutate(mutant, whole[mutant.file])}, wrong)
 
-    dice = random.Random(f"{seed} {stage.number}")
-    core = [task.id for task in stage.core]
+    asked = {task.id for task in stage.tasks if task.starred == starred}
     known = [each for each in load_mutants(workshop.root, stage) if each.ties and not each.file.endswith(KERNELS)]
-    tasks = sorted({each.task for each in known}.intersection(core))
-    drawn = [dice.choice([each for each in known if each.task == task]) for task in dice.sample(tasks, min(WRONG, len(tasks)))]
-    right = load_others(workshop.root, stage, RIGHT)
+    known = [each for each in known if each.task in asked]
+    if not known:
+        raise CourseError(f"stage {stage.number} has no {'starred ' if starred else ''}task that somebody has broken")
+    right = [each for each in load_others(workshop.root, stage, RIGHT) if each.task in asked]
     return [
         Version("the reference", whole),
         *(changed(f"right version {number}", each, None) for number, each in enumerate(right, 1)),
-        *(changed(f"wrong version {number}", each, each) for number, each in enumerate(drawn, 1)),
+        *(changed(f"wrong version {number}", each, each) for number, each in enumerate(_draw(known, seed, stage), 1)),
     ]
+
+
+def _draw(known: list[Mutant], seed: str, stage: Stage) -> list[Mutant]:
+    """`WRONG` of them, each of another task; where there are too few tasks, they come round again."""
+    dice = random.Random(f"{seed} {stage.number}")
+    tasks = sorted({each.task for each in known})
+    order = dice.sample(tasks, min(WRONG, len(tasks)))
+    drawn: list[Mutant] = []
+    while len(drawn) < min(WRONG, len(known)):
+        for task in order[: WRONG - len(drawn)]:
+            left = [each for each in known if each.task == task and each not in drawn]
+            drawn += [dice.choice(left)] if left else []
+    return drawn
 
 
 def fill(workshop: Workshop, folder: Path, stage: Stage, version: Version, tests: str) -> Path:
@@ -127,14 +150,15 @@ def points(shots: list[Shot]) -> int:
     return POINTS * sum(shot.hit for shot in wrong) // len(wrong)
 
 
-def break_it(console: Console, workshop: Workshop, stage: Stage, level: int) -> int:
+def break_it(console: Console, workshop: Workshop, stage: Stage, level: int, starred: bool = False) -> int:
     """Try the learner's tests on all versions, and print what came of it.
 
     Args:
         level: 0: nothing is said of those that live; 1: their tasks; 2: what is wrong with them.
+        starred: versions of the starred tasks, for no points.
 
     Raises:
-        CourseError: there are no tests, or all are skipped.
+        CourseError: there are no tests, or all are skipped, or the stage has no starred task.
     """
     name = f"stages/{stage.folder}/{BREAK_IT}"
     path = workshop.root / name
@@ -146,8 +170,9 @@ def break_it(console: Console, workshop: Workshop, stage: Stage, level: int) -> 
         with console.status(f"your tests on {version.name}"):
             return _shoot(workshop, stage, version, tests)
 
-    shots = shoot_all(versions(workshop, stage, str(workshop.root)), shoot)
-    table = Table("", "your tests", title=f"stage {stage.number}, break it yourself", title_justify="left")
+    shots = shoot_all(versions(workshop, stage, str(workshop.root), starred), shoot)
+    title = f"stage {stage.number}, break it yourself" + (" ★" if starred else "")
+    table = Table("", "your tests", title=title, title_justify="left")
     for shot in shots:
         version = shot.version
         if version.wrong is None:
@@ -158,7 +183,10 @@ def break_it(console: Console, workshop: Workshop, stage: Stage, level: int) -> 
     if not shots[0].hit:
         console.print(escape(shots[0].output), soft_wrap=True)
     console.print(table)
-    console.print(f"{points(shots)} of {POINTS} points")
+    if starred:
+        console.print("all told right" if points(shots) == POINTS else "not all told right", "(starred tasks give no points)")
+    else:
+        console.print(f"{points(shots)} of {POINTS} points")
     return 0 if points(shots) == POINTS else 1
 
 

@@ -282,6 +282,29 @@ def test_nothing_is_read_where_a_rank_never_comes(library: ctypes.CDLL) -> None:
         check_equal(y, [3.0] * 150, f"where the sum of rank {rank} would be")
 
 
+def test_a_call_for_each_slot_and_no_more(library: ctypes.CDLL) -> None:
+    """A slot holds 64 floats, or 128 numbers in bfloat16. So many are one call, one more is two, none is none; and where a
+    rank never comes, the call that waits for it is the last.
+
+    Why: each call is a wait for the slowest. A flag that was raised for what nobody waits for leads others to read a slot.
+    """
+    played = Played(1, 2)
+    memory = SharedMemory(played.descriptor, 0, 2, 1, PATIENCE / 50, SLOT, library)
+    played.open()
+    played.raise_flag(100)
+    calls = 0
+    single, half = torch.float32, torch.bfloat16
+    for dtype, length, more in ((single, 0, 0), (single, 64, 1), (single, 65, 2), (half, 128, 1), (half, 129, 2)):
+        x = torch.ones(length, dtype=dtype)
+        memory.call("all_reduce", x, x)
+        calls += more
+        check_equal(played.flag(0), calls, f"calls up to {length} numbers in {dtype}")
+    played.raise_flag(calls)
+    with pytest.raises(CommunicationError):
+        memory.call("all_reduce", torch.ones(150), torch.zeros(150))
+    check_equal(played.flag(0), calls + 1, "the flag of rank 0 where rank 1 never comes")
+
+
 def test_processes_add_as_threads_do(library: ctypes.CDLL) -> None:
     """Three processes, each with a view of the memory at an address of its own, add 40 times.
 

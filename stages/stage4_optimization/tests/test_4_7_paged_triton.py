@@ -81,7 +81,7 @@ def test_int8_vectors_come_as_they_are() -> None:
     check_close(gathered(cache, [3, 8], 2), wanted, "vectors")
 
 
-@pytest.mark.parametrize("block_size", [1, 8, 16])
+@pytest.mark.parametrize("block_size", [1, 8, 12, 16])
 def test_a_decode_at_every_border(block_size: int) -> None:
     """One query a sequence, contexts at and beside multiples of the block size and of the tile, blocks in shuffled order, NaN
     and impossible block numbers wherever nothing may be read.
@@ -196,6 +196,36 @@ def test_a_cap_is_one_of_whole_scores(scaled: bool) -> None:
     check_close(*visited(2, tl.float32, cap=4.0, scaled=scaled, varied=True), "attention")
 
 
+@triton.jit
+def visiting_nobody(query, vectors, table, out):
+    row = tl.arange(0, 16)
+    at = row[:, None] * 16 + row[None, :]
+    top, total, acc = visit_keys(
+        tl.load(query + at), vectors, vectors, None, None, table, 16, 16, row, 0, tl.full([16], 1.0, tl.float32), 1.0,
+        1, 16, 16, 16, 0, False, 16, 16, tl.float32,
+    )  # fmt: skip
+    tl.store(out + row, tl.exp2(top))
+    tl.store(out + 16 + row, total)
+    tl.store(out + 32 + at, acc)
+
+
+def test_a_part_without_keys() -> None:
+    """A part that ends where it begins: the largest score is -inf, and both sums are 0.
+
+    Why: a context that is cut in parts has empty ones. They are merged with the others, and must not count.
+    """
+    query, vectors = torch.randn(2, 16, 16, device=DEVICE)
+    table = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+
+    def compute() -> Tensor:
+        out = torch.full((18, 16), torch.nan, device=DEVICE)
+        visiting_nobody[(1,)](query, vectors, table, out)
+        return out
+
+    got = contained(compute, 18, 16, device=DEVICE)
+    check_close(got, torch.zeros(18, 16), "2 to the power of the largest scores, the sums of weights, the sums of values")
+
+
 def test_rows_that_see_nothing_in_a_tile() -> None:
     """A prompt of 40 with a window of 7, many queries a tile: of the last ones whole tiles of keys are hidden, the first too.
 
@@ -252,16 +282,18 @@ def test_a_context_in_parts(splits: int) -> None:
 
 
 def merged(sums: list[list[float]], tops: list[float], totals: list[float]) -> Tensor:
-    """Of one head with 3 dimensions."""
-    out = torch.full((3,), torch.nan, device=DEVICE)
-    stats = torch.tensor([[top, total] for top, total in zip(tops, totals, strict=True)], device=DEVICE)
+    """Of one head with 3 dimensions. There is no memory behind the parts, and what lies behind the result stays as it is."""
+    out = torch.full((8,), torch.nan, device=DEVICE)
+    stats = guarded(torch.tensor([[top, total] for top, total in zip(tops, totals, strict=True)], device=DEVICE))
+    parts = guarded(torch.tensor(sums, device=DEVICE))
 
     def compute() -> Tensor:
-        parts = torch.tensor(sums, device=DEVICE)
-        merge_splits[(1,)](parts, stats, out, len(tops), 1, D=3, D_PADDED=4, SPLITS_PADDED=4)
+        merge_splits[(1,)](parts, stats, out, len(tops), 1, D=3, D_PADDED=8, SPLITS_PADDED=4)
         return out
 
-    return contained(compute, 3, device=DEVICE)
+    got = contained(compute, 8, device=DEVICE)
+    assert got[3:].isnan().all(), "something was written behind the head's 3 numbers"
+    return got[:3]
 
 
 def test_parts_are_merged_relative_to_the_largest() -> None:

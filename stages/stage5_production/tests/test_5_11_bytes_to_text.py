@@ -16,16 +16,16 @@ PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 """Bytes that stand for themselves in GPT-2's vocabulary; the others are the characters from U+0100 on."""
 HOT = "🌶"
 YOU, GOOD = "你好"
-SEAM_BYTES = YOU.encode()[1:] + GOOD.encode()[:1]
-SEAM = 257
-"""The token that ends one character and begins another: such vocabularies have them."""
+SEAMS = [YOU.encode()[1:] + GOOD.encode()[:1], HOT.encode()[2:] + GOOD.encode()[:1], YOU.encode()[1:] + b"\x80"]
+YOU_GOOD, HOT_GOOD, YOU_STRAY = range(257, 260)
+"""Tokens that end one character and begin another, or what is none: such vocabularies have them."""
 
 
 def byte_level() -> Tokenizer:
-    """A vocabulary of GPT-2's kind: a special token, token 1 + n for each byte n, and `SEAM`."""
+    """A vocabulary of GPT-2's kind: a special token, token 1 + n for each byte n, and `SEAMS`."""
     others = [byte for byte in range(256) if byte not in PRINTABLE]
     letters = [chr(byte if byte in PRINTABLE else 256 + others.index(byte)) for byte in range(256)]
-    words = ["<end>", *letters, "".join(letters[byte] for byte in SEAM_BYTES)]
+    words = ["<end>", *letters, *("".join(letters[byte] for byte in seam) for seam in SEAMS)]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
     tokenizer.add_special_tokens([AddedToken("<end>", special=True)])
     tokenizer.decoder = decoders.ByteLevel()
@@ -265,15 +265,34 @@ def test_a_character_after_garbage_is_whole(character: str) -> None:
         check_equal(text, "\ufffd" * count + f"{character}.", f"the text with {count} stray bytes")
 
 
-def test_the_cut_splits_no_character() -> None:
-    """Any amount of garbage, then 你 in two tokens, the second of which begins 好, then bytes that are no character.
+@pytest.mark.parametrize(
+    ("begun", "seam", "behind"),
+    [(YOU, YOU_GOOD, GOOD.encode()[1:2]), (HOT, HOT_GOOD, GOOD.encode()[1:2]), (YOU, YOU_STRAY, HOT.encode())],
+    ids=["three bytes", "four bytes", "garbage at the seam"],
+)
+def test_the_cut_splits_no_character(begun: str, seam: int, behind: bytes) -> None:
+    """Any amount of garbage, then a character whose last token begins something else, then what goes on with that.
 
-    Why: wherever garbage is let go, the cut may lie between those two. Both sides by themselves would be U+FFFD.
+    Why: wherever garbage is let go, the cut may lie between those two. Both sides by themselves would be U+FFFD. But no cut may
+    lie later than it must: what is behind it can be the beginning of a character.
     """
+    data = begun.encode()[: len(begun.encode()) - len(SEAMS[seam - YOU_GOOD]) + 1]
     for count in range(24):
-        tokens = [*of(b"\xff" * count), *of(YOU.encode()[:1]), SEAM, *of(GOOD.encode()[1:2]), *of(b"\xff\xff.")]
+        tokens = [*of(b"\xff" * count), *of(data), seam, *of(behind), *of(b"\xff\xff.")]
+        whole = b"\xff" * count + data + SEAMS[seam - YOU_GOOD] + behind + b"\xff\xff."
         text = "".join(read(LEVEL, of(b"x"), tokens))
-        check_equal(text, "\ufffd" * count + f"{YOU}\ufffd\ufffd\ufffd.", f"the text with {count} stray bytes")
+        check_equal(text, whole.decode("utf-8", errors="replace"), f"the text with {count} stray bytes")
+
+
+def test_no_more_is_kept_than_can_be_the_beginning_of_a_character() -> None:
+    """Twelve stray bytes, 你 in two tokens, of which the second begins 好, a byte more of that, and a stray byte: 16 tokens.
+    The last three may not be cut off, nor the last two; the last one may.
+
+    Why: what is kept is kept from the client, and read again. A cut that moves towards the beginning keeps whole characters.
+    """
+    tokens = [*of(b"\xff" * 12), *of(YOU.encode()[:1]), YOU_GOOD, *of(GOOD.encode()[1:2]), *of(b"\xff")]
+    pieces = read(LEVEL, of(b"x"), tokens)
+    check_equal(pieces, [*[""] * 15, "\ufffd" * 12 + f"{YOU}\ufffd", "\ufffd"], "the pieces, and what comes at the end")
 
 
 def test_letting_go_begins_anew() -> None:

@@ -216,13 +216,15 @@ def test_what_may_not_come_has_no_chance_and_all_else_stays(dtype: torch.dtype) 
 
 
 def test_several_guides_have_a_mask_for_each_of_their_rows() -> None:
-    """Four answers of four forms, the second of them with two drafts: every row has what its own form allows.
+    """Four answers of four forms, the second of them with two drafts, whose rows lie among the others': every row has what its
+    own form allows.
 
-    Why: masks lie one behind the other, and a guide fills as many as it has rows. One row further, it is another's form.
+    Why: masks lie one behind the other, guide by guide, and a guide fills as many as it has rows. One row further, or taken in
+    the order of rows, it is another's form.
     """
     forms = [("ab",), ("abcd",), ("cd",), ("dab",)]
     guides = [Guide(compiled(form)) for form in forms]
-    rows = [(0, []), (1, []), (1, [A]), (1, [A, B]), (2, []), (3, [])]
+    rows = [(0, []), (1, []), (2, []), (1, [A]), (3, []), (1, [A, B])]
     logits = torch.zeros(len(rows), SIZE)
     forbid(logits, by_guide([Place(output, guides[number]) for number, output in rows]), SIZE)
     for row, (number, output) in enumerate(rows):
