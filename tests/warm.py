@@ -367,7 +367,7 @@ class _Ready:
             line = self._replies.readline() if said else ""
         except KeyboardInterrupt:
             os.kill(self.process, signal.SIGINT)  # it ends what it has begun
-            os.waitpid(self.process, 0)
+            self.end(kill=False)
             raise
         shutil.copyfile(self._output, output)
         if line:
