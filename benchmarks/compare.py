@@ -51,6 +51,7 @@ from solutions.benchmarks.end_to_end import first_model, run_server
 from solutions.benchmarks.report import Flags, Parser, drawing, finish, one_line_errors, say, show_table, spread
 from solutions.benchmarks.servers import MAX_SEQUENCES, STARTERS, running_server, start
 from solutions.benchmarks.throughput import Measurement, load_hf, run_engine, run_hf, warm_up_requests
+from solutions.core.cli import place
 from solutions.core.config import DEFAULT_MODEL
 from solutions.core.engine import LLM
 from solutions.core.platform.machine import pick_threads
@@ -203,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
             for name in args.workloads:
                 found[f"{name} beside {busy}" if busy else name] = measure(runners, name, args.repeats, pause)
     summary = summarise(found)
-    show(summary, torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads")
+    show(summary, place(device))
     finish(args, "compare", summary, partial(draw, summary), threads=torch.get_num_threads())
 
 

@@ -35,8 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an
 
 from solutions.benchmarks import datasets
 from solutions.benchmarks.comparison import in_turns, rates, ratio
-from solutions.benchmarks.report import Flags, Parser, finish, one_line_errors, place, say, show_table, spread
+from solutions.benchmarks.report import Flags, Parser, finish, one_line_errors, say, show_table, spread
 from solutions.benchmarks.throughput import Measurement, load_hf, peak_memory_bytes, run_engine, run_hf, warmed
+from solutions.core.cli import place
 from solutions.core.config import EngineConfig, add_engine_flags, config_from_flags
 from solutions.core.engine import LLM
 from solutions.core.platform.machine import pick_threads

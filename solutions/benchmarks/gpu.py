@@ -129,9 +129,8 @@ def measure_prefill(engine: LLMEngine, looks: Sequence[Callable[[], Card]], leng
         while engine.has_unfinished_requests():
             engine.step()
 
-    cost = prefill_cost(engine.model_config, length, engine.executor.dtype)
-    measure = partial(median_seconds, run, -(-repeats // len(looks)))
-    return typical(looks, lambda card: step_time("prefill", 1, length, measure(), cost, card))
+    cost, each = prefill_cost(engine.model_config, length, engine.executor.dtype), -(-repeats // len(looks))
+    return typical(looks, lambda card: step_time("prefill", 1, length, median_seconds(run, each), cost, card))
 
 
 def typical(looks: Sequence[Callable[[], Card]], measure: Callable[[Card], StepTime]) -> StepTime:

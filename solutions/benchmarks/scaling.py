@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes = possible_ranks(sorted(set(args.ranks)))
     if not sizes:
         parser.error(f"--ranks {' '.join(map(str, args.ranks))}: this machine has fewer devices")
-    collectives, runs = [], []
+    sums, runs = [], []
     shared = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
     with shared as folder, timing.made_up(args.model) as model:
         with one_line_errors(RuntimeError):
@@ -195,12 +195,11 @@ def main(argv: list[str] | None = None) -> None:
         if not torch.cuda.is_available() and native.load() is not None and 2 in sizes:
             memory = Path(folder) / "memory"
             memory.touch()
-            collectives = measure_collectives(2, COLLECTIVE_SIZES, COLLECTIVE_REPEATS, memory)
-            cells = [f"{t['seconds'] * 1e6:,.1f}" for t in collectives]
-            rows = [[f"{size:,}", *cells[i :: len(COLLECTIVE_SIZES)]] for i, size in enumerate(COLLECTIVE_SIZES)]
+            sums = measure_collectives(2, COLLECTIVE_SIZES, COLLECTIVE_REPEATS, memory)
+            rows = [[f"{n:,}", *(f"{1e6 * t['seconds']:,.1f}" for t in sums if t["bytes"] == n)] for n in COLLECTIVE_SIZES]
             show_table("One sum over 2 ranks of one core each, µs", ["bytes", *WAYS], rows)
     results = {"steps": [asdict(t) for t in times], "runs": [asdict(t) for t in runs]}
-    results |= {"collectives": collectives} if collectives else {}
+    results |= {"collectives": sums} if sums else {}
     finish(args, "scaling", results)
 
 

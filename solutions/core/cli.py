@@ -176,10 +176,14 @@ def _statistics(engine: Any, outputs: list[RequestOutput], seconds: float) -> st
     )
 
 
+def place(device: torch.device) -> str:
+    """What computes: a GPU's name, or the number of threads."""
+    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
 def startup_report(config: EngineConfig, model: ModelConfig, limits: Limits, seconds: dict[str, float]) -> list[str]:
     """A few lines for the terminal: what runs where, what fits, how long each phase took."""
-    device, attention = limits.device, limits.attention_backend
-    where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    where, attention = place(limits.device), limits.attention_backend
     precision = str(limits.dtype).removeprefix("torch.")
     tokens = limits.num_blocks * config.block_size // len(model.windows)
     one = blocks_of_one(model.windows, limits.max_model_len, config.block_size, limits.max_num_batched_tokens)
