@@ -101,7 +101,7 @@ class DraftLengths:
         gains: of drafts that branch; None: they are chains.
 
     Attributes:
-        accounts: class of the number of sequences (`size_class`) → what may be lost, in steps without drafts. A machine that
+        accounts: number of sequences, 1 or 2, up to 4, up to 8 and so on → what may be lost, in steps without drafts. A machine that
             becomes busy or idle changes what they take, and not what they hold.
         mean_length: tokens for each sequence, on average, as it was last decided; 0: drafts do not pay at the moment.
     """
@@ -157,7 +157,7 @@ class DraftLengths:
             self._num_again -= 1
             return [min(count, room) for (_, count), room in zip(self._again, most, strict=True)]
         self._rest, self._size = self._patience, size_class(num_seqs)
-        account = self.accounts.setdefault(self._size, AT_FIRST if self._foretold else FOR_A_MODEL) * plain
+        account = self.accounts.setdefault(_account(num_seqs), AT_FIRST if self._foretold else FOR_A_MODEL) * plain
         if account <= 0:
             self.mean_length, self._paying[self._size] = 0.0, False
             return counts
@@ -268,7 +268,7 @@ class DraftLengths:
         proposer had `spent` some. A step that takes far longer than it may is the machine's doing and no fault of drafts."""
         plain = self.costs.plain(num_seqs)
         self.costs.add(num_seqs, num_drafted, seconds)
-        size = size_class(num_seqs)
+        size = _account(num_seqs)
         if plain is None or size not in self.accounts:
             return
         won = 0.0
@@ -293,3 +293,8 @@ class DraftLengths:
         if self._foretold:
             return known.value(min(expected, UNSEEN))
         return known.value(max(expected, HOPE) if known.tries < TRIALS else expected, DOUBT_OF_A_MODEL)
+
+
+def _account(num_seqs: int) -> int:
+    """The account that is charged with so many sequences: up to 1, 2, 4, 8 and so on share one."""
+    return 1 << (num_seqs - 1).bit_length()

@@ -7,7 +7,8 @@ measured yet, q lies between two limits: it does not fall with N, and a token on
 nor much more than those did that were measured.
 
 A machine's speed changes, so q is measured in the first steps behind one without drafts. In later ones what is known of q tells
-p: else each change of speed would be taken for what drafts cost.
+p: else each change of speed would be taken for what drafts cost. Both may be wrong together, as when p was measured while the
+machine was busy. So now and then a step goes without drafts, and if it is far quicker than p, what was known of q is forgotten.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ MOST_OFF = 1.25
 with something else, and one such step must not decide what the next hundred do."""
 DOUBTED = 128
 """Steps after which a ratio has to be measured once more, so that one that was measured too high is not believed for ever."""
-FRESH = 64
-"""Steps of S sequences with drafts after which one without is due: p(S) grows with the context."""
+FIRST_CHECK, FRESH = 8, 64
+"""Steps of S sequences with drafts after which one without is due, at first and at most: p(S) grows with the context, and was
+perhaps measured while the machine was busy."""
+WRONG = 1.15
+"""A step without drafts that is so many times as fast as p(S) says shows that p(S) was wrong, and with it each ratio."""
 LEAST_SLOPE, STEEPER = 0.1, 2.0
 """What a token on trial may add to q at most, beyond what was measured: so many times what it added up to there, on average,
 and a part of what a token costs in a step without."""
@@ -72,11 +76,15 @@ class StepCosts:
         self._limits: dict[tuple[int, int], tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
         self._num_steps: dict[int, int] = defaultdict(int)
         self._num_since_plain: dict[int, int] = defaultdict(int)
+        self._due: dict[int, int] = defaultdict(lambda: FIRST_CHECK)
+        """Class of S → steps with drafts until one without is due."""
+        self._newest: dict[int, tuple[int, float]] = {}
+        """Class of S → tokens on trial in the newest step with drafts, and its seconds."""
 
     def plain(self, num_seqs: int) -> float | None:
         """Seconds of a step of so many sequences without drafts; None where that is not known, or was not measured lately."""
         average, size = self._plain.get(size_class(num_seqs)), size_class(num_seqs)
-        if average is None or average.count < ENOUGH or self._num_since_plain[size] >= FRESH:
+        if average is None or average.count < ENOUGH or self._num_since_plain[size] >= self._due[size]:
             return None
         return average.value
 
@@ -89,10 +97,12 @@ class StepCosts:
                 average.count = min(average.count, ENOUGH - 1)
             self._limits = {}
         if num_drafted == 0:
+            self._check(size, seconds)
             self._plain[size].add(seconds)
             self._num_since_plain[size] = 0
             return
         self._num_since_plain[size] += 1
+        self._newest[size] = num_drafted, seconds
         if (plain := self._plain[size].value) is None:
             return
         ratio = self._ratios[size][size_class(num_drafted)]
@@ -101,6 +111,21 @@ class StepCosts:
         else:
             ratio.add(max(1.0, seconds / plain))
             self._limits = {key: limits for key, limits in self._limits.items() if key[0] != size}
+
+    def _check(self, size: int, seconds: float) -> None:
+        """A step without drafts has run. If it comes behind some with drafts: is p(S) what it was taken to be? Where that was
+        too much, drafts looked cheap, and as long as there are drafts nothing else tells."""
+        plain, num_since = self._plain[size], self._num_since_plain[size]
+        if plain.value is None or not num_since:
+            return
+        if wrong := WRONG * seconds < plain.value:
+            plain.value = seconds
+            self._ratios[size].clear()
+            num_drafted, with_drafts = self._newest[size]
+            self._ratios[size][size_class(num_drafted)].add(max(1.0, with_drafts / seconds))
+            self._limits = {key: limits for key, limits in self._limits.items() if key[0] != size}
+        if wrong or num_since >= self._due[size]:
+            self._due[size] = FIRST_CHECK if wrong else min(2 * self._due[size], FRESH)
 
     def measured(self, num_seqs: int, num_drafted: int) -> float:
         """What was measured of q(S, N), which a step has run with."""
