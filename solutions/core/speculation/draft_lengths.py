@@ -101,7 +101,7 @@ class DraftLengths:
         gains: of drafts that branch; None: they are chains.
 
     Attributes:
-        accounts: number of sequences, 1 or 2, up to 4, up to 8 and so on → what may be lost, in steps without drafts. A machine that
+        accounts: number of sequences, up to 1, 2, 4, 8 and so on → what may be lost, in steps without drafts. A machine that
             becomes busy or idle changes what they take, and not what they hold.
         mean_length: tokens for each sequence, on average, as it was last decided; 0: drafts do not pay at the moment.
     """
