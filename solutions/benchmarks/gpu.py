@@ -7,7 +7,7 @@ first with CUDA graphs and without; and the requests of nano-vllm's benchmark. O
 examples:
   what results quote of a CPU; moe-1b has 1 billion active weights out of 3.5
     python -m solutions.benchmarks.gpu --device cpu --models smollm2-135m qwen3-0.6b moe-1b --batches 1 32 --context 256 \
-      --prompts 512
+      --prompts 512 --steps 18
 """
 
 from __future__ import annotations
