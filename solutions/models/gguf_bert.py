@@ -38,8 +38,8 @@ POOLINGS = {int(PoolingType.MEAN): "mean", int(PoolingType.CLS): "cls", int(Pool
 """By ``pooling_type``; 0 is none."""
 
 
-def bert_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor], dtype: str) -> dict[str, Any]:
-    """The ``config.json`` of a BERT.
+def bert_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[str, Any]:
+    """The ``config.json`` of a BERT, but for its dtype.
 
     Raises:
         ModelError: an entry is missing or wrong.
@@ -62,7 +62,6 @@ def bert_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor], dtype:
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
-        "dtype": dtype,
     }
 
 

@@ -6,6 +6,7 @@ llama.cpp calls Mistral llama, too, and takes some things for granted that a con
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -83,6 +84,8 @@ class GgufFamily:
         taken_for_granted: entries of config.json that no header has. norm: what config.json calls the epsilon of norms.
         one_added: norms' weights are stored with 1 added.
         joined: tensors that have each head's first rows of a matrix, with the two last axes swapped, and those with the others.
+        outer: names of the tensors that belong to no layer. layers: what the names of all others begin with.
+        config: reads the header; None: as that of a decoder.
     """
 
     architecture: str
@@ -94,6 +97,7 @@ class GgufFamily:
     joined: dict[str, str] = field(default_factory=dict)
     outer: dict[str, str] = field(default_factory=_OUTER_NAMES.copy)
     layers: str = "model.layers"
+    config: Callable[[Entries, dict[str, gguf.ReaderTensor]], dict[str, Any]] | None = None
 
     def other(self, name: str) -> str | None:
         """The name of the tensor that is joined to this one, if any is."""
@@ -140,7 +144,7 @@ GGUF_FAMILIES = {
     "gemma2": GgufFamily("Gemma2ForCausalLM", _FOUR_NORMS, taken_for_granted=_GELU, one_added=True),
     "gemma3": GgufFamily("Gemma3ForCausalLM", _FOUR_NORMS | _HEAD_NORMS, taken_for_granted=_GELU, one_added=True),
     "deepseek2": GgufFamily("DeepseekV2ForCausalLM", _EXPERTS | _SHARED_EXPERTS | _LATENTS, joined={"attn_k_b": "attn_v_b"}),
-    "bert": GgufFamily("BertModel", LAYER_NAMES, norm="layer_norm_eps", outer=OUTER_NAMES, layers="encoder.layer"),
+    "bert": GgufFamily("BertModel", LAYER_NAMES, outer=OUTER_NAMES, layers="encoder.layer", config=bert_config),
     "gpt-oss": GgufFamily("GptOssForCausalLM", _EXPERTS | _POST_NORMS | {"attn_sinks": "self_attn.sinks"}),
 }
 """By ``general.architecture``."""
@@ -175,9 +179,10 @@ def hf_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[
         KeyError: a tensor is missing.
     """
     family, name = gguf_family(metadata), metadata.text("general.architecture")
-    dtype = str(EXACT_DTYPES.get(tensors["token_embd.weight"].tensor_type, torch.float32)).removeprefix("torch.")
-    if name == "bert":
-        return bert_config(metadata, tensors, dtype)
+    embedding = tensors["token_embd.weight"]
+    dtype = {"dtype": str(EXACT_DTYPES.get(embedding.tensor_type, torch.float32)).removeprefix("torch.")}
+    if family.config is not None:
+        return family.config(metadata, tensors) | dtype
     if any(isinstance(metadata.content.get(f"{name}.attention.head_count{kind}"), list) for kind in ("", "_kv")):
         raise ModelError("GGUF files whose layers differ in their numbers of heads are not supported")
     if not metadata.flag(f"{name}.attention.causal", True):
@@ -199,7 +204,6 @@ def hf_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[
     if name == "gpt-oss":
         scaling = scaling and scaling | {"truncate": False}
     windows = {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0} if window else {}
-    embedding = tensors["token_embd.weight"]
     vocab_size = int(embedding.shape[1])
     return {
         "architectures": [architecture],
@@ -223,8 +227,7 @@ def hf_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[
         "bos_token_id": next(iter(metadata.token_ids("tokenizer.ggml.bos_token_id", vocab_size) or ()), None),
         "eos_token_id": [token for token in end_tokens(metadata) if token < vocab_size] or None,
         "pad_token_id": next(iter(metadata.token_ids("tokenizer.ggml.padding_token_id", vocab_size) or ()), None),
-        "dtype": dtype,
-    } | family.taken_for_granted | parts | windows | _experts(metadata, name) | latents(metadata, scaling)  # fmt: skip
+    } | dtype | family.taken_for_granted | parts | windows | _experts(metadata, name) | latents(metadata, scaling)  # fmt: skip
 
 
 def _experts(metadata: Entries, name: str) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def tokenizer_from_gguf(metadata: Entries, context: int) -> PreTrainedTokenizerF
             tokenizer.add_tokens([AddedToken(token, special=token_type != _USER_DEFINED, normalized=False)])
     named = {name: _special_id(metadata, key, len(tokens)) for name, key in _SPECIAL_TOKENS.items()}
     special = {f"{name}_token": tokens[index] for name, index in named.items() if index is not None}
-    if kind != "bert":
+    if tokenizer.post_processor is None:
         tokenizer.post_processor = _around(metadata, special)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, **(special | words), chat_template=_chat_template(metadata), model_max_length=context,

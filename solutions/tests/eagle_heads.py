@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from solutions.batching.sampling_params import SamplingParams
+from solutions.batching.scheduler_output import Draft
 from solutions.core.engine import LLM
 from solutions.models.heads.eagle import WEIGHTS, EagleHead, save_head
 from solutions.models.loader import load_model, resolve_model
@@ -119,9 +120,16 @@ def check_chances(llm: LLM, prompt: dict[str, list[int]], expected: dict[tuple[i
     assert chi_square < 60  # 26 degrees of freedom: the chance of more is 0.0002
 
 
-def watch(llm: LLM, plain=()) -> list[tuple[list[int], list[int], int]]:
+def put_first(draft: Draft, coming: list[int], chance: random.Random) -> None:
+    """So many of a draft's first tokens are right."""
+    count = chance.randint(0, len(draft.token_ids))
+    draft.token_ids[:count] = coming[:count]
+
+
+def watch(llm: LLM, plain=(), put=put_first) -> list[tuple[list[int], list[int], int]]:
     """(text, what was drafted behind it, where its context begins) of all that is drafted from now on. What a random head
-    drafts is never right, so some of it is replaced by what `plain` says, outputs of plain decoding, before it is on trial."""
+    drafts is never right, so some of it is replaced by what `plain` says, outputs of plain decoding, before it is on trial;
+    `put` does that."""
     proposer, seen, chance = llm.llm_engine.drafter.proposer, [], random.Random(0)
     propose = proposer.propose
     right = {(tuple(o.prompt_token_ids), o.outputs[0].token_ids[0]): o.outputs[0].token_ids for o in plain}
@@ -133,8 +141,7 @@ def watch(llm: LLM, plain=()) -> list[tuple[list[int], list[int], int]]:
             seen.append((texts[seq], list(draft.token_ids), proposer.drafts.contexts[seq.seq_id].first))
             said = right.get((tuple(seq.prompt_token_ids), texts[seq][seq.num_prompt_tokens]))
             if said is not None:
-                count = chance.randint(0, len(draft.token_ids))
-                draft.token_ids[:count] = said[seq.num_output_tokens :][:count]
+                put(draft, said[seq.num_output_tokens :], chance)
         return drafts
 
     proposer.propose = watched

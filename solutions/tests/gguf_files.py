@@ -105,12 +105,16 @@ def write_gguf(
 
 def write_gguf_header(path: Path, model: PreTrainedModel) -> Path:
     """A file that says what it is of, and no more."""
-    writer = gguf.GGUFWriter(path, llama_cpp_architecture(model))
+    write_out(gguf.GGUFWriter(path, llama_cpp_architecture(model)))
+    return path
+
+
+def write_out(writer: gguf.GGUFWriter) -> None:
+    """Write the file: all that the writer was told."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def write_model(
@@ -143,10 +147,7 @@ def write_model(
             writer.add_float32(key, value)
         elif isinstance(value, int):
             writer.add_uint32(key, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_out(writer)
 
 
 def _fused(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -168,13 +169,18 @@ def _apart(name: str, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     yield from ((f"{before}.{i}.{kind}", rows) for i, rows in enumerate(values)) if before else ((name, values),)
 
 
-def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
-    """Layers, heads, norms and experts."""
+def write_shape(writer: gguf.GGUFWriter, config: Any) -> None:
+    """The sizes that every model has."""
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
+
+
+def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
+    """Layers, heads, norms and experts."""
+    write_shape(writer, config)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     writer.add_head_count_kv(1 if config.model_type.startswith("deepseek") else heads)
     epsilon = {"starcoder2": "norm_epsilon", "gpt_neox": "layer_norm_eps"}.get(config.model_type)

@@ -383,9 +383,15 @@ def test_a_step_that_was_taken_for_slower_than_it_is_does_not_make_drafts_look_c
     costs = checked_costs()
     for _ in range(20):
         costs.add(4, 0, 30.0)  # the machine was busy
-    costs.add(4, 4, 24.0)
-    costs.add(4, 8, 28.0)
-    assert costs.measured(4, 4) == costs.measured(4, 8) == 1.0
+    for _ in range(NEAR):
+        costs.add(4, 4, 24.0)
+    assert costs.measured(4, 4) == 1.0
+    costs.add(4, 0, 26.0)  # behind few: one quick step alone says nothing
+    assert costs.measured(4, 4) == 1.0
+    assert costs.plain(4) > 26.0
+    for _ in range(NEAR + 1):
+        costs.add(4, 8, 28.0)
+    assert costs.measured(4, 8) == 1.0
     costs.add(4, 0, 20.0)
     assert costs.plain(4) == 20.0
     assert costs.measured(4, 8) == pytest.approx(1.4)

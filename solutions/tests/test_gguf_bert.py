@@ -14,7 +14,7 @@ from solutions.core.engine import LLM
 from solutions.models.config.entries import ModelError
 from solutions.models.loader import load_tokenizer, resolve_model
 from solutions.tests.embedding_models import TEXTS, WORDS, make_bert, oracle, tokens
-from solutions.tests.gguf_files import cache
+from solutions.tests.gguf_files import cache, write_out, write_shape
 
 __all__ = ["cache"]
 
@@ -28,11 +28,7 @@ def write_bert(path: Path, model: PreTrainedModel, pooling: int | None = None, k
         pooling: ``bert.pooling_type``. kind: of the matrices. more: ids of special tokens, and other words (`names`) by id.
     """
     writer, config = gguf.GGUFWriter(path, "bert"), model.config
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
+    write_shape(writer, config)
     writer.add_layer_norm_eps(config.layer_norm_eps)
     writer.add_causal_attention(False)
     if pooling is not None:
@@ -54,10 +50,7 @@ def write_bert(path: Path, model: PreTrainedModel, pooling: int | None = None, k
         if not name.startswith("pooler"):
             values, stored = tensor.numpy(), gguf.GGMLQuantizationType[kind if ".layer." in name and tensor.ndim > 1 else "F32"]
             writer.add_tensor(names.get_name(name, (".weight", ".bias")), gguf.quantize(values, stored), raw_dtype=stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_out(writer)
     return path
 
 

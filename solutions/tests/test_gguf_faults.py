@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from solutions.models.config.entries import ModelError
 from solutions.models.loader import load_model, resolve_model
-from solutions.tests.gguf_files import cache, tiny, tiny_model, write_gguf
+from solutions.tests.gguf_files import cache, tiny, tiny_model, write_gguf, write_out
 
 __all__ = ["cache", "tiny", "tiny_model"]
 
@@ -99,10 +99,6 @@ def test_missing_tensor(tmp_path: Path, cache: Path, tiny_model: LlamaForCausalL
 
 
 def test_other_architecture(tmp_path: Path, cache: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "falcon")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_out(gguf.GGUFWriter(tmp_path / "model.gguf", "falcon"))
     with raises("GGUF architecture 'falcon' is not supported"):
         resolve_model(str(tmp_path / "model.gguf"))

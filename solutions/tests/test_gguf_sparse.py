@@ -21,7 +21,7 @@ from solutions.models.config.entries import ModelError
 from solutions.models.loader import load_model, resolve_model
 from solutions.quantization.layout.mxfp4 import VALUES
 from solutions.tests.engine_twins import check_tokens
-from solutions.tests.gguf_files import cache, write_gguf
+from solutions.tests.gguf_files import cache, write_gguf, write_out
 from solutions.tests.test_families import GREEDY, PROMPTS, SETTINGS
 from solutions.tests.test_models import run
 from solutions.tests.tiny_models import GGUF_SAYS, make_tiny
@@ -159,10 +159,7 @@ def test_an_older_file_has_the_matrix_whole(tmp_path: Path) -> None:
             writer.add_tensor(f"{layer}.attn_kv_b.weight", whole.numpy())
         elif part != "attn_v_b":
             writer.add_tensor(tensor.name, np.array(tensor.data))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_out(writer)
     check_logits(tmp_path / "old.gguf", model)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,15 @@ from solutions.batching.continuous_batch import FlatBatch
 from solutions.batching.sampling_params import SamplingParams
 from solutions.batching.step_arrays import FlatArrays
 from solutions.benchmarks import gpu as command
-from solutions.benchmarks.gpu import measure_attention, measure_card, measure_decode, measure_prefill, nano_requests
+from solutions.benchmarks.gpu import (
+    StepTime,
+    measure_attention,
+    measure_card,
+    measure_decode,
+    measure_prefill,
+    nano_requests,
+    typical,
+)
 from solutions.benchmarks.kernels import Ceilings
 from solutions.benchmarks.timing import made_up
 from solutions.core.config import EngineConfig
@@ -292,6 +301,22 @@ def test_measured_steps_are_the_steps_asked_for(tmp_path: Path) -> None:
     assert engine.stats().prefix_cache_hits == 0
     with pytest.raises(ValueError, match="no room for 60 sequences"):
         measure_decode(engine, looks, batch=60, context=100, steps=8)
+
+
+def test_the_round_with_the_median_share_counts() -> None:
+    """Each round looks at the machine, which is another one each time, before it measures."""
+    happened: list[str] = []
+
+    def look(speed: float) -> Card:
+        happened.append(f"look {speed}")
+        return Card("toy", speed, speed, 0)
+
+    def measure(card: Card) -> StepTime:
+        happened.append(f"measure {card.rate}")
+        return StepTime("decode", 1, 8, 1.0, {1.0: 0.5, 2.0: 0.9, 3.0: 0.2}[card.rate], 0.0)
+
+    assert typical([partial(look, speed) for speed in (1.0, 2.0, 3.0)], measure).floor == 0.5
+    assert happened == [f"{what} {speed}" for speed in (1.0, 2.0, 3.0) for what in ("look", "measure")]
 
 
 def test_the_requests_are_those_of_nano_vllm() -> None:

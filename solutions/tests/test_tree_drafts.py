@@ -13,11 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from solutions.batching.sampling_params import SamplingParams, StructuredOutput
+from solutions.batching.scheduler_output import Draft
 from solutions.batching.tree_rows import TreeDraft
 from solutions.core.engine import LLM
 from solutions.core.platform import native
 from solutions.core.speculation.settings import SpeculativeConfig
-from solutions.tests.eagle_heads import GREEDY, PROMPTS, Oracle, make_random_head, tokens
+from solutions.tests.eagle_heads import GREEDY, PROMPTS, Oracle, make_random_head, tokens, watch
 from solutions.tests.slow_cases import slow_after
 from solutions.tests.tiny_models import make_tiny_llama
 
@@ -43,32 +44,17 @@ def branching(head: Path, **others) -> dict:
     return {"method": "eagle", "model": str(head), "speculative_token_tree": PATHS, "adaptive": False} | others
 
 
-def guide(llm: LLM, plain=()) -> list[tuple[list[int], list[int]]]:
-    """(text, what was drafted behind it) of all that is drafted from now on. A random head is hardly ever right, so along a
-    random path the drafts are replaced by what `plain` says, outputs of plain decoding, before they are on trial."""
-    proposer, seen, chance = llm.llm_engine.drafter.proposer, [], random.Random(0)
-    propose = proposer.propose
-    right = {(tuple(o.prompt_token_ids), o.outputs[0].token_ids[0]): o.outputs[0].token_ids for o in plain}
-
-    def watched(output, wanted):
-        texts = {seq: list(seq.tokens) for seq in wanted}
-        drafts = propose(output, wanted)
-        for seq, draft in drafts.items():
-            seen.append((texts[seq], list(draft.token_ids)))
-            said = right.get((tuple(seq.prompt_token_ids), texts[seq][seq.num_prompt_tokens]))
-            if said is None or not isinstance(draft, TreeDraft):
-                continue
-            path, coming = chance.choice(SORTED[: len(draft.token_ids)]), said[seq.num_output_tokens :]
-            for depth, token in zip(range(1, len(path) + 1), coming, strict=False):
-                node, siblings = SORTED.index(path[:depth]), [i for i, p in enumerate(SORTED) if p[:-1] == path[: depth - 1]]
-                for other in siblings:  # no two children hold the same token
-                    if other < len(draft.token_ids) and draft.token_ids[other] == token:
-                        draft.token_ids[other] = draft.token_ids[node]
-                draft.token_ids[node] = token
-        return drafts
-
-    proposer.propose = watched
-    return seen
+def put_along_a_path(draft: Draft, coming: list[int], chance: random.Random) -> None:
+    """The tokens along a random path of a draft that branches are right."""
+    if not isinstance(draft, TreeDraft):
+        return
+    path = chance.choice(SORTED[: len(draft.token_ids)])
+    for depth, token in zip(range(1, len(path) + 1), coming, strict=False):
+        node, siblings = SORTED.index(path[:depth]), [i for i, p in enumerate(SORTED) if p[:-1] == path[: depth - 1]]
+        for other in siblings:  # no two children hold the same token
+            if other < len(draft.token_ids) and draft.token_ids[other] == token:
+                draft.token_ids[other] = draft.token_ids[node]
+        draft.token_ids[node] = token
 
 
 @pytest.mark.parametrize("kernels", [True, False])
@@ -78,11 +64,11 @@ def test_each_node_is_what_transformers_says_behind_its_path(target, head, kerne
     )  # fmt: skip
     params = dataclasses.replace(GREEDY, max_tokens=16)
     plain = LLM(target, **SETTINGS).generate(PROMPTS[:3], params, use_tqdm=False)
-    seen, oracle = guide(llm, plain), Oracle(target, head)
+    seen, oracle = watch(llm, plain, put_along_a_path), Oracle(target, head)
     assert tokens(llm.generate(PROMPTS[:3], params, use_tqdm=False)) == tokens(plain)
     assert len(seen) > 10
     assert llm.llm_engine.stats().spec_decode_num_accepted_tokens > 10
-    for text, drafted in seen:
+    for text, drafted, _ in seen:
         by_path = dict(zip(SORTED, drafted, strict=False))
         for path, token in by_path.items():
             before = [by_path[path[:depth]] for depth in range(1, len(path))]
@@ -103,7 +89,7 @@ def test_greedy_and_seeded_tokens_are_those_of_plain_decoding(target, head, mode
         target, **tight, **cache, preemption_mode=mode, enable_prefix_caching=caching, speculative_config=branching(head),
         max_num_seqs=8, swap_space=1 << 20,
     )  # fmt: skip
-    guide(llm, plain)
+    watch(llm, plain, put_along_a_path)
     for _ in range(2):
         outputs = llm.generate(prompts, params, use_tqdm=False)
         assert tokens(outputs) == tokens(plain)
@@ -120,7 +106,7 @@ def test_what_was_moved_is_what_the_prefix_cache_gives_the_next_request(target, 
     """A block that accepted branches have filled is found by a later prompt, which goes on as without a cache."""
     (plain,) = LLM(target, **SETTINGS).generate(PROMPTS[0], GREEDY, use_tqdm=False)
     llm = LLM(target, **SETTINGS, speculative_config=branching(head))
-    guide(llm, [plain])
+    watch(llm, [plain], put_along_a_path)
     llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
     longer = {"prompt_token_ids": PROMPTS[0]["prompt_token_ids"] + plain.outputs[0].token_ids}
     wanted = tokens(LLM(target, **SETTINGS).generate(longer, GREEDY, use_tqdm=False))
@@ -188,7 +174,7 @@ def test_as_much_of_a_tree_as_pays_is_drafted_by_default(target, head):
         return counts
 
     lengths.choose = choose
-    guide(llm, plain)
+    watch(llm, plain, put_along_a_path)
     for _ in range(3):
         assert tokens(llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False)) == tokens(plain)
     assert len(sizes) > 6
@@ -199,11 +185,11 @@ def test_as_much_of_a_tree_as_pays_is_drafted_by_default(target, head):
 def test_a_form_is_followed_along_the_likeliest_chain(target, head):
     llm = LLM(target, **SETTINGS, speculative_config=branching(head))
     params = SamplingParams(temperature=0, max_tokens=12, structured_output=StructuredOutput("regex", "[ab]{8}c"))
-    seen = guide(llm)
+    seen = watch(llm)
     (output,) = llm.generate(PROMPTS[0], params, use_tqdm=False)
     assert re.fullmatch("[ab]{8}c", output.outputs[0].text)
     assert seen
-    assert all(len(drafted) <= 3 for _, drafted in seen)
+    assert all(len(drafted) <= 3 for _, drafted, _ in seen)
 
 
 @pytest.mark.parametrize("limit", [44, 45, 50])
@@ -212,9 +198,9 @@ def test_at_the_end_of_the_context_the_tree_is_cut_and_nothing_else_changes(targ
     params = dataclasses.replace(GREEDY, max_tokens=None)
     plain = LLM(target, **settings).generate(PROMPTS, params, use_tqdm=False)
     llm = LLM(target, **settings, speculative_config=branching(head))
-    seen = guide(llm, plain)
+    seen = watch(llm, plain, put_along_a_path)
     assert tokens(llm.generate(PROMPTS, params, use_tqdm=False)) == tokens(plain)
-    assert {len(drafted) for _, drafted in seen} > {1, 4, 10}
+    assert {len(drafted) for _, drafted, _ in seen} > {1, 4, 10}
 
 
 @pytest.mark.parametrize(
@@ -272,7 +258,7 @@ def test_steps_with_trees_are_replayed(tmp_path):
     replay = llm.llm_engine.executor.worker.model.model.run_layers
     made = replay.num_recordings
     plain = LLM(str(tmp_path / "model"), **SETTINGS, enforce_eager=True).generate(PROMPTS[:2], GREEDY, use_tqdm=False)
-    guide(llm, plain)
+    watch(llm, plain, put_along_a_path)
     assert tokens(llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False)) == tokens(plain)
     assert llm.llm_engine.stats().spec_decode_num_accepted_tokens > 10
     assert replay.num_recordings == made

@@ -15,11 +15,12 @@ each new sequence at least `HOPE` is expected, and where nothing is drafted, a t
 *What it may cost.* All that is tried for the sake of knowledge, and all that turns out wrong, is paid from an account. A share
 `ALLOWANCE` of the time that passes is paid in, and so is what drafts win, up to `MOST_SAVED` steps. A step may draft only what
 the account could pay if all of it were rejected. So speculation loses at most `ALLOWANCE` of the time and `MOST_SAVED` steps,
-whatever the text does, and `FOR_LOOKS` for drafts that are only looked at. Each number of sequences has an account of its own,
-so that what 32 have lost holds nobody up who is alone. What it takes to decide is not paid from it: that is the same in every
-step, and of a small model it is more than the share, so that nothing would ever be tried again. Probes have an account of their
-own, into which `FOR_PROBES` of the time is paid: what a text costs of which nothing can be foreseen is not missing where the
-next one can be. One thing is lent and not paid: what a draft model computes of a text that it has missed, where drafts pay.
+whatever the text does, and `FOR_LOOKS` for drafts that are only looked at. Up to 1, 2, 4, 8 sequences and so on have an
+account of their own each, so that what 32 have lost holds nobody up who is alone. What it takes to decide is not paid from it:
+that is the same in every step, and of a small model it is more than the share, so that nothing would ever be tried again.
+Probes have an account of their own, into which `FOR_PROBES` of the time is paid: what a text costs of which nothing can be
+foreseen is not missing where the next one can be. One thing is lent and not paid: what a draft model computes of a text that
+it has missed, where drafts pay.
 """
 
 from __future__ import annotations

@@ -113,10 +113,10 @@ class StepCosts:
             self._limits = {key: limits for key, limits in self._limits.items() if key[0] != size}
 
     def _check(self, size: int, seconds: float) -> None:
-        """A step without drafts has run. If it comes behind some with drafts: is p(S) what it was taken to be? Where that was
+        """A step without drafts has run. If it comes behind many with drafts: is p(S) what it was taken to be? Where that was
         too much, drafts looked cheap, and as long as there are drafts nothing else tells."""
         plain, num_since = self._plain[size], self._num_since_plain[size]
-        if plain.value is None or not num_since:
+        if plain.value is None or num_since <= NEAR:
             return
         if wrong := WRONG * seconds < plain.value:
             plain.value = seconds
