@@ -298,13 +298,12 @@ def with_blocks(
         model: the part of it that one rank holds.
 
     Raises:
-        ValueError: the KV cache would not hold one sequence of `max_model_len` tokens; the message shows the sum and the
-            largest `max_model_len` that fits.
+        ValueError: the KV cache would not hold one sequence of `max_model_len` tokens, or the memory would not hold the cache
+            or what is swapped out; the message shows the sum and what fits.
     """
     device = limits.device
-    bytes_per_block = costs.kv_bytes_per_block(config.block_size, model, limits.cache_dtype)
-    if draft is not None:
-        bytes_per_block += costs.kv_bytes_per_block(config.block_size, draft, limits.cache_dtype)
+    models = [model] if draft is None else [model, draft]
+    bytes_per_block = sum(costs.kv_bytes_per_block(config.block_size, each, limits.cache_dtype) for each in models)
     activation_bytes = costs.activation_bytes(model, limits.max_num_batched_tokens, config.max_num_seqs, limits.dtype)
     if config.enable_lora:
         activation_bytes += costs.adapter_bytes(model, config.max_loras * config.max_lora_rank, limits.dtype)
@@ -321,6 +320,9 @@ def with_blocks(
     needed = blocks_of_one(limits.windows, limits.max_model_len, config.block_size, limits.max_num_batched_tokens)
     if num_blocks < needed or limits.kv_bytes + activation_bytes > free_bytes:
         raise ValueError(_too_small(limits, config.block_size, bytes_per_block, needed, limits.windows))
+    left = available_memory() - (limits.kv_bytes + activation_bytes if device.type == "cpu" else 0)
+    if limits.num_host_blocks * bytes_per_block > left:
+        raise ValueError(f"--swap-space {format_bytes(config.swap_space)}: only {format_bytes(left)} of host memory are free")
     return limits
 
 
@@ -337,10 +339,12 @@ def _kv_budget(config: EngineConfig, device: torch.device, free_bytes: int, acti
 def _too_small(limits: Limits, block_size: int, bytes_per_block: int, needed: int, windows: tuple[int | None, ...]) -> str:
     room = min(limits.kv_bytes, max(0, limits.free_bytes - limits.activation_bytes))
     fits = longest_of_one(windows, room // bytes_per_block, block_size, limits.max_num_batched_tokens)
-    advice = f"use --max-model-len {fits} or less, or " if fits > 1 else ""
+    parts = limits.weight_bytes, limits.activation_bytes, limits.kv_bytes, limits.free_bytes
+    sizes = "weights {} (loaded) + activations {} + KV {}, with {} free".format(*map(format_bytes, parts))
+    if fits >= limits.max_model_len:
+        return f"the KV cache is larger than the memory: {sizes}; give at most --kv-cache-memory-bytes {room >> 20}MiB"
     return (
-        f"the KV cache is too small for one sequence of {limits.max_model_len} tokens: weights "
-        f"{format_bytes(limits.weight_bytes)} (loaded) + activations {format_bytes(limits.activation_bytes)} + KV "
-        f"{format_bytes(limits.kv_bytes)}, with {format_bytes(limits.free_bytes)} free, leave room for {fits} tokens; {advice}"
-        f"give at least --kv-cache-memory-bytes {-(-needed * bytes_per_block // 2**20)}MiB"
+        f"the KV cache is too small for one sequence of {limits.max_model_len} tokens: {sizes}, leave room for {fits} tokens; "
+        f"{f'use --max-model-len {fits} or less, or ' if fits > 1 else ''}give at least --kv-cache-memory-bytes "
+        f"{-(-needed * bytes_per_block // 2**20)}MiB"
     )

@@ -78,6 +78,9 @@ def test_several_prompts_from_flags_file_and_pipe(path, run, tmp_path: Path):
         (["--temperature", "nan"], "temperature must be a number"),
         (["--prompts-file", "/no/such/file"], "/no/such/file"),
         (["--num-gpu-blocks-override", "2"], "the KV cache is too small for one sequence of 128 tokens"),
+        (["--num-gpu-blocks-override", str(1 << 40)], "the KV cache is larger than the memory"),
+        (["--kv-cache-memory-bytes", "9000000GiB"], "; give at most --kv-cache-memory-bytes "),
+        (["--preemption-mode", "swap", "--swap-space", "9000000GiB"], "--swap-space 9000000.00 GiB: only "),
     ],
 )
 def test_problem_is_one_line_and_a_failure(path, run, args, message, monkeypatch):

@@ -110,6 +110,16 @@ def test_who_finds_no_row_gets_no_drafts_and_rows_come_back(target, head, rows, 
     assert sorted(drafts._free) == list(range(rows))
 
 
+def test_who_ends_with_a_first_token_takes_no_row_from_another(target, head, monkeypatch):
+    monkeypatch.setattr("solutions.core.draft_model.MOST_ROWS", 1)
+    llm = LLM(target, **SETTINGS, speculative_config=eagle(head), enable_prefix_caching=False)
+    seen = watch(llm)
+    params = [dataclasses.replace(GREEDY, max_tokens=count) for count in (1, 12)]
+    llm.generate(PROMPTS[:2], params, use_tqdm=False)
+    assert seen
+    assert {first for _, _, first in seen} == {0}  # of the whole text
+
+
 def test_as_many_as_pay_are_drafted_by_default(target, head):
     plain = LLM(target, **SETTINGS).generate(PROMPTS[:2], GREEDY, use_tqdm=False)
     llm = LLM(target, **SETTINGS, speculative_config=eagle(head, adaptive=True))

@@ -56,24 +56,23 @@ class HeardSteps:
             if len(batch.positions) == len(batch.sequences):
                 self._keep(batch, hidden)
             else:
-                self.hand_over(gone)
+                self.hand_over()
                 self._hand_out(batch, hidden, gone)
         if gone:
-            self.hand_over(gone)
+            self.hand_over()
             self._drafts.forget(gone)
 
     def num_kept(self, seq_id: int) -> int:
         """Positions of a sequence that are here and not in its context."""
         return self._num_alike if seq_id in self._ids else 0
 
-    def hand_over(self, gone: Collection[int] = ()) -> None:
-        """Add to the contexts what is here, but for that of sequences that are `gone`."""
+    def hand_over(self) -> None:
+        """Add to the contexts what is here."""
         if not self._num_alike:
             return
         features = self._alike[: self._num_alike].transpose(0, 1)  # [S, steps, hidden]
         for seq, start, rows in zip(self._sequences, self._starts.tolist(), features, strict=True):
-            if seq.seq_id not in gone:
-                self._drafts.take(seq.seq_id, start, rows)
+            self._drafts.take(seq.seq_id, start, rows)
         self._num_alike, self._sequences, self._ids = 0, [], set()
 
     def _keep(self, batch: FlatBatch, hidden: Tensor) -> None:
@@ -90,6 +89,7 @@ class HeardSteps:
         self._num_alike += 1
 
     def _hand_out(self, batch: FlatBatch, hidden: Tensor, gone: Collection[int]) -> None:
+        """Features of any step. Who is gone with it gets no context, which another may need."""
         for seq, (row, end) in zip(batch.sequences, pairwise(batch.query_start_loc.tolist()), strict=True):
             start = int(batch.positions[row])
             count = seq.num_computed_tokens - start  # behind it are drafts that were rejected
