@@ -10,9 +10,8 @@ from __future__ import annotations
 import itertools
 import random
 import statistics
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,14 +73,14 @@ def measure(
 
 
 def run(llm: LLM, method: str, text: str, batch: int, output_len: int) -> Row:
-    """Generate four answers at least, so many at once, of prompts in the prefix cache, so that decoding is what is timed."""
+    """Generate four answers at least, so many at once, and time what comes behind the first tokens."""
     prompts = [{"prompt_token_ids": make_prompt(llm, text, index)} for index in range(max(batch, 4))]
     params = SamplingParams(max_tokens=output_len, ignore_eos=True, seed=0, temperature=TEXTS[text])
-    llm.generate(prompts, replace(params, max_tokens=1), use_tqdm=False)
-    before, start = llm.llm_engine.stats(), time.perf_counter()
+    before, seconds = llm.llm_engine.stats(), 0.0
     for first in range(0, len(prompts), batch):
-        llm.generate(prompts[first : first + batch], params, use_tqdm=False)
-    num_tokens, seconds = len(prompts) * output_len, time.perf_counter() - start
+        times = [answer.metrics for answer in llm.generate(prompts[first : first + batch], params, use_tqdm=False)]
+        seconds += max(each.last_token_time or 0 for each in times) - max(each.first_token_time or 0 for each in times)
+    num_tokens = len(prompts) * (output_len - 1)
     after = llm.llm_engine.stats()
     drafted = after.spec_decode_num_draft_tokens - before.spec_decode_num_draft_tokens
     accepted = after.spec_decode_num_accepted_tokens - before.spec_decode_num_accepted_tokens
@@ -155,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         runs = measure(
             args.model, settings, args.batches, args.output_len, args.repeats, dtype=args.dtype, max_model_len=1024,
-            max_num_seqs=max(args.batches), kv_cache_memory_bytes=512 << 20,
+            max_num_seqs=max(args.batches), kv_cache_memory_bytes=512 << 20, enable_prefix_caching=False,
         )  # fmt: skip
         rows = list(tracked(runs, "runs", total))
     summary = summarize(rows)

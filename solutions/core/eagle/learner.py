@@ -33,7 +33,7 @@ class Plan:
     """How to train: passes over the text, texts in a step, depths of a draft, the highest learning rate, steps from one
     checkpoint to the next, and what seeds the order."""
 
-    epochs: int = 4
+    epochs: int = 3
     batch: int = 4
     depth: int = 2
     rate: float = 1.5e-3
