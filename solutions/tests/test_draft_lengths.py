@@ -328,14 +328,27 @@ def test_what_was_not_measured_lies_between_limits() -> None:
         costs.add(4, 4, 12.0)
     assert costs.plain(4) == 10.0
     least, greatest = costs.ratios(4, 10)
-    assert least.tolist() == pytest.approx([1, 1, 1, 1.2, 1.2, 1.2, 1.2, 1.2, 1.2, 1.2])
     # a token on trial costs no more than four of them together, nor than a tenth of one in a plain step, 1/4, and twice a
-    # quarter of what four of them cost
+    # quarter of what four of them cost; so three cost no less than four but for one such token
     more = 0.1 / 4 + 2 * 0.2 / 4
-    assert greatest.tolist() == pytest.approx([1 + more, *[1.2] * 3, *(1.2 + n * more for n in range(1, 7))])
+    tried, not_tried = 8, [math.inf] * 2  # twice as many as ever were, and nothing is said of more
+    assert least.tolist() == pytest.approx([1, 1, 1.2 - more, *[1.2] * 5, *not_tried])
+    assert greatest.tolist() == pytest.approx([1 + more, *[1.2] * 3, *(1.2 + n * more for n in range(1, tried - 3)), *not_tried])
     costs.add(4, 8, 11.0)
-    costs.add(4, 8, 11.0)
-    assert costs.ratios(4, 10)[0].tolist() == pytest.approx([1, 1, 1, 1.1, 1.1, 1.1, 1.1, 1.1, 1.1, 1.1])
+    costs.add(4, 8, 11.0)  # fewer are no slower
+    more = 0.1 / 4 + 2 * 0.1 / 4
+    assert costs.ratios(4, 10)[0].tolist() == pytest.approx([1, 1, 1.1 - more, *[1.1] * 7])
+
+
+def test_no_more_are_tried_than_twice_as_many_as_ever_or_one_for_each_sequence() -> None:
+    costs = StepCosts()
+    for _ in range(ENOUGH):
+        costs.add(3, 0, 10.0)
+    for tried, most in ((0, 6), (1, 6), (3, 6), (4, 8), (7, 14)):
+        if tried:
+            costs.add(3, tried, 10.0)
+        for ratios in costs.ratios(3, 20):
+            assert [math.isfinite(ratio) for ratio in ratios] == [count <= most for count in range(1, 21)]
 
 
 def test_a_token_on_trial_costs_no_more_than_one_in_a_step_without() -> None:

@@ -9,8 +9,9 @@ Models Using Goodput", 2024.
 
 *What is known.* Costs are measured (`step_costs.py`). Chances are counted: for each sequence, its last drafts count most. Where
 drafts follow from the text alone, as n-grams do, they are also made for sequences for which nothing is put on trial: whether
-the first token of such a draft is the one that then comes is seen without the model. What a model drafts has to be tried: of
-each new sequence at least `HOPE` is expected, and where nothing is drafted, a token for one sequence is a probe now and then.
+the first token of such a draft is the one that then comes is seen without the model. What a model drafts has to be tried:
+of a new sequence as much is expected as of all others and a standard error more, so that a bad beginning is no verdict, and
+where nothing is drafted, a token for one sequence is a probe now and then.
 
 *What it may cost.* All that is tried for the sake of knowledge, and all that turns out wrong, is paid from an account. A share
 `ALLOWANCE` of the time that passes is paid in, and so is what drafts win, up to `MOST_SAVED` steps. A step may draft only what
@@ -25,6 +26,7 @@ it has missed, where drafts pay.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
@@ -63,9 +65,6 @@ MEMORY_OF_A_MODEL = 0.97
 DOUBT, DOUBT_OF_A_MODEL = 2.0, 3.0
 """What is known of all sequences counts for a new one like so many tokens of its own; of a model that drafts, whose sequences
 differ less."""
-HOPE, TRIALS = 0.35, 8.0
-"""The least that a model that drafts expects of a sequence, whatever it was right in before, until it was tried so often:
-a few drafts tell."""
 UNSEEN = 0.5
 """The chance of a token at the start; where chances can be seen without a trial, also the most that a new sequence gets."""
 MISSED_AT_ONCE = 8
@@ -293,7 +292,8 @@ class DraftLengths:
         expected, known = self._all.value(UNSEEN), self._chances.get(seq_id) or Chance()
         if self._foretold:
             return known.value(min(expected, UNSEEN))
-        return known.value(max(expected, HOPE) if known.tries < TRIALS else expected, DOUBT_OF_A_MODEL)
+        error = math.sqrt(expected * (1 - expected) / (self._all.tries + DOUBT))
+        return known.value(expected + error, DOUBT_OF_A_MODEL)
 
 
 def _account(num_seqs: int) -> int:

@@ -4,7 +4,7 @@ Nothing here comes from a table of machines. A step of S sequences without draft
 takes q(S, N) times as long, and q is what tells whether drafts pay: near 1 while the model waits for memory, near (S + N) / S
 where it computes all the time. Both are averages of what was measured, the latest steps counting most. Where nothing was
 measured yet, q lies between two limits: it does not fall with N, and a token on trial costs no more than one in a step without,
-nor much more than those did that were measured.
+nor much more than those did that were measured. Of many more than were ever on trial nothing is said.
 
 A machine's speed changes, so q is measured in the first steps behind one without drafts. In later ones what is known of q tells
 p: else each change of speed would be taken for what drafts cost. Both may be wrong together, as when p was measured while the
@@ -34,6 +34,9 @@ WRONG = 1.15
 LEAST_SLOPE, STEEPER = 0.1, 2.0
 """What a token on trial may add to q at most, beyond what was measured: so many times what it added up to there, on average,
 and a part of what a token costs in a step without."""
+FURTHER = 2
+"""At most so many times as many tokens are tried as ever were, or as there are sequences: they might cost nothing, and if they
+do cost, the step must not be dear."""
 NEAR = 4
 """Steps after one without drafts that tell of a ratio; in those behind them, a ratio that is known tells of p(S)."""
 ENOUGH = 2
@@ -132,7 +135,8 @@ class StepCosts:
         return self._ratios[size_class(num_seqs)][size_class(num_drafted)].value or 1.0
 
     def ratios(self, num_seqs: int, most: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The least and the most that q(S, N) may be, for N from 1 to `most`: [N] each, equal where it was measured."""
+        """The least and the most that q(S, N) may be, for N from 1 to `most`: [N] each, equal where it was measured, and infinite
+        where N is too far from that."""
         key = size_class(num_seqs), most
         if key not in self._limits:
             self._limits[key] = self._work_out(*key)
@@ -143,14 +147,16 @@ class StepCosts:
         counts = [0, *(count for count, _ in known)]
         found = [1.0, *(average.value or 1.0 for _, average in known)]
         values = np.minimum.accumulate(found[::-1])[::-1]  # where more tokens were quicker, fewer are no slower
-        least, greatest = np.empty(most), np.empty(most)
+        least, greatest = np.full(most, np.inf), np.full(most, np.inf)
         steepest = max((float(value - 1) / count for count, value in zip(counts, values, strict=True) if count), default=1.0)
         a_token = min(1 / size, LEAST_SLOPE / size + STEEPER * steepest)
-        for num_drafted in range(1, most + 1):
+        for num_drafted in range(1, min(most, FURTHER * max(counts[-1], size)) + 1):
             place = bisect_left(counts, size_class(num_drafted))
             is_known = place < len(counts) and counts[place] == size_class(num_drafted)
             below, above = values[place - 1], values[place] if place < len(counts) else np.inf
-            least[num_drafted - 1] = above if is_known and known[place - 1][1].count >= ENOUGH else below
+            least[num_drafted - 1] = below
+            if place < len(counts) and not (is_known and known[place - 1][1].count < ENOUGH):
+                least[num_drafted - 1] = max(below, above - (counts[place] - num_drafted) * a_token)
             greatest[num_drafted - 1] = min(above, below + (num_drafted - counts[place - 1]) * a_token)
         return least, np.maximum(least, greatest)
 
