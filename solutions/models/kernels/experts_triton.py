@@ -56,7 +56,9 @@ class GroupedPlain:
     """The plain matrices [N, K] of some experts, called as those in float8 are."""
 
     def __init__(self, layers: Sequence[Linear]) -> None:
-        self.weights, self.biases = _stack(layers, "weight"), _stack(layers, "bias")
+        weights = _stack(layers, "weight")
+        assert weights is not None
+        self.weights, self.biases = weights, _stack(layers, "bias")
 
     @property
     def num_outputs(self) -> int:
@@ -72,15 +74,16 @@ def _grouped(layers: Sequence[Linear], dtype: torch.dtype) -> GroupedPlain | Gro
     if not layers:
         return None
     products = [layer.multiply for layer in layers]
+    in_float8 = [product for product in products if isinstance(product, Float8Linear)]
     if GroupedFloat8.fit(products):
-        grouped = GroupedFloat8(products)
+        grouped = GroupedFloat8(in_float8)
         for layer, codes, scales in zip(layers, grouped.codes, grouped.scales, strict=True):
             layer.weight, layer.scales = (nn.Parameter(tensor, requires_grad=False) for tensor in (codes, scales))
         return grouped
     for layer, product in zip(layers, products, strict=True):
         if isinstance(product, Float8Linear):
-            layer.weight, layer.scales = nn.Parameter(product.dequantize().to(dtype), requires_grad=False), None
-            del layer.multiply
+            layer.weight = nn.Parameter(product.dequantize().to(dtype), requires_grad=False)
+            del layer.scales, layer.multiply
     return GroupedPlain(layers)
 
 
