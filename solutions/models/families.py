@@ -13,6 +13,7 @@ from .llama import LlamaForCausalLM
 from .mistral import MistralForCausalLM
 from .mixtral import MixtralForCausalLM
 from .olmo2 import Olmo2ForCausalLM
+from .olmo3 import Olmo3ForCausalLM
 from .phi3 import Phi3ForCausalLM
 from .qwen2 import Qwen2ForCausalLM
 from .qwen2_moe import Qwen2MoeForCausalLM
@@ -23,8 +24,8 @@ from .starcoder2 import Starcoder2ForCausalLM
 
 _ALL: tuple[type[CausalLM], ...] = (
     LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, SmolLM3ForCausalLM, Phi3ForCausalLM,
-    Olmo2ForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, Starcoder2ForCausalLM, GPTNeoXForCausalLM, MixtralForCausalLM,
-    Qwen2MoeForCausalLM, Qwen3MoeForCausalLM, DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, GptOssForCausalLM, GPT2LMHeadModel,
-    BertModel, RobertaModel, XLMRobertaModel,
+    Olmo2ForCausalLM, Olmo3ForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, Starcoder2ForCausalLM, GPTNeoXForCausalLM,
+    MixtralForCausalLM, Qwen2MoeForCausalLM, Qwen3MoeForCausalLM, DeepseekV2ForCausalLM, DeepseekV3ForCausalLM,
+    GptOssForCausalLM, GPT2LMHeadModel, BertModel, RobertaModel, XLMRobertaModel,
 )  # fmt: skip
 MODEL_CLASSES = {model.__name__: model for model in _ALL}

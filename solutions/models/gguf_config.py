@@ -148,6 +148,8 @@ GGUF_FAMILIES = {
     "gpt-oss": GgufFamily("GptOssForCausalLM", _EXPERTS | _POST_NORMS | {"attn_sinks": "self_attn.sinks"}),
 }
 """By ``general.architecture``."""
+_WITH_WINDOW = {"LlamaForCausalLM": "MistralForCausalLM", "Olmo2ForCausalLM": "Olmo3ForCausalLM"}
+"""Families that llama.cpp tells apart by their window alone."""
 _MIXTRAL = GgufFamily("MixtralForCausalLM", _EXPERTS, interleaved=True)
 _DEEPSEEK_V3 = replace(GGUF_FAMILIES["deepseek2"], architecture="DeepseekV3ForCausalLM")
 
@@ -190,17 +192,17 @@ def hf_config(metadata: Entries, tensors: dict[str, gguf.ReaderTensor]) -> dict[
     heads, hidden = metadata.whole(f"{name}.attention.head_count"), metadata.whole(f"{name}.embedding_length")
     head_dim = metadata.whole(f"{name}.attention.key_length", hidden // heads)
     window = metadata.whole(f"{name}.attention.sliding_window", 0, low=0)
-    architecture = "MistralForCausalLM" if window and family.architecture == "LlamaForCausalLM" else family.architecture
+    architecture = _WITH_WINDOW.get(family.architecture, family.architecture) if window else family.architecture
     rotated = metadata.whole(f"{name}.rope.dimension_count", head_dim)
     parts: dict[str, Any] = {"partial_rotary_factor": rotated / head_dim}
     scaling = _rope_scaling(metadata, f"{name}.rope", tensors)
     if scaling is not None and scaling["rope_type"] == "longrope":  # where Phi-3's own files have it
         parts["original_max_position_embeddings"] = scaling.get("original_max_position_embeddings")
     layers = metadata.whole(f"{name}.block_count")
+    if family.one_added or architecture == "Olmo3ForCausalLM":
+        parts |= _by_layer(metadata, name)
     if family.one_added:
-        parts |= _gemma(metadata, name) | {
-            "query_pre_attn_scalar": hidden // heads if (name, layers) in _GEMMA_27B else head_dim,
-        }  # fmt: skip
+        parts["query_pre_attn_scalar"] = hidden // heads if (name, layers) in _GEMMA_27B else head_dim
     if name == "gpt-oss":
         scaling = scaling and scaling | {"truncate": False}
     windows = {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0} if window else {}
@@ -242,8 +244,8 @@ def _experts(metadata: Entries, name: str) -> dict[str, Any]:
     }
 
 
-def _gemma(metadata: Entries, name: str) -> dict[str, Any]:
-    """What only Gemma's headers have, as far as they have it."""
+def _by_layer(metadata: Entries, name: str) -> dict[str, Any]:
+    """What only headers of Gemma and OLMo 3 have, as far as they have it: which layers have a window, and soft caps."""
     keys = {
         "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping",
         "rope_local_base_freq": "rope.freq_base_swa",

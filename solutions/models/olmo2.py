@@ -64,11 +64,17 @@ class Olmo2Attention(LlamaAttention):
 
 
 class Olmo2DecoderLayer(nn.Module):
-    """Attention and MLP, each normalised before it is added to the residual stream."""
+    """Attention and MLP, each normalised before it is added to the residual stream.
+
+    Attributes:
+        attention: the class of its attention, for families that differ there.
+    """
+
+    attention: type[Olmo2Attention] = Olmo2Attention
 
     def __init__(self, config: ModelConfig, layer: int, parallel: TensorParallel) -> None:
         super().__init__()
-        self.self_attn = Olmo2Attention(config, layer, parallel)
+        self.self_attn = self.attention(config, layer, parallel)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = GatedMLP(config, parallel)
         self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.norm_eps)

@@ -30,7 +30,7 @@ from solutions.attention.paged_attention_triton import DECODE_CONFIGS, DOT, MAX_
 from solutions.core.platform.triton_mode import triton
 from solutions.models.kernels import layers_triton as layers
 from solutions.models.lora import products_triton as lora
-from solutions.quantization.kernels import float8_triton, w4a16_triton
+from solutions.quantization.kernels import float8_triton, grouped_float8_triton, w4a16_triton
 
 POINTERS = {
     "slot_mapping": "*i64", "block_tables": "*i32", "query_start_loc": "*i32", "context_lens": "*i32",
@@ -132,7 +132,7 @@ def products(capability: int) -> Iterator[Report]:
 
 
 def float8_products(capability: int) -> Iterator[Report]:
-    """With rounded activations and with whole ones, and what rounds them: groups of 128, and whole rows."""
+    """With rounded activations and with whole ones, of one matrix and of experts, and what rounds: 128 columns, whole rows."""
     kinds = {"x": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32"}
     for block in (128, 8192):
         yield compile_product(float8_triton.round_kernel, capability, kinds, {"LARGEST": 448.0, "BLOCK": block})
@@ -141,6 +141,9 @@ def float8_products(capability: int) -> Iterator[Report]:
         blocks = {"BLOCK_M": block_m, "BLOCK_N": float8_triton.BLOCK_N, "BLOCK_K": float8_triton.BLOCK_K}
         yield compile_product(float8_triton.float8_kernel, capability, kinds | {"x": "*fp8e4nv"}, blocks)
         yield compile_product(float8_triton.float8_kernel, capability, kinds | {"x": "*bf16"}, blocks | {"x_scales": None})
+        kernel, grouped = grouped_float8_triton.grouped_float8_kernel, kinds | {"bounds": "*i64", "biases": "*bf16"}
+        yield compile_product(kernel, capability, grouped | {"x": "*fp8e4nv"}, blocks | {"biases": None})
+        yield compile_product(kernel, capability, grouped | {"x": "*bf16"}, blocks | {"x_scales": None})
 
 
 def over_latents(capability: int) -> Iterator[Report]:

@@ -24,7 +24,7 @@ def llama_cpp_architecture(model: PreTrainedModel) -> str:
     """Mistral and Mixtral are labelled llama, the others as transformers calls them, or nearly."""
     kind = model.config.model_type
     names = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "gpt_neox": "gptneox"}
-    names |= {"deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "gpt_oss": "gpt-oss"}
+    names |= {"deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "gpt_oss": "gpt-oss", "olmo3": "olmo2"}
     return names.get(kind, kind.replace("_moe", "moe"))
 
 

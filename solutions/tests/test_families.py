@@ -252,7 +252,7 @@ FEATURES: dict[str, Callable[[str, Path], None]] = {
 REFUSED = {
     **{
         (family, "CPU kernels, replayed"): "the layers are not replayed"
-        for family in ("gpt2", "gemma2", "gemma3_text", "starcoder2", "gpt_neox", "gpt_oss", *OVER_LATENTS)
+        for family in ("gpt2", "olmo3", "gemma2", "gemma3_text", "starcoder2", "gpt_neox", "gpt_oss", *OVER_LATENTS)
     },
     ("gpt2", "GGUF"): "GGUF architecture 'gpt2' is not supported",
     ("gpt2", "making GPTQ"): "cannot be quantized",

@@ -17,6 +17,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    Olmo3Config,
     SmolLM3Config,
 )
 from transformers.activations import ACT2FN
@@ -257,6 +258,8 @@ def test_layers_without_rope(changes: dict[str, Any], still: tuple[int, ...] | s
         ("Phi3ForCausalLM", {"partial_rotary_factor": 1.5}, "RoPE over 12 of 8 elements"),
         ("Qwen3ForCausalLM", {"partial_rotary_factor": 0.5}, "part of the head .* not supported in this family"),
         ("Olmo2ForCausalLM", {"sliding_window": 64}, "OLMo 3"),
+        ("Olmo3ForCausalLM", {"sliding_window": None, "num_hidden_layers": 4}, "a window in some layers and none in others"),
+        ("Olmo3ForCausalLM", {"num_hidden_layers": 3}, "a window in some layers and none in others"),
     ],
 )
 def test_what_other_families_refuse(architecture: str, changes: dict[str, Any], message: str) -> None:
@@ -319,3 +322,23 @@ def test_gemma_says_what_transformers_says() -> None:
     assert config.max_position_embeddings == old["max_position_embeddings"]
     with raises("bidirectional"):
         ModelConfig.from_hf(old | {"use_bidirectional_attention": True})
+
+
+def test_olmo_3_as_its_files_say_it() -> None:
+    """YaRN is for the layers that see everything; transformers 4 wrote it without kinds of layers, transformers 5 with them."""
+    yarn = {
+        "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192, "beta_fast": 32.0, "beta_slow": 1.0,
+        "attention_factor": 1.2079441541679836,
+    }  # fmt: skip
+    old = LLAMA | {
+        "architectures": ["Olmo3ForCausalLM"], "num_hidden_layers": 8, "max_position_embeddings": 65536, "rope_theta": 500000,
+        "rope_scaling": yarn, "sliding_window": 4096, "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
+    }  # fmt: skip
+    saved = Olmo3Config(**json.loads(json.dumps(old))).to_dict()
+    config = ModelConfig.from_hf(old)
+    assert config == ModelConfig.from_hf(saved | {"architectures": old["architectures"]})
+    assert (config.local_rope_theta, config.rope_theta, config.layer_windows) == (5e5, 5e5, (4096, 4096, 4096, None) * 2)
+    assert config.rope_scaling is not None
+    assert config.rope_scaling["factor"] == 8.0
+    assert config.max_position_embeddings == 65536
+    assert ModelConfig.from_hf({k: v for k, v in old.items() if k != "layer_types"}) == config

@@ -192,3 +192,11 @@ def test_flags_that_are_refused_say_what_to_do(flags: list[str], message: str, c
     with pytest.raises(SystemExit):
         cli.main(LLM, flags)
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_prompt_that_is_read_in_both_directions_is_refused() -> None:
+    """PaliGemma 2's text model is a Gemma 2, and would run."""
+    config = transformers.PaliGemmaConfig(text_config=transformers.Gemma2Config(**TEXT), vision_config=CLIP).to_dict()
+    assert config["text_config"]["model_type"] == "gemma2"
+    with pytest.raises(ModelError, match="paligemma is not supported: each token of its prompts sees those behind it"):
+        text_config(config)

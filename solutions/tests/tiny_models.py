@@ -120,6 +120,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": _SIZES | {"num_hidden_layers": 4},
     "phi3": _SIZES | {"max_position_embeddings": 512, "original_max_position_embeddings": 128, "rope_parameters": LONGROPE},
     "olmo2": _SIZES,
+    "olmo3": _SIZES | {
+        "num_hidden_layers": 5, "sliding_window": 24, "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0}, "full_attention": YARN,
+        },
+    },
     "gemma2": _GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
     "gemma3_text": _GEMMA | {"num_hidden_layers": 7, "rope_parameters": GEMMA3_ROPE},
     "starcoder2": _SIZES | {"norm_epsilon": 1e-5, "tie_word_embeddings": True},

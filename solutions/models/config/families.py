@@ -52,6 +52,7 @@ FAMILIES = {
         Family("SmolLM3ForCausalLM", "smollm3", readers.smollm3),
         Family("Phi3ForCausalLM", "phi3", readers.phi3),
         Family("Olmo2ForCausalLM", "olmo2", readers.olmo2),
+        Family("Olmo3ForCausalLM", "olmo3", readers.olmo3),
         Family("Gemma2ForCausalLM", "gemma2", readers.gemma2),
         Family("Gemma3ForCausalLM", "gemma3_text", readers.gemma3),
         Family("Starcoder2ForCausalLM", "starcoder2", readers.starcoder2),

@@ -90,8 +90,18 @@ def phi3(hf: Entries) -> Fields:
 
 def olmo2(hf: Entries) -> Fields:
     if hf.whole("sliding_window", None) is not None:
-        raise ModelError("OLMo with a sliding window (OLMo 3) is not supported; OLMo 2 has none")
+        raise ModelError("OLMo 2 with a sliding window is not supported; OLMo 3, Olmo3ForCausalLM, has one")
     return llama(hf.silent(bos_token_id=None, eos_token_id=50279, rms_norm_eps=1e-5)) | {"mlp_bias": False}
+
+
+def olmo3(hf: Entries) -> Fields:
+    hf = hf.silent(sliding_window=4096, use_sliding_window=True, rope_theta=500000.0)
+    plain, theta = rope_by_kind(hf, hf.number("rope_theta", above=True))
+    fields = olmo2(Entries(plain.content | {"sliding_window": None}))
+    kinds = windows(hf, lambda layer: (layer + 1) % 4 != 0)
+    if "layer_windows" not in kinds:
+        raise ModelError("OLMo 3 is supported with a window in some layers and none in others, as published models have it")
+    return fields | {"local_rope_theta": theta} | kinds
 
 
 def gemma2(hf: Entries, pattern: int = 2) -> Fields:
@@ -112,13 +122,18 @@ def gemma2(hf: Entries, pattern: int = 2) -> Fields:
     } | windows(hf, lambda layer: (layer + 1) % every != 0)  # fmt: skip
 
 
-def gemma3(hf: Entries) -> Fields:
-    """transformers 5 says how positions become angles by kind of layer."""
+def rope_by_kind(hf: Entries, local: float) -> tuple[Entries, float]:
+    """transformers 5 says how positions become angles by kind of layer: the entries with what holds for layers that see the
+    whole context, and the base of the frequencies in those with a window, `local` where no kinds are told apart."""
     kinds = hf.entries("rope_parameters")
-    local, others = kinds.entries("sliding_attention"), kinds.content.get("full_attention", hf.content.get("rope_scaling"))
-    theta = local.number("rope_theta", hf.number("rope_local_base_freq", 10000.0, above=True), above=True)
-    hf = hf.silent(rope_theta=1e6, final_logit_softcapping=None)
+    sliding, others = kinds.entries("sliding_attention"), kinds.content.get("full_attention", hf.content.get("rope_scaling"))
     plain = Entries(hf.content | {"rope_parameters": others, "rope_scaling": None})
+    return plain, float(sliding.number("rope_theta", local, above=True))
+
+
+def gemma3(hf: Entries) -> Fields:
+    hf = hf.silent(rope_theta=1e6, final_logit_softcapping=None)
+    plain, theta = rope_by_kind(hf, hf.number("rope_local_base_freq", 10000.0, above=True))
     return gemma2(plain, 6) | {
         "attention_soft_cap": None,
         "local_rope_theta": theta,

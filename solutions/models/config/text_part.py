@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from .entries import ModelError
+
 SHARED = (
     "bos_token_id", "eos_token_id", "dtype", "torch_dtype", "tie_word_embeddings", "quantization_config", "compression_config",
 )  # fmt: skip
@@ -18,6 +20,8 @@ TEXT_TYPES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_te
 """Text models that have a ``model_type`` of their own, and compute what this one does."""
 OLDER_TYPES = {"qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2"}
 """Models that older files describe without parts: the entries are the text model's."""
+OTHER_READERS = ("paligemma",)
+"""Models whose prompts see later tokens, too, so that their text model alone reads them wrongly."""
 
 _PREFIX = re.compile(r"(?:model\.)?(?:language_model|text_model)\.(?:(?=lm_head\b)|(?:model\.)?)")
 _OTHER_PARTS = re.compile(
@@ -27,8 +31,14 @@ _OTHER_PARTS = re.compile(
 
 
 def text_config(hf: dict[str, Any]) -> dict[str, Any]:
-    """The text model's config.json; `hf` itself where that is all there is."""
+    """The text model's config.json; `hf` itself where that is all there is.
+
+    Raises:
+        ModelError: it does not read as a text model does.
+    """
     model_type, text = hf.get("model_type"), hf.get("text_config")
+    if model_type in OTHER_READERS:
+        raise ModelError(f"{model_type} is not supported: each token of its prompts sees those behind it, too")
     if not isinstance(text, dict):
         older = OLDER_TYPES.get(model_type) if isinstance(model_type, str) else None
         return hf if older is None else hf | {"architectures": None, "model_type": older}

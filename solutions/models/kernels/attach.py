@@ -58,7 +58,7 @@ def attach(model: nn.Module, plan: Plan) -> None:
                 if rounds and plan.kernels == "cpu" and isinstance(quantized, GroupQuantized):
                     rounding = "int8" if linear_cpu.supports_rows(dtype, quantized) else None
                 model.set_submodule(name, layer)
-                if is_grouped or not _has_kernel(plan, quantized, dtype):
+                if (is_grouped and isinstance(quantized, GroupQuantized)) or not _has_kernel(plan, quantized, dtype):
                     layer.weight = nn.Parameter(quantized.dequantize().to(dtype), requires_grad=False)
                     quantized = None
             if plan.kernels == "cpu":
@@ -66,11 +66,12 @@ def attach(model: nn.Module, plan: Plan) -> None:
                 _attach_cpu(layer, quantized, rounding, dtype)
             elif isinstance(layer, Experts):
                 if plan.kernels == "triton" or layer.load.is_cuda:  # where PyTorch's cannot be captured
-                    _attach_grouped(layer)
-            elif plan.kernels == "triton" and not is_grouped:
+                    _attach_grouped(layer, dtype)
+            elif plan.kernels == "triton":
                 if rounding == "fp8" and isinstance(layer, Linear) and not isinstance(layer, ParallelLMHead | Router):
-                    quantized = quantize_float8(layer.weight)
-                _attach_triton(layer, quantized, rounds)
+                    quantized = quantize_float8(layer.weight) if layer.weight.numel() else None
+                if quantized is not None or not is_grouped:
+                    _attach_triton(layer, quantized, rounds)
 
 
 def put(module: nn.Module, method: str, function: Callable[..., Tensor]) -> None:
@@ -166,10 +167,10 @@ def _attach_triton(layer: nn.Module, quantized: GroupQuantized | ScaledFloat8 | 
             put(layer, "activate", silu_mul)
 
 
-def _attach_grouped(experts: Experts) -> None:
+def _attach_grouped(experts: Experts, dtype: torch.dtype) -> None:
     from .experts_triton import TritonExperts
 
-    put(experts, "multiply", TritonExperts(experts))
+    put(experts, "multiply", TritonExperts(experts, dtype))
 
 
 def add_inside(weight: Tensor, x: Tensor, add_to: Tensor | None = None) -> Tensor:

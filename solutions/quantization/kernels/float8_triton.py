@@ -60,6 +60,10 @@ class Float8Linear:
             y += self.bias
         return y if add_to is None else add_to.add_(y)
 
+    def dequantize(self) -> Tensor:
+        """The matrix that the codes stand for, [N, K] float32."""
+        return ScaledFloat8(self.codes, self.scales.t(), self.group_size).dequantize()
+
     def _multiply(self, x: Tensor) -> Tensor:
         (rows, columns), outputs = x.shape, len(self.codes)
         inputs, scales = round_inputs(x, self.group_size) if self.rounds_inputs else (x, None)
