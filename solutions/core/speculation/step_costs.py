@@ -135,7 +135,7 @@ class StepCosts:
         return self._ratios[size_class(num_seqs)][size_class(num_drafted)].value or 1.0
 
     def ratios(self, num_seqs: int, most: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The least and the most that q(S, N) may be, for N from 1 to `most`: [N] each, equal where it was measured, and infinite
+        """The least and the most that q(S, N) may be, for N from 1 to `most`: [N] each, equal where it was measured, infinite
         where N is too far from that."""
         key = size_class(num_seqs), most
         if key not in self._limits:
