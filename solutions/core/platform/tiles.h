@@ -126,21 +126,54 @@ inline Ints broadcast_word(const void* from) {
 #define TILE_FUNCTION __attribute__((noinline))
 #endif
 
+// acc += x · w. Processors with 16 registers get the instructions in the order written: a compiler left to itself takes the numbers of
+// many rows into registers at once, for which sums have to leave them.
+inline void add_product(Floats& acc, Floats x, Floats w) {
+#if defined(__FMA__) && !defined(__AVX512F__)
+    asm volatile("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(x), "x"(w));
+#else
+    acc += x * w;
+#endif
+}
+inline void add_product(Ints& acc, Ints x, Ints w) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    Ints products;
+    asm volatile("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(products) : "x"(x), "x"(w));
+#else
+    acc = dot_words(acc, x, w);
+#endif
+}
+// Rows one by one, each under a number that the compiler knows before it decides what lies in registers.
+template <int M, typename X, typename V, int... ROW>
+inline void add_rows(const X* a, int64_t lda, V w0, V w1, V (&c)[M][2], std::integer_sequence<int, ROW...>) {
+    const auto add_row = [&](const X* row, V (&sums)[2]) {
+        const V x = (V)broadcast_word(row);
+        add_product(sums[0], x, w0);
+        add_product(sums[1], x, w1);
+    };
+    (add_row(a + ROW * lda, c[ROW]), ...);
+}
+template <int M, typename X, typename V>
+inline void add_rows(const X* a, int64_t lda, V w0, V w1, V (&c)[M][2]) {
+    add_rows(a, lda, w0, w1, c, std::make_integer_sequence<int, M>{});
+}
+template <int M, typename V, int... ROW>
+inline void copy_sums(const V (&from)[M][2], V (&to)[M][2], std::integer_sequence<int, ROW...>) {
+    ((to[ROW][0] = from[ROW][0], to[ROW][1] = from[ROW][1]), ...);
+}
+template <int M, typename V>
+inline void copy_sums(const V (&from)[M][2], V (&to)[M][2]) { copy_sums(from, to, std::make_integer_sequence<int, M>{}); }
+
 // In the tiles, a[m] goes on by `step` elements from one dot product to the next.
 template <int M, bool AHEAD = false>
 TILE_FUNCTION void tile(const float* a, int64_t lda, const float* panel, int64_t ldp, int64_t k, Floats (&to)[M][2], Ahead ahead = {}, int64_t step = 1) {
     Floats c[M][2];
-    std::memcpy(c, to, sizeof(c));
+    copy_sums(to, c);
     for (int64_t i = 0; i < k; ++i, panel += ldp, a += step) {
         if (AHEAD) ahead.step();
-        Floats w0 = load(panel), w1 = load(panel + LANES);
-        for (int m = 0; m < M; ++m) {
-            const Floats x = (Floats)broadcast_word(a + m * lda);
-            c[m][0] += x * w0;
-            c[m][1] += x * w1;
-        }
+        add_rows(a, lda, load(panel), load(panel + LANES), c);
     }
-    std::memcpy(to, c, sizeof(c));
+    copy_sums(c, to);
 }
 
 #if defined(HAS_AMX)
@@ -170,26 +203,17 @@ inline void tile(const bf16* a, int64_t lda, const bf16* panel, int64_t ldp, int
 #endif
 
 // bfloat16 weights, widened: the first of each pair by a shift, then the second by a mask.
-template <int M>
-inline void add_products(const float* a, int64_t lda, const Floats (&w)[2], Floats (&c)[M][2]) {
-    for (int m = 0; m < M; ++m) {
-        Floats x = (Floats)broadcast_word(a + m * lda);
-        for (int h = 0; h < 2; ++h) c[m][h] += x * w[h];
-    }
-}
 template <int M, bool AHEAD = false>
 TILE_FUNCTION void tile(const float* a, int64_t lda, const bf16* panel, int64_t ldp, int64_t k, Floats (&to)[M][2], Ahead ahead = {}) {
     Floats c[M][2];
-    std::memcpy(c, to, sizeof(c));
+    copy_sums(to, c);
     for (int64_t i = 0; i < k; i += 2, panel += 2 * ldp, a += 2) {
         if (AHEAD) ahead.step();
-        Floats w[2];
-        for (int h = 0; h < 2; ++h) w[h] = (Floats)(load_as<Bits>(panel + h * PANEL) << 16);
-        add_products(a, lda, w, c);
-        for (int h = 0; h < 2; ++h) w[h] = (Floats)(load_as<Bits>(panel + h * PANEL) & 0xffff0000u);
-        add_products(a + 1, lda, w, c);
+        const Bits w0 = load_as<Bits>(panel), w1 = load_as<Bits>(panel + PANEL);
+        add_rows(a, lda, (Floats)(w0 << 16), (Floats)(w1 << 16), c);
+        add_rows(a + 1, lda, (Floats)(w0 & 0xffff0000u), (Floats)(w1 & 0xffff0000u), c);
     }
-    std::memcpy(to, c, sizeof(c));
+    copy_sums(c, to);
 }
 
 #ifdef HAS_DOT_QUADS
@@ -219,23 +243,17 @@ inline void tile(const int8_t* a, int64_t lda, const int8_t* panel, int64_t k, I
 
 // The same of numbers in 16 bits, of each four in the order 0, 2, 1, 3: so the weights' even bytes are one operand, the odd ones
 // another.
-template <int M>
-inline void add_products(const int16_t* a, int64_t lda, const Ints (&w)[2], Ints (&c)[M][2]) {
-    for (int m = 0; m < M; ++m) {
-        const Ints x = broadcast_word(a + m * lda);
-        for (int h = 0; h < 2; ++h) c[m][h] = dot_words(c[m][h], x, w[h]);
-    }
-}
 template <int M, bool AHEAD = false>
-inline void tile(const int16_t* a, int64_t lda, const int8_t* panel, int64_t k, Ints (&c)[M][2], Ahead ahead = {}) {
+TILE_FUNCTION void tile(const int16_t* a, int64_t lda, const int8_t* panel, int64_t k, Ints (&to)[M][2], Ahead ahead = {}) {
+    Ints c[M][2];
+    copy_sums(to, c);
     for (int64_t i = 0; i < k; i += 4, panel += STEP, a += 4) {
         if (AHEAD) ahead.step();
-        Ints w[2];
-        for (int h = 0; h < 2; ++h) w[h] = (Ints)(load_as<SignedWords>(panel + h * STEP / 2) << 8 >> 8);
-        add_products(a, lda, w, c);
-        for (int h = 0; h < 2; ++h) w[h] = (Ints)(load_as<SignedWords>(panel + h * STEP / 2) >> 8);
-        add_products(a + 2, lda, w, c);
+        const SignedWords w0 = load_as<SignedWords>(panel), w1 = load_as<SignedWords>(panel + STEP / 2);
+        add_rows(a, lda, (Ints)(w0 << 8 >> 8), (Ints)(w1 << 8 >> 8), c);
+        add_rows(a + 2, lda, (Ints)(w0 >> 8), (Ints)(w1 >> 8), c);
     }
+    copy_sums(c, to);
 }
 
 }  // namespace native
