@@ -220,7 +220,7 @@ test-cuda-on-cpu: $(STAMP) ## Test the CUDA kernel on this CPU (SANITIZE=address
 check-course: $(STAMP) ## The course's gate: starters fail as they should, the reference passes, mutants die
 	@$(RUN) -m tests.gate $(ARGS)
 
-mutation: $(STAMP) ## Break the functions of STAGE=1's tasks by machine and see the tests notice; takes minutes
+mutation: $(STAMP) ## Break the functions of STAGE=1's tasks by machine and see the tests notice; goes on where it was stopped
 	@$(RUN) -m tests.mutation --stage $(STAGE) $(ARGS)
 
 grade: $(STAMP) ## Grade SUBMISSION=DIR, a checkout or a folder of several (OUTPUT=grades, STAGE=2, SALT=word, ARGS)

@@ -5,8 +5,10 @@ loop that never runs, and so on. Only the functions that a task asks for are bro
 nothing but annotations, docstrings and what a `raise` says in its message is none, and neither is one that Python reads as the
 same program as an earlier one. Parts of C++ files have operators of their own (`tests/native_mutants.py`).
 
-The mutant stands in the learner's file of a stage that is done otherwise. The tests of its task run first, then those of the
-later tasks. What survives must be explained in `tests/mutants/survivors.toml`, by file, function and both versions of the line.
+The mutant stands in the learner's file of a stage that is done otherwise, and the tests of its own task must notice: a later
+task's would send a learner to the wrong function. What survives must be explained in `tests/mutants/survivors.toml`, by file,
+function and both versions of the line. Each fate is kept (`tests/mutation_record.py`), so a run that was stopped goes on where
+it was, and one after a change tries only what the change may have turned.
 """
 
 from __future__ import annotations
@@ -14,12 +16,11 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
-import json
 import tempfile
 import tomllib
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from cosmic_ray.ast import ast_nodes, get_ast
@@ -35,6 +36,7 @@ from stages.course.tools.catalog import CourseError, Stage, Target, Task, find_s
 from stages.course.tools.targets import find_function, find_lines, is_python
 from tests.classroom import Classroom
 from tests.mutants.bank import TEST_LIMIT
+from tests.mutation_record import LEDGERS, UNKNOWN, Ledger, Tally, write_tallies
 from tests.native_mutants import native_mutants
 
 SURVIVORS = Path(__file__).parent / "mutants" / "survivors.toml"
@@ -60,11 +62,10 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """What became of a mutant: the test that killed it and the task of that test, or neither."""
+    """What became of a mutant: the test of its task that killed it, or ""."""
 
     mutant: Machine
     killed_by: str = ""
-    by_task: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,24 +198,17 @@ def machine_mutants(room: Classroom, task: Task) -> list[Machine]:
 
 
 # ------------------------------------------------------------------------------------------------------------- fates
-def try_mutant(room: Classroom, stage: Stage, mutant: Machine) -> Fate | None:
-    """Run the tests of the mutant's task, then those of each later one, until one fails. None: it does not compile."""
-    path = room.path(stage.number, mutant.file)
+def try_mutant(room: Classroom, mutant: Machine, task: Task) -> str | None:
+    """Run the tests of a task on a mutant: the name of the first that fails, "" if none does. None: it does not compile."""
+    path = room.path(task.stage, mutant.file)
     room.write(path, mutant.text)
     try:
-        tasks = [task for task in stage.tasks if task.id == mutant.task]
-        tasks += list(stage.tasks[stage.tasks.index(tasks[0]) + 1 :])
-        for task in tasks:
-            results = room.run(str(stage.number), [room.tests(task)], "-x", limit=RUN_LIMIT, test_limit=TEST_LIMIT)
-            if results.failed and NO_PROGRAM in results.failed[0].text:
-                return None
-            if results.failed:
-                return Fate(mutant, results.failed[0].name, task.id)
-            if results.complaint:  # the process died or hung in native code: nobody can miss that
-                return Fate(mutant, results.complaint, task.id)
-        return Fate(mutant)
+        results = room.run(str(task.stage), [room.tests(task)], "-x", limit=RUN_LIMIT, test_limit=TEST_LIMIT)
     finally:
         room.write(path, room.reference(mutant.file))
+    if results.failed:
+        return None if NO_PROGRAM in results.failed[0].text else results.failed[0].name
+    return results.complaint  # the process died or hung in native code: nobody can miss that
 
 
 def load_explanations(path: Path = SURVIVORS) -> list[Explanation]:
@@ -270,37 +264,47 @@ def complaints_of(fates: list[Fate], explanations: list[Explanation], mutants: l
 
 
 # ------------------------------------------------------------------------------------------------------- the command
-def print_fates(console: Console, fates: list[Fate], explanations: list[Explanation]) -> None:
-    """How many were killed by whose tests, then the survivors."""
-    table = Table(title="mutants made by machine", title_justify="left")
-    for name in ("task", "mutants", "killed by its own tests", "by a later task's", "explained", "not explained"):
-        table.add_column(name, justify="left" if name == "task" else "right")
+def tally(fates: list[Fate], explanations: list[Explanation]) -> Tally:
+    """The numbers of some fates."""
     left = [fate.mutant for fate in fates if not fate.killed_by]
-    reasons = {mutant: next((each.reason for each in explanations if each.fits(mutant)), "") for mutant in left}
+    explained = sum(any(each.fits(mutant) for each in explanations) for mutant in left)
+    return Tally(len(fates), len(fates) - len(left), explained)
+
+
+def print_fates(console: Console, fates: list[Fate], explanations: list[Explanation]) -> None:
+    """How many were killed, then the survivors."""
+    table = Table(title="mutants made by machine", title_justify="left")
+    for name in ("task", "mutants", "killed", "explained", "not explained"):
+        table.add_column(name, justify="left" if name == "task" else "right")
     for task in dict.fromkeys(fate.mutant.task for fate in fates):
-        mine = [fate for fate in fates if fate.mutant.task == task]
-        own = sum(fate.by_task == task for fate in mine)
-        later = sum(bool(fate.killed_by) for fate in mine) - own
-        explained = sum(bool(reasons[fate.mutant]) for fate in mine if not fate.killed_by)
-        open_ones = len(mine) - own - later - explained
-        table.add_row(task, *map(str, (len(mine), own, later, explained, open_ones)))
+        count = tally([fate for fate in fates if fate.mutant.task == task], explanations)
+        table.add_row(task, *map(str, (count.tried, count.killed, count.explained, count.left)))
     console.print(table)
+    left = [fate.mutant for fate in fates if not fate.killed_by]
     for mutant in left:
+        reason = next((each.reason for each in explanations if each.fits(mutant)), "")
         place = f"{mutant.task} {mutant.file}:{mutant.line} {mutant.function}"
         change = f"  - {mutant.old}\n  + {mutant.new}"
-        note = f"  explained: {reasons[mutant]}" if reasons[mutant] else "  survives"
+        note = f"  explained: {reason}" if reason else "  survives"
         console.print(escape(f"{place}\n{change}\n{note}"), soft_wrap=True)
     console.print(f"{len(fates) - len(left)} of {len(fates)} mutants are killed")
 
 
-def run(room: Classroom, stage: Stage, mutants: list[Machine], on_step: Callable[[int, Machine], None]) -> list[Fate]:
-    """Try all mutants of a stage."""
+def run(
+    room: Classroom, stage: Stage, mutants: list[Machine], ledger: Ledger, on_step: Callable[[int, Machine], None]
+) -> list[Fate]:
+    """Try the mutants of a stage, but for those whose fate the ledger knows."""
     room.solve(stage.number)
+    tasks = {task.id: (task, room.read(room.tests(task))) for task in stage.tasks}
     fates = []
     for done, mutant in enumerate(mutants):
         on_step(done, mutant)
-        if (fate := try_mutant(room, stage, mutant)) is not None:
-            fates.append(fate)
+        task, tests = tasks[mutant.task]
+        if (killer := ledger.fate(mutant.text, tests)) == UNKNOWN:
+            killer = try_mutant(room, mutant, task)
+            ledger.add(mutant.text, tests, killer)
+        if killer is not None:
+            fates.append(Fate(mutant, killer))
     return fates
 
 
@@ -309,8 +313,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stage", type=int, required=True)
     parser.add_argument("--task", help="this task only, such as 1.3")
     parser.add_argument("--max", type=int, metavar="N", help="try about N mutants, spread evenly (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all fates there")
+    parser.add_argument("--anew", action="store_true", help="forget what earlier runs found")
+    parser.add_argument("--record", action="store_true", help="enter the numbers into the table of CONTRIBUTING.md")
     args = parser.parse_args(argv)
+    if args.record and args.max:
+        parser.error("--record wants all mutants of a task, so not --max")
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console, transient=True) as progress:
@@ -325,24 +332,22 @@ def main(argv: list[str] | None = None) -> int:
             explanations = [each for each in load_explanations() if (each.file, each.function) in functions]
             progress.update(bar, total=len(chosen))
             fates = run(
-                room, stage, chosen,
+                room, stage, chosen, Ledger(LEDGERS / f"stage{stage.number}.jsonl", args.anew),
                 lambda done, mutant: progress.update(bar, completed=done, description=f"{mutant.task} {mutant.function}"),
             )  # fmt: skip
         except CourseError as error:
             parser.exit(1, f"{error}\n")
         except KeyboardInterrupt:
-            parser.exit(130, "stopped\n")
+            parser.exit(130, "stopped; the same command goes on from here\n")
         finally:
             room.close()
     print_fates(console, fates, explanations)
     complaints = complaints_of(fates, explanations, made, whole=not args.task and not args.max)
     for complaint in complaints:
         console.print(f"[red]✗[/] {escape(complaint)}", soft_wrap=True)
-    if args.json:
-        rows = [asdict(fate) for fate in fates]
-        for row in rows:
-            del row["mutant"]["text"]
-        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    if args.record:
+        of_task = {task.id: [fate for fate in fates if fate.mutant.task == task.id] for task in tasks}
+        write_tallies({task: tally(each, explanations) for task, each in of_task.items() if each})
     return 1 if complaints else 0
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from stages.course.tools.catalog import CourseError, Target, Task
+from stages.course.tools.catalog import CourseError, Target, Task, load_course
 from stages.course.tools.targets import function_source
-from tests import mutation
+from tests import mutation, mutation_record
 from tests.classroom import ROOT, Classroom
 from tests.mutation import Explanation, Fate, complaints_of, essence, function_mutants, load_explanations, part_mutants
+from tests.mutation_record import UNKNOWN, Ledger, Tally, load_tallies, tallies_table
 from tests.toy_course import REFERENCE, make_toy, text_of_tests
 from tests.warm import Warm
 
@@ -122,7 +122,7 @@ def test_parts_of_cpp_are_broken_line_by_line() -> None:
 # ------------------------------------------------------------------------------------------------------- explanations
 def fates(killed: int, survived: int) -> list[Fate]:
     made = [mutation.Machine("1.1", "f.py", "f", n, "old", f"new {n}", "") for n in range(killed + survived)]
-    return [Fate(each, "test_f" if n < killed else "", "1.1" if n < killed else "") for n, each in enumerate(made)]
+    return [Fate(each, "test_f" if n < killed else "") for n, each in enumerate(made)]
 
 
 def explain(*new: str) -> Explanation:
@@ -173,6 +173,79 @@ def test_the_explanations_of_the_course_quote_lines_of_their_functions() -> None
     assert gone == []
 
 
+# --------------------------------------------------------------------------------------------------------- what is kept
+TESTS = """
+LIMIT = 1
+
+def test_a():
+    assert LIMIT
+
+def test_b():
+    assert LIMIT
+
+class TestC:
+    def test_d(self):
+        assert LIMIT
+"""
+
+
+@pytest.mark.parametrize(
+    ("killer", "old", "new", "known"),
+    [
+        ("test_a", "", "", True), ("test_a[1-x]", "", "", True), ("", "", "", True), (None, "", "", True),
+        ("test_a", "def test_b", "def test_z", True), ("test_a", "class", "def test_new():\n    pass\n\nclass", True),
+        ("test_a", "LIMIT = 1", "LIMIT = 2", False), ("test_a", "test_a():\n    assert", "test_a():\n    assert not", False),
+        ("test_a", "test_d", "test_e", False), ("test_d", "test_d", "test_e", False), ("test_d", "test_a", "test_z", False),
+        ("", "def test_b", "def test_z", False), ("", "class", "def test_new():\n    pass\n\nclass", False),
+        ("the run was stopped", "def test_b", "def test_z", False), ("test_a", "test_b():\n", "test_b():  # a remark\n", True),
+    ],
+)  # fmt: skip
+def test_a_fate_holds_as_long_as_what_decided_it(tmp_path: Path, killer: str | None, old: str, new: str, known: bool) -> None:
+    path = tmp_path / "deep" / "ledger.jsonl"
+    Ledger(path).add("mutant", TESTS, killer)
+    assert old in TESTS
+    again = Ledger(path)
+    assert again.fate("mutant", TESTS.replace(old, new) if old else TESTS) == (killer if known else UNKNOWN)
+    assert again.fate("another", TESTS) == UNKNOWN
+
+
+def test_the_last_fate_counts_and_half_a_line_does_not(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    for killer in ("", "test_a"):
+        ledger.add("one", TESTS, killer)
+        assert ledger.fate("one", TESTS) == killer
+    ledger.add("two", TESTS, "test_b")
+    path.write_text(path.read_text()[:-20])  # the machine stopped meanwhile
+    assert [Ledger(path).fate(name, TESTS) for name in ("one", "two")] == ["test_a", UNKNOWN]
+    Ledger(path).add("three", TESTS, "")
+    assert [Ledger(path).fate(name, TESTS) for name in ("one", "two", "three")] == ["test_a", UNKNOWN, ""]
+    assert Ledger(path, anew=True).fate("one", TESTS) == UNKNOWN
+    assert not path.exists()
+
+
+def test_the_table_counts_by_stages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    document = "Text.\n\n| stage | mutants made by machine | old |\n|---|\n\nMore.\n"
+    for name, text in (("DOCUMENT", document), ("RECORD", "{}")):
+        path = tmp_path / name
+        path.write_text(text)
+        monkeypatch.setattr(mutation_record, name, path)
+    mutation_record.write_tallies({"1.2": Tally(900, 890, 10), "2.10": Tally(3, 1, 1)})
+    mutation_record.write_tallies({"1.1": Tally(100, 80, 15)})
+    assert [*load_tallies(tmp_path / "RECORD")] == ["1.1", "1.2", "2.10"]
+    before, head, _, first, second, after = (tmp_path / "DOCUMENT").read_text().replace("\n\n", "\n").splitlines()
+    assert (before, after) == ("Text.", "More.")
+    assert head.count("|") == first.count("|") == second.count("|")
+    assert first == "| 1 | 1,000 | 2 of 8 | 970 | 97.0 % | 25 | 5 |"
+    assert second == "| 2 | 3 | 1 of 10 | 1 | 33.3 % | 1 | 1 |"
+
+
+def test_the_committed_table_is_that_of_the_record() -> None:
+    assert mutation_record.TABLE.search((ROOT / "CONTRIBUTING.md").read_text())[0] == tallies_table(
+        load_tallies(), load_course()
+    )
+
+
 # -------------------------------------------------------------------------------------------------------- the command
 @pytest.mark.slow
 def test_the_command_counts_and_lists(
@@ -182,10 +255,16 @@ def test_the_command_counts_and_lists(
     survivors = tmp_path / "survivors.toml"
     monkeypatch.setattr(mutation, "Classroom", partial(Classroom, root=toy.root, warm=warm))
     monkeypatch.setattr(mutation, "load_explanations", partial(load_explanations, survivors))
-    file = tmp_path / "fates.json"
-    assert mutation.main(["--stage", "1", "--task", "1.1", "--json", str(file)]) == 0
+    monkeypatch.setattr(mutation, "LEDGERS", tmp_path)
+    assert mutation.main(["--stage", "1", "--task", "1.1"]) == 0
     assert "11 of 11 mutants are killed" in capsys.readouterr().out
-    assert {row["by_task"] for row in json.loads(file.read_text())} == {"1.1"}
+    monkeypatch.setattr(mutation, "try_mutant", None)  # all are known
+    assert mutation.main(["--stage", "1", "--task", "1.1"]) == 0
+    monkeypatch.undo()
+    monkeypatch.setattr(mutation, "Classroom", partial(Classroom, root=toy.root, warm=warm))
+    monkeypatch.setattr(mutation, "load_explanations", partial(load_explanations, survivors))
+    monkeypatch.setattr(mutation, "LEDGERS", tmp_path)
+    assert "11 of 11 mutants are killed" in capsys.readouterr().out
     # 2 + 2 is 2 * 2 and 2 ** 2: one weak test does not tell
     toy.write("stages/stage1_sums/tests/test_1_1.py", text_of_tests("toys/sums.py", "double", {2: 4}))
     toy.write("stages/stage1_sums/tests/test_1_2.py", text_of_tests("toys/sums.py", "double", {2: 4}))
@@ -201,11 +280,13 @@ def test_the_command_counts_and_lists(
     assert "✗ task 1.1, double: 'return number ** number' survives; write a test" in printed
 
 
-def test_a_later_task_counts_as_a_later_task(tmp_path: Path, warm: Warm) -> None:
+def test_a_later_tasks_tests_do_not_count(tmp_path: Path, warm: Warm) -> None:
     toy = make_toy(tmp_path / "toy")
     toy.write("stages/stage1_sums/tests/test_1_1.py", "def test_nothing() -> None:\n    pass\n")
     room = Classroom(tmp_path / "room", toy.root, warm)
     stage = room.course[0]
     made = function_mutants(REFERENCE["toys/sums.py"], stage.tasks[0], stage.tasks[0].targets[0])
-    fate = mutation.run(room, stage, made[:1], lambda done, mutant: None)[0]
-    assert (fate.killed_by, fate.by_task) == ("test_fourfold_0", "1.2")
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    assert [fate.killed_by for fate in mutation.run(room, stage, made[:1], ledger, lambda done, mutant: None)] == [""]
+    toy_tests = room.read(room.tests(stage.tasks[0]))
+    assert ledger.fate(made[0].text, toy_tests) == ""

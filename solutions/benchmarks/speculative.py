@@ -61,14 +61,14 @@ def make_prompt(llm: LLM, text: str, index: int) -> list[int]:
 
 
 def measure(
-    model: str, settings: dict[str, Any], batches: list[int], output_len: int, repeats: int, **engine: Any
+    model: str, settings: dict[str, Any], batches: list[int], output_len: int, repeats: int, texts: Any = TEXTS, **engine: Any
 ) -> Iterator[Row]:
-    """Run every text at every batch size with each setting in turn, and that several times over; plain decoding is one more.
-    `settings` are names and their ``speculative_config``, `engine` the settings of all engines."""
+    """Run every text (default: all) at every batch size with each setting in turn, and that several times over; plain decoding
+    is one more. `settings` are names and their ``speculative_config``, `engine` the settings of all engines."""
     engines = {name: LLM(model, speculative_config=config, **engine) for name, config in {PLAIN: None, **settings}.items()}
     for llm in engines.values():
         run(llm, "", next(iter(TEXTS)), 1, output_len)  # warm-up
-    for _, text, batch, (name, llm) in itertools.product(range(repeats), TEXTS, batches, engines.items()):
+    for _, text, batch, (name, llm) in itertools.product(range(repeats), texts, batches, engines.items()):
         yield run(llm, name, text, batch, output_len)
 
 

@@ -190,6 +190,17 @@ def test_each_penalty_by_hand(params: dict[str, float], expected: list[float]) -
     check_close(processed([ROW], [seq]), torch.tensor([expected]), "the logits")
 
 
+@pytest.mark.parametrize("logit", [-0.5, 0.5])
+def test_repetition_goes_by_the_sign_of_small_logits_too(logit: float) -> None:
+    """A token that was there has a logit between -1 and 1, and the repetition penalty is 2.
+
+    Why: divided, -0.5 would become -0.25, so what should be rarer would be more likely.
+    """
+    row = [logit, 3.0]
+    expected = logit / 2 if logit > 0 else logit * 2
+    check_close(processed([row], [make([0], [], repetition_penalty=2.0)]), torch.tensor([[expected, 3.0]]), "the logits")
+
+
 def test_penalties_are_of_their_own_rows() -> None:
     """Four requests, of which the second and the last have a penalty, over a vocabulary of eleven tokens.
 
@@ -312,6 +323,32 @@ def test_a_top_p_of_one_keeps_all() -> None:
     check_equal((values >= cutoff[:, None]).sum(1).tolist(), [2, 1], "tokens that are kept")
 
 
+def test_a_top_k_of_all_is_the_last_logit() -> None:
+    """Top-k of three with all three logits known: the cutoff is the least of them.
+
+    Why: a limit that is just reached is a limit, not none; `top_k` and the number of candidates may be equal.
+    """
+    values = torch.tensor([[2.0, 1.0, 0.5]])
+    cutoff, _ = filters(top_k=3)._cutoffs_of_largest(values.clone(), 3, None)
+    check_equal(cutoff.tolist(), [0.5], "the cutoff")
+
+
+@pytest.mark.parametrize("width", [3, 700])
+def test_rows_that_are_known_as_a_whole_are_certain(width: int) -> None:
+    """All logits of a row: nothing is unseen, whatever the limit, and whether the largest is a number or not.
+
+    Why: a row that counts as uncertain is computed once more, alone, from all its logits; a row of NaN would get no better.
+    """
+    for largest in (0.0, math.inf, math.nan):
+        values = torch.zeros(1, width)
+        values[:, 0] = largest
+        if math.isnan(largest):
+            values[:] = math.nan
+        for limits in ({"top_p": 0.5}, {"top_k": width}):
+            certain = filters(**limits)._cutoffs_of_largest(values.clone(), width, None)[1]
+            check_equal(certain.tolist(), [True], f"whether it is certain, with {largest} as the largest of {width}")
+
+
 @pytest.mark.parametrize(
     ("limits", "last", "mass", "certain"),
     [
@@ -320,7 +357,7 @@ def test_a_top_p_of_one_keeps_all() -> None:
         ({"top_p": 0.5}, 1.0, 7.0, True), ({"top_p": 0.5}, 1.0, 13.0, False), ({"top_p": 0.9}, 1.0, 7.0, False),
         ({"min_p": 0.01, "top_p": 0.5}, 1.0, 7.0, False), ({"min_p": 0.3, "top_p": 0.9}, 1.0, None, True),
         ({"top_k": 4, "top_p": 0.5}, 1.0, 7.0, False), ({"top_k": 3, "top_p": 0.5}, 1.0, None, False),
-        ({}, 1.0, None, False), ({"top_p": 0.5}, math.nan, 7.0, True),
+        ({}, 1.0, None, False), ({"top_p": 0.5}, math.nan, 7.0, True), ({"top_k": 100, "top_p": 0.5}, 1.0, 7.0, True),
     ],
     ids=str,
 )  # fmt: skip

@@ -148,6 +148,16 @@ def test_garbage_behind_half_a_character_of_the_prompt(tokenizer: Tokenizer) -> 
     )
 
 
+def test_behind_the_prompts_character_as_much_is_held_as_ever() -> None:
+    """A prompt ends in the first byte of 🌶; the answer finishes it and goes on with the first byte of 你, 40 times.
+
+    Why: what waited for the first character neither counts towards what may wait for the next nor makes room for more.
+    """
+    hot, lead = HOT.encode(), of(YOU.encode()[:1])
+    pieces = read(LEVEL, [letter(LEVEL), *of(hot[:1])], [*of(hot[1:]), *lead * 40])[len(hot) - 1 :]
+    check_equal([len(piece) for piece in pieces[: MAX_HELD + 1]], [*[0] * (MAX_HELD - 1), 13, 0], "characters behind the first")
+
+
 @BOTH
 def test_half_a_character_is_nothing_until_the_end(tokenizer: Tokenizer) -> None:
     """Two of the three bytes of 你 behind a letter: no text, and U+FFFD when nothing more comes.
