@@ -18,6 +18,7 @@ from solutions.benchmarks.datasets import BenchRequest, token_ids
 from solutions.benchmarks.prefix_cache import TIERS, make_engine, seconds
 from solutions.benchmarks.quality import perplexity
 from solutions.benchmarks.speculative import PLAIN, Row
+from solutions.core.eagle.questions import KEPT_BACK, make_questions
 from solutions.core.engine import LLM
 from solutions.core.simulated.cache_trace import TRACES
 from solutions.models.lora.products import AdaptersOfStep
@@ -210,3 +211,7 @@ def test_short_memory_holds_a_third_and_finds_no_more(tmp_path, capsys):
             assert little["found"] <= much["found"]
             assert little["kept"] <= ample[0]["kept"] // 3 + 3 * 16
             assert much["host"]["median"] > 0 < much["index"]
+
+
+def test_a_head_is_not_trained_on_the_questions_that_drafts_are_measured_on():
+    assert not set(KEPT_BACK) & set(make_questions(10_000, 0))

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from solutions.batching.sampling_params import SamplingParams
 from solutions.core.eagle import corpus, train
-from solutions.core.eagle.corpus import Text, ask, load_corpus, save_part, write_corpus
+from solutions.core.eagle.corpus import Text, load_corpus, save_part, write_corpus
 from solutions.core.eagle.learner import Learner, Plan, frequent_tokens, make_batch, new_head
+from solutions.core.eagle.questions import FORMS, SUBJECTS, make_questions
 from solutions.core.eagle.unrolled import UnrolledHead
 from solutions.core.engine import LLM
 from solutions.core.platform import native
@@ -48,22 +49,12 @@ def texts_of(target: str, prompts=PROMPTS, max_tokens: int = 30) -> list[Text]:
     return texts
 
 
-def test_a_model_asks_questions_from_the_beginning_of_a_turn_on(target):
-    llm = LLM(target, **SETTINGS)
-    asked = ask(llm, 5, seed=3)
-    begun = [{"prompt_token_ids": llm.get_tokenizer().encode("user: ")}] * 5
-    params = [SamplingParams(max_tokens=64, seed=3 + index) for index in range(5)]
-    assert asked == [output.outputs[0].text.strip() for output in llm.generate(begun, params, use_tqdm=False)]
-    assert len(set(asked)) == 5
-    assert ask(llm, 2, seed=4) == asked[1:3]
-
-
-def test_a_chat_format_that_does_not_hold_the_question_is_refused(target, monkeypatch):
-    llm = LLM(target, **SETTINGS)
-    for template in ("{{ messages[0]['content'] | length }}", "{{ messages[0]['content'] }}"):
-        monkeypatch.setattr(llm.get_tokenizer(), "chat_template", template)
-        with pytest.raises(ValueError, match="chat template has no beginning of a question"):
-            ask(llm, 1, seed=0)
+def test_all_questions_are_asked_before_one_is_asked_again():
+    every = len(FORMS) * len(SUBJECTS)
+    asked = make_questions(every + 5, seed=1)
+    assert len(set(asked)) == every
+    assert asked[every:] == asked[:5]
+    assert make_questions(50, seed=2) != asked[:50] == make_questions(50, seed=1)
 
 
 def test_a_corpus_has_the_hidden_states_of_its_text(target, tmp_path, monkeypatch):
@@ -73,7 +64,7 @@ def test_a_corpus_has_the_hidden_states_of_its_text(target, tmp_path, monkeypatc
     texts, body = load_corpus(tmp_path), AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).model
     tokenizer = llm.get_tokenizer()
     assert len(texts) == 6
-    for text, question in zip(texts, ask(llm, 6, seed=3), strict=True):
+    for text, question in zip(texts, make_questions(6, seed=3), strict=True):
         assert question in tokenizer.decode(text.tokens[: text.prompt_len])
         assert 0 < len(text.tokens) - text.prompt_len <= 10
         with torch.no_grad():

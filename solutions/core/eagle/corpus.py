@@ -1,11 +1,7 @@
 """Text that a model writes itself, with the hidden states that it had while it wrote: what a head learns from.
 
-Answers and hidden states come from one run of the engine: a step's hidden states are taken as they are computed, so nothing is
-computed twice. The model writes the questions, too, for which it is given the beginning of a user's turn and nothing else: what
-it has seen most often comes out most often, in any language, and no list of subjects is as wide.
-Source: Xu et al., "Magpie: Alignment Data Synthesis from Scratch by Prompting Aligned LLMs with Nothing", ICLR 2025, §2.
-
-The text is kept in parts, each a file that is whole or not there; what an interrupted run has written is not written again.
+Both come from one run of the engine: a step's hidden states are taken as they are computed, so nothing is computed twice. The
+text is kept in parts, each a file that is whole or not there; what an interrupted run has written is not written again.
 """
 
 from __future__ import annotations
@@ -24,13 +20,10 @@ from ...batching.sampling_params import SamplingParams
 from ...batching.sequence import Sequence
 from ..engine import LLM
 from ..input import Prompt
+from .questions import make_questions
 
 PART = 128
 """Answers in a part, which are written at once."""
-LONGEST_QUESTION = 64
-"""Tokens; what is longer is cut."""
-PLACEHOLDER = "\ufffc"
-"""Stands where a chat's template puts the question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,23 +62,6 @@ class FeatureTap:
         return texts
 
 
-def ask(llm: LLM, count: int, seed: int) -> list[str]:
-    """So many questions that the model itself asks, each drawn with a seed of its own, from `seed` on.
-
-    Raises:
-        ValueError: the chat template does not hold the question as it is.
-    """
-    tokenizer = llm.get_tokenizer()
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": PLACEHOLDER}], tokenize=False)
-    beginning, placeholder, _ = chat.partition(PLACEHOLDER)
-    prompt = tokenizer.encode(beginning, add_special_tokens=False)
-    if not (placeholder and prompt):
-        raise ValueError("the model's chat template has no beginning of a question, from which it could go on")
-    prompts: list[Prompt] = [{"prompt_token_ids": prompt}] * count
-    params = [SamplingParams(max_tokens=LONGEST_QUESTION, temperature=1.0, seed=seed + index) for index in range(count)]
-    return [output.outputs[0].text.strip() for output in llm.generate(prompts, params, use_tqdm=False)]
-
-
 def write_corpus(llm: LLM, folder: Path, num_answers: int, max_tokens: int, temperature: float, seed: int) -> Iterator[int]:
     """Write what is missing of a corpus, part by part; gives the number of answers in each part that is there.
 
@@ -94,22 +70,22 @@ def write_corpus(llm: LLM, folder: Path, num_answers: int, max_tokens: int, temp
         max_tokens: of an answer. temperature: 0 for every other one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer, tap, worker = llm.get_tokenizer(), FeatureTap(), llm.llm_engine.executor.worker
+    tokenizer, tap = llm.get_tokenizer(), FeatureTap()
+    questions = make_questions(num_answers, seed)
     for first in range(0, num_answers, PART):
-        path, count = folder / f"part-{first // PART:04d}.safetensors", min(PART, num_answers - first)
+        path, asked = folder / f"part-{first // PART:04d}.safetensors", questions[first : first + PART]
         if not path.exists():
-            worker.listener = None
-            chats = [[{"role": "user", "content": each}] for each in ask(llm, count, seed + first)]
+            chats = [[{"role": "user", "content": each}] for each in asked]
             ids = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
             prompts: list[Prompt] = [{"prompt_token_ids": each} for each in ids]
             params = [
                 SamplingParams(max_tokens=max_tokens, temperature=temperature * (index % 2), seed=seed + first + index)
-                for index in range(count)
+                for index in range(len(asked))
             ]
-            worker.listener = tap
+            llm.llm_engine.executor.worker.listener = tap
             llm.generate(prompts, params, use_tqdm=False)
             save_part(tap.take(), path)
-        yield count
+        yield len(asked)
 
 
 def save_part(texts: list[Text], path: Path) -> None:

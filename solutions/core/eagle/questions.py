@@ -1,5 +1,36 @@
-"""Questions that drafts are measured on. A head learns from answers to questions that its model asks, none of which is here."""
+"""Questions to a chat model, made of subjects and forms: what a head is trained on are the model's own answers to them."""
 
+from __future__ import annotations
+
+import random
+
+FORMS = (
+    "What is {}?", "Explain {} to a child.", "Write a short story about {}.", "Give me three facts about {}.",
+    "Tell me about {}.", "Why does {} matter?", "Write a poem about {}.", "What should a beginner know about {}?",
+    "How would you describe {} to a friend?", "What are common mistakes with {}?", "Write a letter to a teacher about {}.",
+    "Describe {} step by step.", "What are the advantages and disadvantages of {}?", "Plan a lesson on {}.",
+    "Compare {} with something similar.", "What surprised people most about {}?", "How did {} change over time?",
+    "Give me some advice about {}.", "Summarize what is known about {}.", "Write a dialogue between two people about {}.",
+)  # fmt: skip
+SUBJECTS = (
+    "gravity", "photosynthesis", "the moon", "a thunderstorm", "volcanoes", "rivers", "the human heart", "vaccines", "sleep",
+    "dreams", "memory", "learning a language", "cooking rice", "baking a cake", "growing tomatoes", "a vegetable garden",
+    "bees", "whales", "penguins", "elephants", "dogs", "horses", "spiders", "dinosaurs", "trees", "deserts", "coral reefs",
+    "glaciers", "recycling", "solar power", "wind turbines", "electric cars", "bicycles", "trains", "airplanes", "bridges",
+    "lighthouses", "castles", "pyramids", "the Roman Empire", "the Silk Road", "the Industrial Revolution", "democracy",
+    "money", "taxes", "saving for a house", "insurance", "a job interview", "working from home", "public speaking",
+    "friendship", "honesty", "courage", "patience", "a long journey", "moving to a new city", "a rainy day", "autumn", "snow",
+    "the ocean", "a mountain hike", "camping", "swimming", "running a marathon", "yoga", "football", "chess", "board games",
+    "the violin", "jazz", "painting", "photography", "films", "theatre", "novels", "writing a diary", "libraries", "schools",
+    "universities", "teaching", "computers", "the internet", "databases", "sorting a list", "encryption", "robots",
+    "artificial intelligence", "mobile phones", "batteries", "magnets", "light", "sound", "atoms", "water", "salt", "glass",
+    "paper", "clocks", "maps", "telescopes", "microscopes", "hospitals", "dentists", "a healthy breakfast", "coffee", "tea",
+    "chocolate", "bread", "cheese", "soup", "a used car", "cleaning a kitchen", "washing clothes", "a leaking tap",
+    "pets in a small flat", "a birthday party", "a wedding speech", "gifts", "neighbours", "the first day at work", "stress",
+    "headaches", "probability", "prime numbers", "triangles", "statistics", "negotiation", "marketing", "a small business",
+    "farming", "weather", "climate change", "rain forests", "stars", "black holes", "Mars", "space travel", "ancient Egypt",
+    "the Olympic Games",
+)  # fmt: skip
 KEPT_BACK = (
     "Tell me a short story about a lighthouse keeper.", "Explain to a child why the sky is blue.",
     "Write a letter to a friend about your first week in a new town.", "What should I think of when I buy a used bicycle?",
@@ -9,3 +40,11 @@ KEPT_BACK = (
     "What makes a good teacher?", "Explain what an operating system does.", "How do I get a coffee stain out of a shirt?",
     "Tell me something surprising about octopuses.",
 )  # fmt: skip
+"""Questions of other forms, that no head is trained on: drafts are measured on answers to them."""
+
+
+def make_questions(count: int, seed: int) -> list[str]:
+    """So many questions, none twice before all have been asked."""
+    every = [form.format(subject) for subject in SUBJECTS for form in FORMS]
+    random.Random(seed).shuffle(every)
+    return [every[index % len(every)] for index in range(count)]

@@ -1,7 +1,7 @@
 """Train a head that drafts for a model, on text that the model writes itself; ``--speculative-config`` then takes the folder.
 
-The model asks questions and answers them, and its hidden states are kept. The head learns from them to say the next tokens.
-Whatever is interrupted goes on where it was when the same command is given again.
+The model answers questions, and its hidden states are kept. The head learns from them to say the next tokens. Whatever is
+interrupted goes on where it was when the same command is given again.
 
 examples:
   python -m solutions.core.eagle.train --output head
@@ -43,7 +43,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     usual = Plan()
     numbers: list[tuple[str, Any, str]] = [
-        ("--answers", 2048, "answers that the model writes, to questions that it asks"),
+        ("--answers", 2048, "answers that the model writes"),
         ("--max-tokens", 160, "longest answer"),
         ("--temperature", 0.8, "of every other answer; the others are greedy"),
         ("--draft-vocab-size", 8192, "tokens that the head can draft, those that the model writes most often"),
