@@ -202,6 +202,23 @@ def test_it_comes_back_when_the_text_begins_to_repeat_itself() -> None:
     assert max(run.drafted[-5:]) >= 3 * 16
 
 
+@pytest.mark.parametrize(("tries", "drafts"), [(20, 1), (2000, 0)])
+def test_a_bad_beginning_of_a_model_is_no_verdict(tries: int, drafts: int) -> None:
+    """Three of ten are right, and a third of a step is what a draft takes: few tries leave it open whether that pays."""
+    lengths = DraftLengths()
+    for _ in range(ENOUGH):
+        lengths.ran(1, 0, 1, 1.0, 0.0)
+    lengths.choose([-1], [1], [0])
+    for _ in range(ENOUGH + 1):
+        lengths.drafted(0.33, 1, [0])
+        lengths.costs.add(1, 1, 1.0)
+    for place in range(tries):
+        lengths.judge(place, int(place % 10 in (2, 5, 8)), 1)
+    lengths.wake()
+    lengths.choose([-1], [1], [0])
+    assert lengths.mean_length == drafts  # a probe does not count
+
+
 def test_a_model_is_tried_again_at_a_bounded_cost() -> None:
     run = Run(COSTS["waits for memory"], lambda seq, position: 0.97 if position >= 600 else 0.0, 1, drafting=2.0)
     while run.positions[0] < 600:
