@@ -103,9 +103,7 @@ class TwoRotations(Layer):
 class Gemma3Model(Gemma2Model):
     """The same with two RoPE bases."""
 
-    def __init__(self, config: ModelConfig, parallel: TensorParallel, decoder_layer: type[Layer]) -> None:
-        super().__init__(config, parallel, decoder_layer)
-        self.rotary_emb = TwoRotations(config)
+    rotation = TwoRotations
 
 
 class Gemma2ForCausalLM(LlamaForCausalLM):

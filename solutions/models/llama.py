@@ -91,14 +91,20 @@ class LlamaDecoderLayer(Layer):
 
 
 class LlamaModel(Layer):
-    """Embedding, decoder layers of one kind and final norm."""
+    """Embedding, decoder layers of one kind and final norm.
+
+    Attributes:
+        rotation: the class of its RoPE, for families that differ there.
+    """
+
+    rotation: type[nn.Module] = RotaryEmbedding
 
     def __init__(self, config: ModelConfig, parallel: TensorParallel, decoder_layer: type[nn.Module]) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config, parallel)
         self.layers = nn.ModuleList(decoder_layer(config, layer, parallel) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.rotary_emb: nn.Module = RotaryEmbedding(config)
+        self.rotary_emb = self.rotation(config)
 
     def forward(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
         return self.run_layers(self.embed_tokens(input_ids), self.rotary_emb(positions), metadata)

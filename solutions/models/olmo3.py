@@ -9,9 +9,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..attention.paged_attention import AttentionMetadata
-from ..parallelism.linear import Layer
-from ..parallelism.tensor_parallel import TensorParallel
-from .config.model_config import ModelConfig
 from .gemma import TwoRotations
 from .llama import LlamaForCausalLM, LlamaModel
 from .olmo2 import Olmo2Attention, Olmo2DecoderLayer
@@ -35,9 +32,7 @@ class Olmo3DecoderLayer(Olmo2DecoderLayer):
 class Olmo3Model(LlamaModel):
     """LLaMA's model with two rotations."""
 
-    def __init__(self, config: ModelConfig, parallel: TensorParallel, decoder_layer: type[Layer]) -> None:
-        super().__init__(config, parallel, decoder_layer)
-        self.rotary_emb = TwoRotations(config)
+    rotation = TwoRotations
 
 
 class Olmo3ForCausalLM(LlamaForCausalLM):

@@ -113,6 +113,24 @@ def round_kernel(x, codes, scales, num_inputs, x_stride, group_size, LARGEST: tl
 
 
 @triton.jit
+def scaled_product(a, b, scales, x_scales, place, is_row):
+    """Inputs of one group times weights, with their scales, [BLOCK_M, BLOCK_N] float32.
+
+    Args:
+        a: [BLOCK_M, BLOCK_K], float8 with `x_scales`, those of the rows at `place` [BLOCK_M]; or of another type, with None.
+        b: [BLOCK_K, BLOCK_N] float8. scales: [BLOCK_N].
+    """
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    elif x_scales is None:
+        b = b.to(a.dtype)
+    product = tl.dot(a, b, input_precision="ieee") * scales[None, :]
+    if x_scales is not None:
+        product *= tl.load(x_scales + place, is_row, other=0.0)[:, None]
+    return product
+
+
+@triton.jit
 def float8_kernel(
     x, x_scales, weights, scales, out, num_rows, num_outputs, num_inputs, x_stride, group_size, inputs_a_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -138,15 +156,8 @@ def float8_kernel(
         of_rows, of_weights = is_row[:, None] & is_input[None, :], is_input[:, None] & is_output[None, :]
         a = tl.load(x + row[:, None].to(tl.int64) * x_stride + place[None, :], of_rows, other=0.0)  # [BLOCK_M, BLOCK_K]
         b = tl.load(weights + output[None, :].to(tl.int64) * num_inputs + place[:, None], of_weights, other=0.0)
-        if INTERPRETED:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        elif x_scales is None:
-            b = b.to(a.dtype)
         group = start // group_size
-        product = tl.dot(a, b, input_precision="ieee")
-        product *= tl.load(scales + group * num_outputs + output, is_output, other=0.0)[None, :]
-        if x_scales is not None:
-            product *= tl.load(x_scales + row * num_groups + group, is_row, other=0.0)[:, None]
-        total += product
+        of_outputs = tl.load(scales + group * num_outputs + output, is_output, other=0.0)
+        total += scaled_product(a, b, of_outputs, x_scales, row * num_groups + group, is_row)
     at = (tl.program_id(2) * num_rows + row[:, None]).to(tl.int64) * num_outputs + output[None, :]
     tl.store(out + at, cast(total, out.dtype.element_ty), is_row[:, None] & is_output[None, :])

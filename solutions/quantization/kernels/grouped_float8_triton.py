@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...core.platform.triton_mode import INTERPRETED, cast, tl, triton
-from .float8_triton import BLOCK_K, BLOCK_N, Float8Linear, round_inputs
+from ...core.platform.triton_mode import cast, tl, triton
+from .float8_triton import BLOCK_K, BLOCK_N, Float8Linear, round_inputs, scaled_product
 
 MAX_ROWS = 64
 """Most rows of a tile."""
@@ -101,16 +101,9 @@ def grouped_float8_kernel(
             of_rows, of_weights = is_row[:, None] & is_input[None, :], is_input[:, None] & is_output[None, :]
             a = tl.load(tile + row[:, None] * num_inputs + place[None, :], of_rows, other=0.0)
             b = tl.load(matrix + output[None, :] * num_inputs + place[:, None], of_weights, other=0.0)
-            if INTERPRETED:
-                a, b = a.to(tl.float32), b.to(tl.float32)
-            elif x_scales is None:
-                b = b.to(a.dtype)
             group = begin // group_size
-            product = tl.dot(a, b, input_precision="ieee")
-            product *= tl.load(of_matrix + group * num_outputs + output, is_output, other=0.0)[None, :]
-            if x_scales is not None:
-                product *= tl.load(x_scales + (start + row) * num_groups + group, is_row, other=0.0)[:, None]
-            total += product
+            of_outputs = tl.load(of_matrix + group * num_outputs + output, is_output, other=0.0)
+            total += scaled_product(a, b, of_outputs, x_scales, (start + row) * num_groups + group, is_row)
         if biases is not None:
             total += tl.load(biases + expert * num_outputs + output, is_output, other=0.0).to(tl.float32)[None, :]
         inside = is_row[:, None] & is_output[None, :]
