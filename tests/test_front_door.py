@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -230,6 +231,14 @@ def test_the_changelog_says_whom_a_change_is_for() -> None:
     assert entries != []
     assert [entry for entry in entries if not entry.startswith(("guide: ", "code: "))] == []
     assert "## Unreleased" in TEXTS["CHANGELOG.md"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "solutions").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_that_programs_name_are_there(path: Path) -> None:
+    """Those on lines of their own, as `--help` shows them."""
+    lines = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()
+    commands = [f"`{line}`" for line in lines if line.startswith(("  python ", "  make "))]
+    assert unknown_commands("\n".join(commands)) == []
 
 
 # Each check can fail

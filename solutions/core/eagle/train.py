@@ -5,7 +5,7 @@ interrupted goes on where it was when the same command is given again.
 
 examples:
   python -m solutions.core.eagle.train --output head
-  python stages/serve.py --speculative-config '{"method": "eagle", "model": "head", "num_speculative_tokens": 3}'
+  byov serve smollm2-135m --speculative-config '{"method": "eagle", "model": "head", "num_speculative_tokens": 3}'
 """
 
 from __future__ import annotations
