@@ -36,7 +36,7 @@ from stages.course.tools.catalog import CourseError, Stage, Target, Task, find_s
 from stages.course.tools.targets import find_function, find_lines, is_python
 from tests.classroom import Classroom
 from tests.mutants.bank import TEST_LIMIT
-from tests.mutation_record import LEDGERS, UNKNOWN, Ledger, Tally, write_tallies
+from tests.mutation_record import LEDGERS, UNKNOWN, Ledger, Tally, fingerprint, write_tallies
 from tests.native_mutants import native_mutants
 
 SURVIVORS = Path(__file__).parent / "mutants" / "survivors.toml"
@@ -264,11 +264,11 @@ def complaints_of(fates: list[Fate], explanations: list[Explanation], mutants: l
 
 
 # ------------------------------------------------------------------------------------------------------- the command
-def tally(fates: list[Fate], explanations: list[Explanation]) -> Tally:
-    """The numbers of some fates."""
+def tally(fates: list[Fate], explanations: list[Explanation], of: str = "") -> Tally:
+    """The numbers of some fates; `of`: see `Tally`."""
     left = [fate.mutant for fate in fates if not fate.killed_by]
     explained = sum(any(each.fits(mutant) for each in explanations) for mutant in left)
-    return Tally(len(fates), len(fates) - len(left), explained)
+    return Tally(len(fates), len(fates) - len(left), explained, of)
 
 
 def print_fates(console: Console, fates: list[Fate], explanations: list[Explanation]) -> None:
@@ -346,8 +346,9 @@ def main(argv: list[str] | None = None) -> int:
     for complaint in complaints:
         console.print(f"[red]✗[/] {escape(complaint)}", soft_wrap=True)
     if args.record:
-        of_task = {task.id: [fate for fate in fates if fate.mutant.task == task.id] for task in tasks}
-        write_tallies({task: tally(each, explanations) for task, each in of_task.items() if each})
+        for task in tasks:
+            if of_task := [fate for fate in fates if fate.mutant.task == task.id]:
+                write_tallies({task.id: tally(of_task, explanations, fingerprint(task, room.reference))})
     return 1 if complaints else 0
 
 

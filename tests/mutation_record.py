@@ -4,7 +4,8 @@ The fates lie in `.cache/mutation`. One holds for as long as the mutant's file r
 it: of what was killed the test that killed it and all that is no test, of a survivor all tests of its task. So a new test costs
 a run on the survivors alone. What the tests import is not looked at; `ARGS=--anew` forgets everything.
 
-`ARGS=--record` enters the numbers into `tests/mutants/machine.json` and writes the table of CONTRIBUTING.md from it.
+`ARGS=--record` enters the numbers into `tests/mutants/machine.json` and writes the table of CONTRIBUTING.md from it. They hold
+for a task's functions as they were; a test names the tasks whose functions have changed since.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import functools
 import hashlib
 import json
 import re
+import textwrap
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stages.course.tools.catalog import Stage, load_course
+from stages.course.tools.catalog import Stage, Task, load_course
+from stages.course.tools.targets import find_function, function_source, is_python
 
 ROOT = Path(__file__).parents[1]
 LEDGERS = ROOT / ".cache" / "mutation"
@@ -82,16 +86,39 @@ def deciding(tests: str, killer: str | None) -> str:
 # -------------------------------------------------------------------------------------------------------- the table
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """How many mutants of a task were tried, how many its tests killed, and how many of the others are explained."""
+    """How many mutants of a task were tried, how many its tests killed, and how many of the others are explained.
+
+    Attributes:
+        of: the `fingerprint` of the functions that were broken.
+    """
 
     tried: int
     killed: int
     explained: int
+    of: str
 
     @property
     def left(self) -> int:
         """Survivors that nobody has explained."""
         return self.tried - self.killed - self.explained
+
+
+def fingerprint(task: Task, read: Callable[[str], str]) -> str:
+    """Tells whether the functions of a task are what they were; white space, docstrings and lines of comments do not count.
+
+    Args:
+        read: gives a file's text by its place under `solutions/`.
+    """
+    code = []
+    for target in task.targets:
+        source = textwrap.dedent(function_source(read(target.file), target.file, target.name))
+        lines = source.splitlines()
+        if is_python(target.file) and (node := find_function(ast.parse(source), target.name.rpartition(".")[2])):
+            first = node.body[0]
+            if ast.get_docstring(node) is not None:
+                del lines[first.lineno - 1 : first.end_lineno]
+        code += [line for line in lines if not line.lstrip().startswith(("#", "//"))]
+    return digest("".join("".join(code).split()))[:12]
 
 
 def load_tallies(path: Path = RECORD) -> dict[str, Tally]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from stages.course.tools.targets import function_source
 from tests import mutation, mutation_record
 from tests.classroom import ROOT, Classroom
 from tests.mutation import Explanation, Fate, complaints_of, essence, function_mutants, load_explanations, part_mutants
-from tests.mutation_record import UNKNOWN, Ledger, Tally, load_tallies, tallies_table
+from tests.mutation_record import UNKNOWN, Ledger, Tally, fingerprint, load_tallies, tallies_table
 from tests.toy_course import REFERENCE, make_toy, text_of_tests
 from tests.warm import Warm
 
@@ -230,9 +231,9 @@ def test_the_table_counts_by_stages(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         path = tmp_path / name
         path.write_text(text)
         monkeypatch.setattr(mutation_record, name, path)
-    mutation_record.write_tallies({"1.2": Tally(900, 890, 10), "2.10": Tally(3, 1, 1)})
-    mutation_record.write_tallies({"1.1": Tally(100, 80, 15)})
-    assert [*load_tallies(tmp_path / "RECORD")] == ["1.1", "1.2", "2.10"]
+    mutation_record.write_tallies({"1.2": Tally(900, 890, 10, "a"), "2.10": Tally(3, 1, 1, "b")})
+    mutation_record.write_tallies({"1.1": Tally(100, 80, 15, "c")})
+    assert {task: each.of for task, each in load_tallies(tmp_path / "RECORD").items()} == {"1.1": "c", "1.2": "a", "2.10": "b"}
     before, head, _, first, second, after = (tmp_path / "DOCUMENT").read_text().replace("\n\n", "\n").splitlines()
     assert (before, after) == ("Text.", "More.")
     assert head.count("|") == first.count("|") == second.count("|")
@@ -244,6 +245,33 @@ def test_the_committed_table_is_that_of_the_record() -> None:
     assert mutation_record.TABLE.search((ROOT / "CONTRIBUTING.md").read_text())[0] == tallies_table(
         load_tallies(), load_course()
     )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("One + one.", "Two.\n\n        Three.", True), ("    depth", "    # a remark\n        depth", True),
+        ("return x + 1", "return x + 2", True), ("width * depth", "width + depth", False), ("@staticmethod", "", False),
+        ("-> int | None", "-> int", False), ("width * depth", "(\n            width * depth\n        )", False),
+        ("rest: int)", "rest:\n             int)", True),
+    ],
+)  # fmt: skip
+def test_numbers_hold_as_long_as_the_functions_do(old: str, new: str, same: bool) -> None:
+    task = replace(TASK, targets=(Target("box.py", "Box.size"), Target("box.cpp", "count")))
+    assert old in SOURCE
+    before, after = (fingerprint(task, {"box.py": text, "box.cpp": PART}.get) for text in (SOURCE, SOURCE.replace(old, new)))
+    assert (before == after) is same
+    parts = {"found += 1": "found += 2", "all but": "all  but", "if (x": "// a remark\n        if (x", "int before": "int b"}
+    changed = [fingerprint(task, {"box.py": SOURCE, "box.cpp": PART.replace(*each)}.get) != before for each in parts.items()]
+    assert changed == [True, False, False, False]
+
+
+def test_the_record_is_of_the_functions_as_they_are() -> None:
+    """What it names is to be counted anew: make mutation STAGE=1 ARGS="--task 1.1 --record"."""
+    read = partial(Path.read_text, encoding="utf-8")
+    tasks, tallies = [task for stage in load_course() for task in stage.tasks], load_tallies()
+    now = {task.id: fingerprint(task, lambda file: read(ROOT / "solutions" / file)) for task in tasks}
+    assert [task for task, each in tallies.items() if each.of != now[task]] == []
 
 
 # -------------------------------------------------------------------------------------------------------- the command
