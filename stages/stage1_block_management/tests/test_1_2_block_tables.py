@@ -222,6 +222,20 @@ def test_a_block_is_needed_for_a_copy_before_it_is_made(
     check_equal(state(manager), before, "tables, counts and free queue")
 
 
+def test_who_runs_may_have_the_last_block() -> None:
+    """A running sequence gets the one block that is free, although the watermark is two.
+
+    Why: the watermark is kept from newcomers so that those who run can grow. Who keeps it from them preempts somebody while
+    blocks are free.
+    """
+    manager = BlockManager(4, 4, watermark=0.5, enable_prefix_caching=False)
+    seq = sequence(0, 12, computed=12)
+    manager.allocate(seq)
+    check_equal((manager.allocator.num_free, manager.watermark_blocks), (1, 2), "free blocks, and the watermark")
+    check_equal(manager.append_slots(seq, 1, []), True, "append_slots with one block free")
+    check_equal(len(manager.tables[0]), 4, "blocks of the table")
+
+
 def test_one_free_block_is_enough_for_a_copy() -> None:
     """A token that goes into a shared block, with one free block: it takes the copy, and the table is no longer.
 

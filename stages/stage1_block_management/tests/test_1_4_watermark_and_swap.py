@@ -201,6 +201,26 @@ def test_questions_change_nothing() -> None:
     check_equal(manager.take_changed(), set(), "sequences with a changed table")
 
 
+def test_a_question_leaves_the_queue_in_its_order() -> None:
+    """Two prompts are cached and their blocks are free. can_allocate for the first of them, which was freed first, leaves the
+    order of the queue as it was.
+
+    Why: what was used longest ago is overwritten first, and a question is no use. A prompt that waits for memory is asked
+    about at every step, and would push all others out of the cache.
+    """
+    manager = BlockManager(5, 4)
+    first, second = sequence(0, 8), sequence(1, 8, first=50)
+    for seq in (first, second):
+        manager.allocate(seq)
+        manager.cache_full_blocks(seq, 8)
+    for seq in (first, second):
+        manager.free(seq)
+    before = state(manager)
+    check_equal(manager.can_allocate(sequence(2, 9)), True, "can_allocate for 9 tokens, of which 8 are cached")
+    check_equal(manager.can_allocate(sequence(2, 21)), False, "can_allocate for 21 tokens")
+    check_equal(state(manager), before, "tables, counts, free queue and counters")
+
+
 @pytest.mark.parametrize(
     ("used", "fork", "fork_without"), [(6, True, True), (7, True, True), (8, False, True), (10, False, False)]
 )

@@ -160,6 +160,21 @@ def test_keys_may_be_slices_of_a_larger_tensor() -> None:
         check_equal(cache[1, slot // 2, slot % 2].flatten(), fused[t, 3:].flatten(), f"value in slot {slot}")
 
 
+def test_a_cache_may_be_a_slice_of_a_larger_tensor() -> None:
+    """The caches of three layers are slices of one tensor [2, num_blocks, block_size, layer, H_kv, D]. What is stored in the
+    second one is in that tensor afterwards, and in no other layer.
+
+    Why: a slice is not contiguous. Whoever makes it so, or reshapes it into a copy, writes into the copy, and the cache stays
+    empty.
+    """
+    whole = torch.zeros(2, 3, 2, 3, 1, 2)
+    key = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).view(2, 1, 2)
+    write_kv(key, key + 10, whole[:, :, :, 1], torch.tensor([5, 0]))
+    expected = torch.zeros(2, 6, 3, 2)
+    expected[0, [5, 0], 1], expected[1, [5, 0], 1] = key[:, 0], key[:, 0] + 10
+    check_equal(whole.flatten(), expected.flatten(), "keys, then values, of three layers by slot")
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float16])
 def test_caches_of_every_type(dtype: torch.dtype) -> None:
     """Storing and copying work for every type that a cache may have, whole numbers as well.

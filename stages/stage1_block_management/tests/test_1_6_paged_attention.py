@@ -350,6 +350,18 @@ def test_half_precision_is_computed_in_float32() -> None:
     check_close(output.double(), batch.expected, "attention in bfloat16", tolerance=2**-8)
 
 
+def test_a_mean_of_equal_values_is_that_value() -> None:
+    """A prompt of 40 tokens in bfloat16, whose keys are zeros and whose values are 127/64: each output is 127/64.
+
+    Why: a weight of 1/15 rounded to bfloat16 is off by a third of a percent, and so is the sum of fifteen. Only the result is
+    rounded to the type of the query.
+    """
+    batch = make_batch([40], [40], dtype=torch.bfloat16)
+    batch.key.zero_()
+    batch.value.fill_(127 / 64)
+    check_equal(batch.run(), torch.full_like(batch.query, 127 / 64), "means of 1 to 40 values of 127/64")
+
+
 def test_compute_dtype_can_be_float64() -> None:
     """NaiveBackend(torch.float64) agrees with the definition to twelve digits.
 

@@ -108,6 +108,19 @@ def test_a_group_comes_with_a_window_and_a_chunk(window: int | None, length: int
     check_equal(manager._num_first(manager.groups[1], sequence(0, length), computed), blocks, "blocks of the group")
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 6, 7])
+@pytest.mark.parametrize("computed", [0, 3, 9, 10, 11])
+def test_window_and_chunk_are_rounded_up_together(chunk: int, computed: int) -> None:
+    """Blocks of 4 tokens and a window of 6, none of which is a multiple of another: as many blocks as the places lie in.
+
+    Why: what is rounded up piece by piece takes a block more than is used, for every sequence in every group with a window.
+    """
+    manager = HybridBlockManager(64, 4, windows=(None, 6), chunk=chunk)
+    places = range(max(6, computed) + chunk)
+    found = manager._num_first(manager.groups[1], sequence(0, 40), computed)
+    check_equal(found, len({place // 4 for place in places}), f"blocks of the group for {len(places)} places")
+
+
 def test_a_window_costs_a_window() -> None:
     """A prompt of 400 tokens in two groups, of which one has a window of 16: blocks of 4, chunks of 24.
 

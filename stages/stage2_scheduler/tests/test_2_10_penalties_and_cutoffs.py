@@ -160,6 +160,18 @@ def test_every_row_has_its_own_bans() -> None:
     check_equal(banned(*rows), [[9], [], [8], [EOS, 6]], "tokens that may not come")
 
 
+def test_bans_are_in_padded_rows_too() -> None:
+    """Two requests in rows of 16, of which 12 are tokens.
+
+    Why: rows are padded to whole blocks of the vocabulary. An index that counts by tokens falls short in all rows but the first.
+    """
+    logits = torch.zeros(2, 16)
+    rows = [make([1], [3], bad_words_token_ids=[[9]], min_tokens=2) for _ in range(2)]
+    LogitsProcessors(rows, 16, logits.device, vocab_size=V)(logits)
+    found = (logits == torch.tensor(BANNED)).nonzero().tolist()
+    check_equal(found, [[0, EOS], [0, 9], [1, EOS], [1, 9]], "(row, token) of what may not come")
+
+
 # Penalties
 
 ROW = [2.0, -2.0, 1.0, 4.0, -1.0, 0.0, 3.0, -3.0]
@@ -373,6 +385,19 @@ def test_a_cutoff_is_certain_if_nothing_unseen_is_kept(
     values = values if last == last else torch.full((1, 3), math.nan)
     total = None if mass is None else torch.tensor([mass / 4.0])
     check_equal(filters(**limits)._cutoffs_of_largest(values, 100, total)[1].tolist(), [certain], "whether it is certain")
+
+
+def test_each_row_takes_its_share_of_what_its_own_limits_leave() -> None:
+    """Two rows of a hundred, whose three largest weigh 4, 2 and 1 of 11, with a top-p of a half; the second has a top-k of two.
+
+    Why: the first needs the mass of its whole row, so it is there for both. For the second it is a sum that nobody draws from:
+    of the 6 that top-k leaves, the first token has more than half.
+    """
+    values = torch.tensor([[4.0, 2.0, 1.0]] * 2).log()
+    both = Filters(torch.zeros(2), torch.tensor([100, 2]), torch.full((2,), 0.5, dtype=torch.float64), True)
+    cutoff, certain = both._cutoffs_of_largest(values.clone(), 100, torch.tensor([11 / 4.0] * 2))
+    check_equal(cutoff.tolist(), [values[0, 1].item(), values[1, 0].item()], "the cutoffs: the second logit, and the first")
+    check_equal(certain.tolist(), [True, True], "whether they are certain")
 
 
 @settings(max_examples=80, deadline=None)

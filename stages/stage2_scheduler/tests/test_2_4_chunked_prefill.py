@@ -493,6 +493,22 @@ def test_blocks_enter_the_prefix_cache_as_chunks_and_answers_fill_them() -> None
     check_equal(cached, [2, 4, 4, 4, 4, 5], "cached blocks after each step")
 
 
+def test_chunks_in_the_middle_of_a_prompt_enter_the_prefix_cache() -> None:
+    """Blocks of 4, a prompt of 32 in chunks of 8, beside one that decodes: with each chunk two more blocks are cached.
+
+    Why: a middle chunk samples nobody and is computed all the same. A block that is left out is a gap, behind which nothing of
+    the prompt is found again.
+    """
+    sim = Simulation(block_size=4, prefix_caching=True, max_num_batched_tokens=9)
+    sim.start([90], max_tokens=3)
+    sim.add(32, max_tokens=1)
+    cached = []
+    for _ in range(4):
+        sim.step()
+        cached.append(len(sim.manager.prefix_cache))
+    check_equal(cached, [2, 4, 6, 8], "cached blocks after each step")
+
+
 def test_sliding_window_lets_go_of_old_blocks() -> None:
     """With a window of 4 tokens and blocks of 2, an answer of 18 tokens never holds more than 4 blocks.
 

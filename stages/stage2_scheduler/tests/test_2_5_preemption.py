@@ -104,6 +104,20 @@ def test_preemption_is_counted_and_noted() -> None:
     check_equal(sim.scheduler.num_preemptions, 2, "num_preemptions of the scheduler")
 
 
+def test_one_that_is_thrown_out_again_counts_again() -> None:
+    """A sequence is preempted, comes back, and is preempted once more: both counters say 2.
+
+    Why: with too little memory it is always the same ones that go. Counted once each, an engine that does little but throw them
+    out and compute them again looks healthy.
+    """
+    sim = Simulation()
+    seq = sim.start(4)
+    preempt(sim, seq)
+    sim.step()
+    preempt(sim, seq)
+    check_equal((seq.num_preemptions, sim.scheduler.num_preemptions), (2, 2), "num_preemptions of sequence and scheduler")
+
+
 @pytest.mark.parametrize("mode", ["recompute", "swap"])
 def test_what_a_preemption_leaves_alone(mode: str) -> None:
     """Parent, first_scheduled_time, num_cached_tokens and the tokens stay as they were, in both modes.

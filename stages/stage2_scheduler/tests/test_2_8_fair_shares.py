@@ -175,6 +175,25 @@ def test_a_token_is_charged_once() -> None:
     check_equal(order.served["a"], 4 + 2 * OUTPUT_COST, "the rest, with one token that is new")
 
 
+def test_tokens_that_a_draft_has_brought_are_charged_too() -> None:
+    """A prompt of 4 and one token are paid for, up to 5. When the next step is decided 7 of 8 are computed, as a draft has
+    brought two more: three tokens are charged.
+
+    Why: a draft's tokens are in no decision, so only where the paid ones end tells of them. A client with long drafts would
+    have most of its answer for nothing.
+    """
+    order, seq = FairOrder({}), asks(0, "a", 4)
+    order.before_admission([seq], 1)
+    decide(order, {seq: 4}, [])
+    seq.append_token(1)
+    decide(order, {seq: 1}, [])
+    for token in (2, 3, 4):
+        seq.append_token(token)
+    seq.num_computed_tokens += 2
+    decide(order, {seq: 1}, [])
+    check_equal(order.served["a"], 4 + 4 * OUTPUT_COST, "the prompt, and four tokens that were written")
+
+
 @pytest.mark.parametrize(("prompt", "written"), [(4, 3), (3, 2), (5, 1)])
 def test_a_chunk_may_end_behind_the_prompt(prompt: int, written: int) -> None:
     """A sequence with some prompt tokens and some written ones, none paid for, computes all of them at once.
@@ -222,6 +241,21 @@ def test_who_begins_to_wait_begins_where_others_are(counter: float | None) -> No
     Why: from 0, a client that slept for an hour would be served alone until it has had as much as the others in that hour.
     """
     check_equal(lifted({"x": 90.0, "y": 40.0, "z": 70.0}, counter), max(40.0, counter or 0.0), "the newcomer's counter")
+
+
+def test_who_waits_again_is_lifted_again() -> None:
+    """a and b wait, a is let in with 10 tokens, and b waits on until it is at 90. Then a sends again, and begins at 90.
+
+    Why: to have waited once is no claim for ever. With its old counter a would be served alone until it is where b is.
+    """
+    order, first, other = FairOrder({}), asks(0, "a", 10), asks(1, "b", 10)
+    order.before_admission([first, other], 1)
+    decide(order, {}, [first, other])
+    order.before_admission([first, other], 1)
+    decide(order, {first: 10}, [other])
+    order.served["b"] = 90.0
+    order.before_admission([other, asks(2, "a", 10)], 0)
+    check_equal(order.served, {"a": 90.0, "b": 90.0}, "the counters")
 
 
 def test_after_a_pause_it_begins_where_the_last_ones_were() -> None:

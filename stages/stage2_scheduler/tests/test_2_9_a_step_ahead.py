@@ -252,6 +252,44 @@ def test_one_that_is_aborted_between_steps_leaves_the_one_that_has_begun() -> No
     check_equal(stays.tokens[5:], alone(stays), "the answer of the other")
 
 
+def test_one_that_is_aborted_in_the_middle_of_its_prompt_leaves_too() -> None:
+    """A prompt of twelve, beside one that decodes, is aborted when its second chunk has begun.
+
+    Why: it is not sampled, so nobody misses it there. But its blocks are somebody else's by now, and what the step fills would
+    enter the prefix cache as its own. And a row that was computed in vain is counted, whether it was to be sampled or not.
+    """
+    sim = Ahead(num_blocks=32, block_size=4, max_num_batched_tokens=5, prefix_caching=True)
+    stays = sim.ask([50], 9)
+    sim.step()
+    gone = sim.ask(12, 3)
+    sim.step()
+    check_equal(sim.log[-2:], [("finish", [0]), ("begin", [0, 1])], "what has happened last")
+    sim.scheduler.abort(gone)
+    check_equal(counts(sim.step()), {stays.seq_id: 1}, "the next step")
+    check_equal(sim.lookahead.num_in_vain, 1, "num_in_vain")
+    sim.run()
+    check_equal(stays.tokens[1:], alone(stays), "the answer of the other")
+
+
+def test_who_is_left_keeps_its_rows_behind_a_chunk() -> None:
+    """A chunk of four in front of two that decode, of which the first says its stop token when that step has begun: the other
+    one's logits are in row 5 of the step.
+
+    Why: with one token each, the n-th of those who are sampled is row n of the step. Behind a chunk that is another's row.
+    """
+    sim = Ahead(max_num_batched_tokens=6, max_num_seqs=3, policy="priority")
+    ending = sim.add([50], max_tokens=9, priority=5, stop_token_ids=list(stops([50], 3)))
+    stays = sim.add([60], max_tokens=9, priority=5)
+    sim.step()
+    sim.add(12, max_tokens=3, priority=1)
+    sim.step()
+    sim.step()
+    check_equal((ending.finished, sim.log[-1]), (True, ("begin", [2, 0, 1])), "whether the first has ended, and what has begun")
+    decision = sim.scheduler.schedule()
+    batch = sim.lookahead.build(decision, sim.manager.tables)
+    check_equal((ids(batch.sampled), batch.logits_indices.tolist()), ([stays.seq_id], [5]), "who is sampled, and of which row")
+
+
 def test_a_chunk_that_samples_nobody_is_followed_by_a_step() -> None:
     """A prompt of ten in chunks of four, beside one that decodes: place holders are of the rows that are sampled.
 
