@@ -163,7 +163,7 @@ def test_every_row_has_its_own_bans() -> None:
 def test_bans_are_in_padded_rows_too() -> None:
     """Two requests in rows of 16, of which 12 are tokens.
 
-    Why: rows are padded to whole blocks of the vocabulary. An index that counts by tokens falls short in all rows but the first.
+    Why: rows are padded to whole blocks of the vocabulary. An index that counts by tokens is right in the first row alone.
     """
     logits = torch.zeros(2, 16)
     rows = [make([1], [3], bad_words_token_ids=[[9]], min_tokens=2) for _ in range(2)]
