@@ -89,19 +89,23 @@ def test_a_prompt_without_its_last_token_goes(length: int, blocks: int) -> None:
     check_equal(engine.read, [list(range(blocks))] if blocks else [], "blocks that were read, by call")
 
 
-def test_each_chunk_brings_what_it_has_filled() -> None:
-    """A prompt of 19 tokens in chunks of 6, 5 and 8, and then two tokens that are written.
+@pytest.mark.parametrize(
+    ("chunks", "blocks"),
+    [((6, 5, 8), [[0], [1], [2, 3]]), ((8, 4, 7), [[0, 1], [2], [3]]), ((4, 1, 3, 11), [[0], [1], [2, 3]])],
+)
+def test_each_chunk_brings_what_it_has_filled(chunks: tuple[int, ...], blocks: list[list[int]]) -> None:
+    """A prompt of 19 tokens in chunks that end in a block or with one, and then six tokens that are written.
 
     Why: sent at the end, all blocks travel while nobody computes. Sent with every step, the first ones travel a hundred times.
     """
     engine, seq = Engine(), prompt(19)
-    for count in (6, 5, 8):
+    for count in chunks:
         engine.step(seq, count)
     for token in (7, 7, 7, 7, 7, 7):
         seq.append_token(token)
         engine.step(seq, 1)
-    check_equal(engine.read, [[0], [1], [2, 3]], "blocks that were read, by call")
-    check_equal(engine.stored, [1, 1, 2], "rows that were stored, by call")
+    check_equal(engine.read, blocks, "blocks that were read, by call")
+    check_equal(engine.stored, [len(each) for each in blocks], "rows that were stored, by call")
     check_equal(engine.there(seq), [0, 1, 2, 3], "blocks in the outbox")
     engine.outbox.release(engine.cache.block_hashes(seq, 4))
     check_equal(engine.there(seq), [], "blocks when the one request has fetched them")
@@ -156,6 +160,21 @@ def test_a_block_that_is_there_is_lent_twice() -> None:
     check_equal(engine.there(seq), [], "blocks when all have")
 
 
+def test_what_is_there_is_lent_whatever_the_cache_knows() -> None:
+    """The prefix cache has forgotten the second of three blocks in the outbox when an equal prompt has been computed.
+
+    Why: the row is there, and good. Without a lease it goes with the first request, and the second one is sent a part.
+    """
+    engine, first, second = Engine(), prompt(13), prompt(13, seq_id=1)
+    engine.step(first, 13)
+    engine.cache.forget(1)
+    second.num_computed_tokens = 13
+    engine.handover.on_step(SchedulerOutput(scheduled={second: 13}), 0.0)
+    check_equal((engine.read, engine.outbox.stats.num_skipped), ([[0, 1, 2]], 0), "blocks that were read, and num_skipped")
+    engine.outbox.release(engine.cache.block_hashes(first, 3))
+    check_equal(engine.there(second), [0, 1, 2], "blocks when the first request has fetched them")
+
+
 def test_a_full_outbox_takes_the_first_ones() -> None:
     """There is room for two blocks of four; the next request finds none at all.
 
@@ -195,6 +214,23 @@ def test_who_reads_its_prompt_hands_nothing_over() -> None:
 
 
 # -------------------------------------------------------------------------------------------------- the outbox
+
+
+def test_a_lease_lasts_from_when_the_block_was_last_wanted() -> None:
+    """Leases of 10 seconds: two blocks are stored at 0 and one is wanted again at 9. At 10 the other one goes; at 18 the first
+    is there, at 19 it is gone with both leases.
+
+    Why: who asks just before the end would find nothing. And who never comes may not keep it for ever, nor others behind it.
+    """
+    now = 0.0
+    outbox = Outbox(100, ROW_BYTES, 10.0, clock=lambda: now)
+    outbox.store([b"a", b"b"], torch.zeros(2, ROW_BYTES, dtype=torch.uint8))
+    now = 9.0
+    check_equal(outbox.lease(b"a"), True, "whether it is here at 9 s")
+    for now, here in ((9.0, (1, 1)), (10.0, (1, 0)), (18.0, (1, 0)), (19.0, (0, 0))):  # the outbox's clock
+        outbox.expire()
+        check_equal((len(outbox.take([b"a"])), len(outbox.take([b"b"]))), here, f"blocks a and b at {now:g} s")
+    check_equal(outbox.stats.num_expired, 2, "blocks that nobody has come for")
 
 
 class Model:
@@ -258,22 +294,6 @@ def test_leases_are_those_of_a_dictionary(data: st.DataObject) -> None:
     check_equal(found, (model.sent, model.sent * ROW_BYTES, model.expired), "num_sent, sent_bytes, num_expired")
 
 
-def test_a_lease_lasts_from_when_the_block_was_last_wanted() -> None:
-    """Leases of 10 seconds: a block is stored at 0 and wanted again at 9. At 18 it is there, at 19 it is gone with both leases.
-
-    Why: who asks just before the end would find nothing. And who never comes may not keep it for ever.
-    """
-    now = 0.0
-    outbox = Outbox(100, ROW_BYTES, 10.0, clock=lambda: now)
-    outbox.store([b"a"], torch.zeros(1, ROW_BYTES, dtype=torch.uint8))
-    now = 9.0
-    check_equal(outbox.lease(b"a"), True, "whether it is here at 9 s")
-    for now, here in ((10.0, 1), (18.0, 1), (19.0, 0)):  # the outbox's clock
-        outbox.expire()
-        check_equal(len(outbox.take([b"a"])), here, f"blocks at {now:g} s")
-    check_equal(outbox.stats.num_expired, 1, "blocks that nobody has come for")
-
-
 def test_memory_comes_back_when_nobody_holds_it() -> None:
     """Two blocks of one step, of which one is being sent when both have been fetched: then they are gone, and their bytes are
     in use until it has been sent.
@@ -305,8 +325,8 @@ class Wire:
         counts: what the producer has read.
     """
 
-    def __init__(self, shared: bool = False) -> None:
-        self.shared, self._rows, self.counts = shared, list[tuple[bytes, Tensor]](), list[int]()
+    def __init__(self, shared: bool = False, row_bytes: int = ROW_BYTES) -> None:
+        self.shared, self._row_bytes, self._rows, self.counts = shared, row_bytes, list[tuple[bytes, Tensor]](), list[int]()
 
     @property
     def kept(self) -> list[tuple[bytes, list[int]]]:
@@ -326,7 +346,7 @@ class Wire:
         thread.start()
         try:
             with here:
-                take(here, IDENTITY, hashes, ROW_BYTES, False, self.shared, self._keep, is_wanted)
+                take(here, IDENTITY, hashes, self._row_bytes, False, self.shared, self._keep, is_wanted)
         finally:
             thread.join(PATIENCE)
 
@@ -422,12 +442,31 @@ def test_a_producer_that_dies_costs_only_the_rest(cut: int) -> None:
     check_equal(wire.kept, [(name, row.tolist()) for name, row in blocks[: cut // 40]], "what was kept")
 
 
-def test_nobody_waits_for_what_is_not_wanted_any_more() -> None:
+@pytest.mark.parametrize("shared", [False, True], ids=["tcp", "shared memory"])
+def test_nobody_waits_for_what_is_not_wanted_any_more(shared: bool) -> None:
     """The client leaves when the first of three blocks has come, which the producer goes on to send: a ConnectionError.
 
     Why: a thread that brings blocks for nobody keeps a place from a request that waits for its own.
     """
-    blocks, wire = drawn(3, seed=4), Wire()
+    blocks, wire = drawn(3, seed=4), Wire(shared)
     with pytest.raises(ConnectionError):
-        wire.run([name for name, _ in blocks], lambda sock: sock.sendall(b"".join(packed(blocks))), lambda: not wire.kept)
+        wire.run([name for name, _ in blocks], lambda sock: send_rows(sock, IDENTITY, blocks, shared), lambda: not wire.kept)
     check_equal(wire.kept, [(blocks[0][0], blocks[0][1].tolist())], "what was kept")
+
+
+def test_nobody_waits_for_the_rest_of_a_row() -> None:
+    """A row of 512 KiB; the client leaves when half of it is on its way, and the rest comes as well: a ConnectionError.
+
+    Why: a row of a large model is many megabytes, and a slow producer takes its time with each.
+    """
+    row, gone = torch.zeros(1 << 19, dtype=torch.uint8), threading.Event()
+
+    def send(sock: socket.socket) -> None:
+        sock.sendall(checksum(IDENTITY, b"n" * 32, row.numpy().data) + bytes(len(row) // 2))
+        gone.set()
+        sock.sendall(bytes(len(row) // 2))
+
+    wire = Wire(row_bytes=len(row))
+    with pytest.raises(ConnectionError):
+        wire.run([b"n" * 32], send, lambda: not gone.is_set())
+    check_equal(len(wire.kept), 0, "blocks that were kept")

@@ -151,6 +151,21 @@ def test_a_tensor_of_all_experts_is_a_tensor_for_each(matrix: str, end: str) -> 
         assert piece.data_ptr() == tensor[number].data_ptr(), f"expert {number} is a copy"
 
 
+@pytest.mark.parametrize("experts", [3, 5])
+def test_pieces_are_all_that_a_tensor_has(experts: int) -> None:
+    """A tensor of one expert less or one more than the model's four, on both of two ranks: a piece for each that is in it.
+
+    Why: whether an expert belongs here is asked of each piece. One too many that is no piece is never refused, and the
+    checkpoint of another model loads.
+    """
+    tensor = random(experts, 3, 5)
+    for rank in range(2):
+        pieces = list(model_of(rank, 2).pieces("model.layers.0.mlp.experts.down_proj", tensor))
+        names = [f"model.layers.0.mlp.experts.{number}.down_proj.weight" for number in range(experts)]
+        check_equal([name for name, _ in pieces], names, f"names of the pieces on rank {rank}")
+        check_equal([piece.tolist() for _, piece in pieces], tensor.tolist(), f"pieces on rank {rank}")
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [("model.layers.0.mlp.experts.3.down_proj.weight", (3, 5)), ("model.layers.0.mlp.gate.weight", (4, 6)),

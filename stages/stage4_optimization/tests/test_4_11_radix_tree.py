@@ -83,6 +83,35 @@ def test_nothing_is_there_at_first() -> None:
     assert not cache._nodes, "nodes are left in a tree without a block"
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_a_salt_finds_nothing_but_its_own(known: bool) -> None:
+    """A text is there without a salt; it is asked for with one that nothing else has, or another text.
+
+    Why: who has a salt wants to share nothing with others. From what is found, and how fast, either could tell what was asked.
+    """
+    cache = RadixCache(SIZE)
+    enter(cache, list(range(12)), 10)
+    if known:
+        enter(cache, [7] * 8, 20, "mine")
+    check_equal(found(cache, list(range(12)), "mine"), ([], (0, 0)), "of the text that is there without a salt")
+    check_equal(found(cache, [7] * 9, "mine")[0], [20, 21] if known else [], "of its own")
+    check_equal(found(cache, [7] * 9), ([], (0, 0)), "of the salt's text without the salt")
+
+
+@pytest.mark.parametrize("prompt", [1, 4, 6, 10])
+def test_what_was_answered_is_found_too(prompt: int) -> None:
+    """A sequence of 11 tokens, of which the first `prompt` are its prompt; a text of 12 has them all.
+
+    Why: a sequence that was preempted comes back with its answer. Found by its prompt alone, the answer is computed again.
+    """
+    cache, seq = RadixCache(SIZE), text(list(range(prompt)))
+    enter(cache, list(range(12)), 10)
+    for token in range(prompt, 11):
+        seq.append_token(token)
+    check_equal(cache.match(seq), [10, 11], "whole blocks")
+    check_equal(cache.match_part(seq, 2), (12, 2), "the block behind them, and its tokens")
+
+
 def test_a_hole_ends_the_path() -> None:
     """The middle one of three blocks is overwritten, computed anew, and overwritten at the beginning.
 

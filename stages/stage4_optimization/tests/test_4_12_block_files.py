@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import resource
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -155,6 +157,91 @@ def test_another_block_or_model_is_noticed(tmp_path: Path) -> None:
             read(path, 64, identity, key)
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "none.kv", 64)
+
+
+def test_the_first_complaint_that_fits_is_the_one(tmp_path: Path) -> None:
+    """Files with several faults: too short, no block, another model's, another block, too long. One that is a folder is none.
+
+    Why: "of another size" sounds like a bad disk, where somebody has only named another model's folder. And what cannot be read
+    may be good: a block that counts as damaged is removed.
+    """
+    path = where(tmp_path)
+    for identity, key, size, magic, message in (
+        (KEY, KEY, 200, b"?", "it ends too early"), (KEY, KEY, 400, b"?", "it is no KV block"), (KEY, KEY, 400, b"", OTHER),
+        (MODEL, MODEL, 400, b"", OTHER), (KEY, KEY, 300, b"", OTHER), (MODEL, KEY, 400, b"", "it is of another size"),
+    ):  # fmt: skip
+        write_block(path, identity, key, memoryview(some_row(size)))
+        path.write_bytes(magic + path.read_bytes()[len(magic) :])
+        with pytest.raises(BadBlockError, match=f"^{message}$"):
+            read(path, 300)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(IsADirectoryError):
+        read(path, 300)
+
+
+def test_a_write_may_be_short_at_any_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system takes 50 bytes of whatever it is given without a buffer, and says so.
+
+    Why: it may, and not only in the row. A file with half of a header is moved to its place, and found bad when it is wanted.
+    """
+    opened, written = io.open, os.write
+
+    class Short(io.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(memoryview(data)[:50])
+
+    def short(file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **others: Any) -> Any:
+        plain = buffering or mode.startswith("r")
+        return opened(file, mode, buffering, *rest, **others) if plain else Short(file, mode.replace("b", ""))
+
+    path, row = where(tmp_path), some_row(300)
+    with monkeypatch.context() as patch:
+        patch.setattr("io.open", short)
+        patch.setattr("builtins.open", short)
+        patch.setattr("os.write", lambda number, data: written(number, memoryview(data)[:50]))
+        write_block(path, MODEL, KEY, memoryview(row))
+    check_equal(path.stat().st_size, HEADER + 300, "bytes of the file")
+    check_equal(read(path, 300), row, "the row")
+
+
+def test_a_file_is_whole_and_at_home_before_it_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is moved to the block's path comes from the same folder and has all of its bytes.
+
+    Why: a move is atomic within a file system. From a temporary folder on another one it is none, or an error for each block.
+    """
+    path, moved = where(tmp_path), []
+
+    def noted(move: Any) -> Any:
+        def run(source: Any, target: Any, **others: Any) -> None:
+            moved.append((str(Path(source).parent), Path(source).stat().st_size))
+            move(source, target, **others)
+
+        return run
+
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(os, name, noted(getattr(os, name)))
+    write_block(path, MODEL, KEY, memoryview(some_row(300)))
+    assert set(moved) <= {(str(tmp_path), HEADER + 300)}, f"folders and bytes of what was moved: {moved}"
+    check_equal(read(path, 300), some_row(300), "the row")
+
+
+def test_an_age_that_cannot_be_set_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system refuses to set a time: the older file is there, and nothing else.
+
+    Why: an error says that nothing was written, so nobody counts the file's bytes.
+    """
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("no times here")
+
+    path = where(tmp_path)
+    write_block(path, MODEL, KEY, memoryview(b"older"))
+    monkeypatch.setattr(os, "utime", refuse)
+    with pytest.raises(PermissionError):
+        write_block(path, MODEL, KEY, memoryview(b"newer"), 100.0)
+    check_equal(names(tmp_path), [path.name], "what is in the folder")
+    check_equal(read(path, 5), b"older", "the row")
 
 
 @pytest.mark.parametrize("limit", [HEADER // 2, HEADER + 5000])

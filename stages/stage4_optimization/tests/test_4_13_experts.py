@@ -117,6 +117,18 @@ def test_a_shared_expert_is_everybodys_last(renormalise: bool) -> None:
         check_close(experts(x, logits), expected(experts, x, logits), "the layer")
 
 
+def test_the_layer_says_what_makes_a_shared_weight() -> None:
+    """The layer's `activation` is a hyperbolic tangent.
+
+    Why: families differ there, and a layer of theirs sets it. A sigmoid by its name weighs their shared expert wrong.
+    """
+    experts = make(4, 2, shared_size=WIDTH)
+    experts.activation = torch.tanh
+    _, logits = inputs(3, 5)
+    weights, _ = experts.choose(logits)
+    check_close(weights[:, 2], torch.tensor([math.tanh(row[4]) for row in logits.tolist()]), "weights of the shared expert")
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     num_tokens=st.integers(1, 9), count=st.integers(1, 7), chosen=st.integers(1, 7), renormalise=st.booleans(),

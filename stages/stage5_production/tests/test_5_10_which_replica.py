@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -78,6 +79,52 @@ def test_half_a_character_is_text() -> None:
     check_equal(len(prefix_keys("\ud800" * BLOCK_CHARACTERS, "\udfff")), 1, "keys")
 
 
+@pytest.mark.parametrize("length", [1, 64, 65, 1000])
+def test_all_of_a_salt_counts(length: int) -> None:
+    """Two salts of so many letters that differ in the last one, before a text and before token ids.
+
+    Why: a salt may be an address or a token of several hundred letters. Cut short, two of them are the same.
+    """
+    ours, theirs = ("s" * (length - 1) + last for last in "ab")
+    for prompt in ("m" * 2 * BLOCK_CHARACTERS, [5] * 2 * BLOCK_TOKENS):
+        check_equal(set(prefix_keys(prompt, ours)) & set(prefix_keys(prompt, theirs)), set(), "keys that both have in common")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("\ud800" * BLOCK_CHARACTERS, "\ud801" * BLOCK_CHARACTERS), ("\ud800" * BLOCK_CHARACTERS, "?" * BLOCK_CHARACTERS),
+     ([1, 23] * BLOCK_TOKENS, [12, 3] * BLOCK_TOKENS), ([1] * BLOCK_TOKENS, [1 + (1 << 16)] * BLOCK_TOKENS)],
+    ids=["half characters", "a half and a question mark", "ids of the same digits", "ids of 17 bits"],
+)  # fmt: skip
+def test_prompts_that_look_alike_have_other_keys(first: str | list[int], second: str | list[int]) -> None:
+    """Two prompts that some spelling of text or of token ids makes the same.
+
+    Why: a key in common says that an engine has the beginning. It sends the prompt to one that must compute all of it.
+    """
+    check_equal(set(prefix_keys(first)) & set(prefix_keys(second)), set(), "keys that both have in common")
+
+
+class Counted(str):
+    """A text that counts the letters of all that was cut out of it."""
+
+    letters = 0
+
+    def __getitem__(self, place: Any) -> str:
+        found = super().__getitem__(place)
+        self.letters += len(found)
+        return found
+
+
+def test_each_block_is_cut_out_once() -> None:
+    """Of a text of 200 blocks no more is cut out than twice its letters.
+
+    Why: a router that reads each beginning anew reads a long chat a hundred times, and all requests wait behind it.
+    """
+    prompt = Counted("m" * 200 * BLOCK_CHARACTERS)
+    check_equal(len(prefix_keys(prompt)), 200, "keys")
+    assert prompt.letters <= 2 * len(prompt), f"{prompt.letters} letters of {len(prompt)} were cut out"
+
+
 def test_keys_are_the_same_in_every_process() -> None:
     """Another process, with another seed of Python's own hashes, finds the same keys.
 
@@ -102,7 +149,7 @@ def test_a_conversation_stays_where_it_began() -> None:
     Why: elsewhere the whole conversation is computed again, with every question of it.
     """
     policy, homes = PrefixAffinity(), {}
-    for length in range(1, 5):
+    for length in range(1, 13):
         for name in "xyz":
             chosen = policy.choose(keys_of(*name * length), IDLE)
             check_equal(chosen, homes.setdefault(name, chosen), f"engine of conversation {name} with {length} blocks")
@@ -146,6 +193,30 @@ def test_a_second_engine_learns_a_popular_beginning() -> None:
     check_equal(policy.choose(keys, {"a": 30, "b": 0, "c": 0}), "b", "the engine when a has too much to do")
     check_equal(policy.choose(keys, {"a": 3, "b": 4, "c": 0}), "a", "the engine when a has less to do than b")
     check_equal(policy.choose(keys, {"a": 5, "b": 4, "c": 0}), "b", "the engine when b has less to do")
+
+
+def test_the_next_best_is_no_substitute() -> None:
+    """a knows all of the prompt and has too much to do, b knows two blocks of three; c knows nothing and has least to do.
+
+    Why: what several want is to lie on one more engine, and the one that idles has the time to compute it.
+    """
+    policy = PrefixAffinity()
+    policy._remember(keys_of(*"xyz"), "a")
+    policy._remember(keys_of(*"xy"), "b")
+    check_equal(policy.choose(keys_of(*"xyz"), {"a": 30, "b": 5, "c": 0}), "c", "the engine")
+
+
+def test_a_shorter_beginning_may_have_been_forgotten() -> None:
+    """Of three blocks only the third key is remembered, or the second and the third one; b knows the first.
+
+    Why: a key stands for all before it. Whoever has seen it has the beginning, whatever else was forgotten.
+    """
+    for first in (1, 2):
+        policy, keys = PrefixAffinity(), keys_of(*"xyz")
+        policy._remember(keys[first:], "a")
+        check_equal(policy._knowing(keys, IDLE), ["a"], f"who knows the longest beginning, without the first {first}")
+        policy._remember(keys[:1], "b")
+        check_equal(policy._knowing(keys, IDLE), ["a"], f"who knows it when b knows the first block, without {first}")
 
 
 def test_the_longest_beginning_counts_and_not_the_most_of_it() -> None:
