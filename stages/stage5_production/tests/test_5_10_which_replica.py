@@ -144,14 +144,15 @@ def test_keys_are_the_same_in_every_process() -> None:
 
 
 def test_a_conversation_stays_where_it_began() -> None:
-    """Three conversations, each asked again and again with a block more: each has one engine, and each engine one of them.
+    """Three conversations, each asked again and again with a block more, when its engine has five requests and the others none:
+    each has one engine, and each engine one of them.
 
     Why: elsewhere the whole conversation is computed again, with every question of it.
     """
     policy, homes = PrefixAffinity(), {}
     for length in range(1, 13):
         for name in "xyz":
-            chosen = policy.choose(keys_of(*name * length), IDLE)
+            chosen = policy.choose(keys_of(*name * length), IDLE | {homes[name]: 5} if name in homes else IDLE)
             check_equal(chosen, homes.setdefault(name, chosen), f"engine of conversation {name} with {length} blocks")
     check_equal(sorted(homes.values()), ["a", "b", "c"], "engines of the three conversations")
 
