@@ -208,7 +208,7 @@ def pair(layer: str, a: tuple[int, int], b: tuple[int, int]) -> dict[str, tuple[
         (pair(EXPERTS.removesuffix("experts") + "gate", (4, 192), (6, 4)), "mlp.gate: expected shape [5, 4]"),
     ],
 )
-@pytest.mark.parametrize("rank", [None, 0, 1])
+@pytest.mark.parametrize("rank", [None, 0, 1], ids=["all experts", "the first", "the last"])
 def test_adapters_that_do_not_fit_experts_are_refused(
     rank: int | None, tensors: dict[str, tuple[int, ...]], said: str, family: Callable[[str], Family], tmp_path: Path
 ) -> None:
@@ -216,6 +216,12 @@ def test_adapters_that_do_not_fit_experts_are_refused(
     parallel = None if rank is None else TensorParallel(rank, 2, None, whole_experts=True)
     message = refused(family("mixtral"), write(tmp_path, tensors), parallel)
     assert said in message, message
+
+
+def test_layers_of_latents_take_no_adapter(family: Callable[[str], Family], tmp_path: Path) -> None:
+    layer = "model.layers.1.self_attn.kv_a_proj_with_mqa"
+    folder = write(tmp_path, pair(f"base_model.model.{layer}", (4, 192), (128, 4)))
+    assert f"the adapter changes {layer}, and only linear layers" in refused(family("deepseek_v3"), folder)
 
 
 def test_a_model_without_experts_takes_no_adapter_of_them(family: Callable[[str], Family], tmp_path: Path) -> None:
