@@ -17,6 +17,7 @@ from ..kernels.attach import packed_of, put
 from ..layers import CausalLM
 from ..moe import Experts, Router
 from ..sparse import SparseForCausalLM
+from .adapted_experts_cpu import NativeAdaptedExperts
 from .adapter_files import Adapter, read_adapter
 from .experts import AdaptedExperts
 from .products import AdaptedProduct, AdaptersOfStep
@@ -44,9 +45,10 @@ class ModelAdapters:
         self.max_rank = max_rank
         self.step, of_expert = AdaptersOfStep(embedding.device), AdaptersOfStep(embedding.device)
         self._products: dict[str, AdaptedProduct] = {}
-        for name, layer in model.named_modules():
+        for name, layer in reversed(list(model.named_modules())):  # what a layer consists of comes before it
             if isinstance(layer, Experts):
-                put(layer, "forward", AdaptedExperts(layer, self.step, of_expert, num_slots + 1))
+                native = NativeAdaptedExperts(layer, num_slots + 1) if NativeAdaptedExperts.fits(layer) else None
+                put(layer, "forward", AdaptedExperts(layer, self.step, of_expert, num_slots + 1, native))
             elif _can_be_adapted(layer):
                 step = of_expert if _EXPERTS in name else self.step
                 self._products[name] = _product(layer, hidden_size, step, embedding.dtype, num_slots, kernels)
