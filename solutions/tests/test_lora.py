@@ -28,8 +28,9 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 PROMPTS = [[(7 * i + 3 * j) % 250 + 1 for j in range(5 + 6 * i)] for i in range(6)]
 COUNT = 12
-ELSEWHERE = ("llama", "gpt2", "phi3", "gemma2", "gpt_neox")
-"""Families with a test of their own, and two whose tiny models say the same whatever is added to them."""
+SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3")
+ELSEWHERE = ("llama", "gpt2", "phi3", "gemma2", "gpt_neox", *SPARSE)
+"""Families with tests of their own, and two whose tiny models say the same whatever is added to them."""
 PARAMS = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True)
 
 
