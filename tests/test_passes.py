@@ -24,7 +24,7 @@ from solutions.parallelism.linear import Linear
 from solutions.parallelism.tensor_parallel import SINGLE
 from tests.test_floors import ROOT, imported, name
 
-PASSES = ("models/kernels/", "models/lora/attach.py", "models/lora/products_")
+PASSES = ("models/kernels/", "models/lora/attach.py", "models/lora/products_", "models/lora/adapted_")
 """What puts kernels in place, and the kernels of the layers and of adapters."""
 LAYERS = ("parallelism/linear.py", "parallelism/quantized_linear.py", "parallelism/tensor_parallel.py")
 

@@ -42,11 +42,12 @@ class LayerReplay(Capture[LayerInputs]):
         attention: any of the layers' attention, for the sizes that all share.
 
     Attributes:
+        run_layers: as it was given.
         recording: of the last step, if any. num_recordings: made so far.
     """
 
     def __init__(self, run_layers: Callable[..., Tensor], attention: Attention, hidden_size: int, dtype: torch.dtype) -> None:
-        self._run_layers = run_layers
+        self.run_layers = run_layers
         self._attention = attention
         self._step = new_step()
         self._hidden = torch.empty(0, hidden_size, dtype=dtype)
@@ -59,7 +60,7 @@ class LayerReplay(Capture[LayerInputs]):
 
     def twin(self) -> LayerReplay:
         """Another one of the same function, without a recording yet."""
-        return LayerReplay(self._run_layers, self._attention, self._hidden.shape[1], self._hidden.dtype)
+        return LayerReplay(self.run_layers, self._attention, self._hidden.shape[1], self._hidden.dtype)
 
     def __call__(self, *inputs: *LayerInputs) -> Tensor:
         """What `run_layers` returns."""
@@ -97,7 +98,7 @@ class LayerReplay(Capture[LayerInputs]):
         """Run a step and note what it does."""
         rope = self._rope[0, :count], self._rope[1, :count]
         with Recording(len(self._hidden)) as recording:
-            out = self._run_layers(self._hidden[:count], rope, metadata)
+            out = self.run_layers(self._hidden[:count], rope, metadata)
         self._out = out.as_strided((len(self._hidden), out.shape[1]), out.stride())  # the buffer that it is the start of
         self.recording, self._kv_caches = recording, metadata.kv_caches
         self.num_recordings += 1
@@ -122,13 +123,15 @@ def replay(
 @dataclass(frozen=True, slots=True)
 class AdaptedReplay:
     """Stands in the place of a `LayerReplay`, `plain`, where steps may have adapters: those that have more to do, and with it a
-    recording of their own."""
+    recording of their own; but those of experts are in none."""
 
     plain: LayerReplay
     adapted: LayerReplay
     step: AdaptersOfStep
 
     def __call__(self, *inputs: *LayerInputs) -> Tensor:
+        if self.step.reaches_experts:
+            return self.plain.run_layers(*inputs)
         return (self.adapted if self.step.active else self.plain)(*inputs)
 
 

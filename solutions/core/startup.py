@@ -31,12 +31,11 @@ from ..models.identity import kv_identity
 from ..models.kernels.choice import Choice, Way, choose, is_worth_measuring
 from ..models.kernels.invariant import NEEDS_CPU_KERNELS
 from ..models.loader import ModelSource, check_quantization
-from ..models.lora.adapter_files import refuse_experts
 from ..parallelism.tensor_parallel import TensorParallel
 from ..quantization.layout.float8 import has_float8
 from .config import EngineConfig
 from .executor import Executor, MultiProcExecutor, UniProcExecutor
-from .lora.registry import AdapterRegistry, folder_at
+from .lora.registry import AdapterRegistry
 from .platform import native
 from .platform.machine import available_memory, cpu_has_bf16, format_bytes, pick_threads
 from .scheduler import Scheduler
@@ -242,7 +241,6 @@ def check_settings(config: EngineConfig, source: ModelSource, device: torch.devi
     TensorParallel(0, size).heads(source.config)  # says now if the model cannot be cut
     if config.enable_expert_parallel and source.config.mixture is None:
         raise ValueError(f"--enable-expert-parallel: {source.name} has no experts; leave the flag out")
-    refuse_experts(folder_at(module.partition("=")[2]) for module in config.lora_modules)
     kernels = use_cpu_kernels(config, device)
     if config.quantization in ("int8", "int4", "gguf") and not kernels:
         switched_off, elsewhere = not config.enable_cpu_kernels, device.type != "cpu"

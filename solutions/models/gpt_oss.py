@@ -104,6 +104,7 @@ class GptOssForCausalLM(SparseForCausalLM):
     """gpt-oss with its head."""
 
     decoder_layer = GptOssDecoderLayer
+    is_transposed = True
 
     def pieces(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """A matrix of all experts is [E, in, out], but [E, out, in] where it was packed; gate and up are columns in turns."""

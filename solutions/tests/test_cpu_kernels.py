@@ -416,7 +416,7 @@ def test_a_recording_that_failed_is_made_again(tmp_path: Path, monkeypatch: pyte
         raise RuntimeError("planted")
 
     with monkeypatch.context() as patch:
-        patch.setattr(replay, "_run_layers", fail)
+        patch.setattr(replay, "run_layers", fail)
         with pytest.raises(RuntimeError, match="planted"):
             llm.generate(short if change == "another cache" else long, params, use_tqdm=False)
     got = [llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids for prompt in (short, long)]

@@ -16,12 +16,14 @@ import torch
 from solutions.batching.sampling_params import SamplingParams
 from solutions.core.capture import LayerReplay
 from solutions.core.engine import LLM
+from solutions.core.lora.registry import LoRARequest
 from solutions.core.platform import native
 from solutions.models.config.families import FAMILIES as KNOWN
 from solutions.models.loader import resolve_model
 from solutions.quantization import awq, gptq
 from solutions.tests.engine_twins import check_answer, check_tokens, folder, oracle
 from solutions.tests.gguf_files import write_gguf, write_gguf_header
+from solutions.tests.lora_adapters import LLAMA_TARGETS, TARGETS, make_adapter
 from solutions.tests.quantized_folders import Stored, check_against_transformers, describe, quantize_folder, save_pieces
 from solutions.tests.tiny_models import FAMILIES, GGUF_SAYS, make_tiny
 
@@ -226,6 +228,17 @@ def gguf_file(family: str, path: Path) -> None:
         check_tokens(model, prompt, answer)
 
 
+def adapters(family: str, path: Path) -> None:
+    """One that changes all linear layers, experts and routers that the family lets it, in every second request."""
+    plain = make_tiny(family, path / "model")
+    merged = make_adapter(path / "adapter", plain, targets=TARGETS.get(family, LLAMA_TARGETS))
+    llm = LLM(str(path / "model"), **SETTINGS, enable_lora=True)
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    requests = [LoRARequest("adapter", 1, str(path / "adapter")) if i % 2 else None for i in range(len(PROMPTS))]
+    for i, output in enumerate(llm.generate(prompts, GREEDY, use_tqdm=False, lora_request=requests)):
+        check_tokens(merged if i % 2 else plain, PROMPTS[i], list(output.outputs[0].token_ids))
+
+
 FEATURES: dict[str, Callable[[str, Path], None]] = {
     "chunked prefill": chunked_prefill,
     "prefix cache": prefix_cache,
@@ -236,6 +249,7 @@ FEATURES: dict[str, Callable[[str, Path], None]] = {
     "CPU kernels, replayed": cpu_replay,
     "batch invariance": batch_invariance,
     "int8 KV": int8_kv,
+    "LoRA adapters": adapters,
     "n-gram drafts": ngram_drafts,
     "draft model": draft_model,
     "int8": int8_weights,

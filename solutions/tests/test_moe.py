@@ -334,23 +334,6 @@ def test_some_layers_may_have_one_mlp(dense: dict[str, Any], tmp_path: Path) -> 
     check_against_transformers(tmp_path, tmp_path)
 
 
-def test_adapters_of_attention_are_taken_and_those_of_experts_refused(tmp_path: Path) -> None:
-    llm = LLM(str(folder("mixtral")), dtype="float32", max_model_len=32, num_gpu_blocks_override=8, enable_lora=True)
-    adapters = llm.llm_engine.executor.worker.adapters
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
-    for module, rows, columns in (("self_attn.q_proj", 192, 192), ("block_sparse_moe.experts.1.w1", 160, 192)):
-        stem = f"base_model.model.model.layers.0.{module}.lora_"
-        save_file(
-            {f"{stem}A.weight": torch.ones(2, columns), f"{stem}B.weight": torch.ones(rows, 2)},
-            tmp_path / "adapter_model.safetensors",
-        )
-        if "experts" not in module:
-            assert len(adapters.read(tmp_path)) == 1
-        else:
-            with pytest.raises(ModelError, match="MixtralForCausalLM, experts not among them"):
-                adapters.read(tmp_path)
-
-
 def test_prometheus_reads_how_often_each_expert_was_chosen() -> None:
     llm = LLM(str(folder("qwen2_moe")), dtype="float32", max_model_len=64, num_gpu_blocks_override=16)
     llm.generate(

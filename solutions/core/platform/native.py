@@ -34,6 +34,7 @@ SOURCES = (
     "models/kernels/layers_cpu.cpp",
     "models/kernels/experts_cpu.cpp",
     "models/lora/lora_cpu.cpp",
+    "models/lora/adapted_experts_cpu.cpp",
     "core/sampling/selection_cpu.cpp",
 )
 SUMS = ("parallelism/shared_memory_cpu.cpp",)
@@ -50,6 +51,7 @@ HEADERS = (
     "attention/paged_ordered_cpu.h",
     "quantization/kernels/linear_cpu.h",
     "quantization/kernels/linear_groups_cpu.h",
+    "models/lora/lora_cpu.h",
 )
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-pthread", "-fPIC", "-shared", "-Wall", "-Wextra")
 

@@ -21,7 +21,17 @@ def activation_bytes(model: ModelConfig, num_tokens: int, num_seqs: int, dtype: 
 
 
 def adapter_bytes(model: ModelConfig, ranks: int, dtype: torch.dtype) -> int:
-    """What adapters take that have so many ranks together: A and B of four products a layer, those merged of three and two."""
-    hidden, inner, heads = model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim
-    qkv = 3 * hidden + heads + 2 * model.num_kv_heads * model.head_dim
-    return model.num_layers * ranks * (qkv + (heads + hidden) + (2 * hidden + 2 * inner) + (inner + hidden)) * dtype.itemsize
+    """What adapters take that have so many ranks together: A and B of four products a layer, those merged of three and two; of
+    two for each expert, and of the router."""
+    hidden, heads, mixture = model.hidden_size, model.num_heads * model.head_dim, model.mixture
+    attention = 3 * hidden + heads + 2 * model.num_kv_heads * model.head_dim + (heads + hidden)
+    mlps, dense = 3 * (hidden + model.intermediate_size), model.num_layers
+    elements = model.num_layers * attention
+    if mixture is not None:
+        dense = len(mixture.dense_layers)
+        experts = mixture.count * 3 * (hidden + mixture.size) + hidden + mixture.count
+        if mixture.shared_size:
+            weighed = hidden + 1 if mixture.routing is None else 0
+            experts += 3 * (hidden + mixture.shared_size) + weighed
+        elements += (model.num_layers - dense) * experts
+    return ranks * (elements + dense * mlps) * dtype.itemsize

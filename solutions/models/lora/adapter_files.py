@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,17 +18,16 @@ from torch import Tensor
 
 from ..config.entries import Entries, ModelError, read_json
 from ..layers import CausalLM
+from .expert_files import is_of_all_experts, matrices
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(?:\.\w+)?\.weight")
-_EXPERT = re.compile(r"\.(shared_)?experts?\.")
 _OTHER_FORMS = {
     "use_dora": "DoRA, which also rescales the weights",
     "use_qalora": "QA-LoRA",
     "lora_bias": "biases on B",
     "modules_to_save": "whole layers (modules_to_save)",
     "trainable_token_indices": "rows of the embedding (trainable_token_indices)",
-    "target_parameters": "parameters that are no layers (target_parameters)",
     "layer_replication": "a model with repeated layers (layer_replication)",
     "alora_invocation_tokens": "an activated adapter (alora_invocation_tokens)",
     "arrow_config": "a router between adapters (arrow_config)",
@@ -80,29 +78,16 @@ def read_adapter(folder: Path, model: CausalLM, max_rank: int) -> Adapter:
         raise ModelError(f"{folder / WEIGHTS} is damaged or incomplete ({error})") from error
     adapter: Adapter = {}
     for module, (a, b) in _pairs(tensors).items():
-        if len(a) > max_rank:
-            raise ModelError(f"{module} has rank {len(a)}, and --max-lora-rank is {max_rank}")
-        b = b * scale_of(settings, module, len(a))
-        name, shard, b = model.place(f"{module}.lora", b) or (module, None, b)
-        adapter.setdefault(name.removesuffix(".lora"), []).append(Part(shard, a, b))
+        rank, of_layers = len(a), iter([(module, a, b)])
+        if is_of_all_experts(module):
+            module, rank, of_layers = matrices(module, a, b, model)
+        if rank > max_rank:
+            raise ModelError(f"{module} has rank {rank}, and --max-lora-rank is {max_rank}")
+        scale = scale_of(settings, module, rank)
+        for layer, of_a, of_b in of_layers:
+            name, shard, rows = model.place(f"{layer}.lora", of_b * scale) or (layer, None, of_b)
+            adapter.setdefault(name.removesuffix(".lora"), []).append(Part(shard, of_a, rows))
     return adapter
-
-
-def refuse_experts(folders: Iterable[Path]) -> None:
-    """See of adapters that are to be loaded at start, before the model's weights are, that they change no expert. What else is
-    wrong with one is said when it is read, and the model is there.
-
-    Raises:
-        ModelError: one does.
-    """
-    for folder in folders:
-        try:
-            with safe_open(folder / WEIGHTS, "pt") as file:
-                found = next((name for name in file.keys() if _EXPERT.search(name)), None)  # noqa: SIM118  # it is no dictionary
-        except (SafetensorError, OSError):
-            continue
-        if found is not None:
-            raise ModelError(f"the adapter in {folder} changes {found}, and experts can have none here; train it without them")
 
 
 def scale_of(settings: Entries, module: str, rank: int) -> float:

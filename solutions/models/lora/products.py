@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...parallelism.linear import Linear
 from ...parallelism.tensor_parallel import ColumnParallelLinear, RowParallelLinear, Shard, check_size
+from ..moe import Router
 from .adapter_files import Part
 
 TILE, SPAN = 16, 64
@@ -27,10 +28,12 @@ MAX_TOKENS = 1 << 20
 
 
 class AdaptersOfStep:
-    """Which rows of the step are whose; all layers of a model share one of these.
+    """Which rows of the step are whose; all layers of a model share one of these, and all its experts another.
 
     Attributes:
         active: whether the step has any adapter. What follows is valid only then.
+        of_experts: slots whose adapters change an expert. reaches_experts: whether the step has one of these.
+        slots: [T], of each row, on the device; of a step alone, not of an expert's rows.
         groups: (slot, first, end) for each slot of the step, 0 among them: its rows are `order` from first to end.
         fixed_order, fixed_spans: on a CPU, [T] and [N, 3], `order` and `spans` of SPAN rows with a slot of -1 behind them, at
             the start of memory that stays, for kernels that are replayed.
@@ -38,7 +41,9 @@ class AdaptersOfStep:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.active = False
+        self.active = self.reaches_experts = False
+        self.of_experts: set[int] = set()
+        self._slots = np.empty(0, np.int64)
         self.groups: list[tuple[int, int, int]] = []
         self._order = np.empty(0, np.int64)
         size = MAX_TOKENS if device.type == "cpu" else 0
@@ -46,21 +51,32 @@ class AdaptersOfStep:
 
     def begin(self, adapters: NDArray[np.int64]) -> None:
         """Note a step: [T], the slot of each token's adapter, or 0 for none."""
-        self.active = bool(adapters.any())
+        self.active, self.reaches_experts = bool(adapters.any()), False
         if self.active:
-            self._order = np.argsort(adapters, kind="stable")
-            slots, starts = np.unique(adapters[self._order], return_index=True)
+            order = np.argsort(adapters, kind="stable")
+            slots, starts = np.unique(adapters[order], return_index=True)
             ends = [*starts[1:].tolist(), len(adapters)]
-            self.groups = list(zip(slots.tolist(), starts.tolist(), ends, strict=True))
-            for made in ("order", "rows", "tiles"):
-                self.__dict__.pop(made, None)
-            if self.device.type == "cpu":
-                spans = [*self.spans(SPAN), (-1, 0, 0)]
-                self.fixed_order[: len(adapters)], self.fixed_spans[: len(spans)] = self._order, spans
+            self._slots = adapters
+            self.__dict__.pop("slots", None)
+            self.arrange(order, list(zip(slots.tolist(), starts.tolist(), ends, strict=True)))
+            self.reaches_experts = not self.of_experts.isdisjoint(slots.tolist())
+
+    def arrange(self, order: NDArray[np.int64], groups: list[tuple[int, int, int]]) -> None:
+        """Note rows whose `groups` are known, at least one of them with an adapter."""
+        self.active, self._order, self.groups = True, order, groups
+        for made in ("order", "rows", "tiles"):
+            self.__dict__.pop(made, None)
+        if self.device.type == "cpu":
+            spans = [*self.spans(SPAN), (-1, 0, 0)]
+            self.fixed_order[: len(order)], self.fixed_spans[: len(spans)] = order, spans
 
     def spans(self, most: int) -> list[tuple[int, int, int]]:
         """`groups`, cut into spans of so many rows at most."""
         return [(slot, at, min(at + most, end)) for slot, first, end in self.groups for at in range(first, end, most)]
+
+    @cached_property
+    def slots(self) -> Tensor:
+        return torch.from_numpy(self._slots).to(self.device)
 
     @cached_property
     def order(self) -> Tensor:
@@ -98,7 +114,12 @@ class AdaptedProduct:
         self.product, self.step, self.dtype = product, step, dtype
         whole = Shard(hidden_size, 0, hidden_size)
         self.inputs = layer.inputs if isinstance(layer, ColumnParallelLinear | RowParallelLinear) else whole
-        self.pieces = layer.pieces if isinstance(layer, ColumnParallelLinear) else {"": whole}
+        self.pieces = {"": whole}
+        if isinstance(layer, ColumnParallelLinear):
+            self.pieces = layer.pieces
+        elif isinstance(layer, Router):
+            sizes = {"routed": layer.count, "shared": 1}
+            self.pieces = {name: Shard(sizes[name], 0, sizes[name]) for name in sizes if name in ("routed", *layer.shard_ids)}
         self._weights: dict[int, Weights | None] = {}
 
     def check(self, parts: list[Part]) -> None:
@@ -107,6 +128,9 @@ class AdaptedProduct:
         Raises:
             ValueError: it is not.
         """
+        names = [name for part in parts for name in self._pieces_of(part)]
+        if len(names) != len(set(names)):
+            raise ValueError("the layer, or a piece of it, is there twice")
         for part in parts:
             check_size(part.a, 1, self.inputs.full)
             if part.shard is not None and part.shard not in self.pieces:

@@ -46,6 +46,7 @@ class NativeProduct(AdaptedProduct):
         num_slots: int,
     ) -> None:  # fmt: skip
         super().__init__(layer, product, hidden_size, step, dtype)
+        self.packed = product
         sizes = [len(piece) for piece in self.pieces.values()]
         self._table = (_Adapter * (num_slots + 1))()
         self._columns = (ctypes.c_int64 * len(sizes))(*sizes)
@@ -55,6 +56,11 @@ class NativeProduct(AdaptedProduct):
             columns=ctypes.addressof(self._columns), k=len(self.inputs), pieces=len(sizes),
         )  # fmt: skip
         self._kernel = native.Kernel(f"adapt_{_NAMES[dtype]}", self._arguments)
+
+    @property
+    def addresses(self) -> tuple[int | None, int]:
+        """Of the C function and of its arguments, for a kernel that sets those of a call itself."""
+        return ctypes.cast(self._kernel.function, ctypes.c_void_p).value, ctypes.addressof(self._arguments)
 
     def _keep(self, slot: int, weights: Weights | None) -> None:
         if weights is None:

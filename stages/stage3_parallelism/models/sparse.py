@@ -73,9 +73,14 @@ class SparseDecoderLayer(LlamaDecoderLayer):
 
 
 class SparseForCausalLM(LlamaForCausalLM):
-    """A model with experts and its head. A checkpoint has a tensor for each matrix of each expert, or one for all experts."""
+    """A model with experts and its head. A checkpoint has a tensor for each matrix of each expert, or one for all experts.
+
+    Attributes:
+        is_transposed: transformers keeps a matrix of all experts as [E, in, out], not as [E, out, in].
+    """
 
     decoder_layer = SparseDecoderLayer
+    is_transposed = False
 
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__(config, parallel)
