@@ -36,7 +36,7 @@ def is_kernel(file: str) -> bool:
     """
     interfaces = ("attention/paged_attention.py", "attention/latent_attention.py")
     is_backend = file.startswith("attention/") and file not in interfaces
-    recordings = ("core/capture.py", "core/graphs/decode_graphs.py", "core/platform/native.py")
+    recordings = ("core/capture.py", "core/graphs/decode_graphs.py", "core/graphs/replay.py", "core/platform/native.py")
     return "kernels/" in file or is_backend or file in recordings
 
 
@@ -90,7 +90,7 @@ def test_every_backend_attends_by_the_one_signature() -> None:
 
 def test_both_kinds_of_recordings_have_one_interface() -> None:
     assert capture.Capture.__abstractmethods__ == {"size_for", "run"}
-    assert {kind.__name__ for kind in capture.Capture.__subclasses__()} == {"DecodeGraphs", "LayerReplay"}
+    assert {kind.__name__ for kind in capture.Capture.__subclasses__()} == {"DecodeGraphs", "Replay"}
 
 
 needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler here, so nothing is packed")

@@ -1,4 +1,4 @@
-"""Drafts by a head that reads what the target has computed: features kept, a context for each sequence, chains.
+"""Drafts by a head that reads what the target has computed: features kept, a context for each sequence, chains and trees.
 
 The head has keys and values of its own, one row of a small cache for each sequence that drafts, filled from the sequence's
 first feature on. What the target computes after that is what the head reads next, with its own outputs of the last draft
@@ -21,8 +21,8 @@ from ...attention.paged_attention import AttentionBackend, AttentionMetadata, at
 from ...batching.sequence import Sequence
 from ...batching.step_arrays import PagedArrays
 from ...memory.cache_engine import CacheEngine
-from ...models.heads.head import DraftHead
-from ...parallelism.linear import Layer
+from .head_passes import HeadPasses, Pass
+from .tree_drafts import DraftShape, Level
 
 Int64s = NDArray[np.int64]
 
@@ -59,18 +59,18 @@ class HeadDrafts:
     """Drafts for several sequences at once.
 
     Args:
-        head: drafts. embed: the target's embedding, [T] -> [T, hidden]. rotary: the target's positions, [T] -> rope.
-        backend: of attention. rows: sequences that may have a context. longest: a sequence, in tokens.
-        num_kv_heads, head_dim, dtype: of the head's cache.
+        passes: of the head. shape: of the drafts. backend: of attention. rows: sequences that may have a context.
+        longest: a sequence, in tokens. num_kv_heads, head_dim, dtype: of the head's cache.
     """
 
     def __init__(
-        self, head: DraftHead, embed: Layer, rotary: torch.nn.Module, backend: AttentionBackend, rows: int, longest: int,
-        num_kv_heads: int, head_dim: int, dtype: torch.dtype,
+        self, passes: HeadPasses, shape: DraftShape, backend: AttentionBackend, rows: int, longest: int, num_kv_heads: int,
+        head_dim: int, dtype: torch.dtype,
     ) -> None:  # fmt: skip
-        self.head, self.embed, self.rotary, self.backend = head, embed, rotary, backend
-        self.longest = longest
-        self.cache = CacheEngine(1, rows, longest, num_kv_heads, head_dim, dtype, torch.device("cpu"))
+        self.passes, self.shape, self.backend = passes, shape, backend
+        self._last = longest - 1
+        self.longest = longest + sum(len(level.nodes) for level in shape.levels)  # behind a sequence that is as long as can be
+        self.cache = CacheEngine(1, rows, self.longest, num_kv_heads, head_dim, dtype, torch.device("cpu"))
         self.contexts: dict[int, Context] = {}
         self._free = list(range(rows))[::-1]
 
@@ -104,55 +104,51 @@ class HeadDrafts:
         drafting = [seq for seq in wanted if self._is_ready(seq)]
         if not drafting:
             return {}
-        hidden = self._read(drafting, [self.contexts[seq.seq_id] for seq in drafting])
-        drafts = self._go_on(hidden, drafting, wanted)
-        return {seq: draft[: wanted[seq]] for seq, draft in zip(drafting, drafts, strict=True)}
-
-    def _go_on(self, hidden: Tensor, drafting: list[Sequence], wanted: dict[Sequence, int]) -> list[list[int]]:
-        """What follows the head's outputs [S, hidden] behind the last tokens of the S sequences: as many tokens for each as one
-        of them wants, or more."""
-        tokens = self.head.likeliest(hidden)  # [S]
-        columns = [tokens]
-        rows, lengths, firsts = self._places(drafting)
-        starts = np.arange(len(drafting) + 1)
-        for place in range(max(wanted[seq] for seq in drafting) - 1):
-            at = lengths + place
-            hidden = self._run(tokens, hidden, firsts + at, self._metadata(rows * self.longest + at, rows, starts, at + 1))
-            tokens = self.head.likeliest(hidden)
-            columns.append(tokens)
-        return torch.stack(columns, dim=1).tolist()
-
-    def _places(self, sequences: list[Sequence]) -> Int64s:
-        """[3, S]: of each sequence's context the row, its length, and the position that stands first in it."""
-        contexts = [self.contexts[seq.seq_id] for seq in sequences]
-        return np.array([(context.row, context.length, context.first) for context in contexts]).T
+        contexts, shape = [self.contexts[seq.seq_id] for seq in drafting], self.shape
+        levels = shape.levels[: shape.deepest[max(wanted[seq] for seq in drafting)]]
+        places = np.array([(each.row, each.first, each.length + each.num_pending) for each in contexts]).T
+        passes = [self._reading(drafting, contexts), *(self._going_on(level, places) for level in levels[1:])]
+        tokens = np.empty((len(drafting), len(shape.deepest)), np.int64)
+        for level, step in zip(levels, passes, strict=True):
+            best = self.passes.run(step).reshape(len(drafting), len(level.nodes), -1)
+            tokens[:, level.children] = best[:, level.places, level.ranks]
+        for context in contexts:
+            context.length += context.num_pending
+            context.pending, context.num_pending = [], 0
+        return {seq: draft[: wanted[seq]] for seq, draft in zip(drafting, tokens[:, 1:].tolist(), strict=True)}
 
     def _is_ready(self, seq: Sequence) -> bool:
         context = self.contexts.get(seq.seq_id)
         return context is not None and context.num_pending > 0 and context.end == len(seq.tokens) - 1
 
-    def _read(self, sequences: list[Sequence], contexts: list[Context]) -> Tensor:
-        """Take the pending features of all of them into the cache; the head's output behind the last of each, [S, hidden]."""
-        rows, lengths, firsts = self._places(sequences)
-        counts = np.array([context.num_pending for context in contexts])
-        starts = np.zeros(len(counts) + 1, np.int64)
-        np.cumsum(counts, out=starts[1:])
-        begins, ids = firsts + lengths, list[int]()
-        for seq, begin, count in zip(sequences, begins.tolist(), counts.tolist(), strict=True):
-            ids += seq.tokens[begin + 1 : begin + count + 1]
-        positions = np.arange(starts[-1]) + np.repeat(begins - starts[:-1], counts)
-        slots = positions + np.repeat(rows * self.longest - firsts, counts)
-        pending = [each for context in contexts for each in context.pending]
-        metadata = self._metadata(slots, rows, starts, lengths + counts)
-        out = self._run(torch.tensor(ids), pending[0] if len(pending) == 1 else torch.cat(pending), positions, metadata)
-        for context in contexts:
-            context.length += context.num_pending
-            context.pending, context.num_pending = [], 0
-        return out if len(out) == len(counts) else out[torch.from_numpy(starts[1:] - 1)]
+    def _reading(self, sequences: list[Sequence], contexts: list[Context]) -> Pass:
+        """The pass that takes the pending features of all S sequences into the cache; wanted is the last output of each."""
+        ids, positions, slots, starts = list[int](), list[int](), list[int](), [0]
+        for seq, context in zip(sequences, contexts, strict=True):
+            begin, end = context.first + context.length, context.end
+            ids += seq.tokens[begin + 1 : end + 1]
+            positions += range(begin, end)
+            slot = context.row * self.longest - context.first
+            slots += range(slot + begin, slot + end)
+            starts.append(len(ids))
+        self.passes.begin(ids, [each for context in contexts for each in context.pending])
+        rows, lens = [context.row for context in contexts], [context.length + context.num_pending for context in contexts]
+        metadata = self._metadata(np.array(slots), np.array(rows), np.array(starts), np.array(lens))
+        given = np.arange(len(ids))
+        return Pass(given, given, np.array(positions), metadata, np.array(starts[1:]) - 1)
 
-    def _run(self, tokens: Tensor, features: Tensor, positions: Int64s, metadata: AttentionMetadata) -> Tensor:
-        hidden: Tensor = self.head(self.embed(tokens), features, self.rotary(torch.from_numpy(positions)), metadata)
-        return hidden
+    def _going_on(self, level: Level, places: Int64s) -> Pass:
+        """The pass over a level's nodes, for sequences of which `places` [3, S] are the contexts' rows, their first positions
+        and the lengths with all that is pending."""
+        (rows, firsts, lengths), count, num_seqs = places, len(level.nodes), places.shape[1]
+        begins, each = lengths + level.num_before, np.arange(num_seqs)
+        slots = (rows * self.longest + begins)[:, None] + np.arange(count)
+        mask = None if level.hidden is None else level.hidden.repeat(num_seqs)
+        metadata = self._metadata(slots.ravel(), rows, np.arange(num_seqs + 1) * count, begins + count, mask)
+        features = (each[:, None] * level.num_above + level.parents).ravel()
+        tokens = features * self.passes.most + np.tile(level.own_ranks, num_seqs)
+        positions = np.minimum(firsts + lengths + level.depth - 1, self._last).repeat(count)
+        return Pass(tokens, features, positions, metadata)
 
     def _metadata(
         self, slots: Int64s, rows: Int64s, starts: Int64s, lens: Int64s, hidden_keys: Tensor | None = None
