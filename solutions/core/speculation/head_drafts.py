@@ -24,6 +24,7 @@ from ...memory.cache_engine import CacheEngine
 from .head_passes import HeadPasses, Pass
 from .tree_drafts import DraftShape, Level
 
+Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
 
 MOST_ROWS = 32
@@ -106,8 +107,8 @@ class HeadDrafts:
             return {}
         contexts, shape = [self.contexts[seq.seq_id] for seq in drafting], self.shape
         levels = shape.levels[: shape.deepest[max(wanted[seq] for seq in drafting)]]
-        places = np.array([(each.row, each.first, each.length + each.num_pending) for each in contexts]).T
-        passes = [self._reading(drafting, contexts), *(self._going_on(level, places) for level in levels[1:])]
+        rows = np.array([(each.row, each.first, each.length + each.num_pending) for each in contexts], np.int32)
+        passes = [self._reading(drafting, contexts, rows), *(self._going_on(level, rows) for level in levels[1:])]
         tokens = np.empty((len(drafting), len(shape.deepest)), np.int64)
         for level, step in zip(levels, passes, strict=True):
             best = self.passes.run(step).reshape(len(drafting), len(level.nodes), -1)
@@ -121,8 +122,9 @@ class HeadDrafts:
         context = self.contexts.get(seq.seq_id)
         return context is not None and context.num_pending > 0 and context.end == len(seq.tokens) - 1
 
-    def _reading(self, sequences: list[Sequence], contexts: list[Context]) -> Pass:
-        """The pass that takes the pending features of all S sequences into the cache; wanted is the last output of each."""
+    def _reading(self, sequences: list[Sequence], contexts: list[Context], places: Int32s) -> Pass:
+        """The pass that takes the pending features of all S sequences into the cache; wanted is the last output of each. For
+        `places` see `_going_on`."""
         ids, positions, slots, starts = list[int](), list[int](), list[int](), [0]
         for seq, context in zip(sequences, contexts, strict=True):
             begin, end = context.first + context.length, context.end
@@ -132,30 +134,27 @@ class HeadDrafts:
             slots += range(slot + begin, slot + end)
             starts.append(len(ids))
         self.passes.begin(ids, [each for context in contexts for each in context.pending])
-        rows, lens = [context.row for context in contexts], [context.length + context.num_pending for context in contexts]
-        metadata = self._metadata(np.array(slots), np.array(rows), np.array(starts), np.array(lens))
+        metadata = self._metadata(np.array(slots), np.array(starts, np.int32), places[:, 2], places)
         given = np.arange(len(ids))
         return Pass(given, given, np.array(positions), metadata, np.array(starts[1:]) - 1)
 
-    def _going_on(self, level: Level, places: Int64s) -> Pass:
-        """The pass over a level's nodes, for sequences of which `places` [3, S] are the contexts' rows, their first positions
-        and the lengths with all that is pending."""
-        (rows, firsts, lengths), count, num_seqs = places, len(level.nodes), places.shape[1]
-        begins, each = lengths + level.num_before, np.arange(num_seqs)
-        slots = (rows * self.longest + begins)[:, None] + np.arange(count)
-        mask = None if level.hidden is None else level.hidden.repeat(num_seqs)
-        metadata = self._metadata(slots.ravel(), rows, np.arange(num_seqs + 1) * count, begins + count, mask)
-        features = (each[:, None] * level.num_above + level.parents).ravel()
-        tokens = features * self.passes.most + np.tile(level.own_ranks, num_seqs)
-        positions = np.minimum(firsts + lengths + level.depth - 1, self._last).repeat(count)
-        return Pass(tokens, features, positions, metadata)
+    def _going_on(self, level: Level, places: Int32s) -> Pass:
+        """The pass over a level's nodes, for S sequences of which `places` [S, 3] are the contexts' rows, their first positions
+        and their lengths with all that is pending."""
+        rows, firsts, lengths = places.T
+        count, begins = len(level.nodes), lengths + level.num_before
+        slots = (rows.astype(np.int64) * self.longest + begins)[:, None] + level.each
+        positions = np.minimum(firsts + (lengths + (level.depth - 1)), self._last).astype(np.int64)
+        tokens, features, starts, hidden_keys = level.indices(len(places), self.shape.most)
+        metadata = self._metadata(slots.ravel(), starts, begins + count, places, hidden_keys)
+        return Pass(tokens, features, positions.repeat(count), metadata)
 
     def _metadata(
-        self, slots: Int64s, rows: Int64s, starts: Int64s, lens: Int64s, hidden_keys: Tensor | None = None
+        self, slots: Int64s, starts: Int32s, lens: Int32s, places: Int32s, hidden_keys: Tensor | None = None
     ) -> AttentionMetadata:
-        """Of a pass over T tokens of S sequences: slots [T], rows [S], where each one's tokens start [S + 1], its length with
-        them [S]."""
-        short = (torch.from_numpy(each.astype(np.int32)) for each in (rows[:, None], starts, lens))
-        arrays = PagedArrays[Tensor, Tensor](torch.from_numpy(slots), *short)
+        """Of a pass over T tokens of S sequences: slots [T]; where each one's tokens start [S + 1]; its length with them [S];
+        `places` as in `_going_on`."""
+        tables, short = torch.from_numpy(places[:, :1]), (torch.from_numpy(starts), torch.from_numpy(lens))
+        arrays = PagedArrays[Tensor, Tensor](torch.from_numpy(slots), tables, *short)
         longest = int((starts[1:] - starts[:-1]).max()), int(lens.max())
         return attention_metadata(arrays, longest, self.cache.kv_caches, None, self.backend, (None,), hidden_keys)

@@ -23,6 +23,7 @@ from ...models.kernels.attach import packed_of
 from ...models.kernels.layers_cpu import NativeRows
 from ...models.layers import Attention
 from ...models.llama import LlamaModel
+from ...models.rope import RotaryEmbedding
 from ..graphs.replay import MIN_ROWS, Replay
 from ..platform import native
 from ..sampling.selection_cpu import NativeBest
@@ -135,7 +136,9 @@ class PassReplay(Replay):
         super().__init__([torch.empty(0, dtype=torch.int64)] * 3, attention)
         self._head, self._dtype, self._hidden_size = head, features.dtype, features.shape[1]
         self._tokens, self._features, self._embedding = map(NativeRows, (tokens, features, body.embed_tokens.weight))
-        self._rope = NativeRows(body.rotary_emb.cos), NativeRows(body.rotary_emb.signed_sin)
+        rotary = body.rotary_emb
+        assert isinstance(rotary, RotaryEmbedding)  # as all that an EAGLE head drafts for have
+        self._rope = NativeRows(rotary.cos), NativeRows(rotary.signed_sin)
         product = packed_of(head.fc)
         assert product is not None  # it is native
         product.kind = "joined"  # its result is what the layer adds to

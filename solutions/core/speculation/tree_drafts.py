@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...batching.token_tree import TokenTree, node_depths, tree_of
 from .draft_gains import Gains
+
+Indices = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32], Tensor | None]
 
 
 class Level:
@@ -26,7 +30,7 @@ class Level:
 
     Attributes:
         num_before: nodes of the levels before this one, but for the root. num_above: nodes of the level before. depth: the
-            root's is 0.
+            root's is 0. each: [m], from 0 on.
         parents: [m], which of the level above each goes on from. own_ranks: [m], theirs.
         hidden: [m], the mask of the nodes among `inner`; None: there is nothing in it.
         children: [c], the nodes one deeper. places: [c], which of this level each of them goes on from. ranks: [c], theirs.
@@ -38,14 +42,28 @@ class Level:
         self.nodes, self.num_before = nodes, 0 if above is None else len(inner) - len(nodes)
         self.parents = [] if above is None else [above.nodes.index(parents[node]) for node in nodes]
         self.num_above = 0 if above is None else len(above.nodes)
-        self.own_ranks, self.depth = [ranks[node] for node in nodes], 0 if above is None else above.depth + 1
+        self.own_ranks = [ranks[node] for node in nodes]
+        self.depth: int = 0 if above is None else above.depth + 1
         self.children = [node for node, parent in enumerate(parents) if parent in nodes]
         self.places = [nodes.index(parents[node]) for node in self.children]
         self.ranks = [ranks[node] for node in self.children]
         shape = [-1, *(inner.index(parents[node]) + 1 if parents[node] else 0 for node in inner)]
+        self.each = np.arange(len(nodes))
+        self._indices: dict[int, Indices] = {}
         self.hidden: Tensor | None = None
         if not is_chain(shape):
             self.hidden = torch.from_numpy(TokenTree(tuple(shape)).hidden_keys[len(shape) - len(nodes) :].copy())
+
+    def indices(self, num_seqs: int, most: int) -> Indices:
+        """What a pass of this level reads for so many sequences, see `Pass`, where `most` tokens are found behind each output
+        of the level before: tokens [S · m] and features [S · m]; where each sequence's nodes start [S + 1]; the mask."""
+        if num_seqs not in self._indices:
+            features = (np.arange(num_seqs)[:, None] * self.num_above + self.parents).ravel()
+            tokens = features * most + np.tile(self.own_ranks, num_seqs)
+            starts = np.arange(num_seqs + 1, dtype=np.int32) * len(self.nodes)
+            mask = None if self.hidden is None else self.hidden.repeat(num_seqs)
+            self._indices[num_seqs] = tokens, features, starts.astype(np.int32), mask
+        return self._indices[num_seqs]
 
 
 class DraftShape:
