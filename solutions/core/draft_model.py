@@ -314,9 +314,16 @@ def _find_head(config: EngineConfig, speculation: SpeculativeConfig, target: Mod
     if speculation.quantization is not None and not use_cpu_kernels(config, limits.device):
         raise ValueError(f"{refused}quantization {speculation.quantization} needs the CPU kernels, which are off or not built")
     try:
-        return find_head(Path(speculation.model), model) if speculation.model else find_mtp(target)
+        if not speculation.model:
+            return find_mtp(target)
+        found = find_head(Path(speculation.model), model)
     except ValueError as error:
         raise ValueError(f"{refused}{error}") from None
+    if (rank := max((max(path) for path in speculation.paths or []), default=0)) >= found.num_drafted:
+        raise ValueError(
+            f"{refused}speculative_token_tree: {rank} is no choice of a head that drafts {found.num_drafted} tokens"
+        )
+    return found
 
 
 def make_proposer(draft: FoundDraft | None, limits: Limits, worker: Worker) -> Proposer | None:
