@@ -320,9 +320,7 @@ def _find_head(config: EngineConfig, speculation: SpeculativeConfig, target: Mod
     except ValueError as error:
         raise ValueError(f"{refused}{error}") from None
     if (rank := max((max(path) for path in speculation.paths or []), default=0)) >= found.num_drafted:
-        raise ValueError(
-            f"{refused}speculative_token_tree: {rank} is no choice of a head that drafts {found.num_drafted} tokens"
-        )
+        raise ValueError(f"{refused}speculative_token_tree: {rank} is no choice of a head of {found.num_drafted} tokens")
     return found
 
 
