@@ -13,7 +13,8 @@ from torch import nn
 
 from solutions.attention.backends import BACKEND_NAMES
 from solutions.attention.paged_attention import AttentionBackend, NaiveBackend
-from solutions.core import capture
+from solutions.core.capture import LayerReplay
+from solutions.core.graphs import decode_graphs
 from solutions.core.platform import native
 from solutions.models.config.model_config import ModelConfig
 from solutions.models.kernels import attach as passes
@@ -36,7 +37,7 @@ def is_kernel(file: str) -> bool:
     """
     interfaces = ("attention/paged_attention.py", "attention/latent_attention.py")
     is_backend = file.startswith("attention/") and file not in interfaces
-    recordings = ("core/capture.py", "core/graphs/decode_graphs.py", "core/platform/native.py")
+    recordings = ("core/capture.py", "core/graphs/decode_graphs.py", "core/graphs/replay.py", "core/platform/native.py")
     return "kernels/" in file or is_backend or file in recordings
 
 
@@ -89,8 +90,9 @@ def test_every_backend_attends_by_the_one_signature() -> None:
 
 
 def test_both_kinds_of_recordings_have_one_interface() -> None:
-    assert capture.Capture.__abstractmethods__ == {"size_for", "run"}
-    assert {kind.__name__ for kind in capture.Capture.__subclasses__()} == {"DecodeGraphs", "LayerReplay"}
+    assert decode_graphs.Capture.__abstractmethods__ == {"size_for", "run"}
+    assert {kind.__name__ for kind in decode_graphs.Capture.__subclasses__()} == {"DecodeGraphs", "Replay"}
+    assert issubclass(LayerReplay, decode_graphs.Capture)
 
 
 needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler here, so nothing is packed")

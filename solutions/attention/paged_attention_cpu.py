@@ -16,6 +16,9 @@ from .paged_attention import AttentionBackend, AttentionMetadata
 PIECE = 64
 """Most queries in an item: 64 times the query heads of a KV head fill the register tiles and fit the second-level cache."""
 
+FEW = 16
+"""Queries of a sequence that are no more than a draft: in what order such items come does not matter."""
+
 MIN_SPLIT = 256
 """Fewest keys that an item of a split context has; below, merging costs more than it gains."""
 
@@ -166,11 +169,12 @@ def cut(
         Items [N, 7] (sequence, first query's row, queries, position, first key, end of the keys, first partial result or −1),
         merges [M, 4] (row, queries, first partial result, splits), both int32, and the number of rows of partial results.
     """
-    if query_starts[-1] == len(context_lens):  # one query each, as in nearly all steps
+    query_lens = query_starts[1:] - query_starts[:-1]
+    if query_lens.max() <= FEW and query_lens.min() > 0:  # as in nearly all steps
         whole = np.empty((len(context_lens), 7), np.int32)
-        whole[:, 0] = whole[:, 1] = query_starts[:-1]
-        whole[:, 2], whole[:, 3], whole[:, 5], whole[:, 6] = 1, context_lens - 1, context_lens, -1
-        whole[:, 4] = 0 if sliding_window is None else np.maximum(0, context_lens - sliding_window)
+        whole[:, 0], whole[:, 1], whole[:, 2] = np.arange(len(whole)), query_starts[:-1], query_lens
+        whole[:, 3], whole[:, 5], whole[:, 6] = context_lens - query_lens, context_lens, -1
+        whole[:, 4] = 0 if sliding_window is None else np.maximum(0, whole[:, 3] - sliding_window + 1)
     else:
         whole = _pieces(query_starts, context_lens, sliding_window)
     keys = whole[:, 5] - whole[:, 4]

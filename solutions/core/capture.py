@@ -18,90 +18,38 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.paged_attention import AttentionMetadata
-from ..attention.paged_attention_cpu import Plan, new_step
 from ..models.kernels.attach import is_native, put
 from ..models.layers import Attention, CausalLM
 from ..models.llama import LlamaForCausalLM
 from ..models.lora.products import AdaptersOfStep
 from ..parallelism.linear import WeightLayer
 from ..parallelism.tensor_parallel import TensorParallel
-from .graphs.decode_graphs import Capture
-from .platform.native import Recording
-
-MIN_ROWS = 64
-"""Fewest tokens that a CPU's recording has room for; one that needs more is made anew, with room for the next power of two."""
-
-LayerInputs = tuple[Tensor, tuple[Tensor, Tensor], AttentionMetadata]
+from .graphs.replay import Replay
 
 
-class LayerReplay(Capture[LayerInputs]):
-    """Stands in the place of a function that runs a model's layers, every operation of which is a native kernel.
+class LayerReplay(Replay):
+    """Stands in the place of a function that runs a model's layers.
 
     Args:
         run_layers: takes hidden states [T, hidden], (cos, signed sin) [T, 1, D] and the step's metadata; returns [T, hidden].
-        attention: any of the layers' attention, for the sizes that all share.
-
-    Attributes:
-        run_layers: as it was given.
-        recording: of the last step, if any. num_recordings: made so far.
     """
 
     def __init__(self, run_layers: Callable[..., Tensor], attention: Attention, hidden_size: int, dtype: torch.dtype) -> None:
+        rope = torch.empty(0, 1, attention.head_dim, dtype=dtype)
+        super().__init__([torch.empty(0, hidden_size, dtype=dtype), rope, rope], attention)
         self.run_layers = run_layers
-        self._attention = attention
-        self._step = new_step()
-        self._hidden = torch.empty(0, hidden_size, dtype=dtype)
-        self._rope = torch.empty(2, 0, 1, attention.head_dim, dtype=dtype)
-        self._out = self._hidden
-        self._plan: Plan | None = None
-        self.recording: Recording | None = None
-        self._kv_caches: list[Tensor] = []
-        self.num_recordings = 0
 
     def twin(self) -> LayerReplay:
         """Another one of the same function, without a recording yet."""
-        return LayerReplay(self.run_layers, self._attention, self._hidden.shape[1], self._hidden.dtype)
+        return LayerReplay(self.run_layers, self.attention, self._inputs[0].shape[1], self._inputs[0].dtype)
 
-    def __call__(self, *inputs: *LayerInputs) -> Tensor:
+    def __call__(self, hidden: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:
         """What `run_layers` returns."""
-        return self.run(inputs, self.size_for(inputs))
+        return self.run(((hidden, *rope), metadata), len(hidden))
 
-    def size_for(self, inputs: LayerInputs) -> int:
-        """As many rows as there are: a recording has room for more, and `run` makes one that has."""
-        return len(inputs[0])
-
-    def run(self, inputs: LayerInputs, size: int) -> Tensor:
-        hidden, rope, metadata = inputs
-        if self.recording is None or size > self.recording.max_rows:
-            self._make_room(size)
-        elif metadata.kv_caches is not self._kv_caches:
-            self.recording = None  # it holds the addresses of the cache that it was made with
-        self._hidden[:size] = hidden
-        self._rope[0, :size], self._rope[1, :size] = rope
-        self._plan = metadata.plan  # its arrays are what the step points to
-        self._plan.complete(self._attention.num_heads, self._attention.scale, self._attention.soft_cap)
-        self._plan.move_to(self._step)
-        if self.recording is None:
-            self._record(size, metadata)
-        else:
-            self.recording.replay(size)
-        return self._out[:size]
-
-    def _make_room(self, count: int) -> None:
-        """Take larger buffers; a recording that reads from the old ones is of no use any more."""
-        self.recording = None
-        rows = max(MIN_ROWS, 1 << (count - 1).bit_length())
-        self._hidden = self._hidden.new_empty(rows, self._hidden.shape[1])
-        self._rope = self._rope.new_empty(2, rows, *self._rope.shape[2:])
-
-    def _record(self, count: int, metadata: AttentionMetadata) -> None:
-        """Run a step and note what it does."""
-        rope = self._rope[0, :count], self._rope[1, :count]
-        with Recording(len(self._hidden)) as recording:
-            out = self.run_layers(self._hidden[:count], rope, metadata)
-        self._out = out.as_strided((len(self._hidden), out.shape[1]), out.stride())  # the buffer that it is the start of
-        self.recording, self._kv_caches = recording, metadata.kv_caches
-        self.num_recordings += 1
+    def compute(self, inputs: Many[Tensor], metadata: AttentionMetadata) -> Tensor:
+        hidden, cos, signed_sin = inputs
+        return self.run_layers(hidden, (cos, signed_sin), metadata)
 
 
 def replay_layers(model: CausalLM, parallel: TensorParallel) -> None:
@@ -111,11 +59,16 @@ def replay_layers(model: CausalLM, parallel: TensorParallel) -> None:
         replay(model.model, model.model.run_layers, layers, model.config.hidden_size, model.model.embed_tokens.weight.dtype)
 
 
+def can_replay(layers: Many[nn.Module]) -> bool:
+    """Whether all that these layers compute is native kernels."""
+    return all(is_native(layer) for layer in layers if isinstance(layer, WeightLayer | Attention))
+
+
 def replay(
     owner: nn.Module, run_layers: Callable[..., Tensor], layers: Many[nn.Module], hidden_size: int, dtype: torch.dtype
 ) -> None:
     """Let the method `run_layers` of `owner`, which runs these layers, be recorded and replayed, if all of them are native."""
-    if all(is_native(layer) for layer in layers if isinstance(layer, WeightLayer | Attention)):
+    if can_replay(layers):
         attention = next(layer for layer in layers if isinstance(layer, Attention))
         put(owner, "run_layers", LayerReplay(run_layers, attention, hidden_size, dtype))
 
@@ -129,10 +82,10 @@ class AdaptedReplay:
     adapted: LayerReplay
     step: AdaptersOfStep
 
-    def __call__(self, *inputs: *LayerInputs) -> Tensor:
+    def __call__(self, hidden: Tensor, rope: tuple[Tensor, Tensor], metadata: AttentionMetadata) -> Tensor:
         if self.step.reaches_experts:
-            return self.plain.run_layers(*inputs)
-        return (self.adapted if self.step.active else self.plain)(*inputs)
+            return self.plain.run_layers(hidden, rope, metadata)
+        return (self.adapted if self.step.active else self.plain)(hidden, rope, metadata)
 
 
 def replay_adapted_steps(model: CausalLM, step: AdaptersOfStep) -> None:

@@ -15,7 +15,6 @@ each step that the target has run (`speculation/head_drafts.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain, takewhile
 from pathlib import Path
 
@@ -28,19 +27,20 @@ from ..batching.sequence import Sequence
 from ..batching.tree_rows import TreeDraft
 from ..models.config.model_config import ModelConfig
 from ..models.heads.deepseek_mtp import find_mtp
-from ..models.heads.eagle import find_head
+from ..models.heads.eagle import EagleHead, find_head
 from ..models.heads.head import FoundHead
 from ..models.kernels.attach import Plan, attach
 from ..models.llama import LlamaForCausalLM
 from ..models.loader import ModelSource, resolve_model
-from .capture import replay
+from .capture import can_replay, replay
 from .config import EngineConfig
 from .sampling.rejection_sampler import Prefix, draw_one
 from .speculation.draft_tables import DraftTables, with_room
 from .speculation.head_drafts import MOST_ROWS, HeadDrafts
+from .speculation.head_passes import HeadPasses, RecordedPasses
 from .speculation.heard_steps import HeardSteps
 from .speculation.settings import SpeculativeConfig
-from .speculation.tree_drafts import TreeDrafts
+from .speculation.tree_drafts import DraftShape
 from .speculative import NgramProposer, Proposer
 from .startup import Limits, check_settings
 from .worker import Worker, use_cpu_kernels
@@ -204,14 +204,19 @@ class HeadProposer(Proposer):
         kernels = use_cpu_kernels(worker.config, limits.device)
         for part, rounds in head.parts:
             attach(part, Plan("cpu" if kernels else None, speculation.quantization if rounds else None))
+        paths = speculation.paths
+        shape = DraftShape.chain(speculation.num_speculative_tokens) if paths is None else DraftShape.tree(paths)
+        rows = min(MOST_ROWS, worker.config.max_num_seqs)
+        passes = HeadPasses(head, body, shape.most)
         if kernels and worker.backend.name == "cpu" and not worker.config.enforce_eager:
-            replay(head, head.run_layers, head.layers, config.hidden_size, limits.dtype)
-        make = HeadDrafts if speculation.paths is None else partial(TreeDrafts, speculation.paths)
-        self.drafts = make(
-            head, body.embed_tokens, body.rotary_emb, worker.backend, min(MOST_ROWS, worker.config.max_num_seqs),
-            limits.max_model_len, config.num_kv_heads, config.head_dim, limits.dtype,
-        )  # fmt: skip
-        self.gains = self.drafts.gains if isinstance(self.drafts, TreeDrafts) else None
+            if isinstance(head, EagleHead) and can_replay([head.fc, head.lm_head, *head.layers]):
+                passes = RecordedPasses(head, body, shape.most, rows * max(len(level.nodes) for level in shape.levels))
+            else:
+                replay(head, head.run_layers, head.layers, config.hidden_size, limits.dtype)
+        self.drafts = HeadDrafts(
+            passes, shape, worker.backend, rows, limits.max_model_len, config.num_kv_heads, config.head_dim, limits.dtype
+        )
+        self.gains = shape.gains
         self.heard = HeardSteps(self.drafts)
         worker.listener = self.heard.listen
 
@@ -228,12 +233,10 @@ class HeadProposer(Proposer):
     def _shaped(self, seq: Sequence, token_ids: list[int]) -> Draft:
         """A chain, or a tree where tokens were drafted for one, less those for which there is no room. The form of an answer is
         followed token by token, so there the tree's first chain has to do."""
-        if not isinstance(self.drafts, TreeDrafts):
-            return Draft(token_ids)
-        num_in_chain = self.drafts.num_in_chain
-        if seq.guide is not None or len(token_ids) <= num_in_chain:
-            return Draft(token_ids[:num_in_chain])
-        return TreeDraft(token_ids, tree=self.drafts.beginnings[len(token_ids)])
+        shape = self.drafts.shape
+        if seq.guide is not None or len(token_ids) <= shape.num_in_chain or shape.beginnings is None:
+            return Draft(token_ids[: shape.num_in_chain])
+        return TreeDraft(token_ids, tree=shape.beginnings[len(token_ids)])
 
 
 def check_fits(draft: ModelConfig, target: ModelConfig, max_model_len: int) -> ModelConfig:
@@ -311,9 +314,14 @@ def _find_head(config: EngineConfig, speculation: SpeculativeConfig, target: Mod
     if speculation.quantization is not None and not use_cpu_kernels(config, limits.device):
         raise ValueError(f"{refused}quantization {speculation.quantization} needs the CPU kernels, which are off or not built")
     try:
-        return find_head(Path(speculation.model), model) if speculation.model else find_mtp(target)
+        if not speculation.model:
+            return find_mtp(target)
+        found = find_head(Path(speculation.model), model)
     except ValueError as error:
         raise ValueError(f"{refused}{error}") from None
+    if (rank := max((max(path) for path in speculation.paths or []), default=0)) >= found.num_drafted:
+        raise ValueError(f"{refused}speculative_token_tree: {rank} is no choice of a head of {found.num_drafted} tokens")
+    return found
 
 
 def make_proposer(draft: FoundDraft | None, limits: Limits, worker: Worker) -> Proposer | None:

@@ -255,7 +255,7 @@ def test_its_matrices_can_be_rounded(target):
     params = dataclasses.replace(GREEDY, max_tokens=12)
     plain = LLM(target, **SETTINGS).generate(PROMPTS[:2], params, use_tqdm=False)
     llm = LLM(target, **SETTINGS, speculative_config=MTP | {"quantization": "int8"})
-    head = llm.llm_engine.drafter.proposer.drafts.head
+    head = llm.llm_engine.drafter.proposer.drafts.passes.head
     assert isinstance(head, MtpHead)
     assert {param.dtype for param in (head.eh_proj.weight, head.layer.self_attn.o_proj.weight)} == {torch.uint8}
     assert tokens(llm.generate(PROMPTS[:2], params, use_tqdm=False)) == tokens(plain)

@@ -155,7 +155,7 @@ def test_a_trained_head_drafts_what_comes(target, trained, quantization):
     stats = llm.llm_engine.stats()
     assert stats.spec_decode_num_accepted_tokens > 0.3 * stats.spec_decode_num_draft_tokens
     if quantization is not None:  # but for the matrix that joins small embeddings and large features
-        head = llm.llm_engine.drafter.proposer.drafts.head
+        head = llm.llm_engine.drafter.proposer.drafts.passes.head
         assert (packed_of(head.fc).scales is None, packed_of(head.lm_head).scales is None) == (True, False)
 
 

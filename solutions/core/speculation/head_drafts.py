@@ -1,4 +1,4 @@
-"""Drafts by a head that reads what the target has computed: features kept, a context for each sequence, chains.
+"""Drafts by a head that reads what the target has computed: features kept, a context for each sequence, chains and trees.
 
 The head has keys and values of its own, one row of a small cache for each sequence that drafts, filled from the sequence's
 first feature on. What the target computes after that is what the head reads next, with its own outputs of the last draft
@@ -21,9 +21,10 @@ from ...attention.paged_attention import AttentionBackend, AttentionMetadata, at
 from ...batching.sequence import Sequence
 from ...batching.step_arrays import PagedArrays
 from ...memory.cache_engine import CacheEngine
-from ...models.heads.head import DraftHead
-from ...parallelism.linear import Layer
+from .head_passes import HeadPasses, Pass
+from .tree_drafts import DraftShape, Level
 
+Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
 
 MOST_ROWS = 32
@@ -59,18 +60,18 @@ class HeadDrafts:
     """Drafts for several sequences at once.
 
     Args:
-        head: drafts. embed: the target's embedding, [T] -> [T, hidden]. rotary: the target's positions, [T] -> rope.
-        backend: of attention. rows: sequences that may have a context. longest: a sequence, in tokens.
-        num_kv_heads, head_dim, dtype: of the head's cache.
+        passes: of the head. shape: of the drafts. backend: of attention. rows: sequences that may have a context.
+        longest: a sequence, in tokens. num_kv_heads, head_dim, dtype: of the head's cache.
     """
 
     def __init__(
-        self, head: DraftHead, embed: Layer, rotary: torch.nn.Module, backend: AttentionBackend, rows: int, longest: int,
-        num_kv_heads: int, head_dim: int, dtype: torch.dtype,
+        self, passes: HeadPasses, shape: DraftShape, backend: AttentionBackend, rows: int, longest: int, num_kv_heads: int,
+        head_dim: int, dtype: torch.dtype,
     ) -> None:  # fmt: skip
-        self.head, self.embed, self.rotary, self.backend = head, embed, rotary, backend
-        self.longest = longest
-        self.cache = CacheEngine(1, rows, longest, num_kv_heads, head_dim, dtype, torch.device("cpu"))
+        self.passes, self.shape, self.backend = passes, shape, backend
+        self._last = longest - 1
+        self.longest = longest + sum(len(level.nodes) for level in shape.levels)  # behind a sequence that is as long as can be
+        self.cache = CacheEngine(1, rows, self.longest, num_kv_heads, head_dim, dtype, torch.device("cpu"))
         self.contexts: dict[int, Context] = {}
         self._free = list(range(rows))[::-1]
 
@@ -104,62 +105,56 @@ class HeadDrafts:
         drafting = [seq for seq in wanted if self._is_ready(seq)]
         if not drafting:
             return {}
-        hidden = self._read(drafting, [self.contexts[seq.seq_id] for seq in drafting])
-        drafts = self._go_on(hidden, drafting, wanted)
-        return {seq: draft[: wanted[seq]] for seq, draft in zip(drafting, drafts, strict=True)}
-
-    def _go_on(self, hidden: Tensor, drafting: list[Sequence], wanted: dict[Sequence, int]) -> list[list[int]]:
-        """What follows the head's outputs [S, hidden] behind the last tokens of the S sequences: as many tokens for each as one
-        of them wants, or more."""
-        tokens = self.head.likeliest(hidden)  # [S]
-        columns = [tokens]
-        rows, lengths, firsts = self._places(drafting)
-        starts = np.arange(len(drafting) + 1)
-        for place in range(max(wanted[seq] for seq in drafting) - 1):
-            at = lengths + place
-            hidden = self._run(tokens, hidden, firsts + at, self._metadata(rows * self.longest + at, rows, starts, at + 1))
-            tokens = self.head.likeliest(hidden)
-            columns.append(tokens)
-        return torch.stack(columns, dim=1).tolist()
-
-    def _places(self, sequences: list[Sequence]) -> Int64s:
-        """[3, S]: of each sequence's context the row, its length, and the position that stands first in it."""
-        contexts = [self.contexts[seq.seq_id] for seq in sequences]
-        return np.array([(context.row, context.length, context.first) for context in contexts]).T
+        contexts, shape = [self.contexts[seq.seq_id] for seq in drafting], self.shape
+        levels = shape.levels[: shape.deepest[max(wanted[seq] for seq in drafting)]]
+        rows = np.array([(each.row, each.first, each.length + each.num_pending) for each in contexts], np.int32)
+        passes = [self._reading(drafting, contexts, rows), *(self._going_on(level, rows) for level in levels[1:])]
+        tokens = np.empty((len(drafting), len(shape.deepest)), np.int64)
+        for level, step in zip(levels, passes, strict=True):
+            best = self.passes.run(step).reshape(len(drafting), len(level.nodes), -1)
+            tokens[:, level.children] = best[:, level.places, level.ranks]
+        for context in contexts:
+            context.length += context.num_pending
+            context.pending, context.num_pending = [], 0
+        return {seq: draft[: wanted[seq]] for seq, draft in zip(drafting, tokens[:, 1:].tolist(), strict=True)}
 
     def _is_ready(self, seq: Sequence) -> bool:
         context = self.contexts.get(seq.seq_id)
         return context is not None and context.num_pending > 0 and context.end == len(seq.tokens) - 1
 
-    def _read(self, sequences: list[Sequence], contexts: list[Context]) -> Tensor:
-        """Take the pending features of all of them into the cache; the head's output behind the last of each, [S, hidden]."""
-        rows, lengths, firsts = self._places(sequences)
-        counts = np.array([context.num_pending for context in contexts])
-        starts = np.zeros(len(counts) + 1, np.int64)
-        np.cumsum(counts, out=starts[1:])
-        begins, ids = firsts + lengths, list[int]()
-        for seq, begin, count in zip(sequences, begins.tolist(), counts.tolist(), strict=True):
-            ids += seq.tokens[begin + 1 : begin + count + 1]
-        positions = np.arange(starts[-1]) + np.repeat(begins - starts[:-1], counts)
-        slots = positions + np.repeat(rows * self.longest - firsts, counts)
-        pending = [each for context in contexts for each in context.pending]
-        metadata = self._metadata(slots, rows, starts, lengths + counts)
-        out = self._run(torch.tensor(ids), pending[0] if len(pending) == 1 else torch.cat(pending), positions, metadata)
-        for context in contexts:
-            context.length += context.num_pending
-            context.pending, context.num_pending = [], 0
-        return out if len(out) == len(counts) else out[torch.from_numpy(starts[1:] - 1)]
+    def _reading(self, sequences: list[Sequence], contexts: list[Context], places: Int32s) -> Pass:
+        """The pass that takes the pending features of all S sequences into the cache; wanted is the last output of each. For
+        `places` see `_going_on`."""
+        ids, positions, slots, starts = list[int](), list[int](), list[int](), [0]
+        for seq, context in zip(sequences, contexts, strict=True):
+            begin, end = context.first + context.length, context.end
+            ids += seq.tokens[begin + 1 : end + 1]
+            positions += range(begin, end)
+            slot = context.row * self.longest - context.first
+            slots += range(slot + begin, slot + end)
+            starts.append(len(ids))
+        self.passes.begin(ids, [each for context in contexts for each in context.pending])
+        metadata = self._metadata(np.array(slots), np.array(starts, np.int32), places[:, 2], places)
+        given = np.arange(len(ids))
+        return Pass(given, given, np.array(positions), metadata, np.array(starts[1:]) - 1)
 
-    def _run(self, tokens: Tensor, features: Tensor, positions: Int64s, metadata: AttentionMetadata) -> Tensor:
-        hidden: Tensor = self.head(self.embed(tokens), features, self.rotary(torch.from_numpy(positions)), metadata)
-        return hidden
+    def _going_on(self, level: Level, places: Int32s) -> Pass:
+        """The pass over a level's nodes, for S sequences of which `places` [S, 3] are the contexts' rows, their first positions
+        and their lengths with all that is pending."""
+        rows, firsts, lengths = places.T
+        count, begins = len(level.nodes), lengths + level.num_before
+        slots = (rows.astype(np.int64) * self.longest + begins)[:, None] + level.each
+        positions = np.minimum(firsts + (lengths + (level.depth - 1)), self._last).astype(np.int64)
+        tokens, features, starts, hidden_keys = level.indices(len(places), self.shape.most)
+        metadata = self._metadata(slots.ravel(), starts, begins + count, places, hidden_keys)
+        return Pass(tokens, features, positions.repeat(count), metadata)
 
     def _metadata(
-        self, slots: Int64s, rows: Int64s, starts: Int64s, lens: Int64s, hidden_keys: Tensor | None = None
+        self, slots: Int64s, starts: Int32s, lens: Int32s, places: Int32s, hidden_keys: Tensor | None = None
     ) -> AttentionMetadata:
-        """Of a pass over T tokens of S sequences: slots [T], rows [S], where each one's tokens start [S + 1], its length with
-        them [S]."""
-        short = (torch.from_numpy(each.astype(np.int32)) for each in (rows[:, None], starts, lens))
-        arrays = PagedArrays[Tensor, Tensor](torch.from_numpy(slots), *short)
+        """Of a pass over T tokens of S sequences: slots [T]; where each one's tokens start [S + 1]; its length with them [S];
+        `places` as in `_going_on`."""
+        tables, short = torch.from_numpy(places[:, :1]), (torch.from_numpy(starts), torch.from_numpy(lens))
+        arrays = PagedArrays[Tensor, Tensor](torch.from_numpy(slots), tables, *short)
         longest = int((starts[1:] - starts[:-1]).max()), int(lens.max())
         return attention_metadata(arrays, longest, self.cache.kv_caches, None, self.backend, (None,), hidden_keys)

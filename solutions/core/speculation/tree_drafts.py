@@ -1,4 +1,5 @@
-"""Trees of drafts by a head: at each node the tokens that it holds for the likeliest, level after level, each in one pass.
+"""The shape of a head's drafts, and the passes in which they come to be: at each node the tokens that it holds for the
+likeliest, level after level, each in one pass.
 
 The nodes that others go on from are computed behind one another in the head's row of its cache, with the mask that the target
 checks the tree by (`token_tree.hidden_keys`). The next draft overwrites them.
@@ -10,89 +11,103 @@ from collections.abc import Sequence as Many
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import Module
 
-from ...attention.paged_attention import AttentionBackend
-from ...batching.sequence import Sequence
-from ...batching.token_tree import TokenTree, tree_of
-from ...models.heads.head import DraftHead
-from ...parallelism.linear import Layer
+from ...batching.token_tree import TokenTree, node_depths, tree_of
 from .draft_gains import Gains
-from .head_drafts import HeadDrafts
+
+Indices = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32], Tensor | None]
 
 
 class Level:
     """Nodes of one depth that others go on from.
 
     Args:
-        tree: of all drafted tokens. nodes: of this depth, in order. inner: all nodes that others go on from but the root, of
-            this depth and the ones above, in the order in which they are computed. above: the level before; None: the root's.
+        parents: of all drafted tokens, as in `TokenTree`. nodes: of this depth, in order. inner: all nodes that others go on
+            from but the root, of this depth and the ones above, in the order in which they are computed. above: the level
+            before; None: the root's. ranks: of all nodes, see `DraftShape`.
 
     Attributes:
-        parents: [m], which of the level above each goes on from. hidden: [m], the mask of the nodes among `inner`.
-        children: [c], the nodes one deeper. places: [c], which of this level each of them goes on from.
-    """
-
-    def __init__(self, tree: TokenTree, nodes: list[int], inner: list[int], above: Level | None) -> None:
-        self.nodes = nodes
-        self.parents = torch.tensor([] if above is None else [above.nodes.index(tree.parents[node]) for node in nodes])
-        shape = [-1, *(inner.index(tree.parents[node]) + 1 if tree.parents[node] else 0 for node in inner)]
-        self.hidden = torch.from_numpy(TokenTree(tuple(shape)).hidden_keys[len(shape) - len(nodes) :].copy())
-        self.children = [node for node, parent in enumerate(tree.parents) if parent in nodes]
-        self.places = [nodes.index(tree.parents[node]) for node in self.children]
-
-
-def levels_of(tree: TokenTree) -> list[Level]:
-    """The root's level first, then those whose nodes the head computes."""
-    inner = sorted(set(tree.parents) - {-1, 0}, key=lambda node: (tree.depths[node], node))
-    levels = [Level(tree, [0], [], None)]
-    for depth in range(1, 1 + max((int(tree.depths[node]) for node in inner), default=0)):
-        computed = [node for node in inner if tree.depths[node] <= depth]
-        levels.append(Level(tree, [node for node in computed if tree.depths[node] == depth], computed, levels[-1]))
-    return levels
-
-
-class TreeDrafts(HeadDrafts):
-    """Drafts that branch, for several sequences at once.
-
-    Args:
-        paths: of the tree's nodes, see `token_tree.tree_of`. The rest: as of `HeadDrafts`.
-
-    Attributes:
-        tree: of all drafts. beginnings: [n + 1], the tree of its first n drafted tokens. num_in_chain: drafted tokens that it
-            begins with and that are a chain. gains: what its nodes are worth.
+        num_before: nodes of the levels before this one, but for the root. num_above: nodes of the level before. depth: the
+            root's is 0. each: [m], from 0 on.
+        parents: [m], which of the level above each goes on from. own_ranks: [m], theirs.
+        hidden: [m], the mask of the nodes among `inner`; None: there is nothing in it.
+        children: [c], the nodes one deeper. places: [c], which of this level each of them goes on from. ranks: [c], theirs.
     """
 
     def __init__(
-        self, paths: Many[tuple[int, ...]], head: DraftHead, embed: Layer, rotary: Module, backend: AttentionBackend, rows: int,
-        longest: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
+        self, parents: Many[int], nodes: list[int], inner: list[int], above: Level | None, ranks: Many[int]
     ) -> None:  # fmt: skip
-        self.tree, self._ranks = tree_of(paths)
-        self.beginnings = [self.tree.first(count) for count in range(len(self._ranks) + 1)]
-        self.gains = Gains(self.tree, self._ranks)
-        self._levels, self._last = levels_of(self.tree), longest - 1
-        self._ranks_of = [[self._ranks[node - 1] for node in level.children] for level in self._levels]
-        room = sum(len(level.nodes) for level in self._levels)  # behind a sequence that is as long as can be
-        super().__init__(head, embed, rotary, backend, rows, longest + room, num_kv_heads, head_dim, dtype)
-        self.num_in_chain = next((i for i, parent in enumerate(self.tree.parents[1:]) if parent != i), len(self._ranks))
+        self.nodes, self.num_before = nodes, 0 if above is None else len(inner) - len(nodes)
+        self.parents = [] if above is None else [above.nodes.index(parents[node]) for node in nodes]
+        self.num_above = 0 if above is None else len(above.nodes)
+        self.own_ranks = [ranks[node] for node in nodes]
+        self.depth: int = 0 if above is None else above.depth + 1
+        self.children = [node for node, parent in enumerate(parents) if parent in nodes]
+        self.places = [nodes.index(parents[node]) for node in self.children]
+        self.ranks = [ranks[node] for node in self.children]
+        shape = [-1, *(inner.index(parents[node]) + 1 if parents[node] else 0 for node in inner)]
+        self.each = np.arange(len(nodes))
+        self._indices: dict[int, Indices] = {}
+        self.hidden: Tensor | None = None
+        if not is_chain(shape):
+            self.hidden = torch.from_numpy(TokenTree(tuple(shape)).hidden_keys[len(shape) - len(nodes) :].copy())
 
-    def _go_on(self, hidden: Tensor, drafting: list[Sequence], wanted: dict[Sequence, int]) -> list[list[int]]:
-        rows, lengths, firsts = self._places(drafting)
-        num_seqs, num_computed = len(drafting), 0
-        tokens = np.zeros((num_seqs, len(self.tree.parents)), np.int64)
-        deepest = int(self.tree.depths[1 : 1 + max(wanted[seq] for seq in drafting)].max())
-        for depth, (level, ranks) in enumerate(zip(self._levels[:deepest], self._ranks_of, strict=False)):
-            count = len(level.nodes)
-            if depth:  # the root's output is there
-                slots = (rows * self.longest + lengths + num_computed)[:, None] + np.arange(count)
-                num_computed += count
-                starts = np.arange(num_seqs + 1) * count
-                metadata = self._metadata(slots.ravel(), rows, starts, lengths + num_computed, level.hidden.repeat(num_seqs))
-                features = hidden.view(num_seqs, -1, hidden.shape[1])[:, level.parents].flatten(0, 1)
-                positions = np.minimum(firsts + lengths + depth - 1, self._last).repeat(count)
-                hidden = self._run(torch.from_numpy(tokens[:, level.nodes].ravel()), features, positions, metadata)
-            best = self.head.best(hidden, 1 + max(ranks)).view(num_seqs, count, -1).numpy()
-            tokens[:, level.children] = best[:, level.places, ranks]
-        drafts: list[list[int]] = tokens[:, 1:].tolist()
-        return drafts
+    def indices(self, num_seqs: int, most: int) -> Indices:
+        """What a pass of this level reads for so many sequences, see `Pass`, where `most` tokens are found behind each output
+        of the level before: tokens [S · m] and features [S · m]; where each sequence's nodes start [S + 1]; the mask."""
+        if num_seqs not in self._indices:
+            features = (np.arange(num_seqs)[:, None] * self.num_above + self.parents).ravel()
+            tokens = features * most + np.tile(self.own_ranks, num_seqs)
+            starts = np.arange(num_seqs + 1, dtype=np.int32) * len(self.nodes)
+            mask = None if self.hidden is None else self.hidden.repeat(num_seqs)
+            self._indices[num_seqs] = tokens, features, starts.astype(np.int32), mask
+        return self._indices[num_seqs]
+
+
+class DraftShape:
+    """What is drafted for each sequence: a chain, or a tree.
+
+    Args:
+        parents: as in `TokenTree`. ranks: for each node behind the root, which choice of the head it is, from 0 on.
+
+    Attributes:
+        levels: the root's first, then those whose nodes the head computes. deepest: [n + 1], of the first so many drafted
+            tokens. num_in_chain: drafted tokens that it begins with and that are a chain. most: choices that are looked at.
+        gains: what its nodes are worth, and beginnings: [n + 1], the tree of its first n drafted tokens; None: it is a chain.
+    """
+
+    def __init__(self, parents: Many[int], ranks: Many[int]) -> None:
+        ranks = [0, *ranks]
+        depths = node_depths(parents)
+        self.deepest = [max(depths[: count + 1]) for count in range(len(parents))]
+        self.most = 1 + max(ranks)
+        self.num_in_chain = next((i for i, parent in enumerate(parents[1:]) if parent != i), len(parents) - 1)
+        inner = sorted(set(parents) - {-1, 0}, key=lambda node: (depths[node], node))
+        self.levels = [Level(parents, [0], [], None, ranks)]
+        for depth in range(1, 1 + max((depths[node] for node in inner), default=0)):
+            computed = [node for node in inner if depths[node] <= depth]
+            nodes = [node for node in computed if depths[node] == depth]
+            self.levels.append(Level(parents, nodes, computed, self.levels[-1], ranks))
+        self.gains: Gains | None = None
+        self.beginnings: list[TokenTree] | None = None
+        if not is_chain(parents):
+            tree = TokenTree(tuple(parents))
+            self.gains, self.beginnings = Gains(tree, ranks[1:]), [tree.first(count) for count in range(len(parents))]
+
+    @classmethod
+    def chain(cls, count: int) -> DraftShape:
+        """Of so many tokens."""
+        return cls(range(-1, count), [0] * count)
+
+    @classmethod
+    def tree(cls, paths: Many[tuple[int, ...]]) -> DraftShape:
+        """See `token_tree.tree_of`."""
+        tree, ranks = tree_of(paths)
+        return cls(tree.parents, ranks)
+
+
+def is_chain(parents: Many[int]) -> bool:
+    """Whether each node goes on from the one before."""
+    return list(parents) == list(range(-1, len(parents) - 1))

@@ -1,4 +1,4 @@
-// What stands between the matrix products of a layer, each in one pass over its rows: normalisation and rotation.
+// What stands between the matrix products of a layer, each in one pass over its rows: normalisation, rotation, and rows of a table.
 #include "core/platform/native.h"
 #include "core/platform/shares.h"
 
@@ -65,6 +65,11 @@ void rotate(T* x, int64_t ldx, const T* cosines, const T* sines, int64_t m, int6
     });
 }
 
+// Row i of y is row index[i] of a table: `size` bytes each, the rows of both so many bytes apart.
+void take_rows(const char* table, const int64_t* index, char* y, int64_t from_apart, int64_t to_apart, int64_t size, int64_t m) {
+    parallel_for(m, 4 * ROWS, [=](int64_t row) { std::memcpy(y + row * to_apart, table + index[row] * from_apart, size); });
+}
+
 }  // namespace
 
 // Arguments as ctypes fills them in.
@@ -87,6 +92,13 @@ extern "C" struct Rotation {
     void* x;
     const void *cosines, *sines;
     int64_t ldx, heads, dim;
+};
+extern "C" struct Rows {
+    int64_t m;
+    const char* table;
+    const int64_t* index;
+    char* y;
+    int64_t from_apart, to_apart, size;
 };
 
 namespace {
@@ -121,6 +133,7 @@ void norm_pieces_f32(const PiecesNorm* a) { norm_pieces<float>(*a); }
 void norm_pieces_bf16(const PiecesNorm* a) { norm_pieces<bf16>(*a); }
 void rotate_f32(const Rotation* a) { rotate<float>(*a); }
 void rotate_bf16(const Rotation* a) { rotate<bf16>(*a); }
+void take_rows(const Rows* a) { take_rows(a->table, a->index, a->y, a->from_apart, a->to_apart, a->size, a->m); }
 
 // The loop of another library: body(context, 0 … count - 1), on this one's threads.
 void run_parts(int64_t count, void (*body)(const void*, int64_t), const void* context) {

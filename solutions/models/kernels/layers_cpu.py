@@ -1,4 +1,5 @@
-"""What stands between the matrix products of a layer, on a CPU in C++ (``layers_cpu.cpp``): normalisation and rotation."""
+"""What stands between the matrix products of a layer, on a CPU in C++ (``layers_cpu.cpp``): normalisation, rotation, rows of a
+table."""
 
 from __future__ import annotations
 
@@ -40,6 +41,15 @@ class _Rotation(native.Arguments):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "cosines", "sines")),
         *((name, ctypes.c_int64) for name in ("ldx", "heads", "dim")),
+    )
+
+
+class _Rows(native.Arguments):
+    """`Rows` of the C++ file."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("table", "index", "y")),
+        *((name, ctypes.c_int64) for name in ("from_apart", "to_apart", "size")),
     )
 
 
@@ -115,3 +125,21 @@ class NativeRotation:
         arguments.rows, arguments.heads, _ = heads.shape
         self._kernel()
         return heads
+
+
+class NativeRows:
+    """Rows of a table [V, n], whose rows are contiguous and which stays where it is."""
+
+    def __init__(self, table: Tensor) -> None:
+        self._table = table
+        size = table.element_size()
+        self._arguments = _Rows(table=table.data_ptr(), from_apart=table.stride(0) * size, size=table.shape[1] * size)
+        self._kernel = native.Kernel("take_rows", self._arguments)
+
+    def __call__(self, index: Tensor, out: Tensor) -> Tensor:
+        """Put the rows at `index` [T] int64 into `out` [T, n], whose rows are contiguous."""
+        arguments = self._arguments
+        arguments.index, arguments.y = index.data_ptr(), out.data_ptr()
+        arguments.rows, arguments.to_apart = len(index), out.stride(0) * out.element_size()
+        self._kernel()
+        return out

@@ -94,6 +94,7 @@ class PackedLinear:
         dtype: of the activations; default: that of `weight`.
 
     Attributes:
+        kind: of its results' buffer in a recording, where they shall outlast those of other products.
         weight: the packed weights in the kernel's order: [P, K / g, panel, g] for P panels in the weights' own type; of int8
             and int4 the bytes of each, sums, scales and zeros among them, [P, B].
     """
@@ -102,6 +103,7 @@ class PackedLinear:
         self, weight: Tensor | GroupQuantized, bias: Tensor | None, quantization: str | None = None, gated: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
+        self.kind = "linear"
         self.num_rows, self.num_columns = weight.shape
         self.out_features = self.num_rows // 2 if gated else self.num_rows
         self.epilogue = SILU_MUL if gated else STORE
@@ -157,7 +159,7 @@ class PackedLinear:
         Returns:
             [T, N], or `add_to`.
         """
-        y = native.result("linear", len(x), self.out_features, self._dtype) if add_to is None else add_to
+        y = native.result(self.kind, len(x), self.out_features, self._dtype) if add_to is None else add_to
         self._run(x, y, self.epilogue if add_to is None else ADD)
         return y
 
