@@ -58,7 +58,7 @@ int main(int, char** argv) {
         if (sizes[i] && std::fread(at[i], 1, sizes[i], in) != static_cast<size_t>(sizes[i])) return 4;
     }
     const Linear a{numbers[0], at[0], at[1], (float*)at[2], (float*)at[3], at[4], at[5], (float*)at[6], (int32_t*)at[7],
-                   numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6]};
+                   numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], 0};
     typedef void (*Kernel)(const Linear*);
     const Kernel kernels[] = {linear_f32, linear_bf16, linear_int8_f32, linear_int8_bf16, linear_w4a8_f32, linear_w4a8_bf16,
                               linear_int4_f32, linear_int4_bf16};

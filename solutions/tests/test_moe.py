@@ -171,6 +171,26 @@ def test_the_kernel_says_what_the_layer_says(family: str, dtype: torch.dtype, qu
 
 
 @needs_compiler
+def test_experts_of_a_layer_may_be_kept_in_several_ways() -> None:
+    """As where a checkpoint leaves some as they are: neighbours of one kind are one loop, and a kind may come again."""
+    plain, _ = make("qwen2_moe")
+    kinds: dict[str, list[str | None]] = {"all": [None] * 8, "turns": [None, "int8"] * 4, "shared": ["int8"] * 7 + [None]}
+    layers = {}
+    for name, quantizations in kinds.items():
+        layer = copy.deepcopy(plain)
+        for number, quantization in enumerate(quantizations):
+            attach(layer.experts.own[number], Plan("cpu", quantization))
+        layers[name] = NativeExperts(layer.experts, torch.float32)
+    x = tokens(40)
+    with torch.no_grad():
+        logits = plain.gate(x)
+        expected = plain.experts(x, logits)
+        errors = {name: float((layer(x, logits) - expected).abs().max()) for name, layer in layers.items()}
+    assert errors["all"] < 1e-5 * float(expected.abs().max()) < errors["turns"]
+    assert max(errors["turns"], errors["shared"]) < 0.05 * float(expected.abs().max())
+
+
+@needs_compiler
 def test_experts_that_no_token_chose_are_not_read() -> None:
     """Their weights are NaN, and nothing comes of it."""
     for quantization in (None, "int4"):

@@ -9,6 +9,7 @@
 // widened once for all: bfloat16 as floats, bytes as 16 bits.
 #pragma once
 
+#include <limits>
 #include <type_traits>
 
 #include "core/platform/native.h"
@@ -23,6 +24,17 @@ constexpr int64_t STEP = 4 * PANEL;                                            /
 constexpr int WIDE_TILE_ROWS = 16;         // the same of bfloat16s and of bytes
 #else
 constexpr int WIDE_TILE_ROWS = TILE_ROWS;
+#endif
+
+// What a lone tile of a panel fetches of it. One of so few rows waits for memory and nothing else: the processor sees that it reads in
+// order and has more on the way without being told, twice as fast on a good day. One of more rows says so many bytes ahead what it needs.
+// Measured on Zen 4; elsewhere every tile fetches the next panel.
+#if defined(__AVX512F__) && !defined(HAS_AMX)
+constexpr int FEW_ROWS = 5;
+constexpr int64_t SOON = 8192;
+#else
+constexpr int FEW_ROWS = 0;
+constexpr int64_t SOON = std::numeric_limits<int64_t>::max();
 #endif
 
 // 2 bfloat16s with 2 others.

@@ -1,5 +1,5 @@
-// A layer's experts on a CPU: choose some for each token, sort tokens by expert, multiply with packed weights an expert at a time, and
-// sum what a token's experts say. An expert that no token chose is not read. A token's numbers are the same whatever stands beside it.
+// A layer's experts on a CPU: choose some for each token, sort tokens by expert, multiply with the packed weights of all experts, and sum
+// what a token's experts say. An expert that no token chose is not read. A token's numbers are the same whatever stands beside it.
 #include <algorithm>
 #include <vector>
 
@@ -20,10 +20,10 @@ extern "C" struct Expert {
     int64_t width;
 };
 
-// Arguments as ctypes fills them in: x, y [m, hidden], hidden a multiple of 16, logits [m, ldl], rows dense. sorted [m, k, hidden],
-// inner [m, widest], other_x and of_groups are memory, the last two as a product of m rows needs them. chosen: experts of a token out of
-// the first `count`, and `shared` more, the experts behind those; k is their sum. load [count + shared] is added to. numbers and weights
-// [m, k]: a choice that has been made already, instead of logits; or null.
+// Arguments as ctypes fills them in: x, y [m, hidden], hidden a multiple of 16, logits [m, ldl], rows dense. chosen: experts of a token
+// out of the first `count`, and `shared` more, the experts behind those; k is their sum. sorted [m, k, hidden], inner [m, k, widest],
+// other_x [m, k, other_bytes] and of_groups [m, k, groups] are memory, the last two with as much for a row as any product needs.
+// load [count + shared] is added to. numbers and weights [m, k]: a choice that has been made already, instead of logits; or null.
 extern "C" struct Experts {
     int64_t m;
     const void *x, *logits;
@@ -33,7 +33,7 @@ extern "C" struct Experts {
     int64_t* load;
     const int64_t* numbers;
     const float* weights;
-    int64_t ldl, hidden, count, shared, chosen, renormalise, add;
+    int64_t ldl, hidden, widest, other_bytes, groups, count, shared, chosen, renormalise, add;
 };
 
 namespace {
@@ -81,15 +81,38 @@ void choose(const Experts& a, const T* logits, int32_t* experts, float* weights)
     }
 }
 
-void multiply(const Experts& a, const Product& product, const void* x, int64_t ldx, void* y, int64_t ldy, int64_t rows, Epilogue epilogue) {
-    Linear linear = *product.arguments;
-    linear.m = rows;
-    linear.x = x, linear.ldx = ldx;
-    linear.y = y, linear.ldy = ldy;
-    linear.other_x = a.other_x, linear.of_groups = a.of_groups;
-    linear.epilogue = epilogue;
-    product.kernel(&linear);
-}
+// A product of each expert that has tokens. Those of one kernel are one loop, so that a thread that has done with an expert goes on with
+// the next, whose weights are on their way by then.
+class Products {
+public:
+    Products(const Experts& a, Epilogue epilogue) : a(a), epilogue(epilogue) {}
+
+    // Of rows from `start` on.
+    void add(const Product& product, int64_t start, int64_t rows, const void* x, int64_t ldx, void* y, int64_t ldy) {
+        Linear linear = *product.arguments;
+        linear.m = rows;
+        linear.x = x, linear.ldx = ldx;
+        linear.y = y, linear.ldy = ldy;
+        linear.other_x = static_cast<char*>(a.other_x) + start * a.other_bytes;
+        linear.of_groups = a.of_groups + start * a.groups;
+        linear.epilogue = epilogue;
+        kernels.push_back(product.kernel);
+        all.push_back(linear);
+    }
+    void run() {
+        for (size_t begin = 0, end; begin < all.size(); begin = end) {
+            for (end = begin + 1; end < all.size() && kernels[end] == kernels[begin];) ++end;
+            all[begin].more = end - begin - 1;
+            kernels[begin](&all[begin]);
+        }
+    }
+
+private:
+    const Experts& a;
+    const Epilogue epilogue;
+    std::vector<void (*)(const Linear*)> kernels;
+    std::vector<Linear> all;
+};
 
 template <typename T>
 void run(const Experts& a) {
@@ -118,14 +141,17 @@ void run(const Experts& a) {
             if (place[i] >= 0) std::copy_n(x + t * a.hidden, a.hidden, sorted + place[i] * a.hidden);
     });
 
+    Products gate_up(a, SILU_MUL), down(a, STORE);
     for (int64_t e = 0; e < experts; ++e) {
         const Expert& expert = a.experts[e];
-        const int64_t count = starts[e + 1] - starts[e];
+        const int64_t start = starts[e], count = starts[e + 1] - start;
         if (!count) continue;
-        T* of_expert = sorted + starts[e] * a.hidden;
-        multiply(a, expert.gate_up, of_expert, a.hidden, a.inner, expert.width, count, SILU_MUL);
-        multiply(a, expert.down, a.inner, expert.width, of_expert, a.hidden, count, STORE);
+        T *of_expert = sorted + start * a.hidden, *inner = static_cast<T*>(a.inner) + start * a.widest;
+        gate_up.add(expert.gate_up, start, count, of_expert, a.hidden, inner, expert.width);
+        down.add(expert.down, start, count, inner, expert.width, of_expert, a.hidden);
     }
+    gate_up.run();
+    down.run();
 
     parallel_for(a.m, ROWS, [&](int64_t t) {
         for (int64_t i = 0; i < a.hidden; i += LANES) {

@@ -33,7 +33,8 @@ class _Experts(native.Arguments):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "logits", "y", "sorted", "inner", "other_x")),
         *((name, ctypes.c_void_p) for name in ("of_groups", "experts", "load", "numbers", "weights")),
-        *((name, ctypes.c_int64) for name in ("ldl", "hidden", "count", "shared", "chosen", "renormalise", "add")),
+        *((name, ctypes.c_int64) for name in ("ldl", "hidden", "widest", "other_bytes", "groups")),
+        *((name, ctypes.c_int64) for name in ("count", "shared", "chosen", "renormalise", "add")),
     )
 
 
@@ -60,13 +61,14 @@ class NativeExperts:
             gate_up, down = (_Product(*product.addresses) for product in pair)
             table[number] = _Expert(gate_up, down, pair[1].num_columns)
         self._dtype, self._hidden, self._chosen = dtype, experts.hidden_size, mixture.chosen + numbers - mixture.count
-        self._widest = max((product.num_columns for product in self._products), default=1)
+        self._widest = max((each.width for each in table), default=1)
         self._other = max((product.scratch[0] for product in self._products), default=0)
         self._groups = max((product.scratch[1] for product in self._products), default=0)
         self._kept = table, experts.load
         self._choose = None if type(experts).choose is Experts.choose else experts.choose
         self._arguments = _Experts(
             experts=ctypes.addressof(table), load=experts.load.data_ptr(), ldl=numbers, hidden=self._hidden,
+            widest=self._widest, other_bytes=self._other, groups=self._groups,
             count=mixture.count, shared=numbers - mixture.count, chosen=mixture.chosen, renormalise=mixture.renormalise,
         )  # fmt: skip
         self._kernel = native.Kernel(f"experts_{_NAMES[dtype]}", self._arguments)
@@ -81,9 +83,9 @@ class NativeExperts:
         y = native.result("experts", tokens, self._hidden, self._dtype) if add_to is None else add_to
         memory = {
             "sorted": native.result("experts_sorted", tokens, self._chosen * self._hidden, self._dtype),
-            "inner": native.result("experts_inner", tokens, self._widest, self._dtype),
-            "other_x": native.result("experts_other_x", tokens, self._other, torch.uint8),
-            "of_groups": native.result("experts_of_groups", tokens, self._groups, torch.float32),
+            "inner": native.result("experts_inner", tokens, self._chosen * self._widest, self._dtype),
+            "other_x": native.result("experts_other_x", tokens, self._chosen * self._other, torch.uint8),
+            "of_groups": native.result("experts_of_groups", tokens, self._chosen * self._groups, torch.float32),
         }
         if self._choose is not None:
             memory["weights"], memory["numbers"] = (chosen.contiguous() for chosen in self._choose(logits))

@@ -39,71 +39,75 @@ Quantized quantize(const T* x, Byte* bytes, int64_t k, int32_t middle) {
     return {top / 127.0f, sum(__builtin_convertvector(total, Floats))};
 }
 
-template <typename T>
-Output<T> output(const Linear& a) {
-    return {static_cast<T*>(a.y), a.ldy, a.bias, static_cast<int>(a.epilogue)};
-}
+// Call body(a, row) for every row of x, of a product and of those behind it.
+template <typename Body>
+void for_rows(const Linear& first, const Body& body) { for_all(first, ROWS, [](const Linear& a) { return a.m; }, body); }
 
 template <typename T>
-void linear(const Linear& a) {
-    const T* x = static_cast<const T*>(a.x);
-    const T* packed = static_cast<const T*>(a.w);
-    if constexpr (std::is_same_v<Operand<T>, T>) {
-        multiply(Plain<T>{x, packed, a.ldx, a.k}, output<T>(a), a.m, a.n);
-    } else {
-        Operand<T>* wide = static_cast<Operand<T>*>(a.other_x);
-        parallel_for(a.m, ROWS, [&](int64_t row) { widen(x + row * a.ldx, a.k, wide + row * a.k); });
-        multiply(Plain<T>{wide, packed, a.k, a.k}, output<T>(a), a.m, a.n);
-    }
-}
-
-template <typename T>
-void linear_int8(const Linear& a) {
-    auto* bytes = static_cast<Operand<uint8_t>*>(a.other_x);
-    const Int8 weights{bytes, a.of_groups, static_cast<const uint8_t*>(a.w), a.scales, a.k, a.group};
-    const int64_t groups = weights.groups();
-    parallel_for(a.m, ROWS, [&](int64_t row) {
-        for (int64_t g = 0, i = 0; g < groups; ++g, i += a.group)
-            a.of_groups[row * groups + g] =
-                quantize(static_cast<const T*>(a.x) + row * a.ldx + i, bytes + row * a.k + i, std::min(a.group, a.k - i), MIDDLE).scale;
+void linear(const Linear& first) {
+    constexpr bool SAME = std::is_same_v<Operand<T>, T>;
+    if constexpr (!SAME)
+        for_rows(first, [](const Linear& a, int64_t row) {
+            widen(static_cast<const T*>(a.x) + row * a.ldx, a.k, static_cast<Operand<T>*>(a.other_x) + row * a.k);
+        });
+    multiply<T>(first, [](const Linear& a) {
+        return Plain<T>{static_cast<const Operand<T>*>(SAME ? a.x : a.other_x), static_cast<const T*>(a.w), SAME ? a.ldx : a.k, a.k};
     });
-    multiply(weights, output<T>(a), a.m, a.n);
 }
 
 template <typename T>
-void linear_w4a8(const Linear& a) {
-    auto* bytes = static_cast<Operand<int8_t>*>(a.other_x);
-    const Int4Bytes weights{bytes, a.of_groups, static_cast<const uint8_t*>(a.w), a.k, a.group};
-    const int64_t groups = weights.groups();
-    parallel_for(a.m, ROWS, [&](int64_t row) {
+void linear_int8(const Linear& first) {
+    const auto weights_of = [](const Linear& a) {
+        return Int8{static_cast<Operand<uint8_t>*>(a.other_x), a.of_groups, static_cast<const uint8_t*>(a.w), a.scales, a.k, a.group};
+    };
+    for_rows(first, [&](const Linear& a, int64_t row) {
+        auto* bytes = static_cast<Operand<uint8_t>*>(a.other_x) + row * a.k;
+        const T* x = static_cast<const T*>(a.x) + row * a.ldx;
+        const int64_t groups = weights_of(a).groups();
+        for (int64_t g = 0, i = 0; g < groups; ++g, i += a.group)
+            a.of_groups[row * groups + g] = quantize(x + i, bytes + i, std::min(a.group, a.k - i), MIDDLE).scale;
+    });
+    multiply<T>(first, weights_of);
+}
+
+template <typename T>
+void linear_w4a8(const Linear& first) {
+    const auto weights_of = [](const Linear& a) {
+        return Int4Bytes{static_cast<Operand<int8_t>*>(a.other_x), a.of_groups, static_cast<const uint8_t*>(a.w), a.k, a.group};
+    };
+    for_rows(first, [&](const Linear& a, int64_t row) {
+        auto* bytes = static_cast<Operand<int8_t>*>(a.other_x) + row * a.k;
+        const T* x = static_cast<const T*>(a.x) + row * a.ldx;
+        const int64_t groups = weights_of(a).groups();
         float* numbers = a.of_groups + row * 2 * groups;
         for (int64_t g = 0, i = 0; g < groups; ++g, i += a.group) {
-            const Quantized found =
-                quantize(static_cast<const T*>(a.x) + row * a.ldx + i, bytes + row * a.k + i, std::min(a.group, a.k - i), 0);
+            const Quantized found = quantize(x + i, bytes + i, std::min(a.group, a.k - i), 0);
             numbers[2 * g] = found.scale;
             numbers[2 * g + 1] = found.scale * found.sum;
         }
     });
-    multiply(weights, output<T>(a), a.m, a.n);
+    multiply<T>(first, weights_of);
 }
 
 template <typename T, typename Codes>
-void linear_groups(const Linear& a) {
+void linear_groups(const Linear& first) {
     constexpr bool SAME = std::is_same_v<Operand<T>, T>;
-    const T* x = static_cast<const T*>(a.x);
-    auto* other = static_cast<Operand<T>*>(a.other_x);
-    const bool moved = a.order || !SAME;
-    const Operand<T>* from = other;
-    if constexpr (SAME) from = moved ? other : x;
-    const Groups<Operand<T>, Codes> weights{from, moved ? a.k : a.ldx, a.k, a.group, static_cast<const uint8_t*>(a.w), a.of_groups};
-    parallel_for(a.m, ROWS, [&](int64_t row) {
+    const auto weights_of = [](const Linear& a) {
+        const bool moved = a.order || !SAME;
+        const auto* x = static_cast<const Operand<T>*>(moved ? a.other_x : a.x);
+        return Groups<Operand<T>, Codes>{x, moved ? a.k : a.ldx, a.k, a.group, static_cast<const uint8_t*>(a.w), a.of_groups};
+    };
+    for_rows(first, [&](const Linear& a, int64_t row) {
+        const T* x = static_cast<const T*>(a.x) + row * a.ldx;
+        auto* other = static_cast<Operand<T>*>(a.other_x) + row * a.k;
         if (a.order)
-            for (int64_t i = 0; i < a.k; ++i) widen(x + row * a.ldx + a.order[i], 1, other + row * a.k + i);
-        else if (moved)
-            widen(x + row * a.ldx, a.k, other + row * a.k);
+            for (int64_t i = 0; i < a.k; ++i) widen(x + a.order[i], 1, other + i);
+        else if (!SAME)
+            widen(x, a.k, other);
+        const auto weights = weights_of(a);
         weights.sum_groups(row, a.of_groups + row * weights.groups());
     });
-    multiply(weights, output<T>(a), a.m, a.n);
+    multiply<T>(first, weights_of);
 }
 
 }  // namespace

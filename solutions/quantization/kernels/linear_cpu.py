@@ -35,7 +35,7 @@ class _Linear(native.Arguments):
     """`Linear` of the C++ file."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("x", "w", "scales", "bias", "y", "other_x", "of_groups", "order")] + [
-        (name, ctypes.c_int64) for name in ("ldx", "ldy", "n", "k", "epilogue", "group")
+        (name, ctypes.c_int64) for name in ("ldx", "ldy", "n", "k", "epilogue", "group", "more")
     ]
 
 

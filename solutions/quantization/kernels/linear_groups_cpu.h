@@ -84,7 +84,7 @@ inline void add_codes(const bf16* x, int64_t ldx, const Codes* at, Floats (&c)[M
 template <typename T, typename Codes>
 struct Groups {
     static constexpr int64_t BYTES = std::is_signed_v<Codes> ? 2 * PANEL : PANEL;  // of two inputs
-    static constexpr int ROWS = TILE_ROWS;
+    static constexpr int ROWS = TILE_ROWS, FEW = 0;  // scales and zeros take their time, too
     static constexpr int64_t HEAD = 4 * PANEL;
     const T* x;
     int64_t ldx, k, group;
@@ -135,7 +135,7 @@ constexpr int64_t MOST_GROUP = 32;
 // A panel holds for each group PANEL scales and as many zeros, as above, then PANEL / 2 bytes of codes for each input, four inputs side
 // by side: those of a panel's first half in the low halves of the bytes, of its second in the high ones.
 struct Int4Bytes {
-    static constexpr int ROWS = WIDE_TILE_ROWS;
+    static constexpr int ROWS = WIDE_TILE_ROWS, FEW = 0;
     static constexpr int64_t HEAD = 4 * PANEL;
     const Operand<int8_t>* x;
     const float* of_groups;  // [m, groups, 2]: the scale of x, and the sum of what its bytes stand for
