@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from solutions.batching.sampling_params import SamplingParams
 from solutions.core.eagle import corpus, train
 from solutions.core.eagle.corpus import Text, load_corpus, save_part, write_corpus
-from solutions.core.eagle.learner import Learner, Plan, frequent_tokens, make_batch, new_head
+from solutions.core.eagle.learner import Learner, Plan, SoftCrossEntropy, frequent_tokens, make_batch, new_head
 from solutions.core.eagle.questions import FORMS, SUBJECTS, make_questions
 from solutions.core.eagle.unrolled import UnrolledHead
 from solutions.core.engine import LLM
@@ -103,6 +104,21 @@ def test_what_counts_are_the_tokens_that_the_model_wrote():
     assert batch.ids.shape == (2, 7)
     # position p foretells token p + 2
     assert batch.counts.tolist() == [[False, False, True, True, True], [True, True, True, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "off"), [(1, torch.float32, 1e-5), (7, torch.float32, 1e-5), (7, torch.bfloat16, 0.02)]
+)
+def test_the_loss_of_tokens_is_cross_entropy(rows, dtype, off):
+    generator = torch.Generator().manual_seed(rows)
+    logits = (4 * torch.randn(rows, 33, generator=generator)).to(dtype).requires_grad_()
+    wanted = (3 * torch.randn(rows, 33, generator=generator)).softmax(dim=-1).to(dtype)
+    exact = logits.detach().double().requires_grad_()
+    (slope,) = torch.autograd.grad(3 * F.cross_entropy(exact, wanted.double()), exact)
+    loss = SoftCrossEntropy.apply(logits, wanted)
+    (mine,) = torch.autograd.grad(3 * loss, logits)
+    assert loss.item() == pytest.approx(F.cross_entropy(exact, wanted.double()).item(), rel=off)
+    assert (mine.double() - slope).abs().max() < off * slope.abs().max()
 
 
 def test_frequent_tokens():

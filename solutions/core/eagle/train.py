@@ -43,7 +43,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     usual = Plan()
     numbers: list[tuple[str, Any, str]] = [
-        ("--answers", 2048, "answers that the model writes"),
+        ("--answers", 4096, "answers that the model writes"),
         ("--max-tokens", 160, "longest answer"),
         ("--temperature", 0.8, "of every other answer; the others are greedy"),
         ("--draft-vocab-size", 8192, "tokens that the head can draft, those that the model writes most often"),
