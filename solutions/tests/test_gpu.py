@@ -337,6 +337,16 @@ def test_a_made_up_mixture_has_a_billion_active_weights() -> None:
     assert num_product_weights(model, 10_000) == 16 * (attention + 32 * expert) + 32000 * 2048
     with made_up("qwen3-0.6b") as place:
         assert place == "qwen3-0.6b"
+    # 32 tokens choose all but a few of 32 experts, each by 8 of them: there the bytes take longer, in all else the operations
+    card, others = Card("", 40e9, 360e9, 1e12), 16 * attention + 32000 * 2048
+    chosen = round(32 * (1 - (3 / 4) ** 32) * 1024) * 3 * 2048 * 16
+    kv = 2 * 4 * 64 * 2 * 16 * 32 * 256
+    expected = 2 * 32 * others / 360e9 + 2 * chosen / 40e9 + kv / 40e9
+    assert decode_cost(model, 32, 256).floor(card) == pytest.approx(expected)
+    assert 2 * chosen / 40e9 > 2 * 32 * 16 * 8 * expert / 360e9
+    prompt = prefill_cost(model, 512)  # one limit for all: nothing changes
+    assert prompt.floor(card) == pytest.approx((prompt.product_operations + prompt.attention_operations) / 360e9)
+    assert decode_cost(model, 1, 0).floor(card) == pytest.approx(2 * num_product_weights(model) / 40e9)
 
 
 def test_models_are_measured_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

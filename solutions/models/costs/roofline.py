@@ -2,7 +2,8 @@
 
 A decode step has two parts with different limits. The matrix products read every weight once, whatever the batch, and do two
 operations a weight and token. Attention reads each sequence's keys and values for that sequence alone, so its bytes grow with
-the batch, and it does a handful of operations a byte. The parts run one after the other, so their floors add up.
+the batch, and it does a handful of operations a byte. A mixture's experts are a third part: each is read whole for the few
+tokens that chose it. The parts run one after the other, so their floors add up.
 """
 
 from __future__ import annotations
@@ -40,34 +41,45 @@ CARDS = (
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Bytes and operations of one step, the matrix products' and attention's."""
+    """Bytes and operations of one step, the matrix products' and attention's; of the products' those of routed experts, too,
+    each of which has fewer rows than the other matrices, so that its bytes may take longer where their operations do."""
 
     weight_bytes: int
     kv_bytes: int
     product_operations: int
     attention_operations: int
+    expert_bytes: int = 0
+    expert_operations: int = 0
 
     def floor(self, card: Card) -> float:
         """Seconds that the step takes at least."""
-        products = max(self.weight_bytes / card.bandwidth, self.product_operations / card.rate)
-        attention = max(self.kv_bytes / card.bandwidth, self.attention_operations / card.rate)
-        return products + attention
+        parts = (
+            (self.weight_bytes - self.expert_bytes, self.product_operations - self.expert_operations),
+            (self.expert_bytes, self.expert_operations), (self.kv_bytes, self.attention_operations),
+        )  # fmt: skip
+        return sum(max(moved / card.bandwidth, operations / card.rate) for moved, operations in parts)
 
 
 def num_product_weights(model: ModelConfig, tokens: int = 1) -> int:
     """Weights that take part in the matrix products of so many tokens: all but the embedding, of which a token reads a row, and
     of experts those that are chosen, each by as many tokens as any other."""
-    mlp = (3 if model.hidden_act == "silu" else 2) * model.hidden_size * _mlp_width(model, tokens)
-    return model.num_layers * (model.attention_weights + mlp) + model.vocab_size * model.hidden_size
+    mlp = _of_columns(model, model.intermediate_size if model.mixture is None else model.mixture.shared_size)
+    others = model.num_layers * model.attention_weights + mlp + model.vocab_size * model.hidden_size
+    return others + num_expert_weights(model, tokens)
 
 
-def _mlp_width(model: ModelConfig, tokens: int) -> int:
-    """Columns of the MLP, or of the experts that are chosen."""
+def num_expert_weights(model: ModelConfig, tokens: int = 1) -> int:
+    """Of `num_product_weights` those of routed experts."""
     mixture = model.mixture
     if mixture is None:
-        return model.intermediate_size
+        return 0
     chosen = mixture.count * (1 - (1 - mixture.chosen / mixture.count) ** tokens)
-    return round(chosen * mixture.size) + mixture.shared_size
+    return _of_columns(model, round(chosen * mixture.size))
+
+
+def _of_columns(model: ModelConfig, columns: int) -> int:
+    """Weights of so many columns of all layers' MLPs, or of their experts."""
+    return model.num_layers * (3 if model.hidden_act == "silu" else 2) * model.hidden_size * columns
 
 
 def decode_cost(model: ModelConfig, batch: int, context: float, dtype: torch.dtype = torch.bfloat16) -> StepCost:
@@ -77,7 +89,8 @@ def decode_cost(model: ModelConfig, batch: int, context: float, dtype: torch.dty
     width = model.head_dim if model.latent is None else 2 * model.head_dim  # the absorbed way: whole latents twice
     attention = 4 * model.num_layers * model.num_heads * width  # q·k and p·v, two operations each
     tokens = round(batch * context)
-    return StepCost(read * dtype.itemsize, kv_per_token * tokens, 2 * weights * batch, attention * tokens)
+    experts = num_expert_weights(model, batch) * dtype.itemsize, 2 * num_expert_weights(model) * batch
+    return StepCost(read * dtype.itemsize, kv_per_token * tokens, 2 * weights * batch, attention * tokens, *experts)
 
 
 def prefill_cost(model: ModelConfig, length: int, dtype: torch.dtype = torch.bfloat16) -> StepCost:
@@ -88,4 +101,5 @@ def prefill_cost(model: ModelConfig, length: int, dtype: torch.dtype = torch.bfl
     pairs = length * (length + 1) // 2
     widths = 2 * model.head_dim if model.latent is None else model.latent.query_dim + model.latent.value
     attention = 2 * model.num_layers * model.num_heads * widths * pairs
-    return StepCost(read * dtype.itemsize, kv_per_token * length, 2 * (layers * length + head), attention)
+    experts = num_expert_weights(model, length) * dtype.itemsize, 2 * num_expert_weights(model) * length
+    return StepCost(read * dtype.itemsize, kv_per_token * length, 2 * (layers * length + head), attention, *experts)

@@ -82,7 +82,7 @@ def predict_decode(model: ModelConfig, batch: int, context: int, ranks: int, car
     kv_ranks = min(ranks, model.num_kv_heads)
     part = StepCost(
         whole.weight_bytes // ranks, whole.kv_bytes // kv_ranks, whole.product_operations // ranks,
-        whole.attention_operations // ranks,
+        whole.attention_operations // ranks, whole.expert_bytes // ranks, whole.expert_operations // ranks,
     )  # fmt: skip
     size = batch * model.hidden_size * torch.bfloat16.itemsize
     sums = (2 * model.num_layers + 2) * min(ring_seconds(size, ranks, link), direct_seconds(size, ranks, link))
