@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,14 +30,7 @@ EXPERTS = "base_model.model.model.layers.1.mlp.experts"
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
-    made: dict[str, Family] = {}
-
-    def get(name: str) -> Family:
-        if name not in made:
-            made[name] = Family(tmp_path_factory.mktemp(name), name)
-        return made[name]
-
-    return get
+    return functools.cache(lambda name: Family(tmp_path_factory.mktemp(name), name))
 
 
 def loaded(folder: Path, parallel: TensorParallel | None = None) -> CausalLM:
