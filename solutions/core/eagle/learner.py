@@ -211,7 +211,7 @@ class Learner:
             for depth, output in enumerate(self._outputs(batch)):
                 if depth:  # the draft began one position earlier
                     alive = torch.cat((torch.zeros_like(alive[:, :1]), alive[:, :-1]), dim=1) & batch.counts
-                hits = alive & (self.head.likeliest(output.flatten(0, 1)).view_as(truth) == truth)
+                hits = alive & (self.head.best(output.flatten(0, 1), 1).view_as(truth) == truth)
                 right[depth] += int(hits.sum())
                 tried[depth] += int(alive.sum())
                 alive = hits

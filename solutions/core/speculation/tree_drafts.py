@@ -62,7 +62,7 @@ class Level:
             tokens = features * most + np.tile(self.own_ranks, num_seqs)
             starts = np.arange(num_seqs + 1, dtype=np.int32) * len(self.nodes)
             mask = None if self.hidden is None else self.hidden.repeat(num_seqs)
-            self._indices[num_seqs] = tokens, features, starts.astype(np.int32), mask
+            self._indices[num_seqs] = tokens, features, starts, mask
         return self._indices[num_seqs]
 
 

@@ -89,9 +89,6 @@ class EagleHead(DraftHead):
     def layers(self) -> list[nn.Module]:
         return [*self.layer.modules(), self.norm]
 
-    def likeliest(self, hidden: Tensor) -> Tensor:
-        return self.token_ids[self.lm_head(hidden).argmax(dim=1)]
-
     def best(self, hidden: Tensor, count: int) -> Tensor:
         return self.token_ids[self.lm_head(hidden).topk(count, dim=1).indices]
 

@@ -47,10 +47,6 @@ class DraftHead(Layer, abc.ABC):
         """The `count` likeliest tokens behind each row of [T, hidden], in that order: [T, count] int64, ids of the target."""
         ...
 
-    def likeliest(self, hidden: Tensor) -> Tensor:
-        """The likeliest alone: [T] int64."""
-        return self.best(hidden, 1)[:, 0]
-
     @property
     @abc.abstractmethod
     def parts(self) -> list[tuple[nn.Module, bool]]:
