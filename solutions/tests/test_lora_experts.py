@@ -23,6 +23,7 @@ from solutions.models.moe import Experts
 from solutions.parallelism.tensor_parallel import TensorParallel
 from solutions.tests.lora_adapters import LLAMA_TARGETS, TARGETS, make_adapter
 from solutions.tests.test_lora import PARAMS, PROMPTS, SETTINGS, SPARSE, Family
+from solutions.tests.test_made_checkpoints import make
 from solutions.tests.tiny_models import make_tiny
 
 EXPERTS = "base_model.model.model.layers.1.mlp.experts"
@@ -81,12 +82,15 @@ def test_steps_without_adapters_of_experts_are_replayed(family: Callable[[str], 
 # Products
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4", "gptq", "awq"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
 def test_several_adapters_of_experts_in_a_step(name: str, quantization: str | None, tmp_path: Path) -> None:
     """The oracle is the layer without adapters, plus what NumPy adds of each adapter's down to what gate and up have given."""
-    base, experts = make_tiny(name, tmp_path / "model"), "model.layers.1.mlp.experts"
-    llm = LLM(str(tmp_path / "model"), quantization=quantization, **SETTINGS)
+    base, experts, model = make_tiny(name, tmp_path / "model"), "model.layers.1.mlp.experts", tmp_path / "model"
+    if quantization in ("gptq", "awq"):
+        make(quantization, tmp_path / "model", model := tmp_path / "made")
+        quantization = None
+    llm = LLM(str(model), quantization=quantization, **SETTINGS)
     worker = llm.llm_engine.executor.worker
     layer = worker.model.get_submodule(experts)
     assert isinstance(layer, Experts)
